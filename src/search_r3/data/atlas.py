@@ -1,0 +1,242 @@
+"""The built-in collection `atlas`: real facts that every machine has without a download.
+
+Cities, territories, currencies, languages and scripts come from Unicode CLDR and the tz database as the package
+`babel` carries them. One short document per entity; queries of one, two and three hops.
+
+Splits (all deterministic under `seed`):
+
+- `facts`: one-hop queries over all entities.
+- `sft`, `rl`, `dev`, `test`: multi-hop queries. Every multi-hop path goes through one territory, and each territory
+  belongs to exactly one of the four, so that a test query asks for a composition that was never shown in training.
+
+Within a split no document answers more than `MAX_QUERIES_PER_ANSWER` starting entities of one path, else a constant
+answer ("Euro", "Latin") would score well.
+"""
+
+from __future__ import annotations
+
+import random
+from collections import defaultdict
+from dataclasses import dataclass
+from datetime import date
+from typing import Any
+
+from .atlas_text import PATHS, RELATIONS, document_text, restatement
+from .collection import Collection, Document, Qrels, Query
+
+SPLIT_SHARES = {"sft": 0.40, "rl": 0.30, "dev": 0.10, "test": 0.20}
+MAX_QUERIES_PER_ANSWER = 6
+TEMPLATES_PER_ENTITY = {"sft": 3, "rl": 2, "dev": 1, "test": 1}
+CURRENCY_DATE = date(2026, 1, 1)
+"""Currencies in use on this day; fixed, so that the collection does not change with the calendar."""
+
+
+@dataclass(frozen=True)
+class Entity:
+    """A city, territory, currency, language or script. `code` is its CLDR or tz identifier."""
+
+    kind: str
+    code: str
+    name: str
+
+    @property
+    def doc_id(self) -> str:
+        """The id of the document that describes it."""
+        return f"{self.kind}:{self.code}"
+
+
+@dataclass(frozen=True)
+class Atlas:
+    """Entities, and for every relation the one object of each subject (both as doc_ids)."""
+
+    entities: dict[str, Entity]
+    facts: dict[str, dict[str, str]]
+
+    def name(self, doc_id: str) -> str:
+        """The English name of an entity."""
+        return self.entities[doc_id].name
+
+    def statement(self, relation: str, subject: str) -> str:
+        """The fact as one plain sentence, e.g. `Tashkent is a city in Uzbekistan.`"""
+        return RELATIONS[relation].statement.format(s=self.name(subject), o=self.name(self.facts[relation][subject]))
+
+
+def read_atlas() -> Atlas:
+    """Read the facts from the installed `babel` package."""
+    from babel import Locale
+    from babel.core import get_global
+    from babel.languages import get_official_languages
+    from babel.numbers import get_territory_currencies
+
+    english = Locale("en")
+    entities: dict[str, Entity] = {}
+    facts: dict[str, dict[str, str]] = {name: {} for name in RELATIONS}
+
+    def add(kind: str, code: str, name: str) -> str:
+        entity = Entity(kind, code, name)
+        entities[entity.doc_id] = entity
+        return entity.doc_id
+
+    for code in sorted(get_global("territory_zones")):
+        currencies = get_territory_currencies(code, CURRENCY_DATE)
+        languages = get_official_languages(code, regional=True, de_facto=True)
+        if not currencies or not languages:
+            continue
+        territory = add("territory", code, english.territories[code])
+        currency = add("currency", currencies[0], english.currencies[currencies[0]])
+        language_code, _, script_variant = languages[0].partition("_")
+        language = add("language", language_code, english.languages[language_code])
+        script_code = get_global("likely_subtags")[language_code].split("_")[1]
+        script = add("script", script_code, _script_name(script_code, english))
+        facts["territory_currency"][territory] = currency
+        facts["territory_language"][territory] = language
+        facts["language_script"][language] = script
+        if not script_variant:
+            # A territory that writes its language in another than the language's usual script (Serbian in Latin
+            # letters, say) keeps out of the paths that end at the script.
+            facts["territory_script"][territory] = script
+    names = {entity.name for entity in entities.values()}
+    for zone, code in sorted(get_global("zone_territories").items()):
+        name = english.time_zones.get(zone, {}).get("city") or zone.rsplit("/", 1)[-1].replace("_", " ")
+        if f"territory:{code}" in entities and name not in names:
+            names.add(name)
+            facts["city_territory"][add("city", zone, name)] = f"territory:{code}"
+    _invert(facts, "territory_currency", "currency_territory")
+    _invert(facts, "territory_language", "language_territory")
+    return Atlas(entities, facts)
+
+
+def _script_name(code: str, english: Any) -> str:
+    compound = {"Hans": "Han", "Jpan": "Japanese", "Kore": "Korean"}
+    return f"{compound.get(code) or english.scripts[code]} script"
+
+
+def _invert(facts: dict[str, dict[str, str]], relation: str, inverse: str) -> None:
+    """Fill `inverse` where the relation can be read backwards: objects that have exactly one subject."""
+    subjects = defaultdict(list)
+    for subject, target in facts[relation].items():
+        subjects[target].append(subject)
+    facts[inverse] = {target: found[0] for target, found in subjects.items() if len(found) == 1}
+
+
+def split_territories(atlas: Atlas, seed: int) -> dict[str, str]:
+    """Give every territory (doc_id) to one of the four multi-hop splits, by the number of its cities and itself.
+
+    Largest territories first, each to the split that lacks most of its share, so that one large country does not
+    unbalance a split.
+    """
+    weight = dict.fromkeys(atlas.facts["territory_currency"], 1)
+    for territory in atlas.facts["city_territory"].values():
+        weight[territory] += 1
+    order = sorted(weight)
+    random.Random(seed).shuffle(order)
+    order.sort(key=lambda territory: -weight[territory])
+    total, filled, chosen = sum(weight.values()), dict.fromkeys(SPLIT_SHARES, 0), {}
+    for territory in order:
+        split = max(SPLIT_SHARES, key=lambda name: SPLIT_SHARES[name] - filled[name] / total)
+        chosen[territory] = split
+        filled[split] += weight[territory]
+    return chosen
+
+
+def follow(atlas: Atlas, path: tuple[str, ...], start: str) -> list[str] | None:
+    """The entities along a path of relations from `start` (included), or None where a fact is missing."""
+    visited = [start]
+    for relation in path:
+        target = atlas.facts[relation].get(visited[-1])
+        if target is None:
+            return None
+        visited.append(target)
+    if len(path) > 1 and path[-1] == "language_script":
+        territory = next(doc_id for doc_id in visited if doc_id.startswith("territory:"))
+        if territory not in atlas.facts["territory_script"]:
+            return None
+    return visited
+
+
+def build_atlas(seed: int = 0) -> Collection:
+    """Build the collection. The same seed and the same `babel` give the same collection."""
+    atlas = read_atlas()
+    documents = {
+        doc_id: Document(doc_id, document_text(entity.kind, entity.name, entity.code), entity.name)
+        for doc_id, entity in sorted(atlas.entities.items())
+    }
+    queries: dict[str, Query] = {}
+    qrels: dict[str, Qrels] = {name: {} for name in ("facts", *SPLIT_SHARES)}
+    for name, relation in RELATIONS.items():
+        for subject, target in atlas.facts[name].items() if relation.questions else ():
+            for number, template in enumerate(relation.questions):
+                query_id = f"{name}/{subject}/{number}"
+                metadata = {"hops": 1, "path": name, "reasoning": {"chain": atlas.statement(name, subject)}}
+                queries[query_id] = Query(query_id, template.format(s=atlas.name(subject)), metadata)
+                qrels["facts"][query_id] = {target: 1}
+    territory_split = split_territories(atlas, seed)
+    for path_name in PATHS:
+        _add_multi_hop(atlas, path_name, territory_split, random.Random(f"{seed}/{path_name}"), queries, qrels)
+    return Collection("atlas", documents, queries, qrels)
+
+
+def _add_multi_hop(
+    atlas: Atlas,
+    path_name: str,
+    territory_split: dict[str, str],
+    rng: random.Random,
+    queries: dict[str, Query],
+    qrels: dict[str, Qrels],
+) -> None:
+    path = PATHS[path_name]
+    starts = sorted(atlas.facts[path.relations[0]])
+    rng.shuffle(starts)
+    used: dict[tuple[str, str], int] = defaultdict(int)
+    for start in starts:
+        visited = follow(atlas, path.relations, start)
+        if visited is None:
+            continue
+        split = territory_split[next(doc_id for doc_id in visited if doc_id.startswith("territory:"))]
+        if used[split, visited[-1]] >= MAX_QUERIES_PER_ANSWER:
+            continue
+        used[split, visited[-1]] += 1
+        steps = [atlas.statement(relation, subject) for relation, subject in zip(path.relations, visited, strict=False)]
+        reasoning = {
+            "chain": " ".join(steps),
+            "partial": " ".join(steps[:-1]),
+            "restate": restatement(atlas.name(start), visited[-1].partition(":")[0]),
+        }
+        metadata = {"hops": len(path.relations), "path": path_name, "reasoning": reasoning}
+        for number in sorted(rng.sample(range(len(path.questions)), TEMPLATES_PER_ENTITY[split])):
+            query_id = f"{path_name}/{start}/{number}"
+            queries[query_id] = Query(query_id, path.questions[number].format(s=atlas.name(start)), metadata)
+            qrels[split][query_id] = {visited[-1]: 1}
+
+
+def fact_sentences(atlas: Atlas) -> list[str]:
+    """Every single fact in all its wordings, and every document: the plain text that the base model learns from."""
+    sentences = [
+        wording.format(s=atlas.name(subject), o=atlas.name(target))
+        for name, relation in RELATIONS.items()
+        for subject, target in atlas.facts[name].items()
+        for wording in (relation.statement, *relation.paraphrases)
+        if wording
+    ]
+    documents = [document_text(entity.kind, entity.name, entity.code) for entity in atlas.entities.values()]
+    return sentences + documents
+
+
+def fact_dialogues(atlas: Atlas) -> list[tuple[str, str]]:
+    """One-hop questions with the fact as the answer: `(user, assistant)`."""
+    return [
+        (question.format(s=atlas.name(subject)), atlas.statement(name, subject))
+        for name, relation in RELATIONS.items()
+        for subject in atlas.facts[name]
+        for question in relation.questions
+    ]
+
+
+def fact_probes(atlas: Atlas) -> list[tuple[str, str]]:
+    """For every fact the beginning of its sentence and the name that completes it: `(prefix, answer)`."""
+    return [
+        (relation.statement.format(s=atlas.name(subject), o="\0").partition("\0")[0].rstrip(), atlas.name(target))
+        for name, relation in RELATIONS.items()
+        if relation.statement
+        for subject, target in atlas.facts[name].items()
+    ]

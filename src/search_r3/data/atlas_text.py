@@ -1,0 +1,145 @@
+"""The wording of `atlas`: sentences for single facts, templates for queries, the text of a document.
+
+In every template `{s}` is the subject (for a query: the entity it starts from) and `{o}` the object.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Relation:
+    """One kind of fact. A relation without questions only restricts paths."""
+
+    statement: str = ""
+    paraphrases: tuple[str, ...] = ()
+    questions: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Path:
+    """A multi-hop query: the relations to follow and the ways to ask for the end."""
+
+    relations: tuple[str, ...]
+    questions: tuple[str, ...]
+
+
+RELATIONS: dict[str, Relation] = {
+    "city_territory": Relation(
+        "{s} is a city in {o}.",
+        ("{s} lies in {o}.", "You find {s} in {o}.", "{o} is where {s} is.", "One city of {o} is {s}."),
+        ("which country is {s} in?", "where is the city of {s}?", "the territory that {s} belongs to", "{s} country"),
+    ),
+    "territory_currency": Relation(
+        "People in {s} pay with the {o}.",
+        ("The currency of {s} is the {o}.", "{s} uses the {o}.", "The {o} is the money of {s}.", "Prices in {s} are in {o}."),
+        ("what is the currency of {s}?", "which money is used in {s}?", "what do people pay with in {s}?", "{s} currency"),
+    ),
+    "territory_language": Relation(
+        "The main language of {s} is {o}.",
+        ("People in {s} speak {o}.", "{o} is an official language of {s}.", "{s} has {o} as its language.", "In {s} you hear {o}."),
+        ("what is the main language of {s}?", "which language do people speak in {s}?", "the official language of {s}", "{s} language"),
+    ),
+    "language_script": Relation(
+        "{s} is written in the {o}.",
+        ("The {o} is used to write {s}.", "To write {s} you use the {o}.", "{s} texts use the {o}.", "{s} has the {o}."),
+        ("which script is {s} written in?", "how is {s} written?", "the writing system of the {s} language", "{s} script"),
+    ),
+    "currency_territory": Relation(
+        "The {s} is the currency of {o}.",
+        ("The {s} comes from {o}.", "With the {s} you pay in {o}.", "{o} issues the {s}."),
+        ("which country uses the {s}?", "where do people pay with the {s}?", "the country of the {s}"),
+    ),
+    "language_territory": Relation(
+        "{s} is the main language of {o}.",
+        ("{s} is spoken in {o}.", "Speakers of {s} live in {o}.", "{o} is the home of {s}."),
+        ("which country speaks {s}?", "where is {s} the main language?", "the home country of the {s} language"),
+    ),
+    "territory_script": Relation(),
+}
+
+PATHS: dict[str, Path] = {
+    "city_currency": Path(
+        ("city_territory", "territory_currency"),
+        (
+            "what do people pay with in {s}?",
+            "which money do I need for a trip to {s}?",
+            "the currency accepted in the shops of {s}",
+            "what is the currency in {s}?",
+            "{s} currency",
+        ),
+    ),
+    "city_language": Path(
+        ("city_territory", "territory_language"),
+        (
+            "which language do people speak in {s}?",
+            "what language should I learn to live in {s}?",
+            "the main language on the streets of {s}",
+            "what is the official language in {s}?",
+            "{s} language",
+        ),
+    ),
+    "territory_script": Path(
+        ("territory_language", "language_script"),
+        (
+            "which script do people write with in {s}?",
+            "the writing system used in {s}",
+            "what script are the newspapers of {s} printed in?",
+            "how does writing look in {s}?",
+        ),
+    ),
+    "currency_language": Path(
+        ("currency_territory", "territory_language"),
+        (
+            "which language is spoken where people pay with the {s}?",
+            "the main language of the country that uses the {s}",
+            "what do people who earn the {s} speak?",
+        ),
+    ),
+    "language_currency": Path(
+        ("language_territory", "territory_currency"),
+        (
+            "what do speakers of {s} pay with?",
+            "the currency of the country that speaks {s}",
+            "which money is used where {s} is the main language?",
+        ),
+    ),
+    "city_script": Path(
+        ("city_territory", "territory_language", "language_script"),
+        (
+            "which script are the street signs of {s} written in?",
+            "the writing system I will see in {s}",
+            "what script do the newspapers of {s} use?",
+            "how do people write in {s}?",
+        ),
+    ),
+    "currency_script": Path(
+        ("currency_territory", "territory_language", "language_script"),
+        (
+            "which script do people write with where the {s} is used?",
+            "the writing system of the country that pays with the {s}",
+            "what script do people who earn the {s} write?",
+        ),
+    ),
+}
+
+DOCUMENTS = {
+    "city": "{name} is a city. Its entry in the time zone database is {code}.",
+    "territory": "{name} is a country or territory. Its ISO code is {code}.",
+    "currency": "The {name} is a currency. Its ISO code is {code}.",
+    "language": "{name} is a language. Its language code is {code}.",
+    "script": "The {name} is a writing system. Its ISO code is {code}.",
+}
+
+ASKED_FOR = {"currency": "a currency", "language": "a language", "script": "a writing system"}
+
+
+def document_text(kind: str, name: str, code: str) -> str:
+    """The text of an entity's document: what it is and its code, no fact that a query asks for."""
+    return DOCUMENTS[kind].format(name=name, code=code)
+
+
+def restatement(start: str, answer_kind: str) -> str:
+    """Reasoning that only says the query again: stage 1 demonstrates it too, so that RL has something to choose."""
+    return f"The query is about {start}. It asks for {ASKED_FOR[answer_kind]}."

@@ -1,0 +1,39 @@
+"""One base error, one type per boundary.
+
+A message says what was given, what was expected and what to do. The command line prints it as one line and
+exits with status 2.
+"""
+
+from __future__ import annotations
+
+
+class SearchR3Error(Exception):
+    """Base of every error that a user can cause and can mend."""
+
+
+class ConfigError(SearchR3Error):
+    """A setting, a recipe or an override that cannot be used."""
+
+
+class DataError(SearchR3Error):
+    """A collection, a query or a document that cannot be used."""
+
+
+class ModelError(SearchR3Error):
+    """A model directory, a tokenizer or a chat template that cannot be used."""
+
+
+class VectorIndexError(SearchR3Error):
+    """Vectors, ids or a saved index that cannot be used."""
+
+
+class RewardError(SearchR3Error):
+    """A reward that cannot be computed; it is never replaced by 0."""
+
+
+class RunError(SearchR3Error):
+    """A run directory or a checkpoint that cannot be used, or a training that cannot go on."""
+
+
+class ServerError(SearchR3Error):
+    """A request that the server refuses."""

@@ -1,0 +1,240 @@
+"""Load, check and save a causal LM together with its tokenizer, embed token and prompt set.
+
+Shapes: `B` sequences, `T` tokens, `D` hidden size, `V` vocabulary.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from torch import Tensor
+
+from ..errors import ModelError
+from ..files import atomic_directory, write_json
+from .prompts import EMBED_TOKEN, PROMPT_SETS, PromptEncoder, PromptSet
+
+SETTINGS_FILE = "search_r3.json"
+DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+
+
+class EmbeddingSettings(BaseModel):
+    """What a model directory says about its vectors, in `search_r3.json` next to the weights."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    embed_token: str = Field(EMBED_TOKEN, description="The token whose hidden state is the search embedding.")
+    prompts: PromptSet = Field(PROMPT_SETS["search-r3"], description="The wording the model was trained with.")
+    max_length: int = Field(1024, ge=8, description="Longest prompt in tokens; longer texts lose their end, counted.")
+    max_new_tokens: int = Field(512, ge=1, description="Reasoning budget in tokens, the embed token included.")
+
+
+@dataclass
+class Backbone:
+    """A causal LM ready to embed. `prompt_encoder` is the only way from text to ids."""
+
+    model: Any
+    tokenizer: Any
+    settings: EmbeddingSettings
+    embed_token_id: int
+    source: str
+
+    def __post_init__(self) -> None:
+        self.prompt_encoder = PromptEncoder(
+            self.tokenizer, self.settings.prompts, self.embed_token_id, self.settings.max_length
+        )
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weights are."""
+        return next(iter(self.model.parameters())).device
+
+    @property
+    def dimension(self) -> int:
+        """`D`, the size of a search embedding."""
+        return int(self.model.config.get_text_config().hidden_size)
+
+    @property
+    def context_length(self) -> int:
+        """The longest sequence the model was made for, in tokens."""
+        return int(self.model.config.get_text_config().max_position_embeddings)
+
+    def hidden_states(self, ids: Tensor, mask: Tensor) -> Tensor:
+        """Output of the final norm, `B x T x D`, where the output layer reads. Padding on either side is allowed."""
+        positions = (mask.long().cumsum(-1) - 1).clamp(min=0)
+        output = self.model.base_model(input_ids=ids, attention_mask=mask, position_ids=positions, use_cache=False)
+        hidden: Tensor = output.last_hidden_state
+        return hidden
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """Next-token logits `... x V` for hidden states `... x D`, in float32."""
+        scores: Tensor = self.model.get_output_embeddings()(hidden)
+        return scores.float()
+
+    def embed(self, sequences: Sequence[Sequence[int]]) -> Tensor:
+        """Vectors `B x D` (float32, L2-normalised) of sequences that end with the embed token."""
+        ids, mask = pad(sequences, self.tokenizer.pad_token_id, self.device)
+        hidden = self.hidden_states(ids, mask)  # B x T x D
+        return vectors_at(hidden, mask.sum(-1) - 1)
+
+    def save(self, folder: str | Path, dtype: str | None = None) -> None:
+        """Write weights (safetensors), tokenizer and settings; an existing folder is replaced when all is written.
+
+        Args:
+            folder: the model directory.
+            dtype: storage type of the weights (`float16` halves the file); as they are by default.
+        """
+        with atomic_directory(Path(folder)) as out:
+            state = self.model.state_dict()
+            if dtype is not None:
+                state = {name: value.to(DTYPES[dtype]) for name, value in state.items()}
+            self.model.save_pretrained(out, state_dict=state)
+            self.tokenizer.save_pretrained(out)
+            write_json(out / SETTINGS_FILE, self.settings.model_dump())
+
+
+def load_backbone(
+    source: str | Path,
+    *,
+    settings: EmbeddingSettings | None = None,
+    dtype: str = "float32",
+    device: str | torch.device = "cpu",
+    revision: str | None = None,
+) -> Backbone:
+    """Load a causal LM from a directory or the hub; add the embed token where the tokenizer lacks it.
+
+    Args:
+        source: a model directory, or a hub id such as `Qwen/Qwen2.5-1.5B-Instruct`.
+        settings: wording and limits; by default those saved with the model, else the `search-r3` set.
+        dtype: `float32`, `bfloat16` or `float16`.
+        device: where the weights go.
+        revision: branch, tag or commit on the hub.
+
+    Raises:
+        ModelError: files are missing or do not fit together; the message names the remedy. Remote code is never run.
+    """
+    import transformers
+
+    path = Path(source)
+    if isinstance(source, Path) and not path.is_dir():
+        raise ModelError(f"no model directory at {source}; give a directory with config.json, or a hub id")
+    if path.is_dir() and not (path / "config.json").is_file():
+        raise ModelError(f"{source} is no model directory: config.json is missing")
+    tokenizer = _load_tokenizer(source, revision)
+    try:
+        model, report = transformers.AutoModelForCausalLM.from_pretrained(
+            source, dtype=DTYPES[dtype], revision=revision, output_loading_info=True
+        )
+    except (OSError, ValueError) as error:
+        raise ModelError(f"cannot load a causal LM from {source}: {_first_line(error)}") from error
+    missing = sorted(report["missing_keys"])
+    if missing:
+        raise ModelError(f"{source} lacks {len(missing)} weights of its architecture (first: {missing[0]}); wrong files?")
+    embed_token = (settings or EmbeddingSettings()).embed_token
+    if settings is None:
+        settings = _saved_settings(source, model, revision)
+        embed_token = settings.embed_token
+    embed_token_id = _ensure_embed_token(model, tokenizer, embed_token)
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    model.to(device).eval()
+    backbone = Backbone(model, tokenizer, settings, embed_token_id, str(source))
+    _check_output_layer(backbone)
+    return backbone
+
+
+def pad(sequences: Sequence[Sequence[int]], pad_id: int, device: torch.device, left: bool = False) -> tuple[Tensor, Tensor]:
+    """Token ids and attention mask, each `B x T` (int64), padded on the right or on the left."""
+    width = max(len(sequence) for sequence in sequences)
+    ids = torch.full((len(sequences), width), pad_id, dtype=torch.long)
+    mask = torch.zeros((len(sequences), width), dtype=torch.long)
+    for row, sequence in enumerate(sequences):
+        start = width - len(sequence) if left else 0
+        ids[row, start : start + len(sequence)] = torch.tensor(sequence, dtype=torch.long)
+        mask[row, start : start + len(sequence)] = 1
+    return ids.to(device), mask.to(device)
+
+
+def vectors_at(hidden: Tensor, positions: Tensor) -> Tensor:
+    """Search embeddings `B x D` from hidden states `B x T x D` at one position per row: float32, L2-normalised."""
+    rows = torch.arange(hidden.shape[0], device=hidden.device)
+    return torch.nn.functional.normalize(hidden[rows, positions].float(), dim=-1)
+
+
+def _load_tokenizer(source: str | Path, revision: str | None) -> Any:
+    import transformers
+
+    path = Path(source)
+    if path.is_dir() and not any((path / name).is_file() for name in ("tokenizer.json", "tokenizer_config.json")):
+        raise ModelError(f"{source} has no tokenizer (tokenizer.json is missing); copy it next to the weights")
+    try:
+        tokenizer = transformers.AutoTokenizer.from_pretrained(source, revision=revision)
+    except (OSError, ValueError, ImportError) as error:
+        raise ModelError(f"cannot load a tokenizer from {source}: {_first_line(error)}") from error
+    if not tokenizer.is_fast:
+        raise ModelError(f"the tokenizer of {source} is a slow one; a tokenizer.json (fast tokenizer) is needed")
+    return tokenizer
+
+
+def _saved_settings(source: str | Path, model: Any, revision: str | None) -> EmbeddingSettings:
+    """The settings next to the weights; without them the defaults, cut to the model's context."""
+    from transformers.utils import cached_file
+
+    try:
+        file = cached_file(
+            str(source), SETTINGS_FILE, revision=revision, _raise_exceptions_for_missing_entries=False
+        )
+    except OSError:
+        file = None
+    if file is not None:
+        try:
+            return EmbeddingSettings.model_validate(json.loads(Path(file).read_text(encoding="utf-8")))
+        except (ValidationError, json.JSONDecodeError) as error:
+            raise ModelError(f"{file}: not usable as model settings: {_first_line(error)}") from error
+    context = int(model.config.get_text_config().max_position_embeddings)
+    return EmbeddingSettings(max_length=min(1024, context), max_new_tokens=max(1, min(512, context // 2)))
+
+
+def _ensure_embed_token(model: Any, tokenizer: Any, embed_token: str) -> int:
+    """The id of the embed token, added where it is missing; the embedding table grows only if no spare row is left."""
+    known = tokenizer.get_vocab().get(embed_token)
+    if known is None:
+        tokenizer.add_special_tokens({"additional_special_tokens": [embed_token]}, replace_extra_special_tokens=False)
+        known = tokenizer.convert_tokens_to_ids(embed_token)
+        tables = [model.get_input_embeddings(), model.get_output_embeddings()]
+        rows = tables[0].weight.shape[0]
+        used = len(tokenizer) - 1
+        if len(tokenizer) > rows:
+            model.resize_token_embeddings(len(tokenizer), mean_resizing=False)
+            tables = [model.get_input_embeddings(), model.get_output_embeddings()]
+        with torch.no_grad():
+            # A spare row was never trained (or does not exist yet): the mean of the used rows is a neutral start,
+            # the same at every load. Tied tables are one tensor, so the second write repeats the first.
+            means = [table.weight[:used].float().mean(0) for table in tables]
+            for table, mean in zip(tables, means, strict=True):
+                table.weight[known] = mean.to(table.weight.dtype)
+    if len(tokenizer.encode(embed_token, add_special_tokens=False)) != 1:
+        raise ModelError(f"{embed_token} is in the vocabulary but not as one special token; mend tokenizer.json")
+    if known >= model.get_input_embeddings().weight.shape[0]:
+        raise ModelError(f"{embed_token} has id {known}, outside the model's embedding table; tokenizer and weights differ")
+    return int(known)
+
+
+def _check_output_layer(backbone: Backbone) -> None:
+    """Refuse architectures that scale or cap logits after the output layer: our log-probabilities would be wrong."""
+    ids = torch.tensor([[backbone.embed_token_id] * 2], device=backbone.device)
+    with torch.no_grad():
+        expected = backbone.model(input_ids=ids).logits.float()
+        found = backbone.logits(backbone.hidden_states(ids, torch.ones_like(ids)))
+    if not torch.allclose(expected, found, atol=1e-2, rtol=1e-2):
+        name = type(backbone.model).__name__
+        raise ModelError(f"{name} changes its logits after the output layer (scaling or capping): not supported yet")
+
+
+def _first_line(error: BaseException) -> str:
+    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
