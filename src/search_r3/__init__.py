@@ -1,0 +1,35 @@
+"""Search-R3: a language model reasons about a query and then emits one token whose hidden state is the search vector.
+
+The public names load on first use, so that importing the package and `--help` load no torch.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import Any
+
+__version__ = "0.1.0"
+
+_PUBLIC = {
+    "SearchR3": "model.encoder",
+    "QueryEmbeddings": "model.encoder",
+    "EmbeddingSettings": "model.backbone",
+    "PromptSet": "model.prompts",
+    "PROMPT_SETS": "model.prompts",
+    "Collection": "data.collection",
+    "Document": "data.collection",
+    "Query": "data.collection",
+    "SearchR3Error": "errors",
+}
+
+__all__ = ["__version__", *_PUBLIC]  # noqa: PLE0604 - names are loaded on first use
+
+
+def __getattr__(name: str) -> Any:
+    if name in _PUBLIC:
+        return getattr(import_module(f".{_PUBLIC[name]}", __name__), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

@@ -1,0 +1,203 @@
+"""Typed settings: YAML recipes and `key=value` overrides. An unknown key is an error.
+
+Defaults marked (log) were chosen by the experiments in `docs/log.md`; the others are common values of the field.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from .errors import ConfigError
+
+
+class Section(BaseModel):
+    """A frozen group of settings that refuses keys it does not know."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class BaseModelSettings(Section):
+    """Making a small base model (`search-r3 base`)."""
+
+    steps: int = Field(1500, ge=1, description="Optimizer steps.")
+    batch_size: int = Field(32, ge=1, description="Packed sequences per step.")
+    sequence_length: int = Field(128, ge=16, description="Tokens per packed sequence.")
+    learning_rate: float = Field(3e-3, gt=0, description="Peak rate; cosine to 5 % after 50 warm-up steps.")
+    vocab_size: int = Field(2048, ge=300, description="Tokenizer entries, special tokens included.")
+    hidden_size: int = Field(128, ge=32, description="D, a multiple of 32 (the size of one head).")
+    layers: int = Field(4, ge=1, description="Transformer blocks.")
+    intermediate_size: int = Field(512, ge=32, description="Width of the MLP.")
+
+
+class SFTSettings(Section):
+    """Stage 1: `L = L_SFT + L_KL + L_InfoNCE + L_TripletMargin`."""
+
+    steps: int = Field(300, ge=1, description="Optimizer steps.")
+    batch_size: int = Field(48, ge=2, description="Queries per step.")
+    learning_rate: float = Field(1e-3, gt=0, description="Peak rate; linear warm-up, cosine to 0.")
+    warmup_steps: int = Field(20, ge=0, description="Steps of linear warm-up.")
+    max_grad_norm: float = Field(1.0, gt=0, description="Gradients are clipped to this norm.")
+    weight_decay: float = Field(0.01, ge=0, description="AdamW's decoupled weight decay.")
+    splits: dict[str, float] = Field({"facts": 0.5, "sft": 0.5}, description="Share of each batch drawn from a split.")
+    reasoning_styles: dict[str, float] = Field(
+        {"chain": 0.3, "partial": 0.2, "restate": 0.5},
+        description="Sampling weight of each kind of reasoning trace that a query carries; a query with one trace uses it.",
+    )
+    random_negatives: int = Field(1, ge=0, description="Random negatives per query.")
+    bm25_negatives: int = Field(1, ge=0, description="BM25-mined negatives per query.")
+    cross_entropy_weight: float = Field(1.0, ge=0, description="Weight of L_SFT.")
+    kl_weight: float = Field(1.0, ge=0, description="Weight of L_KL to the frozen base, over the vocabulary.")
+    info_nce_weight: float = Field(1.0, ge=0, description="Weight of L_InfoNCE.")
+    triplet_weight: float = Field(1.0, ge=0, description="Weight of L_TripletMargin.")
+    contrastive_temperature: float = Field(0.05, gt=0, description="tau of InfoNCE.")
+    triplet_margin: float = Field(0.1, ge=0, le=2, description="theta of the triplet loss, in cosine.")
+
+    @model_validator(mode="after")
+    def _need_negatives(self) -> SFTSettings:
+        if self.triplet_weight > 0 and self.random_negatives + self.bm25_negatives == 0:
+            raise ValueError(
+                f"triplet_weight={self.triplet_weight} needs negatives, but random_negatives=0 and bm25_negatives=0; "
+                "set triplet_weight=0 or ask for negatives"
+            )
+        return self
+
+
+class RewardWeights(Section):
+    """Weights of the reward parts; the reward is their weighted sum."""
+
+    ranking: float = Field(1.0, ge=0, description="nDCG@k of the rollout's vector over the live corpus, 0 to 1.")
+    similarity: float = Field(0.1, ge=0, description="(1 + cosine to the positives) / 2, 0 to 1.")
+    format: float = Field(0.1, ge=0, description="1 if the model emitted the embed token itself, else 0.")
+    length: float = Field(0.0, ge=0, description="Minus the used share of the budget, -1 to 0.")
+
+
+class GRPOSettings(Section):
+    """Stage 2: GRPO with the retrieval reward."""
+
+    steps: int = Field(60, ge=1, description="Optimizer steps (with num_iterations=1, one per batch of rollouts).")
+    queries_per_step: int = Field(16, ge=1, description="Q, queries per batch of rollouts.")
+    group_size: int = Field(8, ge=2, description="G, rollouts per query.")
+    num_iterations: int = Field(1, ge=1, description="Passes over each batch of rollouts.")
+    learning_rate: float = Field(3e-4, gt=0, description="Peak rate; linear warm-up, cosine to 0.")
+    warmup_steps: int = Field(5, ge=0, description="Steps of linear warm-up.")
+    max_grad_norm: float = Field(1.0, gt=0, description="Gradients are clipped to this norm.")
+    weight_decay: float = Field(0.0, ge=0, description="AdamW's decoupled weight decay.")
+    splits: tuple[str, ...] = Field(("rl",), min_length=1, description="Splits whose queries are rolled out.")
+    sampling_temperature: float = Field(1.0, gt=0, description="Temperature of rollouts; log-probabilities use it too.")
+    clip_epsilon: float = Field(0.2, gt=0, lt=1, description="PPO clip range of the probability ratio.")
+    kl_coefficient: float = Field(0.0, ge=0, description="Weight of the KL to the stage-1 model (k3 estimate).")
+    advantage_scale: Literal["group", "batch", "none"] = Field(
+        "batch", description="What centred rewards are divided by: the group's, the batch's standard deviation, or 1."
+    )
+    embedding_loss_weight: float = Field(
+        0.0, ge=0, description="Weight of InfoNCE on the rollouts' own vectors against the live index."
+    )
+    contrastive_temperature: float = Field(0.05, gt=0, description="tau of that InfoNCE.")
+    reward: RewardWeights = RewardWeights()
+    reward_k: int = Field(10, ge=1, description="k of the nDCG in the ranking part.")
+    refresh: Literal["never", "full"] = Field("full", description="How document vectors follow the model.")
+    micro_batch_size: int = Field(128, ge=1, description="Rollouts per forward and backward pass; changes memory only.")
+    evaluate_every: int = Field(10, ge=1, description="Steps between evaluations on `evaluation.dev_split`.")
+
+
+class EvaluationSettings(Section):
+    """What is evaluated, and on which queries."""
+
+    dev_split: str = Field("dev", description="Split looked at during training.")
+    test_split: str = Field("test", description="Split read once, by the final evaluation.")
+    batch_size: int = Field(128, ge=1, description="Texts encoded at a time.")
+    rollout_queries: int = Field(64, ge=1, description="Test queries whose sampled rollouts are scored before and after RL.")
+    permutations: int = Field(10_000, ge=100, description="Permutations of the paired randomisation tests.")
+    bootstrap: int = Field(1_000, ge=100, description="Resamples of the confidence intervals.")
+
+
+class Recipe(Section):
+    """One training, from collection to report."""
+
+    name: str = Field("quickstart", description="Name of the run.")
+    run_dir: str = Field("runs/quickstart", description="Where everything is written.")
+    seed: int = Field(0, ge=0, description="Seed of sampling, shuffling and initialisation.")
+    collection: str = Field("atlas", description="`atlas`, or a folder in the BEIR layout.")
+    base: str = Field("builtin", description="`builtin` (the small model in the package), a directory or a hub id.")
+    prompts: Literal["search-r3", "published"] = Field("search-r3", description="Prompt set, saved with the model.")
+    max_length: int = Field(128, ge=8, description="Longest prompt in tokens; longer texts lose their end, counted.")
+    max_new_tokens: int = Field(64, ge=1, description="Reasoning budget in tokens, the embed token included.")
+    dtype: Literal["float32", "bfloat16"] = Field("float32", description="Precision of weights and computation.")
+    save_every: int = Field(50, ge=1, description="Steps between checkpoints.")
+    base_model: BaseModelSettings = BaseModelSettings()
+    sft: SFTSettings = SFTSettings()
+    grpo: GRPOSettings = GRPOSettings()
+    evaluation: EvaluationSettings = EvaluationSettings()
+
+
+def load_recipe(path: str | Path | None, overrides: Sequence[str] = ()) -> Recipe:
+    """Read a YAML recipe and apply `key=value` overrides (`grpo.steps=10`); values are read as YAML.
+
+    Raises:
+        ConfigError: the file cannot be read, a key is unknown (the nearest known one is named) or a value does not fit.
+    """
+    values: Any = {}
+    if path is not None:
+        try:
+            values = yaml.safe_load(Path(path).read_text(encoding="utf-8")) or {}
+        except OSError as error:
+            raise ConfigError(f"cannot read the recipe {path}: {error.strerror}") from error
+        except yaml.YAMLError as error:
+            raise ConfigError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from error
+        if not isinstance(values, dict):
+            raise ConfigError(f"{path}: expected `key: value` lines, found {type(values).__name__}")
+    for override in overrides:
+        _apply(values, override)
+    try:
+        return Recipe.model_validate(values)
+    except ValidationError as error:
+        raise ConfigError(_explain(error, path)) from error
+
+
+def dump_recipe(recipe: Recipe) -> str:
+    """The resolved settings as YAML, readable by `load_recipe`."""
+    return yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False)
+
+
+def _apply(values: dict[str, Any], override: str) -> None:
+    key, found, text = override.partition("=")
+    if not found or not key:
+        raise ConfigError(f"cannot read the override {override!r}; expected key=value, for instance grpo.steps=10")
+    *parents, leaf = key.split(".")
+    place = values
+    for parent in parents:
+        child = place.setdefault(parent, {})
+        if not isinstance(child, dict):
+            raise ConfigError(f"cannot set {key!r}: {parent!r} is a single value, not a section")
+        place = child
+    try:
+        place[leaf] = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise ConfigError(f"cannot read the value of {override!r} as YAML") from error
+    # YAML 1.1 reads 1e-3 (no dot) as a string; people write learning rates so.
+    if isinstance(place[leaf], str):
+        try:
+            place[leaf] = float(place[leaf])
+        except ValueError:
+            return
+
+
+def _explain(error: ValidationError, path: str | Path | None) -> str:
+    """One line for the first of pydantic's errors, with the nearest known key for an unknown one."""
+    first = error.errors()[0]
+    key = ".".join(str(part) for part in first["loc"]) or "recipe"
+    where = f"{path}: " if path is not None else ""
+    if first["type"] == "extra_forbidden":
+        section: Any = Recipe
+        for part in first["loc"][:-1]:
+            section = section.model_fields[str(part)].annotation
+        near = difflib.get_close_matches(str(first["loc"][-1]), section.model_fields, n=1)
+        hint = f"; did you mean {near[0]!r}?" if near else f"; known here: {', '.join(section.model_fields)}"
+        return f"{where}unknown setting {key!r}{hint}"
+    return f"{where}{key} = {first['input']!r}: {first['msg']}"

@@ -1,0 +1,88 @@
+"""Training examples for stage 1: a query, its positives, negatives, and reasoning traces where the data has them."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+from ..errors import DataError
+from .collection import Collection, Query
+
+LexicalSearch = Callable[[Sequence[str], int], list[list[str]]]
+"""`(texts, k) -> doc_ids of the k best documents of each text`; a BM25 or a dense retriever."""
+
+
+@dataclass(frozen=True)
+class TrainingExample:
+    """One query with what stage 1 needs.
+
+    `reasoning` maps a style to a trace; `negative_ids` lists hard (mined) negatives, best first.
+    """
+
+    query: Query
+    positive_ids: tuple[str, ...]
+    negative_ids: tuple[str, ...]
+    reasoning: Mapping[str, str]
+
+
+def training_examples(
+    collection: Collection, split: str, search: LexicalSearch | None = None, mined: int = 0
+) -> list[TrainingExample]:
+    """The examples of one split, with up to `mined` hard negatives each.
+
+    A mined negative is never a document judged for the query, nor one with the text of a positive.
+
+    Raises:
+        DataError: the split is unknown, or a query has no positive document.
+    """
+    qrels = collection.split(split)
+    query_ids = list(qrels)
+    found: list[list[str]] = [[] for _ in query_ids]
+    if search is not None and mined > 0:
+        deepest = max(len(relevance) for relevance in qrels.values())
+        found = search([collection.queries[query_id].text for query_id in query_ids], mined + deepest + 8)
+    examples = []
+    for query_id, candidates in zip(query_ids, found, strict=True):
+        relevance = qrels[query_id]
+        positives = tuple(doc_id for doc_id, gain in relevance.items() if gain > 0)
+        if not positives:
+            raise DataError(f"query {query_id!r} of split {split!r} has no document with a score above 0; remove it")
+        texts = {collection.documents[doc_id].full_text for doc_id in positives}
+        negatives = [
+            doc_id
+            for doc_id in candidates
+            if doc_id not in relevance and collection.documents[doc_id].full_text not in texts
+        ]
+        query = collection.queries[query_id]
+        examples.append(TrainingExample(query, positives, tuple(negatives[:mined]), reasoning_traces(query)))
+    return examples
+
+
+def reasoning_traces(query: Query) -> dict[str, str]:
+    """The traces in `metadata.reasoning`: a mapping from style to text, or one text (style `trace`)."""
+    value = query.metadata.get("reasoning") or {}
+    if isinstance(value, str):
+        return {"trace": value}
+    if isinstance(value, Mapping) and all(isinstance(text, str) for text in value.values()):
+        return {str(style): text for style, text in value.items() if text.strip()}
+    raise DataError(f"query {query.query_id!r}: metadata.reasoning must be a text or a mapping from style to text")
+
+
+def draw_negatives(
+    example: TrainingExample, doc_ids: Sequence[str], random_count: int, mined_count: int, rng: random.Random
+) -> list[str]:
+    """Negatives for one use of an example: mined ones first, the rest random documents that are not its positives.
+
+    Where fewer were mined than asked for, random ones fill the place, so that every example has the same number.
+    """
+    mined = rng.sample(example.negative_ids, min(mined_count, len(example.negative_ids)))
+    chosen, taken = list(mined), {*mined, *example.positive_ids}
+    if len(doc_ids) - len(taken) < random_count + mined_count - len(mined):
+        raise DataError(f"the corpus of {len(doc_ids)} documents is too small for the negatives asked for")
+    while len(chosen) < random_count + mined_count:
+        doc_id = rng.choice(doc_ids)
+        if doc_id not in taken:
+            taken.add(doc_id)
+            chosen.append(doc_id)
+    return chosen

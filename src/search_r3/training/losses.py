@@ -1,0 +1,156 @@
+"""The losses of both stages as pure functions on tensors.
+
+Shapes: `B` queries or rollouts, `M` documents, `K` negatives per query, `T` tokens, `S` supervised positions,
+`V` vocabulary, `Q` queries, `G` rollouts per query.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+
+def cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
+    """`L_SFT`: mean cross-entropy over supervised positions, logits `S x V`, targets `S`.
+
+    Raises:
+        ValueError: no supervised position, which would give 0 / 0.
+    """
+    if targets.numel() == 0:
+        raise ValueError("cross_entropy needs at least one supervised token; the batch has none")
+    return functional.cross_entropy(logits, targets)
+
+
+def kl_to_base(logits: Tensor, base_logits: Tensor) -> Tensor:
+    """`L_KL`: mean over positions of `KL(base || tuned)` in nats, both logits `S x V`.
+
+    This direction makes the tuned model keep every continuation that the base considers likely.
+    """
+    base = torch.log_softmax(base_logits, dim=-1)
+    tuned = torch.log_softmax(logits, dim=-1)
+    return (base.exp() * (base - tuned)).sum(-1).mean()
+
+
+def info_nce(
+    queries: Tensor, documents: Tensor, positives: Tensor, excluded: Tensor, contrastive_temperature: float
+) -> Tensor:
+    """`L_InfoNCE = -log( exp(cos(q,d+)/tau) / sum_i exp(cos(q,d_i)/tau) )`, mean over queries (paper, section 3).
+
+    Args:
+        queries: `B x D`, L2-normalised.
+        documents: `M x D`, L2-normalised.
+        positives: `B`, the column of each query's positive.
+        excluded: `B x M`, True for a document left out of a query's sum (its other positives, doubled texts).
+        contrastive_temperature: tau.
+    """
+    scores = queries @ documents.T / contrastive_temperature  # B x M
+    scores = scores.masked_fill(excluded, float("-inf"))
+    return functional.cross_entropy(scores, positives)
+
+
+def triplet_margin(positive_cosines: Tensor, negative_cosines: Tensor, margin: float) -> Tensor:
+    """`L_TripletMargin = max(0, theta + cos(q,d-) - cos(q,d+))`, mean over `B x K` pairs.
+
+    Args:
+        positive_cosines: `B`.
+        negative_cosines: `B x K`.
+        margin: theta.
+    """
+    return functional.relu(margin + negative_cosines - positive_cosines[:, None]).mean()
+
+
+@dataclass(frozen=True)
+class Advantages:
+    """`values` `Q x G`; `equal_share`: share of groups whose rewards are all equal and which teach nothing."""
+
+    values: Tensor
+    equal_share: float
+
+
+def group_advantages(rewards: Tensor, scale: Literal["group", "batch", "none"], tolerance: float = 1e-6) -> Advantages:
+    """Group-relative advantages: reward minus its group's mean, divided once as `scale` says.
+
+    `group` divides by the group's own standard deviation (GRPO, arXiv 2402.03300), which gives the smallest
+    differences the same weight as the largest; `batch` by the root mean square of all centred rewards; `none` by 1
+    (arXiv 2503.20783). A group whose rewards are equal within `tolerance` gets exactly 0.
+
+    Args:
+        rewards: `Q x G`.
+        scale: the divisor.
+        tolerance: rewards closer than this count as equal.
+    """
+    centred = rewards - rewards.mean(-1, keepdim=True)
+    equal = (rewards.amax(-1) - rewards.amin(-1)) <= tolerance
+    centred = centred.masked_fill(equal[:, None], 0.0)
+    if scale == "group":
+        divisor = rewards.std(-1, keepdim=True) + 1e-4
+    elif scale == "batch":
+        divisor = centred.pow(2).mean().sqrt() + 1e-4
+    else:
+        divisor = torch.ones(())
+    return Advantages(centred / divisor, equal.float().mean().item())
+
+
+@dataclass(frozen=True)
+class GRPOLoss:
+    """Sums over tokens; divide by the number of tokens of the whole batch. `clipped`, `kl`: for the metrics."""
+
+    total: Tensor
+    clipped: Tensor
+    kl: Tensor
+
+
+def grpo_loss(
+    policy_logprobs: Tensor,
+    sampler_logprobs: Tensor,
+    advantages: Tensor,
+    mask: Tensor,
+    clip_epsilon: float,
+    reference_logprobs: Tensor | None = None,
+    kl_coefficient: float = 0.0,
+) -> GRPOLoss:
+    """Clipped policy-gradient loss of GRPO, summed over the tokens of `mask`.
+
+    `-min(r A, clip(r, 1 - eps, 1 + eps) A) + beta (exp(d) - d - 1)` with `r = exp(policy - sampler)` and
+    `d = reference - policy` (the k3 estimate of the KL to the reference).
+
+    Args:
+        policy_logprobs: `B x T`, log-probabilities under the weights being trained.
+        sampler_logprobs: `B x T`, those recorded while sampling.
+        advantages: `B`.
+        mask: `B x T`, 1 where the model chose the token.
+        clip_epsilon: eps.
+        reference_logprobs: `B x T`, needed when `kl_coefficient` is above 0.
+        kl_coefficient: beta.
+    """
+    ratio = torch.exp(policy_logprobs - sampler_logprobs)
+    limited = ratio.clamp(1 - clip_epsilon, 1 + clip_epsilon)
+    scaled, scaled_limited = ratio * advantages[:, None], limited * advantages[:, None]
+    per_token = -torch.minimum(scaled, scaled_limited)
+    kl = torch.zeros(())
+    if kl_coefficient > 0:
+        if reference_logprobs is None:
+            raise ValueError("kl_coefficient > 0 needs reference_logprobs")
+        delta = reference_logprobs - policy_logprobs
+        divergence = torch.exp(delta) - delta - 1
+        per_token = per_token + kl_coefficient * divergence
+        kl = (divergence * mask).sum().detach()
+    clipped = ((scaled_limited < scaled) * mask).sum().detach()
+    return GRPOLoss((per_token * mask).sum(), clipped, kl)
+
+
+def token_logprobs(logits: Tensor, ids: Tensor, sampling_temperature: float) -> Tensor:
+    """Log-probability of each next token, `B x T` (the last column is 0), under the sampling distribution.
+
+    Args:
+        logits: `B x T x V`.
+        ids: `B x T`; the logits at `t` predict `ids` at `t + 1`.
+        sampling_temperature: the temperature that the rollouts were sampled at.
+    """
+    logprobs = torch.log_softmax(logits[:, :-1] / sampling_temperature, dim=-1)
+    picked = logprobs.gather(-1, ids[:, 1:, None])[..., 0]
+    return functional.pad(picked, (0, 1))
