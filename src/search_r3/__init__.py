@@ -22,7 +22,7 @@ _PUBLIC = {
     "SearchR3Error": "errors",
 }
 
-__all__ = ["__version__", *_PUBLIC]  # noqa: PLE0604 - names are loaded on first use
+__all__ = ["__version__", *_PUBLIC]
 
 
 def __getattr__(name: str) -> Any:

@@ -29,7 +29,7 @@ class BaseModelSettings(Section):
     batch_size: int = Field(32, ge=1, description="Packed sequences per step.")
     sequence_length: int = Field(128, ge=16, description="Tokens per packed sequence.")
     learning_rate: float = Field(3e-3, gt=0, description="Peak rate; cosine to 5 % after 50 warm-up steps.")
-    vocab_size: int = Field(2048, ge=300, description="Tokenizer entries, special tokens included.")
+    vocab_size: int = Field(3072, ge=300, description="Tokenizer entries, special tokens included.")
     hidden_size: int = Field(128, ge=32, description="D, a multiple of 32 (the size of one head).")
     layers: int = Field(4, ge=1, description="Transformer blocks.")
     intermediate_size: int = Field(512, ge=32, description="Width of the MLP.")
@@ -47,7 +47,7 @@ class SFTSettings(Section):
     splits: dict[str, float] = Field({"facts": 0.5, "sft": 0.5}, description="Share of each batch drawn from a split.")
     reasoning_styles: dict[str, float] = Field(
         {"chain": 0.3, "partial": 0.2, "restate": 0.5},
-        description="Sampling weight of each kind of reasoning trace that a query carries; a query with one trace uses it.",
+        description="Sampling weight of each style of reasoning trace; a query that has one trace uses it.",
     )
     random_negatives: int = Field(1, ge=0, description="Random negatives per query.")
     bm25_negatives: int = Field(1, ge=0, description="BM25-mined negatives per query.")
@@ -93,7 +93,8 @@ class GRPOSettings(Section):
     clip_epsilon: float = Field(0.2, gt=0, lt=1, description="PPO clip range of the probability ratio.")
     kl_coefficient: float = Field(0.0, ge=0, description="Weight of the KL to the stage-1 model (k3 estimate).")
     advantage_scale: Literal["group", "batch", "none"] = Field(
-        "batch", description="What centred rewards are divided by: the group's, the batch's standard deviation, or 1."
+        "batch",
+        description="What centred rewards are divided by: the group's, the batch's standard deviation, or 1.",
     )
     embedding_loss_weight: float = Field(
         0.0, ge=0, description="Weight of InfoNCE on the rollouts' own vectors against the live index."
@@ -112,7 +113,9 @@ class EvaluationSettings(Section):
     dev_split: str = Field("dev", description="Split looked at during training.")
     test_split: str = Field("test", description="Split read once, by the final evaluation.")
     batch_size: int = Field(128, ge=1, description="Texts encoded at a time.")
-    rollout_queries: int = Field(64, ge=1, description="Test queries whose sampled rollouts are scored before and after RL.")
+    rollout_queries: int = Field(
+        64, ge=1, description="Test queries whose sampled rollouts are scored before and after RL."
+    )
     permutations: int = Field(10_000, ge=100, description="Permutations of the paired randomisation tests.")
     bootstrap: int = Field(1_000, ge=100, description="Resamples of the confidence intervals.")
 

@@ -33,7 +33,3 @@ class RewardError(SearchR3Error):
 
 class RunError(SearchR3Error):
     """A run directory or a checkpoint that cannot be used, or a training that cannot go on."""
-
-
-class ServerError(SearchR3Error):
-    """A request that the server refuses."""

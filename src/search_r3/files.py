@@ -28,11 +28,11 @@ def atomic_directory(target: Path) -> Iterator[Path]:
         yield scratch
         if target.exists():
             old = Path(tempfile.mkdtemp(prefix=f".{target.name}.old.", dir=target.parent))
-            os.replace(target, old / target.name)
-            os.replace(scratch, target)
+            target.replace(old / target.name)
+            scratch.replace(target)
             shutil.rmtree(old)
         else:
-            os.replace(scratch, target)
+            scratch.replace(target)
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
 
@@ -46,7 +46,7 @@ def write_text(path: Path, text: str) -> None:
         with os.fdopen(handle, "w", encoding="utf-8") as file:
             file.write(text)
         Path(scratch).chmod(0o644)
-        os.replace(scratch, path)
+        Path(scratch).replace(path)
     finally:
         Path(scratch).unlink(missing_ok=True)
 
@@ -71,7 +71,9 @@ def read_jsonl(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
                 try:
                     value = json.loads(line)
                 except json.JSONDecodeError as error:
-                    raise DataError(f"{path}:{number}: not valid JSON ({error.msg}); mend or remove the line") from error
+                    raise DataError(
+                        f"{path}:{number}: not valid JSON ({error.msg}); mend or remove the line"
+                    ) from error
                 if not isinstance(value, dict):
                     raise DataError(f"{path}:{number}: expected a JSON object, found {type(value).__name__}")
                 yield number, value

@@ -1,0 +1,1 @@
+"""Collections, the built-in atlas, training examples."""

@@ -57,7 +57,7 @@ class Atlas:
         return self.entities[doc_id].name
 
     def statement(self, relation: str, subject: str) -> str:
-        """The fact as one plain sentence, e.g. `Tashkent is a city in Uzbekistan.`"""
+        """The fact as one plain sentence (`Tashkent is a city in Uzbekistan`)."""
         return RELATIONS[relation].statement.format(s=self.name(subject), o=self.name(self.facts[relation][subject]))
 
 
@@ -158,7 +158,7 @@ def build_atlas(seed: int = 0) -> Collection:
     """Build the collection. The same seed and the same `babel` give the same collection."""
     atlas = read_atlas()
     documents = {
-        doc_id: Document(doc_id, document_text(entity.kind, entity.name, entity.code), entity.name)
+        doc_id: Document(doc_id, document_text(entity.kind, entity.code), entity.name)
         for doc_id, entity in sorted(atlas.entities.items())
     }
     queries: dict[str, Query] = {}
@@ -218,7 +218,7 @@ def fact_sentences(atlas: Atlas) -> list[str]:
         for wording in (relation.statement, *relation.paraphrases)
         if wording
     ]
-    documents = [document_text(entity.kind, entity.name, entity.code) for entity in atlas.entities.values()]
+    documents = [f"{entity.name} {document_text(entity.kind, entity.code)}" for entity in atlas.entities.values()]
     return sentences + documents
 
 
@@ -235,8 +235,20 @@ def fact_dialogues(atlas: Atlas) -> list[tuple[str, str]]:
 def fact_probes(atlas: Atlas) -> list[tuple[str, str]]:
     """For every fact the beginning of its sentence and the name that completes it: `(prefix, answer)`."""
     return [
-        (relation.statement.format(s=atlas.name(subject), o="\0").partition("\0")[0].rstrip(), atlas.name(target))
+        (
+            relation.statement.format(s=atlas.name(subject), o="\0").partition("\0")[0].rstrip(),
+            atlas.name(target),
+        )
         for name, relation in RELATIONS.items()
         if relation.statement
         for subject, target in atlas.facts[name].items()
     ]
+
+
+def question_wordings() -> list[str]:
+    """The templates of all queries without their entity: words, no facts."""
+    groups = [
+        *(relation.questions for relation in RELATIONS.values()),
+        *(path.questions for path in PATHS.values()),
+    ]
+    return [template.format(s="").strip() for templates in groups for template in templates]

@@ -29,22 +29,57 @@ RELATIONS: dict[str, Relation] = {
     "city_territory": Relation(
         "{s} is a city in {o}.",
         ("{s} lies in {o}.", "You find {s} in {o}.", "{o} is where {s} is.", "One city of {o} is {s}."),
-        ("which country is {s} in?", "where is the city of {s}?", "the territory that {s} belongs to", "{s} country"),
+        (
+            "which country is {s} in?",
+            "where is the city of {s}?",
+            "the territory that {s} belongs to",
+            "{s} country",
+        ),
     ),
     "territory_currency": Relation(
         "People in {s} pay with the {o}.",
-        ("The currency of {s} is the {o}.", "{s} uses the {o}.", "The {o} is the money of {s}.", "Prices in {s} are in {o}."),
-        ("what is the currency of {s}?", "which money is used in {s}?", "what do people pay with in {s}?", "{s} currency"),
+        (
+            "The currency of {s} is the {o}.",
+            "{s} uses the {o}.",
+            "The {o} is the money of {s}.",
+            "Prices in {s} are in {o}.",
+        ),
+        (
+            "what is the currency of {s}?",
+            "which money is used in {s}?",
+            "what do people pay with in {s}?",
+            "{s} currency",
+        ),
     ),
     "territory_language": Relation(
         "The main language of {s} is {o}.",
-        ("People in {s} speak {o}.", "{o} is an official language of {s}.", "{s} has {o} as its language.", "In {s} you hear {o}."),
-        ("what is the main language of {s}?", "which language do people speak in {s}?", "the official language of {s}", "{s} language"),
+        (
+            "People in {s} speak {o}.",
+            "{o} is an official language of {s}.",
+            "{s} has {o} as its language.",
+            "In {s} you hear {o}.",
+        ),
+        (
+            "what is the main language of {s}?",
+            "which language do people speak in {s}?",
+            "the official language of {s}",
+            "{s} language",
+        ),
     ),
     "language_script": Relation(
         "{s} is written in the {o}.",
-        ("The {o} is used to write {s}.", "To write {s} you use the {o}.", "{s} texts use the {o}.", "{s} has the {o}."),
-        ("which script is {s} written in?", "how is {s} written?", "the writing system of the {s} language", "{s} script"),
+        (
+            "The {o} is used to write {s}.",
+            "To write {s} you use the {o}.",
+            "{s} texts use the {o}.",
+            "{s} has the {o}.",
+        ),
+        (
+            "which script is {s} written in?",
+            "how is {s} written?",
+            "the writing system of the {s} language",
+            "{s} script",
+        ),
     ),
     "currency_territory": Relation(
         "The {s} is the currency of {o}.",
@@ -54,7 +89,11 @@ RELATIONS: dict[str, Relation] = {
     "language_territory": Relation(
         "{s} is the main language of {o}.",
         ("{s} is spoken in {o}.", "Speakers of {s} live in {o}.", "{o} is the home of {s}."),
-        ("which country speaks {s}?", "where is {s} the main language?", "the home country of the {s} language"),
+        (
+            "which country speaks {s}?",
+            "where is {s} the main language?",
+            "the home country of the {s} language",
+        ),
     ),
     "territory_script": Relation(),
 }
@@ -125,19 +164,19 @@ PATHS: dict[str, Path] = {
 }
 
 DOCUMENTS = {
-    "city": "{name} is a city. Its entry in the time zone database is {code}.",
-    "territory": "{name} is a country or territory. Its ISO code is {code}.",
-    "currency": "The {name} is a currency. Its ISO code is {code}.",
-    "language": "{name} is a language. Its language code is {code}.",
-    "script": "The {name} is a writing system. Its ISO code is {code}.",
+    "city": "A city. Time zone: {code}.",
+    "territory": "A country or territory. ISO code: {code}.",
+    "currency": "A currency. ISO code: {code}.",
+    "language": "A language. Language code: {code}.",
+    "script": "A writing system. ISO code: {code}.",
 }
 
 ASKED_FOR = {"currency": "a currency", "language": "a language", "script": "a writing system"}
 
 
-def document_text(kind: str, name: str, code: str) -> str:
+def document_text(kind: str, code: str) -> str:
     """The text of an entity's document: what it is and its code, no fact that a query asks for."""
-    return DOCUMENTS[kind].format(name=name, code=code)
+    return DOCUMENTS[kind].format(code=code)
 
 
 def restatement(start: str, answer_kind: str) -> str:

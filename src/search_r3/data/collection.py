@@ -32,7 +32,10 @@ class Document:
 
 @dataclass(frozen=True)
 class Query:
-    """One query. `metadata` may hold answers and proofs: it is for training and analysis, never for a model under test."""
+    """One query.
+
+    `metadata` may hold answers and proofs: it is for training and analysis, never for a model under test.
+    """
 
     query_id: str
     text: str
@@ -102,7 +105,11 @@ class Collection:
         with atomic_directory(Path(folder)) as out:
             with (out / "corpus.jsonl").open("w", encoding="utf-8") as file:
                 for document in self.documents.values():
-                    row: dict[str, Any] = {"_id": document.doc_id, "title": document.title, "text": document.text}
+                    row: dict[str, Any] = {
+                        "_id": document.doc_id,
+                        "title": document.title,
+                        "text": document.text,
+                    }
                     file.write(json.dumps(row, ensure_ascii=False) + "\n")
             with (out / "queries.jsonl").open("w", encoding="utf-8") as file:
                 for query in self.queries.values():
@@ -151,7 +158,9 @@ def _read_qrels(path: Path, queries: Mapping[str, Query], documents: Mapping[str
             if not line.strip() or (number == 1 and cells[-1] == "score"):
                 continue
             if len(cells) != 3:
-                raise DataError(f"{place}: expected 3 tab-separated columns (query-id, corpus-id, score), found {len(cells)}")
+                raise DataError(
+                    f"{place}: expected 3 tab-separated columns (query-id, corpus-id, score), found {len(cells)}"
+                )
             query_id, doc_id, score = cells
             try:
                 relevance = int(score)

@@ -1,0 +1,1 @@
+"""Rewards, refresh policies, the environment of stage 2."""

@@ -70,7 +70,13 @@ class RetrievalEnvironment:
         max_new_tokens: int,
         index: ExactIndex | None = None,
     ) -> None:
-        self.collection, self.qrels, self.encode, self.policy, self.weights = collection, qrels, encode, policy, weights
+        self.collection, self.qrels, self.encode, self.policy, self.weights = (
+            collection,
+            qrels,
+            encode,
+            policy,
+            weights,
+        )
         self.k, self.max_new_tokens = k, max_new_tokens
         if index is None:
             doc_ids = list(collection.documents)

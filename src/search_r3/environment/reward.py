@@ -29,7 +29,7 @@ class RewardParts:
 
     def total(self, weights: RewardWeights) -> float:
         """The weighted sum of the parts."""
-        return sum(getattr(weights, name) * value for name, value in asdict(self).items())
+        return float(sum(getattr(weights, name) * value for name, value in asdict(self).items()))
 
 
 def reward_parts(

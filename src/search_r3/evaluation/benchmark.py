@@ -60,11 +60,17 @@ class Row:
         means: dict[str, Any] = {name: self.mean(name) for name in MEASURES}
         means["ndcg@10_interval"] = list(bootstrap_interval(self.values("ndcg@10"), resamples, seed))
         means |= {"queries_per_second": self.queries_per_second, "tokens_per_query": self.tokens_per_query}
-        return means | {"forced_share": self.forced_share, "truncated": self.truncated, "queries": len(self.per_query)}
+        return means | {
+            "forced_share": self.forced_share,
+            "truncated": self.truncated,
+            "queries": len(self.per_query),
+        }
 
 
-def evaluate_bm25(collection: Collection, split: str, name: str = "bm25", texts: Mapping[str, str] | None = None) -> Row:
-    """BM25 on the queries, or on other `texts` by query_id (a model's reasoning; a blank one falls back to the query)."""
+def evaluate_bm25(
+    collection: Collection, split: str, name: str = "bm25", texts: Mapping[str, str] | None = None
+) -> Row:
+    """BM25 on the queries, or on other `texts` by query_id: a model's reasoning (the query where it is blank)."""
     qrels = _judged(collection, split)
     documents = collection.documents
     index = BM25(list(documents), [document.full_text for document in documents.values()])
@@ -80,7 +86,9 @@ def index_documents(
 ) -> ExactIndex:
     """Encode a whole collection into an exact index."""
     texts = [document.full_text for document in collection.documents.values()]
-    return ExactIndex(list(collection.documents), model.encode_document(texts, batch_size=batch_size, progress=progress))
+    return ExactIndex(
+        list(collection.documents), model.encode_document(texts, batch_size=batch_size, progress=progress)
+    )
 
 
 def evaluate_model(
@@ -104,12 +112,16 @@ def evaluate_model(
     index = index or index_documents(model, collection, batch_size=batch_size)
     started = time.perf_counter()
     encoded = model.encode_query(
-        [collection.queries[query_id].text for query_id in qrels], mode, batch_size=batch_size, progress=progress
+        [collection.queries[query_id].text for query_id in qrels],
+        mode,
+        batch_size=batch_size,
+        progress=progress,
     )
     if mode == "reason" and all(encoded.forced):
         raise ModelError(
-            f"{model.backbone.source} emitted {model.backbone.settings.embed_token} for none of {len(qrels)} queries within "
-            f"{model.backbone.settings.max_new_tokens} tokens; train stage 1 (search-r3 sft), or evaluate --mode direct"
+            f"{model.backbone.source} emitted {model.backbone.settings.embed_token} for none of {len(qrels)} queries "
+            f"within {model.backbone.settings.max_new_tokens} tokens; train stage 1 (search-r3 sft) first, or "
+            "evaluate --mode direct"
         )
     found = index.search(encoded.vectors, DEPTH).doc_ids
     seconds = time.perf_counter() - started

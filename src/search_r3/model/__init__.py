@@ -1,0 +1,1 @@
+"""Prompts, backbone, decoding, the encoder."""

@@ -5,6 +5,7 @@ Shapes: `B` sequences, `T` tokens, `D` hidden size, `V` vocabulary.
 
 from __future__ import annotations
 
+import copy
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -52,7 +53,8 @@ class Backbone:
     @property
     def device(self) -> torch.device:
         """Where the weights are."""
-        return next(iter(self.model.parameters())).device
+        device: torch.device = next(iter(self.model.parameters())).device
+        return device
 
     @property
     def dimension(self) -> int:
@@ -81,6 +83,11 @@ class Backbone:
         ids, mask = pad(sequences, self.tokenizer.pad_token_id, self.device)
         hidden = self.hidden_states(ids, mask)  # B x T x D
         return vectors_at(hidden, mask.sum(-1) - 1)
+
+    def frozen_copy(self) -> Backbone:
+        """The same model with weights of its own that do not learn: the reference of a KL term."""
+        model = copy.deepcopy(self.model).eval().requires_grad_(False)
+        return Backbone(model, self.tokenizer, self.settings, self.embed_token_id, self.source)
 
     def save(self, folder: str | Path, dtype: str | None = None) -> None:
         """Write weights (safetensors), tokenizer and settings; an existing folder is replaced when all is written.
@@ -121,7 +128,7 @@ def load_backbone(
     import transformers
 
     path = Path(source)
-    if isinstance(source, Path) and not path.is_dir():
+    if not path.is_dir() and (isinstance(source, Path) or source.startswith((".", "/")) or source.count("/") > 1):
         raise ModelError(f"no model directory at {source}; give a directory with config.json, or a hub id")
     if path.is_dir() and not (path / "config.json").is_file():
         raise ModelError(f"{source} is no model directory: config.json is missing")
@@ -134,7 +141,9 @@ def load_backbone(
         raise ModelError(f"cannot load a causal LM from {source}: {_first_line(error)}") from error
     missing = sorted(report["missing_keys"])
     if missing:
-        raise ModelError(f"{source} lacks {len(missing)} weights of its architecture (first: {missing[0]}); wrong files?")
+        raise ModelError(
+            f"{source} lacks {len(missing)} weights of its architecture (first: {missing[0]}); wrong files?"
+        )
     embed_token = (settings or EmbeddingSettings()).embed_token
     if settings is None:
         settings = _saved_settings(source, model, revision)
@@ -148,7 +157,9 @@ def load_backbone(
     return backbone
 
 
-def pad(sequences: Sequence[Sequence[int]], pad_id: int, device: torch.device, left: bool = False) -> tuple[Tensor, Tensor]:
+def pad(
+    sequences: Sequence[Sequence[int]], pad_id: int, device: torch.device, left: bool = False
+) -> tuple[Tensor, Tensor]:
     """Token ids and attention mask, each `B x T` (int64), padded on the right or on the left."""
     width = max(len(sequence) for sequence in sequences)
     ids = torch.full((len(sequences), width), pad_id, dtype=torch.long)
@@ -186,9 +197,7 @@ def _saved_settings(source: str | Path, model: Any, revision: str | None) -> Emb
     from transformers.utils import cached_file
 
     try:
-        file = cached_file(
-            str(source), SETTINGS_FILE, revision=revision, _raise_exceptions_for_missing_entries=False
-        )
+        file = cached_file(str(source), SETTINGS_FILE, revision=revision, _raise_exceptions_for_missing_entries=False)
     except OSError:
         file = None
     if file is not None:
@@ -221,7 +230,9 @@ def _ensure_embed_token(model: Any, tokenizer: Any, embed_token: str) -> int:
     if len(tokenizer.encode(embed_token, add_special_tokens=False)) != 1:
         raise ModelError(f"{embed_token} is in the vocabulary but not as one special token; mend tokenizer.json")
     if known >= model.get_input_embeddings().weight.shape[0]:
-        raise ModelError(f"{embed_token} has id {known}, outside the model's embedding table; tokenizer and weights differ")
+        raise ModelError(
+            f"{embed_token} has id {known}, outside the model's embedding table; tokenizer and weights differ"
+        )
     return int(known)
 
 

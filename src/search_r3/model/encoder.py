@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from ..errors import DataError
 from .backbone import Backbone, EmbeddingSettings, load_backbone
 from .generation import Rollout, generate_rollouts
-from .prompts import Kind, Mode
+from .prompts import MODES, Kind, Mode
 
 Array = NDArray[np.float32]
 logger = logging.getLogger(__name__)
@@ -115,7 +115,7 @@ class SearchR3:
         Raises:
             DataError: no texts, or an empty one (its place is named).
         """
-        if mode not in ("direct", "reason"):
+        if mode not in MODES:
             raise DataError(f"unknown mode {mode!r}; expected 'direct' or 'reason'")
         texts = _listed(texts, "query")
         encoded = [self._encode(text, mode, i) for i, text in enumerate(texts)]
@@ -141,7 +141,11 @@ class SearchR3:
         )
 
     def encode_document(
-        self, texts: str | Sequence[str], *, batch_size: int = 128, progress: Callable[[int], None] | None = None
+        self,
+        texts: str | Sequence[str],
+        *,
+        batch_size: int = 128,
+        progress: Callable[[int], None] | None = None,
     ) -> Array:
         """Encode documents: `N x D`, float32, L2-normalised. Documents are never reasoned about.
 
@@ -184,7 +188,9 @@ class SearchR3:
             progress=progress,
         )
 
-    def save_pretrained(self, folder: str | Path, *, dtype: Literal["float32", "float16", "bfloat16"] | None = None) -> None:
+    def save_pretrained(
+        self, folder: str | Path, *, dtype: Literal["float32", "float16", "bfloat16"] | None = None
+    ) -> None:
         """Write weights, tokenizer, prompt set and embedding settings to a directory that `SearchR3` loads."""
         self.backbone.save(folder, dtype)
 

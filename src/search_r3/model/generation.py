@@ -10,7 +10,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -111,7 +110,12 @@ class _Batch:
         temperature: float,
         seeds: Sequence[int] | None,
     ) -> None:
-        self.backbone, self.prompts, self.budget, self.temperature = backbone, prompts, max_new_tokens, temperature
+        self.backbone, self.prompts, self.budget, self.temperature = (
+            backbone,
+            prompts,
+            max_new_tokens,
+            temperature,
+        )
         self.completions: list[list[int]] = [[] for _ in prompts]
         self.masks: list[list[int]] = [[] for _ in prompts]
         self.logprobs: list[list[float]] = [[] for _ in prompts]
@@ -128,7 +132,11 @@ class _Batch:
         rows = list(range(len(self.prompts)))  # batch row -> rollout
         while True:
             output = backbone.model.base_model(
-                input_ids=ids, attention_mask=mask, position_ids=positions, past_key_values=cache, use_cache=True
+                input_ids=ids,
+                attention_mask=mask,
+                position_ids=positions,
+                past_key_values=cache,
+                use_cache=True,
             )
             hidden = output.last_hidden_state[:, -1]  # B x D
             keep = self._take_vectors(rows, hidden)
@@ -202,27 +210,34 @@ def _inverse_cdf(logprobs: Tensor, draws: Tensor) -> Tensor:
     return chosen.clamp(max=logprobs.shape[-1] - 1)
 
 
-def sequence_batch(backbone: Backbone, rollouts: Sequence[Rollout]) -> dict[str, Any]:
+@dataclass(frozen=True)
+class SequenceBatch:
     """Rollouts as right-padded tensors for a teacher-forced pass.
 
-    Returns:
-        `ids`, `mask`: `B x T`; `targets`: `B x T`, the completion mask placed at the position that *predicts* each
-        token (0 for prompt, padding and forced tokens); `sampler_logprobs`: `B x T` at the same places;
-        `embed_positions`: `B`, the position of each embed token.
+    Attributes:
+        ids: `B x T`.
+        mask: `B x T`, 1 where there is a token.
+        sampled: `B x T`, True at the position that *predicts* a token which the model chose.
+        sampler_logprobs: `B x T`, the log-probability of that token while sampling, at the same position.
+        embed_positions: `B`, where the embed token stands.
     """
+
+    ids: Tensor
+    mask: Tensor
+    sampled: Tensor
+    sampler_logprobs: Tensor
+    embed_positions: Tensor
+
+
+def sequence_batch(backbone: Backbone, rollouts: Sequence[Rollout]) -> SequenceBatch:
+    """Lay rollouts out for a forward pass with gradients."""
     sequences = [[*rollout.prompt_ids, *rollout.completion_ids] for rollout in rollouts]
     ids, mask = pad(sequences, backbone.tokenizer.pad_token_id, backbone.device)
-    targets = torch.zeros(ids.shape)
+    sampled = torch.zeros(ids.shape, dtype=torch.bool)
     logprobs = torch.zeros(ids.shape)
     for row, rollout in enumerate(rollouts):
         start = len(rollout.prompt_ids) - 1
         stop = start + len(rollout.completion_ids)
-        targets[row, start:stop] = torch.tensor(rollout.completion_mask, dtype=torch.float32)
+        sampled[row, start:stop] = torch.tensor(rollout.completion_mask, dtype=torch.bool)
         logprobs[row, start:stop] = torch.tensor(rollout.logprobs)
-    return {
-        "ids": ids,
-        "mask": mask,
-        "targets": targets.to(ids.device),
-        "sampler_logprobs": logprobs.to(ids.device),
-        "embed_positions": mask.sum(-1) - 1,
-    }
+    return SequenceBatch(ids, mask, sampled.to(ids.device), logprobs.to(ids.device), mask.sum(-1) - 1)

@@ -16,6 +16,7 @@ from ..errors import DataError, ModelError
 
 EMBED_TOKEN = "<|embed_token|>"  # noqa: S105 - the token's name in the paper, no secret
 Mode = Literal["direct", "reason"]
+MODES: tuple[Mode, ...] = ("direct", "reason")
 Kind = Literal["direct", "reason", "document"]
 _USER_TEXT = "\u2402user text\u2403"
 
@@ -85,14 +86,18 @@ class PromptEncoder:
     def __init__(self, tokenizer: Any, prompts: PromptSet, embed_token_id: int, max_length: int) -> None:
         if not tokenizer.chat_template:
             raise ModelError(
-                "the tokenizer has no chat template; Search-R3 needs a chat model (for instance an -Instruct checkpoint)"
+                "the tokenizer has no chat template; Search-R3 needs a chat model, for instance an -Instruct one"
             )
         self.tokenizer = tokenizer
         self.prompts = prompts
         self.embed_token_id = embed_token_id
         self.max_length = max_length
         self.end_token_id: int = tokenizer.eos_token_id
-        systems = {"direct": prompts.direct_system, "reason": prompts.reason_system, "document": prompts.document_system}
+        systems = {
+            "direct": prompts.direct_system,
+            "reason": prompts.reason_system,
+            "document": prompts.document_system,
+        }
         self._frames = {kind: self._frame(system) for kind, system in systems.items()}
         reply = [*self._plain(prompts.reply_before), embed_token_id]
         self._reply = {"direct": reply, "document": reply, "reason": []}
@@ -103,8 +108,9 @@ class PromptEncoder:
                 raise ModelError(f"max_length={max_length} leaves no room for text in the {kind} prompt; set it higher")
 
     def encode(self, text: str, kind: Kind) -> EncodedPrompt:
-        """Token ids for a text. For `direct` and `document` they end with the embed token, for `reason` where the
-        model's reply begins.
+        """Token ids for a text.
+
+        For `direct` and `document` they end with the embed token, for `reason` where the model's reply begins.
 
         Raises:
             DataError: the text is empty or blank.

@@ -1,0 +1,1 @@
+"""Metrics, vector indexes, BM25."""

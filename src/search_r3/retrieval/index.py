@@ -9,7 +9,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -109,7 +109,9 @@ class ExactIndex:
         ranks = []
         for start in range(0, len(queries), self.block):
             for row, wanted in zip(
-                self.scores(queries[start : start + self.block]), doc_ids[start : start + self.block], strict=True
+                self.scores(queries[start : start + self.block]),
+                doc_ids[start : start + self.block],
+                strict=True,
             ):
                 ranks.append({doc_id: _rank_of(row, self.row(doc_id)) for doc_id in wanted})
         return ranks
@@ -142,7 +144,10 @@ class ExactIndex:
         from safetensors.numpy import save_file
 
         with atomic_directory(folder) as out:
-            arrays = {"vectors": self._matrix, "encoded_at_version": self.encoded_at_version}
+            arrays: dict[str, NDArray[Any]] = {
+                "vectors": self._matrix,
+                "encoded_at_version": self.encoded_at_version,
+            }
             save_file(arrays, out / "index.safetensors")
             write_json(out / "doc_ids.json", list(self.doc_ids))
 
@@ -189,7 +194,9 @@ def _rank_of(scores: Array, column: int) -> int:
 def _checked(vectors: Array, rows: int | None, dimension: int | None) -> Array:
     array = np.ascontiguousarray(vectors, dtype=np.float32)
     if array.ndim != 2 or (rows is not None and len(array) != rows):
-        raise VectorIndexError(f"expected {rows if rows is not None else 'Q'} vectors in rows, found shape {array.shape}")
+        raise VectorIndexError(
+            f"expected {rows if rows is not None else 'Q'} vectors in rows, found shape {array.shape}"
+        )
     if dimension is not None and array.shape[1] != dimension:
         raise VectorIndexError(f"vectors have size {array.shape[1]}, the index has size {dimension}: another model's?")
     if not np.isfinite(array).all():

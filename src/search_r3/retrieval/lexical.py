@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 from .metrics import rank
 
@@ -19,16 +20,22 @@ class BM25:
         import bm25s
 
         self.doc_ids = list(doc_ids)
-        self._tokenize = lambda batch: bm25s.tokenize(
-            list(batch), stopwords="en", show_progress=False, return_ids=False, allow_empty=False
-        )
-        self._bm25 = bm25s.BM25()
-        self._bm25.index(self._tokenize(texts), show_progress=False)
+        self._bm25: Any = bm25s.BM25()
+        self._bm25.index(self._tokens(texts), show_progress=False)
 
     def search(self, texts: Sequence[str], k: int) -> list[list[str]]:
         """The `k` best documents of each text under the ranking rule; documents that share no word are left out."""
         results = []
-        for tokens in self._tokenize(texts):
+        for tokens in self._tokens(texts):
             scores = self._bm25.get_scores(tokens)
             results.append(rank({self.doc_ids[i]: scores[i] for i in scores.nonzero()[0]}, k))
         return results
+
+    def _tokens(self, texts: Sequence[str]) -> list[list[str]]:
+        import bm25s
+
+        tokenize: Any = bm25s.tokenize
+        tokens: list[list[str]] = tokenize(
+            list(texts), stopwords="en", show_progress=False, return_ids=False, allow_empty=False
+        )
+        return tokens

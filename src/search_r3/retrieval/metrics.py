@@ -26,7 +26,10 @@ def dcg(gains: Iterable[float]) -> float:
 
 
 def ndcg(ranking: Sequence[str], relevance: Mapping[str, int], k: int) -> float:
-    """nDCG@k with linear gains (trec_eval's `ndcg_cut`); judgements below 0 count as 0. 0 without relevant documents."""
+    """nDCG@k with linear gains (trec_eval's `ndcg_cut`).
+
+    Judgements below 0 count as 0; without relevant documents the result is 0.
+    """
     ideal = dcg(sorted((max(gain, 0) for gain in relevance.values()), reverse=True)[:k])
     found = dcg(max(relevance.get(doc_id, 0), 0) for doc_id in ranking[:k])
     return found / ideal if ideal > 0 else 0.0

@@ -1,0 +1,1 @@
+"""Losses, the two stages, the run directory."""

@@ -86,6 +86,8 @@ def load_collection(name: str) -> Collection:
 def load_model(recipe: Recipe, source: str | Path) -> SearchR3:
     """A model for training, with the recipe's prompts and limits."""
     settings = EmbeddingSettings(
-        prompts=PROMPT_SETS[recipe.prompts], max_length=recipe.max_length, max_new_tokens=recipe.max_new_tokens
+        prompts=PROMPT_SETS[recipe.prompts],
+        max_length=recipe.max_length,
+        max_new_tokens=recipe.max_new_tokens,
     )
     return SearchR3(source, dtype=recipe.dtype, settings=settings)

@@ -10,7 +10,6 @@ the whole batch; the embedding term by the number of rollouts. Micro-batches the
 
 from __future__ import annotations
 
-import copy
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -26,9 +25,10 @@ from ..data.collection import Collection, Qrels
 from ..environment.environment import Feedback, RetrievalEnvironment
 from ..environment.refresh import make_policy
 from ..errors import DataError, RunError
-from ..model.backbone import vectors_at
+from ..model.backbone import Backbone, vectors_at
 from ..model.encoder import SearchR3
 from ..model.generation import Rollout, sequence_batch
+from ..model.prompts import MODES
 from ..retrieval.index import ExactIndex
 from ..retrieval.metrics import ndcg
 from . import losses
@@ -64,7 +64,7 @@ def train_grpo(recipe: Recipe, run: Run, base: Path, observe: Observer = silent)
     collection = load_collection(recipe.collection)
     qrels = {query_id: gains for split in settings.splits for query_id, gains in collection.split(split).items()}
     model = load_model(recipe, base)
-    reference = copy.deepcopy(model.backbone.model).requires_grad_(False) if settings.kl_coefficient > 0 else None
+    reference = model.backbone.frozen_copy() if settings.kl_coefficient > 0 else None
     engine = make_engine(
         model,
         steps=settings.steps * settings.num_iterations,
@@ -111,8 +111,9 @@ def collect(model: SearchR3, environment: RetrievalEnvironment, recipe: Recipe, 
     )
     if all(rollout.forced for rollout in rollouts):
         raise RunError(
-            f"none of {len(rollouts)} rollouts at step {step + 1} emitted the embed token within max_new_tokens="
-            f"{model.backbone.settings.max_new_tokens}; train stage 1 (search-r3 sft) first, or set max_new_tokens higher"
+            f"none of {len(rollouts)} rollouts at step {step + 1} emitted the embed token within "
+            f"{model.backbone.settings.max_new_tokens} tokens; train stage 1 (search-r3 sft) first, "
+            "or set max_new_tokens higher"
         )
     owners = [query_id for query_id in query_ids for _ in range(settings.group_size)]
     feedback = environment.feedback(rollouts, owners, policy_version=step)
@@ -124,7 +125,7 @@ def collect(model: SearchR3, environment: RetrievalEnvironment, recipe: Recipe, 
 def update(
     model: SearchR3,
     engine: Engine,
-    reference: Any,
+    reference: Backbone | None,
     environment: RetrievalEnvironment,
     experience: Experience,
     settings: GRPOSettings,
@@ -150,7 +151,7 @@ def update(
 
 def _micro_loss(
     model: SearchR3,
-    reference: Any,
+    reference: Backbone | None,
     environment: RetrievalEnvironment,
     experience: Experience,
     rows: slice,
@@ -160,26 +161,32 @@ def _micro_loss(
     """The share of some rollouts in the batch's loss, and in its metrics."""
     backbone, rollouts = model.backbone, experience.rollouts[rows]
     batch = sequence_batch(backbone, rollouts)
-    ids, mask, targets = batch["ids"], batch["mask"], batch["targets"]
-    hidden = backbone.hidden_states(ids, mask)  # B x T x D
-    policy = losses.token_logprobs(backbone.logits(hidden), ids, settings.sampling_temperature)
+    places = batch.sampled.nonzero(as_tuple=True)  # S rows, S positions that predict a sampled token
+    tokens_chosen = batch.ids[places[0], places[1] + 1]  # S
+    hidden = backbone.hidden_states(batch.ids, batch.mask)  # B x T x D
+    temperature = settings.sampling_temperature
+    policy = losses.chosen_logprobs(backbone.logits(hidden[places]), tokens_chosen, temperature)
     reference_logprobs = None
     if reference is not None:
         with torch.no_grad():
-            positions = (mask.cumsum(-1) - 1).clamp(min=0)
-            logits = reference(input_ids=ids, attention_mask=mask, position_ids=positions).logits.float()
-            reference_logprobs = losses.token_logprobs(logits, ids, settings.sampling_temperature)
-    advantages = experience.advantages[rows].to(ids.device)
-    sampler = batch["sampler_logprobs"]
+            logits = reference.logits(reference.hidden_states(batch.ids, batch.mask)[places])
+            reference_logprobs = losses.chosen_logprobs(logits, tokens_chosen, temperature)
+    sampler = batch.sampler_logprobs[places]
+    advantages = experience.advantages[rows].to(policy.device)[places[0]]
     grpo = losses.grpo_loss(
-        policy, sampler, advantages, targets, settings.clip_epsilon, reference_logprobs, settings.kl_coefficient
+        policy, sampler, advantages, settings.clip_epsilon, reference_logprobs, settings.kl_coefficient
     )
     loss = grpo.total / tokens
-    gap = ((policy - sampler).abs() * targets).sum()
-    terms = {"clipped_share": grpo.clipped, "kl": grpo.kl, "sampler_gap": gap, "entropy_estimate": -(policy * targets).sum()}
+    gap = (policy - sampler).abs().sum()
+    terms = {
+        "clipped_share": grpo.clipped,
+        "kl": grpo.kl,
+        "sampler_gap": gap,
+        "entropy_estimate": -policy.sum(),
+    }
     values = {name: float(term.detach()) / tokens for name, term in terms.items()}
     if settings.embedding_loss_weight > 0:
-        vectors = vectors_at(hidden, batch["embed_positions"])  # B x D
+        vectors = vectors_at(hidden, batch.embed_positions)  # B x D
         owners = [experience.query_ids[i // settings.group_size] for i in range(len(experience.rollouts))[rows]]
         embedding = embedding_loss(vectors, environment, owners, settings.contrastive_temperature)
         share = len(rollouts) / len(experience.rollouts)
@@ -190,7 +197,10 @@ def _micro_loss(
 
 
 def embedding_loss(
-    vectors: Tensor, environment: RetrievalEnvironment, query_ids: Sequence[str], contrastive_temperature: float
+    vectors: Tensor,
+    environment: RetrievalEnvironment,
+    query_ids: Sequence[str],
+    contrastive_temperature: float,
 ) -> Tensor:
     """InfoNCE of rollout vectors `B x D` against all vectors of the live index, which get no gradient.
 
@@ -202,7 +212,7 @@ def embedding_loss(
     positives = []
     for row, query_id in enumerate(query_ids):
         columns = [index.row(doc_id) for doc_id in environment.positives(query_id)]
-        best = max(columns, key=lambda column, row=row: float(documents[column] @ vectors[row].detach()))
+        best = columns[int((documents[columns] @ vectors[row].detach()).argmax())]
         excluded[row, [column for column in columns if column != best]] = True
         positives.append(best)
     return losses.info_nce(
@@ -217,9 +227,7 @@ def queries_of_step(query_ids: Sequence[str], count: int, seed: int, step: int) 
         DataError: fewer queries than a step needs.
     """
     if len(query_ids) < count:
-        raise DataError(
-            f"a step needs {count} queries but the split has {len(query_ids)}; lower grpo.queries_per_step"
-        )
+        raise DataError(f"a step needs {count} queries but the split has {len(query_ids)}; lower grpo.queries_per_step")
     per_pass = len(query_ids) // count
     order = list(query_ids)
     step_rng(seed, "queries", step // per_pass).shuffle(order)
@@ -230,7 +238,9 @@ def queries_of_step(query_ids: Sequence[str], count: int, seed: int, step: int) 
 def describe(experience: Experience) -> dict[str, float]:
     """The metrics of one batch of rollouts (docs/metrics.md)."""
     feedback, rollouts = experience.feedback, experience.rollouts
-    values = {f"reward_{name}": fmean(getattr(part, name) for part in feedback.parts) for name in asdict(feedback.parts[0])}
+    values = {
+        f"reward_{name}": fmean(getattr(part, name) for part in feedback.parts) for name in asdict(feedback.parts[0])
+    }
     values["reward"] = fmean(feedback.rewards)
     values["share_ge_half"] = fmean(part.ranking >= 0.5 for part in feedback.parts)
     values["equal_reward_share"] = experience.equal_share
@@ -253,8 +263,8 @@ def evaluate_dev(model: SearchR3, collection: Collection, recipe: Recipe) -> dic
     index = ExactIndex(doc_ids, vectors)
     queries = [collection.queries[query_id].text for query_id in qrels]
     values = {}
-    for mode in ("direct", "reason"):
-        result = model.encode_query(queries, mode, batch_size=settings.batch_size)  # type: ignore[arg-type]
+    for mode in MODES:
+        result = model.encode_query(queries, mode, batch_size=settings.batch_size)
         found = index.search(result.vectors, 10).doc_ids
         scores = [ndcg(ranking, gains, 10) for ranking, gains in zip(found, qrels.values(), strict=True)]
         values[f"dev_ndcg@10_{mode}"] = fmean(scores)

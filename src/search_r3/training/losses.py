@@ -1,7 +1,7 @@
 """The losses of both stages as pure functions on tensors.
 
-Shapes: `B` queries or rollouts, `M` documents, `K` negatives per query, `T` tokens, `S` supervised positions,
-`V` vocabulary, `Q` queries, `G` rollouts per query.
+Shapes: `B` queries or rollouts, `M` documents, `K` negatives per query, `S` supervised or
+sampled tokens, `V` vocabulary, `Q` queries, `G` rollouts per query.
 """
 
 from __future__ import annotations
@@ -108,29 +108,26 @@ def grpo_loss(
     policy_logprobs: Tensor,
     sampler_logprobs: Tensor,
     advantages: Tensor,
-    mask: Tensor,
     clip_epsilon: float,
     reference_logprobs: Tensor | None = None,
     kl_coefficient: float = 0.0,
 ) -> GRPOLoss:
-    """Clipped policy-gradient loss of GRPO, summed over the tokens of `mask`.
+    """Clipped policy-gradient loss of GRPO, summed over sampled tokens.
 
     `-min(r A, clip(r, 1 - eps, 1 + eps) A) + beta (exp(d) - d - 1)` with `r = exp(policy - sampler)` and
     `d = reference - policy` (the k3 estimate of the KL to the reference).
 
     Args:
-        policy_logprobs: `B x T`, log-probabilities under the weights being trained.
-        sampler_logprobs: `B x T`, those recorded while sampling.
-        advantages: `B`.
-        mask: `B x T`, 1 where the model chose the token.
+        policy_logprobs: `S`, log-probabilities under the weights being trained, of tokens that the model chose.
+        sampler_logprobs: `S`, those recorded while sampling.
+        advantages: `S`, the advantage of the rollout that each token belongs to.
         clip_epsilon: eps.
-        reference_logprobs: `B x T`, needed when `kl_coefficient` is above 0.
+        reference_logprobs: `S`, needed when `kl_coefficient` is above 0.
         kl_coefficient: beta.
     """
     ratio = torch.exp(policy_logprobs - sampler_logprobs)
-    limited = ratio.clamp(1 - clip_epsilon, 1 + clip_epsilon)
-    scaled, scaled_limited = ratio * advantages[:, None], limited * advantages[:, None]
-    per_token = -torch.minimum(scaled, scaled_limited)
+    scaled, limited = ratio * advantages, ratio.clamp(1 - clip_epsilon, 1 + clip_epsilon) * advantages
+    per_token = -torch.minimum(scaled, limited)
     kl = torch.zeros(())
     if kl_coefficient > 0:
         if reference_logprobs is None:
@@ -138,19 +135,16 @@ def grpo_loss(
         delta = reference_logprobs - policy_logprobs
         divergence = torch.exp(delta) - delta - 1
         per_token = per_token + kl_coefficient * divergence
-        kl = (divergence * mask).sum().detach()
-    clipped = ((scaled_limited < scaled) * mask).sum().detach()
-    return GRPOLoss((per_token * mask).sum(), clipped, kl)
+        kl = divergence.sum().detach()
+    return GRPOLoss(per_token.sum(), (limited < scaled).sum().detach(), kl)
 
 
-def token_logprobs(logits: Tensor, ids: Tensor, sampling_temperature: float) -> Tensor:
-    """Log-probability of each next token, `B x T` (the last column is 0), under the sampling distribution.
+def chosen_logprobs(logits: Tensor, ids: Tensor, sampling_temperature: float) -> Tensor:
+    """Log-probability of chosen tokens under the sampling distribution, `S`.
 
     Args:
-        logits: `B x T x V`.
-        ids: `B x T`; the logits at `t` predict `ids` at `t + 1`.
-        sampling_temperature: the temperature that the rollouts were sampled at.
+        logits: `S x V`, at the positions that predict the tokens.
+        ids: `S`, the tokens.
+        sampling_temperature: the temperature that they were sampled at.
     """
-    logprobs = torch.log_softmax(logits[:, :-1] / sampling_temperature, dim=-1)
-    picked = logprobs.gather(-1, ids[:, 1:, None])[..., 0]
-    return functional.pad(picked, (0, 1))
+    return torch.log_softmax(logits / sampling_temperature, dim=-1).gather(-1, ids[:, None])[:, 0]

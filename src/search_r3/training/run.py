@@ -1,10 +1,10 @@
 """The run directory: settings, metrics, rollouts and checkpoints on disk, and going on where a run stopped.
 
-    settings.yaml            the resolved recipe
-    metrics.jsonl            one object per step: stage, step, values (docs/metrics.md)
-    rollouts.jsonl           sampled rollouts with their reward parts
-    <stage>/checkpoints/     step-000050/ ..., the newest two
-    <stage>/model/           the stage's model
+settings.yaml            the resolved recipe
+metrics.jsonl            one object per step: stage, step, values (docs/metrics.md)
+rollouts.jsonl           sampled rollouts with their reward parts
+<stage>/checkpoints/     step-000050/ ..., the newest two
+<stage>/model/           the stage's model
 """
 
 from __future__ import annotations
@@ -31,30 +31,36 @@ def silent(stage: str, step: int, steps: int, values: dict[str, float]) -> None:
 
 
 class Run:
-    """One run directory.
+    """One run directory, made on first use.
 
     Args:
         recipe: the resolved settings; `recipe.run_dir` is the directory.
-        resume: go on with an existing directory; its settings must be the same.
 
     Raises:
-        ConfigError: the directory holds a run already and `resume` is off, or its settings differ.
+        ConfigError: the directory holds a run with other settings, or something that is no run.
     """
 
-    def __init__(self, recipe: Recipe, resume: bool = False) -> None:
+    def __init__(self, recipe: Recipe) -> None:
         self.recipe = recipe
         self.folder = Path(recipe.run_dir)
         settings = self.folder / "settings.yaml"
         if settings.exists():
-            if not resume:
-                raise ConfigError(
-                    f"{self.folder} holds a run already; add --resume to go on with it, or set run_dir=ANOTHER"
-                )
             _check_same(load_recipe(settings), recipe, settings)
-        elif self.folder.is_dir() and any(self.folder.iterdir()):
-            raise ConfigError(f"{self.folder} is not empty and holds no run; set run_dir=ANOTHER")
+        elif self.folder.exists() and (not self.folder.is_dir() or any(self.folder.iterdir())):
+            raise ConfigError(f"{self.folder} exists and holds no run; set run_dir=ANOTHER")
         else:
             write_text(settings, dump_recipe(recipe))
+
+    def claim(self, stage: str, resume: bool) -> None:
+        """Make sure that work on a stage may begin.
+
+        Raises:
+            ConfigError: the stage has begun already and `resume` is off.
+        """
+        if not resume and (self.finished(stage) or self.metrics(stage)):
+            raise ConfigError(
+                f"{self.folder} holds the stage {stage!r} already; add --resume to go on, or set run_dir=ANOTHER"
+            )
 
     @property
     def metrics_path(self) -> Path:
@@ -134,17 +140,6 @@ class Run:
 
     def _saved(self, stage: str) -> list[Path]:
         return sorted(path.parent for path in self._checkpoints(stage).glob("step-*/checkpoint.json"))
-
-
-def make_checked_directory(folder: Path, model: Callable[[Path], None]) -> None:
-    """Write a model to a folder that must not exist yet.
-
-    Raises:
-        ConfigError: the folder exists.
-    """
-    if folder.exists():
-        raise ConfigError(f"{folder} exists; nothing is overwritten: remove it or choose another folder")
-    model(folder)
 
 
 def _append(path: Path, rows: Iterable[dict[str, Any]]) -> None:

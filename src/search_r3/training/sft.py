@@ -7,13 +7,11 @@ other; every distinct document of a batch is encoded once and serves all queries
 
 from __future__ import annotations
 
-import copy
 import random
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -23,7 +21,6 @@ from ..data.collection import Collection
 from ..data.triples import TrainingExample, draw_negatives, training_examples
 from ..errors import ConfigError, RunError
 from ..model.backbone import Backbone, pad, vectors_at
-from ..model.encoder import SearchR3
 from ..retrieval.lexical import BM25
 from . import losses
 from .engine import load_collection, load_model, make_engine, step_rng
@@ -41,9 +38,10 @@ class Supervised:
 
 @dataclass(frozen=True)
 class Batch:
-    """`B` examples in both modes: `2B` sequences (direct first), `M` distinct documents."""
+    """`B` examples in both modes, `M` distinct documents."""
 
-    sequences: list[Supervised]
+    direct: list[Supervised]
+    reasoned: list[Supervised]
     documents: list[list[int]]
     positives: Tensor  # B
     negatives: Tensor  # B x K
@@ -63,7 +61,7 @@ def train_sft(recipe: Recipe, run: Run, observe: Observer = silent) -> Path:
     collection = load_collection(recipe.collection)
     examples = _examples(collection, settings)
     model = load_model(recipe, recipe.base)
-    base = copy.deepcopy(model.backbone.model).eval().requires_grad_(False) if settings.kl_weight > 0 else None
+    base = model.backbone.frozen_copy() if settings.kl_weight > 0 else None
     engine = make_engine(
         model,
         steps=settings.steps,
@@ -124,7 +122,8 @@ def make_batch(
     }
     texts = {doc_id: collection.documents[doc_id].full_text for doc_id in columns}
     return Batch(
-        direct + reasoned,
+        direct,
+        reasoned,
         [encoder.encode(texts[doc_id], "document").ids for doc_id in columns],
         torch.tensor([columns[doc_id] for doc_id in chosen_positives]),
         torch.tensor([[columns[doc_id] for doc_id in ids] for ids in chosen_negatives], dtype=torch.long),
@@ -144,30 +143,35 @@ def false_negatives(
     return excluded
 
 
-def batch_losses(backbone: Backbone, base: Any, batch: Batch, settings: SFTSettings) -> dict[str, Tensor]:
+def batch_losses(backbone: Backbone, base: Backbone | None, batch: Batch, settings: SFTSettings) -> dict[str, Tensor]:
     """The four losses of a batch, by name."""
-    ids, mask = pad([s.ids for s in batch.sequences], backbone.tokenizer.pad_token_id, backbone.device)
-    lengths = torch.tensor([s.prompt_length for s in batch.sequences], device=ids.device)
-    places = torch.arange(ids.shape[1], device=ids.device)
-    # The hidden state at place t predicts the token at t + 1.
-    in_reply = (places >= lengths[:, None] - 1) & (places < mask.sum(-1, keepdim=True) - 1)  # 2B x T
-    in_prompt = places < lengths[:, None] - 1  # 2B x T
-    hidden = backbone.hidden_states(ids, mask)  # 2B x T x D
-    parts = {}
-    targets = torch.roll(ids, -1, dims=1)
-    parts["cross_entropy"] = losses.cross_entropy(backbone.logits(hidden[in_reply]), targets[in_reply])
-    if base is not None:
-        with torch.no_grad():
-            positions = (mask.cumsum(-1) - 1).clamp(min=0)
-            frozen = base.base_model(input_ids=ids, attention_mask=mask, position_ids=positions, use_cache=False)
-            base_logits = base.get_output_embeddings()(frozen.last_hidden_state[in_prompt]).float()
-        parts["kl"] = losses.kl_to_base(backbone.logits(hidden[in_prompt]), base_logits)
-    embed_positions = torch.tensor([s.embed_position for s in batch.sequences], device=ids.device)
-    queries = vectors_at(hidden, embed_positions)  # 2B x D
+    device = backbone.device
+    replies, targets, divergences, vectors = [], [], [], []
+    for sequences in (batch.direct, batch.reasoned):
+        ids, mask = pad([s.ids for s in sequences], backbone.tokenizer.pad_token_id, device)
+        lengths = torch.tensor([s.prompt_length for s in sequences], device=device)
+        places = torch.arange(ids.shape[1], device=device)
+        # The hidden state at place t predicts the token at t + 1.
+        in_reply = (places >= lengths[:, None] - 1) & (places < mask.sum(-1, keepdim=True) - 1)  # B x T
+        hidden = backbone.hidden_states(ids, mask)  # B x T x D
+        replies.append(backbone.logits(hidden[in_reply]))
+        targets.append(torch.roll(ids, -1, dims=1)[in_reply])
+        vectors.append(vectors_at(hidden, torch.tensor([s.embed_position for s in sequences], device=device)))
+        if base is not None:
+            prompt = slice(0, int(lengths.max()))
+            in_prompt = (places < lengths[:, None] - 1)[:, prompt]
+            with torch.no_grad():
+                base_logits = base.logits(base.hidden_states(ids[:, prompt], mask[:, prompt])[in_prompt])
+            divergences.append((backbone.logits(hidden[:, prompt][in_prompt]), base_logits))
+    parts = {"cross_entropy": losses.cross_entropy(torch.cat(replies), torch.cat(targets))}
+    if divergences:
+        tuned, frozen = (torch.cat(side) for side in zip(*divergences, strict=True))
+        parts["kl"] = losses.kl_to_base(tuned, frozen)
+    queries = torch.cat(vectors)  # 2B x D
     documents = backbone.embed(batch.documents)  # M x D
-    positives = batch.positives.to(ids.device).repeat(2)  # 2B
-    negatives = batch.negatives.to(ids.device).repeat(2, 1)  # 2B x K
-    excluded = batch.excluded.to(ids.device).repeat(2, 1)  # 2B x M
+    positives = batch.positives.to(device).repeat(2)  # 2B
+    negatives = batch.negatives.to(device).repeat(2, 1)  # 2B x K
+    excluded = batch.excluded.to(device).repeat(2, 1)  # 2B x M
     parts["info_nce"] = losses.info_nce(queries, documents, positives, excluded, settings.contrastive_temperature)
     if negatives.shape[1] > 0:
         cosines = queries @ documents.T  # 2B x M
