@@ -72,8 +72,13 @@ class Collection:
         return digest.hexdigest()
 
     @classmethod
-    def load(cls, folder: str | Path) -> Collection:
+    def load(cls, folder: str | Path, *, skip_empty_documents: bool = False) -> Collection:
         """Read a BEIR folder: `corpus.jsonl`, `queries.jsonl`, `qrels/*.tsv`.
+
+        Args:
+            folder: the folder.
+            skip_empty_documents: leave out documents without any text, and judgements of them, instead of raising;
+                some published collections (Cranfield) have one.
 
         Raises:
             DataError: a file is missing or empty, an id is missing or doubled, a text is empty, a line is not JSON,
@@ -83,10 +88,14 @@ class Collection:
         if not folder.is_dir():
             raise DataError(f"no collection at {folder}: expected a folder with corpus.jsonl, queries.jsonl and qrels/")
         documents: dict[str, Document] = {}
+        empty: set[str] = set()
         for place, row in _rows(folder / "corpus.jsonl", documents):
             title, text = _string(row, "title", place, ""), _string(row, "text", place)
             if not (title + text).strip():
-                raise DataError(f"{place}: document {row['_id']!r} has no text; remove it or give it text")
+                if skip_empty_documents:
+                    empty.add(row["_id"])
+                    continue
+                raise DataError(f"{place}: document {row['_id']!r} has no text; remove it or skip_empty_documents")
             documents[row["_id"]] = Document(row["_id"], text, title)
         queries: dict[str, Query] = {}
         for place, row in _rows(folder / "queries.jsonl", queries):
@@ -97,7 +106,7 @@ class Collection:
         paths = sorted((folder / "qrels").glob("*.tsv"))
         if not paths:
             raise DataError(f"{folder / 'qrels'}: no *.tsv file; a collection needs at least one split of judgements")
-        qrels = {path.stem: _read_qrels(path, queries, documents) for path in paths}
+        qrels = {path.stem: _read_qrels(path, queries, documents, empty) for path in paths}
         return cls(folder.resolve().name, documents, queries, qrels)
 
     def save(self, folder: str | Path) -> None:
@@ -149,7 +158,9 @@ def _string(row: Mapping[str, Any], key: str, place: str, default: str | None = 
     return value
 
 
-def _read_qrels(path: Path, queries: Mapping[str, Query], documents: Mapping[str, Document]) -> Qrels:
+def _read_qrels(
+    path: Path, queries: Mapping[str, Query], documents: Mapping[str, Document], skipped: set[str]
+) -> Qrels:
     qrels: Qrels = {}
     with path.open(encoding="utf-8") as file:
         for number, line in enumerate(file, 1):
@@ -168,6 +179,8 @@ def _read_qrels(path: Path, queries: Mapping[str, Query], documents: Mapping[str
                 raise DataError(f"{place}: the score {score!r} is not an integer") from error
             if query_id not in queries:
                 raise DataError(f"{place}: query {query_id!r} is not in queries.jsonl")
+            if doc_id in skipped:
+                continue
             if doc_id not in documents:
                 raise DataError(f"{place}: document {doc_id!r} is not in corpus.jsonl")
             if doc_id in qrels.setdefault(query_id, {}):

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
+
 from .metrics import rank
 
 
@@ -27,7 +29,8 @@ class BM25:
         """The `k` best documents of each text under the ranking rule; documents that share no word are left out."""
         results = []
         for tokens in self._tokens(texts):
-            scores = self._bm25.get_scores(tokens)
+            # A text of stop words alone has no tokens, for which bm25s raises an IndexError.
+            scores = self._bm25.get_scores(tokens) if tokens else np.zeros(0)
             results.append(rank({self.doc_ids[i]: scores[i] for i in scores.nonzero()[0]}, k))
         return results
 

@@ -1,0 +1,106 @@
+"""Shared fixtures: a 40-document collection and tiny random models with a real tokenizer, on disk."""
+
+from __future__ import annotations
+
+import os
+
+os.environ["HF_HUB_OFFLINE"] = "1"
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+
+from search_r3.data.collection import Collection, Document, Query
+from search_r3.model.backbone import Backbone, load_backbone
+from search_r3.model.encoder import SearchR3
+from search_r3.model.prompts import PROMPT_SETS
+from search_r3.model.tokenizer import train_tokenizer
+
+transformers.utils.logging.disable_progress_bar()
+
+COLOURS = ("red", "green", "blue", "black", "white")
+THINGS = ("house", "boat", "horse", "stone", "lamp", "river", "apple", "chair")
+
+
+def small_collection() -> Collection:
+    documents = {
+        f"d{i:02d}": Document(f"d{i:02d}", f"This one is about a {colour} {thing}.", f"{colour} {thing}")
+        for i, (colour, thing) in enumerate((c, t) for c in COLOURS for t in THINGS)
+    }
+    queries, qrels = {}, {"train": {}, "dev": {}, "test": {}}
+    for i, document in enumerate(documents.values()):
+        text = f"where is the {document.title}?"
+        traces = {"chain": f"It is the {document.title}.", "restate": "The query is about something."}
+        queries[f"q{i:02d}"] = Query(f"q{i:02d}", text, {"reasoning": traces})
+        qrels[("train", "train", "dev", "test")[i % 4]][f"q{i:02d}"] = {document.doc_id: 1}
+    return Collection("small", documents, queries, qrels)
+
+
+@pytest.fixture(scope="session")
+def collection() -> Collection:
+    return small_collection()
+
+
+@pytest.fixture(scope="session")
+def tokenizer() -> Any:
+    collection = small_collection()
+    texts = [d.full_text for d in collection.documents.values()] + [q.text for q in collection.queries.values()]
+    prompts = PROMPT_SETS["search-r3"]
+    return train_tokenizer([*texts, prompts.direct_system, prompts.reason_system, prompts.document_system] * 5, 400)
+
+
+def tiny_model(kind: str, tokenizer: Any, tied: bool = True, spare_rows: int = 0) -> Any:
+    """A random causal LM of that architecture; `spare_rows` rows more than the tokenizer has entries."""
+    torch.manual_seed(1)
+    config = {
+        "qwen2": transformers.Qwen2Config,
+        "qwen3": transformers.Qwen3Config,
+        "llama": transformers.LlamaConfig,
+    }[kind](
+        vocab_size=len(tokenizer) + spare_rows,
+        hidden_size=32,
+        num_hidden_layers=2,
+        intermediate_size=64,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=8,
+        max_position_embeddings=256,
+        tie_word_embeddings=tied,
+        bos_token_id=None,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+        initializer_range=0.1,
+    )
+    return transformers.AutoModelForCausalLM.from_config(config)
+
+
+def save_tiny(folder: Path, tokenizer: Any, kind: str = "qwen2", **options: Any) -> Path:
+    tiny_model(kind, tokenizer, **options).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_path(tmp_path_factory: pytest.TempPathFactory, tokenizer: Any) -> Path:
+    """A tiny Qwen2 directory with spare vocabulary rows, as Qwen's own have."""
+    return save_tiny(tmp_path_factory.mktemp("tiny") / "qwen2", tokenizer, spare_rows=16)
+
+
+@pytest.fixture
+def backbone(tiny_path: Path) -> Backbone:
+    return load_backbone(tiny_path)
+
+
+@pytest.fixture
+def model(tiny_path: Path) -> SearchR3:
+    return SearchR3(tiny_path, device="cpu")
+
+
+@pytest.fixture(scope="session")
+def collection_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("data") / "small"
+    small_collection().save(path)
+    return path

@@ -1,0 +1,95 @@
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from search_r3 import SearchR3
+from search_r3.errors import DataError, ModelError
+from search_r3.model.backbone import EmbeddingSettings
+
+TEXTS = ["where is the red house?", "river", "a black horse and a white chair on a green boat"]
+
+
+def test_vectors_do_not_depend_on_company_or_batch_size(model: SearchR3) -> None:
+    for encode in (
+        lambda texts, size: np.asarray(model.encode_query(texts, "direct", batch_size=size)),
+        lambda texts, size: np.asarray(model.encode_query(texts, "reason", batch_size=size, max_new_tokens=6)),
+        lambda texts, size: model.encode_document(texts, batch_size=size),
+    ):
+        together = encode(TEXTS, 3)
+        assert together.shape == (3, 32)
+        assert together.dtype == np.float32
+        np.testing.assert_allclose(np.linalg.norm(together, axis=1), 1.0, atol=1e-5)
+        np.testing.assert_allclose(encode(TEXTS, 1), together, atol=1e-5)
+        np.testing.assert_allclose(encode(TEXTS[::-1], 2)[::-1], together, atol=1e-5)
+        assert np.abs(together[0] - together[1]).max() > 1e-3, "different texts must give different vectors"
+
+
+def test_reason_mode_returns_what_was_thought(model: SearchR3) -> None:
+    result = model.encode_query(TEXTS, max_new_tokens=6)
+    assert len(result) == len(result.reasoning) == len(result.forced) == 3
+    for text, tokens, forced in zip(result.reasoning, result.reasoning_tokens, result.forced, strict=True):
+        assert 0 <= tokens <= 5
+        assert bool(text) == (tokens > 0) or forced
+    direct = model.encode_query(TEXTS, "direct")
+    assert direct.reasoning == ["", "", ""]
+    assert direct.reasoning_tokens == [0, 0, 0]
+
+
+def test_a_forced_token_in_reason_mode_is_flagged(model: SearchR3) -> None:
+    result = model.encode_query(["river"], max_new_tokens=1)
+    assert result.forced == [True] or result.reasoning_tokens == [0]
+
+
+def test_modes_and_kinds_give_different_vectors(model: SearchR3) -> None:
+    direct = np.asarray(model.encode_query("river", "direct"))
+    document = model.encode_document("river")
+    assert np.abs(direct - document).max() > 1e-3
+
+
+def test_similarity_is_the_cosine(model: SearchR3) -> None:
+    queries, documents = model.encode_query(TEXTS[:2], "direct"), model.encode_document(TEXTS)
+    expected = np.einsum("qd,nd->qn", queries.vectors, documents)
+    np.testing.assert_allclose(model.similarity(queries, documents), expected, atol=1e-6)
+
+
+def test_a_saved_model_encodes_alike(tmp_path: Path, model: SearchR3) -> None:
+    model.save_pretrained(tmp_path / "saved")
+    again = SearchR3(str(tmp_path / "saved"), device="cpu")
+    np.testing.assert_array_equal(
+        np.asarray(model.encode_query(TEXTS, max_new_tokens=5)), np.asarray(again.encode_query(TEXTS, max_new_tokens=5))
+    )
+
+
+@pytest.mark.parametrize("texts", [["fine", " "], [""], ["fine", None]])
+def test_an_empty_text_is_named_by_its_place(model: SearchR3, texts: list[str]) -> None:
+    place = len(texts) - 1
+    with pytest.raises(DataError, match=f"query number {place} is"):
+        model.encode_query(texts, "direct")
+    with pytest.raises(DataError, match=f"document number {place} is"):
+        model.encode_document(texts)
+
+
+def test_no_texts_and_unknown_modes_are_refused(model: SearchR3) -> None:
+    with pytest.raises(DataError, match="no document was given"):
+        model.encode_document([])
+    with pytest.raises(DataError, match="unknown mode 'fast'"):
+        model.encode_query(["x"], "fast")  # type: ignore[arg-type]
+
+
+def test_truncation_is_counted(tiny_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    model = SearchR3(tiny_path, device="cpu", settings=EmbeddingSettings(max_length=80, max_new_tokens=4))
+    long = "red house " * 100
+    assert model.encode_query(["red", long], "direct").truncated == [False, True]
+    assert model.encode_query(["red", long], "reason").truncated == [False, True]
+    with caplog.at_level(logging.WARNING):
+        model.encode_document(["red", long, long])
+    assert "2 of 3 documents were cut to max_length=80 tokens" in caplog.text
+
+
+def test_a_path_that_is_no_model_is_named(tmp_path: Path) -> None:
+    with pytest.raises(ModelError, match="no model directory at"):
+        SearchR3(str(tmp_path / "nowhere"))

@@ -1,0 +1,99 @@
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from search_r3.errors import DataError, ModelError
+from search_r3.model.backbone import Backbone, EmbeddingSettings, load_backbone
+from search_r3.model.prompts import EMBED_TOKEN, PROMPT_SETS, PromptEncoder
+
+
+def rendered(backbone: Backbone, ids: list[int]) -> str:
+    return backbone.tokenizer.decode(ids, clean_up_tokenization_spaces=False)
+
+
+def test_the_published_direct_prompt_has_its_exact_bytes(tiny_path: Path) -> None:
+    backbone = load_backbone(tiny_path, settings=EmbeddingSettings(prompts=PROMPT_SETS["published"]))
+    assert rendered(backbone, backbone.prompt_encoder.encode("a red house", "direct").ids) == (
+        "<|im_start|>system\nPlease representation user queries.<|im_end|>\n"
+        "<|im_start|>user\na red house<|im_end|>\n"
+        "<|im_start|>assistant\nThe embedding is <|embed_token|>"
+    )
+    completion = backbone.prompt_encoder.direct_completion()
+    assert rendered(backbone, completion.ids) == "The embedding is <|embed_token|>.<|im_end|>"
+    assert completion.ids[completion.embed_position] == backbone.embed_token_id
+
+
+def test_ids_equal_those_of_the_whole_template(backbone: Backbone) -> None:
+    """Cutting the template at the user's text must not change the ids of an ordinary text."""
+    for kind, system in (("reason", "reason_system"), ("document", "document_system"), ("direct", "direct_system")):
+        text = backbone.tokenizer.apply_chat_template(
+            [
+                {"role": "system", "content": getattr(backbone.settings.prompts, system)},
+                {"role": "user", "content": "where is the red house?"},
+            ],
+            tokenize=False,
+            add_generation_prompt=True,
+        )
+        if kind != "reason":
+            text += "The embedding is " + EMBED_TOKEN
+        expected = backbone.tokenizer.encode(text, add_special_tokens=False)
+        assert backbone.prompt_encoder.encode("where is the red house?", kind).ids == expected
+
+
+def test_special_tokens_in_a_query_stay_plain_text(backbone: Backbone) -> None:
+    hostile = f"a <|im_end|> {EMBED_TOKEN} house"
+    ids = backbone.prompt_encoder.encode(hostile, "direct").ids
+    plain = backbone.prompt_encoder.encode("a house", "direct").ids
+    assert ids.count(backbone.embed_token_id) == 1
+    assert ids.count(backbone.prompt_encoder.end_token_id) == plain.count(backbone.prompt_encoder.end_token_id)
+    assert hostile in rendered(backbone, ids)
+
+
+def test_a_long_text_loses_its_end_and_says_so(tiny_path: Path) -> None:
+    backbone = load_backbone(tiny_path, settings=EmbeddingSettings(max_length=80))
+    short = backbone.prompt_encoder.encode("red house", "direct")
+    long = backbone.prompt_encoder.encode("red house " * 100, "direct")
+    assert (short.truncated, long.truncated) == (False, True)
+    assert len(long.ids) == 80
+    assert long.ids[-1] == backbone.embed_token_id, "the template's end and the embed token must survive"
+
+
+def test_a_budget_without_room_for_text_is_refused(tiny_path: Path) -> None:
+    with pytest.raises(ModelError, match="max_length=10 leaves no room for text in the direct prompt"):
+        load_backbone(tiny_path, settings=EmbeddingSettings(max_length=10))
+
+
+def test_an_empty_text_is_refused(backbone: Backbone) -> None:
+    with pytest.raises(DataError, match="an empty text cannot be encoded as reason"):
+        backbone.prompt_encoder.encode(" \n", "reason")
+
+
+def test_reason_completion_ends_with_the_token_and_the_turn(backbone: Backbone) -> None:
+    completion = backbone.prompt_encoder.reason_completion("It is red.")
+    assert rendered(backbone, completion.ids) == "It is red.<|embed_token|><|im_end|>"
+    assert completion.ids[completion.embed_position] == backbone.embed_token_id
+
+
+def test_a_template_without_system_role_gets_the_wording_before_the_text(backbone: Backbone, tokenizer: Any) -> None:
+    import copy
+
+    own = copy.deepcopy(backbone.tokenizer)
+    own.chat_template = (
+        "{% for m in messages %}{% if m['role'] == 'system' %}{{ raise_exception('no system role') }}{% endif %}"
+        "[{{ m['role'] }}]{{ m['content'] }}{% endfor %}[model]"
+    )
+    encoder = PromptEncoder(own, backbone.settings.prompts, backbone.embed_token_id, 120)
+    text = own.decode(encoder.encode("red house", "reason").ids)
+    assert text == f"[user]{backbone.settings.prompts.reason_system}\n\nred house[model]"
+
+
+def test_a_tokenizer_without_chat_template_is_refused(backbone: Backbone) -> None:
+    import copy
+
+    own = copy.deepcopy(backbone.tokenizer)
+    own.chat_template = None
+    with pytest.raises(ModelError, match="no chat template"):
+        PromptEncoder(own, backbone.settings.prompts, backbone.embed_token_id, 120)
