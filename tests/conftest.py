@@ -20,6 +20,7 @@ from search_r3.model.prompts import PROMPT_SETS
 from search_r3.model.tokenizer import train_tokenizer
 
 transformers.utils.logging.disable_progress_bar()
+torch.set_num_threads(1)  # tiny models are faster so, and results do not depend on the machine
 
 COLOURS = ("red", "green", "blue", "black", "white")
 THINGS = ("house", "boat", "horse", "stone", "lamp", "river", "apple", "chair")
@@ -33,7 +34,7 @@ def small_collection() -> Collection:
     queries, qrels = {}, {"train": {}, "dev": {}, "test": {}}
     for i, document in enumerate(documents.values()):
         text = f"where is the {document.title}?"
-        traces = {"chain": f"It is the {document.title}.", "restate": "The query is about something."}
+        traces = {"chain": f"It is the {document.title}.", "restate": "A thing."}
         queries[f"q{i:02d}"] = Query(f"q{i:02d}", text, {"reasoning": traces})
         qrels[("train", "train", "dev", "test")[i % 4]][f"q{i:02d}"] = {document.doc_id: 1}
     return Collection("small", documents, queries, qrels)
@@ -87,6 +88,15 @@ def save_tiny(folder: Path, tokenizer: Any, kind: str = "qwen2", **options: Any)
 def tiny_path(tmp_path_factory: pytest.TempPathFactory, tokenizer: Any) -> Path:
     """A tiny Qwen2 directory with spare vocabulary rows, as Qwen's own have."""
     return save_tiny(tmp_path_factory.mktemp("tiny") / "qwen2", tokenizer, spare_rows=16)
+
+
+def favour(backbone: Backbone, token: int, bias: float) -> None:
+    """Make a token likely (or impossible) whatever the context, by an output layer of its own."""
+    weight = backbone.model.get_output_embeddings().weight.detach().clone()
+    layer = torch.nn.Linear(weight.shape[1], weight.shape[0])
+    layer.weight.data, layer.bias.data = weight, torch.zeros(weight.shape[0])
+    layer.bias.data[token] = bias
+    backbone.model.set_output_embeddings(layer)
 
 
 @pytest.fixture

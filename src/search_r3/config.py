@@ -30,15 +30,15 @@ class BaseModelSettings(Section):
     sequence_length: int = Field(128, ge=16, description="Tokens per packed sequence.")
     learning_rate: float = Field(3e-3, gt=0, description="Peak rate; cosine to 5 % after 50 warm-up steps.")
     vocab_size: int = Field(3072, ge=300, description="Tokenizer entries, special tokens included.")
-    hidden_size: int = Field(128, ge=32, description="D, a multiple of 32 (the size of one head).")
-    layers: int = Field(4, ge=1, description="Transformer blocks.")
-    intermediate_size: int = Field(512, ge=32, description="Width of the MLP.")
+    hidden_size: int = Field(192, ge=64, description="D, a multiple of 64.")
+    layers: int = Field(2, ge=1, description="Transformer blocks.")
+    intermediate_size: int = Field(768, ge=32, description="Width of the MLP.")
 
 
 class SFTSettings(Section):
     """Stage 1: `L = L_SFT + L_KL + L_InfoNCE + L_TripletMargin`."""
 
-    steps: int = Field(300, ge=1, description="Optimizer steps.")
+    steps: int = Field(320, ge=1, description="Optimizer steps.")
     batch_size: int = Field(48, ge=2, description="Queries per step.")
     learning_rate: float = Field(1e-3, gt=0, description="Peak rate; linear warm-up, cosine to 0.")
     warmup_steps: int = Field(20, ge=0, description="Steps of linear warm-up.")
@@ -46,7 +46,7 @@ class SFTSettings(Section):
     weight_decay: float = Field(0.01, ge=0, description="AdamW's decoupled weight decay.")
     splits: dict[str, float] = Field({"facts": 0.5, "sft": 0.5}, description="Share of each batch drawn from a split.")
     reasoning_styles: dict[str, float] = Field(
-        {"chain": 0.3, "partial": 0.2, "restate": 0.5},
+        {"chain": 0.4, "partial": 0.1, "restate": 0.5},
         description="Sampling weight of each style of reasoning trace; a query that has one trace uses it.",
     )
     random_negatives: int = Field(1, ge=0, description="Random negatives per query.")

@@ -114,7 +114,7 @@ def test_no_directory_and_broken_settings_are_named(tmp_path: Path, tiny_path: P
     with pytest.raises(ModelError, match="no model directory at"):
         load_backbone(tmp_path / "nowhere")
     (tmp_path / "empty").mkdir()
-    with pytest.raises(ModelError, match="config.json is missing"):
+    with pytest.raises(ModelError, match=r"config\.json is missing"):
         load_backbone(tmp_path / "empty")
     backbone.save(tmp_path / "broken")
     (tmp_path / "broken" / "search_r3.json").write_text('{"max_lenght": 3}')

@@ -79,7 +79,9 @@ def test_a_failed_write_leaves_the_old_content(tmp_path: Path) -> None:
 
 
 def test_graded_and_non_positive_judgements_survive(tmp_path: Path, collection: Collection) -> None:
-    graded = Collection("g", collection.documents, collection.queries, {"test": {"q00": {"d00": 2, "d01": 0, "d02": -1}}})
+    graded = Collection(
+        "g", collection.documents, collection.queries, {"test": {"q00": {"d00": 2, "d01": 0, "d02": -1}}}
+    )
     graded.save(tmp_path / "g")
     assert Collection.load(tmp_path / "g").qrels == graded.qrels
     assert json.loads((tmp_path / "g" / "queries.jsonl").read_text().splitlines()[0])["metadata"]

@@ -9,21 +9,13 @@ from search_r3.errors import ModelError
 from search_r3.model.backbone import Backbone, vectors_at
 from search_r3.model.generation import generate_rollouts, sequence_batch
 from search_r3.training.losses import chosen_logprobs
+from tests.conftest import favour
 
 TEXTS = ["where is the red house?", "river", "a black horse and a white chair", "the green lamp"]
 
 
 def prompts_of(backbone: Backbone) -> list[list[int]]:
     return [backbone.prompt_encoder.encode(text, "reason").ids for text in TEXTS]
-
-
-def favour(backbone: Backbone, token: int, factor: float) -> None:
-    """Make a token likely (or impossible) whatever the context, by an output layer of its own."""
-    weight = backbone.model.get_output_embeddings().weight.detach().clone()
-    layer = torch.nn.Linear(weight.shape[1], weight.shape[0])
-    layer.weight.data, layer.bias.data = weight, torch.zeros(weight.shape[0])
-    layer.bias.data[token] = factor
-    backbone.model.set_output_embeddings(layer)
 
 
 def test_greedy_ids_equal_those_of_transformers_generate(backbone: Backbone) -> None:

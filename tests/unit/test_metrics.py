@@ -44,7 +44,9 @@ def test_ties_rank_by_id_and_not_by_insertion() -> None:
     assert rank({"b": 1.0, "a": 1.0}, k=1) == ["b"]
 
 
-@given(st.permutations([f"d{i}" for i in range(12)]), st.dictionaries(doc_ids, st.integers(1, 3), min_size=1, max_size=5))
+@given(
+    st.permutations([f"d{i}" for i in range(12)]), st.dictionaries(doc_ids, st.integers(1, 3), min_size=1, max_size=5)
+)
 def test_ndcg_from_ranks_equals_ndcg_of_the_ranking(ranking: list[str], qrels: dict[str, int]) -> None:
     ranks = {doc_id: ranking.index(doc_id) + 1 for doc_id in qrels if doc_id in ranking}
     assert ndcg_from_ranks(ranks, qrels, 10) == pytest.approx(ndcg(ranking, qrels, 10))

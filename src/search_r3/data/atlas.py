@@ -9,6 +9,7 @@ Splits (all deterministic under `seed`):
 - `sft`, `rl`, `dev`, `test`: multi-hop queries. Every multi-hop path goes through one territory, and each territory
   belongs to exactly one of the four, so that a test query asks for a composition that was never shown in training.
 
+A query whose answer shows in its own words (Georgian, Georgian Lari) is no multi-hop query and is left out.
 Within a split no document answers more than `MAX_QUERIES_PER_ANSWER` starting entities of one path, else a constant
 answer ("Euro", "Latin") would score well.
 """
@@ -24,8 +25,8 @@ from typing import Any
 from .atlas_text import PATHS, RELATIONS, document_text, restatement
 from .collection import Collection, Document, Qrels, Query
 
-SPLIT_SHARES = {"sft": 0.40, "rl": 0.30, "dev": 0.10, "test": 0.20}
-MAX_QUERIES_PER_ANSWER = 6
+SPLIT_SHARES = {"sft": 0.15, "rl": 0.45, "dev": 0.10, "test": 0.30}
+MAX_QUERIES_PER_ANSWER = 4
 TEMPLATES_PER_ENTITY = {"sft": 3, "rl": 2, "dev": 1, "test": 1}
 CURRENCY_DATE = date(2026, 1, 1)
 """Currencies in use on this day; fixed, so that the collection does not change with the calendar."""
@@ -167,13 +168,21 @@ def build_atlas(seed: int = 0) -> Collection:
         for subject, target in atlas.facts[name].items() if relation.questions else ():
             for number, template in enumerate(relation.questions):
                 query_id = f"{name}/{subject}/{number}"
-                metadata = {"hops": 1, "path": name, "reasoning": {"chain": atlas.statement(name, subject)}}
+                restated = restatement(atlas.name(subject), target.partition(":")[0])
+                reasoning = {"chain": atlas.statement(name, subject), "restate": restated}
+                metadata = {"hops": 1, "path": name, "reasoning": reasoning}
                 queries[query_id] = Query(query_id, template.format(s=atlas.name(subject)), metadata)
                 qrels["facts"][query_id] = {target: 1}
     territory_split = split_territories(atlas, seed)
     for path_name in PATHS:
         _add_multi_hop(atlas, path_name, territory_split, random.Random(f"{seed}/{path_name}"), queries, qrels)
     return Collection("atlas", documents, queries, qrels)
+
+
+def share_a_stem(first: str, second: str) -> bool:
+    """Whether two names share a word, or two words their first four letters."""
+    stems = [{word[:4] for word in name.lower().split() if len(word) > 3} for name in (first, second)]
+    return bool(stems[0] & stems[1])
 
 
 def _add_multi_hop(
@@ -190,7 +199,7 @@ def _add_multi_hop(
     used: dict[tuple[str, str], int] = defaultdict(int)
     for start in starts:
         visited = follow(atlas, path.relations, start)
-        if visited is None:
+        if visited is None or share_a_stem(atlas.name(start), atlas.name(visited[-1])):
             continue
         split = territory_split[next(doc_id for doc_id in visited if doc_id.startswith("territory:"))]
         if used[split, visited[-1]] >= MAX_QUERIES_PER_ANSWER:
@@ -245,10 +254,24 @@ def fact_probes(atlas: Atlas) -> list[tuple[str, str]]:
     ]
 
 
-def question_wordings() -> list[str]:
-    """The templates of all queries without their entity: words, no facts."""
-    groups = [
-        *(relation.questions for relation in RELATIONS.values()),
-        *(path.questions for path in PATHS.values()),
-    ]
-    return [template.format(s="").strip() for templates in groups for template in templates]
+def question_templates() -> list[str]:
+    """The templates of all queries; `{s}` stands for the entity."""
+    groups = [*(relation.questions for relation in RELATIONS.values()), *(path.questions for path in PATHS.values())]
+    return [template for templates in groups for template in templates]
+
+
+_SYLLABLES = [consonant + vowel for consonant in "bdfghjklmnprstvz" for vowel in "aeiou"]
+
+
+def echo_dialogue(atlas: Atlas, rng: random.Random) -> tuple[str, str]:
+    """A query about any entity, or about a name made up from syllables, and a reply that names it: `(user, assistant)`.
+
+    Made-up names never come back, so a model can only answer by copying. Copying is what every chat model can do and
+    what a small one does not learn from facts alone, since it can memorise their subjects.
+    """
+    if rng.random() < 0.5:
+        name = rng.choice(list(atlas.entities.values())).name
+    else:
+        words = ["".join(rng.choices(_SYLLABLES, k=rng.randint(2, 4))).title() for _ in range(rng.randint(1, 2))]
+        name = " ".join(words)
+    return rng.choice(question_templates()).format(s=name), f"The query is about {name}."

@@ -46,9 +46,9 @@ RELATIONS: dict[str, Relation] = {
         ),
         (
             "what is the currency of {s}?",
-            "which money is used in {s}?",
-            "what do people pay with in {s}?",
-            "{s} currency",
+            "name the money of the country {s}",
+            "the banknotes that {s} issues",
+            "{s} national currency",
         ),
     ),
     "territory_language": Relation(
@@ -61,9 +61,9 @@ RELATIONS: dict[str, Relation] = {
         ),
         (
             "what is the main language of {s}?",
-            "which language do people speak in {s}?",
-            "the official language of {s}",
-            "{s} language",
+            "name the language of the country {s}",
+            "the state language of {s}",
+            "{s} national language",
         ),
     ),
     "language_script": Relation(
@@ -171,7 +171,12 @@ DOCUMENTS = {
     "script": "A writing system. ISO code: {code}.",
 }
 
-ASKED_FOR = {"currency": "a currency", "language": "a language", "script": "a writing system"}
+ASKED_FOR = {
+    "territory": "a country",
+    "currency": "a currency",
+    "language": "a language",
+    "script": "a writing system",
+}
 
 
 def document_text(kind: str, code: str) -> str:

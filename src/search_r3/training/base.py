@@ -15,7 +15,15 @@ from typing import Any
 import torch
 
 from ..config import BaseModelSettings
-from ..data.atlas import fact_dialogues, fact_probes, fact_sentences, question_wordings, read_atlas
+from ..data.atlas import (
+    Atlas,
+    echo_dialogue,
+    fact_dialogues,
+    fact_probes,
+    fact_sentences,
+    question_templates,
+    read_atlas,
+)
 from ..errors import ConfigError
 from ..model.prompts import PROMPT_SETS
 from ..model.tokenizer import END_OF_TEXT, train_tokenizer
@@ -24,6 +32,10 @@ from .run import Observer, silent
 
 HEAD_SIZE = 32
 KEY_VALUE_HEADS = 2
+ECHO_PART = 3
+"""One echo dialogue for so many dialogues about facts."""
+SYSTEM_MESSAGES = (None, "Answer the query.", "You know geography.", "Reply in plain sentences.", "Be brief.")
+"""System messages of the dialogues (None: the template's own), so that the model does not depend on one of them."""
 PROMPT_REPEATS = 200
 """How often the prompts stand in the tokenizer's training text, so that their words become single tokens."""
 
@@ -55,7 +67,7 @@ def train_base(settings: BaseModelSettings, folder: Path, seed: int, observe: Ob
         optimizer, lambda step: warmup_cosine(step, 50, settings.steps, floor=0.05)
     )
     model, optimizer, scheduler = accelerator.prepare(model, optimizer, scheduler)
-    tokens = packed_tokens(tokenizer, sentences, dialogues, random.Random(seed))
+    tokens = packed_tokens(tokenizer, atlas, random.Random(seed))
     shape = settings.batch_size, settings.sequence_length
     for step in range(settings.steps):
         ids = torch.tensor([next(tokens) for _ in range(shape[0] * shape[1])]).view(shape)
@@ -105,16 +117,14 @@ def make_model(settings: BaseModelSettings, tokenizer: Any) -> Any:
     return Qwen2ForCausalLM(config)
 
 
-def packed_tokens(
-    tokenizer: Any, sentences: Sequence[str], dialogues: Sequence[tuple[str, str]], rng: random.Random
-) -> Iterator[int]:
+def packed_tokens(tokenizer: Any, atlas: Atlas, rng: random.Random) -> Iterator[int]:
     """An endless stream of token ids: passes over all texts, two to six facts a paragraph, dialogues in between."""
 
     def encode(text: str) -> list[int]:
         return list(tokenizer.encode(text, add_special_tokens=False))
 
-    facts = [encode(f" {sentence}") for sentence in sentences]
-    chats = [encode(_chat(tokenizer, question, answer)) for question, answer in dialogues]
+    facts = [encode(f" {sentence}") for sentence in fact_sentences(atlas)]
+    dialogues = fact_dialogues(atlas)
     while True:
         rng.shuffle(facts)
         paragraphs, start = [], 0
@@ -122,7 +132,11 @@ def packed_tokens(
             length = rng.randint(2, 6)
             paragraphs.append([token for fact in facts[start : start + length] for token in fact])
             start += length
-        paragraphs += chats
+        echoes = [echo_dialogue(atlas, rng) for _ in range(len(dialogues) // ECHO_PART)]
+        paragraphs += [
+            encode(chat(tokenizer, question, answer, rng.choice(SYSTEM_MESSAGES)))
+            for question, answer in dialogues + echoes
+        ]
         rng.shuffle(paragraphs)
         for paragraph in paragraphs:
             yield tokenizer.pad_token_id
@@ -134,16 +148,17 @@ def measure_recall(model: Any, tokenizer: Any) -> dict[str, float]:
     """Share of single facts that greedy decoding completes rightly, as a sentence and as an answer in a chat."""
     atlas = read_atlas()
     probes, dialogues = fact_probes(atlas), fact_dialogues(atlas)
-    questions = [_chat(tokenizer, question) for question, _ in dialogues]
+    questions = [chat(tokenizer, question) for question, _ in dialogues]
     return {
-        "recall_sentence": _completed(
+        "recall_sentence": completed_share(
             model, tokenizer, [f"{END_OF_TEXT} {p}" for p, _ in probes], [a for _, a in probes]
         ),
-        "recall_chat": _completed(model, tokenizer, questions, [answer for _, answer in dialogues]),
+        "recall_chat": completed_share(model, tokenizer, questions, [answer for _, answer in dialogues]),
     }
 
 
-def _completed(model: Any, tokenizer: Any, prompts: list[str], answers: list[str]) -> float:
+def completed_share(model: Any, tokenizer: Any, prompts: list[str], answers: list[str]) -> float:
+    """Share of prompts that greedy decoding continues with the wanted answer."""
     tokenizer.padding_side = "left"
     right = 0
     for start in range(0, len(prompts), 256):
@@ -161,8 +176,10 @@ def _completed(model: Any, tokenizer: Any, prompts: list[str], answers: list[str
     return right / len(prompts)
 
 
-def _chat(tokenizer: Any, question: str, answer: str | None = None) -> str:
-    messages = [{"role": "user", "content": question}]
+def chat(tokenizer: Any, question: str, answer: str | None = None, system: str | None = None) -> str:
+    """A dialogue in the tokenizer's chat template, up to the reply where no answer is given."""
+    messages = [{"role": "system", "content": system}] if system else []
+    messages.append({"role": "user", "content": question})
     if answer is not None:
         messages.append({"role": "assistant", "content": answer})
     return str(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=answer is None))
@@ -180,7 +197,7 @@ def _tokenizer_text(sentences: Sequence[str], dialogues: Sequence[tuple[str, str
         )
     ]
     chat = ["You are a helpful assistant.", "system\n", "user\n", "assistant\n"]
-    words = [*prompts, *chat, *question_wordings()] * PROMPT_REPEATS
+    words = [*prompts, *chat, *(template.replace("{s}", " ") for template in question_templates())] * PROMPT_REPEATS
     return [*sentences, *(f"{question}\n{answer}" for question, answer in dialogues), *words]
 
 

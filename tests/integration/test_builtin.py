@@ -1,0 +1,68 @@
+"""The base model that ships: it loads offline, knows its facts, and fits its budget."""
+
+from __future__ import annotations
+
+import random
+from pathlib import Path
+
+import pytest
+import torch
+
+from search_r3.config import BaseModelSettings
+from search_r3.data.atlas import echo_dialogue, fact_dialogues, fact_probes, read_atlas
+from search_r3.model.backbone import load_backbone
+from search_r3.model.encoder import builtin_base_path
+from search_r3.training import base
+
+
+@pytest.fixture(scope="module")
+def shipped() -> object:
+    import transformers
+
+    path = builtin_base_path()
+    model = transformers.AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
+    return model, transformers.AutoTokenizer.from_pretrained(path)
+
+
+def test_it_is_small_and_a_qwen2_without_the_embed_token(shipped: tuple) -> None:
+    model, tokenizer = shipped
+    assert type(model).__name__ == "Qwen2ForCausalLM"
+    assert 1e6 <= sum(parameter.numel() for parameter in model.parameters()) <= 3e6
+    assert (builtin_base_path() / "model.safetensors").stat().st_size < 6_000_000
+    assert "<|embed_token|>" not in tokenizer.get_vocab()
+    text = tokenizer.apply_chat_template([{"role": "user", "content": "x"}], tokenize=False, add_generation_prompt=True)
+    assert text == (
+        "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n<|im_start|>user\nx<|im_end|>\n<|im_start|>assistant\n"
+    )
+
+
+def test_it_knows_the_facts_and_can_copy_a_name(shipped: tuple) -> None:
+    model, tokenizer = shipped
+    atlas, rng = read_atlas(), random.Random(1)
+    probes = rng.sample(fact_probes(atlas), 150)
+    questions = rng.sample(fact_dialogues(atlas), 150)
+    echoes = [echo_dialogue(atlas, rng) for _ in range(100)]
+    sentence = base.completed_share(model, tokenizer, [f"<|endoftext|> {p}" for p, _ in probes], [a for _, a in probes])
+    chat = base.completed_share(
+        model, tokenizer, [base.chat(tokenizer, q) for q, _ in questions], [a for _, a in questions]
+    )
+    echo = base.completed_share(model, tokenizer, [base.chat(tokenizer, q) for q, _ in echoes], [a for _, a in echoes])
+    assert sentence >= 0.97
+    assert chat >= 0.97
+    assert echo >= 0.8
+
+
+def test_search_r3_can_use_it() -> None:
+    backbone = load_backbone(builtin_base_path())
+    assert backbone.prompt_encoder.decode(backbone.prompt_encoder.encode("Tashkent", "reason").ids).count("Tashkent")
+
+
+def test_base_makes_a_model_that_loads(tmp_path: Path) -> None:
+    settings = BaseModelSettings(steps=3, batch_size=2, sequence_length=32, vocab_size=600, hidden_size=64, layers=1)
+    seen: list[float] = []
+    known = base.train_base(
+        settings, tmp_path / "base", seed=0, observe=lambda stage, step, steps, values: seen.append(values["loss"])
+    )
+    assert len(seen) == 3
+    assert 0.0 <= known["recall_chat"] < 0.1, "three steps teach nothing: the measure must not say otherwise"
+    assert load_backbone(tmp_path / "base").dimension == 64

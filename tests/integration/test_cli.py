@@ -1,0 +1,222 @@
+"""The command line as a user meets it: results, and for bad input one line on stderr, exit status 2, nothing lost."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from search_r3 import cli
+from tests.conftest import small_collection
+
+SMALL = [
+    "max_length=120", "max_new_tokens=16", "sft.steps=120", "sft.learning_rate=1e-2", "sft.batch_size=4",
+    "sft.splits={train: 1.0}", "sft.reasoning_styles={restate: 1.0}", "grpo.steps=3", "grpo.queries_per_step=2",
+    "grpo.group_size=3", "grpo.splits=[train]", "grpo.evaluate_every=2", "evaluation.rollout_queries=4",
+    "evaluation.permutations=100", "evaluation.bootstrap=100",
+]  # fmt: skip
+
+
+def call(monkeypatch: pytest.MonkeyPatch, *args: object) -> int:
+    monkeypatch.setattr(sys, "argv", ["search-r3", *map(str, args)])
+    try:
+        cli.main()
+    except SystemExit as end:
+        return int(end.code or 0)
+    return 0
+
+
+@pytest.fixture(scope="module")
+def run_dir(tmp_path_factory: pytest.TempPathFactory, tiny_path: Path, collection_path: Path) -> Path:
+    """A whole quickstart on a tiny model and 40 documents."""
+    folder = tmp_path_factory.mktemp("runs") / "tiny"
+    with pytest.MonkeyPatch.context() as patch:
+        where = [f"run_dir={folder}", f"base={tiny_path}", f"collection={collection_path}"]
+        assert call(patch, "quickstart", *SMALL, *where) == 0
+    return folder
+
+
+def test_quickstart_leaves_everything_it_promises(run_dir: Path) -> None:
+    report = json.loads((run_dir / "report.json").read_text())
+    rows = ["bm25", "bm25+reasoning", "direct/sft", "reason/sft", "direct/rl", "reason/rl"]
+    assert list(report["rows"]) == rows
+    for row in report["rows"].values():
+        for name in ("ndcg@10", "recall@100", "mrr@10"):
+            assert 0.0 <= row[name] <= 1.0
+        assert row["ndcg@10_interval"][0] <= row["ndcg@10"] <= row["ndcg@10_interval"][1]
+        assert row["queries_per_second"] > 0
+    assert report["rows"]["reason/rl"]["tokens_per_query"] > 0
+    assert report["rows"]["direct/rl"]["tokens_per_query"] == 0
+    assert len(report["p_values"]) == 15
+    assert all(0 < p <= 1 for p in report["p_values"].values())
+    assert {"share_ge_half_before", "share_ge_half_after", "forced_share"} <= set(report["rollouts"])
+    assert report["rollouts"]["count"] == 12
+    assert report["seconds"] > 0
+    assert report["peak_memory_bytes"] > 2**20
+    assert report["versions"]["torch"]
+    for name in ("reward.png", "rollout_rewards.png", "ndcg.png"):
+        assert (run_dir / "plots" / name).read_bytes().startswith(b"\x89PNG")
+    for name in ("settings.yaml", "rollouts.jsonl", "collection/corpus.jsonl"):
+        assert (run_dir / name).stat().st_size > 0
+    for name in ("model", "sft/model"):
+        assert {"config.json", "model.safetensors", "tokenizer.json", "search_r3.json"} <= {
+            path.name for path in (run_dir / name).iterdir()
+        }
+    stages = [json.loads(line)["stage"] for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+    assert (stages.count("sft"), stages.count("grpo")) == (120, 4)
+
+
+def test_a_complete_quickstart_is_shown_again_and_not_run_again(
+    run_dir: Path,
+    tiny_path: Path,
+    collection_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture,
+) -> None:
+    before = (run_dir / "report.json").read_bytes()
+    where = [f"run_dir={run_dir}", f"base={tiny_path}", f"collection={collection_path}"]
+    assert call(monkeypatch, "quickstart", "--resume", *SMALL, *where) == 0
+    out = capsys.readouterr().out
+    assert "is complete" in out
+    assert "reason/rl" in out
+    assert "Next: search-r3 search" in out
+    assert (run_dir / "report.json").read_bytes() == before
+    assert call(monkeypatch, "quickstart", *SMALL, *where) == 2
+    assert call(monkeypatch, "quickstart", "--resume", *SMALL, *where, "seed=5") == 2
+    assert "cannot resume: seed is 5 now but 0" in capsys.readouterr().err
+
+
+def test_search_shows_reasoning_and_ranked_documents(
+    run_dir: Path, collection_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    query = "where is the red house?"
+    args = ["search", run_dir / "model", "--collection", collection_path, "-k", 3]
+    assert call(monkeypatch, *args, query) == 0
+    out = capsys.readouterr().out
+    assert "reasoning (" in out
+    assert sum(line.strip().startswith(("0.", "1.", "-0.")) for line in out.splitlines()) == 3
+    assert call(monkeypatch, *args, query, "--mode", "direct") == 0
+    assert "reasoning" not in capsys.readouterr().out
+
+
+def test_search_without_a_query_is_a_prompt(
+    run_dir: Path, collection_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    lines = iter(["a red house", "a green boat", ""])
+    monkeypatch.setattr("builtins.input", lambda prompt: next(lines))
+    assert call(monkeypatch, "search", run_dir / "model", "-c", collection_path, "--mode", "direct") == 0
+    assert capsys.readouterr().out.count("score") == 2
+
+
+def test_a_query_longer_than_the_context_is_cut_and_said(
+    run_dir: Path, collection_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    long = "red house " * 500
+    assert call(monkeypatch, "search", run_dir / "model", long, "-c", collection_path, "--mode", "direct") == 0
+    assert "longer than the model's max_length and lost its end" in capsys.readouterr().out
+
+
+def test_evaluate_writes_a_record_once(
+    run_dir: Path, collection_path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    out = tmp_path / "result.json"
+    args = ["evaluate", run_dir / "model", "-c", collection_path, "--split", "test", "--out", out]
+    assert call(monkeypatch, *args) == 0
+    record = json.loads(out.read_text())
+    assert list(record["rows"]) == ["bm25", "direct", "reason", "bm25+reasoning"]
+    report = json.loads((run_dir / "report.json").read_text())["rows"]
+    assert record["rows"]["reason"]["ndcg@10"] == report["reason/rl"]["ndcg@10"], "the same number from both commands"
+    assert record["hash"] == small_collection().content_hash()
+    before = out.read_bytes()
+    assert call(monkeypatch, *args) == 2
+    assert "nothing is overwritten" in capsys.readouterr().err
+    assert out.read_bytes() == before
+
+
+def test_the_parts_give_the_same_model_as_quickstart(
+    run_dir: Path, tiny_path: Path, collection_path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    where = [f"run_dir={tmp_path / 'parts'}", f"base={tiny_path}", f"collection={collection_path}"]
+    assert call(monkeypatch, "sft", *SMALL, *where) == 0
+    assert call(monkeypatch, "grpo", *SMALL, *where) == 0
+    expected, found = (folder / "model" / "model.safetensors" for folder in (run_dir, tmp_path / "parts"))
+    assert found.read_bytes() == expected.read_bytes()
+    assert call(monkeypatch, "sft", *SMALL, *where) == 2, "a stage that has begun is not begun again"
+
+
+def broken_collection(folder: Path) -> Path:
+    small_collection().save(folder)
+    with (folder / "corpus.jsonl").open("a") as file:
+        file.write("{not json\n")
+    return folder
+
+
+def test_bad_input_is_one_line_and_status_2(
+    tmp_path: Path,
+    tiny_path: Path,
+    collection_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture,
+) -> None:
+    broken = broken_collection(tmp_path / "broken")
+    bare = tmp_path / "bare"
+    bare.mkdir()
+    (bare / "config.json").write_bytes((tiny_path / "config.json").read_bytes())
+    fresh = [f"run_dir={tmp_path / 'fresh'}", f"base={tiny_path}", f"collection={collection_path}", *SMALL]
+    cases = [
+        (["search", tiny_path, "x", "-c", broken], "corpus.jsonl:41: not valid JSON"),
+        (["sft", "sft.stps=3"], "unknown setting 'sft.stps'; did you mean 'steps'?"),
+        (["search", bare, "x", "-c", collection_path], "has no tokenizer (tokenizer.json is missing)"),
+        (["search", tiny_path, " ", "-c", collection_path], "the query is empty"),
+        (["search", tmp_path / "nowhere", "x"], "no model directory at"),
+        (["evaluate", tiny_path, "-c", collection_path, "--split", "tset"], "has no split 'tset'; it has: dev, test"),
+        (["data", "build", "atlas", broken], "exists; nothing is overwritten"),
+        (["base", broken], "exists; nothing is overwritten"),
+        (["grpo", *fresh, "--model", tiny_path, "max_new_tokens=1"], "emitted the embed token within 1 tokens"),
+        (["sft", *fresh, "--recipe", tmp_path / "no.yaml"], "cannot read the recipe"),
+    ]
+    for args, message in cases:
+        assert call(monkeypatch, *args) == 2, args
+        err = capsys.readouterr().err.strip().splitlines()
+        assert message in err[-1], (args, err)
+        assert err[-1].startswith("error: ")
+
+
+def test_a_model_that_never_emits_the_token_cannot_be_evaluated_in_reason_mode(
+    tiny_path: Path, collection_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    assert call(monkeypatch, "evaluate", tiny_path, "-c", collection_path, "--mode", "reason") == 2
+    assert "emitted <|embed_token|> for none of 10 queries" in capsys.readouterr().err
+    assert call(monkeypatch, "evaluate", tiny_path, "-c", collection_path, "--mode", "direct") == 0
+
+
+def test_the_installed_command_answers_help_and_errors(tmp_path: Path) -> None:
+    command = Path(sys.executable).with_name("search-r3")
+    shown = subprocess.run([command, "--help"], capture_output=True, text=True)
+    assert shown.returncode == 0
+    for name in ("quickstart", "data", "base", "sft", "grpo", "evaluate", "search"):
+        assert name in shown.stdout
+    failed = subprocess.run(
+        [command, "sft", "grpo.stps=1", f"run_dir={tmp_path / 'x'}"], capture_output=True, text=True
+    )
+    assert failed.returncode == 2
+    assert failed.stderr.strip() == "error: unknown setting 'grpo.stps'; did you mean 'steps'?"
+    assert not (tmp_path / "x").exists()
+
+
+def test_a_full_disk_is_one_clear_error(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    import errno
+
+    def full(self: object, folder: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device", str(folder))
+
+    monkeypatch.setattr("search_r3.data.collection.Collection.save", full)
+    assert call(monkeypatch, "data", "build", "atlas", tmp_path / "atlas") == 2
+    assert (
+        capsys.readouterr().err.strip() == f"error: cannot read or write {tmp_path / 'atlas'}: No space left on device"
+    )

@@ -1,0 +1,123 @@
+"""A run that was stopped and resumed gives the same weights, bit for bit, as one that was not (CPU)."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from search_r3.config import Recipe, load_recipe
+from search_r3.training.grpo import train_grpo
+from search_r3.training.run import Run
+from search_r3.training.sft import train_sft
+
+SETTINGS = [
+    "max_length=120", "max_new_tokens=16", "save_every=2",
+    "sft.steps=7", "sft.batch_size=4", "sft.splits={train: 1.0}", "sft.warmup_steps=2",
+    "grpo.steps=7", "grpo.queries_per_step=2", "grpo.group_size=3", "grpo.splits=[train]", "grpo.evaluate_every=3",
+    "grpo.embedding_loss_weight=0.1", "grpo.kl_coefficient=0.01", "grpo.learning_rate=1e-2",
+]  # fmt: skip
+
+
+class Stop(Exception):
+    """Stands for the interruption."""
+
+
+def recipe(folder: Path, tiny_path: Path, collection_path: Path, *more: str) -> Recipe:
+    where = [f"run_dir={folder}", f"base={tiny_path}", f"collection={collection_path}"]
+    return load_recipe(None, [*SETTINGS, *where, *more])
+
+
+def stop_at(wanted: int):
+    def observe(stage: str, step: int, steps: int, values: dict[str, float]) -> None:
+        if step == wanted:
+            raise Stop
+
+    return observe
+
+
+def same_weights(first: Path, second: Path) -> bool:
+    one, two = load_file(first / "model.safetensors"), load_file(second / "model.safetensors")
+    return one.keys() == two.keys() and all(torch.equal(one[name], two[name]) for name in one)
+
+
+def steps_logged(run: Run, stage: str) -> list[int]:
+    return [row["step"] for row in run.metrics(stage)]
+
+
+@pytest.mark.parametrize("stopped_at", [1, 2, 5])
+def test_a_resumed_stage_1_equals_an_unbroken_one(
+    tmp_path: Path, tiny_path: Path, collection_path: Path, stopped_at: int
+) -> None:
+    whole = recipe(tmp_path / "whole", tiny_path, collection_path)
+    expected = train_sft(whole, Run(whole))
+    broken = recipe(tmp_path / "broken", tiny_path, collection_path)
+    with pytest.raises(Stop):
+        train_sft(broken, Run(broken), stop_at(stopped_at))
+    assert not Run(broken).finished("sft")
+    run = Run(broken)
+    assert same_weights(train_sft(broken, run), expected)
+    assert steps_logged(run, "sft") == list(range(1, 8))
+    assert not same_weights(expected, tiny_path), "seven steps must change the weights"
+
+
+@pytest.fixture(scope="module")
+def stage_1(tmp_path_factory: pytest.TempPathFactory, tiny_path: Path, collection_path: Path) -> Path:
+    """A tiny model that stage 1 has taught to emit the embed token."""
+    options = ["sft.steps=120", "sft.learning_rate=1e-2", "sft.reasoning_styles={restate: 1.0}", "save_every=100"]
+    settings = recipe(tmp_path_factory.mktemp("stage1") / "run", tiny_path, collection_path, *options)
+    return train_sft(settings, Run(settings))
+
+
+@pytest.mark.parametrize("refresh", ["never", "full"])
+@pytest.mark.parametrize("stopped_at", [1, 5])
+def test_a_resumed_stage_2_equals_an_unbroken_one(
+    tmp_path: Path, tiny_path: Path, collection_path: Path, stage_1: Path, refresh: str, stopped_at: int
+) -> None:
+    option = f"grpo.refresh={refresh}"
+    whole = recipe(tmp_path / "whole", tiny_path, collection_path, option)
+    expected = train_grpo(whole, Run(whole), stage_1)
+    broken = recipe(tmp_path / "broken", tiny_path, collection_path, option)
+    with pytest.raises(Stop):
+        train_grpo(broken, Run(broken), stage_1, stop_at(stopped_at))
+    run = Run(broken)
+    assert same_weights(train_grpo(broken, run, stage_1), expected)
+    assert steps_logged(run, "grpo") == list(range(8))
+    assert not same_weights(expected, stage_1)
+    timed = ("seconds", "rollout_seconds", "refresh_seconds")
+    for one, two in zip(run.metrics("grpo"), Run(whole).metrics("grpo"), strict=True):
+        assert {k: v for k, v in one.items() if k not in timed} == {k: v for k, v in two.items() if k not in timed}
+    rows = [json.loads(line) for line in run.rollouts_path.read_text().splitlines()]
+    assert [row["step"] for row in rows] == [step for step in range(1, 8) for _ in range(6)]
+
+
+def test_never_and_full_learn_differently(
+    tmp_path: Path, tiny_path: Path, collection_path: Path, stage_1: Path
+) -> None:
+    """Else the tests above would not show that the policy's state is restored."""
+    models = []
+    for refresh in ("never", "full"):
+        settings = recipe(tmp_path / refresh, tiny_path, collection_path, f"grpo.refresh={refresh}")
+        models.append(train_grpo(settings, Run(settings), stage_1))
+    assert not same_weights(*models)
+
+
+def test_a_finished_stage_is_not_trained_again(tmp_path: Path, tiny_path: Path, collection_path: Path) -> None:
+    settings = recipe(tmp_path / "run", tiny_path, collection_path)
+    path = train_sft(settings, Run(settings))
+    before = (path / "model.safetensors").stat().st_mtime_ns
+    train_sft(settings, Run(settings), stop_at(1))
+    assert (path / "model.safetensors").stat().st_mtime_ns == before
+
+
+def test_a_policy_that_never_emits_the_token_stops_stage_2(
+    tmp_path: Path, tiny_path: Path, collection_path: Path
+) -> None:
+    from search_r3.errors import RunError
+
+    settings = recipe(tmp_path / "run", tiny_path, collection_path)
+    with pytest.raises(RunError, match="emitted the embed token"):
+        train_grpo(settings, Run(settings), tiny_path)

@@ -1,0 +1,261 @@
+"""Batches, gradients and bookkeeping of both stages, on a tiny model."""
+
+from __future__ import annotations
+
+import random
+from pathlib import Path
+
+import pytest
+import torch
+
+from search_r3.config import GRPOSettings, Recipe, SFTSettings
+from search_r3.data.collection import Collection, Document, Query
+from search_r3.data.triples import draw_negatives, reasoning_traces, training_examples
+from search_r3.environment.environment import RetrievalEnvironment
+from search_r3.environment.refresh import make_policy
+from search_r3.errors import ConfigError, DataError, RunError
+from search_r3.model.encoder import SearchR3
+from search_r3.retrieval.lexical import BM25
+from search_r3.training import grpo, sft
+from search_r3.training.engine import make_engine, warmup_cosine
+from search_r3.training.run import Run
+from tests.conftest import favour
+
+
+def world(model: SearchR3, collection: Collection, settings: GRPOSettings) -> RetrievalEnvironment:
+    return RetrievalEnvironment(
+        collection, collection.split("train"), model.encode_document, make_policy("full"), settings.reward,
+        k=10, max_new_tokens=6,
+    )  # fmt: skip
+
+
+def recipe(**grpo_settings: object) -> Recipe:
+    section = {"queries_per_step": 3, "group_size": 4, **grpo_settings}
+    return Recipe(max_length=120, max_new_tokens=6, grpo=GRPOSettings(**section))  # type: ignore[arg-type]
+
+
+def gradients(model: SearchR3) -> torch.Tensor:
+    return torch.cat([p.grad.flatten() for p in model.backbone.model.parameters() if p.grad is not None])
+
+
+# Stage 1
+
+
+def test_mined_negatives_are_never_judged_nor_a_positives_twin(collection: Collection) -> None:
+    documents = dict(collection.documents)
+    documents["twin"] = Document("twin", documents["d00"].text, documents["d00"].title)
+    with_twin = Collection("t", documents, collection.queries, collection.qrels)
+    bm25 = BM25(list(documents), [document.full_text for document in documents.values()])
+    examples = training_examples(with_twin, "train", bm25.search, mined=5)
+    assert len(examples) == 20
+    for example in examples:
+        assert len(example.negative_ids) == 5
+        assert not {"twin", *example.positive_ids} & set(example.negative_ids) or example.query.query_id != "q00"
+        assert not set(example.positive_ids) & set(example.negative_ids)
+    mined = examples[0].negative_ids
+    assert all("red" in documents[i].full_text or "house" in documents[i].full_text for i in mined), "hard, not random"
+
+
+def test_drawn_negatives_have_the_asked_number_and_no_positive(collection: Collection) -> None:
+    example = training_examples(collection, "train")[0]
+    for seed in range(50):
+        drawn = draw_negatives(example, list(collection.documents), 3, 2, random.Random(seed))
+        assert len(set(drawn)) == 5
+        assert example.positive_ids[0] not in drawn
+    with pytest.raises(DataError, match="too small"):
+        draw_negatives(example, ["d00", "d01"], 3, 0, random.Random(0))
+
+
+def test_traces_are_read_and_checked() -> None:
+    assert reasoning_traces(Query("q", "t", {"reasoning": "because"})) == {"trace": "because"}
+    assert reasoning_traces(Query("q", "t", {"reasoning": {"a": "x", "b": " "}})) == {"a": "x"}
+    assert reasoning_traces(Query("q", "t")) == {}
+    with pytest.raises(DataError, match=r"query 'q': metadata.reasoning must be"):
+        reasoning_traces(Query("q", "t", {"reasoning": [1]}))
+
+
+def test_false_negatives_are_masked(collection: Collection) -> None:
+    documents = dict(collection.documents)
+    documents["twin"] = Document("twin", documents["d00"].text, documents["d00"].title)
+    qrels = {"train": {"q00": {"d00": 1, "d05": 1}, "q01": {"d01": 1}}}
+    examples = training_examples(Collection("t", documents, collection.queries, qrels), "train")
+    chosen = ["d00", "d01"]
+    texts = {doc_id: documents[doc_id].full_text for doc_id in ("d00", "d01", "d05", "twin", "d09")}
+    mask = sft.false_negatives(examples, chosen, texts, Collection("t", documents, collection.queries, qrels))
+    assert mask.tolist() == [[False, False, True, True, False], [False] * 5]
+
+
+def test_a_batch_points_at_its_embed_tokens_and_documents(model: SearchR3, collection: Collection) -> None:
+    settings = SFTSettings(batch_size=6)
+    examples = training_examples(collection, "train")[:6]
+    batch = sft.make_batch(model.backbone, collection, examples, settings, random.Random(0))
+    encoder = model.backbone.prompt_encoder
+    for example, direct, reasoned in zip(examples, batch.direct, batch.reasoned, strict=True):
+        for sequence in (direct, reasoned):
+            assert sequence.ids[sequence.embed_position] == model.backbone.embed_token_id
+        # Up to the embed token the direct sequence is what encode_query feeds: one vector in training and in use.
+        assert direct.ids[: direct.embed_position + 1] == encoder.encode(example.query.text, "direct").ids
+        assert reasoned.ids[: reasoned.prompt_length] == encoder.encode(example.query.text, "reason").ids
+    for row, example in enumerate(examples):
+        text = collection.documents[example.positive_ids[0]].full_text
+        assert batch.documents[batch.positives[row]] == encoder.encode(text, "document").ids
+        assert batch.positives[row] not in batch.negatives[row]
+
+
+def test_each_weight_of_stage_1_reaches_the_total(model: SearchR3, collection: Collection) -> None:
+    settings = SFTSettings(batch_size=4)
+    base = model.backbone.frozen_copy()
+    with torch.no_grad():
+        for parameter in model.backbone.model.parameters():
+            parameter.add_(0.01 * torch.randn_like(parameter))
+    batch = sft.make_batch(
+        model.backbone, collection, training_examples(collection, "train")[:4], settings, random.Random(0)
+    )
+    parts = sft.batch_losses(model.backbone, base, batch, settings)
+    assert set(parts) == {"cross_entropy", "kl", "info_nce", "triplet"}
+    assert parts["kl"].item() > 0, "the tuned model differs from its base"
+    whole = sft.total_loss(parts, settings).item()
+    assert whole == pytest.approx(sum(part.item() for part in parts.values()), rel=1e-5)
+    for name, part in parts.items():
+        less = sft.total_loss(parts, settings.model_copy(update={f"{name}_weight": 0.0})).item()
+        assert whole - less == pytest.approx(part.item(), rel=1e-4)
+
+
+def test_a_style_without_weight_is_named(model: SearchR3, collection: Collection) -> None:
+    settings = SFTSettings(reasoning_styles={"poem": 1.0})
+    with pytest.raises(ConfigError, match="has reasoning styles chain, restate, none of which has a weight"):
+        sft.make_batch(
+            model.backbone, collection, training_examples(collection, "train")[:2], settings, random.Random(0)
+        )
+
+
+# Stage 2
+
+
+def experience(
+    model: SearchR3, collection: Collection, settings: Recipe
+) -> tuple[RetrievalEnvironment, grpo.Experience]:
+    favour(model.backbone, model.backbone.embed_token_id, 3.5)  # emitted by some rollouts, not by all
+    environment = world(model, collection, settings.grpo)
+    prompts = [model.backbone.prompt_encoder.encode("where is the red house?", "reason").ids] * 12
+    rollouts = model.rollouts(prompts, max_new_tokens=6, sampling_temperature=1.0, seeds=range(12))
+    query_ids = ["q00", "q01", "q04"]
+    feedback = environment.feedback(rollouts, [query_id for query_id in query_ids for _ in range(4)], 0)
+    advantages = torch.randn(12, generator=torch.Generator().manual_seed(0))
+    return environment, grpo.Experience(query_ids, rollouts, feedback, advantages, 0.0)
+
+
+@pytest.mark.parametrize("micro_batch_size", [1, 5, 12])
+def test_micro_batches_change_memory_only(
+    model: SearchR3, collection: Collection, micro_batch_size: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings = recipe(embedding_loss_weight=0.5, kl_coefficient=0.1, micro_batch_size=micro_batch_size)
+    environment, batch = experience(model, collection, settings)
+    reference = model.backbone.frozen_copy()
+    engine = make_engine(model, steps=2, learning_rate=1e-3, warmup_steps=0, weight_decay=0.0, seed=0)
+    found = {}
+    monkeypatch.setattr(type(engine), "step", lambda self, parameters, norm: found.update(g=gradients(model)) or 0.0)
+    values = grpo.update(model, engine, reference, environment, batch, settings.grpo)
+    model.backbone.model.zero_grad()
+    whole = settings.grpo.model_copy(update={"micro_batch_size": 12})
+    tokens = sum(sum(rollout.completion_mask) for rollout in batch.rollouts)
+    loss, expected = grpo._micro_loss(model, reference, environment, batch, slice(0, 12), whole, tokens)
+    loss.backward()
+    difference = (found["g"] - gradients(model)).abs().max().item()
+    assert difference <= 1e-5 * gradients(model).abs().max().item()
+    assert values["loss"] == pytest.approx(expected["loss"], abs=1e-5)
+    assert values["sampler_gap"] < 1e-5, "decoding and training must agree on the log-probabilities"
+    assert values["clipped_share"] == 0.0
+
+
+def test_forced_tokens_are_not_trained_on(model: SearchR3, collection: Collection) -> None:
+    settings = recipe()
+    _, batch = experience(model, collection, settings)
+    tokens = sum(len(rollout.completion_ids) for rollout in batch.rollouts)
+    forced = sum(rollout.forced for rollout in batch.rollouts)
+    assert 0 < forced < 12
+    assert sum(sum(rollout.completion_mask) for rollout in batch.rollouts) == tokens - forced
+
+
+def test_the_embedding_term_pulls_vectors_to_their_documents(model: SearchR3, collection: Collection) -> None:
+    environment = world(model, collection, GRPOSettings())
+    vectors = torch.nn.functional.normalize(torch.randn(2, 32, generator=torch.Generator().manual_seed(1)), dim=-1)
+    vectors.requires_grad_()
+    before = grpo.embedding_loss(vectors, environment, ["q00", "q01"], 0.05)
+    before.backward()
+    moved = torch.nn.functional.normalize(vectors.detach() - 0.01 * vectors.grad, dim=-1)
+    after = grpo.embedding_loss(moved, environment, ["q00", "q01"], 0.05)
+    assert after.item() < before.item()
+
+
+def test_every_query_is_seen_once_a_pass_in_a_seeded_order() -> None:
+    ids = [f"q{i}" for i in range(12)]
+    first = [query_id for step in range(3) for query_id in grpo.queries_of_step(ids, 4, 0, step)]
+    assert sorted(first) == sorted(ids)
+    second = [query_id for step in range(3, 6) for query_id in grpo.queries_of_step(ids, 4, 0, step)]
+    assert sorted(second) == sorted(ids)
+    assert first != second
+    assert grpo.queries_of_step(ids, 4, 0, 1) == first[4:8]
+    assert grpo.queries_of_step(ids, 4, 1, 1) != first[4:8]
+    with pytest.raises(DataError, match="a step needs 13 queries but the split has 12"):
+        grpo.queries_of_step(ids, 13, 0, 0)
+
+
+def test_a_policy_that_never_emits_the_token_is_named(model: SearchR3, collection: Collection) -> None:
+    settings = recipe()
+    favour(model.backbone, model.backbone.embed_token_id, -1000.0)
+    with pytest.raises(RunError, match=r"none of 12 rollouts at step 5 emitted the embed token within \d+ tokens"):
+        grpo.collect(model, world(model, collection, settings.grpo), settings, step=4)
+
+
+def test_the_collapse_alarm_tells_spread_from_collapsed_vectors() -> None:
+    assert grpo.probe_cosine(torch.eye(4)) == pytest.approx(0.0)
+    assert grpo.probe_cosine(torch.tensor([[1.0, 0.0]] * 4)) == pytest.approx(1.0)
+
+
+def test_metrics_of_a_batch_by_hand(model: SearchR3, collection: Collection) -> None:
+    settings = recipe()
+    _, batch = experience(model, collection, settings)
+    values = grpo.describe(batch)
+    assert values["forced_share"] == pytest.approx(sum(r.forced for r in batch.rollouts) / 12)
+    assert values["reward"] == pytest.approx(sum(batch.feedback.rewards) / 12)
+    assert values["share_ge_half"] == pytest.approx(sum(p.ranking >= 0.5 for p in batch.feedback.parts) / 12)
+    rows = grpo.rollout_rows(batch, collection, step=3, group_size=4)
+    assert [row["query_id"] for row in rows] == ["q00"] * 4 + ["q01"] * 4
+    assert rows[0]["parts"]["ranking"] == batch.feedback.parts[0].ranking
+
+
+# Bookkeeping
+
+
+def test_the_schedule_warms_up_and_decays_to_nothing() -> None:
+    factors = [warmup_cosine(step, 4, 20) for step in range(21)]
+    assert factors[0] == pytest.approx(0.2)
+    assert factors[4] == 1.0
+    assert factors[20] == pytest.approx(0.0)
+    assert factors[4:] == sorted(factors[4:], reverse=True)
+
+
+def test_a_value_that_is_not_finite_stops_the_run(tmp_path: Path) -> None:
+    run = Run(Recipe(run_dir=str(tmp_path / "run")))
+    run.log("grpo", 1, {"reward": 0.5})
+    with pytest.raises(RunError, match="reward is nan at step 2 of grpo"):
+        run.log("grpo", 2, {"reward": float("nan")})
+    assert run.metrics("grpo") == [{"stage": "grpo", "step": 1, "reward": 0.5}]
+
+
+def test_a_run_directory_is_never_overwritten(tmp_path: Path) -> None:
+    settings = Recipe(run_dir=str(tmp_path / "run"))
+    run = Run(settings)
+    run.claim("sft", resume=False)
+    run.log("sft", 1, {"loss": 1.0})
+    with pytest.raises(ConfigError, match="add --resume"):
+        Run(settings).claim("sft", resume=False)
+    Run(settings).claim("sft", resume=True)
+    with pytest.raises(ConfigError, match="cannot resume: seed is 1 now but 0 in"):
+        Run(settings.model_copy(update={"seed": 1}))
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "thesis.txt").write_text("precious")
+    with pytest.raises(ConfigError, match="exists and holds no run"):
+        Run(Recipe(run_dir=str(tmp_path / "other")))
+    assert (tmp_path / "other" / "thesis.txt").read_text() == "precious"
