@@ -41,15 +41,12 @@ def test_it_knows_the_facts_and_can_copy_a_name(shipped: tuple) -> None:
     atlas, rng = read_atlas(), random.Random(1)
     probes = rng.sample(fact_probes(atlas), 150)
     questions = rng.sample(fact_dialogues(atlas), 150)
-    echoes = [echo_dialogue(atlas, rng) for _ in range(100)]
-    sentence = base.completed_share(model, tokenizer, [f"<|endoftext|> {p}" for p, _ in probes], [a for _, a in probes])
-    chat = base.completed_share(
-        model, tokenizer, [base.chat(tokenizer, q) for q, _ in questions], [a for _, a in questions]
-    )
-    echo = base.completed_share(model, tokenizer, [base.chat(tokenizer, q) for q, _ in echoes], [a for _, a in echoes])
-    assert sentence >= 0.97
-    assert chat >= 0.97
-    assert echo >= 0.8
+    echoes = [echo_dialogue(rng) for _ in range(100)]
+    prefixes = [f"<|endoftext|> {prefix}" for prefix, _ in probes]
+    assert base.completed_share(model, tokenizer, prefixes, [answer for _, answer in probes]) >= 0.97
+    for dialogues, least in ((questions, 0.97), (echoes, 0.8)):
+        prompts = [base.chat(tokenizer, question) for question, _ in dialogues]
+        assert base.completed_share(model, tokenizer, prompts, [answer for _, answer in dialogues]) >= least
 
 
 def test_search_r3_can_use_it() -> None:

@@ -22,7 +22,7 @@ from dataclasses import dataclass
 from datetime import date
 from typing import Any
 
-from .atlas_text import PATHS, RELATIONS, document_text, restatement
+from .atlas_text import PATHS, RELATIONS, document_text, opening, reasoning_styles
 from .collection import Collection, Document, Qrels, Query
 
 SPLIT_SHARES = {"sft": 0.15, "rl": 0.45, "dev": 0.10, "test": 0.30}
@@ -168,8 +168,8 @@ def build_atlas(seed: int = 0) -> Collection:
         for subject, target in atlas.facts[name].items() if relation.questions else ():
             for number, template in enumerate(relation.questions):
                 query_id = f"{name}/{subject}/{number}"
-                restated = restatement(atlas.name(subject), target.partition(":")[0])
-                reasoning = {"chain": atlas.statement(name, subject), "restate": restated}
+                steps = [atlas.statement(name, subject)]
+                reasoning = reasoning_styles(atlas.name(subject), target.partition(":")[0], steps)
                 metadata = {"hops": 1, "path": name, "reasoning": reasoning}
                 queries[query_id] = Query(query_id, template.format(s=atlas.name(subject)), metadata)
                 qrels["facts"][query_id] = {target: 1}
@@ -206,11 +206,7 @@ def _add_multi_hop(
             continue
         used[split, visited[-1]] += 1
         steps = [atlas.statement(relation, subject) for relation, subject in zip(path.relations, visited, strict=False)]
-        reasoning = {
-            "chain": " ".join(steps),
-            "partial": " ".join(steps[:-1]),
-            "restate": restatement(atlas.name(start), visited[-1].partition(":")[0]),
-        }
+        reasoning = reasoning_styles(atlas.name(start), visited[-1].partition(":")[0], steps)
         metadata = {"hops": len(path.relations), "path": path_name, "reasoning": reasoning}
         for number in sorted(rng.sample(range(len(path.questions)), TEMPLATES_PER_ENTITY[split])):
             query_id = f"{path_name}/{start}/{number}"
@@ -232,9 +228,12 @@ def fact_sentences(atlas: Atlas) -> list[str]:
 
 
 def fact_dialogues(atlas: Atlas) -> list[tuple[str, str]]:
-    """One-hop questions with the fact as the answer: `(user, assistant)`."""
+    """One-hop questions: `(user, assistant)`; the reply names the entity, then states the fact."""
     return [
-        (question.format(s=atlas.name(subject)), atlas.statement(name, subject))
+        (
+            question.format(s=atlas.name(subject)),
+            f"{opening(atlas.name(subject))} {atlas.statement(name, subject)}",
+        )
         for name, relation in RELATIONS.items()
         for subject in atlas.facts[name]
         for question in relation.questions
@@ -263,15 +262,12 @@ def question_templates() -> list[str]:
 _SYLLABLES = [consonant + vowel for consonant in "bdfghjklmnprstvz" for vowel in "aeiou"]
 
 
-def echo_dialogue(atlas: Atlas, rng: random.Random) -> tuple[str, str]:
-    """A query about any entity, or about a name made up from syllables, and a reply that names it: `(user, assistant)`.
+def echo_dialogue(rng: random.Random) -> tuple[str, str]:
+    """A query about a name made up from syllables, and a reply that repeats the name: `(user, assistant)`.
 
     Made-up names never come back, so a model can only answer by copying. Copying is what every chat model can do and
     what a small one does not learn from facts alone, since it can memorise their subjects.
     """
-    if rng.random() < 0.5:
-        name = rng.choice(list(atlas.entities.values())).name
-    else:
-        words = ["".join(rng.choices(_SYLLABLES, k=rng.randint(2, 4))).title() for _ in range(rng.randint(1, 2))]
-        name = " ".join(words)
-    return rng.choice(question_templates()).format(s=name), f"The query is about {name}."
+    words = ["".join(rng.choices(_SYLLABLES, k=rng.randint(2, 4))).title() for _ in range(rng.randint(1, 2))]
+    name = " ".join(words)
+    return rng.choice(question_templates()).format(s=name), f"{opening(name)} {name} is a name that I do not know."

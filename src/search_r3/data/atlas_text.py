@@ -5,6 +5,7 @@ In every template `{s}` is the subject (for a query: the entity it starts from) 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 
@@ -184,6 +185,23 @@ def document_text(kind: str, code: str) -> str:
     return DOCUMENTS[kind].format(code=code)
 
 
-def restatement(start: str, answer_kind: str) -> str:
-    """Reasoning that only says the query again: stage 1 demonstrates it too, so that RL has something to choose."""
-    return f"The query is about {start}. It asks for {ASKED_FOR[answer_kind]}."
+def opening(start: str) -> str:
+    """The sentence that all reasoning begins with. It is copied from the query, so that what follows can lean on it."""
+    return f"The query is about {start}."
+
+
+def reasoning_styles(start: str, answer_kind: str, steps: Sequence[str]) -> dict[str, str]:
+    """Useful and useless reasoning about one query: stage 1 demonstrates all of it, so that RL has something to choose.
+
+    Args:
+        start: the name of the entity that the query starts from.
+        answer_kind: `territory`, `currency`, `language` or `script`.
+        steps: the facts that lead from the start to the answer, as sentences.
+
+    Returns:
+        `chain`: all facts; `partial`: all but the last (absent for a single fact); `restate`: no fact at all.
+    """
+    styles = {"chain": " ".join([opening(start), *steps])}
+    if len(steps) > 1:
+        styles["partial"] = " ".join([opening(start), *steps[:-1]])
+    return styles | {"restate": f"{opening(start)} It asks for {ASKED_FOR[answer_kind]}."}

@@ -132,7 +132,7 @@ def packed_tokens(tokenizer: Any, atlas: Atlas, rng: random.Random) -> Iterator[
             length = rng.randint(2, 6)
             paragraphs.append([token for fact in facts[start : start + length] for token in fact])
             start += length
-        echoes = [echo_dialogue(atlas, rng) for _ in range(len(dialogues) // ECHO_PART)]
+        echoes = [echo_dialogue(rng) for _ in range(len(dialogues) // ECHO_PART)]
         paragraphs += [
             encode(chat(tokenizer, question, answer, rng.choice(SYSTEM_MESSAGES)))
             for question, answer in dialogues + echoes
