@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 
     from .config import Recipe
     from .evaluation.search import Answer
+    from .model.encoder import SearchR3
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -163,13 +164,12 @@ def evaluate(
     """Evaluate a model on one split of a collection."""
     from .evaluation.benchmark import evaluate_bm25, evaluate_model, index_documents, paired_p_values
     from .files import write_json
-    from .model.encoder import SearchR3
     from .training.engine import load_collection
 
     if out is not None and out.exists():
         raise ConfigError(f"{out} exists; nothing is overwritten: choose another file")
     data = load_collection(collection)
-    encoder = SearchR3(model)
+    encoder = _encoder(model)
     with _bar("documents", len(data.documents)) as advance:
         index = index_documents(encoder, data, progress=advance)
     rows = [evaluate_bm25(data, split)] if bm25 else []
@@ -200,13 +200,12 @@ def search(
     """Search a collection: shows the reasoning, the ranked documents and their scores."""
     from .errors import DataError
     from .evaluation.search import Searcher
-    from .model.encoder import SearchR3
     from .training.engine import load_collection
 
     if query is not None and not query.strip():
         raise DataError("the query is empty; give a text with at least one visible character")
     data = load_collection(collection)
-    encoder = SearchR3(model)
+    encoder = _encoder(model)
     with _bar("documents", len(data.documents)) as advance:
         searcher = Searcher(encoder, data, advance)
     if query is not None:
@@ -237,12 +236,25 @@ def _fail(message: str, status: int) -> None:
 
 
 def _settings(recipe: Path | None, overrides: list[str] | None) -> Recipe:
-    from transformers.utils import logging as transformers_logging
-
     from .config import load_recipe
 
+    settings = load_recipe(recipe, overrides or [])
+    _hush()
+    return settings
+
+
+def _encoder(model: str) -> SearchR3:
+    from .model.encoder import SearchR3
+
+    _hush()
+    return SearchR3(model)
+
+
+def _hush() -> None:
+    """Switch off transformers' own progress bars, which would tear ours."""
+    from transformers.utils import logging as transformers_logging
+
     transformers_logging.disable_progress_bar()
-    return load_recipe(recipe, overrides or [])
 
 
 def _print(text: str) -> None:

@@ -142,6 +142,10 @@ class Recipe(Section):
 def load_recipe(path: str | Path | None, overrides: Sequence[str] = ()) -> Recipe:
     """Read a YAML recipe and apply `key=value` overrides (`grpo.steps=10`); values are read as YAML.
 
+    Example:
+        >>> load_recipe(None, ["grpo.steps=10"]).grpo.steps
+        10
+
     Raises:
         ConfigError: the file cannot be read, a key is unknown (the nearest known one is named) or a value does not fit.
     """

@@ -44,7 +44,14 @@ class Query:
 
 @dataclass(frozen=True)
 class Collection:
-    """A test collection: documents, queries and one set of judgements per split."""
+    """A test collection: documents, queries and one set of judgements per split.
+
+    Example:
+        >>> documents = {"d1": Document("d1", "Uzbek is a language.")}
+        >>> collection = Collection("tiny", documents, {"q1": Query("q1", "Uzbek?")}, {"test": {"q1": {"d1": 1}}})
+        >>> collection.split("test")
+        {'q1': {'d1': 1}}
+    """
 
     name: str
     documents: dict[str, Document]

@@ -22,7 +22,12 @@ _USER_TEXT = "\u2402user text\u2403"
 
 
 class PromptSet(BaseModel):
-    """The wording with which a model was trained; it is saved next to the weights."""
+    """The wording with which a model was trained; it is saved next to the weights.
+
+    Example:
+        >>> PROMPT_SETS["published"].direct_system
+        'Please representation user queries.'
+    """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 

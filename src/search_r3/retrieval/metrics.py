@@ -15,7 +15,12 @@ MEASURES = ("ndcg@10", "recall@100", "mrr@10")
 
 
 def rank(scores: Mapping[str, float], k: int | None = None) -> list[str]:
-    """The doc_ids of `scores`, best first, at most `k`."""
+    """The doc_ids of `scores`, best first, at most `k`.
+
+    Example:
+        >>> rank({"a": 0.5, "b": 0.5, "c": 0.9})
+        ['c', 'b', 'a']
+    """
     ordered = sorted(scores, key=lambda doc_id: (np.float32(scores[doc_id]), doc_id), reverse=True)
     return ordered[:k]
 

@@ -1,0 +1,15 @@
+"""The examples in public docstrings run and give what they show."""
+
+from __future__ import annotations
+
+import doctest
+from importlib import import_module
+
+import pytest
+
+
+@pytest.mark.parametrize("name", ["model.encoder", "model.prompts", "data.collection", "retrieval.metrics", "config"])
+def test_docstring_examples(name: str) -> None:
+    result = doctest.testmod(import_module(f"search_r3.{name}"))
+    assert result.attempted > 0
+    assert result.failed == 0
