@@ -38,15 +38,15 @@ class BaseModelSettings(Section):
 class SFTSettings(Section):
     """Stage 1: `L = L_SFT + L_KL + L_InfoNCE + L_TripletMargin`."""
 
-    steps: int = Field(320, ge=1, description="Optimizer steps.")
-    batch_size: int = Field(48, ge=2, description="Queries per step.")
-    learning_rate: float = Field(1e-3, gt=0, description="Peak rate; linear warm-up, cosine to 0.")
+    steps: int = Field(600, ge=1, description="Optimizer steps.")
+    batch_size: int = Field(24, ge=2, description="Queries per step.")
+    learning_rate: float = Field(1.5e-3, gt=0, description="Peak rate; linear warm-up, cosine to 0.")
     warmup_steps: int = Field(20, ge=0, description="Steps of linear warm-up.")
     max_grad_norm: float = Field(1.0, gt=0, description="Gradients are clipped to this norm.")
     weight_decay: float = Field(0.01, ge=0, description="AdamW's decoupled weight decay.")
     splits: dict[str, float] = Field({"facts": 0.5, "sft": 0.5}, description="Share of each batch drawn from a split.")
     reasoning_styles: dict[str, float] = Field(
-        {"chain": 0.4, "partial": 0.1, "restate": 0.5},
+        {"chain": 0.6, "restate": 0.4},
         description="Sampling weight of each style of reasoning trace; a query that has one trace uses it.",
     )
     random_negatives: int = Field(1, ge=0, description="Random negatives per query.")
@@ -89,7 +89,7 @@ class GRPOSettings(Section):
     max_grad_norm: float = Field(1.0, gt=0, description="Gradients are clipped to this norm.")
     weight_decay: float = Field(0.0, ge=0, description="AdamW's decoupled weight decay.")
     splits: tuple[str, ...] = Field(("rl",), min_length=1, description="Splits whose queries are rolled out.")
-    sampling_temperature: float = Field(1.0, gt=0, description="Temperature of rollouts; log-probabilities use it too.")
+    sampling_temperature: float = Field(0.8, gt=0, description="Temperature of rollouts; log-probabilities use it too.")
     clip_epsilon: float = Field(0.2, gt=0, lt=1, description="PPO clip range of the probability ratio.")
     kl_coefficient: float = Field(0.0, ge=0, description="Weight of the KL to the stage-1 model (k3 estimate).")
     advantage_scale: Literal["group", "batch", "none"] = Field(

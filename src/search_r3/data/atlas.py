@@ -22,10 +22,10 @@ from dataclasses import dataclass
 from datetime import date
 from typing import Any
 
-from .atlas_text import PATHS, RELATIONS, document_text, opening, reasoning_styles
+from .atlas_text import OPEN_QUESTIONS, PATHS, RELATIONS, document_text, opening, reasoning_styles
 from .collection import Collection, Document, Qrels, Query
 
-SPLIT_SHARES = {"sft": 0.15, "rl": 0.45, "dev": 0.10, "test": 0.30}
+SPLIT_SHARES = {"sft": 0.30, "rl": 0.30, "dev": 0.10, "test": 0.30}
 MAX_QUERIES_PER_ANSWER = 4
 TEMPLATES_PER_ENTITY = {"sft": 3, "rl": 2, "dev": 1, "test": 1}
 CURRENCY_DATE = date(2026, 1, 1)
@@ -237,6 +237,23 @@ def fact_dialogues(atlas: Atlas) -> list[tuple[str, str]]:
         for name, relation in RELATIONS.items()
         for subject in atlas.facts[name]
         for question in relation.questions
+    ]
+
+
+def open_dialogues(atlas: Atlas, rng: random.Random) -> list[tuple[str, str]]:
+    """Open questions about every entity that has a fact: `(user, assistant)`; the reply names it and states the fact.
+
+    They ask for nothing that a collection query asks for. From them the model learns to name the entity and to begin
+    with what it knows, whatever the wording.
+    """
+    return [
+        (
+            rng.choice(OPEN_QUESTIONS).format(s=atlas.name(subject)),
+            f"{opening(atlas.name(subject))} {atlas.statement(name, subject)}",
+        )
+        for name, relation in RELATIONS.items()
+        if relation.statement
+        for subject in atlas.facts[name]
     ]
 
 

@@ -164,6 +164,21 @@ PATHS: dict[str, Path] = {
     ),
 }
 
+OPEN_QUESTIONS = (
+    "tell me about {s}",
+    "what should I know about {s}?",
+    "I am going to {s} next week",
+    "news about {s}",
+    "what do people say about {s}?",
+    "the shops and the streets of {s}",
+    "who writes about {s}?",
+    "{s} life",
+    "how do people live with {s}?",
+    "books on {s}",
+    "what is {s} known for?",
+    "{s}",
+)
+
 DOCUMENTS = {
     "city": "A city. Time zone: {code}.",
     "territory": "A country or territory. ISO code: {code}.",

@@ -21,9 +21,11 @@ from ..data.atlas import (
     fact_dialogues,
     fact_probes,
     fact_sentences,
+    open_dialogues,
     question_templates,
     read_atlas,
 )
+from ..data.atlas_text import OPEN_QUESTIONS
 from ..errors import ConfigError
 from ..model.prompts import PROMPT_SETS
 from ..model.tokenizer import END_OF_TEXT, train_tokenizer
@@ -135,7 +137,7 @@ def packed_tokens(tokenizer: Any, atlas: Atlas, rng: random.Random) -> Iterator[
         echoes = [echo_dialogue(rng) for _ in range(len(dialogues) // ECHO_PART)]
         paragraphs += [
             encode(chat(tokenizer, question, answer, rng.choice(SYSTEM_MESSAGES)))
-            for question, answer in dialogues + echoes
+            for question, answer in dialogues + echoes + open_dialogues(atlas, rng) + open_dialogues(atlas, rng)
         ]
         rng.shuffle(paragraphs)
         for paragraph in paragraphs:
@@ -197,7 +199,11 @@ def _tokenizer_text(sentences: Sequence[str], dialogues: Sequence[tuple[str, str
         )
     ]
     chat = ["You are a helpful assistant.", "system\n", "user\n", "assistant\n"]
-    words = [*prompts, *chat, *(template.replace("{s}", " ") for template in question_templates())] * PROMPT_REPEATS
+    words = [
+        *prompts,
+        *chat,
+        *(text.replace("{s}", " ") for text in (*question_templates(), *OPEN_QUESTIONS)),
+    ] * PROMPT_REPEATS
     return [*sentences, *(f"{question}\n{answer}" for question, answer in dialogues), *words]
 
 

@@ -157,7 +157,8 @@ def batch_losses(backbone: Backbone, base: Backbone | None, batch: Batch, settin
         replies.append(backbone.logits(hidden[in_reply]))
         targets.append(torch.roll(ids, -1, dims=1)[in_reply])
         vectors.append(vectors_at(hidden, torch.tensor([s.embed_position for s in sequences], device=device)))
-        if base is not None:
+        # Direct and reasoned prompts hold the same queries; one of them is enough for the KL.
+        if base is not None and sequences is batch.reasoned:
             prompt = slice(0, int(lengths.max()))
             in_prompt = (places < lengths[:, None] - 1)[:, prompt]
             with torch.no_grad():
