@@ -244,6 +244,14 @@ def test_a_value_that_is_not_finite_stops_the_run(tmp_path: Path) -> None:
     assert run.metrics("grpo") == [{"stage": "grpo", "step": 1, "reward": 0.5}]
 
 
+def test_a_line_that_a_killed_process_left_unfinished_is_dropped(tmp_path: Path) -> None:
+    run = Run(Recipe(run_dir=str(tmp_path / "run")))
+    run.log("sft", 1, {"loss": 1.0})
+    with run.metrics_path.open("a") as file:
+        file.write('{"stage": "sft", "st')
+    assert [row["step"] for row in run.metrics("sft")] == [1]
+
+
 def test_a_run_directory_is_never_overwritten(tmp_path: Path) -> None:
     settings = Recipe(run_dir=str(tmp_path / "run"))
     run = Run(settings)

@@ -18,7 +18,7 @@ from typing import Any
 
 from ..config import Recipe, dump_recipe, load_recipe
 from ..errors import ConfigError, RunError
-from ..files import atomic_directory, read_jsonl, write_json, write_text
+from ..files import atomic_directory, write_json, write_text
 
 Observer = Callable[[str, int, int, dict[str, float]], None]
 """`(stage, step, steps, values)`: called after every step; the command line draws its live line from it."""
@@ -96,9 +96,7 @@ class Run:
 
     def metrics(self, stage: str) -> list[dict[str, Any]]:
         """The lines of one stage so far."""
-        if not self.metrics_path.exists():
-            return []
-        return [row for _, row in read_jsonl(self.metrics_path) if row["stage"] == stage]
+        return [row for row in _rows(self.metrics_path) if row["stage"] == stage]
 
     def save_checkpoint(self, stage: str, step: int, accelerator: Any, save_extra: Callable[[Path], None]) -> None:
         """Write weights, optimizer, schedule, random states and what `save_extra` adds; keep the newest two."""
@@ -121,8 +119,7 @@ class Run:
             accelerator.load_state(str(saved[-1]))
         for path in (self.metrics_path, self.rollouts_path):
             if path.exists():
-                rows = [row for _, row in read_jsonl(path)]
-                kept = [row for row in rows if row["stage"] != stage or (saved and row["step"] <= step)]
+                kept = [row for row in _rows(path) if row["stage"] != stage or (saved and row["step"] <= step)]
                 write_text(path, "".join(_line(row) for row in kept))
         return step, saved[-1] if saved else None
 
@@ -140,6 +137,14 @@ class Run:
 
     def _saved(self, stage: str) -> list[Path]:
         return sorted(path.parent for path in self._checkpoints(stage).glob("step-*/checkpoint.json"))
+
+
+def _rows(path: Path) -> list[dict[str, Any]]:
+    """The rows of a log; a last line that a killed process left unfinished is not one of them."""
+    if not path.exists():
+        return []
+    lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
+    return [json.loads(line) for line in lines if line.endswith("\n")]
 
 
 def _append(path: Path, rows: Iterable[dict[str, Any]]) -> None:
