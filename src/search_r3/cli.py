@@ -251,10 +251,11 @@ def _encoder(model: str) -> SearchR3:
 
 
 def _hush() -> None:
-    """Switch off transformers' own progress bars, which would tear ours."""
+    """Switch off transformers' own progress bars, which would tear ours, and accelerate's notes on tied weights."""
     from transformers.utils import logging as transformers_logging
 
     transformers_logging.disable_progress_bar()
+    logging.getLogger("accelerate").setLevel(logging.ERROR)
 
 
 def _print(text: str) -> None:
