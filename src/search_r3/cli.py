@@ -218,7 +218,10 @@ def search(
 
 def main() -> None:
     """Run the command line; a domain error becomes one line on stderr and exit status 2."""
-    logging.basicConfig(format="%(levelname)s: %(message)s", level=logging.WARNING)
+    # The level stands on the handler: some libraries set their own loggers to DEBUG.
+    handler = logging.StreamHandler()
+    handler.setLevel(logging.WARNING)
+    logging.basicConfig(format="%(levelname)s: %(message)s", level=logging.WARNING, handlers=[handler])
     try:
         app()
     except SearchR3Error as error:

@@ -89,7 +89,7 @@ class GRPOSettings(Section):
     max_grad_norm: float = Field(1.0, gt=0, description="Gradients are clipped to this norm.")
     weight_decay: float = Field(0.0, ge=0, description="AdamW's decoupled weight decay.")
     splits: tuple[str, ...] = Field(("rl",), min_length=1, description="Splits whose queries are rolled out.")
-    sampling_temperature: float = Field(0.8, gt=0, description="Temperature of rollouts; log-probabilities use it too.")
+    sampling_temperature: float = Field(1.0, gt=0, description="Temperature of rollouts; log-probabilities use it too.")
     clip_epsilon: float = Field(0.2, gt=0, lt=1, description="PPO clip range of the probability ratio.")
     kl_coefficient: float = Field(0.0, ge=0, description="Weight of the KL to the stage-1 model (k3 estimate).")
     advantage_scale: Literal["group", "batch", "none"] = Field(

@@ -18,7 +18,7 @@ SETTINGS = [
     "max_length=120", "max_new_tokens=16", "save_every=2",
     "sft.steps=7", "sft.batch_size=4", "sft.splits={train: 1.0}", "sft.warmup_steps=2",
     "grpo.steps=7", "grpo.queries_per_step=2", "grpo.group_size=3", "grpo.splits=[train]", "grpo.evaluate_every=3",
-    "grpo.embedding_loss_weight=0.1", "grpo.kl_coefficient=0.01", "grpo.learning_rate=1e-2",
+    "grpo.embedding_loss_weight=0.1", "grpo.kl_coefficient=0.01", "grpo.learning_rate=2e-3",
 ]  # fmt: skip
 
 

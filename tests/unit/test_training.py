@@ -138,7 +138,9 @@ def experience(
     favour(model.backbone, model.backbone.embed_token_id, 3.5)  # emitted by some rollouts, not by all
     environment = world(model, collection, settings.grpo)
     prompts = [model.backbone.prompt_encoder.encode("where is the red house?", "reason").ids] * 12
-    rollouts = model.rollouts(prompts, max_new_tokens=6, sampling_temperature=1.0, seeds=range(12))
+    rollouts = model.rollouts(
+        prompts, max_new_tokens=6, sampling_temperature=settings.grpo.sampling_temperature, seeds=range(12)
+    )
     query_ids = ["q00", "q01", "q04"]
     feedback = environment.feedback(rollouts, [query_id for query_id in query_ids for _ in range(4)], 0)
     advantages = torch.randn(12, generator=torch.Generator().manual_seed(0))
