@@ -86,7 +86,9 @@ def test_float16_storage_is_float16_and_stays_close(tmp_path: Path, backbone: An
     from safetensors.torch import load_file
 
     backbone.save(tmp_path / "half", dtype="float16")
-    assert {value.dtype for value in load_file(tmp_path / "half" / "model.safetensors").values()} == {torch.float16}
+    stored = load_file(tmp_path / "half" / "model.safetensors")
+    assert {value.dtype for value in stored.values()} == {torch.float16}
+    assert "lm_head.weight" not in stored, "tied weights are written once"
     half = load_backbone(tmp_path / "half")
     assert half.model.dtype == torch.float32
     ids = backbone.prompt_encoder.encode("a red house", "direct").ids

@@ -97,10 +97,7 @@ class Backbone:
             dtype: storage type of the weights (`float16` halves the file); as they are by default.
         """
         with atomic_directory(Path(folder)) as out:
-            state = self.model.state_dict()
-            if dtype is not None:
-                state = {name: value.to(DTYPES[dtype]) for name, value in state.items()}
-            self.model.save_pretrained(out, state_dict=state)
+            self.model.save_pretrained(out, state_dict=storage_state(self.model, dtype))
             self.tokenizer.save_pretrained(out)
             write_json(out / SETTINGS_FILE, self.settings.model_dump())
 
@@ -155,6 +152,15 @@ def load_backbone(
     backbone = Backbone(model, tokenizer, settings, embed_token_id, str(source))
     _check_output_layer(backbone)
     return backbone
+
+
+def storage_state(model: Any, dtype: str | None) -> dict[str, Tensor]:
+    """The weights in their storage type; tied ones stay one tensor, so that they are written once."""
+    converted: dict[int, Tensor] = {}
+    return {
+        name: converted.setdefault(value.data_ptr(), value if dtype is None else value.to(DTYPES[dtype]))
+        for name, value in model.state_dict().items()
+    }
 
 
 def pad(

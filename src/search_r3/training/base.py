@@ -27,6 +27,7 @@ from ..data.atlas import (
 )
 from ..data.atlas_text import OPEN_QUESTIONS
 from ..errors import ConfigError
+from ..model.backbone import storage_state
 from ..model.prompts import PROMPT_SETS
 from ..model.tokenizer import END_OF_TEXT, train_tokenizer
 from .engine import warmup_cosine
@@ -211,7 +212,6 @@ def _save(model: Any, tokenizer: Any, folder: Path) -> None:
     from ..files import atomic_directory
 
     with atomic_directory(folder) as out:
-        state = {name: value.half() for name, value in model.state_dict().items()}
         model.config.dtype = torch.float16
-        model.save_pretrained(out, state_dict=state)
+        model.save_pretrained(out, state_dict=storage_state(model, "float16"))
         tokenizer.save_pretrained(out)
