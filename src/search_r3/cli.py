@@ -314,7 +314,7 @@ def _table(title: str, rows: dict[str, dict[str, Any]]) -> None:
     from rich.table import Table
 
     columns = ("ndcg@10", "recall@100", "mrr@10", "tokens_per_query", "queries_per_second")
-    table = Table("", "nDCG@10", "95 %", "recall@100", "MRR@10", "tokens/query", "queries/s", title=title)
+    table = Table("", "nDCG@10", "95 %", "R@100", "MRR@10", "tokens", "q/s", title=title)
     for name, row in rows.items():
         low, high = row["ndcg@10_interval"]
         cells = [f"{row[column]:.3f}" for column in columns[:3]]
@@ -343,7 +343,9 @@ def _show_report(folder: Path) -> None:
         f"{shares['share_ge_half_after']:.0%} after; embed token forced: {shares['forced_share']:.1%}"
     )
     _print(f"{report['seconds']:.0f} s, peak memory {report['peak_memory_bytes'] / 2**30:.2f} GiB; all in {folder}/")
-    print(f'Next: search-r3 search {folder}/model --collection atlas "what do people pay with in Tashkent?"')
+    # Plain, so that it can be copied from a narrow terminal; with the path by which the command was called.
+    query = "what do people pay with in Tashkent?"
+    print(f'Next: {sys.argv[0]} search {folder}/model --collection atlas "{query}"')
 
 
 def _show_answer(answer: Answer) -> None:
