@@ -1,6 +1,6 @@
 """Typed settings: YAML recipes and `key=value` overrides. An unknown key is an error.
 
-Defaults marked (log) were chosen by the experiments in `docs/log.md`; the others are common values of the field.
+Defaults are common values of the field; the recipes set what the experiments in `docs/log.md` chose.
 """
 
 from __future__ import annotations
