@@ -19,7 +19,13 @@ from statistics import median
 from typing import Any
 
 ROWS = ("bm25", "bm25+reasoning", "direct/sft", "reason/sft", "direct/rl", "reason/rl")
-QUICK = ["sft.steps=30", "grpo.steps=2", "sft.batch_size=8", "grpo.queries_per_step=2", "evaluation.rollout_queries=4"]
+QUICK = [
+    "sft.steps=120",
+    "sft.batch_size=12",
+    "grpo.steps=2",
+    "grpo.queries_per_step=8",
+    "evaluation.rollout_queries=4",
+]
 
 
 def run(seed: int, folder: Path, quick: bool) -> tuple[dict[str, Any], list[dict[str, Any]]]:
