@@ -68,8 +68,9 @@ class Backbone:
 
     def hidden_states(self, ids: Tensor, mask: Tensor) -> Tensor:
         """Output of the final norm, `B x T x D`, where the output layer reads. Padding on either side is allowed."""
-        positions = (mask.long().cumsum(-1) - 1).clamp(min=0)
-        output = self.model.base_model(input_ids=ids, attention_mask=mask, position_ids=positions, use_cache=False)
+        output = self.model.base_model(
+            input_ids=ids, attention_mask=mask, position_ids=position_ids(mask), use_cache=False
+        )
         hidden: Tensor = output.last_hidden_state
         return hidden
 
@@ -175,6 +176,11 @@ def pad(
         ids[row, start : start + len(sequence)] = torch.tensor(sequence, dtype=torch.long)
         mask[row, start : start + len(sequence)] = 1
     return ids.to(device), mask.to(device)
+
+
+def position_ids(mask: Tensor) -> Tensor:
+    """Positions from 0 at each row's first token, `B x T`, whichever side is padded."""
+    return (mask.long().cumsum(-1) - 1).clamp(min=0)
 
 
 def vectors_at(hidden: Tensor, positions: Tensor) -> Tensor:

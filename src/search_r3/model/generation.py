@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from ..errors import ModelError
-from .backbone import Backbone, pad, vectors_at
+from .backbone import Backbone, pad, position_ids, vectors_at
 
 
 @dataclass(frozen=True)
@@ -127,7 +127,7 @@ class _Batch:
 
         backbone = self.backbone
         ids, mask = pad(self.prompts, backbone.tokenizer.pad_token_id, backbone.device, left=True)
-        positions = (mask.cumsum(-1) - 1).clamp(min=0)
+        positions = position_ids(mask)
         cache = DynamicCache(config=backbone.model.config)
         rows = list(range(len(self.prompts)))  # batch row -> rollout
         while True:

@@ -30,19 +30,24 @@ def dcg(gains: Iterable[float]) -> float:
     return sum(gain / math.log2(position + 1) for position, gain in enumerate(gains, 1))
 
 
+def ideal_dcg(relevance: Mapping[str, int], k: int) -> float:
+    """The largest DCG@k that any ranking can reach; judgements below 0 count as 0."""
+    return dcg(sorted((max(gain, 0) for gain in relevance.values()), reverse=True)[:k])
+
+
 def ndcg(ranking: Sequence[str], relevance: Mapping[str, int], k: int) -> float:
     """nDCG@k with linear gains (trec_eval's `ndcg_cut`).
 
     Judgements below 0 count as 0; without relevant documents the result is 0.
     """
-    ideal = dcg(sorted((max(gain, 0) for gain in relevance.values()), reverse=True)[:k])
+    ideal = ideal_dcg(relevance, k)
     found = dcg(max(relevance.get(doc_id, 0), 0) for doc_id in ranking[:k])
     return found / ideal if ideal > 0 else 0.0
 
 
 def ndcg_from_ranks(ranks: Mapping[str, int], relevance: Mapping[str, int], k: int) -> float:
     """nDCG@k when only the ranks (from 1) of the relevant documents are known."""
-    ideal = dcg(sorted((max(gain, 0) for gain in relevance.values()), reverse=True)[:k])
+    ideal = ideal_dcg(relevance, k)
     found = sum(
         max(relevance[doc_id], 0) / math.log2(position + 1) for doc_id, position in ranks.items() if position <= k
     )
