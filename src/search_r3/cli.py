@@ -33,7 +33,7 @@ app.add_typer(data_app, name="data")
 RecipeOption = Annotated[Path | None, typer.Option("--recipe", "-r", help="YAML recipe; without it, the defaults.")]
 Overrides = Annotated[list[str] | None, typer.Argument(help="Settings as key=value, e.g. grpo.steps=10.")]
 Resume = Annotated[bool, typer.Option("--resume", help="Go on with the run in run_dir.")]
-CollectionOption = Annotated[str, typer.Option("--collection", "-c", help="`atlas`, or a folder in the BEIR layout.")]
+CollectionOption = Annotated[str, typer.Option("--collection", "-c", help="`atlas`, `atlas-wide`, or a BEIR folder.")]
 
 
 class ModeName(StrEnum):
@@ -47,6 +47,7 @@ class BuiltIn(StrEnum):
     """Collections that are built here."""
 
     atlas = "atlas"
+    atlas_wide = "atlas-wide"
 
 
 @app.command()
@@ -95,11 +96,11 @@ def data_build(
     seed: Annotated[int, typer.Option(help="Seed of the splits.")] = 0,
 ) -> None:
     """Build a collection into a folder in the BEIR layout."""
-    from .data.atlas import build_atlas
+    from .data.atlas import BUILT_IN
 
     if out.exists():
         raise ConfigError(f"{out} exists; nothing is overwritten: remove it or choose another folder")
-    collection = build_atlas(seed)
+    collection = BUILT_IN[name.value](seed)
     collection.save(out)
     _print(f"{out}: {len(collection.documents)} documents, {len(collection.queries)} queries")
 

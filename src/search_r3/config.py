@@ -77,6 +77,49 @@ class RewardWeights(Section):
     length: float = Field(0.0, ge=0, description="Minus the used share of the budget, -1 to 0.")
 
 
+class RefreshSettings(Section):
+    """How document vectors follow the model (docs/method.md, "The moving corpus")."""
+
+    policy: Literal["never", "periodic", "drift", "shortlist", "selective", "full"] = Field(
+        "full", description="Rung of the ladder; whatever it is, the positives of the batch are encoded freshly."
+    )
+    every: int = Field(10, ge=1, description="periodic: versions between two refreshes of the whole corpus.")
+    depth: int = Field(10, ge=1, description="shortlist, selective: L, the top documents of each rollout looked at.")
+    hops: int = Field(1, ge=0, description="selective: steps in the neighbour graph from shortlist and positives.")
+    neighbours: int = Field(10, ge=1, description="selective: links per document in the neighbour graph.")
+    max_documents: int | None = Field(
+        None, ge=1, description="Budget: documents encoded per step; positives count but are never left out."
+    )
+    max_tokens: int | None = Field(None, ge=1, description="Budget: tokens encoded per step, counted in the same way.")
+    correct_drift: bool = Field(
+        False, description="shortlist, selective: also correct stale vectors, as the policy drift always does."
+    )
+    drift_sample: int = Field(64, ge=8, description="Random documents encoded per step to fit the drift correction.")
+    audit_every: int = Field(0, ge=0, description="Steps between audits of the live index; 0: none.")
+    audit_documents: int = Field(
+        256, ge=0, description="Random documents that an audit encodes beside the best-ranked ones; 0: all documents."
+    )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _was_a_name(cls, value: Any) -> Any:
+        if isinstance(value, str):
+            raise ValueError(f"refresh is a section; write refresh.policy={value}")
+        return value
+
+    @model_validator(mode="after")
+    def _fits_the_policy(self) -> RefreshSettings:
+        chosen = self.policy in ("shortlist", "selective")
+        if self.correct_drift and not chosen:
+            raise ValueError(
+                f"correct_drift=true goes with shortlist or selective, not with policy={self.policy} (the policy drift "
+                "alone corrects all stale vectors)"
+            )
+        if (self.max_documents or self.max_tokens) and not chosen:
+            raise ValueError(f"a budget goes with shortlist or selective, not with policy={self.policy}")
+        return self
+
+
 class GRPOSettings(Section):
     """Stage 2: GRPO with the retrieval reward."""
 
@@ -102,7 +145,7 @@ class GRPOSettings(Section):
     contrastive_temperature: float = Field(0.05, gt=0, description="tau of that InfoNCE.")
     reward: RewardWeights = RewardWeights()
     reward_k: int = Field(10, ge=1, description="k of the nDCG in the ranking part.")
-    refresh: Literal["never", "full"] = Field("full", description="How document vectors follow the model.")
+    refresh: RefreshSettings = RefreshSettings()
     micro_batch_size: int = Field(128, ge=1, description="Rollouts per forward and backward pass; changes memory only.")
     evaluate_every: int = Field(10, ge=1, description="Steps between evaluations on `evaluation.dev_split`.")
 
@@ -126,7 +169,7 @@ class Recipe(Section):
     name: str = Field("quickstart", description="Name of the run.")
     run_dir: str = Field("runs/quickstart", description="Where everything is written.")
     seed: int = Field(0, ge=0, description="Seed of sampling, shuffling and initialisation.")
-    collection: str = Field("atlas", description="`atlas`, or a folder in the BEIR layout.")
+    collection: str = Field("atlas", description="`atlas`, `atlas-wide`, or a folder in the BEIR layout.")
     base: str = Field("builtin", description="`builtin` (the small model in the package), a directory or a hub id.")
     prompts: Literal["search-r3", "published"] = Field("search-r3", description="Prompt set, saved with the model.")
     max_length: int = Field(128, ge=8, description="Longest prompt in tokens; longer texts lose their end, counted.")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from itertools import combinations
 from pathlib import Path
 
 import pytest
@@ -72,12 +73,22 @@ def stage_1(tmp_path_factory: pytest.TempPathFactory, tiny_path: Path, collectio
     return train_sft(settings, Run(settings))
 
 
-@pytest.mark.parametrize("refresh", ["never", "full"])
+REFRESHES = {
+    "never": "{policy: never}",
+    "full": "{policy: full}",
+    "periodic": "{policy: periodic, every: 3}",
+    "drift": "{policy: drift, drift_sample: 20}",
+    "shortlist": "{policy: shortlist, depth: 3, correct_drift: true, drift_sample: 16}",
+    "selective": "{policy: selective, depth: 3, neighbours: 3, max_documents: 8, audit_every: 2, audit_documents: 10}",
+}
+
+
+@pytest.mark.parametrize("refresh", REFRESHES)
 @pytest.mark.parametrize("stopped_at", [1, 5])
 def test_a_resumed_stage_2_equals_an_unbroken_one(
     tmp_path: Path, tiny_path: Path, collection_path: Path, stage_1: Path, refresh: str, stopped_at: int
 ) -> None:
-    option = f"grpo.refresh={refresh}"
+    option = f"grpo.refresh={REFRESHES[refresh]}"
     whole = recipe(tmp_path / "whole", tiny_path, collection_path, option)
     expected = train_grpo(whole, Run(whole), stage_1)
     broken = recipe(tmp_path / "broken", tiny_path, collection_path, option)
@@ -87,22 +98,40 @@ def test_a_resumed_stage_2_equals_an_unbroken_one(
     assert same_weights(train_grpo(broken, run, stage_1), expected)
     assert steps_logged(run, "grpo") == list(range(8))
     assert not same_weights(expected, stage_1)
-    timed = ("seconds", "rollout_seconds", "refresh_seconds")
+    timed = ("seconds", "rollout_seconds", "refresh_seconds", "audit_seconds")
     for one, two in zip(run.metrics("grpo"), Run(whole).metrics("grpo"), strict=True):
         assert {k: v for k, v in one.items() if k not in timed} == {k: v for k, v in two.items() if k not in timed}
     rows = [json.loads(line) for line in run.rollouts_path.read_text().splitlines()]
     assert [row["step"] for row in rows] == [step for step in range(1, 8) for _ in range(6)]
 
 
-def test_never_and_full_learn_differently(
+def test_the_refresh_policies_learn_differently(
     tmp_path: Path, tiny_path: Path, collection_path: Path, stage_1: Path
 ) -> None:
     """Else the tests above would not show that the policy's state is restored."""
     models = []
-    for refresh in ("never", "full"):
-        settings = recipe(tmp_path / refresh, tiny_path, collection_path, f"grpo.refresh={refresh}")
+    for name, refresh in REFRESHES.items():
+        settings = recipe(tmp_path / name, tiny_path, collection_path, f"grpo.refresh={refresh}")
         models.append(train_grpo(settings, Run(settings), stage_1))
-    assert not same_weights(*models)
+    for one, two in combinations(models, 2):
+        assert not same_weights(one, two)
+
+
+def test_an_audited_run_learns_what_an_unaudited_one_does(
+    tmp_path: Path, tiny_path: Path, collection_path: Path, stage_1: Path
+) -> None:
+    models, logs = [], []
+    for every in (0, 2):
+        options = ["grpo.refresh.policy=never", f"grpo.refresh.audit_every={every}", "grpo.refresh.audit_documents=0"]
+        settings = recipe(tmp_path / str(every), tiny_path, collection_path, *options)
+        models.append(train_grpo(settings, Run(settings), stage_1))
+        logs.append(Run(settings).metrics("grpo"))
+    assert same_weights(*models)
+    assert not any("audit_reward_error" in row for row in logs[0])
+    audited = [row for row in logs[1] if "audit_reward_error" in row]
+    assert [row["step"] for row in audited] == [2, 4, 6]
+    assert all(row["audit_documents"] == 40 for row in audited)
+    assert audited[-1]["audit_drift_mean"] > audited[0]["audit_drift_mean"] > 0, "never lets the corpus drift away"
 
 
 def test_a_finished_stage_is_not_trained_again(tmp_path: Path, tiny_path: Path, collection_path: Path) -> None:

@@ -23,7 +23,7 @@ def test_overrides_reach_nested_settings_with_their_types() -> None:
 
 
 def test_the_dumped_settings_load_as_they_were(tmp_path: Path) -> None:
-    recipe = load_recipe(None, ["seed=3", "grpo.refresh=never"])
+    recipe = load_recipe(None, ["seed=3", "grpo.refresh.policy=never"])
     (tmp_path / "r.yaml").write_text(dump_recipe(recipe))
     assert load_recipe(tmp_path / "r.yaml") == recipe
 
@@ -34,7 +34,10 @@ def test_the_dumped_settings_load_as_they_were(tmp_path: Path) -> None:
         ("grpo.stps=7", "unknown setting 'grpo.stps'; did you mean 'steps'?"),
         ("zzz=1", "unknown setting 'zzz'; known here: name, run_dir"),
         ("grpo.steps=0", "grpo.steps = 0: Input should be greater than or equal to 1"),
-        ("grpo.refresh=sometimes", "grpo.refresh = 'sometimes'"),
+        ("grpo.refresh.policy=sometimes", "grpo.refresh.policy = 'sometimes'"),
+        ("grpo.refresh=never", "refresh is a section; write refresh.policy=never"),
+        ("grpo.refresh={policy: full, max_documents: 5}", "a budget goes with shortlist or selective, not with policy"),
+        ("grpo.refresh={policy: never, correct_drift: true}", "correct_drift=true goes with shortlist or selective"),
         ("grpo.steps", "expected key=value"),
         ("name.first=x", "'name' is a single value, not a section"),
         ("sft.steps=[1", "cannot read the value"),

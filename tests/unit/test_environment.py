@@ -1,19 +1,20 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
-from search_r3.config import RewardWeights
+from search_r3.config import RefreshSettings, RewardWeights
 from search_r3.data.collection import Collection
 from search_r3.environment.environment import RetrievalEnvironment
-from search_r3.environment.refresh import make_policy
+from search_r3.environment.refresh import Selective
 from search_r3.environment.reward import RewardParts, reward_parts
-from search_r3.errors import ConfigError, DataError, RewardError
+from search_r3.errors import DataError, RewardError
 from search_r3.model.generation import Rollout
-from search_r3.retrieval.index import ExactIndex
 
 WEIGHTS = RewardWeights(ranking=1.0, similarity=0.5, format=0.25, length=0.1)
 
@@ -26,10 +27,13 @@ class MovingEncoder:
         self.shift = 0.0
         self.encoded: list[str] = []
 
-    def __call__(self, texts: Sequence[str]) -> np.ndarray:
+    def encode_document(self, texts: Sequence[str], *, batch_size: int = 8) -> np.ndarray:
         self.encoded += texts
         angles = np.array([self.place[text] * 0.03 + self.shift for text in texts])
         return np.stack([np.cos(angles), np.sin(angles)], axis=1).astype(np.float32)
+
+    def count_document_tokens(self, texts: Sequence[str]) -> list[int]:
+        return [10 + self.place[text] for text in texts]
 
 
 def rollout(angle: float, forced: bool = False, tokens: int = 5) -> Rollout:
@@ -39,10 +43,15 @@ def rollout(angle: float, forced: bool = False, tokens: int = 5) -> Rollout:
     return Rollout([0], ids, mask, [0.0] * len(ids), vector, "text")
 
 
-def environment(collection: Collection, encode: MovingEncoder, policy: str) -> RetrievalEnvironment:
+def environment(collection: Collection, encode: MovingEncoder, policy: str, **options: Any) -> RetrievalEnvironment:
+    refresh = RefreshSettings(policy=policy, **options)  # type: ignore[arg-type]
     return RetrievalEnvironment(
-        collection, collection.split("train"), encode, make_policy(policy), WEIGHTS, k=10, max_new_tokens=10
+        collection, collection.split("train"), encode, refresh, WEIGHTS, k=10, max_new_tokens=10
     )
+
+
+def versions_of(world: RetrievalEnvironment, doc_ids: Sequence[str]) -> list[int]:
+    return [int(world.index.encoded_at_version[world.index.row(doc_id)]) for doc_id in doc_ids]
 
 
 def test_reward_parts_by_hand() -> None:
@@ -84,7 +93,7 @@ def test_never_encodes_the_positives_of_the_batch_and_nothing_else(collection: C
     encode.encoded.clear()
     encode.shift = 0.61
     feedback = world.feedback([rollout(0.61), rollout(0.64)], ["q00", "q01"], policy_version=3)
-    assert encode.encoded == [collection.documents[doc_id].full_text for doc_id in ("d00", "d01")]
+    assert sorted(encode.encoded) == sorted(collection.documents[doc_id].full_text for doc_id in ("d00", "d01"))
     assert feedback.best_ranks[0] == 1, "a fresh query meets a fresh positive"
     assert feedback.refresh.documents_encoded == 2
     assert feedback.refresh.staleness_max == 3
@@ -100,22 +109,149 @@ def test_full_encodes_everything_at_every_version(collection: Collection) -> Non
     encode.shift = 0.6
     report = world.feedback([rollout(0.0)], ["q00"], policy_version=1).refresh
     assert (report.documents_encoded, report.staleness_max) == (40, 0)
-    fresh = encode([document.full_text for document in collection.documents.values()])
+    assert report.tokens_encoded == sum(10 + i for i in range(40))
+    fresh = encode.encode_document([document.full_text for document in collection.documents.values()])
     np.testing.assert_array_equal(world.index.vectors(list(collection.documents)), fresh)
 
 
-def test_the_state_is_saved_and_another_corpus_is_refused(tmp_path, collection: Collection) -> None:
+def test_periodic_encodes_everything_at_every_nth_version_only(collection: Collection) -> None:
+    world = environment(collection, MovingEncoder(collection), "periodic", every=3)
+    encoded = [world.feedback([rollout(0.0)], ["q00"], version).refresh.documents_encoded for version in range(1, 7)]
+    assert encoded == [1, 1, 40, 1, 1, 40]
+
+
+def test_shortlist_encodes_the_best_ranked_and_ranks_again(collection: Collection) -> None:
     encode = MovingEncoder(collection)
-    world = environment(collection, encode, "never")
+    world = environment(collection, encode, "shortlist", depth=3)
+    encode.encoded.clear()
+    # The positive of q00 lies at 0.0; held vectors near 0.0 are d00, d01, d02.
+    report = world.feedback([rollout(0.0)], ["q00"], policy_version=1).refresh
+    assert {text.split()[1] for text in encode.encoded} == {"house", "boat", "horse"}
+    assert report.documents_encoded == 3
+    encode.shift = 0.5
+    feedback = world.feedback([rollout(0.53)], ["q01"], policy_version=2)
+    assert feedback.best_ranks == [1], "the positive is fresh and its stale rivals were encoded again"
+
+
+def test_selective_reaches_neighbours_that_no_shortlist_shows(collection: Collection) -> None:
+    fresh = {}
+    for hops in (0, 1):
+        world = environment(collection, MovingEncoder(collection), "selective", depth=1, hops=hops, neighbours=2)
+        world.feedback([rollout(0.03 * 20)], ["q00"], policy_version=1)
+        fresh[hops] = {d for d, v in zip(world.index.doc_ids, world.index.encoded_at_version, strict=True) if v == 1}
+    assert fresh[0] == {"d00", "d20"}
+    assert fresh[1] == {"d00", "d01", "d02", "d20", "d19", "d21"}
+
+
+def test_selective_prefers_what_can_pass_a_positive_and_is_staler(collection: Collection) -> None:
+    world = environment(
+        collection, MovingEncoder(collection), "selective", depth=40, hops=0, neighbours=2, max_documents=4
+    )
+    # Positive d00 at 0.0, rollout at 0.06: d04 (0.12) scores as d00 does, then come d03 and d01, d02 and d05.
+    world.feedback([rollout(0.06)], ["q00"], policy_version=1)
+    versions = dict(zip(world.index.doc_ids, world.index.encoded_at_version.tolist(), strict=True))
+    assert {doc_id for doc_id, version in versions.items() if version == 1} == {"d00", "d01", "d03", "d04"}
+    world.feedback([rollout(0.06)], ["q00"], policy_version=2)
+    versions = dict(zip(world.index.doc_ids, world.index.encoded_at_version.tolist(), strict=True))
+    assert versions["d02"] == 2, "twice as stale, and nearly as close"
+
+
+@pytest.mark.parametrize("policy", ["shortlist", "selective"])
+def test_a_budget_is_kept_in_documents_and_in_tokens_but_positives_always_fit(
+    collection: Collection, policy: str
+) -> None:
+    for options, documents in (({"max_documents": 6}, 6), ({"max_documents": 1}, 2), ({"max_tokens": 60}, None)):
+        world = environment(collection, MovingEncoder(collection), policy, depth=20, **options)
+        report = world.feedback([rollout(0.0), rollout(0.03)], ["q00", "q01"], policy_version=1).refresh
+        assert documents in (report.documents_encoded, None)
+        if documents is None:
+            assert 21 < report.tokens_encoded <= 60, "more than the two positives, within the budget"
+        assert {"d00", "d01"} <= {
+            d for d, v in zip(world.index.doc_ids, world.index.encoded_at_version, strict=True) if v == 1
+        }
+
+
+def test_drift_corrects_what_it_does_not_encode(collection: Collection) -> None:
+    held = {}
+    for policy in ("never", "drift"):
+        encode = MovingEncoder(collection)
+        world = environment(collection, encode, policy, drift_sample=20)
+        encode.shift = 0.4
+        report = world.feedback([rollout(0.4)], ["q00"], policy_version=1).refresh
+        fresh = encode.encode_document([document.full_text for document in collection.documents.values()])
+        cosines = (world.index.vectors(list(collection.documents)) * fresh).sum(axis=1)
+        held[policy] = cosines[[v == 0 for v in versions_of(world, list(collection.documents))]].mean()
+        assert (report.drift_gain > 0.9) == (policy == "drift")
+        assert report.documents_encoded == (21 if policy == "drift" else 1)
+        assert report.staleness_max == 1, "corrected vectors are still stale"
+    assert held["drift"] > 0.999 > held["never"]
+
+
+def test_corrected_policies_share_their_budget_with_the_sample(collection: Collection) -> None:
+    world = environment(
+        collection, MovingEncoder(collection), "shortlist", depth=40, max_documents=21, correct_drift=True,
+        drift_sample=30,
+    )  # fmt: skip
+    report = world.feedback([rollout(0.0)], ["q00"], policy_version=1).refresh
+    assert report.documents_encoded == 21
+    versions = dict(zip(world.index.doc_ids, world.index.encoded_at_version.tolist(), strict=True))
+    assert sum(versions[f"d{i:02d}"] for i in range(5)) == 5, "the best-ranked ones got their half"
+
+
+def test_the_audit_finds_the_error_that_staleness_makes_and_leaves_the_index_alone(collection: Collection) -> None:
+    encode = MovingEncoder(collection)
+    stale = environment(collection, encode, "never", audit_documents=0)
+    full = environment(collection, encode, "full")
+    encode.shift = 0.2
+    rollouts, owners = [rollout(0.2), rollout(0.3), rollout(0.5)], ["q00", "q01", "q04"]
+    given, true = stale.feedback(rollouts, owners, 1), full.feedback(rollouts, owners, 1)
+    before = stale.index.matrix.copy()
+    audit = stale.audit(rollouts, owners, 1)
+    assert audit.reward_error == pytest.approx(np.abs(np.subtract(given.rewards, true.rewards)).mean())
+    assert audit.reward_error > 0.01
+    assert audit.rank_error == pytest.approx(np.abs(np.subtract(given.best_ranks, true.best_ranks)).mean())
+    overlap = [
+        len(set(a) & set(b)) / 10
+        for a, b in zip(
+            *(w.index.search(np.stack([r.vector.numpy() for r in rollouts]), 10).doc_ids for w in (stale, full)),
+            strict=True,
+        )
+    ]
+    assert audit.top10_overlap == pytest.approx(np.mean(overlap))
+    assert audit.drift_mean == pytest.approx((1 - np.cos(0.2)) * 37 / 40, rel=1e-3)
+    np.testing.assert_array_equal(stale.index.matrix, before)
+    assert full.audit(rollouts, owners, 1).reward_error == 0.0
+
+
+def test_a_sampled_audit_encodes_little_and_sees_the_same_reward_error(collection: Collection) -> None:
+    encode = MovingEncoder(collection)
+    whole = environment(collection, encode, "never", audit_documents=0)
+    sampled = environment(collection, encode, "never", audit_documents=3)
+    encode.shift = 0.2
+    rollouts, owners = [rollout(0.2), rollout(0.3)], ["q00", "q01"]
+    for world in (whole, sampled):
+        world.feedback(rollouts, owners, 1)
+    audits = [world.audit(rollouts, owners, 1) for world in (whole, sampled)]
+    assert audits[1].documents < 30 < audits[0].documents == 40
+    assert audits[1].reward_error == pytest.approx(audits[0].reward_error)
+    assert audits[0].reward_error > 0
+
+
+@pytest.mark.parametrize("policy", ["never", "selective"])
+def test_the_state_is_saved_and_another_corpus_is_refused(tmp_path: Path, collection: Collection, policy: str) -> None:
+    encode = MovingEncoder(collection)
+    world = environment(collection, encode, policy)
     world.feedback([rollout(0.0)], ["q00"], policy_version=2)
-    world.save(tmp_path / "index")
-    index = ExactIndex.load(tmp_path / "index")
-    np.testing.assert_array_equal(index.encoded_at_version, world.index.encoded_at_version)
+    world.save(tmp_path)
+    arguments = (encode, world.refresh, WEIGHTS)
+    again = RetrievalEnvironment(
+        collection, collection.split("train"), *arguments, k=10, max_new_tokens=10, state=tmp_path
+    )
+    np.testing.assert_array_equal(again.index.encoded_at_version, world.index.encoded_at_version)
+    np.testing.assert_array_equal(again.index.matrix, world.index.matrix)
+    if isinstance(world.policy, Selective):
+        assert isinstance(again.policy, Selective) and again.policy.graph is not None
+        np.testing.assert_array_equal(again.policy.graph.links, world.policy.graph.links)
     smaller = Collection("less", {"d00": collection.documents["d00"]}, collection.queries, collection.qrels)
     with pytest.raises(DataError, match="hold different documents"):
-        RetrievalEnvironment(smaller, {}, encode, make_policy("never"), WEIGHTS, k=10, max_new_tokens=4, index=index)
-
-
-def test_an_unknown_policy_is_named() -> None:
-    with pytest.raises(ConfigError, match="unknown refresh policy 'sometimes'; known: never, full"):
-        make_policy("sometimes")
+        RetrievalEnvironment(smaller, {}, *arguments, k=10, max_new_tokens=4, state=tmp_path)

@@ -8,11 +8,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from search_r3.config import GRPOSettings, Recipe, SFTSettings
+from search_r3.config import GRPOSettings, Recipe, RefreshSettings, SFTSettings
 from search_r3.data.collection import Collection, Document, Query
 from search_r3.data.triples import draw_negatives, reasoning_traces, training_examples
 from search_r3.environment.environment import RetrievalEnvironment
-from search_r3.environment.refresh import make_policy
 from search_r3.errors import ConfigError, DataError, RunError
 from search_r3.model.encoder import SearchR3
 from search_r3.retrieval.lexical import BM25
@@ -24,7 +23,7 @@ from tests.conftest import favour
 
 def world(model: SearchR3, collection: Collection, settings: GRPOSettings) -> RetrievalEnvironment:
     return RetrievalEnvironment(
-        collection, collection.split("train"), model.encode_document, make_policy("full"), settings.reward,
+        collection, collection.split("train"), model, RefreshSettings(policy="full"), settings.reward,
         k=10, max_new_tokens=6,
     )  # fmt: skip
 

@@ -22,11 +22,21 @@ from dataclasses import dataclass
 from datetime import date
 from typing import Any
 
-from .atlas_text import OPEN_QUESTIONS, PATHS, RELATIONS, document_text, opening, reasoning_styles
+from .atlas_text import (
+    OPEN_QUESTIONS,
+    PATHS,
+    RELATIONS,
+    document_text,
+    foreign_document_text,
+    opening,
+    reasoning_styles,
+)
 from .collection import Collection, Document, Qrels, Query
 
 SPLIT_SHARES = {"sft": 0.30, "rl": 0.30, "dev": 0.10, "test": 0.30}
 MAX_QUERIES_PER_ANSWER = 4
+WIDE_LANGUAGES = ("de", "fr", "es", "it", "pt", "nl", "sv", "da", "fi", "pl", "id", "tr")
+"""Languages in Latin letters, with names for nearly everything, whose names make `atlas-wide`."""
 TEMPLATES_PER_ENTITY = {"sft": 3, "rl": 2, "dev": 1, "test": 1}
 CURRENCY_DATE = date(2026, 1, 1)
 """Currencies in use on this day; fixed, so that the collection does not change with the calendar."""
@@ -177,6 +187,34 @@ def build_atlas(seed: int = 0) -> Collection:
     for path_name in PATHS:
         _add_multi_hop(atlas, path_name, territory_split, random.Random(f"{seed}/{path_name}"), queries, qrels)
     return Collection("atlas", documents, queries, qrels)
+
+
+def build_atlas_wide(seed: int = 0) -> Collection:
+    """`atlas` among many distractors: one more document for every name that CLDR has in `WIDE_LANGUAGES`.
+
+    Queries and judgements are those of `atlas`: "Euro, a currency, in Dutch" is no answer to an English query.
+    """
+    from babel import Locale
+
+    narrow = build_atlas(seed)
+    documents = dict(narrow.documents)
+    for code in WIDE_LANGUAGES:
+        locale = Locale(code)
+        names = {
+            "territory": locale.territories,
+            "currency": locale.currencies,
+            "language": locale.languages,
+            "script": locale.scripts,
+        }
+        for kind, found in names.items():
+            for name_code, name in sorted(found.items()):
+                doc_id = f"{kind}:{name_code}@{code}"
+                documents[doc_id] = Document(doc_id, foreign_document_text(kind, locale.english_name), name)
+    return Collection("atlas-wide", documents, narrow.queries, narrow.qrels)
+
+
+BUILT_IN = {"atlas": build_atlas, "atlas-wide": build_atlas_wide}
+"""The collections that need no file, by the name that settings and commands use."""
 
 
 def share_a_stem(first: str, second: str) -> bool:

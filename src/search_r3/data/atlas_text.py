@@ -200,6 +200,11 @@ def document_text(kind: str, code: str) -> str:
     return DOCUMENTS[kind].format(code=code)
 
 
+def foreign_document_text(kind: str, language: str) -> str:
+    """The text of a document about an entity's name in another language: what it is and in which language."""
+    return f"{DOCUMENTS[kind].partition('.')[0]}, in {language}."
+
+
 def opening(start: str) -> str:
     """The sentence that all reasoning begins with. It is copied from the query, so that what follows can lean on it."""
     return f"The query is about {start}."

@@ -1,37 +1,68 @@
 """Rollouts in, rewards out: the environment owns the index and its refresh. No gradients here.
 
-Shapes: `B` rollouts, `D` vector size.
+Shapes: `B` rollouts, `N` documents, `D` vector size.
 """
 
 from __future__ import annotations
 
+import random
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass
+from math import inf
 from pathlib import Path
+from typing import Protocol
 
 import numpy as np
 
-from ..config import RewardWeights
+from ..config import RefreshSettings, RewardWeights
 from ..data.collection import Collection, Qrels
 from ..errors import DataError
 from ..model.generation import Rollout
 from ..retrieval.index import Array, ExactIndex
-from .refresh import RefreshPolicy, RefreshRequest
-from .reward import RewardParts, reward_parts
+from .account import Audit, compare
+from .drift import fit_drift
+from .exchange import Alone, Exchange, divide
+from .refresh import RefreshRequest, make_policy, within_budget
+from .reward import RewardParts, score_rollouts
 
-Encode = Callable[[Sequence[str]], Array]
-"""Texts to vectors with the current weights, `N x D`."""
+
+class DocumentEncoder(Protocol):
+    """Encodes documents with the current weights; `SearchR3` is one."""
+
+    def encode_document(self, texts: Sequence[str], *, batch_size: int) -> Array:
+        """Vectors `N x D`, L2-normalised."""
+        ...
+
+    def count_document_tokens(self, texts: Sequence[str]) -> list[int]:
+        """The tokens that each text takes, prompt included."""
+        ...
 
 
 @dataclass(frozen=True)
 class RefreshReport:
-    """What one refresh did: documents and seconds spent; staleness (in versions) of all documents afterwards."""
+    """What the refresh of one step did.
+
+    Attributes:
+        documents_encoded: by all processes together.
+        tokens_encoded: of them.
+        seconds: spent on choosing, encoding, correcting and mending.
+        staleness_mean: versions since a document was encoded, over all documents, afterwards.
+        staleness_max: the largest.
+        drift_gain: share of the held-out drift that the correction removed; 0 without one.
+    """
 
     documents_encoded: int
+    tokens_encoded: int
     seconds: float
     staleness_mean: float
     staleness_max: int
+    drift_gain: float
+
+    def metrics(self) -> dict[str, float]:
+        """Named as in `metrics.jsonl`."""
+        values = asdict(self)
+        return {"refresh_seconds": values.pop("seconds"), **values}
 
 
 @dataclass(frozen=True)
@@ -50,89 +81,205 @@ class RetrievalEnvironment:
     Args:
         collection: documents and queries.
         qrels: judgements of the training queries.
-        encode: encodes document texts with the current weights.
-        policy: which documents are refreshed.
+        encoder: encodes document texts with the current weights.
+        refresh: which documents are refreshed, and under which budget.
         weights: weights of the reward parts.
         k: depth of the nDCG in the ranking part.
         max_new_tokens: the reasoning budget, for the length part.
-        index: the index of an earlier state; by default all documents are encoded now, as version 0.
+        batch_size: documents encoded together.
+        seed: of the random samples of documents.
+        exchange: the other processes, if there are any.
+        state: a folder that `save` wrote; by default all documents are encoded now, as version 0.
     """
 
     def __init__(
         self,
         collection: Collection,
         qrels: Qrels,
-        encode: Encode,
-        policy: RefreshPolicy,
+        encoder: DocumentEncoder,
+        refresh: RefreshSettings,
         weights: RewardWeights,
         *,
         k: int,
         max_new_tokens: int,
-        index: ExactIndex | None = None,
+        batch_size: int = 128,
+        seed: int = 0,
+        exchange: Exchange | None = None,
+        state: Path | None = None,
     ) -> None:
-        self.collection, self.qrels, self.encode, self.policy, self.weights = (
-            collection,
-            qrels,
-            encode,
-            policy,
-            weights,
-        )
-        self.k, self.max_new_tokens = k, max_new_tokens
-        if index is None:
+        self.collection, self.qrels, self.encoder, self.refresh = collection, qrels, encoder, refresh
+        self.weights, self.k, self.max_new_tokens = weights, k, max_new_tokens
+        self.batch_size, self.seed, self.exchange = batch_size, seed, exchange or Alone()
+        self.policy = make_policy(refresh)
+        self._tokens: dict[str, int] = {}
+        if state is None:
             doc_ids = list(collection.documents)
-            index = ExactIndex(doc_ids, encode(self._texts(doc_ids)))
-        elif set(index.doc_ids) != set(collection.documents):
+            self.index = ExactIndex(doc_ids, self._encode(doc_ids))
+            return
+        self.index = ExactIndex.load(state / "index")
+        if set(self.index.doc_ids) != set(collection.documents):
             raise DataError(f"the saved index and collection {collection.name!r} hold different documents")
-        self.index = index
+        self.policy.restore(state / "policy")
 
     def feedback(self, rollouts: Sequence[Rollout], query_ids: Sequence[str], policy_version: int) -> Feedback:
         """Refresh the index, rank every rollout's vector in it and score the ranks.
+
+        With several processes each gives its own rollouts; the refresh serves all of them.
 
         Args:
             rollouts: `B` rollouts made by the weights of `policy_version`.
             query_ids: the query of each.
             policy_version: version of the weights; encoded documents get it.
         """
-        vectors = np.stack([rollout.vector.cpu().numpy() for rollout in rollouts])  # B x D
-        positives = [self.positives(query_id) for query_id in query_ids]
-        report = self._refresh(vectors, sorted({doc_id for ids in positives for doc_id in ids}), policy_version)
-        ranks = self.index.ranks(vectors, positives)
-        parts = []
-        for rollout, vector, query_id, found in zip(rollouts, vectors, query_ids, ranks, strict=True):
-            cosines = (self.index.vectors(list(found)) @ vector).tolist()
-            parts.append(
-                reward_parts(
-                    found,
-                    cosines,
-                    self.qrels[query_id],
-                    k=self.k,
-                    forced=rollout.forced,
-                    reasoning_tokens=rollout.reasoning_tokens,
-                    max_new_tokens=self.max_new_tokens,
-                )
-            )
-        rewards = [part.total(self.weights) for part in parts]
-        return Feedback(rewards, parts, [min(found.values()) for found in ranks], report)
+        report = self._refresh(_vectors(rollouts), [self.positives(query_id) for query_id in query_ids], policy_version)
+        parts, ranks = self._score(self.index, rollouts, query_ids)
+        return Feedback([part.total(self.weights) for part in parts], parts, ranks, report)
+
+    def audit(self, rollouts: Sequence[Rollout], query_ids: Sequence[str], policy_version: int) -> Audit:
+        """Score the same rollouts against freshly encoded documents; the index stays as it is.
+
+        Encoded are the documents that matter most (positives and the best `2 k` of every rollout) and a random sample
+        of the rest, or, where `refresh.audit_documents` is 0, all. Both scores are taken among these documents.
+        """
+        started = time.perf_counter()
+        size, doc_ids = self.refresh.audit_documents, list(self.index.doc_ids)
+        if size and size < len(doc_ids):
+            found = self.index.search(_vectors(rollouts), 2 * self.k).doc_ids
+            best = dict.fromkeys(doc_id for ids in found for doc_id in ids)
+            best |= dict.fromkeys(doc_id for query_id in query_ids for doc_id in self.positives(query_id))
+            sample = random.Random(f"{self.seed}/audit/{policy_version}").sample(doc_ids, size)
+            doc_ids = list(best | dict.fromkeys(sample))
+        else:
+            sample = doc_ids
+        live = ExactIndex(doc_ids, self.index.vectors(doc_ids))
+        fresh = ExactIndex(doc_ids, self.encoder.encode_document(self._texts(doc_ids), batch_size=self.batch_size))
+        scored = [self._score(index, rollouts, query_ids) for index in (live, fresh)]
+        return compare(
+            rewards=[[part.total(self.weights) for part in parts] for parts, _ in scored],
+            ranks=[ranks for _, ranks in scored],
+            top=[index.search(_vectors(rollouts), self.k).doc_ids for index in (live, fresh)],
+            sample=[index.vectors(sample) for index in (live, fresh)],
+            documents=len(doc_ids),
+            seconds=time.perf_counter() - started,
+        )
 
     def positives(self, query_id: str) -> list[str]:
         """The relevant documents of a query."""
         return [doc_id for doc_id, gain in self.qrels[query_id].items() if gain > 0]
 
     def save(self, folder: Path) -> None:
-        """Write the environment's state (the index with its versions) atomically."""
-        self.index.save(folder)
+        """Write the environment's state: the index with its versions, and what the policy keeps."""
+        self.index.save(folder / "index")
+        self.policy.save(folder / "policy")
 
-    def _refresh(self, vectors: Array, positive_ids: list[str], policy_version: int) -> RefreshReport:
+    def _score(
+        self, index: ExactIndex, rollouts: Sequence[Rollout], query_ids: Sequence[str]
+    ) -> tuple[list[RewardParts], list[int]]:
+        """Reward parts and the best rank of a relevant document, per rollout."""
+        vectors, positives = _vectors(rollouts), [self.positives(query_id) for query_id in query_ids]
+        ranks = index.ranks(vectors, positives)
+        cosines = [
+            (index.vectors(doc_ids) @ vector).tolist() for doc_ids, vector in zip(positives, vectors, strict=True)
+        ]
+        parts = score_rollouts(
+            rollouts,
+            ranks,
+            cosines,
+            [self.qrels[query_id] for query_id in query_ids],
+            k=self.k,
+            max_new_tokens=self.max_new_tokens,
+        )
+        return parts, [min(found.values()) for found in ranks]
+
+    def _refresh(self, vectors: Array, positives: list[list[str]], policy_version: int) -> RefreshReport:
         started = time.perf_counter()
-        request = RefreshRequest(self.index, policy_version, vectors, positive_ids)
-        wanted = dict.fromkeys([*positive_ids, *self.policy.choose(request)])
-        versions = self.index.encoded_at_version
-        stale = [doc_id for doc_id in wanted if versions[self.index.row(doc_id)] != policy_version]
-        if stale:
-            self.index.update(stale, self.encode(self._texts(stale)), policy_version)
+        everyone = self.exchange.gather((vectors, positives))
+        queries = np.concatenate([own for own, _ in everyone])
+        relevant = [doc_ids for _, own in everyone for doc_ids in own]
+        first = self._stale({doc_id for doc_ids in relevant for doc_id in doc_ids}, policy_version)
+        corrected = self.refresh.policy == "drift" or self.refresh.correct_drift
+        if corrected:
+            # At most half of what the positives leave of the budget, so that the policy has its share too.
+            sample = self._affordable(self._drift_sample(first, policy_version), first, 0.5)
+            first += sample
+        gain = self._encode_again(first, policy_version, correct=corrected)
+        wanted = self.policy.choose(RefreshRequest(self.index, policy_version, queries, relevant))
+        chosen = self._affordable(self._stale(wanted, policy_version), first)
+        self._encode_again(chosen, policy_version, correct=False)
+        encoded = first + chosen
+        self.exchange.meet()
         staleness = policy_version - self.index.encoded_at_version
-        seconds = time.perf_counter() - started
-        return RefreshReport(len(stale), seconds, float(staleness.mean()), int(staleness.max()))
+        return RefreshReport(
+            documents_encoded=len(encoded),
+            tokens_encoded=sum(self._count_tokens(encoded)),
+            seconds=time.perf_counter() - started,
+            staleness_mean=float(staleness.mean()),
+            staleness_max=int(staleness.max()),
+            drift_gain=gain,
+        )
+
+    def _stale(self, doc_ids: Iterable[str], policy_version: int) -> list[str]:
+        """Those of the documents that other weights encoded; a set comes back sorted."""
+        ordered = sorted(doc_ids) if isinstance(doc_ids, set) else doc_ids
+        versions = self.index.encoded_at_version
+        return [doc_id for doc_id in ordered if versions[self.index.row(doc_id)] != policy_version]
+
+    def _drift_sample(self, but: Sequence[str], policy_version: int) -> list[str]:
+        """Random stale documents, other than `but`."""
+        others = sorted(set(self._stale(self.index.doc_ids, policy_version)) - set(but))
+        rng = random.Random(f"{self.seed}/drift/{policy_version}")
+        return rng.sample(others, min(self.refresh.drift_sample, len(others)))
+
+    def _affordable(self, doc_ids: Sequence[str], spent: Sequence[str], share: float = 1.0) -> list[str]:
+        """The head of `doc_ids` that fits a share of the budget that the documents in `spent` leave."""
+        documents, tokens = self.refresh.max_documents, self.refresh.max_tokens
+        if documents is None and tokens is None:
+            return list(doc_ids)
+        doc_ids = doc_ids[:documents]
+        return within_budget(
+            doc_ids,
+            self._count_tokens(doc_ids),
+            inf if documents is None else share * (documents - len(spent)),
+            inf if tokens is None else share * (tokens - sum(self._count_tokens(spent))),
+        )
+
+    def _encode_again(self, doc_ids: Sequence[str], policy_version: int, *, correct: bool) -> float:
+        """Encode these documents and, if asked, correct all others; returns the gain of the correction."""
+        if not doc_ids:
+            return 0.0
+        before, after, gain = self.index.vectors(doc_ids), self._encode(doc_ids), 0.0
+        if correct:
+            correction = fit_drift(before, after)
+            self.index.set_matrix(correction.apply(self.index.matrix))
+            gain = correction.gain
+        self.index.update(doc_ids, after, policy_version)
+        self.policy.moved(self.index, [self.index.row(doc_id) for doc_id in doc_ids])
+        return gain
+
+    def _encode(self, doc_ids: Sequence[str]) -> Array:
+        """Vectors of these documents, each process encoding its share."""
+        shares = divide(self._count_tokens(doc_ids), self.exchange.world_size)
+        own = [doc_ids[place] for place in shares[self.exchange.rank]]
+        encode = self.encoder.encode_document
+        vectors = encode(self._texts(own), batch_size=self.batch_size) if own else np.empty((0, 0), np.float32)
+        dimension = max(self.exchange.gather(vectors.shape[1]))
+        counts = [len(share) for share in shares]
+        gathered = self.exchange.gather_rows(vectors.reshape(len(own), dimension), counts)
+        result = np.empty((len(doc_ids), dimension), np.float32)
+        for share, rows in zip(shares, gathered, strict=True):
+            result[share] = rows
+        return result
+
+    def _count_tokens(self, doc_ids: Sequence[str]) -> list[int]:
+        unknown = [doc_id for doc_id in doc_ids if doc_id not in self._tokens]
+        if unknown:
+            counts = self.encoder.count_document_tokens(self._texts(unknown))
+            self._tokens.update(zip(unknown, counts, strict=True))
+        return [self._tokens[doc_id] for doc_id in doc_ids]
 
     def _texts(self, doc_ids: Sequence[str]) -> list[str]:
         return [self.collection.documents[doc_id].full_text for doc_id in doc_ids]
+
+
+def _vectors(rollouts: Sequence[Rollout]) -> Array:
+    return np.stack([rollout.vector.cpu().numpy() for rollout in rollouts])  # B x D

@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass
 
 from ..config import RewardWeights
 from ..errors import RewardError
+from ..model.generation import Rollout
 from ..retrieval.metrics import ndcg_from_ranks
 
 
@@ -66,3 +67,27 @@ def reward_parts(
         format=0.0 if forced else 1.0,
         length=-reasoning_tokens / max_new_tokens,
     )
+
+
+def score_rollouts(
+    rollouts: Sequence[Rollout],
+    ranks: Sequence[Mapping[str, int]],
+    cosines: Sequence[Sequence[float]],
+    relevance: Sequence[Mapping[str, int]],
+    *,
+    k: int,
+    max_new_tokens: int,
+) -> list[RewardParts]:
+    """`reward_parts` of each rollout, from its ranks, cosines and judgements."""
+    return [
+        reward_parts(
+            found,
+            near,
+            judged,
+            k=k,
+            forced=rollout.forced,
+            reasoning_tokens=rollout.reasoning_tokens,
+            max_new_tokens=max_new_tokens,
+        )
+        for rollout, found, near, judged in zip(rollouts, ranks, cosines, relevance, strict=True)
+    ]

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import copy
 import json
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -80,10 +81,35 @@ class Backbone:
         return scores.float()
 
     def embed(self, sequences: Sequence[Sequence[int]]) -> Tensor:
-        """Vectors `B x D` (float32, L2-normalised) of sequences that end with the embed token."""
-        ids, mask = pad(sequences, self.tokenizer.pad_token_id, self.device)
-        hidden = self.hidden_states(ids, mask)  # B x T x D
-        return vectors_at(hidden, mask.sum(-1) - 1)
+        """Vectors `B x D` (float32, L2-normalised) of sequences that end with the embed token.
+
+        What all sequences begin with (the template before the text) is computed once.
+        """
+        shared = len(os.path.commonprefix([list(sequence[:-1]) for sequence in sequences])) if len(sequences) > 1 else 0
+        rest = [sequence[shared:] for sequence in sequences]
+        ids, mask = pad(rest, self.tokenizer.pad_token_id, self.device)
+        last = mask.sum(-1) - 1
+        if shared == 0:
+            return vectors_at(self.hidden_states(ids, mask), last)
+        cache = self._prefix_cache(sequences[0][:shared], len(sequences))
+        output = self.model.base_model(
+            input_ids=ids,
+            attention_mask=torch.cat([mask.new_ones(len(sequences), shared), mask], dim=-1),
+            position_ids=position_ids(mask) + shared,
+            past_key_values=cache,
+            use_cache=True,
+        )
+        return vectors_at(output.last_hidden_state, last)
+
+    def _prefix_cache(self, prefix: Sequence[int], rows: int) -> Any:
+        """Keys and values of a prefix, for a batch of `rows` sequences that begin with it."""
+        from transformers import DynamicCache
+
+        cache = DynamicCache(config=self.model.config)
+        ids, mask = pad([prefix], self.tokenizer.pad_token_id, self.device)
+        self.model.base_model(input_ids=ids, attention_mask=mask, past_key_values=cache, use_cache=True)
+        cache.batch_repeat_interleave(rows)
+        return cache
 
     def frozen_copy(self) -> Backbone:
         """The same model with weights of its own that do not learn: the reference of a KL term."""

@@ -162,6 +162,10 @@ class SearchR3:
             logger.warning("%d of %d documents were cut to max_length=%d tokens", truncated, len(texts), limit)
         return self._vectors([ids for ids, _ in encoded], batch_size, progress)
 
+    def count_document_tokens(self, texts: Sequence[str]) -> list[int]:
+        """The tokens that each document takes when it is encoded: text (cut at `max_length`) and prompt."""
+        return [len(self._encode(text, "document", i)[0]) for i, text in enumerate(texts)]
+
     def similarity(self, queries: Any, documents: Any) -> Array:
         """Cosine similarity `Q x N` of what `encode_query` and `encode_document` returned."""
         result: Array = np.asarray(queries, dtype=np.float32) @ np.asarray(documents, dtype=np.float32).T

@@ -1,24 +1,35 @@
 """Vector indexes behind one protocol; the exact index is the truth.
 
+Higher scores rank first and equal scores by doc_id, the larger string first, as everywhere (`metrics`). The rows of an
+index stand in descending order of doc_id, so among equal scores the lower row wins.
+
 Shapes: `Q` queries, `N` documents, `D` vector size, `K` results.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
+from itertools import pairwise
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
 from ..errors import VectorIndexError
-from ..files import atomic_directory, write_json
+from ..files import write_json
+from . import storage
+from .selection import Best, Blocks, count_better
 
 Array = NDArray[np.float32]
+Rows = NDArray[np.int64]
+DType = Literal["float32", "float16"]
+
+_DTYPES: dict[str, torch.dtype] = {"float32": torch.float32, "float16": torch.float16}
 
 
 @dataclass(frozen=True)
@@ -32,89 +43,171 @@ class SearchResult:
 class VectorIndex(Protocol):
     """What the environment, the evaluation and the server ask of an index."""
 
-    doc_ids: Sequence[str]
-    encoded_at_version: NDArray[np.int64]
-
-    def search(self, queries: Array, k: int) -> SearchResult:
-        """The `k` best documents of each query."""
+    @property
+    def doc_ids(self) -> Sequence[str]:
+        """The document of each row, in descending order."""
         ...
 
-    def update(self, doc_ids: Sequence[str], vectors: Array, version: int) -> None:
-        """Replace the vectors of known documents, which are then as old as `version`."""
+    @property
+    def encoded_at_version(self) -> NDArray[np.int64]:
+        """The policy version that encoded each row, `N`."""
+        ...
+
+    def __len__(self) -> int: ...
+
+    def row(self, doc_id: str) -> int:
+        """The row of a document; a VectorIndexError if the index does not hold it."""
+        ...
+
+    def search_rows(self, queries: Array, k: int) -> tuple[Rows, Array]:
+        """Rows and scores, both `Q x K`, of the `k` best documents of each query (all where there are fewer)."""
+        ...
+
+    def search(self, queries: Array, k: int) -> SearchResult:
+        """The same with doc_ids instead of rows."""
+        ...
+
+    def ranks(self, queries: Array, doc_ids: Sequence[Sequence[str]]) -> list[dict[str, int]]:
+        """The rank (from 1) of chosen documents for each query."""
         ...
 
     def vectors(self, doc_ids: Sequence[str]) -> Array:
         """The vectors held for these documents, `len(doc_ids) x D`."""
         ...
 
+    def vectors_at(self, rows: Sequence[int] | Rows) -> Array:
+        """The vectors held in these rows, `len(rows) x D`."""
+        ...
+
+    def update(self, doc_ids: Sequence[str], vectors: Array, version: int) -> None:
+        """Replace the vectors of known documents, which are then as old as `version`."""
+        ...
+
     def save(self, folder: Path) -> None:
-        """Write the index atomically."""
+        """Write the index; a process killed at any moment leaves the old state or the new one."""
         ...
 
 
 class ExactIndex:
-    """All scores by matrix products, blocked over queries; ties by the ranking rule of `metrics`.
+    """Exact search by matrix products of blocks of documents and queries; `Q x N` scores never exist at once.
 
     Args:
-        doc_ids: unique document ids.
-        vectors: `N x D`, float32, L2-normalised.
+        doc_ids: unique document ids, in any order.
+        vectors: `N x D`, L2-normalised; copied once, block by block, so a memory-mapped array is fine.
         version: the policy version that encoded them.
+        dtype: how vectors are stored. Scores are float32 sums of float32 products either way.
+        device: where vectors are stored and scored. Results are numpy arrays in any case.
 
     Raises:
-        VectorIndexError: doubled ids, wrong shapes or values that are not finite.
+        VectorIndexError: doubled ids, an unknown dtype, wrong shapes or values that are not finite.
     """
 
-    block = 1024
+    block = 4096
+    """Documents scored at once."""
+    query_block = 256
+    """Queries scored at once."""
 
-    def __init__(self, doc_ids: Sequence[str], vectors: Array, version: int = 0) -> None:
+    def __init__(
+        self,
+        doc_ids: Sequence[str],
+        vectors: Array,
+        version: int = 0,
+        *,
+        dtype: DType = "float32",
+        device: str | torch.device = "cpu",
+    ) -> None:
         if not doc_ids:
             raise VectorIndexError("an index needs at least one document; the corpus is empty")
-        # Rows stand in the order in which equal scores rank (doc_id descending), so "first row wins" is the tie rule.
-        order = sorted(range(len(doc_ids)), key=lambda i: doc_ids[i], reverse=True)
-        self.doc_ids: Sequence[str] = [doc_ids[i] for i in order]
-        self.rows = {doc_id: row for row, doc_id in enumerate(self.doc_ids)}
-        if len(self.rows) != len(doc_ids):
-            raise VectorIndexError("document ids must be unique within an index")
-        self._matrix = _checked(vectors, len(doc_ids), None)[order]
-        self.encoded_at_version = np.full(len(doc_ids), version, dtype=np.int64)
+        if dtype not in _DTYPES:
+            raise VectorIndexError(f"an index cannot hold {dtype!r}; choose one of {', '.join(_DTYPES)}")
+        order = np.array(sorted(range(len(doc_ids)), key=lambda i: doc_ids[i], reverse=True), dtype=np.int64)
+        vectors = _shaped(vectors, len(doc_ids), None)
+        self._tensor = torch.empty(vectors.shape, dtype=_DTYPES[dtype], device=device)  # N x D
+        self._label([doc_ids[i] for i in order], np.full(len(doc_ids), version, dtype=np.int64))
+        self._check_values(vectors)
+        for start in range(0, len(order), self.block):
+            self._tensor[start : start + self.block] = _tensor_of(vectors[order[start : start + self.block]])
 
     def __len__(self) -> int:
         return len(self.doc_ids)
 
     @property
+    def dtype(self) -> DType:
+        """How vectors are stored."""
+        return "float16" if self._tensor.dtype == torch.float16 else "float32"
+
+    @property
     def matrix(self) -> Array:
-        """All vectors, `N x D`, in the order of `doc_ids` (a view: do not write)."""
-        return self._matrix
+        """All vectors, `N x D`, in the order of `doc_ids`: a view (do not write) of float32 on the CPU, else a copy."""
+        array: Array = self._tensor.float().cpu().numpy()
+        return array
+
+    def set_matrix(self, matrix: Array) -> None:
+        """Replace all vectors, `N x D` in the order of `doc_ids`, without touching `encoded_at_version`.
+
+        Raises:
+            VectorIndexError: wrong shape or values that are not finite; nothing is changed.
+        """
+        matrix = _shaped(matrix, len(self), self._tensor.shape[1])
+        self._check_values(matrix)
+        for start in range(0, len(self), self.block):
+            self._tensor[start : start + self.block] = _tensor_of(matrix[start : start + self.block])
 
     def scores(self, queries: Array) -> Array:
-        """Scores of every document, `Q x N`, columns in the order of `doc_ids`."""
-        result: Array = (torch.from_numpy(_checked(queries, None, self._matrix.shape[1])) @ self._tensor().T).numpy()
+        """Scores of every document, `Q x N`, columns in the order of `doc_ids`; for small indexes."""
+        asked = self._asked(queries)
+        result = np.empty((len(asked), len(self)), dtype=np.float32)
+        for start, scores in self._products(asked):
+            result[:, start : start + len(scores)] = scores.T.cpu().numpy()
         return result
 
+    def search_rows(self, queries: Array, k: int) -> tuple[Rows, Array]:
+        """The `k` best documents of each query (all of them where there are fewer).
+
+        Args:
+            queries: `Q x D`.
+            k: at least 1.
+
+        Returns:
+            Rows (positions in `doc_ids`) and scores, both `Q x K`, best first.
+
+        Raises:
+            VectorIndexError: wrong shape, values that are not finite, or `k` below 1.
+        """
+        if k < 1:
+            raise VectorIndexError(f"a search returns at least 1 document; k was {k}")
+        asked, k = self._asked(queries), min(k, len(self))
+        rows, scores = np.empty((len(asked), k), dtype=np.int64), np.empty((len(asked), k), dtype=np.float32)
+        for start in range(0, len(asked), self.query_block):
+            part = slice(start, start + self.query_block)
+            best_rows, best_scores = self._best(asked[part], k)
+            rows[part], scores[part] = best_rows.cpu().numpy(), best_scores.cpu().numpy()
+        return rows, scores
+
     def search(self, queries: Array, k: int) -> SearchResult:
-        """The `k` best documents of each query (all of them where there are fewer)."""
-        k = min(k, len(self))
-        ids: list[list[str]] = []
-        kept = np.empty((len(queries), k), dtype=np.float32)
-        for start in range(0, len(queries), self.block):
-            scores = self.scores(queries[start : start + self.block])
-            for offset, row in enumerate(scores):
-                best = _top(row, k)
-                kept[start + offset] = row[best]
-                ids.append([self.doc_ids[i] for i in best])
-        return SearchResult(ids, kept)
+        """`search_rows` with doc_ids instead of rows."""
+        rows, scores = self.search_rows(queries, k)
+        return SearchResult([[self.doc_ids[row] for row in line] for line in rows.tolist()], scores)
 
     def ranks(self, queries: Array, doc_ids: Sequence[Sequence[str]]) -> list[dict[str, int]]:
-        """The rank (from 1) of chosen documents for each query, without sorting all scores."""
-        ranks = []
-        for start in range(0, len(queries), self.block):
-            for row, wanted in zip(
-                self.scores(queries[start : start + self.block]),
-                doc_ids[start : start + self.block],
-                strict=True,
-            ):
-                ranks.append({doc_id: _rank_of(row, self.row(doc_id)) for doc_id in wanted})
-        return ranks
+        """The rank (from 1) of chosen documents for each query, without sorting all scores.
+
+        Args:
+            queries: `Q x D`.
+            doc_ids: the documents asked for, for each query.
+
+        Raises:
+            VectorIndexError: an unknown document, or not one list of documents for each query.
+        """
+        asked, rows = self._asked(queries), self.rows_of(doc_ids, len(queries))
+        found: list[dict[str, int]] = []
+        for start in range(0, len(asked), self.query_block):
+            part = slice(start, start + self.query_block)
+            wanted = torch.tensor(_padded(rows[part]), dtype=torch.long, device=asked.device)
+            better = count_better(partial(self._products, asked[part]), wanted, min(self.block, len(self))).tolist()
+            for ids, counts in zip(doc_ids[part], better, strict=True):
+                found.append({doc_id: count + 1 for doc_id, count in zip(ids, counts, strict=False)})
+        return found
 
     def row(self, doc_id: str) -> int:
         """The row of a document.
@@ -127,78 +220,155 @@ class ExactIndex:
         except KeyError:
             raise VectorIndexError(f"document {doc_id!r} is not in the index of {len(self)} documents") from None
 
-    def vectors(self, doc_ids: Sequence[str]) -> Array:
-        """The vectors held for these documents, `len(doc_ids) x D`."""
-        return self._matrix[[self.row(doc_id) for doc_id in doc_ids]]
-
-    def update(self, doc_ids: Sequence[str], vectors: Array, version: int) -> None:
-        """Replace the vectors of known documents; on an error nothing is changed."""
-        rows = [self.row(doc_id) for doc_id in doc_ids]
-        checked = _checked(vectors, len(rows), self._matrix.shape[1])
-        if rows:
-            self._matrix[rows] = checked
-            self.encoded_at_version[rows] = version
-
-    def save(self, folder: Path) -> None:
-        """Write ids (JSON) and vectors (safetensors) atomically."""
-        from safetensors.numpy import save_file
-
-        with atomic_directory(folder) as out:
-            arrays: dict[str, NDArray[Any]] = {
-                "vectors": self._matrix,
-                "encoded_at_version": self.encoded_at_version,
-            }
-            save_file(arrays, out / "index.safetensors")
-            write_json(out / "doc_ids.json", list(self.doc_ids))
-
-    @classmethod
-    def load(cls, folder: Path) -> ExactIndex:
-        """Read what `save` wrote.
+    def rows_of(self, doc_ids: Sequence[Sequence[str]], queries: int) -> list[list[int]]:
+        """The rows of the documents asked for with each of `queries` queries.
 
         Raises:
-            VectorIndexError: files are missing or do not fit together.
+            VectorIndexError: an unknown document, or not one list of documents for each query.
         """
-        from safetensors import SafetensorError
-        from safetensors.numpy import load_file
+        if len(doc_ids) != queries:
+            raise VectorIndexError(f"{queries} queries need {queries} lists of documents, found {len(doc_ids)}")
+        return [[self.row(doc_id) for doc_id in ids] for ids in doc_ids]
 
-        try:
-            arrays = load_file(folder / "index.safetensors")
-            doc_ids = json.loads((folder / "doc_ids.json").read_text(encoding="utf-8"))
-            index = cls(doc_ids, arrays["vectors"])
-            index.encoded_at_version = arrays["encoded_at_version"]
-        except (OSError, KeyError, SafetensorError, json.JSONDecodeError) as error:
-            raise VectorIndexError(f"{folder} holds no usable index: {error}") from error
+    def vectors(self, doc_ids: Sequence[str]) -> Array:
+        """The vectors held for these documents, `len(doc_ids) x D`."""
+        return self.vectors_at([self.row(doc_id) for doc_id in doc_ids])
+
+    def vectors_at(self, rows: Sequence[int] | Rows) -> Array:
+        """The vectors held in these rows, `len(rows) x D`, as float32."""
+        chosen = torch.tensor(np.asarray(rows, dtype=np.int64), device=self._tensor.device)
+        array: Array = self._tensor[chosen].float().cpu().numpy()
+        return array
+
+    def update(self, doc_ids: Sequence[str], vectors: Array, version: int) -> None:
+        """Replace the vectors of known documents; of a document named twice the last one counts.
+
+        Raises:
+            VectorIndexError: unknown documents, wrong shape or values that are not finite; nothing is changed.
+        """
+        last = {self.row(doc_id): place for place, doc_id in enumerate(doc_ids)}
+        vectors = _shaped(vectors, len(doc_ids), self._tensor.shape[1])
+        self._check_values(vectors)
+        rows = list(last)
+        values = _tensor_of(vectors[list(last.values())]).to(self._tensor)
+        self._tensor[torch.tensor(rows, dtype=torch.long, device=self._tensor.device)] = values
+        self.encoded_at_version[rows] = version
+
+    def save(self, folder: Path) -> None:
+        """Write the index; a process killed at any moment leaves the old state or the new one.
+
+        Raises:
+            VectorIndexError: the disk refuses; the old state stays.
+        """
+        storage.save_state(folder, self.writers(), self.facts())
+
+    @classmethod
+    def load(cls, folder: Path, *, mmap: bool = False, device: str | torch.device = "cpu") -> ExactIndex:
+        """Read what `save` wrote.
+
+        Args:
+            folder: where it was saved.
+            mmap: leave the vectors on the disk and read what is used; an update stays in memory, never in the file.
+            device: where the vectors go.
+
+        Raises:
+            VectorIndexError: files are missing, damaged or do not fit together.
+        """
+        with storage.readable(Path(folder)):
+            return cls.from_state(*storage.read_manifest(Path(folder)), mmap=mmap, device=device)
+
+    def writers(self) -> dict[str, storage.Writer]:
+        """What writes each data file of a saved index."""
+        doc_ids = list(self.doc_ids)
+        return {
+            "vectors.npy": storage.write_array(self._tensor, self.block),
+            "encoded_at_version.npy": storage.write_array(torch.from_numpy(self.encoded_at_version), len(self)),
+            "doc_ids.json": lambda path: write_json(path, doc_ids),
+        }
+
+    def facts(self) -> dict[str, Any]:
+        """What the manifest of a saved index says about it."""
+        return {"documents": len(self), "dimension": self._tensor.shape[1], "dtype": self.dtype}
+
+    @classmethod
+    def from_state(
+        cls, manifest: Mapping[str, Any], paths: Mapping[str, Path], *, mmap: bool, device: str | torch.device
+    ) -> ExactIndex:
+        """The index that `facts` and `writers` described; to be called within `storage.readable`."""
+        count, dimension, dtype = manifest["documents"], manifest["dimension"], manifest["dtype"]
+        doc_ids = json.loads(paths["doc_ids.json"].read_text(encoding="utf-8"))
+        if len(doc_ids) != count or not all(upper > lower for upper, lower in pairwise(doc_ids)):
+            raise ValueError(f"its {len(doc_ids)} doc_ids are not {count} in descending order")
+        if dtype not in _DTYPES:
+            raise ValueError(f"unknown dtype {dtype!r}")
+        vectors = storage.read_array(paths["vectors.npy"], (count, dimension), dtype, mmap=mmap)
+        versions = storage.read_array(paths["encoded_at_version.npy"], (count,), "int64")
+        index = cls.__new__(cls)
+        index._tensor = torch.from_numpy(vectors).to(device)
+        index._label(doc_ids, versions)
         return index
 
-    def _tensor(self) -> torch.Tensor:
-        return torch.from_numpy(self._matrix)
+    def _label(self, doc_ids: Sequence[str], versions: NDArray[np.int64]) -> None:
+        self.doc_ids, self.encoded_at_version = doc_ids, versions
+        self.rows = {doc_id: row for row, doc_id in enumerate(doc_ids)}
+        if len(self.rows) != len(doc_ids):
+            raise VectorIndexError("document ids must be unique within an index")
+
+    def _asked(self, queries: Array) -> torch.Tensor:
+        """Checked queries on the device, `Q x D`."""
+        queries = _shaped(queries, None, self._tensor.shape[1])
+        self._check_values(queries)
+        return _tensor_of(queries).to(self._tensor.device)
+
+    def _check_values(self, vectors: Array) -> None:
+        limit = torch.finfo(self._tensor.dtype).max
+        for start in range(0, len(vectors), self.block):
+            # NaN fails every comparison.
+            if not (np.abs(vectors[start : start + self.block]) <= limit).all():
+                raise VectorIndexError(
+                    f"vectors hold NaN or infinity (or more than {self.dtype} can); the model that made them is broken"
+                )
+
+    def _products(self, queries: torch.Tensor, starts: Sequence[int] | None = None) -> Blocks:
+        """The first row and the scores (`rows x Q`) of each block; the next block overwrites the scores.
+
+        A document gets the same bits in every pass over the same queries: same shapes, same memory, same order of sums.
+        """
+        size = min(self.block, len(self))
+        scores = queries.new_empty((size, len(queries)))
+        narrow = self._tensor.dtype != queries.dtype
+        widened = queries.new_empty((size, self._tensor.shape[1])) if narrow else queries
+        for start in range(0, len(self), size) if starts is None else starts:
+            block = self._tensor[start : start + size]
+            if narrow:
+                block = widened[: len(block)].copy_(block)
+            yield start, torch.mm(block, queries.T, out=scores[: len(block)])
+
+    def _best(self, queries: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Rows and scores, `Q x K`, best first."""
+        best = Best(queries)
+        for start, scores in self._products(queries):
+            best.add(start, scores, k)
+        return best.rows, best.scores
 
 
-def _top(scores: Array, k: int) -> NDArray[np.int64]:
-    """The `k` best columns, best first, the lower column first among equal scores."""
-    if k < len(scores):
-        threshold = np.partition(scores, len(scores) - k)[len(scores) - k]
-        candidates = np.flatnonzero(scores >= threshold)
-    else:
-        candidates = np.arange(len(scores))
-    order = np.argsort(-scores[candidates], kind="stable")
-    return candidates[order][:k]
-
-
-def _rank_of(scores: Array, column: int) -> int:
-    """The rank (from 1) of one column under the same rule."""
-    own = scores[column]
-    return int((scores > own).sum() + (scores[:column] == own).sum()) + 1
-
-
-def _checked(vectors: Array, rows: int | None, dimension: int | None) -> Array:
-    array = np.ascontiguousarray(vectors, dtype=np.float32)
+def _shaped(vectors: Array, rows: int | None, dimension: int | None) -> Array:
+    array = np.asarray(vectors)
     if array.ndim != 2 or (rows is not None and len(array) != rows):
         raise VectorIndexError(
             f"expected {rows if rows is not None else 'Q'} vectors in rows, found shape {array.shape}"
         )
     if dimension is not None and array.shape[1] != dimension:
         raise VectorIndexError(f"vectors have size {array.shape[1]}, the index has size {dimension}: another model's?")
-    if not np.isfinite(array).all():
-        raise VectorIndexError("vectors hold NaN or infinity; the model that made them is broken")
     return array
+
+
+def _tensor_of(vectors: Array) -> torch.Tensor:
+    """A copy as float32."""
+    return torch.tensor(np.asarray(vectors, dtype=np.float32))
+
+
+def _padded(rows: Sequence[Sequence[int]]) -> list[list[int]]:
+    """Lists of one length; what is added at the end of shorter ones is never read."""
+    width = max(map(len, rows))
+    return [[*row, *[0] * (width - len(row))] for row in rows]

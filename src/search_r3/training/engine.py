@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from ..config import Recipe
-from ..data.atlas import build_atlas
+from ..data.atlas import BUILT_IN
 from ..data.collection import Collection
 from ..errors import ConfigError
 from ..model.backbone import EmbeddingSettings
@@ -75,12 +75,12 @@ def step_rng(seed: int, stage: str, step: int) -> random.Random:
 
 
 def load_collection(name: str) -> Collection:
-    """`atlas` (built here), or a BEIR folder.
+    """`atlas` or `atlas-wide` (built here), or a BEIR folder.
 
     Raises:
         DataError: no such folder, or a broken file in it.
     """
-    return build_atlas() if name == "atlas" else Collection.load(name)
+    return BUILT_IN[name]() if name in BUILT_IN else Collection.load(name)
 
 
 def load_model(recipe: Recipe, source: str | Path) -> SearchR3:

@@ -23,7 +23,7 @@ from torch import Tensor
 from ..config import GRPOSettings, Recipe
 from ..data.collection import Collection, Qrels
 from ..environment.environment import Feedback, RetrievalEnvironment
-from ..environment.refresh import make_policy
+from ..environment.exchange import make_exchange
 from ..errors import DataError, RunError
 from ..model.backbone import Backbone, vectors_at
 from ..model.encoder import SearchR3
@@ -81,7 +81,8 @@ def train_grpo(recipe: Recipe, run: Run, base: Path, observe: Observer = silent)
         started = time.perf_counter()
         experience = collect(model, environment, recipe, step)
         sampled = time.perf_counter()
-        values = update(model, engine, reference, environment, experience, settings)
+        audited = audit(environment, experience, settings, step)
+        values = audited | update(model, engine, reference, environment, experience, settings)
         values |= describe(experience) | {"learning_rate": engine.scheduler.get_last_lr()[0]}
         values |= {"rollout_seconds": sampled - started, "seconds": time.perf_counter() - started}
         if (step + 1) % settings.evaluate_every == 0 or step + 1 == settings.steps:
@@ -90,7 +91,7 @@ def train_grpo(recipe: Recipe, run: Run, base: Path, observe: Observer = silent)
         run.log_rollouts(rollout_rows(experience, collection, step + 1, settings.group_size))
         observe(stage, step + 1, settings.steps, values)
         if (step + 1) % recipe.save_every == 0:
-            run.save_checkpoint(stage, step + 1, engine.accelerator, lambda out: environment.save(out / "index"))
+            run.save_checkpoint(stage, step + 1, engine.accelerator, lambda out: environment.save(out / "environment"))
     run.finish(stage, model.save_pretrained)
     return run.model_path(stage)
 
@@ -115,11 +116,21 @@ def collect(model: SearchR3, environment: RetrievalEnvironment, recipe: Recipe, 
             f"{model.backbone.settings.max_new_tokens} tokens; train stage 1 (search-r3 sft) first, "
             "or set max_new_tokens higher"
         )
-    owners = [query_id for query_id in query_ids for _ in range(settings.group_size)]
-    feedback = environment.feedback(rollouts, owners, policy_version=step)
+    feedback = environment.feedback(rollouts, per_rollout(query_ids, settings.group_size), policy_version=step)
     rewards = torch.tensor(feedback.rewards).view(-1, settings.group_size)  # Q x G
     advantages = losses.group_advantages(rewards, settings.advantage_scale)
     return Experience(query_ids, rollouts, feedback, advantages.values.flatten(), advantages.equal_share)
+
+
+def audit(
+    environment: RetrievalEnvironment, experience: Experience, settings: GRPOSettings, step: int
+) -> dict[str, float]:
+    """The account of the live index, at the steps where it is due; it changes nothing."""
+    every = settings.refresh.audit_every
+    if every == 0 or (step + 1) % every:
+        return {}
+    owners = per_rollout(experience.query_ids, settings.group_size)
+    return environment.audit(experience.rollouts, owners, policy_version=step).metrics()
 
 
 def update(
@@ -187,7 +198,7 @@ def _micro_loss(
     values = {name: float(term.detach()) / tokens for name, term in terms.items()}
     if settings.embedding_loss_weight > 0:
         vectors = vectors_at(hidden, batch.embed_positions)  # B x D
-        owners = [experience.query_ids[i // settings.group_size] for i in range(len(experience.rollouts))[rows]]
+        owners = per_rollout(experience.query_ids, settings.group_size)[rows]
         embedding = embedding_loss(vectors, environment, owners, settings.contrastive_temperature)
         share = len(rollouts) / len(experience.rollouts)
         loss = loss + settings.embedding_loss_weight * embedding * share
@@ -220,6 +231,11 @@ def embedding_loss(
     )
 
 
+def per_rollout(query_ids: Sequence[str], group_size: int) -> list[str]:
+    """The query of every rollout: each query `group_size` times."""
+    return [query_id for query_id in query_ids for _ in range(group_size)]
+
+
 def queries_of_step(query_ids: Sequence[str], count: int, seed: int, step: int) -> list[str]:
     """The queries of a step: whole passes over all queries, each pass in its own seeded order.
 
@@ -247,10 +263,7 @@ def describe(experience: Experience) -> dict[str, float]:
     values["forced_share"] = fmean(rollout.forced for rollout in rollouts)
     lengths = [rollout.reasoning_tokens for rollout in rollouts]
     values |= {"reasoning_tokens": fmean(lengths), "reasoning_tokens_max": max(lengths)}
-    refresh = feedback.refresh
-    values |= {"documents_encoded": refresh.documents_encoded, "refresh_seconds": refresh.seconds}
-    values |= {"staleness_mean": refresh.staleness_mean, "staleness_max": refresh.staleness_max}
-    return values
+    return values | feedback.refresh.metrics()
 
 
 def evaluate_dev(model: SearchR3, collection: Collection, recipe: Recipe) -> dict[str, float]:
@@ -306,14 +319,17 @@ def rollout_rows(experience: Experience, collection: Collection, step: int, grou
 def _environment(
     recipe: Recipe, collection: Collection, qrels: Qrels, model: SearchR3, checkpoint: Path | None
 ) -> RetrievalEnvironment:
-    settings, batch_size = recipe.grpo, recipe.evaluation.batch_size
+    settings = recipe.grpo
     return RetrievalEnvironment(
         collection,
         qrels,
-        lambda texts: model.encode_document(texts, batch_size=batch_size),
-        make_policy(settings.refresh),
+        model,
+        settings.refresh,
         settings.reward,
         k=settings.reward_k,
         max_new_tokens=recipe.max_new_tokens,
-        index=ExactIndex.load(checkpoint / "index") if checkpoint is not None else None,
+        batch_size=recipe.evaluation.batch_size,
+        seed=recipe.seed,
+        exchange=make_exchange(),
+        state=checkpoint / "environment" if checkpoint is not None else None,
     )
