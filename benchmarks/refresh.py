@@ -49,30 +49,24 @@ QUICK = [
     "grpo.queries_per_step=8",
     "grpo.evaluate_every=2",
 ]
-TRAINED = ("never", "drift", "periodic 10", "shortlist", "selective 1%", "selective 3%", "selective 3% + drift")
 
 
-def policies(documents: int) -> dict[str, RefreshSettings]:
+def policies(documents: int, budgets: Sequence[float]) -> dict[str, RefreshSettings]:
     """The settings of every row but `full`, for a corpus of that size; budgets are shares of it."""
-
-    def budget(share: float) -> int:
-        return max(1, int(share * documents))
-
-    return {
+    rows = {
         "never": RefreshSettings(policy="never"),
         "drift": RefreshSettings(policy="drift"),
         "periodic 10": RefreshSettings(policy="periodic", every=10),
-        "shortlist": RefreshSettings(policy="shortlist", depth=10),
-        "shortlist 3%": RefreshSettings(policy="shortlist", depth=10, max_documents=budget(0.03)),
-        "selective 1%": RefreshSettings(policy="selective", depth=10, max_documents=budget(0.01)),
-        "selective 1% + drift": RefreshSettings(
-            policy="selective", depth=10, max_documents=budget(0.01), correct_drift=True
-        ),
-        "selective 3%": RefreshSettings(policy="selective", depth=10, max_documents=budget(0.03)),
-        "selective 3% + drift": RefreshSettings(
-            policy="selective", depth=10, max_documents=budget(0.03), correct_drift=True
-        ),
+        "shortlist": RefreshSettings(policy="shortlist"),
+        "shortlist + drift": RefreshSettings(policy="shortlist", correct_drift=True),
     }
+    for budget in budgets:
+        limit = max(1, int(budget * documents))
+        rows[f"selective {budget:.0%}"] = RefreshSettings(policy="selective", max_documents=limit)
+        rows[f"selective {budget:.0%} + drift"] = RefreshSettings(
+            policy="selective", max_documents=limit, correct_drift=True
+        )
+    return rows
 
 
 class FromTheTruth:
@@ -130,7 +124,7 @@ class Shadow:
         )
 
 
-def trajectory(recipe: Recipe, base: Path, path: Path) -> dict[str, Any]:
+def trajectory(recipe: Recipe, base: Path, path: Path, budgets: Sequence[float]) -> dict[str, Any]:
     """One GRPO run with `full`, and every policy's answers to its rollouts."""
     if path.exists():
         return json.loads(path.read_text())
@@ -153,9 +147,8 @@ def trajectory(recipe: Recipe, base: Path, path: Path) -> dict[str, Any]:
 
     truth = environment(model, RefreshSettings(policy="full"))
     reader = FromTheTruth(truth, model)
-    shadows = {
-        name: Shadow(environment(reader, refresh)) for name, refresh in policies(len(collection.documents)).items()
-    }
+    rows = policies(len(collection.documents), budgets)
+    shadows = {name: Shadow(environment(reader, refresh)) for name, refresh in rows.items()}
     start, true_rewards, steps = truth.index.matrix.copy(), [], []
     for step in range(settings.steps):
         started = time.perf_counter()
@@ -306,7 +299,8 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("runs/refresh"))
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--learning-rates", type=float, nargs="+", default=[3e-4, 1e-3])
-    parser.add_argument("--train", nargs="*", default=list(TRAINED), help="policies that get trainings of their own")
+    parser.add_argument("--budgets", type=float, nargs="+", default=[0.01, 0.03], help="shares of the corpus")
+    parser.add_argument("--train", nargs="*", help="policies that get trainings of their own; by default all")
     parser.add_argument("--train-learning-rates", type=float, nargs="*", help="by default those of the trajectories")
     parser.add_argument("--quick", action="store_true")
     options = parser.parse_args()
@@ -326,7 +320,7 @@ def main() -> None:
         for seed in seeds:
             chosen = recipe(f"seed={seed}", f"grpo.learning_rate={rate}")
             path = options.out / f"trajectory-{rate:g}-{seed}.json"
-            groups.setdefault(rate, []).append(trajectory(chosen, base, path))
+            groups.setdefault(rate, []).append(trajectory(chosen, base, path, options.budgets))
     documents = groups[rates[0]][0]["documents"]
     for records in groups.values():
         print_trajectories(records)
@@ -334,8 +328,9 @@ def main() -> None:
     for rate in rates if options.train_learning_rates is None else options.train_learning_rates:
         # The trajectory is itself the training with `full`.
         results: dict[str, list[dict[str, Any]]] = {"full": [as_training(record) for record in groups.get(rate, [])]}
-        for name in options.train:
-            settings = policies(documents)[name].model_dump(exclude_none=True)
+        rows = policies(documents, options.budgets)
+        for name in rows if options.train is None else options.train:
+            settings = rows[name].model_dump(exclude_none=True)
             for seed in seeds:
                 label = f"{name.replace('%', 'pc').replace(' ', '')}-{rate:g}-{seed}"
                 overrides = [f"grpo.refresh.{key}={value}" for key, value in settings.items()]
@@ -346,7 +341,7 @@ def main() -> None:
         print(f"\nTrainings at learning rate {rate:g}:")
         print_trainings(results, documents, first.grpo.steps)
     record = groups[rates[0]][0]
-    share = mean_of(record, "selective 3%", "documents") / documents
+    share = mean_of(record, f"selective {options.budgets[-1]:.0%}", "documents") / documents
     machine = {"cores": os.cpu_count(), "machine": platform.machine(), "python": platform.python_version()}
     result = {"benchmark": "refresh", "peer": "full", "ratio": share, "unit": "documents encoded", "runs": len(seeds)}
     settings = {"recipe": options.recipe, "seeds": seeds, "learning_rates": rates, "quick": options.quick}

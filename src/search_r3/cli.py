@@ -142,6 +142,7 @@ def grpo(
     resume: Resume = False,
 ) -> None:
     """Train stage 2 (GRPO with the retrieval reward) into run_dir/model."""
+    from .evaluation.report import plot_account
     from .training.grpo import train_grpo
     from .training.run import Run
 
@@ -151,6 +152,9 @@ def grpo(
     with _live() as observe:
         path = train_grpo(settings, run, model or run.model_path("sft"), observe)
     _print(f"stage-2 model: {path}")
+    account = run.folder / "plots" / "account.png"
+    if plot_account(run.metrics("grpo"), account):
+        _print(f"account of the live index: {account}")
 
 
 @app.command()

@@ -95,6 +95,11 @@ class RefreshSettings(Section):
         False, description="shortlist, selective: also correct stale vectors, as the policy drift always does."
     )
     drift_sample: int = Field(64, ge=8, description="Random documents encoded per step to fit the drift correction.")
+    index: Literal["exact", "approximate"] = Field(
+        "exact",
+        description="Search by matrix products, or by a graph (usearch) for corpora far beyond 100,000 documents; only "
+        "with exact does a resumed run equal an unbroken one.",
+    )
     audit_every: int = Field(0, ge=0, description="Steps between audits of the live index; 0: none.")
     audit_documents: int = Field(
         256, ge=0, description="Random documents that an audit encodes beside the best-ranked ones; 0: all documents."
@@ -114,6 +119,11 @@ class RefreshSettings(Section):
             raise ValueError(
                 f"correct_drift=true goes with shortlist or selective, not with policy={self.policy} (the policy drift "
                 "alone corrects all stale vectors)"
+            )
+        if self.index == "approximate" and (self.correct_drift or self.policy == "drift"):
+            raise ValueError(
+                "drift correction moves every vector, and index=approximate would be built anew at every step; "
+                "set index=exact, or correct no drift"
             )
         if (self.max_documents or self.max_tokens) and not chosen:
             raise ValueError(f"a budget goes with shortlist or selective, not with policy={self.policy}")

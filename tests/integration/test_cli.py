@@ -17,6 +17,7 @@ SMALL = [
     "sft.splits={train: 1.0}", "sft.reasoning_styles={restate: 1.0}", "grpo.steps=3", "grpo.queries_per_step=2",
     "grpo.group_size=3", "grpo.splits=[train]", "grpo.evaluate_every=2", "evaluation.rollout_queries=4",
     "evaluation.permutations=100", "evaluation.bootstrap=100",
+    "grpo.refresh={policy: selective, max_documents: 10, audit_every: 1, audit_documents: 5}",
 ]  # fmt: skip
 
 
@@ -57,7 +58,7 @@ def test_quickstart_leaves_everything_it_promises(run_dir: Path) -> None:
     assert report["seconds"] > 0
     assert report["peak_memory_bytes"] > 2**20
     assert report["versions"]["torch"]
-    for name in ("reward.png", "rollout_rewards.png", "ndcg.png"):
+    for name in ("reward.png", "rollout_rewards.png", "ndcg.png", "account.png"):
         assert (run_dir / "plots" / name).read_bytes().startswith(b"\x89PNG")
     for name in ("settings.yaml", "rollouts.jsonl", "collection/corpus.jsonl"):
         assert (run_dir / name).stat().st_size > 0

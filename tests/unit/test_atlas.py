@@ -10,6 +10,7 @@ from search_r3.data.atlas import (
     TEMPLATES_PER_ENTITY,
     Atlas,
     build_atlas,
+    build_atlas_wide,
     fact_dialogues,
     fact_sentences,
     follow,
@@ -122,3 +123,16 @@ def test_every_relation_with_questions_has_wordings() -> None:
             assert all("{s}" in text for text in (*relation.paraphrases, *relation.questions))
     for path in PATHS.values():
         assert all("{s}" in text for text in path.questions)
+
+
+def test_atlas_wide_adds_distractors_and_changes_no_query(built: Collection) -> None:
+    wide = build_atlas_wide()
+    assert len(wide.documents) > 15_000
+    assert list(wide.documents)[: len(built.documents)] == list(built.documents)
+    assert wide.queries == built.queries
+    assert wide.qrels == built.qrels
+    assert wide.documents["currency:UZS@de"].full_text == "Usbekistan-Sum A currency, in German."
+    judged = {doc_id for qrels in wide.qrels.values() for gains in qrels.values() for doc_id in gains}
+    assert not any("@" in doc_id for doc_id in judged), "a name in another language answers no query"
+    texts = [document.full_text for document in wide.documents.values()]
+    assert len(set(texts)) > 0.98 * len(texts)

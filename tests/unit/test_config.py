@@ -37,6 +37,7 @@ def test_the_dumped_settings_load_as_they_were(tmp_path: Path) -> None:
         ("grpo.refresh.policy=sometimes", "grpo.refresh.policy = 'sometimes'"),
         ("grpo.refresh=never", "refresh is a section; write refresh.policy=never"),
         ("grpo.refresh={policy: full, max_documents: 5}", "a budget goes with shortlist or selective, not with policy"),
+        ("grpo.refresh={policy: drift, index: approximate}", "set index=exact, or correct no drift"),
         ("grpo.refresh={policy: never, correct_drift: true}", "correct_drift=true goes with shortlist or selective"),
         ("grpo.steps", "expected key=value"),
         ("name.first=x", "'name' is a single value, not a section"),

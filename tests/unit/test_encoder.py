@@ -2,13 +2,15 @@ from __future__ import annotations
 
 import logging
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 from search_r3 import SearchR3
 from search_r3.errors import DataError, ModelError
-from search_r3.model.backbone import EmbeddingSettings
+from search_r3.model.backbone import EmbeddingSettings, pad, vectors_at
 
 TEXTS = ["where is the red house?", "river", "a black horse and a white chair on a green boat"]
 
@@ -26,6 +28,34 @@ def test_vectors_do_not_depend_on_company_or_batch_size(model: SearchR3) -> None
         np.testing.assert_allclose(encode(TEXTS, 1), together, atol=1e-5)
         np.testing.assert_allclose(encode(TEXTS[::-1], 2)[::-1], together, atol=1e-5)
         assert np.abs(together[0] - together[1]).max() > 1e-3, "different texts must give different vectors"
+
+
+def test_the_shared_beginning_is_computed_once_and_changes_nothing(
+    model: SearchR3, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    backbone = model.backbone
+    prompts = [backbone.prompt_encoder.encode(text, "document").ids for text in TEXTS]
+    plain = [pad([prompt], 0, backbone.device) for prompt in prompts]
+    expected = [vectors_at(backbone.hidden_states(ids, mask), mask.sum(-1) - 1)[0] for ids, mask in plain]
+    widths: list[int] = []
+    forward = backbone.model.base_model.forward
+
+    def counted(*args: Any, **options: Any) -> Any:
+        widths.append(options["input_ids"].numel())
+        return forward(*args, **options)
+
+    monkeypatch.setattr(backbone.model.base_model, "forward", counted)
+    found = backbone.embed(prompts)
+    assert sum(widths) < sum(map(len, prompts)), "fewer tokens than the prompts have"
+    np.testing.assert_allclose(found.detach(), torch.stack(expected).detach(), atol=1e-5)
+    twins = backbone.embed([prompts[0], prompts[0]])
+    np.testing.assert_allclose(twins.detach(), torch.stack([expected[0]] * 2).detach(), atol=1e-5)
+
+
+def test_document_tokens_are_counted_as_they_are_encoded(model: SearchR3) -> None:
+    counts = model.count_document_tokens(TEXTS)
+    assert counts == [len(model.backbone.prompt_encoder.encode(text, "document").ids) for text in TEXTS]
+    assert counts[1] < counts[0] < counts[2]
 
 
 def test_reason_mode_returns_what_was_thought(model: SearchR3) -> None:

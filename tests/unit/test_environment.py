@@ -15,6 +15,7 @@ from search_r3.environment.refresh import Selective
 from search_r3.environment.reward import RewardParts, reward_parts
 from search_r3.errors import DataError, RewardError
 from search_r3.model.generation import Rollout
+from search_r3.retrieval.approximate import ApproximateIndex
 
 WEIGHTS = RewardWeights(ranking=1.0, similarity=0.5, format=0.25, length=0.1)
 
@@ -235,6 +236,35 @@ def test_a_sampled_audit_encodes_little_and_sees_the_same_reward_error(collectio
     assert audits[1].documents < 30 < audits[0].documents == 40
     assert audits[1].reward_error == pytest.approx(audits[0].reward_error)
     assert audits[0].reward_error > 0
+
+
+@pytest.mark.parametrize("policy", ["full", "shortlist", "selective"])
+def test_an_approximate_index_gives_the_same_rewards(tmp_path: Path, collection: Collection, policy: str) -> None:
+    # Forty documents lie within the depth to which an approximate index searches, so nothing may be missed.
+    rollouts, owners = [rollout(0.3), rollout(0.36)], ["q00", "q01"]
+    answers, worlds = [], []
+    for index in ("exact", "approximate"):
+        encode = MovingEncoder(collection)
+        worlds.append(environment(collection, encode, policy, index=index))
+        encode.shift = 0.3
+        answers.append(worlds[-1].feedback(rollouts, owners, 1))
+    assert answers[0].rewards == pytest.approx(answers[1].rewards)
+    assert answers[0].best_ranks == answers[1].best_ranks
+    assert isinstance(worlds[1].index, ApproximateIndex)
+    assert answers[1].refresh.index_recall == 1.0
+    worlds[1].save(tmp_path)
+    again = RetrievalEnvironment(
+        collection,
+        collection.split("train"),
+        encode,
+        worlds[1].refresh,
+        WEIGHTS,
+        k=10,
+        max_new_tokens=10,
+        state=tmp_path,
+    )
+    assert isinstance(again.index, ApproximateIndex)
+    assert again.feedback(rollouts, owners, 1).rewards == pytest.approx(answers[0].rewards)
 
 
 @pytest.mark.parametrize("policy", ["never", "selective"])

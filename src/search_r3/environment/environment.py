@@ -19,12 +19,16 @@ from ..config import RefreshSettings, RewardWeights
 from ..data.collection import Collection, Qrels
 from ..errors import DataError
 from ..model.generation import Rollout
-from ..retrieval.index import Array, ExactIndex
+from ..retrieval.approximate import ApproximateIndex
+from ..retrieval.index import Array, ExactIndex, VectorIndex
 from .account import Audit, compare
 from .drift import fit_drift
 from .exchange import Alone, Exchange, divide
 from .refresh import RefreshRequest, make_policy, within_budget
 from .reward import RewardParts, score_rollouts
+
+UPDATES_PER_INDEX_AUDIT = 20
+"""An approximate index checks its own recall after so many updates; a step makes up to two."""
 
 
 class DocumentEncoder(Protocol):
@@ -50,6 +54,7 @@ class RefreshReport:
         staleness_mean: versions since a document was encoded, over all documents, afterwards.
         staleness_max: the largest.
         drift_gain: share of the held-out drift that the correction removed; 0 without one.
+        index_recall: recall of an approximate index at its last audit; 1 for an exact one.
     """
 
     documents_encoded: int
@@ -58,6 +63,7 @@ class RefreshReport:
     staleness_mean: float
     staleness_max: int
     drift_gain: float
+    index_recall: float
 
     def metrics(self) -> dict[str, float]:
         """Named as in `metrics.jsonl`."""
@@ -112,11 +118,16 @@ class RetrievalEnvironment:
         self.batch_size, self.seed, self.exchange = batch_size, seed, exchange or Alone()
         self.policy = make_policy(refresh)
         self._tokens: dict[str, int] = {}
+        self.index: ExactIndex | ApproximateIndex
         if state is None:
             doc_ids = list(collection.documents)
             self.index = ExactIndex(doc_ids, self._encode(doc_ids))
+            if refresh.index == "approximate":
+                self.index = ApproximateIndex(self.index, audit_every=UPDATES_PER_INDEX_AUDIT)
+                self.index.maintain()
             return
-        self.index = ExactIndex.load(state / "index")
+        kind = ApproximateIndex if refresh.index == "approximate" else ExactIndex
+        self.index = kind.load(state / "index")
         if set(self.index.doc_ids) != set(collection.documents):
             raise DataError(f"the saved index and collection {collection.name!r} hold different documents")
         self.policy.restore(state / "policy")
@@ -173,7 +184,7 @@ class RetrievalEnvironment:
         self.policy.save(folder / "policy")
 
     def _score(
-        self, index: ExactIndex, rollouts: Sequence[Rollout], query_ids: Sequence[str]
+        self, index: VectorIndex, rollouts: Sequence[Rollout], query_ids: Sequence[str]
     ) -> tuple[list[RewardParts], list[int]]:
         """Reward parts and the best rank of a relevant document, per rollout."""
         vectors, positives = _vectors(rollouts), [self.positives(query_id) for query_id in query_ids]
@@ -204,7 +215,8 @@ class RetrievalEnvironment:
             first += sample
         gain = self._encode_again(first, policy_version, correct=corrected)
         wanted = self.policy.choose(RefreshRequest(self.index, policy_version, queries, relevant))
-        chosen = self._affordable(self._stale(wanted, policy_version), first)
+        # All processes follow the first: an approximate search need not agree to the last document.
+        chosen = self.exchange.gather(self._affordable(self._stale(wanted, policy_version), first))[0]
         self._encode_again(chosen, policy_version, correct=False)
         encoded = first + chosen
         self.exchange.meet()
@@ -216,6 +228,7 @@ class RetrievalEnvironment:
             staleness_mean=float(staleness.mean()),
             staleness_max=int(staleness.max()),
             drift_gain=gain,
+            index_recall=self.index.last_recall if isinstance(self.index, ApproximateIndex) else 1.0,
         )
 
     def _stale(self, doc_ids: Iterable[str], policy_version: int) -> list[str]:
@@ -250,7 +263,7 @@ class RetrievalEnvironment:
         before, after, gain = self.index.vectors(doc_ids), self._encode(doc_ids), 0.0
         if correct:
             correction = fit_drift(before, after)
-            self.index.set_matrix(correction.apply(self.index.matrix))
+            self.index.set_matrix(correction.apply(self.index.vectors_at(np.arange(len(self.index)))))
             gain = correction.gain
         self.index.update(doc_ids, after, policy_version)
         self.policy.moved(self.index, [self.index.row(doc_id) for doc_id in doc_ids])

@@ -1,9 +1,9 @@
 """What several training processes tell each other about the corpus: what to encode, and the vectors.
 
 Each process searches, fits and mends by itself, on the same data and with the same result; only the encoding is
-divided. The vectors travel over a gloo group of their own. Before each exchange, and after the last one of a step, the
-processes meet at a barrier that waits long and names who is missing, so that no collective of the gradients (whose
-watchdog is short) ever waits for another process's work on the index.
+divided, by the first process's choice. The vectors travel over a gloo group of their own. Before each exchange, and
+after the last one of a step, the processes meet at a barrier that waits long and names who is missing, so that no
+collective of the gradients (whose watchdog is short) ever waits for another process's work on the index.
 """
 
 from __future__ import annotations

@@ -130,6 +130,7 @@ def write_report(
     plots = folder / "plots"
     plots.mkdir(parents=True, exist_ok=True)
     plot_training(metrics, plots / "reward.png")
+    plot_account(metrics, plots / "account.png")
     plot_rewards(rewards, plots / "rollout_rewards.png")
     plot_rows(report["rows"], plots / "ndcg.png")
     write_json(folder / "report.json", report)
@@ -158,6 +159,28 @@ def plot_training(metrics: Sequence[dict[str, Any]], path: Path) -> None:
     axes.set(xlabel="GRPO step", ylabel="nDCG@10", ylim=(0, 1.02), title="Stage 2: what the policy learns")
     axes.legend()
     _save(figure, path)
+
+
+def plot_account(metrics: Sequence[dict[str, Any]], path: Path) -> bool:
+    """The audits of the live index over the steps of stage 2; a run without audits gets no plot.
+
+    Returns:
+        Whether there was anything to plot.
+    """
+    audits = [row for row in metrics if "audit_reward_error" in row]
+    if not audits:
+        return False
+    figure, axes = _figure()
+    steps = [row["step"] for row in audits]
+    axes.plot(steps, [row["audit_reward_error"] for row in audits], marker="o", label="mean error of the reward")
+    axes.plot(steps, [1 - row["audit_top10_overlap"] for row in audits], marker="s", label="top-10 documents missed")
+    axes.plot(steps, [row["audit_drift_mean"] for row in audits], marker="^", label="drift of a document, 1 - cos")
+    axes.set(xlabel="GRPO step", ylabel="held against freshly encoded vectors", title="The account of the live index")
+    axes.set_ylim(bottom=0)
+    axes.legend()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    _save(figure, path)
+    return True
 
 
 def plot_rewards(rewards: dict[str, list[float]], path: Path) -> None:

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import copy
 import json
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -85,7 +84,7 @@ class Backbone:
 
         What all sequences begin with (the template before the text) is computed once.
         """
-        shared = len(os.path.commonprefix([list(sequence[:-1]) for sequence in sequences])) if len(sequences) > 1 else 0
+        shared = shared_prefix(sequences) if len(sequences) > 1 else 0
         rest = [sequence[shared:] for sequence in sequences]
         ids, mask = pad(rest, self.tokenizer.pad_token_id, self.device)
         last = mask.sum(-1) - 1
@@ -202,6 +201,14 @@ def pad(
         ids[row, start : start + len(sequence)] = torch.tensor(sequence, dtype=torch.long)
         mask[row, start : start + len(sequence)] = 1
     return ids.to(device), mask.to(device)
+
+
+def shared_prefix(sequences: Sequence[Sequence[int]]) -> int:
+    """The number of tokens that all sequences begin with; the last token of a sequence is not counted."""
+    # Whatever lies between two sequences in their order begins with what these two share.
+    low, high = min(map(list, sequences)), max(map(list, sequences))
+    same = [first == second for first, second in zip(low[:-1], high[:-1], strict=False)]
+    return same.index(False) if False in same else len(same)
 
 
 def position_ids(mask: Tensor) -> Tensor:

@@ -102,7 +102,7 @@ class ExactIndex:
         VectorIndexError: doubled ids, an unknown dtype, wrong shapes or values that are not finite.
     """
 
-    block = 4096
+    block = 8192
     """Documents scored at once."""
     query_block = 256
     """Queries scored at once."""
@@ -137,6 +137,11 @@ class ExactIndex:
         return "float16" if self._tensor.dtype == torch.float16 else "float32"
 
     @property
+    def dimension(self) -> int:
+        """The size of a vector, `D`."""
+        return self._tensor.shape[1]
+
+    @property
     def matrix(self) -> Array:
         """All vectors, `N x D`, in the order of `doc_ids`: a view (do not write) of float32 on the CPU, else a copy."""
         array: Array = self._tensor.float().cpu().numpy()
@@ -148,7 +153,7 @@ class ExactIndex:
         Raises:
             VectorIndexError: wrong shape or values that are not finite; nothing is changed.
         """
-        matrix = _shaped(matrix, len(self), self._tensor.shape[1])
+        matrix = _shaped(matrix, len(self), self.dimension)
         self._check_values(matrix)
         for start in range(0, len(self), self.block):
             self._tensor[start : start + self.block] = _tensor_of(matrix[start : start + self.block])
@@ -220,6 +225,16 @@ class ExactIndex:
         except KeyError:
             raise VectorIndexError(f"document {doc_id!r} is not in the index of {len(self)} documents") from None
 
+    def checked(self, queries: Array) -> Array:
+        """Queries as float32, `Q x D`.
+
+        Raises:
+            VectorIndexError: wrong shape or values that are not finite.
+        """
+        queries = _shaped(queries, None, self.dimension)
+        self._check_values(queries)
+        return np.ascontiguousarray(queries, dtype=np.float32)
+
     def rows_of(self, doc_ids: Sequence[Sequence[str]], queries: int) -> list[list[int]]:
         """The rows of the documents asked for with each of `queries` queries.
 
@@ -247,7 +262,7 @@ class ExactIndex:
             VectorIndexError: unknown documents, wrong shape or values that are not finite; nothing is changed.
         """
         last = {self.row(doc_id): place for place, doc_id in enumerate(doc_ids)}
-        vectors = _shaped(vectors, len(doc_ids), self._tensor.shape[1])
+        vectors = _shaped(vectors, len(doc_ids), self.dimension)
         self._check_values(vectors)
         rows = list(last)
         values = _tensor_of(vectors[list(last.values())]).to(self._tensor)
@@ -288,7 +303,7 @@ class ExactIndex:
 
     def facts(self) -> dict[str, Any]:
         """What the manifest of a saved index says about it."""
-        return {"documents": len(self), "dimension": self._tensor.shape[1], "dtype": self.dtype}
+        return {"documents": len(self), "dimension": self.dimension, "dtype": self.dtype}
 
     @classmethod
     def from_state(
@@ -315,10 +330,7 @@ class ExactIndex:
             raise VectorIndexError("document ids must be unique within an index")
 
     def _asked(self, queries: Array) -> torch.Tensor:
-        """Checked queries on the device, `Q x D`."""
-        queries = _shaped(queries, None, self._tensor.shape[1])
-        self._check_values(queries)
-        return _tensor_of(queries).to(self._tensor.device)
+        return torch.tensor(self.checked(queries), device=self._tensor.device)
 
     def _check_values(self, vectors: Array) -> None:
         limit = torch.finfo(self._tensor.dtype).max
@@ -337,7 +349,7 @@ class ExactIndex:
         size = min(self.block, len(self))
         scores = queries.new_empty((size, len(queries)))
         narrow = self._tensor.dtype != queries.dtype
-        widened = queries.new_empty((size, self._tensor.shape[1])) if narrow else queries
+        widened = queries.new_empty((size, self.dimension)) if narrow else queries
         for start in range(0, len(self), size) if starts is None else starts:
             block = self._tensor[start : start + size]
             if narrow:

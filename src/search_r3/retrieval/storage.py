@@ -26,8 +26,8 @@ from ..files import write_json
 
 FORMAT = 1
 MANIFEST = "manifest.json"
-# Names of this module's making, and the scratch file of a manifest whose replacement was killed.
-_OURS = re.compile(r"[a-z0-9_]+-[0-9a-f]{16}\.(npy|json|graph)|\.manifest\.json\..*")
+# Names of this module's making, and the scratch files of JSON whose writing was killed.
+_OURS = re.compile(r"[a-z0-9_]+-[0-9a-f]{16}\.(npy|json|graph)|\.(manifest|[a-z0-9_]+-[0-9a-f]{16})\.json\..*")
 
 Writer = Callable[[Path], None]
 
@@ -45,7 +45,7 @@ def save_state(folder: Path, writers: Mapping[str, Writer], facts: Mapping[str, 
     """
     folder = Path(folder)
     token = secrets.token_hex(8)
-    files: dict[str, dict[str, Any]] = {}
+    files: dict[str, str] = {}
     try:
         folder.mkdir(parents=True, exist_ok=True)
         for name, write in writers.items():
@@ -53,7 +53,7 @@ def save_state(folder: Path, writers: Mapping[str, Writer], facts: Mapping[str, 
             path = folder / f"{stem}-{token}.{suffix}"
             write(path)
             _flush(path)
-            files[name] = {"file": path.name, "bytes": path.stat().st_size}
+            files[name] = path.name
         write_json(folder / MANIFEST, {"format": FORMAT, **facts, "files": files})
     except OSError as error:
         for path in folder.glob(f"*-{token}.*"):
@@ -63,28 +63,23 @@ def save_state(folder: Path, writers: Mapping[str, Writer], facts: Mapping[str, 
             "free some space or choose another folder"
         ) from error
     _flush(folder)
-    kept = {entry["file"] for entry in files.values()}
     for path in folder.iterdir():
-        if _OURS.fullmatch(path.name) and path.name not in kept:
+        if _OURS.fullmatch(path.name) and path.name not in files.values():
             # Windows refuses to delete a file that is still mapped; the next save deletes it.
             with suppress(OSError):
                 path.unlink()
 
 
 def read_manifest(folder: Path) -> tuple[dict[str, Any], dict[str, Path]]:
-    """The manifest of the state in `folder`, and `name.suffix` -> path of its data files, all there and whole.
+    """The manifest of the state in `folder`, and `name.suffix` -> path of its data files.
 
     Raises:
-        OSError, ValueError, KeyError, TypeError: there is no such state; run it within `readable`.
+        OSError, ValueError, KeyError, TypeError: there is no such state; call it within `readable`.
     """
     manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
     if manifest["format"] != FORMAT:
         raise ValueError(f"its format is {manifest['format']!r}, this version reads {FORMAT}")
-    paths = {name: folder / entry["file"] for name, entry in manifest["files"].items()}
-    for name, path in paths.items():
-        if path.stat().st_size != manifest["files"][name]["bytes"]:
-            raise ValueError(f"{path.name} has {path.stat().st_size} bytes, not {manifest['files'][name]['bytes']}")
-    return manifest, paths
+    return manifest, {name: folder / file for name, file in manifest["files"].items()}
 
 
 @contextmanager

@@ -17,6 +17,7 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -218,7 +219,7 @@ def embedding_loss(
     The positive is the query's best relevant document; its other relevant documents are left out of the sum.
     """
     index = environment.index
-    documents = torch.from_numpy(index.matrix).to(vectors.device)  # N x D
+    documents = torch.from_numpy(index.vectors_at(np.arange(len(index)))).to(vectors.device)  # N x D
     excluded = torch.zeros((len(query_ids), len(index)), dtype=torch.bool, device=vectors.device)
     positives = []
     for row, query_id in enumerate(query_ids):

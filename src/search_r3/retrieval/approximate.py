@@ -1,0 +1,344 @@
+"""An approximate index: a graph proposes documents, the exact index scores and ranks them, audits watch the graph.
+
+The graph (HNSW, by usearch) loses accuracy when many vectors are replaced in place. Nothing here trusts it: every score
+comes from the stored vectors, `audit` measures what the graph misses, and `maintain` builds it anew below a floor.
+
+Shapes: `Q` queries, `N` documents, `D` vector size, `K` results, `C` candidates.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from ..errors import VectorIndexError
+from . import storage
+from .index import Array, ExactIndex, Rows, SearchResult
+
+GraphDType = Literal["f32", "f16", "bf16", "i8"]
+
+SPARE = 16
+"""Candidates beyond `K` at least: the graph compares rounded vectors, so the order at its edge is not the true one."""
+ALIKE = 1e-6
+"""Scores of unit vectors closer than this are equal to an audit: documents of one text stand in for each other."""
+
+
+@dataclass(frozen=True)
+class GraphSettings:
+    """How the graph is built and searched; saved with the index.
+
+    Attributes:
+        dtype: precision of the graph's own copy of the vectors; results are scored from the store.
+        connectivity: links per document; memory and accuracy grow with it.
+        expansion_add: documents looked at for the links of a new one; building time grows with it.
+        expansion_search: documents looked at by a search; its time and accuracy grow with it.
+        oversample: candidates asked for, as a multiple of `K`; at least 1.
+        rank_depth: the depth to which `ranks` counts.
+    """
+
+    dtype: GraphDType = "f16"
+    connectivity: int = 16
+    expansion_add: int = 96
+    expansion_search: int = 128
+    oversample: float = 2.0
+    rank_depth: int = 1000
+
+    def __post_init__(self) -> None:
+        if self.dtype not in get_args(GraphDType):
+            raise VectorIndexError(
+                f"a graph cannot hold {self.dtype!r}; choose one of {', '.join(get_args(GraphDType))}"
+            )
+        for name in ("connectivity", "expansion_add", "expansion_search", "oversample", "rank_depth"):
+            value = getattr(self, name)
+            if not value >= 1:
+                raise VectorIndexError(f"{name} of an approximate index must be at least 1, found {value}")
+
+
+class ApproximateIndex:
+    """A graph over the vectors of an exact index, behind the same protocol.
+
+    The graph is built with as many threads as torch uses; with more than one, two builds may differ slightly.
+
+    Args:
+        store: holds the vectors; from here on it is updated through this index only.
+        settings: of the graph.
+        recall_floor: `maintain` rebuilds the graph when its recall is below.
+        audit_every: `maintain` runs by itself after so many updates; 0: only when asked.
+
+    Attributes:
+        last_recall: what the last audit found for the graph as it is now; nan before the first.
+        rebuilds: how often the graph was built anew.
+
+    Raises:
+        VectorIndexError: settings out of range.
+    """
+
+    def __init__(
+        self,
+        store: ExactIndex,
+        settings: GraphSettings | None = None,
+        *,
+        recall_floor: float = 0.95,
+        audit_every: int = 0,
+    ) -> None:
+        self._configure(store, settings or GraphSettings(), recall_floor, audit_every)
+        self._build()
+
+    def __len__(self) -> int:
+        return len(self.store)
+
+    @property
+    def doc_ids(self) -> Sequence[str]:
+        """The document of each row, in descending order."""
+        return self.store.doc_ids
+
+    @property
+    def encoded_at_version(self) -> NDArray[np.int64]:
+        """The policy version that encoded each row, `N`."""
+        return self.store.encoded_at_version
+
+    def row(self, doc_id: str) -> int:
+        """The row of a document.
+
+        Raises:
+            VectorIndexError: the index does not hold it.
+        """
+        return self.store.row(doc_id)
+
+    def search_rows(self, queries: Array, k: int) -> tuple[Rows, Array]:
+        """Rows and exact scores, both `Q x K`, of the best documents among those that the graph proposes.
+
+        Where the graph proposes fewer than `K`, that query is searched exactly.
+
+        Raises:
+            VectorIndexError: wrong shape, values that are not finite, or `k` below 1.
+        """
+        wanted = max(math.ceil(k * self.settings.oversample), k + SPARE)
+        if k < 1 or wanted >= len(self):
+            return self.store.search_rows(queries, k)
+        queries = self.store.checked(queries)
+        proposed = self._propose(queries, wanted)  # Q x C
+        scores = self._score(queries, proposed)
+        order = _ranking(proposed, scores)[:, :k]
+        rows, scores = np.take_along_axis(proposed, order, 1), np.take_along_axis(scores, order, 1)
+        starved = np.flatnonzero(rows[:, -1] < 0)
+        if len(starved):
+            rows[starved], scores[starved] = self.store.search_rows(queries[starved], k)
+        return rows, scores
+
+    def search(self, queries: Array, k: int) -> SearchResult:
+        """`search_rows` with doc_ids instead of rows."""
+        rows, scores = self.search_rows(queries, k)
+        return SearchResult([[self.doc_ids[row] for row in line] for line in rows.tolist()], scores)
+
+    def ranks(self, queries: Array, doc_ids: Sequence[Sequence[str]]) -> list[dict[str, int]]:
+        """The rank (from 1) of chosen documents among the first `rank_depth` that the graph proposes.
+
+        A document behind all of them gets `rank_depth + 1`: it ranks there or further down.
+
+        Raises:
+            VectorIndexError: an unknown document, or not one list of documents for each query.
+        """
+        depth = self.settings.rank_depth
+        if depth >= len(self):
+            return self.store.ranks(queries, doc_ids)
+        queries, wanted = self.store.checked(queries), self.store.rows_of(doc_ids, len(queries))
+        found = []
+        for query, ids, rows in zip(queries, doc_ids, wanted, strict=True):
+            proposed = self._propose(query[None], depth)[0]
+            both = np.concatenate([proposed[proposed >= 0], np.array(rows, dtype=np.int64)])[None]  # 1 x C
+            # One product for all, so that equal vectors get equal scores.
+            scores = self._score(query[None], both)[0]
+            place = dict(zip(both[0].tolist(), scores.tolist(), strict=True))
+            rivals = np.array([*place], dtype=np.int64), np.array([*place.values()], dtype=np.float32)
+            found.append(
+                {doc_id: min(_rank(rivals, row, place[row]), depth + 1) for doc_id, row in zip(ids, rows, strict=True)}
+            )
+        return found
+
+    def vectors(self, doc_ids: Sequence[str]) -> Array:
+        """The vectors held for these documents, `len(doc_ids) x D`."""
+        return self.store.vectors(doc_ids)
+
+    def vectors_at(self, rows: Sequence[int] | Rows) -> Array:
+        """The vectors held in these rows, `len(rows) x D`."""
+        return self.store.vectors_at(rows)
+
+    def update(self, doc_ids: Sequence[str], vectors: Array, version: int) -> None:
+        """Replace the vectors of known documents; of a document named twice the last one counts.
+
+        Where more than half of all documents change, the graph is built anew, which is faster and better.
+
+        Raises:
+            VectorIndexError: unknown documents, wrong shape or values that are not finite; nothing is changed.
+        """
+        self.store.update(doc_ids, vectors, version)
+        rows = np.unique([self.row(doc_id) for doc_id in doc_ids]).astype(np.int64)
+        if 2 * len(rows) > len(self):
+            self.rebuild()
+        elif len(rows):
+            self._graph.remove(rows.astype(np.uint64), threads=torch.get_num_threads())
+            self._add(rows)
+        self._updates += 1
+        if self.audit_every and self._updates % self.audit_every == 0:
+            self.maintain()
+
+    def set_matrix(self, matrix: Array) -> None:
+        """Replace all vectors, `N x D` in the order of `doc_ids`, and build the graph anew.
+
+        Raises:
+            VectorIndexError: wrong shape or values that are not finite; nothing is changed.
+        """
+        self.store.set_matrix(matrix)
+        self.rebuild()
+
+    def audit(self, queries: Array | int = 100, k: int = 10, seed: int = 0) -> float:
+        """Recall@k of the graph against the exact index, from 0 to 1.
+
+        A document counts as found when its score reaches the exact k-th best.
+
+        Args:
+            queries: `Q x D`, or how many documents to draw whose vectors serve as queries.
+            k: depth.
+            seed: of the draw.
+        """
+        if isinstance(queries, int):
+            drawn = np.random.default_rng(seed).choice(len(self), min(queries, len(self)), replace=False)
+            queries = self.store.vectors_at(drawn)
+        _, truth = self.store.search_rows(queries, k)
+        _, found = self.search_rows(queries, k)
+        self.last_recall = float((found >= truth[:, -1:] - ALIKE).mean())
+        return self.last_recall
+
+    def maintain(self, queries: Array | int = 100, k: int = 10, seed: int = 0) -> float:
+        """Audit, and build the graph anew if its recall is below the floor.
+
+        Returns:
+            The recall before a rebuild; `last_recall` is the one after it.
+        """
+        recall = self.audit(queries, k, seed)
+        if recall < self.recall_floor:
+            self.rebuild()
+            self.audit(queries, k, seed)
+        return recall
+
+    def rebuild(self) -> None:
+        """Build the graph anew from the stored vectors."""
+        self._build()
+        self.rebuilds += 1
+
+    def save(self, folder: Path) -> None:
+        """Write store, graph and settings; a process killed at any moment leaves the old state or the new one.
+
+        Raises:
+            VectorIndexError: the disk refuses; the old state stays.
+        """
+        upkeep = {"recall_floor": self.recall_floor, "audit_every": self.audit_every}
+        facts = {**self.store.facts(), "graph": asdict(self.settings), **upkeep}
+        storage.save_state(folder, {**self.store.writers(), "hnsw.graph": self._write_graph}, facts)
+
+    @classmethod
+    def load(cls, folder: Path, *, mmap: bool = False, device: str | torch.device = "cpu") -> ApproximateIndex:
+        """Read what `save` wrote, settings included.
+
+        Args:
+            folder: where it was saved.
+            mmap: leave the vectors of the store on the disk; the graph is read whole, or it could not be updated.
+            device: where the vectors of the store go.
+
+        Raises:
+            VectorIndexError: files are missing, damaged or do not fit together, or it is an exact index.
+        """
+        with storage.readable(Path(folder)):
+            manifest, paths = storage.read_manifest(Path(folder))
+            store = ExactIndex.from_state(manifest, paths, mmap=mmap, device=device)
+            index = cls.__new__(cls)
+            settings = GraphSettings(**manifest["graph"])
+            index._configure(store, settings, manifest["recall_floor"], manifest["audit_every"])
+            index._read_graph(paths["hnsw.graph"])
+        return index
+
+    def _configure(self, store: ExactIndex, settings: GraphSettings, recall_floor: float, audit_every: int) -> None:
+        if not 0 <= recall_floor <= 1 or audit_every < 0:
+            raise VectorIndexError(
+                f"recall_floor must lie between 0 and 1, found {recall_floor}; "
+                f"audit_every must be 0 or above, found {audit_every}"
+            )
+        self.store, self.settings = store, settings
+        self.recall_floor, self.audit_every = recall_floor, audit_every
+        self.last_recall, self.rebuilds, self._updates = math.nan, 0, 0
+        self._graph: Any = self._empty_graph()
+
+    def _empty_graph(self) -> Any:
+        from usearch.index import Index
+
+        return Index(
+            ndim=self.store.dimension,
+            metric="ip",
+            dtype=self.settings.dtype,
+            connectivity=self.settings.connectivity,
+            expansion_add=self.settings.expansion_add,
+            expansion_search=self.settings.expansion_search,
+        )
+
+    def _build(self) -> None:
+        self._graph = self._empty_graph()
+        for start in range(0, len(self), self.store.block):
+            self._add(np.arange(start, min(start + self.store.block, len(self))))
+
+    def _add(self, rows: Rows) -> None:
+        self._graph.add(rows.astype(np.uint64), self.store.vectors_at(rows), threads=torch.get_num_threads())
+
+    def _propose(self, queries: Array, count: int) -> Rows:
+        """Candidates of each query, `Q x C`, -1 where there are fewer."""
+        proposed = np.full((len(queries), count), -1, dtype=np.int64)
+        if len(queries):
+            matches = self._graph.search(queries, count, threads=torch.get_num_threads())
+            keys = np.atleast_2d(matches.keys)
+            # A single query gets a list without padding, and no counts.
+            counts = matches.counts if len(queries) > 1 else np.array([keys.shape[1]])
+            filled = np.arange(keys.shape[1]) < counts[:, None]
+            proposed[:, : keys.shape[1]][filled] = keys[filled]
+        return proposed
+
+    def _score(self, queries: Array, rows: Rows) -> Array:
+        """Exact scores of candidates, `Q x C`; -inf for row -1."""
+        scores = np.full(rows.shape, -np.inf, dtype=np.float32)
+        step = max(1, self.store.block // rows.shape[1])
+        for start in range(0, len(rows), step):
+            part = rows[start : start + step]
+            vectors = self.store.vectors_at(part.ravel()).reshape(*part.shape, -1)  # Q x C x D
+            product = torch.from_numpy(vectors) @ torch.tensor(queries[start : start + step, :, None])
+            scores[start : start + step] = product[..., 0].numpy()
+        scores[rows < 0] = -np.inf
+        return scores
+
+    def _write_graph(self, path: Path) -> None:
+        try:
+            self._graph.save(str(path))
+        except RuntimeError as error:  # usearch's way to report what the disk refuses
+            raise OSError(str(error)) from error
+
+    def _read_graph(self, path: Path) -> None:
+        # Into the graph made with the saved settings: the file itself does not hold the expansions.
+        self._graph.load(str(path))
+        if len(self._graph) != len(self.store) or self._graph.ndim != self.store.dimension:
+            raise ValueError(f"{path.name} holds {len(self._graph)} vectors of size {self._graph.ndim}")
+
+
+def _ranking(rows: Rows, scores: Array) -> Rows:
+    """The order of candidates, `Q x C`, under the ranking rule."""
+    order: Rows = np.lexsort((rows, -scores), axis=1)
+    return order
+
+
+def _rank(rivals: tuple[Rows, Array], row: int, score: float) -> int:
+    rows, scores = rivals
+    return int(((scores > score) | ((scores == score) & (rows < row))).sum()) + 1
