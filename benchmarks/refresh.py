@@ -30,7 +30,7 @@ from scipy.stats import spearmanr
 
 from search_r3.config import Recipe, RefreshSettings, load_recipe
 from search_r3.data.collection import Collection
-from search_r3.environment.environment import DocumentEncoder, RetrievalEnvironment
+from search_r3.environment.environment import DocumentEncoder, RetrievalEnvironment, rollout_vectors
 from search_r3.environment.refresh import Selective
 from search_r3.evaluation.benchmark import evaluate_model
 from search_r3.files import write_json
@@ -62,8 +62,8 @@ def policies(documents: int, budgets: Sequence[float]) -> dict[str, RefreshSetti
     }
     for budget in budgets:
         limit = max(1, int(budget * documents))
-        rows[f"selective {budget:.0%}"] = RefreshSettings(policy="selective", max_documents=limit)
-        rows[f"selective {budget:.0%} + drift"] = RefreshSettings(
+        rows[f"selective {100 * budget:g}%"] = RefreshSettings(policy="selective", max_documents=limit)
+        rows[f"selective {100 * budget:g}% + drift"] = RefreshSettings(
             policy="selective", max_documents=limit, correct_drift=True
         )
     return rows
@@ -104,7 +104,7 @@ class Shadow:
         true = np.array(experience.feedback.rewards)
         groups = torch.tensor(feedback.rewards).view(-1, settings.group_size)
         signs = losses.group_advantages(groups, settings.advantage_scale).values.flatten().sign()
-        vectors = np.stack([rollout.vector.numpy() for rollout in experience.rollouts])
+        vectors = rollout_vectors(experience.rollouts)
         found = zip(truth.index.search(vectors, 10).doc_ids, own.index.search(vectors, 10).doc_ids, strict=True)
         paid, count = feedback.refresh, len(truth.index)
         graph = own.policy.graph if isinstance(own.policy, Selective) else None
@@ -124,10 +124,22 @@ class Shadow:
         )
 
 
+def finished(path: Path, asked: dict[str, Any]) -> dict[str, Any]:
+    """What a file of an earlier call holds, if that call asked for the same."""
+    record = json.loads(path.read_text())
+    if record["settings"] != asked:
+        sys.exit(f"{path} was made with other settings; choose another --out, or remove it")
+    return record
+
+
 def trajectory(recipe: Recipe, base: Path, path: Path, budgets: Sequence[float]) -> dict[str, Any]:
     """One GRPO run with `full`, and every policy's answers to its rollouts."""
+    asked = {"collection": recipe.collection, "budgets": list(budgets), "seed": recipe.seed}
+    asked |= {"grpo": recipe.grpo.model_dump(mode="json")}
     if path.exists():
-        return json.loads(path.read_text())
+        return finished(path, asked)
+    if recipe.grpo.kl_coefficient or recipe.grpo.num_iterations > 1:
+        sys.exit("a trajectory is a training with full refresh only where kl_coefficient=0 and num_iterations=1")
     collection, settings = load_collection(recipe.collection), recipe.grpo
     qrels = {query_id: gains for split in settings.splits for query_id, gains in collection.split(split).items()}
     model = load_model(recipe, base)
@@ -170,6 +182,7 @@ def trajectory(recipe: Recipe, base: Path, path: Path, budgets: Sequence[float])
         )
         print(f"{path.stem} step {step + 1}/{settings.steps} {steps[-1]}", file=sys.stderr, flush=True)
     record = {
+        "settings": asked,
         "corpus": collection.name,
         "documents": len(collection.documents),
         "learning_rate": settings.learning_rate,
@@ -188,14 +201,16 @@ def trajectory(recipe: Recipe, base: Path, path: Path, budgets: Sequence[float])
 
 def training(recipe: Recipe, base: Path, path: Path) -> dict[str, Any]:
     """A whole stage 2 in which the policy's own rewards train the model; its final nDCG@10 and what it paid."""
+    asked = recipe.model_dump(mode="json")
     if path.exists():
-        return json.loads(path.read_text())
+        return finished(path, asked)
     run, started = Run(recipe), time.perf_counter()
     train_grpo(recipe, run, base)
     seconds = time.perf_counter() - started
     rows = [row for row in run.metrics("grpo") if row["step"] > 0]
     collection = load_collection(recipe.collection)
     record = {
+        "settings": asked,
         "final": final_ndcg(load_model(recipe, run.model_path("grpo")), collection, recipe),
         "documents": sum(row["documents_encoded"] for row in rows),
         "tokens": sum(row["tokens_encoded"] for row in rows),
@@ -226,6 +241,11 @@ def mean_of(record: dict[str, Any], name: str, key: str) -> float:
     return fmean(row[key] for row in record["policies"][name])
 
 
+def full_share(record: dict[str, Any]) -> float:
+    """The share of documents that `full` encodes per step: the first step finds them fresh."""
+    return (len(record["full"]) - 1) / len(record["full"])
+
+
 def print_trajectories(records: Sequence[dict[str, Any]]) -> None:
     """One row per policy: means over the steps, median and range over the seeds."""
     documents = records[0]["documents"]
@@ -238,7 +258,7 @@ def print_trajectories(records: Sequence[dict[str, Any]]) -> None:
     print(f"{spread([record['full'][-1]['drift_from_start'] for record in records])} from first to last step")
     print("\n| policy | encoded/step | seconds/step | reward MAE | Spearman | top-10 overlap | same sign | staleness |")
     print("|---|---|---|---|---|---|---|---|")
-    print(f"| full | 100 % | {full_seconds:.2f} | 0 | 1 | 1 | 1 | 0 |")
+    print(f"| full | {full_share(records[0]):.1%} | {full_seconds:.2f} | 0 | 1 | 1 | 1 | 0 |")
     for name in records[0]["policies"]:
         share = fmean(mean_of(record, name, "documents") for record in records) / documents
         seconds = fmean(mean_of(record, name, "seconds") for record in records)
@@ -249,6 +269,15 @@ def print_trajectories(records: Sequence[dict[str, Any]]) -> None:
         ]
         staleness = fmean(mean_of(record, name, "staleness") for record in records)
         print(f"| {name} | {share:.2%} | {seconds:.2f} | {' | '.join(cells)} | {staleness:.1f} |")
+    graphs = [name for name, rows in records[0]["policies"].items() if rows[-1]["graph_recall"] is not None]
+    ends = {name: spread([record["policies"][name][-1]["graph_recall"] for record in records]) for name in graphs}
+    print("\nrecall of the neighbour graph at the last step: " + ", ".join(f"{n} {value}" for n, value in ends.items()))
+    drifts = {
+        name: spread([record["policies"][name][-1]["drift"] for record in records], 4) for name in ("never", "drift")
+    }
+    print(
+        f"drift (1 - cos to fresh) of all documents at the last step: never {drifts['never']}, drift {drifts['drift']}"
+    )
 
 
 def print_trainings(results: dict[str, list[dict[str, Any]]], documents: int, steps: int) -> None:
@@ -341,7 +370,7 @@ def main() -> None:
         print(f"\nTrainings at learning rate {rate:g}:")
         print_trainings(results, documents, first.grpo.steps)
     record = groups[rates[0]][0]
-    share = mean_of(record, f"selective {options.budgets[-1]:.0%}", "documents") / documents
+    share = mean_of(record, f"selective {100 * options.budgets[-1]:g}%", "documents") / documents
     machine = {"cores": os.cpu_count(), "machine": platform.machine(), "python": platform.python_version()}
     result = {"benchmark": "refresh", "peer": "full", "ratio": share, "unit": "documents encoded", "runs": len(seeds)}
     settings = {"recipe": options.recipe, "seeds": seeds, "learning_rates": rates, "quick": options.quick}
@@ -350,10 +379,9 @@ def main() -> None:
 
 def as_training(record: dict[str, Any]) -> dict[str, Any]:
     """What a training with `full` is, read from its trajectory."""
-    steps = len(record["full"])
     return {
         "final": record["final"],
-        "documents": steps * record["documents"] - record["documents"],  # the first step finds all documents fresh
+        "documents": full_share(record) * len(record["full"]) * record["documents"],
         "refresh_seconds": sum(step["refresh_seconds"] for step in record["full"]),
     }
 

@@ -86,7 +86,7 @@ class RefreshSettings(Section):
     every: int = Field(10, ge=1, description="periodic: versions between two refreshes of the whole corpus.")
     depth: int = Field(10, ge=1, description="shortlist, selective: L, the top documents of each rollout looked at.")
     hops: int = Field(1, ge=0, description="selective: steps in the neighbour graph from shortlist and positives.")
-    neighbours: int = Field(10, ge=1, description="selective: links per document in the neighbour graph.")
+    neighbours: int = Field(10, ge=1, le=100, description="selective: links per document in the neighbour graph.")
     max_documents: int | None = Field(
         None, ge=1, description="Budget: documents encoded per step; positives count but are never left out."
     )
@@ -94,7 +94,7 @@ class RefreshSettings(Section):
     correct_drift: bool = Field(
         False, description="shortlist, selective: also correct stale vectors, as the policy drift always does."
     )
-    drift_sample: int = Field(64, ge=8, description="Random documents encoded per step to fit the drift correction.")
+    drift_sample: int = Field(64, ge=16, description="Random documents encoded per step to fit the drift correction.")
     index: Literal["exact", "approximate"] = Field(
         "exact",
         description="Search by matrix products, or by a graph (usearch) for corpora far beyond 100,000 documents; only "

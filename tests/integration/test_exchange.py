@@ -30,9 +30,12 @@ if world_size > 1:
     store = dist.FileStore(meeting, world_size)
     dist.init_process_group("gloo", store=store, rank=rank, world_size=world_size, timeout=timedelta(seconds=60))
 model, collection = SearchR3(model_path, device="cpu"), Collection.load(data)
-settings = {"never": {}, "full": {}, "drift": {"drift_sample": 16}}.get(policy, {"depth": 3, "max_documents": 12})
+settings = {} if policy == "full" else {"depth": 3, "max_documents": 12}
 if policy == "selective":
     settings |= {"neighbours": 3, "correct_drift": True, "max_documents": 30, "drift_sample": 16}
+texts = []
+encode_document = model.encode_document
+model.encode_document = lambda own, **options: texts.extend(own) or encode_document(own, **options)
 environment = RetrievalEnvironment(
     collection, collection.split("train"), model, RefreshSettings(policy=policy, **settings), RewardWeights(),
     k=10, max_new_tokens=8, exchange=make_exchange(),
@@ -52,7 +55,7 @@ for step in range(1, 4):
     encoded.append((feedback.refresh.documents_encoded, feedback.refresh.tokens_encoded))
 environment.save(Path(out) / f"state{rank}")
 np.savez(Path(out) / f"rank{rank}.npz", vectors=environment.index.matrix, encoded=encoded,
-         versions=environment.index.encoded_at_version, rewards=feedback.rewards)
+         versions=environment.index.encoded_at_version, rewards=feedback.rewards, texts=texts)
 """
 
 DIES = """
@@ -106,6 +109,8 @@ def test_two_processes_refresh_as_one_does(tmp_path: Path, tiny_path: Path, coll
         np.testing.assert_array_equal(own["encoded"], one["encoded"])
     np.testing.assert_array_equal(two[0]["vectors"], two[1]["vectors"])
     np.testing.assert_allclose(np.concatenate([own["rewards"] for own in two]), one["rewards"], atol=1e-6)
+    assert sorted([*two[0]["texts"], *two[1]["texts"]]) == sorted(one["texts"]), "each document is encoded once"
+    assert abs(len(two[0]["texts"]) - len(two[1]["texts"])) <= 10, "and the work is shared"
     assert len(set(one["versions"].tolist())) > 1 or policy == "full"
 
 

@@ -105,6 +105,20 @@ def test_a_resumed_stage_2_equals_an_unbroken_one(
     assert [row["step"] for row in rows] == [step for step in range(1, 8) for _ in range(6)]
 
 
+def test_a_run_on_an_approximate_index_resumes(
+    tmp_path: Path, tiny_path: Path, collection_path: Path, stage_1: Path
+) -> None:
+    """Not bit for bit: the graph is built by several threads."""
+    broken = recipe(
+        tmp_path / "run", tiny_path, collection_path, "grpo.refresh={policy: shortlist, index: approximate}"
+    )
+    with pytest.raises(Stop):
+        train_grpo(broken, Run(broken), stage_1, stop_at(3))
+    run = Run(broken)
+    train_grpo(broken, run, stage_1)
+    assert [row["index_recall"] for row in run.metrics("grpo") if row["step"]] == [1.0] * 7
+
+
 def test_the_refresh_policies_learn_differently(
     tmp_path: Path, tiny_path: Path, collection_path: Path, stage_1: Path
 ) -> None:

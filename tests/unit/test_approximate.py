@@ -22,7 +22,6 @@ THOROUGH = GraphSettings(dtype="f32", expansion_add=256, expansion_search=256, r
 steps = st.lists(
     st.one_of(
         st.tuples(st.just("update"), st.lists(st.sampled_from(IDS), min_size=0, max_size=40)),
-        st.tuples(st.just("set"), st.none()),
         st.tuples(st.just("reload"), st.booleans()),
     ),
     max_size=8,
@@ -67,10 +66,6 @@ def test_any_sequence_of_steps_agrees_with_a_dictionary(changes, seed, k, querie
                 index.update(argument, vectors, version)
                 truth |= dict(zip(argument, vectors, strict=True))
                 versions |= dict.fromkeys(argument, version)
-            elif step == "set":
-                vectors = unit(rng, DOCUMENTS)
-                index.set_matrix(vectors)
-                truth |= dict(zip(index.doc_ids, vectors, strict=True))
             else:
                 index.save(Path(folder))
                 index = ApproximateIndex.load(Path(folder), mmap=argument)
@@ -134,6 +129,29 @@ def test_missing_proposals_are_ignored_and_a_starved_query_is_searched_exactly(m
     found = index.search_rows(queries, 10)
     np.testing.assert_array_equal(found[0], rows)
     np.testing.assert_allclose(found[1], scores, atol=1e-6)
+
+
+def test_a_starved_query_is_ranked_exactly(monkeypatch) -> None:
+    index = build(200, graph=GraphSettings(rank_depth=50))
+    queries = unit(np.random.default_rng(1), 2)
+    everything = list(index.doc_ids)
+    monkeypatch.setattr(index, "_propose", lambda queries, count: np.array([[3, 5] + [-1] * (count - 2)]))
+    assert index.ranks(queries, [everything] * 2) == index.store.ranks(queries, [everything] * 2)
+
+
+def test_what_the_audits_found_survives_a_save(tmp_path) -> None:
+    index = build(300, audit_every=3)
+    assert np.isnan(index.last_recall)
+    for loads in range(3):
+        index.update(["d1"], unit(np.random.default_rng(loads), 1), loads)
+        index.save(tmp_path)
+        index = ApproximateIndex.load(tmp_path)
+    assert index.last_recall == 1.0, "the third update was audited, whatever was loaded between"
+
+
+def test_an_audit_without_queries_is_refused() -> None:
+    with pytest.raises(VectorIndexError, match="at least one query"):
+        build(30).audit(0)
 
 
 def degrade(index: ApproximateIndex) -> None:

@@ -17,6 +17,11 @@ from search_r3.environment.drift import (
 RNG = np.random.default_rng(0)
 
 
+@pytest.fixture(autouse=True)
+def same_numbers_for_every_test() -> None:
+    RNG.bit_generator.state = np.random.default_rng(0).bit_generator.state
+
+
 def unit(rows: np.ndarray) -> np.ndarray:
     return (rows / np.linalg.norm(rows, axis=1, keepdims=True)).astype(np.float32)
 
@@ -91,3 +96,10 @@ def test_too_few_pairs_choose_nothing() -> None:
     assert fit_drift(stale, unit(stale + 0.3)).name == "identity"
     more = points(4 * MIN_PAIRS)
     assert fit_drift(more, unit(more + 0.3)).name != "identity"
+
+
+def test_the_processes_can_agree_on_another_map() -> None:
+    stale = points(100)
+    fresh = unit(stale + 0.3 * points(1))
+    assert fit_drift(stale, fresh, agree=lambda name: "procrustes").name == "procrustes"
+    assert fit_drift(stale, fresh).name != "procrustes"

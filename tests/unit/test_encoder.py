@@ -45,11 +45,15 @@ def test_the_shared_beginning_is_computed_once_and_changes_nothing(
         return forward(*args, **options)
 
     monkeypatch.setattr(backbone.model.base_model, "forward", counted)
-    found = backbone.embed(prompts)
-    assert sum(widths) < sum(map(len, prompts)), "fewer tokens than the prompts have"
+    with torch.no_grad():
+        found = backbone.embed(prompts)
+        twins = backbone.embed([prompts[0], prompts[0]])
+    assert sum(widths[:2]) < sum(map(len, prompts)), "fewer tokens than the prompts have"
     np.testing.assert_allclose(found.detach(), torch.stack(expected).detach(), atol=1e-5)
-    twins = backbone.embed([prompts[0], prompts[0]])
     np.testing.assert_allclose(twins.detach(), torch.stack([expected[0]] * 2).detach(), atol=1e-5)
+    widths.clear()
+    assert backbone.embed(prompts).requires_grad
+    assert len(widths) == 1, "training takes the plain path"
 
 
 def test_document_tokens_are_counted_as_they_are_encoded(model: SearchR3) -> None:

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partialmethod
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from search_r3.environment.refresh import Selective
 from search_r3.environment.reward import RewardParts, reward_parts
 from search_r3.errors import DataError, RewardError
 from search_r3.model.generation import Rollout
-from search_r3.retrieval.approximate import ApproximateIndex
+from search_r3.retrieval.approximate import ApproximateIndex, GraphSettings
 
 WEIGHTS = RewardWeights(ranking=1.0, similarity=0.5, format=0.25, length=0.1)
 
@@ -80,6 +81,16 @@ def test_the_vector_that_ranks_the_right_document_first_earns_more(collection: C
     rankings = [part.ranking for part in feedback.parts]
     assert rankings == pytest.approx([1.0, 1 / np.log2(6), 0.0])
     assert feedback.rewards == pytest.approx([part.total(WEIGHTS) for part in feedback.parts])
+
+
+def test_feedback_for_nothing_or_for_a_query_without_an_answer_is_refused(collection: Collection) -> None:
+    for policy in ("never", "selective"):
+        world = environment(collection, MovingEncoder(collection), policy)
+        with pytest.raises(RewardError, match="no rollouts were given"):
+            world.feedback([], [], 1)
+        world.qrels = {"q00": {"d00": 0}}
+        with pytest.raises(RewardError, match="query 'q00' has no relevant document"):
+            world.feedback([rollout(0.0)], ["q00"], 1)
 
 
 def test_a_forced_token_loses_the_format_part(collection: Collection) -> None:
@@ -188,6 +199,25 @@ def test_drift_corrects_what_it_does_not_encode(collection: Collection) -> None:
     assert held["drift"] > 0.999 > held["never"]
 
 
+def test_a_correction_leaves_alone_what_is_fresh(collection: Collection) -> None:
+    encode = MovingEncoder(collection)
+    world = environment(collection, encode, "drift", drift_sample=16)
+    encode.shift = 0.4
+    for query_id in ("q00", "q01", "q04"):  # three batches of one version
+        world.feedback([rollout(0.4)], [query_id], policy_version=1)
+    fresh = encode.encode_document([collection.documents[d].full_text for d in world.index.doc_ids])
+    current = world.index.encoded_at_version == 1
+    assert 40 >= current.sum() > 30
+    np.testing.assert_allclose(world.index.matrix[current], fresh[current], atol=1e-6)
+
+
+def test_a_sample_too_small_for_a_map_is_not_paid_for(collection: Collection) -> None:
+    world = environment(
+        collection, MovingEncoder(collection), "shortlist", depth=2, max_documents=12, correct_drift=True
+    )
+    assert world.feedback([rollout(0.0)], ["q00"], policy_version=1).refresh.documents_encoded == 2
+
+
 def test_corrected_policies_share_their_budget_with_the_sample(collection: Collection) -> None:
     world = environment(
         collection, MovingEncoder(collection), "shortlist", depth=40, max_documents=21, correct_drift=True,
@@ -239,8 +269,10 @@ def test_a_sampled_audit_encodes_little_and_sees_the_same_reward_error(collectio
 
 
 @pytest.mark.parametrize("policy", ["full", "shortlist", "selective"])
-def test_an_approximate_index_gives_the_same_rewards(tmp_path: Path, collection: Collection, policy: str) -> None:
-    # Forty documents lie within the depth to which an approximate index searches, so nothing may be missed.
+def test_an_approximate_index_gives_the_same_rewards(
+    tmp_path: Path, collection: Collection, policy: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(GraphSettings, "__init__", partialmethod(GraphSettings.__init__, rank_depth=12))
     rollouts, owners = [rollout(0.3), rollout(0.36)], ["q00", "q01"]
     answers, worlds = [], []
     for index in ("exact", "approximate"):

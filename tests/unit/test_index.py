@@ -75,7 +75,7 @@ def test_any_sequence_of_steps_agrees_with_a_dictionary(start, changes, query, k
                 truth |= dict(argument)
                 versions |= {doc_id: version for doc_id, _ in argument}
             elif step == "set":
-                index.set_matrix(matrix(argument))
+                index.set_vectors_at(np.arange(7), matrix(argument))
                 truth = dict(zip(index.doc_ids, argument, strict=True))
             else:
                 index.save(Path(folder))
@@ -342,7 +342,7 @@ def test_refused_writes_change_nothing() -> None:
         (matrix([[1, 1, 1]] * 6 + [[1, 1, float("inf")]]), "NaN or infinity"),
     ):
         with pytest.raises(VectorIndexError, match=message):
-            index.set_matrix(vectors)
+            index.set_vectors_at(np.arange(7), vectors)
     np.testing.assert_array_equal(index.matrix, before)
     assert (index.encoded_at_version == 0).all()
 

@@ -115,12 +115,17 @@ class DriftCorrection:
         return result
 
 
-def fit_drift(before: Array, after: Array) -> DriftCorrection:
-    """Choose and fit a map by cross-validation over the pairs `before[i] -> after[i]`, `P x D` each.
+def fit_drift(before: Array, after: Array, agree: Callable[[str], str] = str) -> DriftCorrection:
+    """Choose a map by cross-validation over the pairs `before[i] -> after[i]`, `P x D` each, and fit it on all pairs.
 
     With fewer than `MIN_PAIRS` pairs the identity is taken.
+
+    Args:
+        before: what the index holds.
+        after: the fresh vectors of the same documents.
+        agree: given the name of this process's choice, returns the name that all processes take.
     """
-    held_out = {name: 0.0 for name in CANDIDATES}
+    held_out = dict.fromkeys(CANDIDATES, 0.0)
     if len(before) < MIN_PAIRS:
         return DriftCorrection("identity", held_out, identity(before, after))
     fold = np.arange(len(before)) % FOLDS
@@ -130,5 +135,5 @@ def fit_drift(before: Array, after: Array) -> DriftCorrection:
             moved = fit(before[inside], after[inside])(before[outside])
             cosines = (moved * after[outside]).sum(axis=1) / np.linalg.norm(moved, axis=1)
             held_out[name] += float((1.0 - cosines).sum()) / len(before)
-    best = min(held_out, key=lambda name: held_out[name])
+    best = agree(min(held_out, key=lambda name: held_out[name]))
     return DriftCorrection(best, held_out, CANDIDATES[best](before, after))

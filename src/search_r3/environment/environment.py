@@ -11,22 +11,25 @@ from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from math import inf
 from pathlib import Path
-from typing import Protocol
+from typing import Protocol, TypeVar
 
 import numpy as np
 
 from ..config import RefreshSettings, RewardWeights
 from ..data.collection import Collection, Qrels
-from ..errors import DataError
+from ..errors import DataError, RewardError
 from ..model.generation import Rollout
 from ..retrieval.approximate import ApproximateIndex
 from ..retrieval.index import Array, ExactIndex, VectorIndex
 from .account import Audit, compare
-from .drift import fit_drift
+from .drift import MIN_PAIRS, DriftCorrection, fit_drift
 from .exchange import Alone, Exchange, divide
 from .refresh import RefreshRequest, make_policy, within_budget
 from .reward import RewardParts, score_rollouts
 
+T = TypeVar("T")
+ROWS_AT_A_TIME = 65_536
+"""Vectors corrected together, so that a large corpus is never copied whole."""
 UPDATES_PER_INDEX_AUDIT = 20
 """An approximate index checks its own recall after so many updates; a step makes up to two."""
 
@@ -130,7 +133,7 @@ class RetrievalEnvironment:
         self.index = kind.load(state / "index")
         if set(self.index.doc_ids) != set(collection.documents):
             raise DataError(f"the saved index and collection {collection.name!r} hold different documents")
-        self.policy.restore(state / "policy")
+        self.policy.restore(state / "policy", self.index)
 
     def feedback(self, rollouts: Sequence[Rollout], query_ids: Sequence[str], policy_version: int) -> Feedback:
         """Refresh the index, rank every rollout's vector in it and score the ranks.
@@ -141,21 +144,34 @@ class RetrievalEnvironment:
             rollouts: `B` rollouts made by the weights of `policy_version`.
             query_ids: the query of each.
             policy_version: version of the weights; encoded documents get it.
+
+        Raises:
+            RewardError: no rollouts, or a query without a relevant document.
         """
-        report = self._refresh(_vectors(rollouts), [self.positives(query_id) for query_id in query_ids], policy_version)
+        positives = [self.positives(query_id) for query_id in query_ids]
+        if not rollouts or not all(positives):
+            lacking = [query_id for query_id, doc_ids in zip(query_ids, positives, strict=True) if not doc_ids]
+            raise RewardError(
+                f"query {lacking[0]!r} has no relevant document and so no reward; remove it from the training split"
+                if lacking
+                else "no rollouts were given; every process needs at least one"
+            )
+        report = self._refresh(rollout_vectors(rollouts), positives, policy_version)
         parts, ranks = self._score(self.index, rollouts, query_ids)
+        self.exchange.meet()
         return Feedback([part.total(self.weights) for part in parts], parts, ranks, report)
 
     def audit(self, rollouts: Sequence[Rollout], query_ids: Sequence[str], policy_version: int) -> Audit:
         """Score the same rollouts against freshly encoded documents; the index stays as it is.
 
         Encoded are the documents that matter most (positives and the best `2 k` of every rollout) and a random sample
-        of the rest, or, where `refresh.audit_documents` is 0, all. Both scores are taken among these documents.
+        of the rest, or, where `refresh.audit_documents` is 0, all. Both scores are taken among these documents, by
+        exact search. With several processes each audits its own rollouts.
         """
         started = time.perf_counter()
         size, doc_ids = self.refresh.audit_documents, list(self.index.doc_ids)
         if size and size < len(doc_ids):
-            found = self.index.search(_vectors(rollouts), 2 * self.k).doc_ids
+            found = self.index.search(rollout_vectors(rollouts), 2 * self.k).doc_ids
             best = dict.fromkeys(doc_id for ids in found for doc_id in ids)
             best |= dict.fromkeys(doc_id for query_id in query_ids for doc_id in self.positives(query_id))
             sample = random.Random(f"{self.seed}/audit/{policy_version}").sample(doc_ids, size)
@@ -165,10 +181,11 @@ class RetrievalEnvironment:
         live = ExactIndex(doc_ids, self.index.vectors(doc_ids))
         fresh = ExactIndex(doc_ids, self.encoder.encode_document(self._texts(doc_ids), batch_size=self.batch_size))
         scored = [self._score(index, rollouts, query_ids) for index in (live, fresh)]
+        self.exchange.meet()
         return compare(
             rewards=[[part.total(self.weights) for part in parts] for parts, _ in scored],
             ranks=[ranks for _, ranks in scored],
-            top=[index.search(_vectors(rollouts), self.k).doc_ids for index in (live, fresh)],
+            top=[index.search(rollout_vectors(rollouts), self.k).doc_ids for index in (live, fresh)],
             sample=[index.vectors(sample) for index in (live, fresh)],
             documents=len(doc_ids),
             seconds=time.perf_counter() - started,
@@ -187,7 +204,7 @@ class RetrievalEnvironment:
         self, index: VectorIndex, rollouts: Sequence[Rollout], query_ids: Sequence[str]
     ) -> tuple[list[RewardParts], list[int]]:
         """Reward parts and the best rank of a relevant document, per rollout."""
-        vectors, positives = _vectors(rollouts), [self.positives(query_id) for query_id in query_ids]
+        vectors, positives = rollout_vectors(rollouts), [self.positives(query_id) for query_id in query_ids]
         ranks = index.ranks(vectors, positives)
         cosines = [
             (index.vectors(doc_ids) @ vector).tolist() for doc_ids, vector in zip(positives, vectors, strict=True)
@@ -212,14 +229,13 @@ class RetrievalEnvironment:
         if corrected:
             # At most half of what the positives leave of the budget, so that the policy has its share too.
             sample = self._affordable(self._drift_sample(first, policy_version), first, 0.5)
-            first += sample
+            if len(first) + len(sample) >= MIN_PAIRS:  # fewer would buy no map
+                first += sample
         gain = self._encode_again(first, policy_version, correct=corrected)
         wanted = self.policy.choose(RefreshRequest(self.index, policy_version, queries, relevant))
-        # All processes follow the first: an approximate search need not agree to the last document.
-        chosen = self.exchange.gather(self._affordable(self._stale(wanted, policy_version), first))[0]
+        chosen = self._agreed(self._affordable(self._stale(wanted, policy_version), first))
         self._encode_again(chosen, policy_version, correct=False)
         encoded = first + chosen
-        self.exchange.meet()
         staleness = policy_version - self.index.encoded_at_version
         return RefreshReport(
             documents_encoded=len(encoded),
@@ -231,6 +247,11 @@ class RetrievalEnvironment:
             index_recall=self.index.last_recall if isinstance(self.index, ApproximateIndex) else 1.0,
         )
 
+    def _agreed(self, choice: T) -> T:
+        """The first process's choice, for all: searches and fits of other machines may differ in a near tie."""
+        agreed: T = self.exchange.gather(choice)[0]
+        return agreed
+
     def _stale(self, doc_ids: Iterable[str], policy_version: int) -> list[str]:
         """Those of the documents that other weights encoded; a set comes back sorted."""
         ordered = sorted(doc_ids) if isinstance(doc_ids, set) else doc_ids
@@ -239,7 +260,7 @@ class RetrievalEnvironment:
 
     def _drift_sample(self, but: Sequence[str], policy_version: int) -> list[str]:
         """Random stale documents, other than `but`."""
-        others = sorted(set(self._stale(self.index.doc_ids, policy_version)) - set(but))
+        others = sorted(set(self._stale(self.index.doc_ids, policy_version)).difference(but))
         rng = random.Random(f"{self.seed}/drift/{policy_version}")
         return rng.sample(others, min(self.refresh.drift_sample, len(others)))
 
@@ -262,12 +283,20 @@ class RetrievalEnvironment:
             return 0.0
         before, after, gain = self.index.vectors(doc_ids), self._encode(doc_ids), 0.0
         if correct:
-            correction = fit_drift(before, after)
-            self.index.set_matrix(correction.apply(self.index.vectors_at(np.arange(len(self.index)))))
-            gain = correction.gain
+            gain = self._correct(fit_drift(before, after, self._agreed), policy_version)
         self.index.update(doc_ids, after, policy_version)
         self.policy.moved(self.index, [self.index.row(doc_id) for doc_id in doc_ids])
         return gain
+
+    def _correct(self, correction: DriftCorrection, policy_version: int) -> float:
+        """Apply a map to every stale vector; returns its gain."""
+        if correction.name != "identity":
+            assert isinstance(self.index, ExactIndex), "the settings refuse corrections of an approximate index"
+            stale = np.flatnonzero(self.index.encoded_at_version != policy_version)
+            for start in range(0, len(stale), ROWS_AT_A_TIME):
+                rows = stale[start : start + ROWS_AT_A_TIME]
+                self.index.set_vectors_at(rows, correction.apply(self.index.vectors_at(rows)))
+        return correction.gain
 
     def _encode(self, doc_ids: Sequence[str]) -> Array:
         """Vectors of these documents, each process encoding its share."""
@@ -294,5 +323,6 @@ class RetrievalEnvironment:
         return [self.collection.documents[doc_id].full_text for doc_id in doc_ids]
 
 
-def _vectors(rollouts: Sequence[Rollout]) -> Array:
-    return np.stack([rollout.vector.cpu().numpy() for rollout in rollouts])  # B x D
+def rollout_vectors(rollouts: Sequence[Rollout]) -> Array:
+    """The vectors of `B` rollouts, `B x D`, on the CPU."""
+    return np.stack([rollout.vector.cpu().numpy() for rollout in rollouts])

@@ -20,7 +20,7 @@ from ..retrieval.graph import NeighbourGraph
 from ..retrieval.index import Array, VectorIndex
 
 CLOSE = 0.01
-"""Documents nearer than this (in cosine) to a positive are equally urgent."""
+"""A gap of this size between a document's score and a positive's halves the document's urgency."""
 
 
 @dataclass(frozen=True)
@@ -53,8 +53,8 @@ class RefreshPolicy(ABC):
     def save(self, folder: Path) -> None:  # noqa: B027
         """Write the policy's own state into a folder."""
 
-    def restore(self, folder: Path) -> None:  # noqa: B027
-        """Take up the state that `save` wrote."""
+    def restore(self, folder: Path, index: VectorIndex) -> None:  # noqa: B027
+        """Take up the state that `save` wrote for this index."""
 
 
 class Never(RefreshPolicy):
@@ -141,10 +141,10 @@ class Selective(RefreshPolicy):
         if self.graph is not None:
             self.graph.save(folder)
 
-    def restore(self, folder: Path) -> None:
+    def restore(self, folder: Path, index: VectorIndex) -> None:
         """Read the graph, where one had been built."""
         if (folder / "graph.safetensors").exists():
-            self.graph = NeighbourGraph.load(folder)
+            self.graph = NeighbourGraph.load(folder, index)
 
 
 def make_policy(settings: RefreshSettings) -> RefreshPolicy:

@@ -82,9 +82,9 @@ class Backbone:
     def embed(self, sequences: Sequence[Sequence[int]]) -> Tensor:
         """Vectors `B x D` (float32, L2-normalised) of sequences that end with the embed token.
 
-        What all sequences begin with (the template before the text) is computed once.
+        Without gradients, what all sequences begin with (the template before the text) is computed once.
         """
-        shared = shared_prefix(sequences) if len(sequences) > 1 else 0
+        shared = shared_prefix(sequences) if len(sequences) > 1 and not torch.is_grad_enabled() else 0
         rest = [sequence[shared:] for sequence in sequences]
         ids, mask = pad(rest, self.tokenizer.pad_token_id, self.device)
         last = mask.sum(-1) - 1

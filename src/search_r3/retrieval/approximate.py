@@ -73,7 +73,7 @@ class ApproximateIndex:
         audit_every: `maintain` runs by itself after so many updates; 0: only when asked.
 
     Attributes:
-        last_recall: what the last audit found for the graph as it is now; nan before the first.
+        last_recall: what the last audit found; nan before the first.
         rebuilds: how often the graph was built anew.
 
     Raises:
@@ -141,7 +141,8 @@ class ApproximateIndex:
     def ranks(self, queries: Array, doc_ids: Sequence[Sequence[str]]) -> list[dict[str, int]]:
         """The rank (from 1) of chosen documents among the first `rank_depth` that the graph proposes.
 
-        A document behind all of them gets `rank_depth + 1`: it ranks there or further down.
+        A document behind all of them gets `rank_depth + 1`: it ranks there or further down. Where the graph proposes
+        fewer than `rank_depth`, that query is ranked exactly.
 
         Raises:
             VectorIndexError: an unknown document, or not one list of documents for each query.
@@ -153,8 +154,10 @@ class ApproximateIndex:
         found = []
         for query, ids, rows in zip(queries, doc_ids, wanted, strict=True):
             proposed = self._propose(query[None], depth)[0]
+            if proposed[-1] < 0:
+                found += self.store.ranks(query[None], [ids])
+                continue
             both = np.concatenate([proposed[proposed >= 0], np.array(rows, dtype=np.int64)])[None]  # 1 x C
-            # One product for all, so that equal vectors get equal scores.
             scores = self._score(query[None], both)[0]
             place = dict(zip(both[0].tolist(), scores.tolist(), strict=True))
             rivals = np.array([*place], dtype=np.int64), np.array([*place.values()], dtype=np.float32)
@@ -190,15 +193,6 @@ class ApproximateIndex:
         if self.audit_every and self._updates % self.audit_every == 0:
             self.maintain()
 
-    def set_matrix(self, matrix: Array) -> None:
-        """Replace all vectors, `N x D` in the order of `doc_ids`, and build the graph anew.
-
-        Raises:
-            VectorIndexError: wrong shape or values that are not finite; nothing is changed.
-        """
-        self.store.set_matrix(matrix)
-        self.rebuild()
-
     def audit(self, queries: Array | int = 100, k: int = 10, seed: int = 0) -> float:
         """Recall@k of the graph against the exact index, from 0 to 1.
 
@@ -208,7 +202,12 @@ class ApproximateIndex:
             queries: `Q x D`, or how many documents to draw whose vectors serve as queries.
             k: depth.
             seed: of the draw.
+
+        Raises:
+            VectorIndexError: no queries.
         """
+        if (queries if isinstance(queries, int) else len(queries)) < 1:
+            raise VectorIndexError("an audit needs at least one query, found none")
         if isinstance(queries, int):
             drawn = np.random.default_rng(seed).choice(len(self), min(queries, len(self)), replace=False)
             queries = self.store.vectors_at(drawn)
@@ -240,7 +239,12 @@ class ApproximateIndex:
         Raises:
             VectorIndexError: the disk refuses; the old state stays.
         """
-        upkeep = {"recall_floor": self.recall_floor, "audit_every": self.audit_every}
+        recall = None if math.isnan(self.last_recall) else self.last_recall
+        upkeep = {
+            "recall_floor": self.recall_floor,
+            "audit_every": self.audit_every,
+            "audited": [recall, self.rebuilds, self._updates],
+        }
         facts = {**self.store.facts(), "graph": asdict(self.settings), **upkeep}
         storage.save_state(folder, {**self.store.writers(), "hnsw.graph": self._write_graph}, facts)
 
@@ -258,11 +262,14 @@ class ApproximateIndex:
         """
         with storage.readable(Path(folder)):
             manifest, paths = storage.read_manifest(Path(folder))
-            store = ExactIndex.from_state(manifest, paths, mmap=mmap, device=device)
+            store = ExactIndex.from_state(manifest, paths, mmap=mmap)
             index = cls.__new__(cls)
             settings = GraphSettings(**manifest["graph"])
             index._configure(store, settings, manifest["recall_floor"], manifest["audit_every"])
             index._read_graph(paths["hnsw.graph"])
+            recall, index.rebuilds, index._updates = manifest["audited"]
+            index.last_recall = math.nan if recall is None else recall
+        store.to(device)
         return index
 
     def _configure(self, store: ExactIndex, settings: GraphSettings, recall_floor: float, audit_every: int) -> None:

@@ -12,10 +12,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..errors import VectorIndexError
-from .index import Array, VectorIndex
+from .index import VectorIndex
 
 Rows = NDArray[np.int64]
 BLOCK = 1024
+CANDIDATES_AT_A_TIME = 100_000
+"""Candidates whose vectors are held together during a repair."""
 REACH = 4
 """A refreshed document is searched to `REACH` times its links: it may be a neighbour of what is not its own."""
 
@@ -25,21 +27,20 @@ class NeighbourGraph:
 
     Args:
         links: `N x L` rows; -1 where a document has fewer neighbours.
-        scores: `N x L`, float32, the inner products when the link was last looked at.
     """
 
-    def __init__(self, links: Rows, scores: Array) -> None:
-        self.links, self.scores = links, scores
+    def __init__(self, links: Rows) -> None:
+        self.links = links
 
     @classmethod
     def build(cls, index: VectorIndex, neighbours: int) -> NeighbourGraph:
         """Search every document's neighbours in the index."""
         count = len(index)
-        graph = cls(np.full((count, neighbours), -1, np.int64), np.full((count, neighbours), -np.inf, np.float32))
+        links = np.empty((count, neighbours), np.int64)
         for start in range(0, count, BLOCK):
             rows = np.arange(start, min(start + BLOCK, count))
-            graph.links[rows], graph.scores[rows] = _neighbours(index, rows, neighbours)
-        return graph
+            links[rows] = _neighbours(index, rows, neighbours)
+        return cls(links)
 
     def reach(self, rows: Sequence[int], hops: int) -> list[int]:
         """The rows within `hops` links of the given ones, these first, each once, nearest hop first."""
@@ -68,57 +69,66 @@ class NeighbourGraph:
         moved = np.unique(np.asarray(rows, dtype=np.int64))
         neighbours = self.links.shape[1]
         if 2 * len(moved) > len(index):
-            anew = NeighbourGraph.build(index, neighbours)
-            self.links, self.scores = anew.links, anew.scores
+            self.links = NeighbourGraph.build(index, neighbours).links
             return len(index)
         offers: dict[int, list[int]] = {}
         for start in range(0, len(moved), BLOCK):
             block = moved[start : start + BLOCK]
-            met, scores = _neighbours(index, block, neighbours * REACH)
-            self.links[block], self.scores[block] = met[:, :neighbours], scores[:, :neighbours]
+            met = _neighbours(index, block, neighbours * REACH)
+            self.links[block] = met[:, :neighbours]
             for row, others in zip(block.tolist(), met.tolist(), strict=True):
                 for other in others:
                     offers.setdefault(other, []).append(row)
         linked = np.flatnonzero(np.isin(self.links, moved).any(axis=1))
         touched = np.union1d(linked, np.fromiter((row for row in offers if row >= 0), np.int64))
-        touched = np.setdiff1d(touched, moved)
-        for start in range(0, len(touched), BLOCK // 4):
-            self._choose_anew(index, touched[start : start + BLOCK // 4], offers)
-        return len(touched)
+        touched, chosen, before = np.setdiff1d(touched, moved), 0, self.links.copy()
+        while len(touched):
+            # As many at a time as keep the candidates' vectors within a fixed number of values.
+            widths = np.maximum.accumulate([len(offers.get(row, ())) for row in touched.tolist()])
+            values = (widths + neighbours * (neighbours + 1)) * np.arange(1, len(touched) + 1)
+            fit = max(1, int(np.searchsorted(values, CANDIDATES_AT_A_TIME, side="right")))
+            self._choose_anew(index, touched[:fit], before, offers)
+            chosen += fit
+            touched = touched[fit:]
+        return chosen
 
     def recall(self, index: VectorIndex, sample: Sequence[int]) -> float:
         """The share of the true neighbours of the sampled rows, under the index's vectors of now, that are linked."""
-        true, _ = _neighbours(index, np.asarray(sample, dtype=np.int64), self.links.shape[1])
+        true = _neighbours(index, np.asarray(sample, dtype=np.int64), self.links.shape[1])
         hits = [np.isin(links[links >= 0], own).sum() for links, own in zip(true, self.links[sample], strict=True)]
-        return float(np.sum(hits) / (true >= 0).sum())
+        return float(np.sum(hits) / max(1, (true >= 0).sum()))
 
     def save(self, folder: Path) -> None:
         """Write the links into a folder (`graph.safetensors`)."""
         from safetensors.numpy import save_file
 
         folder.mkdir(parents=True, exist_ok=True)
-        save_file({"links": self.links, "scores": self.scores}, folder / "graph.safetensors")
+        save_file({"links": self.links}, folder / "graph.safetensors")
 
     @classmethod
-    def load(cls, folder: Path) -> NeighbourGraph:
-        """Read what `save` wrote.
+    def load(cls, folder: Path, index: VectorIndex) -> NeighbourGraph:
+        """Read what `save` wrote for this index.
 
         Raises:
-            VectorIndexError: the file is missing or broken.
+            VectorIndexError: the file is missing or broken, or belongs to an index of another size.
         """
         from safetensors import SafetensorError
         from safetensors.numpy import load_file
 
         try:
-            arrays = load_file(folder / "graph.safetensors")
-            return cls(arrays["links"], arrays["scores"])
+            links = load_file(folder / "graph.safetensors")["links"]
         except (OSError, KeyError, SafetensorError) as error:
             raise VectorIndexError(f"{folder} holds no usable neighbour graph: {error}") from error
+        if len(links) != len(index) or links.max(initial=-1) >= len(index):
+            raise VectorIndexError(
+                f"{folder} holds the graph of {len(links)} documents, the index has {len(index)}: of another run?"
+            )
+        return cls(links)
 
-    def _choose_anew(self, index: VectorIndex, rows: Rows, offers: dict[int, list[int]]) -> None:
+    def _choose_anew(self, index: VectorIndex, rows: Rows, before: Rows, offers: dict[int, list[int]]) -> None:
         neighbours = self.links.shape[1]
-        own = self.links[rows]  # R x L
-        second = np.where(own[:, :, None] >= 0, self.links[own], -1).reshape(len(rows), -1)  # R x L*L
+        own = before[rows]  # R x L
+        second = np.where(own[:, :, None] >= 0, before[own], -1).reshape(len(rows), -1)  # R x L*L
         width = max((len(offers.get(row, ())) for row in rows.tolist()), default=0)
         offered = np.full((len(rows), width), -1, np.int64)
         for place, row in enumerate(rows.tolist()):
@@ -132,17 +142,15 @@ class NeighbourGraph:
         best = np.argsort(-scores, axis=1, kind="stable")[:, :neighbours]
         chosen = np.take_along_axis(scores, best, axis=1)
         self.links[rows] = np.where(np.isfinite(chosen), np.take_along_axis(candidates, best, axis=1), -1)
-        self.scores[rows] = chosen
 
 
-def _neighbours(index: VectorIndex, rows: Rows, count: int) -> tuple[Rows, Array]:
-    """The `count` best other documents of each row, padded with -1: `R x count` rows and scores."""
-    found, found_scores = index.search_rows(index.vectors_at(rows), count + 1)
+def _neighbours(index: VectorIndex, rows: Rows, count: int) -> Rows:
+    """The `count` best other documents of each row, padded with -1: `R x count`."""
+    found, _ = index.search_rows(index.vectors_at(rows), count + 1)
     other = found != rows[:, None]
     # A document that is not among its own results (many equal vectors) gives up its last result instead.
     other[other.all(axis=1), -1] = False
     width = found.shape[1] - 1
-    links, scores = np.full((len(rows), count), -1, np.int64), np.full((len(rows), count), -np.inf, np.float32)
+    links = np.full((len(rows), count), -1, np.int64)
     links[:, :width] = found[other].reshape(len(rows), width)
-    scores[:, :width] = found_scores[other].reshape(len(rows), width)
-    return links, scores
+    return links

@@ -147,16 +147,16 @@ class ExactIndex:
         array: Array = self._tensor.float().cpu().numpy()
         return array
 
-    def set_matrix(self, matrix: Array) -> None:
-        """Replace all vectors, `N x D` in the order of `doc_ids`, without touching `encoded_at_version`.
+    def set_vectors_at(self, rows: Rows, vectors: Array) -> None:
+        """Replace the vectors in these rows, `len(rows) x D`, without touching `encoded_at_version`.
 
         Raises:
             VectorIndexError: wrong shape or values that are not finite; nothing is changed.
         """
-        matrix = _shaped(matrix, len(self), self.dimension)
-        self._check_values(matrix)
-        for start in range(0, len(self), self.block):
-            self._tensor[start : start + self.block] = _tensor_of(matrix[start : start + self.block])
+        vectors = _shaped(vectors, len(rows), self.dimension)
+        self._check_values(vectors)
+        chosen = torch.tensor(np.asarray(rows, dtype=np.int64), device=self._tensor.device)
+        self._tensor[chosen] = _tensor_of(vectors).to(self._tensor)
 
     def scores(self, queries: Array) -> Array:
         """Scores of every document, `Q x N`, columns in the order of `doc_ids`; for small indexes."""
@@ -263,10 +263,8 @@ class ExactIndex:
         """
         last = {self.row(doc_id): place for place, doc_id in enumerate(doc_ids)}
         vectors = _shaped(vectors, len(doc_ids), self.dimension)
-        self._check_values(vectors)
-        rows = list(last)
-        values = _tensor_of(vectors[list(last.values())]).to(self._tensor)
-        self._tensor[torch.tensor(rows, dtype=torch.long, device=self._tensor.device)] = values
+        rows = np.array([*last], dtype=np.int64)
+        self.set_vectors_at(rows, vectors[[*last.values()]])
         self.encoded_at_version[rows] = version
 
     def save(self, folder: Path) -> None:
@@ -290,7 +288,13 @@ class ExactIndex:
             VectorIndexError: files are missing, damaged or do not fit together.
         """
         with storage.readable(Path(folder)):
-            return cls.from_state(*storage.read_manifest(Path(folder)), mmap=mmap, device=device)
+            index = cls.from_state(*storage.read_manifest(Path(folder)), mmap=mmap)
+        return index.to(device)
+
+    def to(self, device: str | torch.device) -> ExactIndex:
+        """Move the vectors to a device; returns the index."""
+        self._tensor = self._tensor.to(device)
+        return self
 
     def writers(self) -> dict[str, storage.Writer]:
         """What writes each data file of a saved index."""
@@ -306,9 +310,7 @@ class ExactIndex:
         return {"documents": len(self), "dimension": self.dimension, "dtype": self.dtype}
 
     @classmethod
-    def from_state(
-        cls, manifest: Mapping[str, Any], paths: Mapping[str, Path], *, mmap: bool, device: str | torch.device
-    ) -> ExactIndex:
+    def from_state(cls, manifest: Mapping[str, Any], paths: Mapping[str, Path], *, mmap: bool) -> ExactIndex:
         """The index that `facts` and `writers` described; to be called within `storage.readable`."""
         count, dimension, dtype = manifest["documents"], manifest["dimension"], manifest["dtype"]
         doc_ids = json.loads(paths["doc_ids.json"].read_text(encoding="utf-8"))
@@ -319,7 +321,7 @@ class ExactIndex:
         vectors = storage.read_array(paths["vectors.npy"], (count, dimension), dtype, mmap=mmap)
         versions = storage.read_array(paths["encoded_at_version.npy"], (count,), "int64")
         index = cls.__new__(cls)
-        index._tensor = torch.from_numpy(vectors).to(device)
+        index._tensor = torch.from_numpy(vectors)
         index._label(doc_ids, versions)
         return index
 
@@ -345,6 +347,7 @@ class ExactIndex:
         """The first row and the scores (`rows x Q`) of each block; the next block overwrites the scores.
 
         A document gets the same bits in every pass over the same queries: same shapes, same memory, same order of sums.
+        Two documents with one vector may differ in the last bit: the edges of a block are summed in another order.
         """
         size = min(self.block, len(self))
         scores = queries.new_empty((size, len(queries)))
