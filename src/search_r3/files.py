@@ -45,6 +45,8 @@ def write_text(path: Path, text: str) -> None:
     try:
         with os.fdopen(handle, "w", encoding="utf-8") as file:
             file.write(text)
+            file.flush()
+            os.fsync(handle)
         Path(scratch).chmod(0o644)
         Path(scratch).replace(path)
     finally:
