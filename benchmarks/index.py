@@ -255,7 +255,8 @@ def compare(count: int, names: list[str], threads: int, rounds: int) -> dict[str
                 [*command, "--threads", str(threads)], env=environment, check=True, stdout=subprocess.PIPE, text=True
             )
             results[name] = json.loads(done.stdout.splitlines()[-1])
-            say(f"{count} documents, {name}: {time.perf_counter() - started:.0f} s")
+            found = f"ratio {results[name]['ratio']:.3f}" if name == "pair" else row(count, name, results[name])
+            say(f"{found} ({name} took {time.perf_counter() - started:.0f} s)")
     return {"documents": count, "pair": results.pop("pair"), "contenders": results}
 
 

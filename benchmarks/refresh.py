@@ -50,6 +50,9 @@ QUICK = [
     "grpo.evaluate_every=2",
 ]
 
+SMALLEST_ERROR = 1e-5
+"""Smaller errors are drawn as this one."""
+
 
 def policies(documents: int, budgets: Sequence[float]) -> dict[str, RefreshSettings]:
     """The settings of every row but `full`, for a corpus of that size; budgets are shares of it."""
@@ -291,35 +294,28 @@ def print_trainings(results: dict[str, list[dict[str, Any]]], documents: int, st
 
 
 def plot(groups: dict[float, list[dict[str, Any]]], path: Path) -> None:
-    """Left: error against price, all policies. Right: the error of some over the steps, at the largest rate."""
+    """Left: error against price, all policies and rates. Right: the error over the steps, at the largest rate."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(12, 4.6), layout="constrained")
     frontier, course = figure.subplots(1, 2)
+    documents = next(iter(groups.values()))[0]["documents"]
     for (rate, records), marker in zip(groups.items(), "osD^v", strict=False):
-        documents, names = records[0]["documents"], list(records[0]["policies"])
-        shares = [fmean(mean_of(record, name, "documents") for record in records) / documents for name in names]
-        errors = [fmean(mean_of(record, name, "reward_mae") for record in records) for name in names]
-        points = frontier.scatter(shares, errors, marker=marker, label=f"learning rate {rate:g}")
-        for name, share, error in zip(names, shares, errors, strict=True):
-            frontier.annotate(
-                name,
-                (share, error),
-                xytext=(4, 3),
-                textcoords="offset points",
-                fontsize=7,
-                color=points.get_facecolor()[0],
-            )
-    frontier.set(xscale="log", xlabel="share of documents encoded per step", ylabel="reward MAE against full")
-    frontier.set_yscale("symlog", linthresh=1e-3)
-    frontier.legend(fontsize=8)
+        for number, name in enumerate(records[0]["policies"]):
+            share = fmean(mean_of(record, name, "documents") for record in records) / documents
+            error = fmean(mean_of(record, name, "reward_mae") for record in records)
+            frontier.scatter(share, max(error, SMALLEST_ERROR), marker=marker, s=60, color=f"C{number}")
+        frontier.scatter([], [], marker=marker, color="0.4", label=f"learning rate {rate:g}")
+    frontier.set(xscale="log", yscale="log", xlabel="share of documents encoded per step")
+    frontier.set(ylabel="mean error of the reward against full", title="Colours as on the right")
+    frontier.legend()
     rate, records = max(groups.items())
-    for name in records[0]["policies"]:
+    for number, name in enumerate(records[0]["policies"]):
         errors = np.mean([[row["reward_mae"] for row in record["policies"][name]] for record in records], axis=0)
-        course.plot(range(1, len(errors) + 1), errors, label=name)
-    course.set(xlabel="GRPO step", ylabel="reward MAE against full", title=f"learning rate {rate:g}")
-    course.legend(fontsize=7)
-    figure.savefig(path, dpi=150)
+        course.plot(range(1, len(errors) + 1), errors, color=f"C{number}", label=name)
+    course.set(xlabel="GRPO step", ylabel="mean error of the reward against full", title=f"learning rate {rate:g}")
+    course.legend(fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
+    figure.savefig(path, dpi=110)
 
 
 def main() -> None:
