@@ -146,14 +146,7 @@ def trajectory(recipe: Recipe, base: Path, path: Path, budgets: Sequence[float])
     collection, settings = load_collection(recipe.collection), recipe.grpo
     qrels = {query_id: gains for split in settings.splits for query_id, gains in collection.split(split).items()}
     model = load_model(recipe, base)
-    engine = make_engine(
-        model,
-        steps=settings.steps,
-        learning_rate=settings.learning_rate,
-        warmup_steps=settings.warmup_steps,
-        weight_decay=settings.weight_decay,
-        seed=recipe.seed,
-    )
+    engine = make_engine(model, settings, recipe.seed)
 
     def environment(encoder: DocumentEncoder, refresh: RefreshSettings) -> RetrievalEnvironment:
         limits = {"k": settings.reward_k, "max_new_tokens": recipe.max_new_tokens}

@@ -153,7 +153,7 @@ def test_micro_batches_change_memory_only(
     settings = recipe(embedding_loss_weight=0.5, kl_coefficient=0.1, micro_batch_size=micro_batch_size)
     environment, batch = experience(model, collection, settings)
     reference = model.backbone.frozen_copy()
-    engine = make_engine(model, steps=2, learning_rate=1e-3, warmup_steps=0, weight_decay=0.0, seed=0)
+    engine = make_engine(model, settings.grpo, seed=0)
     found = {}
     monkeypatch.setattr(type(engine), "step", lambda self, parameters, norm: found.update(g=gradients(model)) or 0.0)
     values = grpo.update(model, engine, reference, environment, batch, settings.grpo)

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..config import Recipe
+from ..config import GRPOSettings, Recipe, SFTSettings
 from ..data.atlas import BUILT_IN
 from ..data.collection import Collection
 from ..errors import ConfigError
@@ -34,10 +34,8 @@ class Engine:
         return float(norm)
 
 
-def make_engine(
-    model: SearchR3, *, steps: int, learning_rate: float, warmup_steps: int, weight_decay: float, seed: int
-) -> Engine:
-    """AdamW with linear warm-up and cosine decay to 0, on accelerate.
+def make_engine(model: SearchR3, settings: SFTSettings | GRPOSettings, seed: int) -> Engine:
+    """AdamW with linear warm-up and cosine decay to 0 over a stage's optimizer steps, on accelerate.
 
     Raises:
         ConfigError: more than one process.
@@ -54,9 +52,15 @@ def make_engine(
         )
     set_seed(seed)
     optimizer = torch.optim.AdamW(
-        model.backbone.model.parameters(), lr=learning_rate, betas=(0.9, 0.95), weight_decay=weight_decay
+        model.backbone.model.parameters(),
+        lr=settings.learning_rate,
+        betas=(0.9, 0.95),
+        weight_decay=settings.weight_decay,
     )
-    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: warmup_cosine(step, warmup_steps, steps))
+    steps = settings.steps * (settings.num_iterations if isinstance(settings, GRPOSettings) else 1)
+    scheduler = torch.optim.lr_scheduler.LambdaLR(
+        optimizer, lambda step: warmup_cosine(step, settings.warmup_steps, steps)
+    )
     model.backbone.model, optimizer, scheduler = accelerator.prepare(model.backbone.model, optimizer, scheduler)
     return Engine(accelerator, optimizer, scheduler)
 

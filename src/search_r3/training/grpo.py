@@ -66,14 +66,7 @@ def train_grpo(recipe: Recipe, run: Run, base: Path, observe: Observer = silent)
     qrels = {query_id: gains for split in settings.splits for query_id, gains in collection.split(split).items()}
     model = load_model(recipe, base)
     reference = model.backbone.frozen_copy() if settings.kl_coefficient > 0 else None
-    engine = make_engine(
-        model,
-        steps=settings.steps * settings.num_iterations,
-        learning_rate=settings.learning_rate,
-        warmup_steps=settings.warmup_steps,
-        weight_decay=settings.weight_decay,
-        seed=recipe.seed,
-    )
+    engine = make_engine(model, settings, recipe.seed)
     done, checkpoint = run.restore(stage, engine.accelerator)
     environment = _environment(recipe, collection, qrels, model, checkpoint)
     if done == 0:

@@ -62,14 +62,7 @@ def train_sft(recipe: Recipe, run: Run, observe: Observer = silent) -> Path:
     examples = _examples(collection, settings)
     model = load_model(recipe, recipe.base)
     base = model.backbone.frozen_copy() if settings.kl_weight > 0 else None
-    engine = make_engine(
-        model,
-        steps=settings.steps,
-        learning_rate=settings.learning_rate,
-        warmup_steps=settings.warmup_steps,
-        weight_decay=settings.weight_decay,
-        seed=recipe.seed,
-    )
+    engine = make_engine(model, settings, recipe.seed)
     done, _ = run.restore(stage, engine.accelerator)
     for step in range(done, settings.steps):
         started = time.perf_counter()
