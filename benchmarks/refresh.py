@@ -80,7 +80,7 @@ class FromTheTruth:
         self.doc_ids = {document.full_text: doc_id for doc_id, document in truth.collection.documents.items()}
         self.tokens: dict[str, int] = {}
 
-    def encode_document(self, texts: Sequence[str], *, batch_size: int) -> Any:
+    def encode_document(self, texts: Sequence[str]) -> Any:
         """Vectors of the full index."""
         return self.truth.index.vectors([self.doc_ids[text] for text in texts])
 
@@ -149,9 +149,8 @@ def trajectory(recipe: Recipe, base: Path, path: Path, budgets: Sequence[float])
     engine = make_engine(model, settings, recipe.seed)
 
     def environment(encoder: DocumentEncoder, refresh: RefreshSettings) -> RetrievalEnvironment:
-        limits = {"k": settings.reward_k, "max_new_tokens": recipe.max_new_tokens}
-        sizes = {"batch_size": recipe.evaluation.batch_size, "seed": recipe.seed}
-        return RetrievalEnvironment(collection, qrels, encoder, refresh, settings.reward, **limits, **sizes)
+        limits = {"k": settings.reward_k, "max_new_tokens": recipe.max_new_tokens, "seed": recipe.seed}
+        return RetrievalEnvironment(collection, qrels, encoder, refresh, settings.reward, **limits)
 
     truth = environment(model, RefreshSettings(policy="full"))
     reader = FromTheTruth(truth, model)

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from search_r3.errors import ModelError
-from search_r3.model.backbone import EmbeddingSettings, load_backbone, pad, shared_prefix, vectors_at
+from search_r3.model.backbone import EmbeddingSettings, load_backbone, pad, vectors_at
 from search_r3.model.prompts import EMBED_TOKEN, PROMPT_SETS
 from tests.conftest import save_tiny, tiny_model
 
@@ -80,14 +80,6 @@ def test_left_and_right_padding_give_the_same_hidden_states(backbone: Any) -> No
         vectors = vectors_at(backbone.hidden_states(ids, mask), ends)
         alone = torch.cat([backbone.embed([sequence]) for sequence in sequences])
         assert torch.allclose(vectors, alone, atol=1e-5)
-
-
-def test_the_shared_prefix_leaves_every_sequence_a_token() -> None:
-    assert shared_prefix([[1, 2, 3], [1, 2, 4, 5], [1, 2, 3, 9]]) == 2
-    assert shared_prefix([[1, 2, 3], [1, 2, 3]]) == 2
-    assert shared_prefix([[1, 2], [1, 2, 3, 4]]) == 1
-    assert shared_prefix([[5], [5, 6]]) == 0
-    assert shared_prefix([[2, 7], [3, 7]]) == 0
 
 
 def test_float16_storage_is_float16_and_stays_close(tmp_path: Path, backbone: Any) -> None:

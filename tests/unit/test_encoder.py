@@ -2,24 +2,22 @@ from __future__ import annotations
 
 import logging
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
-import torch
 
 from search_r3 import SearchR3
 from search_r3.errors import DataError, ModelError
-from search_r3.model.backbone import EmbeddingSettings, pad, vectors_at
+from search_r3.model.backbone import EmbeddingSettings
 
 TEXTS = ["where is the red house?", "river", "a black horse and a white chair on a green boat"]
 
 
 def test_vectors_do_not_depend_on_company_or_batch_size(model: SearchR3) -> None:
     for encode in (
-        lambda texts, size: np.asarray(model.encode_query(texts, "direct", batch_size=size)),
+        lambda texts, size: np.asarray(model.encode_query(texts, "direct")),
         lambda texts, size: np.asarray(model.encode_query(texts, "reason", batch_size=size, max_new_tokens=6)),
-        lambda texts, size: model.encode_document(texts, batch_size=size),
+        lambda texts, size: model.encode_document(texts, batch_tokens=size * 20),
     ):
         together = encode(TEXTS, 3)
         assert together.shape == (3, 32)
@@ -30,30 +28,19 @@ def test_vectors_do_not_depend_on_company_or_batch_size(model: SearchR3) -> None
         assert np.abs(together[0] - together[1]).max() > 1e-3, "different texts must give different vectors"
 
 
-def test_the_shared_beginning_is_computed_once_and_changes_nothing(
-    model: SearchR3, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_shared_beginning_is_computed_once_and_changes_nothing(model: SearchR3) -> None:
     backbone = model.backbone
     prompts = [backbone.prompt_encoder.encode(text, "document").ids for text in TEXTS]
-    plain = [pad([prompt], 0, backbone.device) for prompt in prompts]
-    expected = [vectors_at(backbone.hidden_states(ids, mask), mask.sum(-1) - 1)[0] for ids, mask in plain]
-    widths: list[int] = []
-    forward = backbone.model.base_model.forward
-
-    def counted(*args: Any, **options: Any) -> Any:
-        widths.append(options["input_ids"].numel())
-        return forward(*args, **options)
-
-    monkeypatch.setattr(backbone.model.base_model, "forward", counted)
-    with torch.no_grad():
-        found = backbone.embed(prompts)
-        twins = backbone.embed([prompts[0], prompts[0]])
-    assert sum(widths[:2]) < sum(map(len, prompts)), "fewer tokens than the prompts have"
-    np.testing.assert_allclose(found.detach(), torch.stack(expected).detach(), atol=1e-5)
-    np.testing.assert_allclose(twins.detach(), torch.stack([expected[0]] * 2).detach(), atol=1e-5)
-    widths.clear()
-    assert backbone.embed(prompts).requires_grad
-    assert len(widths) == 1, "training takes the plain path"
+    expected = [backbone.embed([prompt])[0].detach().numpy() for prompt in prompts]
+    computed: list[int] = []
+    backbone.causal_lm.base_model.embed_tokens.register_forward_hook(
+        lambda module, inputs, output: computed.append(inputs[0].numel())
+    )
+    np.testing.assert_allclose(model.encode_document(TEXTS, batch_tokens=1), expected, atol=1e-5)
+    shared = len(backbone.prompt_encoder.prefix_of(prompts[0]))
+    assert shared > 5
+    assert sorted(computed) == sorted([shared, *(len(prompt) - shared for prompt in prompts)])
+    np.testing.assert_allclose(model.encode_document([TEXTS[0]] * 2), [expected[0]] * 2, atol=1e-5)
 
 
 def test_document_tokens_are_counted_as_they_are_encoded(model: SearchR3) -> None:

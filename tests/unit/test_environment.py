@@ -29,7 +29,7 @@ class MovingEncoder:
         self.shift = 0.0
         self.encoded: list[str] = []
 
-    def encode_document(self, texts: Sequence[str], *, batch_size: int = 8) -> np.ndarray:
+    def encode_document(self, texts: Sequence[str]) -> np.ndarray:
         self.encoded += texts
         angles = np.array([self.place[text] * 0.03 + self.shift for text in texts])
         return np.stack([np.cos(angles), np.sin(angles)], axis=1).astype(np.float32)

@@ -67,7 +67,7 @@ def test_a_budget_without_room_for_text_is_refused(tiny_path: Path) -> None:
 
 
 def test_an_empty_text_is_refused(backbone: Backbone) -> None:
-    with pytest.raises(DataError, match="an empty text cannot be encoded as reason"):
+    with pytest.raises(DataError, match="query number 0 is"):
         backbone.prompt_encoder.encode(" \n", "reason")
 
 

@@ -18,7 +18,7 @@ import numpy as np
 from ..config import RefreshSettings, RewardWeights
 from ..data.collection import Collection, Qrels
 from ..errors import DataError, RewardError
-from ..model.generation import Rollout
+from ..model.decoding import Rollout
 from ..retrieval.approximate import ApproximateIndex
 from ..retrieval.index import Array, ExactIndex, VectorIndex
 from .account import Audit, compare
@@ -37,7 +37,7 @@ UPDATES_PER_INDEX_AUDIT = 20
 class DocumentEncoder(Protocol):
     """Encodes documents with the current weights; `SearchR3` is one."""
 
-    def encode_document(self, texts: Sequence[str], *, batch_size: int) -> Array:
+    def encode_document(self, texts: Sequence[str]) -> Array:
         """Vectors `N x D`, L2-normalised."""
         ...
 
@@ -95,7 +95,6 @@ class RetrievalEnvironment:
         weights: weights of the reward parts.
         k: depth of the nDCG in the ranking part.
         max_new_tokens: the reasoning budget, for the length part.
-        batch_size: documents encoded together.
         seed: of the random samples of documents.
         exchange: the other processes, if there are any.
         state: a folder that `save` wrote; by default all documents are encoded now, as version 0.
@@ -111,14 +110,13 @@ class RetrievalEnvironment:
         *,
         k: int,
         max_new_tokens: int,
-        batch_size: int = 128,
         seed: int = 0,
         exchange: Exchange | None = None,
         state: Path | None = None,
     ) -> None:
         self.collection, self.qrels, self.encoder, self.refresh = collection, qrels, encoder, refresh
         self.weights, self.k, self.max_new_tokens = weights, k, max_new_tokens
-        self.batch_size, self.seed, self.exchange = batch_size, seed, exchange or Alone()
+        self.seed, self.exchange = seed, exchange or Alone()
         self.policy = make_policy(refresh)
         self._tokens: dict[str, int] = {}
         self.index: ExactIndex | ApproximateIndex
@@ -179,7 +177,7 @@ class RetrievalEnvironment:
         else:
             sample = doc_ids
         live = ExactIndex(doc_ids, self.index.vectors(doc_ids))
-        fresh = ExactIndex(doc_ids, self.encoder.encode_document(self._texts(doc_ids), batch_size=self.batch_size))
+        fresh = ExactIndex(doc_ids, self.encoder.encode_document(self._texts(doc_ids)))
         scored = [self._score(index, rollouts, query_ids) for index in (live, fresh)]
         self.exchange.meet()
         return compare(
@@ -303,7 +301,7 @@ class RetrievalEnvironment:
         shares = divide(self._count_tokens(doc_ids), self.exchange.world_size)
         own = [doc_ids[place] for place in shares[self.exchange.rank]]
         encode = self.encoder.encode_document
-        vectors = encode(self._texts(own), batch_size=self.batch_size) if own else np.empty((0, 0), np.float32)
+        vectors = encode(self._texts(own)) if own else np.empty((0, 0), np.float32)
         dimension = max(self.exchange.gather(vectors.shape[1]))
         counts = [len(share) for share in shares]
         gathered = self.exchange.gather_rows(vectors.reshape(len(own), dimension), counts)

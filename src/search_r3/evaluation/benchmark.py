@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import combinations
 from statistics import fmean
@@ -13,6 +13,7 @@ import numpy as np
 
 from ..data.collection import Collection
 from ..errors import DataError, ModelError
+from ..model.documents import Progress
 from ..model.encoder import SearchR3
 from ..model.prompts import Mode
 from ..retrieval.index import ExactIndex
@@ -21,8 +22,6 @@ from ..retrieval.metrics import MEASURES, measure, ndcg_from_ranks
 
 DEPTH = 100
 """Documents retrieved per query."""
-
-Progress = Callable[[int], None]
 
 
 @dataclass(frozen=True)
@@ -81,14 +80,10 @@ def evaluate_bm25(
     return Row(name, _measured(qrels, found), len(qrels) / seconds)
 
 
-def index_documents(
-    model: SearchR3, collection: Collection, *, batch_size: int = 128, progress: Progress | None = None
-) -> ExactIndex:
+def index_documents(model: SearchR3, collection: Collection, *, progress: Progress | None = None) -> ExactIndex:
     """Encode a whole collection into an exact index."""
     texts = [document.full_text for document in collection.documents.values()]
-    return ExactIndex(
-        list(collection.documents), model.encode_document(texts, batch_size=batch_size, progress=progress)
-    )
+    return ExactIndex(list(collection.documents), model.encode_document(texts, progress=progress))
 
 
 def evaluate_model(
@@ -109,7 +104,7 @@ def evaluate_model(
         ModelError: the model emitted the embed token for no query at all: it was not trained to reason.
     """
     qrels = _judged(collection, split)
-    index = index or index_documents(model, collection, batch_size=batch_size)
+    index = index or index_documents(model, collection)
     started = time.perf_counter()
     encoded = model.encode_query(
         [collection.queries[query_id].text for query_id in qrels],

@@ -51,7 +51,7 @@ def evaluate_run(
     for stage in STAGES:
         note(f"evaluating the {stage} model on {split}")
         model = SearchR3(models[stage], dtype=recipe.dtype)
-        index = index_documents(model, collection, batch_size=settings.batch_size)
+        index = index_documents(model, collection)
         for mode in ("direct", "reason"):
             rows.append(
                 evaluate_model(

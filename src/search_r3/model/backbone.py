@@ -51,6 +51,12 @@ class Backbone:
         )
 
     @property
+    def causal_lm(self) -> Any:
+        """The causal LM itself, out of the wrapper of adapters where there is one; adapters stay in force."""
+        unwrap = getattr(self.model, "get_base_model", None)
+        return self.model if unwrap is None else unwrap()
+
+    @property
     def device(self) -> torch.device:
         """Where the weights are."""
         device: torch.device = next(iter(self.model.parameters())).device
@@ -68,7 +74,7 @@ class Backbone:
 
     def hidden_states(self, ids: Tensor, mask: Tensor) -> Tensor:
         """Output of the final norm, `B x T x D`, where the output layer reads. Padding on either side is allowed."""
-        output = self.model.base_model(
+        output = self.causal_lm.base_model(
             input_ids=ids, attention_mask=mask, position_ids=position_ids(mask), use_cache=False
         )
         hidden: Tensor = output.last_hidden_state
@@ -76,39 +82,13 @@ class Backbone:
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Next-token logits `... x V` for hidden states `... x D`, in float32."""
-        scores: Tensor = self.model.get_output_embeddings()(hidden)
+        scores: Tensor = self.causal_lm.get_output_embeddings()(hidden)
         return scores.float()
 
     def embed(self, sequences: Sequence[Sequence[int]]) -> Tensor:
-        """Vectors `B x D` (float32, L2-normalised) of sequences that end with the embed token.
-
-        Without gradients, what all sequences begin with (the template before the text) is computed once.
-        """
-        shared = shared_prefix(sequences) if len(sequences) > 1 and not torch.is_grad_enabled() else 0
-        rest = [sequence[shared:] for sequence in sequences]
-        ids, mask = pad(rest, self.tokenizer.pad_token_id, self.device)
-        last = mask.sum(-1) - 1
-        if shared == 0:
-            return vectors_at(self.hidden_states(ids, mask), last)
-        cache = self._prefix_cache(sequences[0][:shared], len(sequences))
-        output = self.model.base_model(
-            input_ids=ids,
-            attention_mask=torch.cat([mask.new_ones(len(sequences), shared), mask], dim=-1),
-            position_ids=position_ids(mask) + shared,
-            past_key_values=cache,
-            use_cache=True,
-        )
-        return vectors_at(output.last_hidden_state, last)
-
-    def _prefix_cache(self, prefix: Sequence[int], rows: int) -> Any:
-        """Keys and values of a prefix, for a batch of `rows` sequences that begin with it."""
-        from transformers import DynamicCache
-
-        cache = DynamicCache(config=self.model.config)
-        ids, mask = pad([prefix], self.tokenizer.pad_token_id, self.device)
-        self.model.base_model(input_ids=ids, attention_mask=mask, past_key_values=cache, use_cache=True)
-        cache.batch_repeat_interleave(rows)
-        return cache
+        """Vectors `B x D` (float32, L2-normalised) of sequences that end with the embed token, with gradients."""
+        ids, mask = pad(sequences, self.tokenizer.pad_token_id, self.device)
+        return vectors_at(self.hidden_states(ids, mask), mask.sum(-1) - 1)
 
     def frozen_copy(self) -> Backbone:
         """The same model with weights of its own that do not learn: the reference of a KL term."""
@@ -201,14 +181,6 @@ def pad(
         ids[row, start : start + len(sequence)] = torch.tensor(sequence, dtype=torch.long)
         mask[row, start : start + len(sequence)] = 1
     return ids.to(device), mask.to(device)
-
-
-def shared_prefix(sequences: Sequence[Sequence[int]]) -> int:
-    """The number of tokens that all sequences begin with; the last token of a sequence is not counted."""
-    # Whatever lies between two sequences in their order begins with what these two share.
-    low, high = min(map(list, sequences)), max(map(list, sequences))
-    same = [first == second for first, second in zip(low[:-1], high[:-1], strict=False)]
-    return same.index(False) if False in same else len(same)
 
 
 def position_ids(mask: Tensor) -> Tensor:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
@@ -15,10 +15,11 @@ from numpy.typing import NDArray
 
 from ..errors import DataError
 from .backbone import Backbone, EmbeddingSettings, load_backbone
-from .generation import Rollout, generate_rollouts
+from .decoding import Decoder, Request, Rollout
+from .documents import WINDOW, Array, Progress, encode_stream
+from .generation import generate_rollouts
 from .prompts import MODES, Kind, Mode
 
-Array = NDArray[np.float32]
 logger = logging.getLogger(__name__)
 
 
@@ -98,73 +99,135 @@ class SearchR3:
         batch_size: int = 128,
         max_new_tokens: int | None = None,
         sampling_temperature: float = 0.0,
+        top_p: float = 1.0,
         seed: int = 0,
-        progress: Callable[[int], None] | None = None,
+        progress: Progress | None = None,
     ) -> QueryEmbeddings:
         """Encode queries, after reasoning (`reason`) or at once (`direct`).
 
         Args:
             texts: queries; a single string counts as one.
             mode: `reason` or `direct`.
-            batch_size: queries encoded together; it does not change the vectors.
+            batch_size: queries reasoned about at once; it does not change the vectors.
             max_new_tokens: reasoning budget; by default the model's own.
             sampling_temperature: 0 reasons greedily.
+            top_p: sample among the likeliest tokens that together reach this probability.
             seed: query `i` samples with seed `seed + i`.
-            progress: called with the number of queries done, after each batch.
+            progress: called with the numbers of queries done, and of tokens (written, or in direct mode read).
 
         Raises:
             DataError: no texts, or an empty one (its place is named).
         """
-        if mode not in MODES:
-            raise DataError(f"unknown mode {mode!r}; expected 'direct' or 'reason'")
+        _check_mode(mode)
         texts = _listed(texts, "query")
-        encoded = [self._encode(text, mode, i) for i, text in enumerate(texts)]
-        prompts, truncated = [ids for ids, _ in encoded], [cut for _, cut in encoded]
         if mode == "direct":
-            vectors = self._vectors(prompts, batch_size, progress)
+            vectors, truncated = self._vectors(texts, "direct", None, progress)
             empty = [""] * len(texts), [0] * len(texts), [False] * len(texts)
             return QueryEmbeddings(vectors, *empty, truncated)
+        prompts = self.backbone.prompt_encoder.encode_batch(texts, mode)
         rollouts = self.rollouts(
-            prompts,
+            [prompt.ids for prompt in prompts],
             max_new_tokens=max_new_tokens,
             sampling_temperature=sampling_temperature,
+            top_p=top_p,
             seeds=[seed + i for i in range(len(texts))],
             batch_size=batch_size,
             progress=progress,
         )
-        return QueryEmbeddings(
-            torch.stack([rollout.vector for rollout in rollouts]).cpu().numpy(),
-            [rollout.reasoning for rollout in rollouts],
-            [rollout.reasoning_tokens for rollout in rollouts],
-            [rollout.forced for rollout in rollouts],
-            truncated,
-        )
+        return _embeddings(rollouts, [prompt.truncated for prompt in prompts])
+
+    def stream_query(
+        self,
+        text: str,
+        mode: Mode = "reason",
+        *,
+        max_new_tokens: int | None = None,
+        sampling_temperature: float = 0.0,
+        top_p: float = 1.0,
+        seed: int = 0,
+    ) -> Iterator[str | QueryEmbeddings]:
+        """Encode one query and show the reasoning while it is written.
+
+        Yields:
+            Pieces of the reasoning as the model writes them, then the same `QueryEmbeddings` as `encode_query` returns.
+            Closing the iterator stops the model.
+
+        Raises:
+            DataError: the query is empty.
+        """
+        _check_mode(mode)
+        encoder = self.backbone.prompt_encoder
+        [prompt] = encoder.encode_batch(_listed(text, "query"), mode)
+        budget = (max_new_tokens or self.backbone.settings.max_new_tokens) if mode == "reason" else 0
+        decoder = Decoder(self.backbone, slots=1)
+        ticket = decoder.submit(Request(prompt.ids, budget, sampling_temperature, top_p, seed))
+        shown = ""
+        while not (finished := decoder.step()):
+            written = encoder.decode(decoder.reply(ticket))
+            # A character may take several tokens; until the last of them it decodes to the replacement character.
+            if written.startswith(shown) and not written.endswith("\ufffd"):
+                piece, shown = written[len(shown) :], written
+                if piece:
+                    yield piece
+        result = _embeddings([rollout for _, rollout in finished], [prompt.truncated])
+        if result.reasoning[0] != shown and result.reasoning[0].startswith(shown):
+            yield result.reasoning[0][len(shown) :]
+        yield result
 
     def encode_document(
         self,
         texts: str | Sequence[str],
         *,
-        batch_size: int = 128,
-        progress: Callable[[int], None] | None = None,
+        batch_tokens: int | None = None,
+        progress: Progress | None = None,
     ) -> Array:
         """Encode documents: `N x D`, float32, L2-normalised. Documents are never reasoned about.
 
         A document longer than the model's `max_length` loses its end; how many did is logged as a warning.
 
+        Args:
+            texts: documents; a single string counts as one.
+            batch_tokens: tokens computed together; by default what suits the device. It does not change the vectors.
+            progress: called after each batch with the numbers of documents and of their tokens.
+
         Raises:
             DataError: no texts, or an empty one (its place is named).
         """
-        texts = _listed(texts, "document")
-        encoded = [self._encode(text, "document", i) for i, text in enumerate(texts)]
-        truncated = sum(cut for _, cut in encoded)
-        if truncated:
-            limit = self.backbone.settings.max_length
-            logger.warning("%d of %d documents were cut to max_length=%d tokens", truncated, len(texts), limit)
-        return self._vectors([ids for ids, _ in encoded], batch_size, progress)
+        vectors, truncated = self._vectors(_listed(texts, "document"), "document", batch_tokens, progress)
+        self._warn_of(sum(truncated), len(truncated))
+        return vectors
+
+    def stream_document(
+        self,
+        texts: Iterable[str],
+        *,
+        batch_tokens: int | None = None,
+        window: int = WINDOW,
+        progress: Progress | None = None,
+    ) -> Iterator[Array]:
+        """Encode documents of which there may be more than fit into memory.
+
+        Args:
+            texts: read as far as the next block needs.
+            batch_tokens: as in `encode_document`.
+            window: documents per block; within it documents of like length are computed together.
+            progress: as in `encode_document`.
+
+        Yields:
+            Blocks of vectors `n x D` in the order of the texts.
+
+        Raises:
+            DataError: a text is empty (its place in its block is named).
+        """
+        for prompts, vectors in encode_stream(
+            self.backbone, texts, "document", batch_tokens=batch_tokens, window=window, progress=progress
+        ):
+            self._warn_of(sum(prompt.truncated for prompt in prompts), len(prompts))
+            yield vectors
 
     def count_document_tokens(self, texts: Sequence[str]) -> list[int]:
         """The tokens that each document takes when it is encoded: text (cut at `max_length`) and prompt."""
-        return [len(self._encode(text, "document", i)[0]) for i, text in enumerate(texts)]
+        return [len(prompt.ids) for prompt in self.backbone.prompt_encoder.encode_batch(texts, "document")]
 
     def similarity(self, queries: Any, documents: Any) -> Array:
         """Cosine similarity `Q x N` of what `encode_query` and `encode_document` returned."""
@@ -175,18 +238,20 @@ class SearchR3:
         self,
         prompts: Sequence[Sequence[int]],
         *,
-        max_new_tokens: int | None = None,
+        max_new_tokens: int | Sequence[int] | None = None,
         sampling_temperature: float = 0.0,
+        top_p: float = 1.0,
         seeds: Sequence[int] | None = None,
         batch_size: int = 128,
-        progress: Callable[[int], None] | None = None,
+        progress: Progress | None = None,
     ) -> list[Rollout]:
         """Reason-then-embed replies with ids, log-probabilities, masks and vectors (see `generate_rollouts`)."""
         return generate_rollouts(
             self.backbone,
             prompts,
-            max_new_tokens=max_new_tokens or self.backbone.settings.max_new_tokens,
+            max_new_tokens=self.backbone.settings.max_new_tokens if max_new_tokens is None else max_new_tokens,
             sampling_temperature=sampling_temperature,
+            top_p=top_p,
             seeds=seeds,
             batch_size=batch_size,
             progress=progress,
@@ -198,23 +263,18 @@ class SearchR3:
         """Write weights, tokenizer, prompt set and embedding settings to a directory that `SearchR3` loads."""
         self.backbone.save(folder, dtype)
 
-    def _encode(self, text: str, kind: Kind, place: int) -> tuple[list[int], bool]:
-        if not isinstance(text, str) or not text.strip():
-            name = "document" if kind == "document" else "query"
-            raise DataError(f"{name} number {place} is {text!r}; expected a text with at least one visible character")
-        encoded = self.backbone.prompt_encoder.encode(text, kind)
-        return encoded.ids, encoded.truncated
-
-    @torch.no_grad()
     def _vectors(
-        self, sequences: Sequence[list[int]], batch_size: int, progress: Callable[[int], None] | None
-    ) -> Array:
-        vectors = np.empty((len(sequences), self.dimension), dtype=np.float32)
-        for rows in _by_length(sequences, batch_size):
-            vectors[rows] = self.backbone.embed([sequences[i] for i in rows]).cpu().numpy()
-            if progress is not None:
-                progress(len(rows))
-        return vectors
+        self, texts: Sequence[str], kind: Kind, batch_tokens: int | None, progress: Progress | None
+    ) -> tuple[Array, list[bool]]:
+        [(prompts, vectors)] = encode_stream(
+            self.backbone, texts, kind, batch_tokens=batch_tokens, window=len(texts), progress=progress
+        )
+        return vectors, [prompt.truncated for prompt in prompts]
+
+    def _warn_of(self, truncated: int, count: int) -> None:
+        if truncated:
+            limit = self.backbone.settings.max_length
+            logger.warning("%d of %d documents were cut to max_length=%d tokens", truncated, count, limit)
 
 
 def builtin_base_path() -> Path:
@@ -222,11 +282,19 @@ def builtin_base_path() -> Path:
     return Path(str(files("search_r3"))) / "builtin"
 
 
-def _by_length(sequences: Sequence[list[int]], batch_size: int) -> Iterator[list[int]]:
-    """Batches of row numbers, sorted by length so that little is padded."""
-    order = sorted(range(len(sequences)), key=lambda i: len(sequences[i]))
-    for start in range(0, len(order), batch_size):
-        yield order[start : start + batch_size]
+def _embeddings(rollouts: Sequence[Rollout], truncated: list[bool]) -> QueryEmbeddings:
+    return QueryEmbeddings(
+        torch.stack([rollout.vector for rollout in rollouts]).cpu().numpy(),
+        [rollout.reasoning for rollout in rollouts],
+        [rollout.reasoning_tokens for rollout in rollouts],
+        [rollout.forced for rollout in rollouts],
+        truncated,
+    )
+
+
+def _check_mode(mode: str) -> None:
+    if mode not in MODES:
+        raise DataError(f"unknown mode {mode!r}; expected 'direct' or 'reason'")
 
 
 def _listed(texts: str | Sequence[str], what: str) -> list[str]:

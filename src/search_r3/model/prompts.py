@@ -7,6 +7,7 @@ at the user's text; that text is then tokenized with special tokens switched off
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -120,14 +121,33 @@ class PromptEncoder:
         Raises:
             DataError: the text is empty or blank.
         """
-        text = text.strip()
-        if not text:
-            raise DataError(f"an empty text cannot be encoded as {kind}; give at least one visible character")
+        return self.encode_batch([text], kind)[0]
+
+    def encode_batch(self, texts: Sequence[str], kind: Kind) -> list[EncodedPrompt]:
+        """`encode` for many texts at once, which is faster.
+
+        Raises:
+            DataError: a text is empty or blank (its place is named).
+        """
+        if not texts:
+            return []
+        stripped = [text.strip() if isinstance(text, str) else "" for text in texts]
+        if not all(stripped):
+            place = stripped.index("")
+            name = "document" if kind == "document" else "query"
+            raise DataError(
+                f"{name} number {place} is {texts[place]!r}; expected a text with at least one visible character"
+            )
         before, after = self._frames[kind]
         reply = self._reply[kind]
         room = self.max_length - len(before) - len(after) - len(reply)
-        ids = self._plain(text)
-        return EncodedPrompt([*before, *ids[:room], *after, *reply], len(ids) > room)
+        tokens = self.tokenizer(stripped, add_special_tokens=False, split_special_tokens=True)["input_ids"]
+        return [EncodedPrompt([*before, *ids[:room], *after, *reply], len(ids) > room) for ids in tokens]
+
+    def prefix_of(self, ids: Sequence[int]) -> tuple[int, ...]:
+        """The template before the text with which these ids of a prompt begin (empty if with none)."""
+        befores = [tuple(before) for before, _ in self._frames.values()]
+        return max((before for before in befores if tuple(ids[: len(before)]) == before), key=len, default=())
 
     def direct_completion(self) -> Completion:
         """The supervised reply of direct mode: `The embedding is <|embed_token|>.` and the end of the turn."""

@@ -27,8 +27,9 @@ from ..environment.environment import Feedback, RetrievalEnvironment
 from ..environment.exchange import make_exchange
 from ..errors import DataError, RunError
 from ..model.backbone import Backbone, vectors_at
+from ..model.decoding import Rollout
 from ..model.encoder import SearchR3
-from ..model.generation import Rollout, sequence_batch
+from ..model.generation import sequence_batch
 from ..model.prompts import MODES
 from ..retrieval.index import ExactIndex
 from ..retrieval.metrics import ndcg
@@ -102,7 +103,7 @@ def collect(model: SearchR3, environment: RetrievalEnvironment, recipe: Recipe, 
         repeated,
         sampling_temperature=settings.sampling_temperature,
         seeds=[rng.getrandbits(62) for _ in repeated],
-        batch_size=len(repeated),
+        batch_size=settings.rollout_batch_size,
     )
     if all(rollout.forced for rollout in rollouts):
         raise RunError(
@@ -266,7 +267,7 @@ def evaluate_dev(model: SearchR3, collection: Collection, recipe: Recipe) -> dic
     qrels = collection.split(settings.dev_split)
     doc_ids = list(collection.documents)
     texts = [collection.documents[doc_id].full_text for doc_id in doc_ids]
-    vectors = model.encode_document(texts, batch_size=settings.batch_size)
+    vectors = model.encode_document(texts)
     index = ExactIndex(doc_ids, vectors)
     queries = [collection.queries[query_id].text for query_id in qrels]
     values = {}
@@ -322,7 +323,6 @@ def _environment(
         settings.reward,
         k=settings.reward_k,
         max_new_tokens=recipe.max_new_tokens,
-        batch_size=recipe.evaluation.batch_size,
         seed=recipe.seed,
         exchange=make_exchange(),
         state=checkpoint / "environment" if checkpoint is not None else None,

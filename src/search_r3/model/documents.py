@@ -1,0 +1,82 @@
+"""Encoding many texts: batches by tokens, the template before the text computed once, a stream in and a stream out.
+
+Shapes: `N` texts, `D` hidden size.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from itertools import islice
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from .backbone import Backbone
+from .forward import Prefix, compute_prefix, length_batches, prefill
+from .prompts import EncodedPrompt, Kind
+
+Array = NDArray[np.float32]
+Progress = Callable[[int, int], None]
+
+# On a CPU a batch should fit into the caches; a GPU wants to be filled (benchmarks/documents.py).
+BATCH_TOKENS = {"cpu": 1024, "cuda": 32768}
+WINDOW = 4096
+
+
+def encode_stream(
+    backbone: Backbone,
+    texts: Iterable[str],
+    kind: Kind,
+    *,
+    batch_tokens: int | None = None,
+    window: int = WINDOW,
+    progress: Progress | None = None,
+) -> Iterator[tuple[list[EncodedPrompt], Array]]:
+    """Encode texts in blocks of up to `window`, in their order; only one block is in memory.
+
+    Args:
+        backbone: the model.
+        texts: read as far as the next block needs.
+        kind: `direct` or `document`.
+        batch_tokens: tokens computed together, padding included; it does not change the vectors.
+        window: texts per block; within it texts of like length share a batch.
+        progress: called after each batch with the numbers of texts and of their tokens.
+
+    Yields:
+        The block's prompts and its vectors, `N x D`, float32, L2-normalised.
+
+    Raises:
+        DataError: a text is empty (its place in the block is named).
+    """
+    if batch_tokens is None:
+        batch_tokens = BATCH_TOKENS.get(backbone.device.type, BATCH_TOKENS["cuda"])
+    elif batch_tokens < 1:
+        raise ValueError(f"batch_tokens={batch_tokens}: expected at least 1")
+    prefix = None
+    source = iter(texts)
+    while block := list(islice(source, window)):
+        prompts = backbone.prompt_encoder.encode_batch(block, kind)
+        if prefix is None and len(block) > 1:
+            with torch.inference_mode():
+                prefix = compute_prefix(backbone.causal_lm, backbone.prompt_encoder.prefix_of(prompts[0].ids))
+        yield prompts, _vectors(backbone, [prompt.ids for prompt in prompts], prefix, batch_tokens, progress)
+
+
+@torch.inference_mode()
+def _vectors(
+    backbone: Backbone,
+    sequences: Sequence[Sequence[int]],
+    prefix: Prefix | None,
+    batch_tokens: int,
+    progress: Progress | None,
+) -> Array:
+    vectors = np.empty((len(sequences), backbone.dimension), dtype=np.float32)
+    start = len(prefix.ids) if prefix is not None else 0
+    rest = [sequence[start:] for sequence in sequences]
+    for batch in length_batches(rest, batch_tokens):
+        hidden, _ = prefill(backbone.causal_lm, [rest[i] for i in batch], prefix)
+        vectors[batch] = torch.nn.functional.normalize(hidden.float(), dim=-1).cpu().numpy()
+        if progress is not None:
+            progress(len(batch), sum(len(sequences[i]) for i in batch))
+    return vectors
