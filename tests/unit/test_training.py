@@ -160,7 +160,7 @@ def test_micro_batches_change_memory_only(
     model.backbone.model.zero_grad()
     whole = settings.grpo.model_copy(update={"micro_batch_size": 12})
     tokens = sum(sum(rollout.completion_mask) for rollout in batch.rollouts)
-    loss, expected = grpo._micro_loss(model, reference, environment, batch, slice(0, 12), whole, tokens)
+    loss, expected = grpo._micro_loss(model, reference, environment, batch, range(12), whole, tokens)
     loss.backward()
     difference = (found["g"] - gradients(model)).abs().max().item()
     assert difference <= 1e-5 * gradients(model).abs().max().item()

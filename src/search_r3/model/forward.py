@@ -33,7 +33,12 @@ _FEW_ROWS = range(12, 49)
 
 
 class Attention(Protocol):
-    """Where queries meet keys: `B x H x T x d` and twice `B x h x T x d` in, `B x H x T x d` out."""
+    """Where queries meet keys: `B x H x T x d` and twice `B x h x T x d` in, `B x H x T x d` out.
+
+    `keys` is the most keys that a query sees.
+    """
+
+    keys: int
 
     def __call__(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
         """Attend in one layer; `query` holds the last positions alone where the caller wants no others."""
@@ -63,30 +68,24 @@ class CausalAttention:
     def __init__(self, lengths: Tensor, prefix: Prefix | None = None, keep: bool = False) -> None:
         self.lengths, self.prefix, self.keep = lengths, prefix, keep
         self.kept: list[Tensor] = []  # per layer 2 x B x h x T x d
-        self._seen: Tensor | None = None
+        self.shared = len(prefix.ids) if prefix is not None else 0
+        self.keys = self.shared + int(lengths.max())
 
     def __call__(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
         """See `Attention`."""
         if self.keep:
             self.kept.append(torch.stack([key, value]))
-        shared = 0
         if self.prefix is not None:
             before = self.prefix.values[layer].unsqueeze(1).expand(-1, len(key), -1, -1, -1)
-            shared = before.shape[-2]
             key, value = torch.cat([before[0], key], dim=2), torch.cat([before[1], value], dim=2)
-        if query.shape[2] + shared < key.shape[2]:
-            return _one_query(query, key, value, self._visible(key.shape[2], shared), scale)
+        if query.shape[2] + self.shared < key.shape[2]:
+            places = torch.arange(key.shape[2], device=key.device)
+            return _one_query(query, key, value, places < (self.lengths + self.shared)[:, None], scale)
         # The causal kernels want as many queries as keys; those of the shared beginning are made up and thrown away.
-        query = F.pad(query, (0, 0, shared, 0))
+        query = F.pad(query, (0, 0, self.shared, 0))
         grouped = query.shape[1] != key.shape[1]
         attended = F.scaled_dot_product_attention(query, key, value, is_causal=True, scale=scale, enable_gqa=grouped)
-        return attended[:, :, shared:]
-
-    def _visible(self, keys: int, shared: int) -> Tensor:
-        if self._seen is None:
-            places = torch.arange(keys, device=self.lengths.device)
-            self._seen = places < (self.lengths + shared)[:, None]
-        return self._seen
+        return attended[:, :, self.shared :]
 
 
 def _one_query(query: Tensor, key: Tensor, value: Tensor, visible: Tensor, scale: float) -> Tensor:
@@ -195,6 +194,7 @@ def length_batches(sequences: Sequence[Sequence[int]], batch_tokens: int) -> Ite
         yield batch
 
 
+@torch.no_grad()
 def last_hidden(model: Any, ids: Tensor, positions: Tensor, last: Tensor, attention: Attention) -> Tensor:
     """The final norm's output at one position of each sequence.
 
@@ -235,7 +235,7 @@ def _drive(base: Any, ids: Tensor, positions: Tensor, last: Tensor, attention: A
     final = len(base.layers) - 1
     for number, layer in enumerate(base.layers):
         block = layer.self_attn
-        normed = layer.input_layernorm(hidden)
+        normed = _norm(layer.input_layernorm, hidden)
         key = _heads(block, "k", normed, rotation)
         value = _heads(block, "v", normed, None)
         if number == final:
@@ -244,13 +244,15 @@ def _drive(base: Any, ids: Tensor, positions: Tensor, last: Tensor, attention: A
             rotation = tuple(part[rows, last].unsqueeze(1) for part in rotation)
         query = _heads(block, "q", normed, rotation)
         attended = attention(number, query, key, value, block.scaling)
-        hidden = hidden + _linear(block.o_proj, attended.transpose(1, 2).flatten(2))
-        mlp, normed = layer.mlp, layer.post_attention_layernorm(hidden)
-        hidden = hidden + _linear(
-            mlp.down_proj, mlp.act_fn(_linear(mlp.gate_proj, normed)) * _linear(mlp.up_proj, normed)
-        )
-    out: Tensor = base.norm(hidden)[:, 0]
-    return out
+        hidden = hidden.add_(_linear(block.o_proj, attended.transpose(1, 2).flatten(2)))
+        mlp, normed = layer.mlp, _norm(layer.post_attention_layernorm, hidden)
+        gated = mlp.act_fn(_linear(mlp.gate_proj, normed)).mul_(_linear(mlp.up_proj, normed))
+        hidden = hidden.add_(_linear(mlp.down_proj, gated))
+    return _norm(base.norm, hidden)[:, 0]
+
+
+def _norm(layer: Any, values: Tensor) -> Tensor:
+    return F.rms_norm(values, values.shape[-1:], layer.weight, layer.variance_epsilon)
 
 
 def _heads(block: Any, name: str, hidden: Tensor, rotation: tuple[Tensor, ...] | None) -> Tensor:
@@ -259,11 +261,14 @@ def _heads(block: Any, name: str, hidden: Tensor, rotation: tuple[Tensor, ...] |
     projected = projected.view(*projected.shape[:-1], -1, block.head_dim)
     norm = getattr(block, f"{name}_norm", None)
     if norm is not None:
-        projected = norm(projected)
+        projected = _norm(norm, projected)
     if rotation is not None:
         cos, sin = rotation
         left, right = projected.chunk(2, dim=-1)
-        projected = projected * cos + torch.cat([-right, left], dim=-1) * sin
+        half = sin[..., : left.shape[-1]]  # both halves turn by the same angles
+        projected = projected * cos
+        projected[..., : left.shape[-1]].addcmul_(right, half, value=-1)
+        projected[..., left.shape[-1] :].addcmul_(left, half)
     return projected.transpose(1, 2)
 
 
@@ -296,11 +301,13 @@ def _own_attention(model: Any) -> Iterator[None]:
 def _call_attention(
     module: Any, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any, **options: Any
 ) -> tuple[Tensor, None]:
-    unknown = [name for name in ("sliding_window", "softcap", "s_aux") if options.get(name) is not None]
-    if unknown:
-        raise ModelError(
-            f"the attention of {type(module).__name__} uses {', '.join(unknown)}, which decoding here does not know; "
-            "choose a model with full attention in every layer"
-        )
     attend: Attention = options["search_r3_attention"]
+    unknown = [name for name in ("softcap", "s_aux") if options.get(name) is not None]
+    window = options.get("sliding_window")
+    if unknown or (window is not None and window < attend.keys):
+        what = unknown[0] if unknown else f"a sliding window of {window} tokens, and a sequence has {attend.keys}"
+        raise ModelError(
+            f"the attention of {type(module).__name__} uses {what}, which encoding here does not know; choose a model "
+            "with full attention, or lower max_length and max_new_tokens"
+        )
     return attend(module.layer_idx, query, key, value, options["scaling"]).transpose(1, 2), None

@@ -142,8 +142,7 @@ def update(
     sums: dict[str, float] = {}
     norm = 0.0
     for iteration in range(settings.num_iterations):
-        for start in range(0, len(rollouts), settings.micro_batch_size):
-            rows = slice(start, start + settings.micro_batch_size)
+        for rows in _micro_batches(rollouts, settings.micro_batch_size):
             loss, terms = _micro_loss(model, reference, environment, experience, rows, settings, tokens)
             if not torch.isfinite(loss):
                 raise RunError(f"the GRPO loss is {loss.item()}: lower grpo.learning_rate")
@@ -155,17 +154,23 @@ def update(
     return sums | {"grad_norm": norm}
 
 
+def _micro_batches(rollouts: Sequence[Rollout], size: int) -> list[list[int]]:
+    """Places of rollouts, of like length together so that little is padded."""
+    order = sorted(range(len(rollouts)), key=lambda i: len(rollouts[i].prompt_ids) + len(rollouts[i].completion_ids))
+    return [order[start : start + size] for start in range(0, len(order), size)]
+
+
 def _micro_loss(
     model: SearchR3,
     reference: Backbone | None,
     environment: RetrievalEnvironment,
     experience: Experience,
-    rows: slice,
+    rows: Sequence[int],
     settings: GRPOSettings,
     tokens: int,
 ) -> tuple[Tensor, dict[str, float]]:
     """The share of some rollouts in the batch's loss, and in its metrics."""
-    backbone, rollouts = model.backbone, experience.rollouts[rows]
+    backbone, rollouts = model.backbone, [experience.rollouts[row] for row in rows]
     batch = sequence_batch(backbone, rollouts)
     places = batch.sampled.nonzero(as_tuple=True)  # S rows, S positions that predict a sampled token
     tokens_chosen = batch.ids[places[0], places[1] + 1]  # S
@@ -178,7 +183,7 @@ def _micro_loss(
             logits = reference.logits(reference.hidden_states(batch.ids, batch.mask)[places])
             reference_logprobs = losses.chosen_logprobs(logits, tokens_chosen, temperature)
     sampler = batch.sampler_logprobs[places]
-    advantages = experience.advantages[rows].to(policy.device)[places[0]]
+    advantages = experience.advantages[list(rows)].to(policy.device)[places[0]]
     grpo = losses.grpo_loss(
         policy, sampler, advantages, settings.clip_epsilon, reference_logprobs, settings.kl_coefficient
     )
@@ -193,8 +198,10 @@ def _micro_loss(
     values = {name: float(term.detach()) / tokens for name, term in terms.items()}
     if settings.embedding_loss_weight > 0:
         vectors = vectors_at(hidden, batch.embed_positions)  # B x D
-        owners = per_rollout(experience.query_ids, settings.group_size)[rows]
-        embedding = embedding_loss(vectors, environment, owners, settings.contrastive_temperature)
+        owners = per_rollout(experience.query_ids, settings.group_size)
+        embedding = embedding_loss(
+            vectors, environment, [owners[row] for row in rows], settings.contrastive_temperature
+        )
         share = len(rollouts) / len(experience.rollouts)
         loss = loss + settings.embedding_loss_weight * embedding * share
         values["embedding_loss"] = embedding.item() * share
