@@ -88,11 +88,11 @@ class CausalAttention:
         return attended[:, :, self.shared :]
 
 
-def _one_query(query: Tensor, key: Tensor, value: Tensor, visible: Tensor, scale: float) -> Tensor:
+def _one_query(query: Tensor, key: Tensor, value: Tensor, visible: Tensor | None, scale: float) -> Tensor:
     """One position per sequence: `B x H x 1 x d`. Heads that share keys stand in the place of positions."""
     batch, heads, _, size = query.shape
     grouped = query.view(batch, key.shape[1], heads // key.shape[1], size)
-    mask = visible[:, None, None].expand(-1, -1, grouped.shape[2], -1)
+    mask = None if visible is None else visible[:, None, None].expand(-1, -1, grouped.shape[2], -1)
     attended = F.scaled_dot_product_attention(grouped, key, value, attn_mask=mask, scale=scale)
     return attended.reshape(batch, heads, 1, size)
 
@@ -132,14 +132,17 @@ class SlotAttention:
 
     Args:
         cache: it receives the new keys and values.
-        lengths: `B`, tokens already in each slot.
-        longest: the largest of them.
+        lengths: tokens already in each slot.
     """
 
-    def __init__(self, cache: SlotCache, lengths: Tensor, longest: int) -> None:
-        self.cache, self.lengths, self.keys = cache, lengths, longest + 1
-        self.rows = torch.arange(len(lengths), device=lengths.device)
-        self.visible = torch.arange(self.keys, device=lengths.device) <= lengths[:, None]
+    def __init__(self, cache: SlotCache, lengths: Sequence[int]) -> None:
+        device = cache.values.device
+        self.cache, self.keys = cache, max(lengths) + 1
+        self.lengths = torch.tensor(lengths, device=device)
+        self.rows = torch.arange(len(lengths), device=device)
+        self.visible = None
+        if min(lengths) + 1 < self.keys:
+            self.visible = torch.arange(self.keys, device=device) <= self.lengths[:, None]
 
     def __call__(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
         """See `Attention`; `T` is 1."""
