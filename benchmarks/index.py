@@ -21,7 +21,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import platform
 import subprocess
 import sys
 import tempfile
@@ -32,14 +31,11 @@ from statistics import median
 from typing import Any
 
 import numpy as np
+from common import machine, say, seconds
 
 SIZE, QUERIES, K, LATENT, BLOCK = 896, 64, 10, 64, 20_000
 ROUNDS_OF_UPDATES, SHARE = 20, 0.01
 GRAPHS = ("usearch", "faiss HNSW")
-
-
-def say(text: str) -> None:
-    print(text, file=sys.stderr, flush=True)
 
 
 def normalised(vectors: np.ndarray) -> np.ndarray:
@@ -204,12 +200,6 @@ class PeakMemory:
             time.sleep(0.02)
 
 
-def seconds(action: Any, *arguments: Any) -> float:
-    started = time.perf_counter()
-    action(*arguments)
-    return time.perf_counter() - started
-
-
 def work(name: str, folder: Path, threads: int, rounds: int) -> dict[str, Any]:
     """One contender, in this process."""
     import torch
@@ -296,7 +286,6 @@ def main() -> None:
     for result in results:
         for name, measured in result["contenders"].items():
             print(row(result["documents"], name, measured))
-    machine = {"cores": os.cpu_count(), "machine": platform.machine(), "python": platform.python_version()}
     record = {
         "benchmark": "index",
         "peer": "faiss IndexFlatIP",
@@ -307,7 +296,7 @@ def main() -> None:
             "ratios": {str(result["documents"]): result["pair"]["ratio"] for result in results},
             **{"size": SIZE, "k": K, "threads": options.threads, "quick": options.quick},
         },
-        "machine": machine,
+        "machine": machine(),
     }
     if options.out:
         options.out.parent.mkdir(parents=True, exist_ok=True)

@@ -10,13 +10,13 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
-import platform
 import subprocess
 import sys
 from pathlib import Path
 from statistics import median
 from typing import Any
+
+from common import machine, spread
 
 ROWS = ("bm25", "bm25+reasoning", "direct/sft", "reason/sft", "direct/rl", "reason/rl")
 QUICK = [
@@ -34,11 +34,6 @@ def run(seed: int, folder: Path, quick: bool) -> tuple[dict[str, Any], list[dict
     subprocess.run([*command, f"seed={seed}", f"run_dir={folder}", *(QUICK if quick else [])], check=True)
     rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     return json.loads((folder / "report.json").read_text()), [row for row in rows if row["stage"] == "grpo"]
-
-
-def spread(values: list[float], digits: int = 3) -> str:
-    """Median and range."""
-    return f"{median(values):.{digits}f} ({min(values):.{digits}f} to {max(values):.{digits}f})"
 
 
 def main() -> None:
@@ -77,10 +72,9 @@ def main() -> None:
     print("\n| what | median (range) |\n|---|---|")
     for name, value in facts.items():
         print(f"| {name} | {value} |")
-    machine = {"cores": os.cpu_count(), "machine": platform.machine(), "python": platform.python_version()}
     ratio = median([r["rows"]["reason/rl"]["ndcg@10"] / max(r["rows"]["direct/rl"]["ndcg@10"], 1e-9) for r in reports])
     record = {"benchmark": "quickstart", "peer": "direct/rl", "ratio": ratio, "unit": "nDCG@10", "runs": len(reports)}
-    print(json.dumps({**record, "settings": {"seeds": seeds, "quick": options.quick}, "machine": machine}))
+    print(json.dumps({**record, "settings": {"seeds": seeds, "quick": options.quick}, "machine": machine()}))
 
 
 if __name__ == "__main__":

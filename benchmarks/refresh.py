@@ -15,17 +15,16 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
-import platform
 import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from statistics import fmean, median
+from statistics import fmean
 from typing import Any
 
 import numpy as np
 import torch
+from common import machine, spread
 from scipy.stats import spearmanr
 
 from search_r3.config import Recipe, RefreshSettings, load_recipe
@@ -224,13 +223,6 @@ def final_ndcg(model: SearchR3, collection: Collection, recipe: Recipe) -> float
     ).mean("ndcg@10")
 
 
-def spread(values: Sequence[float], digits: int = 3) -> str:
-    """Median and, of more than one value, the range."""
-    if len(values) == 1:
-        return f"{values[0]:.{digits}f}"
-    return f"{median(values):.{digits}f} ({min(values):.{digits}f} to {max(values):.{digits}f})"
-
-
 def mean_of(record: dict[str, Any], name: str, key: str) -> float:
     """The mean over the steps of what a policy's rows hold."""
     return fmean(row[key] for row in record["policies"][name])
@@ -359,10 +351,9 @@ def main() -> None:
         print_trainings(results, documents, first.grpo.steps)
     record = groups[rates[0]][0]
     share = mean_of(record, f"selective {100 * options.budgets[-1]:g}%", "documents") / documents
-    machine = {"cores": os.cpu_count(), "machine": platform.machine(), "python": platform.python_version()}
     result = {"benchmark": "refresh", "peer": "full", "ratio": share, "unit": "documents encoded", "runs": len(seeds)}
     settings = {"recipe": options.recipe, "seeds": seeds, "learning_rates": rates, "quick": options.quick}
-    print(json.dumps({**result, "settings": settings, "machine": machine}))
+    print(json.dumps({**result, "settings": settings, "machine": machine()}))
 
 
 def as_training(record: dict[str, Any]) -> dict[str, Any]:

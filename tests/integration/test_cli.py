@@ -3,14 +3,24 @@
 from __future__ import annotations
 
 import json
+import logging
+import re
 import subprocess
 import sys
+from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
 
-from search_r3 import cli
-from tests.conftest import small_collection
+from search_r3 import cli, console
+from search_r3.evaluation.search import Answer
+from search_r3.model.encoder import SearchR3
+from search_r3.retrieval import corpus
+from search_r3.retrieval.index import ExactIndex
+from tests.conftest import save_tiny, small_collection
 
 SMALL = [
     "max_length=120", "max_new_tokens=16", "sft.steps=120", "sft.learning_rate=1e-2", "sft.batch_size=4",
@@ -90,6 +100,11 @@ def test_a_complete_quickstart_is_shown_again_and_not_run_again(
     assert "cannot resume: seed is 5 now but 0" in capsys.readouterr().err
 
 
+def ranked(out: str) -> list[str]:
+    """The lines of a search's table of documents."""
+    return [line for line in out.splitlines() if line.strip().startswith(("0.", "1.", "-0."))]
+
+
 def test_search_shows_reasoning_and_ranked_documents(
     run_dir: Path, collection_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:
@@ -97,8 +112,8 @@ def test_search_shows_reasoning_and_ranked_documents(
     args = ["search", run_dir / "model", "--collection", collection_path, "-k", 3]
     assert call(monkeypatch, *args, query) == 0
     out = capsys.readouterr().out
-    assert "reasoning (" in out
-    assert sum(line.strip().startswith(("0.", "1.", "-0.")) for line in out.splitlines()) == 3
+    assert re.search(r"^reasoning: \S.* \(\d+ tokens\)$", out, re.MULTILINE)
+    assert len(ranked(out)) == 3
     assert call(monkeypatch, *args, query, "--mode", "direct") == 0
     assert "reasoning" not in capsys.readouterr().out
 
@@ -148,6 +163,154 @@ def test_the_parts_give_the_same_model_as_quickstart(
     assert call(monkeypatch, "sft", *SMALL, *where) == 2, "a stage that has begun is not begun again"
 
 
+@pytest.fixture
+def encoded(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The documents that models encode, collected; commands encode them in blocks of 8."""
+    texts: list[str] = []
+    whole = SearchR3.encode_document
+
+    def encode(self: SearchR3, documents: list[str], **options: Any) -> Any:
+        texts.extend(text for text in documents if text != corpus.PROBE)
+        return whole(self, documents, **options)
+
+    monkeypatch.setattr(SearchR3, "encode_document", encode)
+    monkeypatch.setattr(corpus, "encode_corpus", partial(corpus.encode_corpus, block_size=8))
+    return texts
+
+
+def test_an_encoded_collection_is_searched_without_encoding_it_again(
+    run_dir: Path, collection_path: Path, tmp_path: Path, encoded: list[str], monkeypatch: Any, capsys: Any
+) -> None:
+    model, index = run_dir / "model", tmp_path / "[1]" / "index"
+    assert call(monkeypatch, "encode", model, index, "-c", collection_path) == 0
+    assert re.search(
+        r"/\[1\]/index: 40 vectors of size 32 as float16; [\d,.]+/s, [\d,]+ tokens/s", capsys.readouterr().out
+    )
+    texts = small_collection().texts()
+    assert encoded == list(texts.values())
+    vectors = SearchR3(model, device="cpu").encode_document(list(texts.values()))
+    np.testing.assert_allclose(ExactIndex.load(index).vectors(list(texts)), vectors, atol=1e-3)
+    search = ["search", model, "where is the red house?", "-c", collection_path, "-k", 3]
+    assert call(monkeypatch, *search) == 0
+    expected = ranked(capsys.readouterr().out)
+    encoded.clear()
+    assert call(monkeypatch, *search, "--index", index) == 0
+    assert [line.split()[1] for line in ranked(capsys.readouterr().out)] == [line.split()[1] for line in expected]
+    assert encoded == []
+    assert call(monkeypatch, "encode", model, tmp_path / "wide", "-c", collection_path, "--dtype", "float32") == 0
+    assert ExactIndex.load(tmp_path / "wide").dtype == "float32"
+
+
+def test_encode_goes_on_where_it_was_stopped(
+    tiny_path: Path, collection_path: Path, tmp_path: Path, encoded: list[str], monkeypatch: Any, capsys: Any
+) -> None:
+    args = ["encode", tiny_path, tmp_path / "index", "-c", collection_path]
+    texts = list(small_collection().texts().values())
+    with monkeypatch.context() as patch:
+        whole = SearchR3.encode_document
+
+        def stopped(self: SearchR3, documents: list[str], **options: Any) -> Any:
+            if texts[20] in documents:
+                raise KeyboardInterrupt
+            return whole(self, documents, **options)
+
+        patch.setattr(SearchR3, "encode_document", stopped)
+        assert call(patch, *args) == 130
+    assert "encode with the same command" in capsys.readouterr().err
+    encoded.clear()
+    assert call(monkeypatch, *args) == 0
+    assert "16 of 40 documents are encoded already" in capsys.readouterr().out
+    assert encoded == texts[16:]
+    assert call(monkeypatch, *args) == 0
+    assert "40 of 40 documents are encoded already" in capsys.readouterr().out
+    assert encoded == texts[16:]
+
+
+def test_encode_reads_the_built_in_collection(
+    tiny_path: Path, tmp_path: Path, encoded: list[str], monkeypatch: Any
+) -> None:
+    monkeypatch.setattr("search_r3.data.atlas.BUILT_IN", {"atlas": small_collection})
+    assert call(monkeypatch, "encode", tiny_path, tmp_path / "index") == 0
+    assert len(encoded) == 40
+
+
+def test_an_index_of_another_model_or_collection_is_not_searched(
+    tiny_path: Path, collection_path: Path, tokenizer: Any, tmp_path: Path, monkeypatch: Any, capsys: Any
+) -> None:
+    index, other, changed = tmp_path / "index", tmp_path / "other", tmp_path / "changed"
+    save_tiny(other, tokenizer, "llama")
+    small_collection().save(changed)
+    corpus_file = changed / "corpus.jsonl"
+    corpus_file.write_text(corpus_file.read_text().replace("white chair", "brown chair"))
+    assert call(monkeypatch, "encode", tiny_path, index, "-c", collection_path) == 0
+    before = {path.name: path.read_bytes() for path in index.iterdir()}
+    for args, message in (
+        (["search", tiny_path, "x", "-c", changed, "--index", index], "was encoded from other documents"),
+        (["search", other, "x", "-c", collection_path, "--index", index], "was encoded by another model"),
+        (["search", tiny_path, "x", "-c", collection_path, "--index", tmp_path], "holds no index; encode the corpus"),
+        (["encode", tiny_path, index, "-c", changed], "was encoded from other documents"),
+        (["encode", other, index, "-c", collection_path], "was encoded by another model"),
+        (["encode", tiny_path, index, "-c", collection_path, "--dtype", "float32"], "as float16, not as float32"),
+    ):
+        assert call(monkeypatch, *args) == 2, args
+        err = capsys.readouterr().err.strip().splitlines()
+        assert err[-1].startswith("error: ") and message in err[-1], (args, err)
+        assert {path.name: path.read_bytes() for path in index.iterdir()} == before
+
+
+def test_export_writes_a_sentence_transformers_directory_once(
+    tiny_path: Path, tmp_path: Path, monkeypatch: Any, capsys: Any
+) -> None:
+    out = tmp_path / "out"
+    assert call(monkeypatch, "export", tiny_path, out, "--dtype", "float16") == 0
+    assert "SentenceTransformer(" in capsys.readouterr().out
+    assert (out / "modules.json").exists()
+    from safetensors import safe_open
+
+    with safe_open(out / "model.safetensors", "np") as weights:
+        assert {weights.get_tensor(name).dtype for name in weights.keys()} == {np.dtype("float16")}
+    before = {path.name: path.stat().st_mtime_ns for path in out.iterdir()}
+    assert call(monkeypatch, "export", tiny_path, out) == 2
+    assert "exists; nothing is overwritten" in capsys.readouterr().err
+    assert {path.name: path.stat().st_mtime_ns for path in out.iterdir()} == before
+
+
+def test_reasoning_is_shown_while_it_is_written(capsys: pytest.CaptureFixture) -> None:
+    shown = []
+
+    def pieces() -> Iterator[str | Answer]:
+        for piece in ("It [is]", " the\n", "  red", " house."):
+            yield piece
+            shown.append(capsys.readouterr().out)
+        yield Answer("It [is] the\n  red house.", 9, True, True, [(small_collection().documents["d00"], 0.5)])
+
+    console.show_answer(pieces())
+    assert shown == ["reasoning: It [is]", " the\n", "  red", " house."]
+    end = capsys.readouterr().out
+    assert end.startswith(" (9 tokens)\n")
+    assert "it was forced" in end and "lost its end" in end
+    assert ranked(end)
+
+
+def test_the_speed_is_that_of_what_is_done_now(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = iter([0.0, 10.0, 12.0, 14.0, 14.0])
+    monkeypatch.setattr("search_r3.console.time.perf_counter", lambda: next(clock))
+    with console.bar("documents") as bar:
+        bar.begin(100, 50)
+        bar.advance(20, 600)
+        bar.advance(20, 200)
+        assert bar.speed == "10.0/s, 200 tokens/s"
+
+
+def test_a_warning_that_every_block_repeats_is_shown_once() -> None:
+    shown = cli._first_of_its_kind()
+    records = [
+        logging.LogRecord(name, logging.WARNING, "", 0, text, (number,), None)
+        for name, text, number in (("a", "%d cut", 3), ("a", "%d cut", 4), ("a", "%d lost", 4), ("b", "%d cut", 4))
+    ]
+    assert [shown(record) for record in records] == [True, False, True, True]
+
+
 def broken_collection(folder: Path) -> Path:
     small_collection().save(folder)
     with (folder / "corpus.jsonl").open("a") as file:
@@ -178,6 +341,9 @@ def test_bad_input_is_one_line_and_status_2(
         (["base", broken], "exists; nothing is overwritten"),
         (["grpo", *fresh, "--model", tiny_path, "max_new_tokens=1"], "emitted the embed token within 1 tokens"),
         (["sft", *fresh, "--recipe", tmp_path / "no.yaml"], "cannot read the recipe"),
+        (["encode", tiny_path, tmp_path / "i", "-c", broken], "corpus.jsonl:41: not valid JSON"),
+        (["encode", tiny_path, tmp_path / "i", "-c", tmp_path / "no"], "corpus.jsonl: No such file or directory"),
+        (["export", tiny_path, broken], "exists; nothing is overwritten"),
     ]
     for args, message in cases:
         assert call(monkeypatch, *args) == 2, args
@@ -198,7 +364,7 @@ def test_the_installed_command_answers_help_and_errors(tmp_path: Path) -> None:
     command = Path(sys.executable).with_name("search-r3")
     shown = subprocess.run([command, "--help"], capture_output=True, text=True)
     assert shown.returncode == 0
-    for name in ("quickstart", "data", "base", "sft", "grpo", "evaluate", "search"):
+    for name in ("quickstart", "data", "base", "sft", "grpo", "evaluate", "encode", "export", "search"):
         assert name in shown.stdout
     failed = subprocess.run(
         [command, "sft", "grpo.stps=1", f"run_dir={tmp_path / 'x'}"], capture_output=True, text=True

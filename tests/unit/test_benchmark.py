@@ -100,3 +100,16 @@ def test_a_searcher_returns_documents_best_first(model: SearchR3, collection: Co
     assert len(scores) == 7
     assert scores == sorted(scores, reverse=True)
     assert answer.reasoning == ""
+
+
+def test_a_search_that_streams_ends_with_the_same_answer(model: SearchR3, collection: Collection) -> None:
+    favour(model.backbone, model.backbone.tokenizer.convert_tokens_to_ids("a"), 50.0)
+    index = index_documents(model, collection)
+    searcher = Searcher(model, collection, index)
+    assert searcher.index is index, "what is encoded is not encoded again"
+    *pieces, answer = searcher.stream("where is the red house?", k=7)
+    whole = searcher.search("where is the red house?", k=7)
+    assert len(pieces) > 5
+    assert "".join(pieces) == answer.reasoning == whole.reasoning
+    assert [document for document, _ in answer.documents] == [document for document, _ in whole.documents]
+    assert (answer.reasoning_tokens, answer.forced, answer.truncated) == (whole.reasoning_tokens, whole.forced, False)

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from search_r3.data.collection import Collection
+from search_r3.data.collection import Collection, CorpusFile, iter_documents
 from search_r3.errors import DataError
 from search_r3.files import atomic_directory, write_text
 
@@ -56,6 +56,22 @@ def test_a_real_collection_with_an_empty_document_loads_when_told_so(tmp_path: P
         out.write('{"_id": "x", "text": ""}\n')
     loaded = Collection.load(tmp_path / "c", skip_empty_documents=True)
     assert set(loaded.documents) == set(collection.documents)
+
+
+def test_a_corpus_is_read_one_line_at_a_time_and_as_often_as_wanted(tmp_path: Path, collection: Collection) -> None:
+    collection.save(tmp_path / "c")
+    path = tmp_path / "c" / "corpus.jsonl"
+    texts = CorpusFile(path)
+    assert [*texts] == [*texts] == [*collection.texts().items()]
+    assert collection.texts()["d00"] == "red house This one is about a red house."
+    with path.open("a") as out:
+        out.write('{"_id": "x", "text": ""}\n{"_id": "x", "text": ""}\n')
+    documents = iter_documents(path)
+    assert [next(documents) for _ in range(40)] == [*collection.documents.values()], "the lines after are not read yet"
+    with pytest.raises(DataError, match=r"corpus.jsonl:41: document 'x' has no text"):
+        next(documents)
+    with pytest.raises(DataError, match=r"corpus.jsonl:42: the _id 'x' stands on an earlier line too"):
+        list(iter_documents(path, skipped=set()))
 
 
 def test_missing_files_and_splits_are_named(tmp_path: Path, collection: Collection) -> None:

@@ -12,7 +12,19 @@ import pytest
 import search_r3
 
 PACKAGE = Path(search_r3.__file__).parent
-ROOMS = ["errors", "files", "config", "data", "model", "retrieval", "environment", "training", "evaluation", "cli"]
+ROOMS = [
+    "errors",
+    "files",
+    "config",
+    "data",
+    "model",
+    "retrieval",
+    "environment",
+    "training",
+    "evaluation",
+    "console",
+    "cli",
+]
 LOOPS = {"train_sft": 150, "train_grpo": 150, "train_base": 150}
 SOURCES = sorted(PACKAGE.rglob("*.py"))
 
@@ -60,14 +72,19 @@ def test_files_and_functions_keep_their_size_budgets() -> None:
     assert not excess
 
 
-def test_only_the_command_line_prints() -> None:
-    printing = [
-        path.name
-        for path in SOURCES
-        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
-        if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "print"
-    ]
-    assert set(printing) == {"cli.py"}
+def prints(node: ast.AST) -> bool:
+    """Whether it calls `print`, or imports rich, through which the rest is shown."""
+    if isinstance(node, ast.ImportFrom):
+        return (node.module or "").split(".")[0] == "rich"
+    if isinstance(node, ast.Import):
+        return any(alias.name.split(".")[0] == "rich" for alias in node.names)
+    return isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "print"
+
+
+def test_only_the_console_prints_and_only_the_command_line_uses_it() -> None:
+    trees = {path.name: ast.parse(path.read_text(encoding="utf-8")) for path in SOURCES}
+    assert {name for name, tree in trees.items() if any(map(prints, ast.walk(tree)))} == {"console.py"}
+    assert {path.name for path in SOURCES if "console" in imported_rooms(path)} == {"cli.py"}
 
 
 def test_importing_the_package_and_help_load_no_torch() -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -68,6 +68,10 @@ class Collection:
             raise DataError(f"collection {self.name!r} has no split {name!r}; it has: {', '.join(sorted(self.qrels))}")
         return self.qrels[name]
 
+    def texts(self) -> dict[str, str]:
+        """doc_id -> full text, in the order of the documents."""
+        return {doc_id: document.full_text for doc_id, document in self.documents.items()}
+
     def content_hash(self) -> str:
         """SHA-256 (hex) over documents, queries and judgements, independent of their order on disk."""
         digest = hashlib.sha256()
@@ -94,18 +98,11 @@ class Collection:
         folder = Path(folder)
         if not folder.is_dir():
             raise DataError(f"no collection at {folder}: expected a folder with corpus.jsonl, queries.jsonl and qrels/")
-        documents: dict[str, Document] = {}
         empty: set[str] = set()
-        for place, row in _rows(folder / "corpus.jsonl", documents):
-            title, text = _string(row, "title", place, ""), _string(row, "text", place)
-            if not (title + text).strip():
-                if skip_empty_documents:
-                    empty.add(row["_id"])
-                    continue
-                raise DataError(f"{place}: document {row['_id']!r} has no text; remove it or skip_empty_documents")
-            documents[row["_id"]] = Document(row["_id"], text, title)
+        corpus = iter_documents(folder / "corpus.jsonl", empty if skip_empty_documents else None)
+        documents = {document.doc_id: document for document in corpus}
         queries: dict[str, Query] = {}
-        for place, row in _rows(folder / "queries.jsonl", queries):
+        for place, row in _rows(folder / "queries.jsonl"):
             text = _string(row, "text", place)
             if not text.strip():
                 raise DataError(f"{place}: query {row['_id']!r} has no text; remove it or give it text")
@@ -141,9 +138,44 @@ class Collection:
                         file.writelines(f"{query_id}\t{doc_id}\t{score}\n" for doc_id, score in relevance.items())
 
 
-def _rows(path: Path, seen: Mapping[str, object]) -> Any:
-    """Yield `(place, row)` for a corpus or queries file, with the `_id` checked against those seen so far."""
-    empty = True
+@dataclass(frozen=True)
+class CorpusFile:
+    """Pairs of doc_id and full text, read from a `corpus.jsonl` anew in every iteration, so that none needs to be held.
+
+    Raises:
+        DataError: in an iteration, as `iter_documents`.
+    """
+
+    path: Path
+
+    def __iter__(self) -> Iterator[tuple[str, str]]:
+        return ((document.doc_id, document.full_text) for document in iter_documents(self.path))
+
+
+def iter_documents(path: Path, skipped: set[str] | None = None) -> Iterator[Document]:
+    """The documents of a `corpus.jsonl`, one line at a time.
+
+    Args:
+        path: the file.
+        skipped: takes the ids of documents without any text, which are left out; without it they raise.
+
+    Raises:
+        DataError: the file is missing or empty, an id is missing or doubled, a text is empty or a line is not JSON;
+            file and line are named.
+    """
+    for place, row in _rows(path):
+        title, text = _string(row, "title", place, ""), _string(row, "text", place)
+        if (title + text).strip():
+            yield Document(row["_id"], text, title)
+        elif skipped is not None:
+            skipped.add(row["_id"])
+        else:
+            raise DataError(f"{place}: document {row['_id']!r} has no text; remove it or skip_empty_documents")
+
+
+def _rows(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Yield `(place, row)` for a corpus or queries file, with the `_id` checked."""
+    seen: set[str] = set()
     for number, row in read_jsonl(path):
         place = f"{path}:{number}"
         row_id = _string(row, "_id", place)
@@ -151,9 +183,9 @@ def _rows(path: Path, seen: Mapping[str, object]) -> Any:
             raise DataError(f"{place}: the _id {row_id!r} is empty or holds a tab or a line break")
         if row_id in seen:
             raise DataError(f"{place}: the _id {row_id!r} stands on an earlier line too; ids must be unique")
-        empty = False
+        seen.add(row_id)
         yield place, row
-    if empty:
+    if not seen:
         raise DataError(f"{path}: the file has no rows")
 
 

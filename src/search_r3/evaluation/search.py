@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 from ..data.collection import Collection, Document
-from ..model.encoder import SearchR3
+from ..model.encoder import QueryEmbeddings, SearchR3
 from ..model.prompts import Mode
-from .benchmark import Progress, index_documents
+from ..retrieval.index import ExactIndex
+from .benchmark import index_documents
 
 
 @dataclass(frozen=True)
@@ -26,13 +28,13 @@ class Searcher:
 
     Args:
         model: the model.
-        collection: what is searched; it is encoded here.
-        progress: called with the number of documents encoded, after each batch.
+        collection: what is searched.
+        index: the collection as this model encoded it; without it, it is encoded here.
     """
 
-    def __init__(self, model: SearchR3, collection: Collection, progress: Progress | None = None) -> None:
+    def __init__(self, model: SearchR3, collection: Collection, index: ExactIndex | None = None) -> None:
         self.model, self.collection = model, collection
-        self.index = index_documents(model, collection, progress=progress)
+        self.index = index or index_documents(model, collection)
 
     def search(self, query: str, mode: Mode = "reason", k: int = 10) -> Answer:
         """Rank the documents for one query.
@@ -40,7 +42,18 @@ class Searcher:
         Raises:
             DataError: the query is empty.
         """
-        encoded = self.model.encode_query([query], mode)
+        return self._answer(self.model.encode_query([query], mode), k)
+
+    def stream(self, query: str, mode: Mode = "reason", k: int = 10) -> Iterator[str | Answer]:
+        """Pieces of the reasoning as the model writes them, then the answer that `search` gives.
+
+        Raises:
+            DataError: the query is empty.
+        """
+        for piece in self.model.stream_query(query, mode):
+            yield piece if isinstance(piece, str) else self._answer(piece, k)
+
+    def _answer(self, encoded: QueryEmbeddings, k: int) -> Answer:
         found = self.index.search(encoded.vectors, k)
         documents = [
             (self.collection.documents[doc_id], float(score))

@@ -120,7 +120,7 @@ class ExactIndex:
             raise VectorIndexError("an index needs at least one document; the corpus is empty")
         if dtype not in _DTYPES:
             raise VectorIndexError(f"an index cannot hold {dtype!r}; choose one of {', '.join(_DTYPES)}")
-        order = np.array(sorted(range(len(doc_ids)), key=lambda i: doc_ids[i], reverse=True), dtype=np.int64)
+        order = descending(doc_ids)
         vectors = _shaped(vectors, len(doc_ids), None)
         self._tensor = torch.empty(vectors.shape, dtype=_DTYPES[dtype], device=device)  # N x D
         self._label([doc_ids[i] for i in order], np.full(len(doc_ids), version, dtype=np.int64))
@@ -298,12 +298,8 @@ class ExactIndex:
 
     def writers(self) -> dict[str, storage.Writer]:
         """What writes each data file of a saved index."""
-        doc_ids = list(self.doc_ids)
-        return {
-            "vectors.npy": storage.write_array(self._tensor, self.block),
-            "encoded_at_version.npy": storage.write_array(torch.from_numpy(self.encoded_at_version), len(self)),
-            "doc_ids.json": lambda path: write_json(path, doc_ids),
-        }
+        labels = label_writers(self.doc_ids, self.encoded_at_version)
+        return {"vectors.npy": storage.write_array(self._tensor, self.block), **labels}
 
     def facts(self) -> dict[str, Any]:
         """What the manifest of a saved index says about it."""
@@ -365,6 +361,19 @@ class ExactIndex:
         for start, scores in self._products(queries):
             best.add(start, scores, k)
         return best.rows, best.scores
+
+
+def descending(doc_ids: Sequence[str]) -> Rows:
+    """The place in `doc_ids` of each row of an index, `N`."""
+    return np.array(sorted(range(len(doc_ids)), key=doc_ids.__getitem__, reverse=True), dtype=np.int64)
+
+
+def label_writers(doc_ids: Sequence[str], versions: NDArray[np.int64]) -> dict[str, storage.Writer]:
+    """What writes each data file of a saved index but the vectors."""
+    return {
+        "encoded_at_version.npy": storage.write_array(torch.from_numpy(versions), len(versions)),
+        "doc_ids.json": lambda path: write_json(path, list(doc_ids)),
+    }
 
 
 def _shaped(vectors: Array, rows: int | None, dimension: int | None) -> Array:

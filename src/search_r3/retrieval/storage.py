@@ -12,10 +12,10 @@ import json
 import os
 import re
 import secrets
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence, Set
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 import torch
@@ -26,60 +26,95 @@ from ..files import write_json
 
 FORMAT = 1
 MANIFEST = "manifest.json"
+UNFINISHED = "unfinished.json"
+"""The manifest of a state whose data files are still being filled; the next save deletes it."""
 # Names of this module's making, and the scratch files of JSON whose writing was killed.
-_OURS = re.compile(r"[a-z0-9_]+-[0-9a-f]{16}\.(npy|json|graph)|\.(manifest|[a-z0-9_]+-[0-9a-f]{16})\.json\..*")
+_OURS = re.compile(
+    r"[a-z0-9_]+-[0-9a-f]{16}\.(npy|json|graph)|unfinished\.json|"
+    r"\.(manifest|unfinished|[a-z0-9_]+-[0-9a-f]{16})\.json\..*"
+)
 
 Writer = Callable[[Path], None]
 
 
-def save_state(folder: Path, writers: Mapping[str, Writer], facts: Mapping[str, Any]) -> None:
+def save_state(
+    folder: Path, writers: Mapping[str, Writer | Path], facts: Mapping[str, Any], name: str = MANIFEST
+) -> dict[str, Path]:
     """Write a state atomically.
 
     Args:
         folder: made if missing; files of other origin in it are left alone.
-        writers: `name.suffix` of each data file -> what writes it at the path it is given.
+        writers: `name.suffix` of each data file -> what writes it at the path it is given, or where it stands in
+            `folder` already.
         facts: further entries of the manifest.
+        name: of the manifest.
+
+    Returns:
+        `name.suffix` -> path of each data file.
 
     Raises:
         VectorIndexError: the disk refuses a write; the state that stood in `folder` is unchanged.
     """
     folder = Path(folder)
     token = secrets.token_hex(8)
-    files: dict[str, str] = {}
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        for name, write in writers.items():
-            stem, suffix = name.rsplit(".", 1)
-            path = folder / f"{stem}-{token}.{suffix}"
-            write(path)
-            _flush(path)
-            files[name] = path.name
-        write_json(folder / MANIFEST, {"format": FORMAT, **facts, "files": files})
-    except OSError as error:
-        for path in folder.glob(f"*-{token}.*"):
-            path.unlink(missing_ok=True)
-        raise VectorIndexError(
-            f"cannot save the index to {folder}: {error.strerror or error}; the state saved there before is unchanged; "
-            "free some space or choose another folder"
-        ) from error
+    paths: dict[str, Path] = {}
+    with writable(folder):
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            for file, write in writers.items():
+                if isinstance(write, Path):
+                    paths[file] = write
+                else:
+                    stem, suffix = file.rsplit(".", 1)
+                    paths[file] = folder / f"{stem}-{token}.{suffix}"
+                    write(paths[file])
+                _flush(paths[file])
+            files = {file: path.name for file, path in paths.items()}
+            write_json(folder / name, {"format": FORMAT, **facts, "files": files})
+        except OSError:
+            for path in folder.glob(f"*-{token}.*"):
+                path.unlink(missing_ok=True)
+            raise
     _flush(folder)
+    sweep(folder, {name, *files.values()})
+    return paths
+
+
+def sweep(folder: Path, keep: Set[str]) -> None:
+    """Delete what earlier and killed saves left in `folder`; `keep` are the names of the files of its state."""
     for path in folder.iterdir():
-        if _OURS.fullmatch(path.name) and path.name not in files.values():
+        if _OURS.fullmatch(path.name) and path.name not in keep:
             # Windows refuses to delete a file that is still mapped; the next save deletes it.
             with suppress(OSError):
                 path.unlink()
 
 
-def read_manifest(folder: Path) -> tuple[dict[str, Any], dict[str, Path]]:
+def read_manifest(folder: Path, name: str = MANIFEST) -> tuple[dict[str, Any], dict[str, Path]]:
     """The manifest of the state in `folder`, and `name.suffix` -> path of its data files.
 
     Raises:
         OSError, ValueError, KeyError, TypeError: there is no such state; call it within `readable`.
     """
-    manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+    manifest = json.loads((folder / name).read_text(encoding="utf-8"))
     if manifest["format"] != FORMAT:
         raise ValueError(f"its format is {manifest['format']!r}, this version reads {FORMAT}")
-    return manifest, {name: folder / file for name, file in manifest["files"].items()}
+    return manifest, {file: folder / path for file, path in manifest["files"].items()}
+
+
+@contextmanager
+def writable(folder: Path) -> Iterator[None]:
+    """Turn what a full or read-only disk raises into one error that names the folder.
+
+    Raises:
+        VectorIndexError: the block raised an OSError.
+    """
+    try:
+        yield
+    except OSError as error:
+        raise VectorIndexError(
+            f"cannot save the index to {folder}: {error.strerror or error}; the state saved there before is unchanged; "
+            "free some space and try again, or choose another folder"
+        ) from error
 
 
 @contextmanager
@@ -94,7 +129,7 @@ def readable(folder: Path) -> Iterator[None]:
     except (OSError, ValueError, KeyError, TypeError, AttributeError, EOFError, RuntimeError) as error:
         what = f"no {error} in it" if isinstance(error, KeyError) else error
         raise VectorIndexError(
-            f"{folder} holds no usable index ({what}); encode the corpus again and save the index there"
+            f"{folder} holds no usable index ({what}); encode the corpus again and save the index in an empty folder"
         ) from error
 
 
@@ -103,13 +138,39 @@ def write_array(values: torch.Tensor, rows: int) -> Writer:
 
     def write(path: Path) -> None:
         with path.open("wb") as file:
-            descr = np.lib.format.dtype_to_descr(values[:0].cpu().numpy().dtype)
-            header = {"descr": descr, "fortran_order": False, "shape": tuple(values.shape)}
-            np.lib.format.write_array_header_1_0(file, header)
+            _write_header(file, values[:0].cpu().numpy().dtype, tuple(values.shape))
             for start in range(0, len(values), rows):
                 file.write(values[start : start + rows].cpu().numpy().data)
 
     return write
+
+
+def reserve_array(shape: tuple[int, int], dtype: str) -> Writer:
+    """A writer of an `.npy` of zeros for `write_rows` to fill; where the system can, it takes all its space now."""
+
+    def write(path: Path) -> None:
+        with path.open("wb") as file:
+            _write_header(file, np.dtype(dtype), shape)
+            size = file.tell() + shape[0] * shape[1] * np.dtype(dtype).itemsize
+            if hasattr(os, "posix_fallocate"):
+                os.posix_fallocate(file.fileno(), 0, size)
+            file.truncate(size)
+
+    return write
+
+
+def write_rows(path: Path, rows: Sequence[int], values: NDArray[Any]) -> None:
+    """Put `values`, `len(rows) x D`, into these rows of the `.npy` that `reserve_array` wrote with their dtype.
+
+    Not through a memory map: where the disk is full, writing to one ends the process.
+    """
+    with path.open("r+b") as file:
+        np.lib.format.read_magic(file)
+        np.lib.format.read_array_header_1_0(file)
+        start = file.tell()
+        for row, value in zip(rows, values, strict=True):
+            file.seek(start + row * value.nbytes)
+            file.write(value.data)
 
 
 def read_array(path: Path, shape: tuple[int, ...], dtype: str, *, mmap: bool = False) -> NDArray[Any]:
@@ -122,6 +183,11 @@ def read_array(path: Path, shape: tuple[int, ...], dtype: str, *, mmap: bool = F
     if array.shape != shape or array.dtype != np.dtype(dtype):
         raise ValueError(f"{path.name} holds {array.dtype} of shape {array.shape}, not {dtype} of shape {shape}")
     return array
+
+
+def _write_header(file: BinaryIO, dtype: np.dtype[Any], shape: tuple[int, ...]) -> None:
+    header = {"descr": np.lib.format.dtype_to_descr(dtype), "fortran_order": False, "shape": shape}
+    np.lib.format.write_array_header_1_0(file, header)
 
 
 def _flush(path: Path) -> None:
