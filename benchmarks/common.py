@@ -171,7 +171,7 @@ def add_arguments(parser: argparse.ArgumentParser, runs: int) -> None:
 def prepare(options: argparse.Namespace) -> None:
     """No downloads, no progress bars, as many threads as asked for."""
     os.environ["HF_HUB_OFFLINE"] = "1"
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    os.environ["RAYON_NUM_THREADS"] = str(options.threads)  # of the tokenizers
     import torch
     import transformers
 

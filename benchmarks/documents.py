@@ -1,7 +1,7 @@
 """Encoding documents: ours beside sentence-transformers with the same weights, in speed and in memory.
 
     pip install search-r3[benchmarks]
-    python benchmarks/documents.py --data DATA                        # half an hour on two cores
+    python benchmarks/documents.py --data DATA                        # an hour on two cores
     python benchmarks/documents.py --data DATA --shape 12x768 --documents 256 --out runs/documents.json
     python benchmarks/documents.py --data DATA --quick                # within a minute
 
@@ -211,8 +211,8 @@ def main() -> None:
         parser.add_argument(f"--{hidden}", type=kind, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.quick:
-        options.shape, options.vocabulary, options.documents = Shape(2, 128), 2048, 64
-        options.batch_sizes, options.runs = [16, 32], min(options.runs, 3)
+        options.shape, options.vocabulary, options.documents = Shape(2, 128), 2048, 32
+        options.batch_sizes, options.runs = [16, 32], min(options.runs, 2)
     need("torch", "transformers", "sentence_transformers")
     prepare(options)
     if options.worker:

@@ -139,7 +139,7 @@ def main() -> None:
     parser.add_argument("--batch-sizes", type=int, nargs="+", default=[8, 16, 32, 64, 128], help="the peer's choice")
     options = parser.parse_args()
     if options.quick:
-        options.shape, options.vocabulary, options.queries, options.singles = Shape(2, 128), 2048, 48, 6
+        options.shape, options.vocabulary, options.queries, options.singles = Shape(2, 128), 2048, 40, 5
         options.batch_sizes, options.runs = [16, 32], min(options.runs, 2)
     need("torch", "transformers")
     prepare(options)

@@ -354,6 +354,14 @@ def test_a_tokenizer_that_merges_prompt_and_text_is_refused(tmp_path: Path, back
     assert not (tmp_path / "export").exists()
 
 
+def test_an_export_that_would_read_special_tokens_in_a_text_is_refused(
+    tmp_path: Path, backbone: Backbone, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(export, "_MARK", "")
+    with pytest.raises(ModelError, match=r"reads 'a <\|endoftext\|> .* differently behind the query prompt"):
+        export_sentence_transformers(backbone, tmp_path / "export")
+
+
 def sentencepiece_like(kind: str) -> Any:
     """Tokenizers without byte-level BPE: Gemma's kind, Llama 2's kind (a space before each text), and Unigram."""
     from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers

@@ -65,8 +65,9 @@ def export_sentence_transformers(backbone: Backbone, folder: str | Path, dtype: 
     """Write a directory for `SentenceTransformer(folder)`, which then needs neither this package nor remote code.
 
     Its `encode_query` gives the vectors of `SearchR3.encode_query(texts, mode="direct")` and its `encode_document`
-    those of `SearchR3.encode_document(texts)`. Written are the weights without the output layer, a tokenizer that adds
-    the rest of the prompt, the prompts, and a model card; an existing folder is replaced when all is written.
+    those of `SearchR3.encode_document(texts)`, to 1e-5 in float32. Written are the weights without the output layer, a
+    tokenizer that adds the rest of the prompt, the prompts, and a model card; an existing folder is replaced when all
+    is written.
 
     Known limits: a text that spells a special token with the sign U+2402 before it is read as that token (the token's
     plain name stays text); a blank text gets a vector instead of an error; nothing tells that a text was cut.
@@ -81,7 +82,7 @@ def export_sentence_transformers(backbone: Backbone, folder: str | Path, dtype: 
             be expressed in sentence-transformers.
     """
     _check_exportable(backbone, Path(folder))
-    frames = {name: _frame(backbone, kind) for name, kind in _KINDS.items()}
+    frames = {name: backbone.prompt_encoder.frame(kind) for name, kind in _KINDS.items()}
     suffix = frames["query"][1]
     if frames["document"][1] != suffix:
         raise ModelError("the prompt goes on differently after a query and after a document; use one chat template")
@@ -102,13 +103,6 @@ def _check_exportable(backbone: Backbone, folder: Path) -> None:
     source = Path(backbone.source)
     if source.exists() and source.resolve().is_relative_to(folder.resolve()):
         raise ModelError(f"an export to {folder} would replace the model in {source}; give another folder")
-
-
-def _frame(backbone: Backbone, kind: Kind) -> tuple[list[int], list[int]]:
-    """The ids of a whole prompt before and after the user's text."""
-    encoder = backbone.prompt_encoder
-    before, after = encoder._frames[kind]
-    return before, [*after, *encoder._reply[kind]]
 
 
 def _special_names(backbone: Backbone) -> dict[int, str]:
@@ -149,7 +143,7 @@ def _tokenizer(
     # Truncation leaves room for these ids, as for any special token: it cuts the text and keeps them.
     names = [tokenizer.id_to_token(token_id) for token_id in suffix]
     reply = {"id": "reply", "ids": list(suffix), "tokens": names}
-    tokenizer.post_processor = TemplateProcessing(single="$A reply", pair="$A $B:1 reply", special_tokens=[reply])
+    tokenizer.post_processor = TemplateProcessing(single="$A reply", special_tokens=[reply])
     return tokenizer
 
 
@@ -187,11 +181,10 @@ def _any_of(texts: Iterable[str]) -> str:
 
 def _check_ids(backbone: Backbone, tokenizer: Any, prompts: dict[str, str]) -> None:
     """Refuse a tokenizer that reads a text differently behind a prompt than by itself."""
-    limit = backbone.settings.max_length
     names = " ".join(token.content for token in backbone.tokenizer.added_tokens_decoder.values())
-    tokenizer.enable_truncation(limit)
+    tokenizer.enable_truncation(backbone.settings.max_length)
     for name, prompt in prompts.items():
-        for text in (*_PROBES, f"a {names} b", f"{names}{names}", "red house " * limit):
+        for text in (*_PROBES, f"a {names} b"):
             if tokenizer.encode(prompt + text).ids != backbone.prompt_encoder.encode(text, _KINDS[name]).ids:
                 raise ModelError(
                     f"the tokenizer of {backbone.source} reads {text[:40]!r} differently behind the {name} prompt, so "
@@ -245,13 +238,9 @@ def _write_tokenizer(out: Path, backbone: Backbone, tokenizer: Any, special: dic
     write_json(
         out / "tokenizer_config.json",
         {
-            # The first is for transformers 4, the second for the loader that sentence-transformers 6 calls.
+            # The first is for AutoTokenizer, the second for AutoProcessor, which sentence-transformers 6 calls.
             "tokenizer_class": _PLAIN_CLASS,
             "processor_class": _PLAIN_CLASS,
-            "model_max_length": backbone.settings.max_length,
-            "padding_side": "right",
-            "truncation_side": "right",
-            "clean_up_tokenization_spaces": False,
             **{
                 role: special.get(known.convert_tokens_to_ids(token), token)
                 for role, token in tokens.items()

@@ -138,11 +138,15 @@ class PromptEncoder:
             raise DataError(
                 f"{name} number {place} is {texts[place]!r}; expected a text with at least one visible character"
             )
-        before, after = self._frames[kind]
-        reply = self._reply[kind]
-        room = self.max_length - len(before) - len(after) - len(reply)
+        before, after = self.frame(kind)
+        room = self.max_length - len(before) - len(after)
         tokens = self.tokenizer(stripped, add_special_tokens=False, split_special_tokens=True)["input_ids"]
-        return [EncodedPrompt([*before, *ids[:room], *after, *reply], len(ids) > room) for ids in tokens]
+        return [EncodedPrompt([*before, *ids[:room], *after], len(ids) > room) for ids in tokens]
+
+    def frame(self, kind: Kind) -> tuple[list[int], list[int]]:
+        """The ids of a whole prompt before and after the user's text, the reply of `direct` and `document` included."""
+        before, after = self._frames[kind]
+        return before, [*after, *self._reply[kind]]
 
     def prefix_of(self, ids: Sequence[int]) -> tuple[int, ...]:
         """The template before the text with which these ids of a prompt begin (empty if with none)."""
