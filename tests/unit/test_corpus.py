@@ -507,6 +507,7 @@ def test_a_damaged_state_is_one_error_that_names_folder_and_remedy(tmp_path: Pat
         model = interrupted(folder)
         if finished:
             encode_corpus(model, DOCUMENTS, folder)
+            model.seen.clear()
         [vectors], [probe] = folder.glob("vectors-*"), folder.glob("probe-*")
         for path, content in (
             (folder / name, b"{"),
@@ -522,6 +523,7 @@ def test_a_damaged_state_is_one_error_that_names_folder_and_remedy(tmp_path: Pat
             ) as error:
                 encode_corpus(model, DOCUMENTS, folder)
             assert f"{folder} " in str(error.value)
+            assert model.seen == []
             path.write_bytes(whole)
         encode_corpus(model, DOCUMENTS, folder)
 
