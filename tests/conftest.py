@@ -78,10 +78,14 @@ def tiny_model(kind: str, tokenizer: Any, tied: bool = True, spare_rows: int = 0
     return transformers.AutoModelForCausalLM.from_config(config)
 
 
-def save_tiny(folder: Path, tokenizer: Any, kind: str = "qwen2", **options: Any) -> Path:
-    tiny_model(kind, tokenizer, **options).save_pretrained(folder)
+def save_model(folder: Path, tokenizer: Any, model: Any) -> Path:
+    model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder
+
+
+def save_tiny(folder: Path, tokenizer: Any, kind: str = "qwen2", **options: Any) -> Path:
+    return save_model(folder, tokenizer, tiny_model(kind, tokenizer, **options))
 
 
 @pytest.fixture(scope="session")

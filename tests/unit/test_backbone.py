@@ -10,7 +10,7 @@ import torch
 from search_r3.errors import ModelError
 from search_r3.model.backbone import EmbeddingSettings, load_backbone, pad, vectors_at
 from search_r3.model.prompts import EMBED_TOKEN, PROMPT_SETS
-from tests.conftest import save_tiny, tiny_model
+from tests.conftest import save_model, save_tiny, tiny_model
 
 
 @pytest.mark.parametrize("kind", ["qwen2", "qwen3", "llama"])
@@ -132,8 +132,7 @@ def test_a_model_that_scales_its_logits_is_refused(tmp_path: Path, tokenizer: An
         num_attention_heads=4, num_key_value_heads=2, logits_scaling=8.0, initializer_range=0.5,
         eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id,
     )  # fmt: skip
-    transformers.AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "g")
-    tokenizer.save_pretrained(tmp_path / "g")
+    save_model(tmp_path / "g", tokenizer, transformers.AutoModelForCausalLM.from_config(config))
     with pytest.raises(ModelError, match="changes its logits after the output layer"):
         load_backbone(tmp_path / "g")
 

@@ -38,7 +38,7 @@ def computed_tokens(backbone: Backbone) -> list[int]:
     return counts
 
 
-def same(one: Rollout, other: Rollout) -> None:
+def assert_same(one: Rollout, other: Rollout) -> None:
     assert one.completion_ids == other.completion_ids
     assert one.completion_mask == other.completion_mask
     np.testing.assert_allclose(one.logprobs, other.logprobs, atol=1e-5)
@@ -65,9 +65,9 @@ def test_every_request_gets_what_it_would_get_alone(backbone: Backbone, slots: i
     requests = mixed_requests(backbone)
     alone = [Decoder(backbone, 1).run([request])[0] for request in requests]
     for one, other in zip(alone, Decoder(backbone, slots).run(requests), strict=True):
-        same(one, other)
+        assert_same(one, other)
     for one, other in zip(alone, Decoder(backbone, slots).run(requests[::-1])[::-1], strict=True):
-        same(one, other)
+        assert_same(one, other)
 
 
 def test_a_direct_request_gives_the_vector_of_its_prompt(backbone: Backbone) -> None:
@@ -75,6 +75,12 @@ def test_a_direct_request_gives_the_vector_of_its_prompt(backbone: Backbone) -> 
     [rollout] = Decoder(backbone).run([Request(ids, 0)])
     torch.testing.assert_close(rollout.vector, backbone.embed([ids])[0].detach(), atol=1e-5, rtol=1e-5)
     assert (rollout.completion_ids, rollout.reasoning, rollout.reasoning_tokens, rollout.forced) == ([], "", 0, False)
+
+
+def test_a_reasoning_prompt_without_a_budget_is_refused(model: SearchR3) -> None:
+    for ask in (model.encode_query, lambda text, **options: list(model.stream_query(text, **options))):
+        with pytest.raises(ValueError, match="max_new_tokens=0 needs a prompt that ends with the embed token"):
+            ask(TEXTS[0], max_new_tokens=0)  # type: ignore[operator]
 
 
 def test_one_long_reply_does_not_hold_up_the_others(quiet: Backbone) -> None:
@@ -132,7 +138,7 @@ def test_cancelling_frees_the_slot_and_leaves_the_others(quiet: Backbone) -> Non
         done.update(decoder.step())
     assert sorted(done) == [tickets[i] for i in (1, 2, 4)]
     for place in (1, 2, 4):
-        same(done[tickets[place]], expected[place])
+        assert_same(done[tickets[place]], expected[place])
     assert not decoder.cancel(tickets[1]), "it has ended"
     assert decoder.step() == []
 
@@ -141,8 +147,8 @@ def test_a_decoder_serves_again_after_it_was_empty(quiet: Backbone) -> None:
     decoder = Decoder(quiet, slots=2)
     first = decoder.run([Request(prompt(quiet, 0), 3), Request(prompt(quiet, 1), 5)])
     later = decoder.run([Request(prompt(quiet, i), 9) for i in (0, 1, 2)])
-    same(later[0], Decoder(quiet).run([Request(prompt(quiet, 0), 9)])[0])
-    same(first[1], Decoder(quiet).run([Request(prompt(quiet, 1), 5)])[0])
+    assert_same(later[0], Decoder(quiet).run([Request(prompt(quiet, 0), 9)])[0])
+    assert_same(first[1], Decoder(quiet).run([Request(prompt(quiet, 1), 5)])[0])
 
 
 def test_progress_counts_requests_and_tokens(quiet: Backbone) -> None:

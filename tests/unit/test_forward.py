@@ -16,7 +16,7 @@ from search_r3.errors import ModelError
 from search_r3.model import forward
 from search_r3.model.backbone import Backbone, load_backbone
 from search_r3.model.forward import compute_prefix, length_batches, prefill
-from tests.conftest import save_tiny
+from tests.conftest import save_model, save_tiny
 
 TEXTS = ["where is the red house?", "river", "a black horse and a white chair on a green boat", "the green lamp"]
 
@@ -43,9 +43,9 @@ def any_backbone(request: Any, tmp_path: Path, tokenizer: Any, monkeypatch: pyte
             num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=256, initializer_range=0.1,
             eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id,
         )  # fmt: skip
-        transformers.AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "model")
-        tokenizer.save_pretrained(tmp_path / "model")
-        return load_backbone(tmp_path / "model")
+        return load_backbone(
+            save_model(tmp_path / "model", tokenizer, transformers.AutoModelForCausalLM.from_config(config))
+        )
     if request.param == "generic":
         monkeypatch.setattr(forward, "LLAMA_LIKE", set())
         return load_backbone(save_tiny(tmp_path / "model", tokenizer))
@@ -94,9 +94,8 @@ def windowed(tmp_path: Path, tokenizer: Any, window: int) -> SearchR3:
         num_key_value_heads=2, head_dim=8, max_position_embeddings=256, sliding_window=window, initializer_range=0.1,
         eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id, bos_token_id=None,
     )  # fmt: skip
-    transformers.AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "model")
-    tokenizer.save_pretrained(tmp_path / "model")
-    return SearchR3(tmp_path / "model", device="cpu")
+    model = transformers.AutoModelForCausalLM.from_config(config)
+    return SearchR3(save_model(tmp_path / "model", tokenizer, model), device="cpu")
 
 
 def test_a_sliding_window_is_fine_until_it_would_cut(tmp_path: Path, tokenizer: Any) -> None:

@@ -82,8 +82,8 @@ def evaluate_bm25(
 
 def index_documents(model: SearchR3, collection: Collection, *, progress: Progress | None = None) -> ExactIndex:
     """Encode a whole collection into an exact index."""
-    texts = [document.full_text for document in collection.documents.values()]
-    return ExactIndex(list(collection.documents), model.encode_document(texts, progress=progress))
+    texts = collection.texts()
+    return ExactIndex(list(texts), model.encode_document(list(texts.values()), progress=progress))
 
 
 def evaluate_model(

@@ -147,7 +147,10 @@ class Decoder:
 
         Raises:
             ModelError: the prompt and its budget do not fit into the model's context.
+            ValueError: there is neither a budget nor an embed token at the prompt's end.
         """
+        if request.max_new_tokens == 0 and request.prompt_ids[-1] != self.backbone.embed_token_id:
+            raise ValueError("max_new_tokens=0 needs a prompt that ends with the embed token (direct mode)")
         longest = len(request.prompt_ids) + request.max_new_tokens
         if longest > self.backbone.context_length:
             raise ModelError(

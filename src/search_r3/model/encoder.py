@@ -158,7 +158,8 @@ class SearchR3:
         _check_mode(mode)
         encoder = self.backbone.prompt_encoder
         [prompt] = encoder.encode_batch(_listed(text, "query"), mode)
-        budget = (max_new_tokens or self.backbone.settings.max_new_tokens) if mode == "reason" else 0
+        budget = self.backbone.settings.max_new_tokens if max_new_tokens is None else max_new_tokens
+        budget = budget if mode == "reason" else 0
         decoder = Decoder(self.backbone, slots=1)
         ticket = decoder.submit(Request(prompt.ids, budget, sampling_temperature, top_p, seed))
         shown = ""

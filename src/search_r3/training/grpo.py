@@ -272,10 +272,9 @@ def evaluate_dev(model: SearchR3, collection: Collection, recipe: Recipe) -> dic
     """nDCG@10 on the dev split in both modes over a freshly encoded corpus, and the collapse alarm."""
     settings = recipe.evaluation
     qrels = collection.split(settings.dev_split)
-    doc_ids = list(collection.documents)
-    texts = [collection.documents[doc_id].full_text for doc_id in doc_ids]
-    vectors = model.encode_document(texts)
-    index = ExactIndex(doc_ids, vectors)
+    texts = collection.texts()
+    vectors = model.encode_document(list(texts.values()))
+    index = ExactIndex(list(texts), vectors)
     queries = [collection.queries[query_id].text for query_id in qrels]
     values = {}
     for mode in MODES:
