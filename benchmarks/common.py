@@ -214,7 +214,7 @@ def make_model(folder: Path, texts: Iterable[str], shape: Shape, vocabulary: int
 
 def atlas_texts() -> list[str]:
     """Enough different words for a vocabulary of real size, without a download."""
-    from search_r3.training.engine import load_collection
+    from search_r3.data.load import load_collection
 
     collection = load_collection("atlas-wide")
     documents = [document.full_text for document in collection.documents.values()]

@@ -52,7 +52,7 @@ SAME_REPLIES = 0.9
 def load(options: argparse.Namespace, folder: Path) -> tuple[Any, list[list[int]]]:
     """Our model, which holds the peer's weights too, and the prompts."""
     from search_r3 import SearchR3
-    from search_r3.training.engine import load_collection
+    from search_r3.data.load import load_collection
 
     collection = load_collection(options.collection)
     texts = atlas_texts() if options.collection.startswith("atlas") else collection_texts(collection)

@@ -29,13 +29,15 @@ from scipy.stats import spearmanr
 
 from search_r3.config import Recipe, RefreshSettings, load_recipe
 from search_r3.data.collection import Collection
+from search_r3.data.load import load_collection
 from search_r3.environment.environment import DocumentEncoder, RetrievalEnvironment, rollout_vectors
 from search_r3.environment.refresh import Selective
-from search_r3.evaluation.benchmark import evaluate_model
+from search_r3.evaluation.benchmark import EvaluationOptions, evaluate
+from search_r3.evaluation.systems import EncodedCollections, SearchR3System
 from search_r3.files import write_json
 from search_r3.model.encoder import SearchR3
 from search_r3.training import losses
-from search_r3.training.engine import load_collection, load_model, make_engine
+from search_r3.training.engine import load_model, make_engine
 from search_r3.training.grpo import Experience, collect, per_rollout, train_grpo, update
 from search_r3.training.run import Run
 from search_r3.training.sft import train_sft
@@ -218,9 +220,9 @@ def training(recipe: Recipe, base: Path, path: Path) -> dict[str, Any]:
 def final_ndcg(model: SearchR3, collection: Collection, recipe: Recipe) -> float:
     """nDCG@10 on the test split after reasoning, over a corpus encoded afresh."""
     settings = recipe.evaluation
-    return evaluate_model(
-        model, collection, settings.test_split, "reason", "final", batch_size=settings.batch_size
-    ).mean("ndcg@10")
+    system = SearchR3System(EncodedCollections(model), "reason", batch_size=settings.batch_size)
+    options = EvaluationOptions(latency_queries=0)
+    return evaluate(system, collection, settings.test_split, options).scores["ndcg@10"]
 
 
 def mean_of(record: dict[str, Any], name: str, key: str) -> float:

@@ -133,7 +133,7 @@ def peer_of(backbone: Any, model: Any) -> GenerateThenEmbed:
 
 def measure_rollouts(options: argparse.Namespace, model: Any, recipe: Any) -> dict[str, Any]:
     """The rollout part of a step on both sides."""
-    from search_r3.training.engine import load_collection
+    from search_r3.data.load import load_collection
     from search_r3.training.grpo import queries_of_step
 
     collection = load_collection("atlas")
@@ -349,8 +349,8 @@ def alternate_steps(trainer: Any, theirs: Parts, step: Callable[[int], None]) ->
 
 def measure_steps(options: argparse.Namespace, model: Any, recipe: Any, folder: Path) -> dict[str, Any]:
     """Whole steps on both sides, in turn."""
+    from search_r3.data.load import load_collection
     from search_r3.environment.environment import RetrievalEnvironment
-    from search_r3.training.engine import load_collection
 
     collection = load_collection("atlas")
     environment = RetrievalEnvironment(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 
@@ -13,6 +14,7 @@ import pytest
 import torch
 import transformers
 
+from search_r3 import cli
 from search_r3.data.collection import Collection, Document, Query
 from search_r3.model.backbone import Backbone, load_backbone
 from search_r3.model.encoder import SearchR3
@@ -118,3 +120,31 @@ def collection_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("data") / "small"
     small_collection().save(path)
     return path
+
+
+SMALL = [
+    "max_length=120", "max_new_tokens=16", "sft.steps=120", "sft.learning_rate=1e-2", "sft.batch_size=4",
+    "sft.splits={train: 1.0}", "sft.reasoning_styles={restate: 1.0}", "grpo.steps=3", "grpo.queries_per_step=2",
+    "grpo.group_size=3", "grpo.splits=[train]", "grpo.evaluate_every=2", "evaluation.rollout_queries=4",
+    "evaluation.permutations=100", "evaluation.bootstrap=100",
+    "grpo.refresh={policy: selective, max_documents: 10, audit_every: 1, audit_documents: 5}",
+]  # fmt: skip
+
+
+def call(monkeypatch: pytest.MonkeyPatch, *args: object) -> int:
+    monkeypatch.setattr(sys, "argv", ["search-r3", *map(str, args)])
+    try:
+        cli.main()
+    except SystemExit as end:
+        return int(end.code or 0)
+    return 0
+
+
+@pytest.fixture(scope="session")
+def run_dir(tmp_path_factory: pytest.TempPathFactory, tiny_path: Path, collection_path: Path) -> Path:
+    """A whole quickstart on a tiny model and 40 documents."""
+    folder = tmp_path_factory.mktemp("runs") / "tiny"
+    with pytest.MonkeyPatch.context() as patch:
+        where = [f"run_dir={folder}", f"base={tiny_path}", f"collection={collection_path}"]
+        assert call(patch, "quickstart", *SMALL, *where) == 0
+    return folder

@@ -6,15 +6,19 @@ import json
 import sys
 import time
 from contextlib import contextmanager
+from statistics import fmean
 from typing import TYPE_CHECKING, Any, NoReturn
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Iterator
+    from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
     from pathlib import Path
 
     from rich.progress import Progress, TaskID
 
+    from .evaluation.mteb import TaskScore
+    from .evaluation.results import Result
     from .evaluation.search import Answer
+    from .evaluation.statistics import Comparison
 
 
 def fail(message: str, status: int) -> NoReturn:
@@ -67,11 +71,15 @@ class Bar:
 @contextmanager
 def bar(what: str, total: int | None = None) -> Iterator[Bar]:
     """A progress bar that vanishes at the end; without a total it waits for `begin`."""
+    with _progress() as progress:
+        yield Bar(progress, progress.add_task(what, total=total, speed=""))
+
+
+def _progress() -> Progress:
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
     columns = (TextColumn("{task.description}"), BarColumn(20), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, TextColumn("{task.fields[speed]}"), transient=True) as progress:
-        yield Bar(progress, progress.add_task(what, total=total, speed=""))
+    return Progress(*columns, TextColumn("{task.fields[speed]}"), transient=True)
 
 
 SHOWN = ("loss", "info_nce", "reward", "share_ge_half", "dev_ndcg@10_direct", "dev_ndcg@10_reason")
@@ -99,24 +107,100 @@ def live() -> Iterator[Callable[[str, int, int, dict[str, float]], None]]:
         yield observe
 
 
-def table(title: str, rows: dict[str, dict[str, Any]]) -> None:
-    """Show the rows of an evaluation, by name."""
+@contextmanager
+def watching() -> Iterator[Callable[[str, int], Callable[[int, int], None]]]:
+    """A progress bar for one thing after another; each call begins the next."""
+    with _progress() as progress:
+        tasks: list[TaskID] = []
+
+        def watch(what: str, total: int) -> Callable[[int, int], None]:
+            for task in tasks:
+                progress.remove_task(task)
+            tasks[:] = [progress.add_task(what, total=total, speed="")]
+            return Bar(progress, tasks[0]).advance
+
+        yield watch
+
+
+def show_results(results: Sequence[Result]) -> None:
+    """Show the results of one split."""
+    from .evaluation.table import summary
+
+    where, info = results[0].place, results[0].collection
+    title = f"{where[0]}, {where[1]}: {info.queries:,} queries, {info.documents:,} documents"
+    table(title, {result.system.name: summary(result, results) for result in results})
+    if info.without_text:
+        say(f"{info.without_text} documents without any text were left out")
+    if info.identical_ids:
+        say(f"{info.identical_ids} documents were left out of the ranking of the query whose id they bear")
+    for result in results:
+        if result.cost.truncated_queries:
+            count = result.cost.truncated_queries
+            say(f"{result.system.name}: {count} queries were longer than the model's max_length and lost their end")
+
+
+def table(title: str, rows: Mapping[str, dict[str, Any]]) -> None:
+    """Show rows of `summary`, by the name of the system."""
+    from rich import print as rich_print
+    from rich.box import SIMPLE_HEAD
+    from rich.table import Table
+
+    from .evaluation.table import shorten
+
+    shown = Table("", "nDCG@10", "95 %", "R@100", "MRR@10", title=title, box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    for name in ("tokens", "ms/query", "q/s", "docs/s", "gain"):
+        shown.add_column(name, justify="right")
+    for name, row in rows.items():
+        low, high = row["ndcg@10_interval"]
+        cells = [f"{row['ndcg@10']:.3f}", f"{low:.2f}-{high:.2f}", f"{row['recall@100']:.3f}", f"{row['mrr@10']:.3f}"]
+        cost = [row[key] for key in ("ms_per_query", "queries_per_second", "documents_per_second")]
+        gain = row["gain_per_100_tokens"]
+        shown.add_row(
+            name,
+            *cells,
+            f"{row['tokens_per_query']:.1f}",
+            *map(shorten, cost),
+            "" if gain is None else f"{gain:+.3f}",
+        )
+    rich_print(shown)
+
+
+MOST_SHOWN = 20
+
+
+def show_comparisons(results: Sequence[Result], comparisons: Sequence[Comparison]) -> None:
+    """Show means over splits and paired tests; of many tests only how many there are."""
     from rich import print as rich_print
     from rich.table import Table
 
-    columns = ("ndcg@10", "recall@100", "mrr@10", "tokens_per_query", "queries_per_second")
-    shown = Table("", "nDCG@10", "95 %", "R@100", "MRR@10", "tokens", "q/s", title=title)
-    for name, row in rows.items():
-        low, high = row["ndcg@10_interval"]
-        cells = [f"{row[column]:.3f}" for column in columns[:3]]
-        shown.add_row(
-            name,
-            cells[0],
-            f"{low:.2f}-{high:.2f}",
-            *cells[1:],
-            f"{row[columns[3]]:.1f}",
-            f"{row[columns[4]]:.0f}",
-        )
+    from .evaluation.table import AVERAGED, averages
+
+    if means := averages(results):
+        splits = len({result.place for result in results})
+        shown = Table("", *AVERAGED, title=f"mean over {splits} splits")
+        for name, row in means.items():
+            shown.add_row(name, *(f"{row[key]:.3f}" for key in AVERAGED))
+        rich_print(shown)
+    if 0 < len(comparisons) <= MOST_SHOWN:
+        shown = Table("nDCG@10 of", "minus that of", "", "p", "p (Holm)", title="paired randomisation tests")
+        for one in comparisons:
+            numbers = f"{one.difference:+.3f}", f"{one.p:.4f}", f"{one.p_holm:.4f}"
+            shown.add_row(f"{one.collection}, {one.split}: {one.first}", one.second, *numbers)
+        rich_print(shown)
+    elif comparisons:
+        sure = sum(one.p_holm < 0.05 for one in comparisons)
+        say(f"{len(comparisons)} paired tests, {sure} with p < 0.05 after Holm's correction: see summary.md")
+
+
+def show_mteb(scores: Sequence[TaskScore]) -> None:
+    """Show the main score of each task in each mode."""
+    from rich import print as rich_print
+    from rich.table import Table
+
+    shown = Table("task", "mode", "measure", "score", "tokens/query", title="mteb")
+    for one in scores:
+        tokens = f"{fmean(one.tokens_per_query.values()):.1f}" if one.tokens_per_query else ""
+        shown.add_row(one.task, one.mode, one.measure, f"{one.score:.4f}", tokens)
     rich_print(shown)
 
 
@@ -125,14 +209,17 @@ def show_report(folder: Path) -> None:
     report = json.loads((folder / "report.json").read_text(encoding="utf-8"))
     where = report["collection"]
     table(f"{where['name']}, {where['split']} split, seed {report['seed']}", report["rows"])
-    for pair in ("reason/rl vs direct/rl", "reason/rl vs reason/sft"):
-        say(f"{pair}: p = {report['p_values'][pair]:.4f} (paired randomisation test on nDCG@10)")
+    for one in report["comparisons"]:
+        if one["first"] == "reason/rl" and one["second"] in ("direct/rl", "reason/sft"):
+            p = f"p = {one['p']:.4f}, {one['p_holm']:.4f} after Holm's correction"
+            say(f"{one['first']} vs {one['second']}: {p} (paired randomisation test on nDCG@10)")
     shares = report["rollouts"]
     say(
         f"sampled rollouts with reward >= 0.5: {shares['share_ge_half_before']:.0%} before RL, "
         f"{shares['share_ge_half_after']:.0%} after; embed token forced: {shares['forced_share']:.1%}"
     )
-    say(f"{report['seconds']:.0f} s, peak memory {report['peak_memory_bytes'] / 2**30:.2f} GiB; all in {folder}/")
+    memory = report["peak_memory_bytes"] / 2**30
+    say(f"{report['seconds']:.0f} s, peak memory {memory:.2f} GiB; all in {folder}/, to look at: {folder}/report.html")
     # Plain, so that it can be copied from a narrow terminal; with the path by which the command was called.
     query = "what do people pay with in Tashkent?"
     print(f'Next: {sys.argv[0]} search {folder}/model --collection atlas "{query}"')

@@ -16,38 +16,12 @@ import numpy as np
 import pytest
 
 from search_r3 import cli, console
+from search_r3.evaluation.results import load_results
 from search_r3.evaluation.search import Answer
 from search_r3.model.encoder import SearchR3
 from search_r3.retrieval import corpus
 from search_r3.retrieval.index import ExactIndex
-from tests.conftest import save_tiny, small_collection
-
-SMALL = [
-    "max_length=120", "max_new_tokens=16", "sft.steps=120", "sft.learning_rate=1e-2", "sft.batch_size=4",
-    "sft.splits={train: 1.0}", "sft.reasoning_styles={restate: 1.0}", "grpo.steps=3", "grpo.queries_per_step=2",
-    "grpo.group_size=3", "grpo.splits=[train]", "grpo.evaluate_every=2", "evaluation.rollout_queries=4",
-    "evaluation.permutations=100", "evaluation.bootstrap=100",
-    "grpo.refresh={policy: selective, max_documents: 10, audit_every: 1, audit_documents: 5}",
-]  # fmt: skip
-
-
-def call(monkeypatch: pytest.MonkeyPatch, *args: object) -> int:
-    monkeypatch.setattr(sys, "argv", ["search-r3", *map(str, args)])
-    try:
-        cli.main()
-    except SystemExit as end:
-        return int(end.code or 0)
-    return 0
-
-
-@pytest.fixture(scope="module")
-def run_dir(tmp_path_factory: pytest.TempPathFactory, tiny_path: Path, collection_path: Path) -> Path:
-    """A whole quickstart on a tiny model and 40 documents."""
-    folder = tmp_path_factory.mktemp("runs") / "tiny"
-    with pytest.MonkeyPatch.context() as patch:
-        where = [f"run_dir={folder}", f"base={tiny_path}", f"collection={collection_path}"]
-        assert call(patch, "quickstart", *SMALL, *where) == 0
-    return folder
+from tests.conftest import SMALL, call, save_tiny, small_collection
 
 
 def test_quickstart_leaves_everything_it_promises(run_dir: Path) -> None:
@@ -61,8 +35,20 @@ def test_quickstart_leaves_everything_it_promises(run_dir: Path) -> None:
         assert row["queries_per_second"] > 0
     assert report["rows"]["reason/rl"]["tokens_per_query"] > 0
     assert report["rows"]["direct/rl"]["tokens_per_query"] == 0
-    assert len(report["p_values"]) == 15
-    assert all(0 < p <= 1 for p in report["p_values"].values())
+    pairs = [(one["first"], one["second"]) for one in report["comparisons"]]
+    assert len(pairs) == 15 and ("reason/rl", "direct/rl") in pairs and ("reason/rl", "reason/sft") in pairs
+    assert all(0 < one["p"] <= one["p_holm"] <= 1 for one in report["comparisons"])
+    assert report["rows"]["reason/rl"]["gain_per_100_tokens"] == pytest.approx(
+        100
+        * (report["rows"]["reason/rl"]["ndcg@10"] - report["rows"]["direct/rl"]["ndcg@10"])
+        / report["rows"]["reason/rl"]["tokens_per_query"]
+    )
+    assert sorted(result.system.name for result in load_results(run_dir / "results")) == sorted(rows)
+    assert {name: len(values) for name, values in json.loads((run_dir / "rewards.json").read_text()).items()} == {
+        "before": 12,
+        "after": 12,
+    }
+    assert "where is the" in (run_dir / "report.html").read_text()
     assert {"share_ge_half_before", "share_ge_half_after", "forced_share"} <= set(report["rollouts"])
     assert report["rollouts"]["count"] == 12
     assert report["seconds"] > 0
@@ -133,23 +119,6 @@ def test_a_query_longer_than_the_context_is_cut_and_said(
     long = "red house " * 500
     assert call(monkeypatch, "search", run_dir / "model", long, "-c", collection_path, "--mode", "direct") == 0
     assert "longer than the model's max_length and lost its end" in capsys.readouterr().out
-
-
-def test_evaluate_writes_a_record_once(
-    run_dir: Path, collection_path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
-) -> None:
-    out = tmp_path / "result.json"
-    args = ["evaluate", run_dir / "model", "-c", collection_path, "--split", "test", "--out", out]
-    assert call(monkeypatch, *args) == 0
-    record = json.loads(out.read_text())
-    assert list(record["rows"]) == ["bm25", "direct", "reason", "bm25+reasoning"]
-    report = json.loads((run_dir / "report.json").read_text())["rows"]
-    assert record["rows"]["reason"]["ndcg@10"] == report["reason/rl"]["ndcg@10"], "the same number from both commands"
-    assert record["hash"] == small_collection().content_hash()
-    before = out.read_bytes()
-    assert call(monkeypatch, *args) == 2
-    assert "nothing is overwritten" in capsys.readouterr().err
-    assert out.read_bytes() == before
 
 
 def test_the_parts_give_the_same_model_as_quickstart(
@@ -229,7 +198,7 @@ def test_encode_goes_on_where_it_was_stopped(
 def test_encode_reads_the_built_in_collection(
     tiny_path: Path, tmp_path: Path, encoded: list[str], monkeypatch: Any
 ) -> None:
-    monkeypatch.setattr("search_r3.data.atlas.BUILT_IN", {"atlas": small_collection})
+    monkeypatch.setattr("search_r3.data.load.BUILDERS", {"atlas": small_collection})
     assert call(monkeypatch, "encode", tiny_path, tmp_path / "index") == 0
     assert len(encoded) == 40
 
@@ -336,7 +305,10 @@ def test_bad_input_is_one_line_and_status_2(
         (["search", bare, "x", "-c", collection_path], "has no tokenizer (tokenizer.json is missing)"),
         (["search", tiny_path, " ", "-c", collection_path], "the query is empty"),
         (["search", tmp_path / "nowhere", "x"], "no model directory at"),
-        (["evaluate", tiny_path, "-c", collection_path, "--split", "tset"], "has no split 'tset'; it has: dev, test"),
+        (
+            ["evaluate", "-m", tiny_path, "-c", collection_path, "--splits", "tset"],
+            "has no split 'tset'; it has: dev, test",
+        ),
         (["data", "build", "atlas", broken], "exists; nothing is overwritten"),
         (["base", broken], "exists; nothing is overwritten"),
         (["grpo", *fresh, "--model", tiny_path, "max_new_tokens=1"], "emitted the embed token within 1 tokens"),
@@ -353,18 +325,35 @@ def test_bad_input_is_one_line_and_status_2(
 
 
 def test_a_model_that_never_emits_the_token_cannot_be_evaluated_in_reason_mode(
-    tiny_path: Path, collection_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+    tiny_path: Path,
+    collection_path: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture,
 ) -> None:
-    assert call(monkeypatch, "evaluate", tiny_path, "-c", collection_path, "--mode", "reason") == 2
+    where = ["--out", tmp_path / "out", "--bootstrap", 100, "--latency-queries", 0]
+    assert call(monkeypatch, "evaluate", "-m", tiny_path, "-c", collection_path, "--modes", "reason", *where) == 2
     assert "emitted <|embed_token|> for none of 10 queries" in capsys.readouterr().err
-    assert call(monkeypatch, "evaluate", tiny_path, "-c", collection_path, "--mode", "direct") == 0
+    assert call(monkeypatch, "evaluate", "-m", tiny_path, "-c", collection_path, "--modes", "direct", *where) == 0
 
 
 def test_the_installed_command_answers_help_and_errors(tmp_path: Path) -> None:
     command = Path(sys.executable).with_name("search-r3")
     shown = subprocess.run([command, "--help"], capture_output=True, text=True)
     assert shown.returncode == 0
-    for name in ("quickstart", "data", "base", "sft", "grpo", "evaluate", "encode", "export", "search"):
+    for name in (
+        "quickstart",
+        "data",
+        "base",
+        "sft",
+        "grpo",
+        "evaluate",
+        "mteb",
+        "report",
+        "encode",
+        "export",
+        "search",
+    ):
         assert name in shown.stdout
     failed = subprocess.run(
         [command, "sft", "grpo.stps=1", f"run_dir={tmp_path / 'x'}"], capture_output=True, text=True

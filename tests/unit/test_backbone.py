@@ -146,3 +146,11 @@ def test_a_model_whose_table_is_too_small_for_its_tokenizer_is_refused(tmp_path:
     larger.save_pretrained(tmp_path / "m")
     with pytest.raises(ModelError, match="outside the model's embedding table"):
         load_backbone(tmp_path / "m")
+
+
+def test_a_model_with_nan_weights_is_refused_when_it_is_loaded(tmp_path: Path, tokenizer: Any) -> None:
+    model = tiny_model("qwen2", tokenizer)
+    with torch.no_grad():
+        model.model.norm.weight[3] = float("nan")
+    with pytest.raises(ModelError, match=r"computes NaN or infinity .*: its weights are broken"):
+        load_backbone(save_model(tmp_path / "nan", tokenizer, model))

@@ -1,11 +1,12 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
-from search_r3.data.collection import Collection, CorpusFile, iter_documents
+from search_r3.data.collection import Collection, CorpusFile, Document, Query, iter_documents
 from search_r3.errors import DataError
 from search_r3.files import atomic_directory, write_text
 
@@ -25,19 +26,19 @@ def test_the_hash_sees_every_part(collection: Collection) -> None:
 @pytest.mark.parametrize(
     ("file", "line", "message"),
     [
-        ("corpus.jsonl", '{"_id": "d00", "text": "again"}', "corpus.jsonl:41: the _id 'd00' stands on an earlier line"),
+        ("corpus.jsonl", '{"_id": "d00", "text": "again"}', "corpus.jsonl:41: the _id 'd00' stands in an earlier row"),
         ("corpus.jsonl", '{"text": "no id"}', "corpus.jsonl:41: the field '_id' is missing"),
         ("corpus.jsonl", '{"_id": 7, "text": "number"}', "corpus.jsonl:41: the field '_id' is 7; expected a string"),
         ("corpus.jsonl", '{"_id": "x", "text": "  "}', "corpus.jsonl:41: document 'x' has no text"),
         ("corpus.jsonl", '{"_id": "x", "title": "only"}', "corpus.jsonl:41: the field 'text' is missing"),
         ("corpus.jsonl", '{"_id": "x", ', "corpus.jsonl:41: not valid JSON"),
         ("corpus.jsonl", "[1]", "corpus.jsonl:41: expected a JSON object, found list"),
-        ("queries.jsonl", '{"_id": "q00", "text": "again"}', "queries.jsonl:41: the _id 'q00' stands on an earlier"),
+        ("queries.jsonl", '{"_id": "q00", "text": "again"}', "queries.jsonl:41: the _id 'q00' stands in an earlier"),
         ("queries.jsonl", '{"_id": "x", "text": ""}', "queries.jsonl:41: query 'x' has no text"),
         ("qrels/dev.tsv", "q02\td00\tgood", "dev.tsv:12: the score 'good' is not an integer"),
         ("qrels/dev.tsv", "q99\td00\t1", "dev.tsv:12: query 'q99' is not in queries.jsonl"),
         ("qrels/dev.tsv", "q02\td99\t1", "dev.tsv:12: document 'd99' is not in corpus.jsonl"),
-        ("qrels/dev.tsv", "q02\td02\t1", "dev.tsv:12: the pair 'q02', 'd02' is judged on an earlier line"),
+        ("qrels/dev.tsv", "q02\td02\t1", "dev.tsv:12: the pair 'q02', 'd02' is judged in an earlier row"),
         ("qrels/dev.tsv", "q02 d02 1", "dev.tsv:12: expected 3 tab-separated columns"),
     ],
 )
@@ -70,7 +71,7 @@ def test_a_corpus_is_read_one_line_at_a_time_and_as_often_as_wanted(tmp_path: Pa
     assert [next(documents) for _ in range(40)] == [*collection.documents.values()], "the lines after are not read yet"
     with pytest.raises(DataError, match=r"corpus.jsonl:41: document 'x' has no text"):
         next(documents)
-    with pytest.raises(DataError, match=r"corpus.jsonl:42: the _id 'x' stands on an earlier line too"):
+    with pytest.raises(DataError, match=r"corpus.jsonl:42: the _id 'x' stands in an earlier row too"):
         list(iter_documents(path, skipped=set()))
 
 
@@ -101,3 +102,124 @@ def test_graded_and_non_positive_judgements_survive(tmp_path: Path, collection: 
     graded.save(tmp_path / "g")
     assert Collection.load(tmp_path / "g").qrels == graded.qrels
     assert json.loads((tmp_path / "g" / "queries.jsonl").read_text().splitlines()[0])["metadata"]
+
+
+def with_lists() -> Collection:
+    """Two documents, a query, a pair of queries as FollowIR has them, and lists of all three kinds."""
+    documents = {doc_id: Document(doc_id, f"text {doc_id}") for doc_id in ("s-1", "s-2")}
+    queries = {query_id: Query(query_id, "which?") for query_id in ("q", "7-og", "7-changed")}
+    return Collection(
+        "lists",
+        documents,
+        queries,
+        {"test": {"q": {"s-1": 1}, "7-og": {"s-2": 1}}},
+        excluded={"q": frozenset({"s-2"})},
+        pools={"q": frozenset({"s-1", "s-2"}), "7-og": frozenset({"s-2"})},
+        changed={"7": frozenset({"s-2"})},
+    )
+
+
+def test_lists_of_documents_are_saved_and_loaded(tmp_path: Path) -> None:
+    saved = with_lists()
+    saved.save(tmp_path / "lists")
+    assert (tmp_path / "lists" / "pools.jsonl").read_text().splitlines() == [
+        '{"query-id": "q", "doc-ids": ["s-1", "s-2"]}',
+        '{"query-id": "7-og", "doc-ids": ["s-2"]}',
+    ]
+    assert Collection.load(tmp_path / "lists") == saved
+    assert Collection.load(tmp_path / "lists").content_hash() == saved.content_hash()
+
+
+def test_the_hash_sees_the_lists_and_is_the_old_one_without_them() -> None:
+    full = with_lists()
+    plain = replace(full, excluded={}, pools={}, changed={})
+    one_list = [replace(plain, **{name: {"q": frozenset({"s-2"})}}) for name in ("excluded", "pools", "changed")]
+    assert len({one.content_hash() for one in [full, plain, *one_list]}) == 5
+    # SHA-256 as recorded by runs from before there were lists; they could not be resumed if it changed.
+    assert plain.content_hash() == "b1f51d92d6760cc3e8c9a2e5932bad1eed8993fd051111ea470363eef81da1c1"
+
+
+@pytest.mark.parametrize(
+    ("row", "pools"),
+    [
+        ('{"query-id": "q", "prefix": "s-", "lines": [2]}', {"q": {"s-2"}}),
+        ('{"query-id": "q", "prefix": "s-", "lines": [1, 2]}', {"q": {"s-1", "s-2"}}),
+        ("", {}),
+    ],
+)
+def test_a_pool_may_be_a_prefix_and_numbers(tmp_path: Path, row: str, pools: dict[str, set[str]]) -> None:
+    with_lists().save(tmp_path / "lists")
+    (tmp_path / "lists" / "pools.jsonl").write_text(row + "\n")
+    assert Collection.load(tmp_path / "lists").pools == pools
+
+
+def test_excluded_documents_may_be_unknown(tmp_path: Path) -> None:
+    with_lists().save(tmp_path / "lists")
+    rows = [{"query-id": "q", "excluded": ["elsewhere", "s-1"]}, {"query-id": "7-og", "excluded": ["N/A"]}]
+    (tmp_path / "lists" / "excluded.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert Collection.load(tmp_path / "lists").excluded == {"q": {"s-1"}}
+
+
+@pytest.mark.parametrize(
+    ("file", "row", "message"),
+    [
+        ("excluded", {"query-id": "x", "excluded": []}, "query 'x' is not in queries.jsonl"),
+        ("excluded", {"query-id": "7-og", "doc-ids": []}, "the field 'excluded' is missing; expected a list of docu"),
+        ("excluded", {"excluded": []}, "the field 'query-id' is missing; expected a string"),
+        ("excluded", {"query-id": "q", "excluded": []}, "query 'q' has a list in an earlier row too"),
+        ("pools", {"query-id": "x", "doc-ids": ["s-1"]}, "query 'x' is not in queries.jsonl"),
+        ("pools", {"query-id": "7-changed", "doc-ids": ["x"]}, "document 'x' is not in corpus.jsonl"),
+        ("pools", {"query-id": "7-changed", "doc-ids": [1]}, "the field 'doc-ids' is [1]; expected a list of docu"),
+        ("pools", {"query-id": "7-changed", "doc-ids": []}, "the pool of query '7-changed' has no document to rank"),
+        ("pools", {"query-id": "7-changed", "lines": [1]}, "the field 'prefix' is missing; expected a string"),
+        ("pools", {"query-id": "7-changed", "prefix": "s-", "lines": ["1"]}, "['1']; expected a list of integers"),
+        ("pools", {"query-id": "7-changed", "prefix": "s-", "lines": [3]}, "document 's-3' is not in corpus.jsonl"),
+        ("changed", {"query-id": "q", "doc-ids": ["s-1"]}, "query 'q-og' is not in queries.jsonl"),
+        ("changed", {"query-id": "7", "doc-ids": ["s-1"]}, "query '7' has a list in an earlier row too"),
+        ("changed", {"query-id": "8", "doc-ids": ["s-1"]}, "query '8-changed' is not in queries.jsonl"),
+    ],
+)
+def test_a_broken_list_is_named(tmp_path: Path, file: str, row: dict[str, object], message: str) -> None:
+    lists = with_lists()
+    lists.queries["8-og"] = Query("8-og", "which?")
+    lists.save(tmp_path / "lists")
+    path = tmp_path / "lists" / f"{file}.jsonl"
+    lines = path.read_text().splitlines()
+    path.write_text("\n".join([*lines, json.dumps(row)]))
+    with pytest.raises(DataError) as error:
+        Collection.load(tmp_path / "lists")
+    assert str(error.value).startswith(f"{path}:{len(lines) + 1}: ")
+    assert message in str(error.value)
+
+
+def test_what_names_a_skipped_document_is_skipped_too_and_it_is_counted(tmp_path: Path) -> None:
+    lists = with_lists()
+    lists.save(tmp_path / "lists")
+    with (tmp_path / "lists" / "corpus.jsonl").open("a") as out:
+        out.write('{"_id": "void", "text": " "}\n')
+    with (tmp_path / "lists" / "qrels" / "test.tsv").open("a") as out:
+        out.write("q\tvoid\t1\n")
+    pools, changed = tmp_path / "lists" / "pools.jsonl", tmp_path / "lists" / "changed.jsonl"
+    pools.write_text('{"query-id": "q", "doc-ids": ["void", "s-1"]}\n')
+    changed.write_text('{"query-id": "7", "doc-ids": ["void", "s-2"]}\n')
+    loaded = Collection.load(tmp_path / "lists", skip_empty_documents=True)
+    assert loaded == replace(lists, pools={"q": frozenset({"s-1"})}, without_text=1)
+    pools.write_text('{"query-id": "q", "doc-ids": ["void"]}\n')
+    with pytest.raises(DataError, match="the pool of query 'q' has no document to rank"):
+        Collection.load(tmp_path / "lists", skip_empty_documents=True)
+
+
+def test_the_instruction_of_a_query_follows_its_text(tmp_path: Path) -> None:
+    with_lists().save(tmp_path / "lists")
+    rows = [
+        {"_id": "q", "text": "which?", "instruction": "Newest first."},
+        {"_id": "7-og", "text": "which?", "instruction": None},
+        {"_id": "7-changed", "text": "which?"},
+    ]
+    path = tmp_path / "lists" / "queries.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    texts = [query.text for query in Collection.load(tmp_path / "lists").queries.values()]
+    assert texts == ["which? Newest first.", "which?", "which?"]
+    path.write_text('{"_id": "q", "text": "which?", "instruction": 1}\n')
+    with pytest.raises(DataError, match=r"queries.jsonl:1: the field 'instruction' is 1; expected a string"):
+        Collection.load(tmp_path / "lists")

@@ -7,8 +7,20 @@ from importlib import import_module
 
 import pytest
 
+MODULES = (
+    "model.encoder",
+    "model.prompts",
+    "data.collection",
+    "data.stdlib",
+    "data.synthetic",
+    "retrieval.metrics",
+    "evaluation.statistics",
+    "evaluation.runner",
+    "config",
+)
 
-@pytest.mark.parametrize("name", ["model.encoder", "model.prompts", "data.collection", "retrieval.metrics", "config"])
+
+@pytest.mark.parametrize("name", MODULES)
 def test_docstring_examples(name: str) -> None:
     result = doctest.testmod(import_module(f"search_r3.{name}"))
     assert result.attempted > 0

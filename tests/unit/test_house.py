@@ -84,7 +84,7 @@ def prints(node: ast.AST) -> bool:
 def test_only_the_console_prints_and_only_the_command_line_uses_it() -> None:
     trees = {path.name: ast.parse(path.read_text(encoding="utf-8")) for path in SOURCES}
     assert {name for name, tree in trees.items() if any(map(prints, ast.walk(tree)))} == {"console.py"}
-    assert {path.name for path in SOURCES if "console" in imported_rooms(path)} == {"cli.py"}
+    assert {room_of(path) for path in SOURCES if "console" in imported_rooms(path)} == {"cli"}
 
 
 def test_importing_the_package_and_help_load_no_torch() -> None:

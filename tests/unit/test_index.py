@@ -7,6 +7,7 @@ import json
 import subprocess
 import sys
 import tempfile
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -379,3 +380,14 @@ def test_bm25_finds_shared_words_and_nothing_else() -> None:
     bm25 = BM25(["a", "b", "c"], ["red house", "red boat", "green lamp"])
     assert bm25.search(["house", "a red thing", "the", "zebra"], 10) == [["a"], ["b", "a"], [], []]
     assert bm25.search(["red"], 1) == [["b"]], "equal scores rank by id, as everywhere"
+    assert bm25.search(["A", "", "?", "lamp"], 2) == [[], [], [], ["c"]], "texts without any word find nothing"
+
+
+def test_bm25_gives_scores_and_keeps_to_pools() -> None:
+    bm25 = BM25(["a", "b", "c", "d"], ["red house", "red boat", "green lamp", "red red lamp"])
+    [whole] = bm25.search_scored(["red lamp"], 10)
+    assert [doc_id for doc_id, _ in whole] == ["d", "c", "b", "a"]
+    assert all(upper >= lower > 0 for (_, upper), (_, lower) in pairwise(whole))
+    assert bm25.search_scored(["red lamp"] * 2, 2) == [whole[:2]] * 2
+    pools = [None, {"a", "c"}, set(), {"b", "not indexed"}]
+    assert bm25.search_scored(["red lamp"] * 4, 10, pools) == [whole, [whole[1], whole[3]], [], [whole[2]]]

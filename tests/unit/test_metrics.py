@@ -1,32 +1,71 @@
-"""Our measures against pytrec_eval, ties included, and against numbers worked out by hand."""
+"""Our measures against pytrec_eval and ir-measures, ties included, p-MRR against mteb, and numbers by hand."""
 
 from __future__ import annotations
 
 import math
+from statistics import fmean
 
+import ir_measures
 import pytest
 import pytrec_eval
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from search_r3.retrieval.metrics import measure, ndcg, ndcg_from_ranks, rank, recall, reciprocal_rank
+from search_r3.retrieval.metrics import (
+    MEASURES,
+    average_precision,
+    measure,
+    ndcg,
+    ndcg_from_ranks,
+    p_mrr,
+    precision,
+    rank,
+    recall,
+    reciprocal_rank,
+)
 
-doc_ids = st.sampled_from([f"d{i}" for i in range(30)])
-runs = st.dictionaries(doc_ids, st.sampled_from([0.0, 0.1, 0.25, 0.5, 0.5000001, 1.0, -1.0]), min_size=1, max_size=30)
+doc_ids = st.sampled_from([f"d{i}" for i in range(150)])
+scores = st.sampled_from([0.0, 0.1, 0.25, 0.5, 0.5000001, 1.0, -1.0])
+runs = st.dictionaries(doc_ids, scores, min_size=1, max_size=130)
 judgements = st.dictionaries(doc_ids, st.integers(-1, 3), min_size=1, max_size=12)
+IN_TREC_EVAL = {name: name.replace("@", "_").replace("ndcg", "ndcg_cut").replace("p_", "P_") for name in MEASURES}
+IN_TREC_EVAL |= {"map": "map", "map@5": "map_cut_5"}
+IN_IR_MEASURES = {name: name.replace("ndcg", "nDCG").replace("mrr", "RR").replace("map", "AP") for name in MEASURES}
+IN_IR_MEASURES = {name: other.replace("recall", "R").replace("p@", "P@") for name, other in IN_IR_MEASURES.items()}
+
+
+def has_relevant(qrels: dict[str, int]) -> bool:
+    return any(gain > 0 for gain in qrels.values())
 
 
 @settings(max_examples=300, deadline=None)
-@given(runs, judgements)
+@given(runs, judgements.filter(has_relevant))
 def test_measures_equal_pytrec_eval_with_ties(run: dict[str, float], qrels: dict[str, int]) -> None:
-    oracle = pytrec_eval.RelevanceEvaluator({"q": qrels}, {"ndcg_cut.10", "recall.100"}).evaluate({"q": run})["q"]
+    names = {"ndcg_cut.1,3,5,10,100", "recall.1,5,10,100", "P.1,3,5,10,100", "map", "map_cut.5"}
+    oracle = pytrec_eval.RelevanceEvaluator({"q": qrels}, names).evaluate({"q": run})["q"]
     top = {doc_id: run[doc_id] for doc_id in rank(run, 10)}
-    oracle_rr = pytrec_eval.RelevanceEvaluator({"q": qrels}, {"recip_rank"}).evaluate({"q": top})["q"]
+    oracle["mrr_10"] = pytrec_eval.RelevanceEvaluator({"q": qrels}, {"recip_rank"}).evaluate({"q": top})["q"][
+        "recip_rank"
+    ]
     found = measure(rank(run), qrels)
-    assert found["ndcg@10"] == pytest.approx(oracle["ndcg_cut_10"], abs=1e-9)
-    if any(gain > 0 for gain in qrels.values()):  # trec_eval divides 0 by 0 otherwise
-        assert found["recall@100"] == pytest.approx(oracle["recall_100"], abs=1e-9)
-    assert found["mrr@10"] == pytest.approx(oracle_rr["recip_rank"], abs=1e-9)
+    assert set(found) == set(MEASURES)
+    for name, value in found.items():
+        assert value == pytest.approx(oracle[IN_TREC_EVAL[name]], abs=1e-9), name
+
+
+@settings(max_examples=50, deadline=None)
+@given(runs, judgements.filter(has_relevant))
+def test_measures_equal_ir_measures_with_ties(run: dict[str, float], qrels: dict[str, int]) -> None:
+    measures = {name: ir_measures.parse_measure(other) for name, other in IN_IR_MEASURES.items()}
+    # Its RR@10 (the script of MS MARCO) has another rule for equal scores than trec_eval, whose rule is ours.
+    reciprocal = measures.pop("mrr@10")
+    without_ties = {doc_id: -float(place) for place, doc_id in enumerate(rank(run))}
+    oracle = ir_measures.calc_aggregate(measures.values(), {"q": qrels}, {"q": run})
+    oracle |= ir_measures.calc_aggregate([reciprocal], {"q": qrels}, {"q": without_ties})
+    measures["mrr@10"] = reciprocal
+    found = measure(rank(run), qrels)
+    for name, other in measures.items():
+        assert found[name] == pytest.approx(oracle[other], abs=1e-9), name
 
 
 def test_numbers_by_hand() -> None:
@@ -35,6 +74,9 @@ def test_numbers_by_hand() -> None:
     assert ndcg(ranking, qrels, 10) == pytest.approx((2 / math.log2(3) + 1 / math.log2(5)) / ideal)
     assert ndcg(ranking, qrels, 3) == pytest.approx((2 / math.log2(3)) / ideal)
     assert recall(ranking, qrels, 2) == pytest.approx(1 / 3)
+    assert precision(ranking, qrels, 10) == pytest.approx(2 / 10), "divided by 10, not by the 4 that were found"
+    assert average_precision(ranking, qrels) == pytest.approx((1 / 2 + 2 / 4) / 3)
+    assert average_precision(ranking, qrels, 3) == pytest.approx((1 / 2) / 3)
     assert reciprocal_rank(ranking, qrels, 10) == 0.5
     assert reciprocal_rank(ranking, qrels, 1) == 0.0
 
@@ -53,4 +95,33 @@ def test_ndcg_from_ranks_equals_ndcg_of_the_ranking(ranking: list[str], qrels: d
 
 
 def test_nothing_relevant_scores_zero() -> None:
-    assert measure(["a"], {"a": 0}) == {"ndcg@10": 0.0, "recall@100": 0.0, "mrr@10": 0.0}
+    assert set(measure(["a"], {"a": 0}).values()) == {0.0}
+
+
+FEW = [f"d{i}" for i in range(8)]
+few_runs = st.dictionaries(st.sampled_from(FEW), scores, min_size=1)
+changes = st.sets(st.sampled_from(FEW), min_size=1, max_size=4)
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.lists(st.tuples(few_runs, few_runs, changes), min_size=1, max_size=3))
+def test_p_mrr_equals_mteb(queries: list[tuple[dict[str, float], dict[str, float], set[str]]]) -> None:
+    from mteb._evaluators.retrieval_metrics import calculate_pmrr
+
+    before = {f"{i}-og": run for i, (run, _, _) in enumerate(queries)}
+    after = {f"{i}-changed": run for i, (_, run, _) in enumerate(queries)}
+    lost = {str(i): sorted(doc_ids) for i, (_, _, doc_ids) in enumerate(queries)}
+    found = p_mrr(
+        {name: rank(before[f"{name}-og"]) for name in lost},
+        {name: rank(after[f"{name}-changed"]) for name in lost},
+        lost,
+    )
+    assert fmean(found.values()) == pytest.approx(calculate_pmrr(before, after, lost), abs=1e-9)
+
+
+def test_p_mrr_by_hand() -> None:
+    before, after = {"q": ["a", "b", "c"]}, {"q": ["b", "c", "a"]}
+    assert p_mrr(before, after, {"q": ["a"]}) == {"q": pytest.approx(1 - 1 / 3)}, "it fell from 1 to 3"
+    assert p_mrr(after, before, {"q": ["a"]}) == {"q": pytest.approx(1 / 3 - 1)}, "it rose: the wrong way"
+    assert p_mrr(before, before, {"q": ["a"]}) == {"q": 0.0}, "the instruction was ignored"
+    assert p_mrr(before, after, {"q": ["x", "a"]}) == {"q": pytest.approx((0 + 2 / 3) / 2)}, "x has the rank after last"

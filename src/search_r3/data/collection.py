@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator, Mapping
+import reprlib
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from ..errors import DataError
 from ..files import atomic_directory, read_jsonl
+from .rows import Known, check_documents, check_judgements, check_lists, check_queries, string
 
 Qrels = dict[str, dict[str, int]]
 """query_id -> doc_id -> relevance (an integer; 0 and below mean not relevant)."""
@@ -46,6 +49,17 @@ class Query:
 class Collection:
     """A test collection: documents, queries and one set of judgements per split.
 
+    Attributes:
+        name: e.g. `scifact`.
+        documents: doc_id -> document.
+        queries: query_id -> query.
+        qrels: split -> judgements.
+        excluded: query_id -> documents that are taken out of its ranking before it is measured (BRIGHT).
+        pools: query_id -> the only documents that are ranked for it (reranking tasks); other queries rank all.
+        changed: query -> documents that its changed instruction makes irrelevant (FollowIR's p-MRR); the query stands
+            twice in `queries`, as `ID-og` and as `ID-changed`.
+        without_text: how many documents (and their judgements) were left out because they hold no text.
+
     Example:
         >>> documents = {"d1": Document("d1", "Uzbek is a language.")}
         >>> collection = Collection("tiny", documents, {"q1": Query("q1", "Uzbek?")}, {"test": {"q1": {"d1": 1}}})
@@ -57,6 +71,10 @@ class Collection:
     documents: dict[str, Document]
     queries: dict[str, Query]
     qrels: dict[str, Qrels]
+    excluded: dict[str, frozenset[str]] = field(default_factory=dict)
+    pools: dict[str, frozenset[str]] = field(default_factory=dict)
+    changed: dict[str, frozenset[str]] = field(default_factory=dict)
+    without_text: int = 0
 
     def split(self, name: str) -> Qrels:
         """The judgements of one split.
@@ -73,27 +91,41 @@ class Collection:
         return {doc_id: document.full_text for doc_id, document in self.documents.items()}
 
     def content_hash(self) -> str:
-        """SHA-256 (hex) over documents, queries and judgements, independent of their order on disk."""
+        """SHA-256 (hex) over documents, queries, judgements and lists, independent of their order on disk."""
+        return self._content_hash
+
+    @cached_property
+    def _content_hash(self) -> str:
         digest = hashlib.sha256()
         for document in sorted(self.documents.values(), key=lambda d: d.doc_id):
             digest.update(json.dumps([document.doc_id, document.title, document.text]).encode())
         for query in sorted(self.queries.values(), key=lambda q: q.query_id):
             digest.update(json.dumps([query.query_id, query.text]).encode())
         digest.update(json.dumps(self.qrels, sort_keys=True).encode())
+        for name, lists in (("excluded", self.excluded), ("pools", self.pools), ("changed", self.changed)):
+            if lists:  # the hash of a collection without them stays what it is in the runs that recorded it
+                digest.update(name.encode())
+            for query_id in sorted(lists):
+                digest.update(json.dumps([query_id, sorted(lists[query_id])]).encode())
         return digest.hexdigest()
 
     @classmethod
     def load(cls, folder: str | Path, *, skip_empty_documents: bool = False) -> Collection:
         """Read a BEIR folder: `corpus.jsonl`, `queries.jsonl`, `qrels/*.tsv`.
 
+        Three more files are read where they are, one row a query: `excluded.jsonl` (`query-id`, `excluded`),
+        `pools.jsonl` (`query-id`, `doc-ids`, or `prefix` and `lines` for ids made of the prefix and a number) and
+        `changed.jsonl` (`query-id` without `-og` and `-changed`, `doc-ids`). The `instruction` of a query, where it
+        has one, follows its text.
+
         Args:
             folder: the folder.
-            skip_empty_documents: leave out documents without any text, and judgements of them, instead of raising;
+            skip_empty_documents: leave out documents without any text, and what names them, instead of raising;
                 some published collections (Cranfield) have one.
 
         Raises:
             DataError: a file is missing or empty, an id is missing or doubled, a text is empty, a line is not JSON,
-                a score is not an integer, or a judgement names an unknown id; file and line are named.
+                a score is not an integer, or a judgement or list names an unknown id; file and line are named.
         """
         folder = Path(folder)
         if not folder.is_dir():
@@ -101,41 +133,50 @@ class Collection:
         empty: set[str] = set()
         corpus = iter_documents(folder / "corpus.jsonl", empty if skip_empty_documents else None)
         documents = {document.doc_id: document for document in corpus}
-        queries: dict[str, Query] = {}
-        for place, row in _rows(folder / "queries.jsonl"):
-            text = _string(row, "text", place)
-            if not text.strip():
-                raise DataError(f"{place}: query {row['_id']!r} has no text; remove it or give it text")
-            queries[row["_id"]] = Query(row["_id"], text, row.get("metadata") or {})
+        queries = {row[0]: Query(*row) for row in check_queries(_rows(folder / "queries.jsonl"))}
+        known = Known(queries, documents, empty)
         paths = sorted((folder / "qrels").glob("*.tsv"))
         if not paths:
             raise DataError(f"{folder / 'qrels'}: no *.tsv file; a collection needs at least one split of judgements")
-        qrels = {path.stem: _read_qrels(path, queries, documents, empty) for path in paths}
-        return cls(folder.resolve().name, documents, queries, qrels)
+        qrels = {path.stem: check_judgements(_judgements(path), known) for path in paths}
+        for path in paths:
+            if not qrels[path.stem]:
+                raise DataError(f"{path}: the file has no judgements")
+        return cls(
+            folder.resolve().name,
+            documents,
+            queries,
+            qrels,
+            excluded=check_lists(_rows(folder / "excluded.jsonl", optional=True), "excluded", known, "excluded"),
+            pools=check_lists(_pools(folder / "pools.jsonl"), "doc-ids", known, "pools"),
+            changed=check_lists(_rows(folder / "changed.jsonl", optional=True), "doc-ids", known, "changed"),
+            without_text=len(empty),
+        )
 
     def save(self, folder: str | Path) -> None:
         """Write the collection as a BEIR folder; an existing folder is replaced only when all is written."""
+        documents = ({"_id": d.doc_id, "title": d.title, "text": d.text} for d in self.documents.values())
+        queries = (
+            {"_id": q.query_id, "text": q.text} | ({"metadata": dict(q.metadata)} if q.metadata else {})
+            for q in self.queries.values()
+        )
         with atomic_directory(Path(folder)) as out:
-            with (out / "corpus.jsonl").open("w", encoding="utf-8") as file:
-                for document in self.documents.values():
-                    row: dict[str, Any] = {
-                        "_id": document.doc_id,
-                        "title": document.title,
-                        "text": document.text,
-                    }
-                    file.write(json.dumps(row, ensure_ascii=False) + "\n")
-            with (out / "queries.jsonl").open("w", encoding="utf-8") as file:
-                for query in self.queries.values():
-                    row = {"_id": query.query_id, "text": query.text}
-                    if query.metadata:
-                        row["metadata"] = dict(query.metadata)
-                    file.write(json.dumps(row, ensure_ascii=False) + "\n")
+            _write_rows(out / "corpus.jsonl", documents)
+            _write_rows(out / "queries.jsonl", queries)
             (out / "qrels").mkdir()
             for name, judgements in self.qrels.items():
                 with (out / "qrels" / f"{name}.tsv").open("w", encoding="utf-8") as file:
                     file.write("query-id\tcorpus-id\tscore\n")
                     for query_id, relevance in judgements.items():
                         file.writelines(f"{query_id}\t{doc_id}\t{score}\n" for doc_id, score in relevance.items())
+            for name, key, lists in (
+                ("excluded", "excluded", self.excluded),
+                ("pools", "doc-ids", self.pools),
+                ("changed", "doc-ids", self.changed),
+            ):
+                if lists:
+                    rows = ({"query-id": query_id, key: sorted(doc_ids)} for query_id, doc_ids in lists.items())
+                    _write_rows(out / f"{name}.jsonl", rows)
 
 
 @dataclass(frozen=True)
@@ -163,44 +204,34 @@ def iter_documents(path: Path, skipped: set[str] | None = None) -> Iterator[Docu
         DataError: the file is missing or empty, an id is missing or doubled, a text is empty or a line is not JSON;
             file and line are named.
     """
-    for place, row in _rows(path):
-        title, text = _string(row, "title", place, ""), _string(row, "text", place)
-        if (title + text).strip():
-            yield Document(row["_id"], text, title)
-        elif skipped is not None:
-            skipped.add(row["_id"])
-        else:
-            raise DataError(f"{place}: document {row['_id']!r} has no text; remove it or skip_empty_documents")
+    for doc_id, title, text in check_documents(_rows(path), skipped):
+        yield Document(doc_id, text, title)
 
 
-def _rows(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Yield `(place, row)` for a corpus or queries file, with the `_id` checked."""
-    seen: set[str] = set()
+def _rows(path: Path, *, optional: bool = False) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Place and row for every line of a JSON Lines file; an optional file may be missing or empty."""
+    if optional and not path.exists():
+        return
+    number = 0
     for number, row in read_jsonl(path):
-        place = f"{path}:{number}"
-        row_id = _string(row, "_id", place)
-        if not row_id or any(c in row_id for c in "\t\r\n"):
-            raise DataError(f"{place}: the _id {row_id!r} is empty or holds a tab or a line break")
-        if row_id in seen:
-            raise DataError(f"{place}: the _id {row_id!r} stands on an earlier line too; ids must be unique")
-        seen.add(row_id)
-        yield place, row
-    if not seen:
+        yield f"{path}:{number}", row
+    if not number and not optional:
         raise DataError(f"{path}: the file has no rows")
 
 
-def _string(row: Mapping[str, Any], key: str, place: str, default: str | None = None) -> str:
-    value = row.get(key, default)
-    if not isinstance(value, str):
-        what = "is missing" if key not in row else f"is {value!r}"
-        raise DataError(f"{place}: the field {key!r} {what}; expected a string")
-    return value
+def _pools(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    """The rows of `pools.jsonl`, all with `doc-ids`."""
+    for place, row in _rows(path, optional=True):
+        if "doc-ids" not in row and "lines" in row:
+            prefix, lines = string(row, "prefix", place), row["lines"]
+            if not isinstance(lines, list) or not all(type(line) is int for line in lines):
+                raise DataError(f"{place}: the field 'lines' is {reprlib.repr(lines)}; expected a list of integers")
+            row = {**row, "doc-ids": [f"{prefix}{line}" for line in lines]}
+        yield place, row
 
 
-def _read_qrels(
-    path: Path, queries: Mapping[str, Query], documents: Mapping[str, Document], skipped: set[str]
-) -> Qrels:
-    qrels: Qrels = {}
+def _judgements(path: Path) -> Iterator[tuple[str, str, str, str]]:
+    """Place, query_id, doc_id and score for every line of a qrels file."""
     with path.open(encoding="utf-8") as file:
         for number, line in enumerate(file, 1):
             place = f"{path}:{number}"
@@ -211,20 +242,9 @@ def _read_qrels(
                 raise DataError(
                     f"{place}: expected 3 tab-separated columns (query-id, corpus-id, score), found {len(cells)}"
                 )
-            query_id, doc_id, score = cells
-            try:
-                relevance = int(score)
-            except ValueError as error:
-                raise DataError(f"{place}: the score {score!r} is not an integer") from error
-            if query_id not in queries:
-                raise DataError(f"{place}: query {query_id!r} is not in queries.jsonl")
-            if doc_id in skipped:
-                continue
-            if doc_id not in documents:
-                raise DataError(f"{place}: document {doc_id!r} is not in corpus.jsonl")
-            if doc_id in qrels.setdefault(query_id, {}):
-                raise DataError(f"{place}: the pair {query_id!r}, {doc_id!r} is judged on an earlier line too")
-            qrels[query_id][doc_id] = relevance
-    if not qrels:
-        raise DataError(f"{path}: the file has no judgements")
-    return qrels
+            yield place, cells[0], cells[1], cells[2]
+
+
+def _write_rows(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
+    with path.open("w", encoding="utf-8") as file:
+        file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)

@@ -1,232 +1,325 @@
-"""Models and baselines on one split of a collection: per-query measures, speed, and paired tests between rows."""
+"""One system on one split: rankings, measures query by query, cost, provenance; what is known already is not redone."""
 
 from __future__ import annotations
 
+import hashlib
+import json
+import os
+import platform
 import time
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
-from itertools import combinations
-from statistics import fmean
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from datetime import UTC, datetime
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from statistics import fmean, median
 from typing import Any
 
 import numpy as np
 
-from ..data.collection import Collection
-from ..errors import DataError, ModelError
+from ..data.collection import Collection, Qrels
+from ..errors import ConfigError, DataError, ModelError
 from ..model.documents import Progress
-from ..model.encoder import SearchR3
-from ..model.prompts import Mode
-from ..retrieval.index import ExactIndex
-from ..retrieval.lexical import BM25
-from ..retrieval.metrics import MEASURES, measure, ndcg_from_ranks
+from ..retrieval.lexical import Scored
+from ..retrieval.metrics import MEASURES, measure, p_mrr, relevant_ids
+from .results import FORMAT, CollectionInfo, Cost, Result, SystemInfo, load_result, result_name, save_result
+from .statistics import bootstrap_intervals
+from .systems import Answers, Request, Searchable, System
 
-DEPTH = 100
-"""Documents retrieved per query."""
+PACKAGES = (
+    "search-r3",
+    "torch",
+    "transformers",
+    "accelerate",
+    "tokenizers",
+    "bm25s",
+    "babel",
+    "numpy",
+    "sentence-transformers",
+)
+TOP = 10
+"""Documents of each ranking that a result keeps."""
+SNIPPET = 240
+"""Characters of a document that a result keeps."""
+CHANGED_DEPTH = 1000
+"""Least depth where a changed instruction is measured: p-MRR compares ranks far down (as mteb does)."""
+
+Watch = Callable[[str, int], Progress]
+"""Told what begins and how many texts it has; returns what is told of the progress."""
 
 
 @dataclass(frozen=True)
-class Row:
-    """The result of one system on one split.
+class EvaluationOptions:
+    """How results are computed.
 
     Attributes:
-        name: e.g. `reason/rl`.
-        per_query: query_id -> measure -> value.
-        queries_per_second: encoding and ranking, documents already indexed.
-        tokens_per_query: mean reasoning tokens.
-        forced_share: share of queries whose embed token was forced.
-        truncated: queries that lost their end.
-        reasoning: query_id -> reasoning text, where there is one.
+        depth: documents ranked for each query.
+        keep_identical_ids: rank the document that bears the id of its query. By default it is left out unless it is
+            judged relevant, as BEIR does: it is the query itself.
+        latency_queries: queries asked one at a time, evenly spread over the split; 0 measures no latency.
+        bootstrap: resamples of the intervals.
+        seed: of the resampling.
     """
 
-    name: str
-    per_query: dict[str, dict[str, float]]
-    queries_per_second: float
-    tokens_per_query: float = 0.0
-    forced_share: float = 0.0
-    truncated: int = 0
-    reasoning: dict[str, str] = field(default_factory=dict)
+    depth: int = 100
+    keep_identical_ids: bool = False
+    latency_queries: int = 16
+    bootstrap: int = 1000
+    seed: int = 0
 
-    def mean(self, name: str) -> float:
-        """The mean of one measure over the queries."""
-        return fmean(values[name] for values in self.per_query.values())
-
-    def values(self, name: str) -> list[float]:
-        """One measure, query by query."""
-        return [values[name] for values in self.per_query.values()]
-
-    def record(self, resamples: int, seed: int) -> dict[str, Any]:
-        """The row as it stands in `report.json`; `ndcg@10_interval` is the 95 % bootstrap interval of the mean."""
-        means: dict[str, Any] = {name: self.mean(name) for name in MEASURES}
-        means["ndcg@10_interval"] = list(bootstrap_interval(self.values("ndcg@10"), resamples, seed))
-        means |= {"queries_per_second": self.queries_per_second, "tokens_per_query": self.tokens_per_query}
-        return means | {
-            "forced_share": self.forced_share,
-            "truncated": self.truncated,
-            "queries": len(self.per_query),
-        }
+    def __post_init__(self) -> None:
+        if self.depth < 10:
+            raise ConfigError(f"depth={self.depth}: measures look at 10 documents or more")
 
 
-def evaluate_bm25(
-    collection: Collection, split: str, name: str = "bm25", texts: Mapping[str, str] | None = None
-) -> Row:
-    """BM25 on the queries, or on other `texts` by query_id: a model's reasoning (the query where it is blank)."""
-    qrels = _judged(collection, split)
-    documents = collection.documents
-    index = BM25(list(documents), [document.full_text for document in documents.values()])
-    asked = [(texts or {}).get(query_id, "").strip() or collection.queries[query_id].text for query_id in qrels]
-    started = time.perf_counter()
-    found = index.search(asked, DEPTH)
-    seconds = time.perf_counter() - started
-    return Row(name, _measured(qrels, found), len(qrels) / seconds)
-
-
-def index_documents(model: SearchR3, collection: Collection, *, progress: Progress | None = None) -> ExactIndex:
-    """Encode a whole collection into an exact index."""
-    texts = collection.texts()
-    return ExactIndex(list(texts), model.encode_document(list(texts.values()), progress=progress))
-
-
-def evaluate_model(
-    model: SearchR3,
-    collection: Collection,
-    split: str,
-    mode: Mode,
-    name: str,
-    *,
-    index: ExactIndex | None = None,
-    batch_size: int = 128,
-    progress: Progress | None = None,
-) -> Row:
-    """One model in one mode; reasoning is greedy.
+def resolve_splits(collection: Collection, asked: Sequence[str]) -> list[str]:
+    """The splits to evaluate: those named, all with `all`, or `test`, else `dev`, `validation` or `train` for none.
 
     Raises:
-        DataError: the split is unknown or has no query with a relevant document.
-        ModelError: the model emitted the embed token for no query at all: it was not trained to reason.
+        DataError: the collection has no such split.
     """
-    qrels = _judged(collection, split)
-    index = index or index_documents(model, collection)
-    started = time.perf_counter()
-    encoded = model.encode_query(
-        [collection.queries[query_id].text for query_id in qrels],
-        mode,
-        batch_size=batch_size,
-        progress=progress,
-    )
-    if mode == "reason" and all(encoded.forced):
-        raise ModelError(
-            f"{model.backbone.source} emitted {model.backbone.settings.embed_token} for none of {len(qrels)} queries "
-            f"within {model.backbone.settings.max_new_tokens} tokens; train stage 1 (search-r3 sft) first, or "
-            "evaluate --mode direct"
-        )
-    found = index.search(encoded.vectors, DEPTH).doc_ids
-    seconds = time.perf_counter() - started
-    return Row(
-        name,
-        _measured(qrels, found),
-        len(qrels) / seconds,
-        fmean(encoded.reasoning_tokens),
-        fmean(encoded.forced),
-        sum(encoded.truncated),
-        dict(zip(qrels, encoded.reasoning, strict=True)) if mode == "reason" else {},
+    if list(asked) == ["all"]:
+        return sorted(collection.qrels)
+    if asked:
+        for name in asked:
+            collection.split(name)
+        return list(dict.fromkeys(asked))
+    for name in ("test", "dev", "validation", "train"):
+        if name in collection.qrels:
+            return [name]
+    raise DataError(
+        f"collection {collection.name!r} has neither test, dev, validation nor train; name a split of it: "
+        f"{', '.join(sorted(collection.qrels))}"
     )
 
 
-def sampled_rewards(
-    model: SearchR3,
+def evaluate(
+    system: System,
     collection: Collection,
     split: str,
+    options: EvaluationOptions | None = None,
     *,
-    queries: int,
-    group_size: int,
-    k: int,
-    seed: int,
-    index: ExactIndex,
-    batch_size: int = 128,
-    sampling_temperature: float = 1.0,
-) -> tuple[list[float], float]:
-    """The ranking part of the reward over sampled rollouts, as in training, and the share of forced ones.
+    source: str = "",
+    folder: Path | None = None,
+    watch: Watch | None = None,
+) -> Result:
+    """One system on one split.
 
     Args:
-        model: the policy.
-        collection: documents and queries.
-        split: judgements.
-        queries: how many queries, evenly spread over the split.
-        group_size: rollouts per query.
-        k: depth of the nDCG.
-        seed: of the sampling.
-        index: the collection encoded by the same model.
-        batch_size: rollouts decoded together.
-        sampling_temperature: as in training.
-    """
-    qrels = _judged(collection, split)
-    spread = np.linspace(0, len(qrels) - 1, min(queries, len(qrels))).round().astype(int)
-    chosen = [list(qrels)[i] for i in spread for _ in range(group_size)]
-    encoded = model.encode_query(
-        [collection.queries[query_id].text for query_id in chosen],
-        "reason",
-        batch_size=batch_size,
-        sampling_temperature=sampling_temperature,
-        seed=seed,
-    )
-    positives = [[doc_id for doc_id, gain in qrels[query_id].items() if gain > 0] for query_id in chosen]
-    ranks = index.ranks(encoded.vectors, positives)
-    rewards = [ndcg_from_ranks(found, qrels[query_id], k) for found, query_id in zip(ranks, chosen, strict=True)]
-    return rewards, fmean(encoded.forced)
-
-
-def bootstrap_interval(values: Sequence[float], resamples: int, seed: int) -> tuple[float, float]:
-    """95 % percentile bootstrap interval of the mean."""
-    if len(set(values)) == 1:
-        return values[0], values[0]
-    from scipy.stats import bootstrap
-
-    result = bootstrap((values,), np.mean, n_resamples=resamples, method="percentile", rng=np.random.default_rng(seed))
-    return float(result.confidence_interval.low), float(result.confidence_interval.high)
-
-
-def paired_p_value(first: Sequence[float], second: Sequence[float], permutations: int, seed: int) -> float:
-    """Two-sided paired randomisation test of equal means: signs of the differences are flipped at random.
+        system: what ranks.
+        collection: what is ranked.
+        split: the judgements; queries without a relevant document are left out.
+        options: how.
+        source: where the collection came from, for the record.
+        folder: where the result is looked up, and written when it is new; nothing is written without it.
+        watch: told of the progress.
 
     Raises:
-        DataError: different numbers of values.
+        DataError: no such split, no query in it has a relevant document, or a damaged result in the folder.
+        ModelError: the model gives NaN, or never emits the embed token in reason mode.
     """
-    if len(first) != len(second):
-        raise DataError(f"a paired test needs the same queries on both sides, found {len(first)} and {len(second)}")
-    from scipy.stats import permutation_test
-
-    differences = np.asarray(first, dtype=float) - np.asarray(second, dtype=float)
-    if not differences.any():
-        return 1.0
-    result = permutation_test(
-        (differences,),
-        lambda sample, axis: sample.mean(axis=axis),
-        permutation_type="samples",
-        n_resamples=permutations,
-        vectorized=True,
-        rng=np.random.default_rng(seed),
-    )
-    return float(result.pvalue)
+    options = options or EvaluationOptions()
+    info, facts = _asked(system, collection, split, options)
+    key = hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
+    if folder is not None:
+        path = folder / result_name(collection.name, split, info.name, key)
+        if path.exists():
+            known = load_result(path)
+            if known.key != key:
+                raise DataError(f"{path} holds a result of another evaluation; remove it and evaluate again")
+            return known
+    result = _measured(system, collection, split, options, source or collection.name, key, watch)
+    if folder is not None:
+        save_result(result, folder)
+    return result
 
 
-def paired_p_values(rows: Sequence[Row], permutations: int, seed: int) -> dict[str, float]:
-    """nDCG@10 of every pair of rows: `"a vs b" -> p`."""
-    return {
-        f"{first.name} vs {second.name}": paired_p_value(
-            first.values("ndcg@10"), second.values("ndcg@10"), permutations, seed
-        )
-        for second, first in combinations(rows, 2)
+def _asked(
+    system: System, collection: Collection, split: str, options: EvaluationOptions
+) -> tuple[SystemInfo, dict[str, Any]]:
+    """All that a result depends on. Where the model lies is not part of it, what it holds is."""
+    info = system.info
+    return info, {
+        "format": FORMAT,
+        "system": info.model_dump(exclude={"model"}),
+        "collection": [collection.content_hash(), split],
+        "settings": asdict(options),
     }
 
 
-def _judged(collection: Collection, split: str) -> dict[str, dict[str, int]]:
-    """The queries of a split that have at least one relevant document."""
-    qrels = {
-        query_id: gains for query_id, gains in collection.split(split).items() if any(g > 0 for g in gains.values())
-    }
+def judged(collection: Collection, split: str) -> Qrels:
+    """The queries of a split that have a relevant document.
+
+    Raises:
+        DataError: there is no such split, or no such query in it.
+    """
+    qrels = {query_id: gains for query_id, gains in collection.split(split).items() if relevant_ids(gains)}
     if not qrels:
         raise DataError(f"no query of split {split!r} in {collection.name!r} has a relevant document")
     return qrels
 
 
-def _measured(qrels: Mapping[str, Mapping[str, int]], found: Sequence[Sequence[str]]) -> dict[str, dict[str, float]]:
-    return {query_id: measure(ranking, gains) for (query_id, gains), ranking in zip(qrels.items(), found, strict=True)}
+def make_requests(collection: Collection, qrels: Qrels, keep_identical_ids: bool = False) -> list[Request]:
+    """The queries of these judgements with what must not stand in their rankings."""
+    requests = []
+    for query_id, gains in qrels.items():
+        left_out = collection.excluded.get(query_id, frozenset())
+        if not keep_identical_ids and query_id in collection.documents and gains.get(query_id, 0) <= 0:
+            left_out |= {query_id}
+        text = collection.queries[query_id].text
+        requests.append(Request(query_id, text, left_out, collection.pools.get(query_id)))
+    return requests
+
+
+def _measured(
+    system: System,
+    collection: Collection,
+    split: str,
+    options: EvaluationOptions,
+    source: str,
+    key: str,
+    watch: Watch | None,
+) -> Result:
+    qrels = judged(collection, split)
+    requests = make_requests(collection, qrels, options.keep_identical_ids)
+    depth = max(options.depth, CHANGED_DEPTH) if collection.changed else options.depth
+    name = system.info.name
+    started = time.perf_counter()
+    index = system.index(collection, watch(f"{name}: documents", len(collection.documents)) if watch else None)
+    asked = time.perf_counter()
+    answers = index.answer(requests, depth, watch(f"{name}: queries", len(requests)) if watch else None)
+    answered = time.perf_counter()
+    if answers.forced and all(answers.forced):
+        settings = system.info.settings
+        raise ModelError(
+            f"{system.info.model} emitted {settings['embed_token']} for none of {len(requests)} queries within "
+            f"{settings['max_new_tokens']} tokens; train stage 1 (search-r3 sft) first, or evaluate the mode direct"
+        )
+    rankings = {
+        request.query_id: [doc_id for doc_id, _ in found]
+        for request, found in zip(requests, answers.found, strict=True)
+    }
+    rows = [measure(rankings[query_id], gains) for query_id, gains in qrels.items()]
+    per_query = {measured: [row[measured] for row in rows] for measured in MEASURES}
+    scores = {measured: fmean(values) for measured, values in per_query.items()}
+    intervals = bootstrap_intervals(per_query, options.bootstrap, options.seed)
+    if followed := _p_mrr(collection, split, index, rankings, depth):
+        scores["p-mrr"] = fmean(followed)
+        intervals |= bootstrap_intervals({"p-mrr": followed}, options.bootstrap, options.seed)
+    latency = _latency(index, requests, depth, options.latency_queries)
+    top = [found[:TOP] for found in answers.found]
+    relevant = [{doc_id: gain for doc_id, gain in gains.items() if gain > 0} for gains in qrels.values()]
+    return Result(
+        key=key,
+        system=system.info,
+        collection=_collection_info(collection, split, source, requests, qrels),
+        settings=asdict(options) | {"depth": depth},
+        scores=scores,
+        intervals=intervals,
+        cost=_cost(answers, len(requests) / (answered - asked), latency, index.documents_per_second),
+        query_ids=list(qrels),
+        queries=[request.text for request in requests],
+        per_query=per_query,
+        top=top,
+        relevant=relevant,
+        snippets=_snippets(collection, top, relevant),
+        reasoning=answers.reasoning,
+        reasoning_tokens=answers.reasoning_tokens,
+        provenance=provenance() | {"seconds": {"documents": asked - started, "queries": answered - asked}},
+    )
+
+
+def _collection_info(
+    collection: Collection, split: str, source: str, requests: Sequence[Request], qrels: Qrels
+) -> CollectionInfo:
+    return CollectionInfo(
+        name=collection.name,
+        split=split,
+        source=source,
+        hash=collection.content_hash(),
+        documents=len(collection.documents),
+        queries=len(qrels),
+        without_text=collection.without_text,
+        identical_ids=sum(request.query_id in request.left_out for request in requests),
+    )
+
+
+def _cost(answers: Answers, speed: float, latency: float | None, indexing: float | None) -> Cost:
+    return Cost(
+        queries_per_second=speed,
+        ms_per_query=latency,
+        documents_per_second=indexing,
+        tokens_per_query=fmean(answers.reasoning_tokens or [0]),
+        forced_share=fmean(answers.forced or [0]),
+        truncated_queries=answers.truncated,
+    )
+
+
+def _latency(index: Searchable, requests: Sequence[Request], depth: int, count: int) -> float | None:
+    """Median milliseconds of queries asked one at a time."""
+    if not count:
+        return None
+    seconds = []
+    for i in np.linspace(0, len(requests) - 1, min(count, len(requests))).round().astype(int):
+        started = time.perf_counter()
+        index.answer([requests[i]], depth)
+        seconds.append(time.perf_counter() - started)
+    return 1000 * median(seconds)
+
+
+def _p_mrr(
+    collection: Collection, split: str, index: Searchable, rankings: Mapping[str, Sequence[str]], depth: int
+) -> list[float]:
+    """p-MRR of each query that stands in the split with both of its instructions.
+
+    Where the changed instruction leaves no relevant document, the query has no nDCG, but its ranking counts here.
+    """
+    asked = collection.split(split)
+    lost = {
+        query: doc_ids
+        for query, doc_ids in collection.changed.items()
+        if f"{query}-og" in asked and f"{query}-changed" in asked
+    }
+    both = [f"{query}-{kind}" for query in lost for kind in ("og", "changed")]
+    missing = make_requests(collection, {query_id: {} for query_id in both if query_id not in rankings})
+    further = index.answer(missing, depth).found if missing else []
+    found = dict(rankings)
+    for request, scored in zip(missing, further, strict=True):
+        found[request.query_id] = [doc_id for doc_id, _ in scored]
+    return list(
+        p_mrr(
+            {query: found[f"{query}-og"] for query in lost},
+            {query: found[f"{query}-changed"] for query in lost},
+            lost,
+        ).values()
+    )
+
+
+def _snippets(collection: Collection, top: Sequence[Scored], relevant: Sequence[Mapping[str, int]]) -> dict[str, str]:
+    doc_ids = {doc_id for found in top for doc_id, _ in found}.union(*relevant)
+    return {doc_id: collection.documents[doc_id].full_text[:SNIPPET] for doc_id in sorted(doc_ids)}
+
+
+def provenance() -> dict[str, Any]:
+    """Date, versions and machine of this process."""
+    import torch
+
+    return {
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+        "versions": package_versions(),
+        "machine": platform.machine(),
+        "processors": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
+    }
+
+
+def package_versions() -> dict[str, str]:
+    """Python and the packages that results depend on, those that are installed."""
+    found = {"python": platform.python_version()}
+    for name in PACKAGES:
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            continue
+    return found

@@ -1,100 +1,138 @@
-"""The final evaluation of a run: `report.json` and plots."""
+"""The final evaluation of a run: results, `report.json`, the page and its plots."""
 
 from __future__ import annotations
 
-import platform
+import json
 import resource
 import sys
 from collections.abc import Callable, Sequence
-from importlib.metadata import version
 from pathlib import Path
 from statistics import fmean
 from typing import Any
 
+import numpy as np
+
 from ..config import Recipe
 from ..data.collection import Collection
-from ..files import write_json
+from ..errors import DataError
+from ..files import atomic_directory, read_jsonl, write_json
 from ..model.encoder import SearchR3
-from .benchmark import (
-    Row,
-    evaluate_bm25,
-    evaluate_model,
-    index_documents,
-    paired_p_values,
-    sampled_rewards,
-)
+from ..retrieval.index import ExactIndex
+from ..retrieval.metrics import ndcg_from_ranks, relevant_ids
+from .benchmark import EvaluationOptions, evaluate, judged, package_versions
+from .page import write_page
+from .results import Result, load_results
+from .runner import RESULTS, reasoning_baseline
+from .statistics import compare
+from .systems import BM25System, EncodedCollections, SearchR3System
+from .table import summary
 
+REWARDS, METRICS = "rewards.json", "metrics.jsonl"
 STAGES = ("sft", "rl")
-PACKAGES = ("search-r3", "torch", "transformers", "accelerate", "tokenizers", "bm25s", "babel", "numpy")
+ORDER = ("bm25", "bm25+reasoning", "direct/sft", "reason/sft", "direct/rl", "reason/rl")
 
 Note = Callable[[str], None]
 
 
 def evaluate_run(
-    recipe: Recipe, collection: Collection, models: dict[str, Path], note: Note
-) -> tuple[list[Row], dict[str, list[float]], float]:
-    """All rows of the report on the test split, and the rewards of sampled rollouts before and after RL.
+    recipe: Recipe, collection: Collection, models: dict[str, Path], folder: Path, note: Note
+) -> tuple[list[Result], dict[str, list[float]], float]:
+    """All results of the report on the test split, and the rewards of sampled rollouts before and after RL.
 
     Args:
         recipe: the run's settings.
         collection: the run's collection.
         models: `sft` and `rl` -> model directory.
+        folder: where results are looked up and written.
         note: told what is being evaluated.
 
     Returns:
-        The rows, `before` / `after` -> ranking rewards, and the share of forced rollouts after RL.
+        The results, `before` / `after` -> ranking rewards, and the share of forced rollouts after RL.
     """
     settings, split = recipe.evaluation, recipe.evaluation.test_split
-    rows: list[Row] = []
+    options = EvaluationOptions(bootstrap=settings.bootstrap, seed=recipe.seed)
+    results = [evaluate(BM25System(), collection, split, options, source=recipe.collection, folder=folder)]
     rewards: dict[str, list[float]] = {}
     forced = 0.0
     for stage in STAGES:
         note(f"evaluating the {stage} model on {split}")
-        model = SearchR3(models[stage], dtype=recipe.dtype)
-        index = index_documents(model, collection)
+        encoded = EncodedCollections(SearchR3(models[stage], dtype=recipe.dtype))
         for mode in ("direct", "reason"):
-            rows.append(
-                evaluate_model(
-                    model,
-                    collection,
-                    split,
-                    mode,
-                    f"{mode}/{stage}",
-                    index=index,
-                    batch_size=settings.batch_size,
-                )
-            )
+            system = SearchR3System(encoded, mode, f"{mode}/{stage}", settings.batch_size)
+            results.append(evaluate(system, collection, split, options, source=recipe.collection, folder=folder))
         rewards["before" if stage == "sft" else "after"], forced = sampled_rewards(
-            model,
+            encoded.model,
             collection,
             split,
             queries=settings.rollout_queries,
             group_size=recipe.grpo.group_size,
             k=recipe.grpo.reward_k,
             seed=recipe.seed,
-            index=index,
+            index=encoded.encode(collection)[0],
             batch_size=settings.batch_size,
             sampling_temperature=recipe.grpo.sampling_temperature,
         )
-    lexical = [
-        evaluate_bm25(collection, split),
-        evaluate_bm25(collection, split, "bm25+reasoning", rows[-1].reasoning),
-    ]
-    return lexical + rows, rewards, forced
+    lexical = reasoning_baseline(results[-1], "bm25+reasoning")
+    results.append(evaluate(lexical, collection, split, options, source=recipe.collection, folder=folder))
+    return sorted(results, key=lambda result: ORDER.index(result.system.name)), rewards, forced
+
+
+def sampled_rewards(
+    model: SearchR3,
+    collection: Collection,
+    split: str,
+    *,
+    queries: int,
+    group_size: int,
+    k: int,
+    seed: int,
+    index: ExactIndex,
+    batch_size: int = 128,
+    sampling_temperature: float = 1.0,
+) -> tuple[list[float], float]:
+    """The ranking part of the reward over sampled rollouts, as in training, and the share of forced ones.
+
+    Args:
+        model: the policy.
+        collection: documents and queries.
+        split: judgements.
+        queries: how many queries, evenly spread over the split.
+        group_size: rollouts per query.
+        k: depth of the nDCG.
+        seed: of the sampling.
+        index: the collection encoded by the same model.
+        batch_size: rollouts decoded together.
+        sampling_temperature: as in training.
+    """
+    qrels = judged(collection, split)
+    spread = np.linspace(0, len(qrels) - 1, min(queries, len(qrels))).round().astype(int)
+    chosen = [list(qrels)[i] for i in spread for _ in range(group_size)]
+    encoded = model.encode_query(
+        [collection.queries[query_id].text for query_id in chosen],
+        "reason",
+        batch_size=batch_size,
+        sampling_temperature=sampling_temperature,
+        seed=seed,
+    )
+    positives = [sorted(relevant_ids(qrels[query_id])) for query_id in chosen]
+    ranks = index.ranks(encoded.vectors, positives)
+    rewards = [ndcg_from_ranks(found, qrels[query_id], k) for found, query_id in zip(ranks, chosen, strict=True)]
+    return rewards, fmean(encoded.forced)
 
 
 def build_report(
     recipe: Recipe,
     collection: Collection,
-    rows: Sequence[Row],
+    results: Sequence[Result],
     rewards: dict[str, list[float]],
     forced: float,
 ) -> dict[str, Any]:
     """The content of `report.json`, but for the seconds of the whole run."""
     settings = recipe.evaluation
+    comparisons = compare(results, settings.permutations, recipe.seed)
     return {
-        "rows": {row.name: row.record(settings.bootstrap, recipe.seed) for row in rows},
-        "p_values": paired_p_values(rows, settings.permutations, recipe.seed),
+        "rows": {result.system.name: summary(result, results) for result in results},
+        "comparisons": [one.record() for one in comparisons],
         "rollouts": {
             "share_ge_half_before": fmean(reward >= 0.5 for reward in rewards["before"]),
             "share_ge_half_after": fmean(reward >= 0.5 for reward in rewards["after"]),
@@ -109,12 +147,47 @@ def build_report(
         },
         "seed": recipe.seed,
         "peak_memory_bytes": peak_memory_bytes(),
-        "versions": {
-            "python": platform.python_version(),
-            "machine": platform.machine(),
-            **{name: version(name) for name in PACKAGES},
-        },
+        "versions": package_versions(),
     }
+
+
+def write_runs_page(runs: Sequence[Path], folder: Path, title: str | None, permutations: int, seed: int) -> Path:
+    """The page of several runs or evaluations together.
+
+    Args:
+        runs: folders that `quickstart` or `evaluate` wrote.
+        folder: made here; gets `report.html` and `plots/`.
+        title: of the page; by default the names of the folders.
+        permutations: of the paired tests.
+        seed: of the paired tests.
+
+    Raises:
+        DataError: a folder holds no result, or a damaged one.
+    """
+    results: list[Result] = []
+    rewards: dict[str, list[float]] = {}
+    metrics: list[dict[str, Any]] = []
+    for run in runs:
+        found = load_results(run / RESULTS)
+        if not found:
+            raise DataError(f"no results in {run / RESULTS}; give a folder that quickstart or evaluate wrote")
+        suffix = f" ({run.name})" if len(runs) > 1 else ""
+        taken = {(result.place, result.system.name) for result in results}
+        for result in found:
+            if (result.place, result.system.name) in taken:
+                system = result.system.model_copy(update={"name": result.system.name + suffix})
+                result = result.model_copy(update={"system": system})
+            results.append(result)
+        if (run / REWARDS).exists():
+            values = json.loads((run / REWARDS).read_text(encoding="utf-8"))
+            rewards |= {name + suffix: values[name] for name in values}
+        if len(runs) == 1 and (run / METRICS).exists():
+            metrics = [row for _, row in read_jsonl(run / METRICS)]
+    comparisons = [one.record() for one in compare(results, permutations, seed)]
+    title = title or ", ".join(run.name for run in runs)
+    with atomic_directory(folder) as scratch:
+        write_page(results, scratch, title=title, rewards=rewards, metrics=metrics, comparisons=comparisons)
+    return folder / "report.html"
 
 
 def peak_memory_bytes() -> int:
@@ -124,109 +197,20 @@ def peak_memory_bytes() -> int:
 
 
 def write_report(
-    folder: Path, report: dict[str, Any], metrics: Sequence[dict[str, Any]], rewards: dict[str, list[float]]
+    folder: Path,
+    report: dict[str, Any],
+    results: Sequence[Result],
+    metrics: Sequence[dict[str, Any]],
+    rewards: dict[str, list[float]],
 ) -> None:
-    """Write the plots, then `report.json`: where that stands, the run is complete."""
-    plots = folder / "plots"
-    plots.mkdir(parents=True, exist_ok=True)
-    plot_training(metrics, plots / "reward.png")
-    plot_account(metrics, plots / "account.png")
-    plot_rewards(rewards, plots / "rollout_rewards.png")
-    plot_rows(report["rows"], plots / "ndcg.png")
+    """Write the page and the plots, then `report.json`: where that stands, the run is complete."""
+    write_json(folder / REWARDS, rewards)
+    write_page(
+        results,
+        folder,
+        title=f"{report['collection']['name']}, seed {report['seed']}",
+        rewards=rewards,
+        metrics=metrics,
+        comparisons=report["comparisons"],
+    )
     write_json(folder / "report.json", report)
-
-
-def plot_training(metrics: Sequence[dict[str, Any]], path: Path) -> None:
-    """Reward of each step's rollouts and nDCG@10 on dev over the steps of stage 2."""
-    figure, axes = _figure()
-    steps = [row for row in metrics if "reward_ranking" in row]
-    axes.plot(
-        [row["step"] for row in steps],
-        [row["reward_ranking"] for row in steps],
-        color="0.6",
-        label="rollouts: nDCG reward",
-    )
-    for mode, colour in (("direct", "tab:orange"), ("reason", "tab:blue")):
-        key = f"dev_ndcg@10_{mode}"
-        points = [row for row in metrics if key in row]
-        axes.plot(
-            [row["step"] for row in points],
-            [row[key] for row in points],
-            marker="o",
-            color=colour,
-            label=f"dev nDCG@10, {mode}",
-        )
-    axes.set(xlabel="GRPO step", ylabel="nDCG@10", ylim=(0, 1.02), title="Stage 2: what the policy learns")
-    axes.legend()
-    _save(figure, path)
-
-
-def plot_account(metrics: Sequence[dict[str, Any]], path: Path) -> bool:
-    """The audits of the live index over the steps of stage 2; a run without audits gets no plot.
-
-    Returns:
-        Whether there was anything to plot.
-    """
-    audits = [row for row in metrics if "audit_reward_error" in row]
-    if not audits:
-        return False
-    figure, axes = _figure()
-    steps = [row["step"] for row in audits]
-    axes.plot(steps, [row["audit_reward_error"] for row in audits], marker="o", label="mean error of the reward")
-    axes.plot(steps, [1 - row["audit_top10_overlap"] for row in audits], marker="s", label="top-10 documents missed")
-    axes.plot(steps, [row["audit_drift_mean"] for row in audits], marker="^", label="drift of a document, 1 - cos")
-    axes.set(xlabel="GRPO step", ylabel="held against freshly encoded vectors", title="The account of the live index")
-    axes.set_ylim(bottom=0)
-    axes.legend()
-    path.parent.mkdir(parents=True, exist_ok=True)
-    _save(figure, path)
-    return True
-
-
-def plot_rewards(rewards: dict[str, list[float]], path: Path) -> None:
-    """Distribution of the rollouts' ranking rewards before and after RL, with the share at or above 0.5."""
-    figure, axes = _figure()
-    shares = {name: fmean(value >= 0.5 for value in values) for name, values in rewards.items()}
-    axes.hist(
-        list(rewards.values()),
-        bins=[i / 20 for i in range(21)],
-        label=[f"{name} RL: {shares[name]:.0%} at 0.5 or more" for name in rewards],
-        weights=[[1 / len(values)] * len(values) for values in rewards.values()],
-    )
-    axes.axvline(0.5, color="black", linestyle="--", linewidth=1)
-    axes.set(
-        xlabel="nDCG@10 of a sampled rollout's vector",
-        ylabel="share of rollouts",
-        title="Rollout rewards on test queries",
-    )
-    axes.legend()
-    _save(figure, path)
-
-
-def plot_rows(rows: dict[str, dict[str, Any]], path: Path) -> None:
-    """nDCG@10 of every row with its 95 % bootstrap interval."""
-    figure, axes = _figure()
-    names = list(rows)
-    means = [rows[name]["ndcg@10"] for name in names]
-    low = [max(0.0, mean - rows[name]["ndcg@10_interval"][0]) for name, mean in zip(names, means, strict=True)]
-    high = [max(0.0, rows[name]["ndcg@10_interval"][1] - mean) for name, mean in zip(names, means, strict=True)]
-    colours = [
-        "tab:blue" if name.startswith("reason") else "tab:orange" if name.startswith("direct") else "0.6"
-        for name in names
-    ]
-    bars = axes.bar(names, means, yerr=[low, high], capsize=4, color=colours)
-    axes.bar_label(bars, fmt="%.3f", label_type="center", color="white")
-    axes.set(ylabel="nDCG@10", ylim=(0, 1.02), title="Held-out test queries, 95 % intervals")
-    _save(figure, path)
-
-
-def _figure() -> tuple[Any, Any]:
-    # The object interface: no global pyplot state, no display needed.
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(7.5, 4.2), layout="constrained")
-    return figure, figure.subplots()
-
-
-def _save(figure: Any, path: Path) -> None:
-    figure.savefig(path, dpi=150)

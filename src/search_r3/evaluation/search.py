@@ -9,7 +9,7 @@ from ..data.collection import Collection, Document
 from ..model.encoder import QueryEmbeddings, SearchR3
 from ..model.prompts import Mode
 from ..retrieval.index import ExactIndex
-from .benchmark import index_documents
+from .systems import index_documents
 
 
 @dataclass(frozen=True)

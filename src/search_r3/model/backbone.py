@@ -17,7 +17,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from torch import Tensor
 
 from ..errors import ModelError
-from ..files import atomic_directory, write_json
+from ..files import atomic_directory, hash_folder, write_json
 from .prompts import EMBED_TOKEN, PROMPT_SETS, PromptEncoder, PromptSet
 
 SETTINGS_FILE = "search_r3.json"
@@ -66,6 +66,14 @@ class Backbone:
     def dimension(self) -> int:
         """`D`, the size of a search embedding."""
         return int(self.model.config.get_text_config().hidden_size)
+
+    @property
+    def revision(self) -> str:
+        """What names one state of the model: its commit on the hub, or the SHA-256 of the files in its directory."""
+        path = Path(self.source)
+        if path.is_dir():
+            return hash_folder(path)
+        return str(getattr(self.model.config, "_commit_hash", None) or "unknown")
 
     @property
     def context_length(self) -> int:
@@ -254,11 +262,19 @@ def _ensure_embed_token(model: Any, tokenizer: Any, embed_token: str) -> int:
 
 
 def _check_output_layer(backbone: Backbone) -> None:
-    """Refuse architectures that scale or cap logits after the output layer: our log-probabilities would be wrong."""
+    """Refuse broken weights, and architectures that scale or cap logits after the output layer.
+
+    Of those our log-probabilities would be wrong.
+    """
     ids = torch.tensor([[backbone.embed_token_id] * 2], device=backbone.device)
     with torch.no_grad():
         expected = backbone.model(input_ids=ids).logits.float()
         found = backbone.logits(backbone.hidden_states(ids, torch.ones_like(ids)))
+    if not (torch.isfinite(expected).all() and torch.isfinite(found).all()):
+        raise ModelError(
+            f"{backbone.source} computes NaN or infinity from a prompt of two tokens: its weights are broken, or its "
+            "dtype is too narrow; try float32 or bfloat16"
+        )
     if not torch.allclose(expected, found, atol=1e-2, rtol=1e-2):
         name = type(backbone.model).__name__
         raise ModelError(f"{name} changes its logits after the output layer (scaling or capping): not supported yet")

@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from ..errors import ModelError
 from .backbone import Backbone
 from .forward import Prefix, compute_prefix, length_batches, prefill
 from .prompts import EncodedPrompt, Kind
@@ -48,6 +49,7 @@ def encode_stream(
 
     Raises:
         DataError: a text is empty (its place in the block is named).
+        ModelError: a vector holds NaN or infinity.
     """
     if batch_tokens is None:
         batch_tokens = BATCH_TOKENS.get(backbone.device.type, BATCH_TOKENS["cuda"])
@@ -60,7 +62,24 @@ def encode_stream(
         if prefix is None and len(block) > 1:
             with torch.inference_mode():
                 prefix = compute_prefix(backbone.causal_lm, backbone.prompt_encoder.prefix_of(prompts[0].ids))
-        yield prompts, _vectors(backbone, [prompt.ids for prompt in prompts], prefix, batch_tokens, progress)
+        vectors = _vectors(backbone, [prompt.ids for prompt in prompts], prefix, batch_tokens, progress)
+        check_finite(vectors, block, backbone.source)
+        yield prompts, vectors
+
+
+def check_finite(vectors: NDArray[np.floating], texts: Sequence[str], source: str) -> None:
+    """Refuse vectors (`N x D`) that cannot be compared.
+
+    Raises:
+        ModelError: one holds NaN or infinity; the model and the beginning of the text are named.
+    """
+    wrong = ~np.isfinite(vectors).all(axis=1)
+    if wrong.any():
+        text = texts[int(wrong.argmax())]
+        raise ModelError(
+            f"{source} gave NaN or infinity in the vectors of {int(wrong.sum())} of {len(texts)} texts (first: "
+            f"{text[:60]!r}): its weights are broken, or its dtype is too narrow; try float32 or bfloat16"
+        )
 
 
 @torch.inference_mode()

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from ..errors import DataError
 from .backbone import Backbone, EmbeddingSettings, load_backbone
 from .decoding import Decoder, Request, Rollout
-from .documents import WINDOW, Array, Progress, encode_stream
+from .documents import WINDOW, Array, Progress, check_finite, encode_stream
 from .generation import generate_rollouts
 from .prompts import MODES, Kind, Mode
 
@@ -117,6 +117,7 @@ class SearchR3:
 
         Raises:
             DataError: no texts, or an empty one (its place is named).
+            ModelError: a vector holds NaN or infinity.
         """
         _check_mode(mode)
         texts = _listed(texts, "query")
@@ -134,7 +135,7 @@ class SearchR3:
             batch_size=batch_size,
             progress=progress,
         )
-        return _embeddings(rollouts, [prompt.truncated for prompt in prompts])
+        return self._embeddings(rollouts, texts, [prompt.truncated for prompt in prompts])
 
     def stream_query(
         self,
@@ -170,7 +171,7 @@ class SearchR3:
                 piece, shown = written[len(shown) :], written
                 if piece:
                     yield piece
-        result = _embeddings([rollout for _, rollout in finished], [prompt.truncated])
+        result = self._embeddings([rollout for _, rollout in finished], [text], [prompt.truncated])
         if result.reasoning[0] != shown and result.reasoning[0].startswith(shown):
             yield result.reasoning[0][len(shown) :]
         yield result
@@ -193,6 +194,7 @@ class SearchR3:
 
         Raises:
             DataError: no texts, or an empty one (its place is named).
+            ModelError: a vector holds NaN or infinity.
         """
         vectors, truncated = self._vectors(_listed(texts, "document"), "document", batch_tokens, progress)
         self._warn_of(sum(truncated), len(truncated))
@@ -272,6 +274,17 @@ class SearchR3:
         )
         return vectors, [prompt.truncated for prompt in prompts]
 
+    def _embeddings(self, rollouts: Sequence[Rollout], texts: Sequence[str], truncated: list[bool]) -> QueryEmbeddings:
+        vectors = torch.stack([rollout.vector for rollout in rollouts]).cpu().numpy()
+        check_finite(vectors, texts, self.backbone.source)
+        return QueryEmbeddings(
+            vectors,
+            [rollout.reasoning for rollout in rollouts],
+            [rollout.reasoning_tokens for rollout in rollouts],
+            [rollout.forced for rollout in rollouts],
+            truncated,
+        )
+
     def _warn_of(self, truncated: int, count: int) -> None:
         if truncated:
             limit = self.backbone.settings.max_length
@@ -281,16 +294,6 @@ class SearchR3:
 def builtin_base_path() -> Path:
     """Directory of the small base model that ships with the package."""
     return Path(str(files("search_r3"))) / "builtin"
-
-
-def _embeddings(rollouts: Sequence[Rollout], truncated: list[bool]) -> QueryEmbeddings:
-    return QueryEmbeddings(
-        torch.stack([rollout.vector for rollout in rollouts]).cpu().numpy(),
-        [rollout.reasoning for rollout in rollouts],
-        [rollout.reasoning_tokens for rollout in rollouts],
-        [rollout.forced for rollout in rollouts],
-        truncated,
-    )
 
 
 def _check_mode(mode: str) -> None:

@@ -1,17 +1,29 @@
-"""One ranking rule, and the measures on it, equal to trec_eval's (tests compare with pytrec_eval).
+"""One ranking rule, and the measures on it, equal to trec_eval's (tests compare with pytrec_eval and ir-measures).
 
 The rule: higher score first; equal scores by doc_id, the larger string first, as trec_eval does. Scores are compared
-in float32, as trec_eval does too.
+in float32, as trec_eval does too. So a system that gives every document the same score gains nothing by their order
+in a file.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
+from statistics import fmean
 
 import numpy as np
 
-MEASURES = ("ndcg@10", "recall@100", "mrr@10")
+MAIN = "ndcg@10"
+"""The measure that tables lead with and that intervals and tests are computed for first."""
+MEASURES = (
+    *(f"ndcg@{k}" for k in (1, 3, 5, 10, 100)),
+    "map",
+    "map@5",
+    "mrr@10",
+    *(f"recall@{k}" for k in (1, 5, 10, 100)),
+    *(f"p@{k}" for k in (1, 3, 5, 10, 100)),
+)
+"""What is computed for every query; `map` reads the ranking as deep as it was retrieved."""
 
 
 def rank(scores: Mapping[str, float], k: int | None = None) -> list[str]:
@@ -56,8 +68,27 @@ def ndcg_from_ranks(ranks: Mapping[str, int], relevance: Mapping[str, int], k: i
 
 def recall(ranking: Sequence[str], relevance: Mapping[str, int], k: int) -> float:
     """Share of the relevant documents among the first `k`. 0 without relevant documents."""
-    relevant = {doc_id for doc_id, gain in relevance.items() if gain > 0}
+    relevant = relevant_ids(relevance)
     return len(relevant.intersection(ranking[:k])) / len(relevant) if relevant else 0.0
+
+
+def precision(ranking: Sequence[str], relevance: Mapping[str, int], k: int) -> float:
+    """Relevant documents among the first `k`, divided by `k` however short the ranking is (trec_eval's `P`)."""
+    return len(relevant_ids(relevance).intersection(ranking[:k])) / k
+
+
+def average_precision(ranking: Sequence[str], relevance: Mapping[str, int], k: int | None = None) -> float:
+    """Mean over all relevant documents of the precision at their ranks, 0 for those not among the first `k`.
+
+    trec_eval's `map`, or `map_cut` with a `k`. 0 without relevant documents.
+    """
+    relevant = relevant_ids(relevance)
+    hits, total = 0, 0.0
+    for position, doc_id in enumerate(ranking[:k], 1):
+        if doc_id in relevant:
+            hits += 1
+            total += hits / position
+    return total / len(relevant) if relevant else 0.0
 
 
 def reciprocal_rank(ranking: Sequence[str], relevance: Mapping[str, int], k: int) -> float:
@@ -68,10 +99,54 @@ def reciprocal_rank(ranking: Sequence[str], relevance: Mapping[str, int], k: int
     return 0.0
 
 
+def relevant_ids(relevance: Mapping[str, int]) -> set[str]:
+    """The documents judged above 0."""
+    return {doc_id for doc_id, gain in relevance.items() if gain > 0}
+
+
 def measure(ranking: Sequence[str], relevance: Mapping[str, int]) -> dict[str, float]:
-    """All of `MEASURES` for one query's ranking (100 documents deep or all there are)."""
-    return {
-        "ndcg@10": ndcg(ranking, relevance, 10),
-        "recall@100": recall(ranking, relevance, 100),
-        "mrr@10": reciprocal_rank(ranking, relevance, 10),
-    }
+    """All of `MEASURES` for one query's ranking (100 documents deep or deeper, or all there are)."""
+    return {name: _measure(name, ranking, relevance) for name in MEASURES}
+
+
+_FUNCTIONS = {
+    "ndcg": ndcg,
+    "map": average_precision,
+    "mrr": reciprocal_rank,
+    "recall": recall,
+    "p": precision,
+}
+
+
+def _measure(name: str, ranking: Sequence[str], relevance: Mapping[str, int]) -> float:
+    what, _, depth = name.partition("@")
+    return _FUNCTIONS[what](ranking, relevance, int(depth) if depth else len(ranking))
+
+
+def p_mrr(
+    original: Mapping[str, Sequence[str]], changed: Mapping[str, Sequence[str]], lost: Mapping[str, Iterable[str]]
+) -> dict[str, float]:
+    """How well rankings follow a changed instruction: p-MRR of FollowIR (Weller et al. 2024, arXiv 2403.15246), eq. 1.
+
+    For a document that the changed instruction makes irrelevant, with its ranks `r` before and `s` after:
+    `s / r - 1` where it did not fall (`r >= s`), else `1 - r / s`. From -1 (it rose to the top) over 0 (the
+    instruction was ignored) to 1. A document that is not in a ranking has the rank after its last.
+
+    Args:
+        original: query -> ranking for the original instruction.
+        changed: query -> ranking for the changed one.
+        lost: query -> documents that are relevant by the original instruction alone.
+
+    Returns:
+        query -> mean over its documents; the measure of a collection is the mean over queries.
+    """
+    values = {}
+    for query, doc_ids in lost.items():
+        ranks = [(_rank_of(doc_id, original[query]), _rank_of(doc_id, changed[query])) for doc_id in doc_ids]
+        if ranks:
+            values[query] = fmean(new / old - 1 if old >= new else 1 - old / new for old, new in ranks)
+    return values
+
+
+def _rank_of(doc_id: str, ranking: Sequence[str]) -> int:
+    return ranking.index(doc_id) + 1 if doc_id in ranking else len(ranking) + 1

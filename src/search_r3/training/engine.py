@@ -9,8 +9,6 @@ from pathlib import Path
 from typing import Any
 
 from ..config import GRPOSettings, Recipe, SFTSettings
-from ..data.atlas import BUILT_IN
-from ..data.collection import Collection
 from ..errors import ConfigError
 from ..model.backbone import EmbeddingSettings
 from ..model.encoder import SearchR3
@@ -76,15 +74,6 @@ def warmup_cosine(step: int, warmup_steps: int, steps: int, floor: float = 0.0) 
 def step_rng(seed: int, stage: str, step: int) -> random.Random:
     """The random numbers of one step: a resumed run draws the same ones without a saved state."""
     return random.Random(f"{seed}/{stage}/{step}")
-
-
-def load_collection(name: str) -> Collection:
-    """`atlas` or `atlas-wide` (built here), or a BEIR folder.
-
-    Raises:
-        DataError: no such folder, or a broken file in it.
-    """
-    return BUILT_IN[name]() if name in BUILT_IN else Collection.load(name)
 
 
 def load_model(recipe: Recipe, source: str | Path) -> SearchR3:

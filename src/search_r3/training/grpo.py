@@ -23,6 +23,7 @@ from torch import Tensor
 
 from ..config import GRPOSettings, Recipe
 from ..data.collection import Collection, Qrels
+from ..data.load import load_collection
 from ..environment.environment import Feedback, RetrievalEnvironment
 from ..environment.exchange import make_exchange
 from ..errors import DataError, RunError
@@ -34,7 +35,7 @@ from ..model.prompts import MODES
 from ..retrieval.index import ExactIndex
 from ..retrieval.metrics import ndcg
 from . import losses
-from .engine import Engine, load_collection, load_model, make_engine, step_rng
+from .engine import Engine, load_model, make_engine, step_rng
 from .run import Observer, Run, silent
 
 PROBE_DOCUMENTS = 64

@@ -18,12 +18,13 @@ from torch import Tensor
 
 from ..config import Recipe, SFTSettings
 from ..data.collection import Collection
+from ..data.load import load_collection
 from ..data.triples import TrainingExample, draw_negatives, training_examples
 from ..errors import ConfigError, RunError
 from ..model.backbone import Backbone, pad, vectors_at
 from ..retrieval.lexical import BM25
 from . import losses
-from .engine import load_collection, load_model, make_engine, step_rng
+from .engine import load_model, make_engine, step_rng
 from .run import Observer, Run, silent
 
 

@@ -1,0 +1,52 @@
+"""The command line; `console` shows what it finds. Heavy imports stand inside commands, so that `--help` is instant."""
+
+from __future__ import annotations
+
+import logging
+from typing import TYPE_CHECKING
+
+from .. import console
+from ..errors import SearchR3Error
+from . import data, evaluation, search, training
+from .common import app
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+__all__ = ["app", "data", "evaluation", "main", "search", "training"]
+
+INTERRUPTED = 130
+"""Typer's exit status after Ctrl-C."""
+
+
+def main() -> None:
+    """Run the command line; a domain error becomes one line on stderr and exit status 2."""
+    # The level stands on the handler: some libraries set their own loggers to DEBUG.
+    handler = logging.StreamHandler()
+    handler.setLevel(logging.WARNING)
+    handler.addFilter(_first_of_its_kind())
+    logging.basicConfig(format="%(levelname)s: %(message)s", level=logging.WARNING, handlers=[handler])
+    try:
+        app()
+    except SearchR3Error as error:
+        console.fail(str(error), 2)
+    except OSError as error:
+        place = f" {error.filename}" if error.filename else ""
+        console.fail(f"cannot read or write{place}: {error.strerror or error}", 2)
+    except SystemExit as end:
+        if end.code == INTERRUPTED:
+            console.fail("stopped; a training goes on with --resume, encode with the same command", INTERRUPTED)
+        raise
+
+
+def _first_of_its_kind() -> Callable[[logging.LogRecord], bool]:
+    """A filter that lets a warning through once; of documents cut to max_length every block of a corpus warns."""
+    seen = set()
+
+    def first(record: logging.LogRecord) -> bool:
+        kind = record.name, record.msg
+        new = kind not in seen
+        seen.add(kind)
+        return new
+
+    return first

@@ -1,0 +1,5 @@
+"""`python -m search_r3.cli`."""
+
+from . import main
+
+main()

@@ -1,0 +1,147 @@
+"""Commands that evaluate and report."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from .. import console
+from .common import DeviceOption, ManyValues, ModeName, WeightDType, app, check_new, load_encoder
+
+if TYPE_CHECKING:
+    from ..evaluation.results import Result
+    from ..evaluation.runner import Plan
+
+Models = Annotated[
+    list[str] | None, typer.Option("--model", "-m", help="Directory or hub id; NAME=SOURCE to name one of several.")
+]
+Splits = Annotated[
+    list[str] | None,
+    typer.Option("--splits", help="Splits of collections, or `all`; by default test, else dev or train."),
+]
+Modes = Annotated[list[ModeName] | None, typer.Option("--modes", help="`direct`, `reason`; both by default.")]
+BatchSize = Annotated[int, typer.Option(min=1, help="Queries reasoned about at once; changes memory and speed only.")]
+DType = Annotated[WeightDType, typer.Option(help="Precision of the model.")]
+Seed = Annotated[int, typer.Option(min=0, help="Of the intervals and of the tests.")]
+
+
+@app.command(cls=ManyValues)
+def evaluate(
+    model: Models = None,
+    collections: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--collections",
+            "-c",
+            help="Built-in names, BEIR folders, or hub ids (OWNER/NAME[:SUBSET][@REVISION]); `atlas` by default.",
+        ),
+    ] = None,
+    splits: Splits = None,
+    modes: Modes = None,
+    baselines: Annotated[
+        list[str] | None,
+        typer.Option("--baselines", help="`bm25`, `bm25+reasoning`, `sentence-transformers:NAME`."),
+    ] = None,
+    out: Annotated[Path, typer.Option(help="Folder of the results; what is in it already is not repeated.")] = Path(
+        "runs/evaluation"
+    ),
+    depth: Annotated[int, typer.Option(min=10, help="Documents ranked for each query.")] = 100,
+    keep_identical_ids: Annotated[
+        bool, typer.Option("--keep-identical-ids", help="Rank documents that bear the id of their query, too.")
+    ] = False,
+    latency_queries: Annotated[int, typer.Option(min=0, help="Queries asked one at a time, for ms/query.")] = 16,
+    permutations: Annotated[int, typer.Option(min=100, help="Of the paired randomisation tests.")] = 10_000,
+    bootstrap: Annotated[int, typer.Option(min=100, help="Resamples of the intervals.")] = 1000,
+    seed: Seed = 0,
+    batch_size: BatchSize = 128,
+    dtype: DType = WeightDType.float32,
+    device: DeviceOption = None,
+) -> None:
+    """Evaluate models and baselines on collections; a stopped evaluation goes on with the same command.
+
+    Example: search-r3 evaluate --model runs/quickstart/model --collections atlas --baselines bm25 bm25+reasoning
+    """
+    from ..evaluation.benchmark import EvaluationOptions
+    from ..evaluation.runner import Plan, label_models, write_summary
+
+    sources = label_models(model) if model else {}
+    options = EvaluationOptions(depth, keep_identical_ids, latency_queries, bootstrap, seed)
+    plan = Plan(
+        {label: load_encoder(source, device=device, dtype=dtype.value) for label, source in sources.items()},
+        [name.value for name in modes or ModeName],
+        list(dict.fromkeys(baselines or [])),
+        list(dict.fromkeys(collections or ["atlas"])),
+        splits or [],
+        options,
+        batch_size,
+    )
+    results = _run(plan, out)
+    comparisons = write_summary(results, out, permutations, seed)
+    console.show_comparisons(results, comparisons)
+    console.say(f"tables: {out}/summary.md; records: {out}/results; a page to look at: search-r3 report {out}")
+
+
+def _run(plan: Plan, out: Path) -> list[Result]:
+    """Evaluate, and show each split when it is complete."""
+    from ..evaluation.runner import run_plan
+
+    results: list[Result] = []
+    with console.watching() as watch:
+        for result in run_plan(plan, out, watch):
+            if results and result.place != results[-1].place:
+                console.show_results([other for other in results if other.place == results[-1].place])
+            results.append(result)
+    console.show_results([other for other in results if other.place == results[-1].place])
+    return results
+
+
+@app.command(cls=ManyValues)
+def mteb(
+    model: Annotated[str, typer.Option("--model", "-m", help="Directory or hub id.")],
+    tasks: Annotated[
+        list[str],
+        typer.Option("--tasks", help="Tasks of mteb, suites (`paper`, `bright`, `followir`), folders."),
+    ],
+    splits: Splits = None,
+    modes: Modes = None,
+    out: Annotated[Path, typer.Option(help="Folder of mteb's own result files; they are not computed again.")] = Path(
+        "runs/mteb"
+    ),
+    batch_size: BatchSize = 128,
+    dtype: DType = WeightDType.float32,
+    device: DeviceOption = None,
+) -> None:
+    """Run tasks of MTEB through the library mteb, each mode as a model of its own.
+
+    Example: search-r3 mteb --model MODEL --tasks SciFact NFCorpus --modes direct reason
+    """
+    from ..data.load import load_collection
+    from ..evaluation.benchmark import resolve_splits
+    from ..evaluation.mteb import collection_task, run_mteb, suite_tasks
+
+    folders = [name for name in tasks if Path(name).is_dir()]
+    chosen = suite_tasks([name for name in tasks if name not in folders])
+    for folder in folders:
+        collection = load_collection(folder, skip_empty_documents=True)
+        chosen += [collection_task(collection, split) for split in resolve_splits(collection, splits or [])]
+    encoder = load_encoder(model, device=device, dtype=dtype.value)
+    console.show_mteb(run_mteb(encoder, [name.value for name in modes or ModeName], chosen, out, batch_size=batch_size))
+    console.say(f"mteb's result files: {out}/results")
+
+
+@app.command()
+def report(
+    runs: Annotated[list[Path], typer.Argument(help="Folders of `quickstart` or `evaluate`.")],
+    out: Annotated[Path, typer.Option(help="Folder to write; it must not exist.")] = Path("runs/report"),
+    title: Annotated[str | None, typer.Option(help="Heading of the page.")] = None,
+    permutations: Annotated[int, typer.Option(min=100, help="Of the paired randomisation tests.")] = 10_000,
+    seed: Seed = 0,
+) -> None:
+    """Write one page (HTML) and plots (PNG) of runs: quality, cost, and which queries reasoning helps or hurts."""
+    from ..evaluation.report import write_runs_page
+
+    check_new(out)
+    page = write_runs_page(runs, out, title, permutations, seed)
+    console.say(f"page: {page}; plots: {out}/plots")

@@ -1,0 +1,108 @@
+"""Commands that train."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from .. import console
+from ..errors import ConfigError
+from .common import NewFolder, Overrides, RecipeOption, Resume, app, load_settings
+
+if TYPE_CHECKING:
+    from ..config import Recipe
+
+
+@app.command()
+def quickstart(overrides: Overrides = None, recipe: RecipeOption = None, resume: Resume = False) -> None:
+    """Run the whole story: collection, stage 1, stage 2, evaluation, report."""
+    from ..training.run import Run
+
+    settings = load_settings(recipe, overrides)
+    run = Run(settings)
+    if (run.folder / "report.json").exists():
+        if not resume:
+            raise ConfigError(f"{run.folder} is complete; set run_dir=ANOTHER for a new run")
+        console.say(f"{run.folder} is complete; for a new run remove it or set run_dir=ANOTHER.")
+    else:
+        for stage in ("sft", "grpo"):
+            run.claim(stage, resume)
+        _whole_story(settings, run)
+    console.show_report(run.folder)
+
+
+def _whole_story(settings: Recipe, run: Any) -> None:
+    from ..data.load import load_collection
+    from ..evaluation.report import build_report, evaluate_run, write_report
+    from ..training.grpo import train_grpo
+    from ..training.sft import train_sft
+
+    started = time.perf_counter()
+    collection = load_collection(settings.collection)
+    if not (run.folder / "collection").exists():
+        collection.save(run.folder / "collection")
+    splits = ", ".join(f"{name} {len(qrels)}" for name, qrels in collection.qrels.items())
+    console.say(f"{collection.name}: {len(collection.documents)} documents; queries: {splits}")
+    with console.live() as observe:
+        sft = train_sft(settings, run, observe)
+        rl = train_grpo(settings, run, sft, observe)
+    models, results_folder = {"sft": sft, "rl": rl}, run.folder / "results"
+    results, rewards, forced = evaluate_run(settings, collection, models, results_folder, console.say)
+    report = build_report(settings, collection, results, rewards, forced)
+    report["seconds"] = time.perf_counter() - started
+    write_report(run.folder, report, results, run.metrics("grpo"), rewards)
+
+
+@app.command()
+def base(
+    out: NewFolder,
+    overrides: Overrides = None,
+    recipe: RecipeOption = None,
+) -> None:
+    """Make a small base model from scratch (section base_model)."""
+    from ..training.base import train_base
+
+    settings = load_settings(recipe, overrides)
+    with console.live() as observe:
+        known = train_base(settings.base_model, out, settings.seed, observe)
+    console.say("  ".join(f"{name} {value:.4g}" for name, value in known.items()))
+
+
+@app.command()
+def sft(overrides: Overrides = None, recipe: RecipeOption = None, resume: Resume = False) -> None:
+    """Train stage 1 into run_dir/sft/model."""
+    from ..training.run import Run
+    from ..training.sft import train_sft
+
+    settings = load_settings(recipe, overrides)
+    run = Run(settings)
+    run.claim("sft", resume)
+    with console.live() as observe:
+        path = train_sft(settings, run, observe)
+    console.say(f"stage-1 model: {path}")
+
+
+@app.command()
+def grpo(
+    overrides: Overrides = None,
+    recipe: RecipeOption = None,
+    model: Annotated[Path | None, typer.Option(help="Stage-1 model; by default run_dir/sft/model.")] = None,
+    resume: Resume = False,
+) -> None:
+    """Train stage 2 (GRPO with the retrieval reward) into run_dir/model."""
+    from ..evaluation.plots import plot_account
+    from ..training.grpo import train_grpo
+    from ..training.run import Run
+
+    settings = load_settings(recipe, overrides)
+    run = Run(settings)
+    run.claim("grpo", resume)
+    with console.live() as observe:
+        path = train_grpo(settings, run, model or run.model_path("sft"), observe)
+    console.say(f"stage-2 model: {path}")
+    account = run.folder / "plots" / "account.png"
+    if plot_account(run.metrics("grpo"), account):
+        console.say(f"account of the live index: {account}")

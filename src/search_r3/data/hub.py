@@ -1,0 +1,255 @@
+"""Collections from the Hugging Face hub, and from local directories in its format, through the library `datasets`.
+
+Three layouts are known. Each gives the parts of a data set as configs:
+
+- BEIR: `corpus` and `queries`; the judgements are the data set `NAME-qrels`.
+- MTEB: `corpus`, `queries`, `default` or `qrels`, and where there is one `top_ranked`, `instruction`, `qrel_diff`;
+  with several subsets `SUBSET-corpus` or `corpus-SUBSET` and so on.
+- BRIGHT: `examples` and `documents` (or `long_documents`), each with one split per domain.
+
+A directory without configs in its README.md may hold one sub-folder for each of them. Code of a data set is never
+run: the versions of `datasets` that this package admits cannot.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+from ..errors import DataError
+from .collection import Collection, Document, Qrels, Query
+from .rows import (
+    Known,
+    Rows,
+    check_documents,
+    check_judgements,
+    check_lists,
+    check_queries,
+    instructed,
+    string,
+    strings,
+)
+from .tables import Columns, Repository, Table, find_layouts, is_bright, listed
+
+EXPECTED = (
+    "the configs 'corpus' and 'queries' with judgements in 'default', in 'qrels' or in a data set NAME-qrels (BEIR, "
+    "MTEB; of several subsets SUBSET-corpus and so on), or 'documents' and 'examples' (BRIGHT)"
+)
+
+DOCUMENT: Columns = {"_id": ("_id", "id"), "text": ("text",), "title": ("title",)}
+QUERY: Columns = {"_id": ("_id", "id"), "text": ("text",), "instruction": ("instruction",)}
+JUDGEMENT: Columns = {"query-id": ("query-id",), "corpus-id": ("corpus-id",), "score": ("score",)}
+INSTRUCTION: Columns = {"query-id": ("query-id",), "instruction": ("instruction",)}
+LIST: Columns = {"query-id": ("query-id",), "corpus-ids": ("corpus-ids",)}
+BRIGHT_DOCUMENT: Columns = {"_id": ("id",), "text": ("content",)}
+T = TypeVar("T")
+
+
+def load_hub(
+    source: str,
+    *,
+    revision: str | None = None,
+    skip_empty_documents: bool = False,
+    subset: str | None = None,
+) -> Collection:
+    """Read a data set of the hub, or a local directory in the hub's format.
+
+    Args:
+        source: `owner/name`, or a directory.
+        revision: branch, tag or commit on the hub; of a data set `NAME-qrels` always the newest is read.
+        skip_empty_documents: as in `Collection.load`.
+        subset: one of several subsets, or one of BRIGHT's domains (`DOMAIN/long` for its long documents); where the
+            splits have documents of their own, a split: `SPLIT` or `SUBSET/SPLIT`.
+
+    Raises:
+        DataError: the data set cannot be read, has none of the known layouts, has several subsets of which none was
+            asked for, or lacks a column, or a row is broken as in `Collection.load`; data set, config, split and
+            row (counted from 0) are named.
+    """
+    with tempfile.TemporaryDirectory() as scratch:
+        repository = Repository(source, revision, scratch)
+        if repository.local and revision is not None:
+            raise DataError(f"{source} is a folder and has no revision {revision!r}; leave the revision out")
+        configs = repository.configs()
+        skipped: set[str] | None = set() if skip_empty_documents else None
+        if layouts := find_layouts(configs):
+            name, split = _choose(source, layouts, subset)
+            return _Reader(repository, layouts[name], name, split, skipped).read(_name(repository, subset))
+        if is_bright(configs):
+            return _read_bright(repository, subset, skipped)
+    raise DataError(f"{source}: no known layout; it has the configs {listed(configs)}; expected {EXPECTED}")
+
+
+@dataclass(frozen=True)
+class _Reader:
+    """Reads one subset in the BEIR or MTEB layout.
+
+    Attributes:
+        repository: what is read.
+        layout: part -> config.
+        subset: name of the subset; empty where there are none.
+        split: the only split that is read; None for all.
+        skipped: as in `check_documents`.
+    """
+
+    repository: Repository
+    layout: dict[str, str]
+    subset: str
+    split: str | None
+    skipped: set[str] | None
+
+    def read(self, name: str) -> Collection:
+        judged = self._judgement_tables()
+        if self.split is not None and self.split not in judged:
+            raise DataError(
+                f"{self.repository.source}: no subset or split {self.split!r}; the splits are {listed(judged)}"
+            )
+        splits = list(judged) if self.split is None else [self.split]
+        documents = self._joined("corpus", splits, lambda table: _documents(table, DOCUMENT, self.skipped), whole=True)
+        instructions = self._joined("instruction", splits, _instructions)
+        queries = self._joined(
+            "queries", splits, lambda table: _queries(table.rows(QUERY, optional="instruction"), instructions)
+        )
+        known = _known(documents, queries, self.skipped, self.layout["corpus"], self.layout["queries"])
+        qrels = {split: self._qrels(judged[split], known) for split in splits}
+        asked = {query_id for judgements in qrels.values() for query_id in judgements}
+        if instructions and (bare := sorted(asked - instructions.keys())):
+            place = f"{self.repository.source}, config {self.layout['instruction']!r}"
+            raise DataError(f"{place}: no instruction for the judged query {bare[0]!r} (and {len(bare) - 1} more)")
+        return Collection(
+            name,
+            documents,
+            queries,
+            qrels,
+            pools=self._joined("top_ranked", splits, lambda t: check_lists(t.rows(LIST), "corpus-ids", known, "pools")),
+            changed=self._joined(
+                "qrel_diff", splits, lambda t: check_lists(t.rows(LIST), "corpus-ids", known, "changed")
+            ),
+            without_text=len(self.skipped or ()),
+        )
+
+    def _judgement_tables(self) -> dict[str, Table]:
+        if "qrels" in self.layout:
+            return self.repository.tables(self.layout["qrels"])
+        source = self.repository.source
+        if self.subset:
+            raise DataError(f"{source}: subset {self.subset!r} has no judgements; expected '{self.subset}-qrels'")
+        path = Path(source).resolve()
+        sibling = str(path.with_name(f"{path.name}-qrels")) if self.repository.local else f"{source}-qrels"
+        try:
+            repository = Repository(sibling, None, self.repository.scratch)
+            configs = repository.configs()
+            return repository.tables("default" if "default" in configs else configs[0])
+        except DataError as error:
+            raise DataError(f"{source}: no judgements, neither in a config nor beside it: {error}") from error
+
+    def _joined(
+        self, part: str, splits: Iterable[str], read: Callable[[Table], Mapping[str, T]], *, whole: bool = False
+    ) -> dict[str, T]:
+        """A part over all splits; `whole` where its splits must be the same, else they may only not contradict."""
+        if part not in self.layout:
+            return {}
+        tables = self.repository.tables(self.layout[part])
+        place = f"{self.repository.source}, config {self.layout[part]!r}"
+        joined: dict[str, T] = {}
+        done: list[Table] = []
+        for split in splits:
+            if split not in tables and len(tables) > 1:
+                raise DataError(f"{place}: no split {split!r}, which has judgements; it has {listed(tables)}")
+            table = tables[split] if split in tables else next(iter(tables.values()))
+            if table in done:
+                continue
+            new = read(table)
+            if done and (
+                new != joined if whole else any(joined.get(key, value) != value for key, value in new.items())
+            ):
+                choices = listed(f"{self.subset}/{one}" if self.subset else one for one in splits)
+                raise DataError(
+                    f"{place}: split {split!r} contradicts an earlier one; each split is a collection of its own, so "
+                    f"ask for one of them as the subset: {choices}"
+                )
+            joined.update(new)
+            done.append(table)
+        return joined
+
+    def _qrels(self, table: Table, known: Known) -> Qrels:
+        rows = (
+            (place, string(row, "query-id", place), string(row, "corpus-id", place), row["score"])
+            for place, row in table.rows(JUDGEMENT)
+        )
+        return _some(check_judgements(rows, known, repeats=True), table)
+
+
+def _read_bright(repository: Repository, subset: str | None, skipped: set[str] | None) -> Collection:
+    domain, _, kind = (subset or "").partition("/")
+    prefix, suffix = ("long_", "_long") if kind == "long" else ("", "")
+    examples, documents_in = repository.tables("examples"), f"{prefix}documents"
+    corpora = repository.tables(documents_in) if domain in examples and kind in ("", "long") else {}
+    if domain not in corpora:
+        given = "it has several domains" if subset is None else f"no domain {subset!r}"
+        raise DataError(f"{repository.source}: {given}; ask for one as the subset: {listed(examples)}; or DOMAIN/long")
+    columns = {"_id": ("id",), "text": ("query",), "gold-ids": (f"gold_ids{suffix}",), "excluded": ("excluded_ids",)}
+    rows = list(examples[domain].rows(columns))
+    documents = _documents(corpora[domain], BRIGHT_DOCUMENT, skipped)
+    queries = _queries(rows, {})
+    known = _known(documents, queries, skipped, documents_in, "examples")
+    gold = ((place, row["_id"], doc_id, 1) for place, row in rows for doc_id in strings(row, "gold-ids", place))
+    qrels = _some(check_judgements(gold, known, repeats=True), examples[domain])
+    # Without excluded documents a row lists "N/A", which is none.
+    excluded = check_lists(
+        ((place, {**row, "query-id": row["_id"]}) for place, row in rows), "excluded", known, "excluded"
+    )
+    name, without_text = _name(repository, subset), len(skipped or ())
+    return Collection(name, documents, queries, {"test": qrels}, excluded=excluded, without_text=without_text)
+
+
+def _documents(table: Table, columns: Columns, skipped: set[str] | None) -> dict[str, Document]:
+    rows = check_documents(table.rows(columns, optional="title"), skipped)
+    return _some({doc_id: Document(doc_id, text, title) for doc_id, title, text in rows}, table)
+
+
+def _queries(rows: Rows, instructions: Mapping[str, str]) -> dict[str, Query]:
+    """The queries, each with its instruction, which may also be in a config of its own."""
+    return {
+        query_id: Query(query_id, instructed(text, instructions.get(query_id, "")))
+        for query_id, text, _ in check_queries(rows)
+    }
+
+
+def _instructions(table: Table) -> dict[str, str]:
+    return {
+        string(row, "query-id", place): "" if row["instruction"] is None else string(row, "instruction", place)
+        for place, row in table.rows(INSTRUCTION)
+    }
+
+
+def _known(
+    documents: Mapping[str, Document], queries: Mapping[str, Query], skipped: set[str] | None, corpus: str, asked: str
+) -> Known:
+    return Known(queries, documents, skipped or frozenset(), f"config {asked!r}", f"config {corpus!r}")
+
+
+def _some(found: dict[str, T], table: Table) -> dict[str, T]:
+    if not found:
+        raise DataError(f"{table.place}: nothing is left of its rows; they name or are documents without text")
+    return found
+
+
+def _choose(source: str, layouts: Mapping[str, Any], subset: str | None) -> tuple[str, str | None]:
+    """The subset and the split that were asked for."""
+    if subset is None and ("" in layouts or len(layouts) == 1):
+        return ("" if "" in layouts else next(iter(layouts))), None
+    name, _, split = (subset or "").rpartition("/")
+    if subset is not None and subset in layouts:
+        return subset, None
+    if subset is not None and name in layouts:
+        return name, split
+    given = "it has several subsets" if subset is None else f"no subset {subset!r}"
+    raise DataError(f"{source}: {given}; ask for one of {listed(filter(None, layouts))}")
+
+
+def _name(repository: Repository, subset: str | None) -> str:
+    return "-".join([repository.name, *(subset or "").split("/")]) if subset else repository.name

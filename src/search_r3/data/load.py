@@ -1,0 +1,122 @@
+"""A collection by its name: built in, in a folder, or on the Hugging Face hub."""
+
+from __future__ import annotations
+
+import difflib
+import random
+import re
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+from ..errors import DataError
+from .atlas import BUILT_IN
+from .collection import Collection, Document, iter_documents
+from .hub import load_hub
+from .tables import Repository, is_hub_folder
+
+
+def _stdlib(seed: int = 0) -> Collection:
+    from .stdlib import build_stdlib
+
+    return build_stdlib(seed)
+
+
+BUILDERS: Mapping[str, Callable[..., Collection]] = {**BUILT_IN, "stdlib": _stdlib}
+"""What builds the collections that need no files; each takes the seed of its splits."""
+_NAME = re.compile(r"(?P<source>[^@]*?)(:(?P<subset>[^@:]+))?(@(?P<revision>[^@]+))?")
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
+
+
+def load_collection(name: str, *, skip_empty_documents: bool = False) -> Collection:
+    """Load a collection.
+
+    Args:
+        name: a built-in collection (`atlas`, `atlas-wide`, `stdlib`), a folder in the BEIR layout or in the hub's
+            format, or a data set of the hub: `owner/name`, `owner/name:subset`, `owner/name@revision` or
+            `owner/name:subset@revision`. A folder in the hub's format may be followed by `:subset` too.
+        skip_empty_documents: as in `Collection.load`.
+
+    Raises:
+        DataError: the name is none of these, or what it names cannot be read (see `Collection.load`, `load_hub`).
+    """
+    if name in BUILDERS:
+        return BUILDERS[name]()
+    folder = Path(name)
+    if folder.is_dir():
+        if _is_beir(folder):
+            return Collection.load(folder, skip_empty_documents=skip_empty_documents)
+        return load_hub(name, skip_empty_documents=skip_empty_documents)
+    match = _NAME.fullmatch(name)
+    if match and (Path(match["source"]).is_dir() or _HUB_ID.fullmatch(match["source"])):
+        return load_hub(
+            match["source"],
+            revision=match["revision"],
+            skip_empty_documents=skip_empty_documents,
+            subset=match["subset"],
+        )
+    raise _unknown(name)
+
+
+def load_articles(source: str, limit: int | None = None, seed: int = 0) -> dict[str, Document]:
+    """Documents to write queries for: all of them, or a random sample.
+
+    Args:
+        source: a JSONL file (`_id`, `title`, `text`), a folder with a `corpus.jsonl`, or a data set of the hub with the
+            columns `id` (or `_id`), `title` and `text`, e.g. `wikimedia/wikipedia:20231101.en`. Of the hub only as
+            much is read as the sample needs, so it is drawn from the first articles alone.
+        limit: size of the sample.
+        seed: of the sample.
+
+    Returns:
+        doc_id -> document.
+
+    Raises:
+        DataError: there is no such source, it cannot be read, or it has no article with text.
+    """
+    path = Path(source)
+    if path.is_file() or path.is_dir():
+        found = {one.doc_id: one for one in iter_documents(path / "corpus.jsonl" if path.is_dir() else path, set())}
+        if limit is not None and limit < len(found):
+            found = {doc_id: found[doc_id] for doc_id in random.Random(seed).sample(sorted(found), limit)}
+    elif (match := _NAME.fullmatch(source)) and _HUB_ID.fullmatch(match["source"]):
+        found = _stream_articles(match["source"], match["subset"], match["revision"], limit, seed)
+    else:
+        raise DataError(f"no articles at {source}: expected a JSONL file, a folder with corpus.jsonl, or a hub id")
+    if not found:
+        raise DataError(f"{source}: no article with text")
+    return found
+
+
+def _stream_articles(
+    source: str, subset: str | None, revision: str | None, limit: int | None, seed: int
+) -> dict[str, Document]:
+    from datasets import load_dataset
+
+    found: dict[str, Document] = {}
+    with Repository(source, revision, "").explained(source):
+        rows = load_dataset(source, subset, split="train", revision=revision, streaming=True)
+        if limit is not None:
+            rows = rows.shuffle(seed=seed, buffer_size=10 * limit).take(limit)
+        for row in rows:
+            doc_id = str(row["_id"] if "_id" in row else row["id"])
+            if row["text"].strip():
+                found[doc_id] = Document(doc_id, row["text"], row.get("title") or "")
+    return found
+
+
+def _is_beir(folder: Path) -> bool:
+    """Whether a folder is to be read in the BEIR layout; one in no layout at all is, for the error that says so."""
+    complete = (folder / "corpus.jsonl").is_file() and any((folder / "qrels").glob("*.tsv"))
+    return complete or not is_hub_folder(folder)
+
+
+def _unknown(name: str) -> DataError:
+    if any(sign in name for sign in "/\\~") or name.startswith("."):
+        return DataError(f"no collection at {name}: the folder does not exist")
+    near = difflib.get_close_matches(name, BUILDERS, n=1)
+    hint = f"; did you mean {near[0]!r}?" if near else ";"
+    return DataError(
+        f"no collection {name!r}{hint} expected one that is built in "
+        f"({', '.join(sorted(BUILDERS))}), a folder, or a data set of the hub as owner/name, owner/name:subset, "
+        "owner/name@revision or owner/name:subset@revision"
+    )

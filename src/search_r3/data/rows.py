@@ -1,0 +1,167 @@
+"""The checks on what a collection is read from: ids, texts, judgements and lists of documents.
+
+A row comes with its place (file and line, or data set, config, split and row); every error begins with it.
+"""
+
+from __future__ import annotations
+
+import reprlib
+from collections.abc import Container, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from ..errors import DataError
+
+Rows = Iterable[tuple[str, Mapping[str, Any]]]
+"""Pairs of place and row."""
+
+
+@dataclass(frozen=True)
+class Known:
+    """The ids that judgements and lists may name.
+
+    Attributes:
+        queries: ids of the queries.
+        documents: ids of the documents.
+        skipped: ids of documents that were left out because they hold no text; what names them is left out too.
+        queries_in: what holds the queries, for messages.
+        documents_in: what holds the documents.
+    """
+
+    queries: Container[str]
+    documents: Container[str]
+    skipped: Container[str] = frozenset()
+    queries_in: str = "queries.jsonl"
+    documents_in: str = "corpus.jsonl"
+
+    def check_query(self, query_id: str, place: str) -> None:
+        """Raise a DataError for an unknown query."""
+        if query_id not in self.queries:
+            raise DataError(f"{place}: query {query_id!r} is not in {self.queries_in}")
+
+    def keeps(self, doc_id: str, place: str) -> bool:
+        """Whether the document is there (True) or was left out (False); a DataError for an unknown one."""
+        if doc_id in self.documents:
+            return True
+        if doc_id in self.skipped:
+            return False
+        raise DataError(f"{place}: document {doc_id!r} is not in {self.documents_in}")
+
+
+def check_documents(rows: Rows, skipped: set[str] | None) -> Iterator[tuple[str, str, str]]:
+    """Id, title and text of every document; one without any text goes to `skipped`, or raises where that is None."""
+    for place, row in _unique(rows):
+        doc_id, title, text = row["_id"], string(row, "title", place, ""), string(row, "text", place)
+        if (title + text).strip():
+            yield doc_id, title, text
+        elif skipped is not None:
+            skipped.add(doc_id)
+        else:
+            raise DataError(f"{place}: document {doc_id!r} has no text; remove it or skip_empty_documents")
+
+
+def check_queries(rows: Rows) -> Iterator[tuple[str, str, Mapping[str, Any]]]:
+    """Id, text and metadata of every query; its `instruction`, where it has one, follows its text as in MTEB."""
+    for place, row in _unique(rows):
+        text = string(row, "text", place)
+        if not text.strip():
+            raise DataError(f"{place}: query {row['_id']!r} has no text; remove it or give it text")
+        instruction = "" if row.get("instruction") is None else string(row, "instruction", place)
+        yield row["_id"], instructed(text, instruction), row.get("metadata") or {}
+
+
+def instructed(text: str, instruction: str) -> str:
+    """A query and its instruction as the one text that is encoded."""
+    return f"{text} {instruction}" if instruction.strip() else text
+
+
+def check_judgements(
+    rows: Iterable[tuple[str, str, str, Any]], known: Known, *, repeats: bool = False
+) -> dict[str, dict[str, int]]:
+    """query_id -> doc_id -> relevance, from place, query_id, doc_id and score.
+
+    Args:
+        rows: the judgements.
+        known: the ids that they may name.
+        repeats: accept a pair that is judged again with the same score.
+    """
+    qrels: dict[str, dict[str, int]] = {}
+    for place, query_id, doc_id, score in rows:
+        relevance = _integer(score, place)
+        known.check_query(query_id, place)
+        if not known.keeps(doc_id, place):
+            continue
+        judged = qrels.setdefault(query_id, {})
+        if doc_id in judged and not (repeats and judged[doc_id] == relevance):
+            raise DataError(f"{place}: the pair {query_id!r}, {doc_id!r} is judged in an earlier row too")
+        judged[doc_id] = relevance
+    return qrels
+
+
+def check_lists(
+    rows: Rows, key: str, known: Known, kind: Literal["excluded", "pools", "changed"]
+) -> dict[str, frozenset[str]]:
+    """query_id -> documents, from rows of `query-id` and a list of document ids under `key`.
+
+    Excluded documents may be unknown, since BRIGHT's lists name some: they cannot be ranked and are left out. A pool
+    holds at least one document. A changed query is named without `-og` and `-changed`; both must be there.
+    """
+    found: dict[str, frozenset[str]] = {}
+    for place, row in rows:
+        query_id = string(row, "query-id", place)
+        if query_id in found:
+            raise DataError(f"{place}: query {query_id!r} has a list in an earlier row too; join the two")
+        for asked in (f"{query_id}-og", f"{query_id}-changed") if kind == "changed" else (query_id,):
+            known.check_query(asked, place)
+        listed = strings(row, key, place)
+        if kind == "excluded":
+            found[query_id] = frozenset(doc_id for doc_id in listed if doc_id in known.documents)
+        else:
+            found[query_id] = frozenset(doc_id for doc_id in listed if known.keeps(doc_id, place))
+        if kind == "pools" and not found[query_id]:
+            raise DataError(f"{place}: the pool of query {query_id!r} has no document to rank; remove the row")
+    return {query_id: doc_ids for query_id, doc_ids in found.items() if doc_ids or kind != "excluded"}
+
+
+def string(row: Mapping[str, Any], key: str, place: str, default: str | None = None) -> str:
+    """The string under `key`, or a DataError."""
+    value = row.get(key, default)
+    if not isinstance(value, str):
+        raise DataError(f"{place}: the field {key!r} {_found(row, key)}; expected a string")
+    return value
+
+
+def strings(row: Mapping[str, Any], key: str, place: str) -> list[str]:
+    """The list of document ids under `key`, or a DataError."""
+    value = row.get(key)
+    if not isinstance(value, list) or not all(isinstance(doc_id, str) for doc_id in value):
+        raise DataError(f"{place}: the field {key!r} {_found(row, key)}; expected a list of document ids")
+    return value
+
+
+def _unique(rows: Rows) -> Iterator[tuple[str, Mapping[str, Any]]]:
+    """The rows, with their `_id` checked."""
+    seen: set[str] = set()
+    for place, row in rows:
+        row_id = string(row, "_id", place)
+        if not row_id or any(c in row_id for c in "\t\r\n"):
+            raise DataError(f"{place}: the _id {row_id!r} is empty or holds a tab or a line break")
+        if row_id in seen:
+            raise DataError(f"{place}: the _id {row_id!r} stands in an earlier row too; ids must be unique")
+        seen.add(row_id)
+        yield place, row
+
+
+def _integer(score: Any, place: str) -> int:
+    """A score as text or number; MTEB's are often floats."""
+    try:
+        relevance = int(score)
+        if not isinstance(score, float) or relevance == score:
+            return relevance
+    except (TypeError, ValueError, OverflowError):
+        pass
+    raise DataError(f"{place}: the score {score!r} is not an integer")
+
+
+def _found(row: Mapping[str, Any], key: str) -> str:
+    return f"is {reprlib.repr(row[key])}" if key in row else "is missing"

@@ -1,0 +1,189 @@
+"""The configs, splits and rows of a data set on the Hugging Face hub, or of a local directory in its format.
+
+All is read through the library `datasets`. Code of a data set is never run: the versions of `datasets` that this
+package admits cannot.
+"""
+
+from __future__ import annotations
+
+import textwrap
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ..errors import DataError
+
+PARTS = {
+    "corpus": "corpus",
+    "queries": "queries",
+    "default": "qrels",
+    "qrels": "qrels",
+    "top_ranked": "top_ranked",
+    "instruction": "instruction",
+    "qrel_diff": "qrel_diff",
+}
+"""Name of a config, without its subset -> the part that it holds."""
+BATCH = 1000
+
+Columns = Mapping[str, tuple[str, ...]]
+"""Field -> the names that its column may have."""
+
+
+def is_hub_folder(folder: Path) -> bool:
+    """Whether a directory has configs in its README.md, or the sub-folders of a known layout."""
+    return _has_configs(folder) or bool(_part_folders(folder))
+
+
+@dataclass(frozen=True)
+class Repository:
+    """A data set on the hub, or in a directory.
+
+    Attributes:
+        source: its id or path.
+        revision: branch, tag or commit on the hub.
+        scratch: a folder for what lasts no longer than the reading.
+    """
+
+    source: str
+    revision: str | None
+    scratch: str
+
+    @property
+    def local(self) -> bool:
+        """Whether it is a directory."""
+        return Path(self.source).is_dir()
+
+    @property
+    def name(self) -> str:
+        """Its name without owner or path."""
+        return Path(self.source).resolve().name if self.local else self.source.rpartition("/")[2]
+
+    def configs(self) -> list[str]:
+        """The names of its configs."""
+        if folders := _part_folders(Path(self.source)):
+            return folders
+        from datasets import get_dataset_config_names
+
+        with self.explained(self.source):
+            return list(get_dataset_config_names(self.source, revision=self.revision))
+
+    def tables(self, config: str) -> dict[str, Table]:
+        """Split -> table of one config."""
+        from datasets import load_dataset
+
+        place = f"{self.source}, config {config!r}"
+        options: dict[str, Any] = {"revision": self.revision}
+        if self.local:
+            # datasets' cache answers with the old content of a local file that has changed, hence no cache.
+            options = {"streaming": True, "cache_dir": self.scratch}
+        options["data_dir" if _part_folders(Path(self.source)) else "name"] = config
+        with self.explained(place):
+            found = load_dataset(self.source, **options)
+        return {str(split): Table(self, f"{place}, split {split!s}", data) for split, data in found.items()}
+
+    @contextmanager
+    def explained(self, place: str) -> Iterator[None]:
+        """Turn whatever the libraries raise into a DataError; they have no common base class."""
+        try:
+            yield
+        except Exception as error:
+            lines = str(error).strip().splitlines() or ["no data that can be read"]
+            reason = textwrap.shorten(lines[0], 240, placeholder=" ...")
+            what = "mend the folder" if self.local else "check id, revision and network (no folder has that name)"
+            raise DataError(f"{place}: cannot be read: {reason} ({type(error).__name__}); {what}") from error
+
+
+@dataclass(frozen=True)
+class Table:
+    """One split of one config."""
+
+    repository: Repository
+    place: str
+    data: Any
+
+    def rows(self, columns: Columns, optional: str = "") -> Iterator[tuple[str, dict[str, Any]]]:
+        """Place and fields of every row: ids as strings, a missing text as the empty one.
+
+        Args:
+            columns: the fields.
+            optional: the one that may have no column.
+        """
+        with self.repository.explained(self.place):
+            batches = self.data.iter(batch_size=BATCH)
+        chosen: dict[str, str] = {}
+        number = 0
+        while True:
+            with self.repository.explained(self.place):
+                batch = next(batches, None)
+            if batch is None:
+                break
+            chosen = chosen or self._choose(columns, optional, list(batch))
+            for values in zip(*(batch[column] for column in chosen.values()), strict=True):
+                row = {name: _clean(name, value) for name, value in zip(chosen, values, strict=True)}
+                yield f"{self.place}, row {number}", row
+                number += 1
+        if not number:
+            raise DataError(f"{self.place}: no rows")
+
+    def _choose(self, columns: Columns, optional: str, present: list[str]) -> dict[str, str]:
+        chosen = {}
+        for field, names in columns.items():
+            if found := [name for name in names if name in present]:
+                chosen[field] = found[0]
+            elif field != optional:
+                raise DataError(f"{self.place}: no column {' or '.join(map(repr, names))}; it has {listed(present)}")
+        return chosen
+
+
+def find_layouts(configs: Iterable[str]) -> dict[str, dict[str, str]]:
+    """Subset -> part -> config, for the subsets (empty where there are none) with documents and queries."""
+    layouts: dict[str, dict[str, str]] = defaultdict(dict)
+    names = list(configs)
+    for config in names:
+        head, _, tail = config.rpartition("-")
+        first, _, rest = config.partition("-")
+        subset, part = ("", config) if config in PARTS else (head, tail) if tail in PARTS else (rest, first)
+        # Of two names for the judgements MTEB reads `default` without a subset and `SUBSET-qrels` with one.
+        if part in PARTS and (PARTS[part] not in layouts[subset] or part == ("qrels" if subset else "default")):
+            layouts[subset][PARTS[part]] = config
+    if "query" in names:  # older MTEB sets: one config of queries, also for several subsets
+        for layout in layouts.values():
+            layout["queries"] = "query"
+    return {subset: layout for subset, layout in layouts.items() if {"corpus", "queries"} <= layout.keys()}
+
+
+def is_bright(configs: Iterable[str]) -> bool:
+    """Whether the configs are those of BRIGHT."""
+    return {"documents", "examples"} <= set(configs)
+
+
+def _has_configs(folder: Path) -> bool:
+    readme = folder / "README.md"
+    if not readme.is_file():
+        return False
+    head = readme.read_text(encoding="utf-8", errors="replace").partition("\n---")[0]
+    return head.startswith("---") and "configs:" in head
+
+
+def _part_folders(folder: Path) -> list[str]:
+    """The sub-folders of a directory without configs, if they are named as those of a known layout."""
+    if not folder.is_dir() or _has_configs(folder):
+        return []
+    names = sorted(path.name for path in folder.iterdir() if path.is_dir())
+    return names if find_layouts(names) or is_bright(names) else []
+
+
+def _clean(field: str, value: Any) -> Any:
+    if field in ("text", "title"):
+        return "" if value is None else value
+    if isinstance(value, list):
+        return [str(one) if type(one) is int else one for one in value]
+    return str(value) if field.endswith("id") and type(value) is int else value
+
+
+def listed(names: Iterable[str]) -> str:
+    """Names for a message."""
+    return ", ".join(map(repr, sorted(names)))

@@ -1,0 +1,402 @@
+"""mteb, the benchmark of the field: Search-R3 as an encoder of mteb, suites of its tasks, collections as its tasks.
+
+mteb joins title and text by one space, as `Document.full_text` does, and appends an instruction to its query; both
+arrive here as one text. Equal scores rank by doc_id, the larger first, as in `retrieval.metrics`.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from difflib import get_close_matches
+from pathlib import Path
+from statistics import fmean
+from typing import Any, cast
+
+import numpy as np
+import torch
+from torch.utils.data import DataLoader
+
+from ..data.collection import Collection
+from ..errors import ConfigError, DataError
+from ..model.documents import Array
+from ..model.encoder import SearchR3
+from ..model.prompts import MODES, Mode
+from .benchmark import judged
+
+try:
+    import mteb
+    from datasets import Dataset, are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
+    from mteb import AbsTask, ResultCache, TaskMetadata
+    from mteb._evaluators.retrieval_metrics import evaluate_p_mrr_change
+    from mteb.abstasks import AbsTaskRetrieval
+    from mteb.models import ModelMeta
+    from mteb.models.model_meta import ScoringFunction
+    from mteb.types import BatchedInput, PromptType
+except ModuleNotFoundError as error:
+    raise ConfigError("mteb is not installed, and its tasks need it: pip install search-r3[mteb]") from error
+
+logger = logging.getLogger(__name__)
+
+_BRIGHT_SUBSETS = (
+    *("Biology", "EarthScience", "Economics", "Psychology", "Robotics", "Stackoverflow", "SustainableLiving"),
+    *("Pony", "Leetcode", "Aops", "TheoremQATheorems", "TheoremQAQuestions"),
+)
+BRIGHT = tuple(f"Bright{subset}Retrieval" for subset in _BRIGHT_SUBSETS)
+"""The twelve subsets of BRIGHT with passages. Its `Long` tasks rank whole pages by recall@1, another experiment."""
+FOLLOWIR = ("Robust04InstructionRetrieval", "News21InstructionRetrieval", "Core17InstructionRetrieval")
+PAPER = (
+    *("SciFact", "CQADupstackRetrieval", "LitSearchRetrieval", "MedicalQARetrieval", "DS1000Retrieval"),
+    *("MKQARetrieval", "BrowseCompPlusRetrieval", *BRIGHT, *FOLLOWIR),
+)
+"""The collections that the paper reports on, as mteb names them."""
+SUITES: dict[str, tuple[str, ...]] = {"paper": PAPER, "bright": BRIGHT, "followir": FOLLOWIR}
+"""Names that stand for several tasks."""
+
+
+@dataclass(frozen=True)
+class TaskScore:
+    """One mode's result on one task.
+
+    Attributes:
+        task: mteb's name of the task.
+        mode: `direct` or `reason`.
+        model: the name in mteb's results, the mode in it.
+        measure: the task's main score, e.g. `ndcg_at_10`.
+        score: its mean over splits and subsets.
+        scores: `split/subset` -> main score.
+        tokens_per_query: `task/split/subset` -> mean reasoning tokens; empty where the result was there before.
+        path: mteb's own result file.
+    """
+
+    task: str
+    mode: Mode
+    model: str
+    measure: str
+    score: float
+    scores: dict[str, float]
+    tokens_per_query: dict[str, float]
+    path: Path
+
+
+class SearchR3MTEB:
+    """A model in one mode, as an encoder of mteb (`EncoderProtocol`).
+
+    Texts without a side (classification, clustering, sentence similarity) are encoded as documents: that wording asks
+    for no search, and both texts of a pair get the same one.
+
+    Args:
+        model: a directory, a hub id, `"builtin"`, or a loaded `SearchR3` (then device, dtype and revision are its own).
+        revision: branch, tag or commit on the hub.
+        mode: what queries do, `reason` or `direct`. Each mode has a model name of its own in mteb's results.
+        device: `cpu`, `cuda`, ...; by default `cuda` where there is one.
+        dtype: `float32`, `bfloat16` or `float16`; one other than `float32` keeps its results apart.
+        batch_size: queries reasoned about at once; by default mteb's `batch_size`. Documents are batched by tokens.
+        max_new_tokens: reasoning budget; by default the model's own. Another budget keeps its results apart.
+
+    Attributes:
+        mteb_model_meta: name (`owner/name-reason`, `local/folder-reason`), revision and sizes, as mteb wants them.
+        tokens_per_query: `task/split/subset` -> mean reasoning tokens of the queries encoded so far.
+
+    Raises:
+        ConfigError: mteb is not installed (on import).
+        DataError: an unknown mode.
+        ModelError: the model cannot be loaded.
+
+    Example:
+        >>> import mteb  # doctest: +SKIP
+        >>> mteb.evaluate(SearchR3MTEB("runs/rl/model", mode="reason"), mteb.get_task("SciFact"))  # doctest: +SKIP
+    """
+
+    def __init__(
+        self,
+        model: str | Path | SearchR3,
+        revision: str | None = None,
+        *,
+        mode: Mode = "reason",
+        device: str | None = None,
+        dtype: str = "float32",
+        batch_size: int | None = None,
+        max_new_tokens: int | None = None,
+    ) -> None:
+        if mode not in MODES:
+            raise DataError(f"unknown mode {mode!r}; expected one of {', '.join(MODES)}")
+        if not isinstance(model, SearchR3):
+            model = SearchR3(model, device=device, dtype=dtype, revision=revision)
+        self.model = model
+        self.mode = mode
+        self.batch_size = batch_size
+        self.max_new_tokens = max_new_tokens
+        self.mteb_model_meta = _model_meta(model, mode, max_new_tokens)
+        self.tokens_per_query: dict[str, float] = {}
+        self._kept: dict[str, Array] | None = None  # hash of texts -> vectors, shared between modes by run_mteb
+
+    def encode(
+        self,
+        inputs: DataLoader[BatchedInput],
+        *,
+        task_metadata: TaskMetadata,
+        hf_split: str,
+        hf_subset: str,
+        prompt_type: PromptType | None = None,
+        **kwargs: Any,
+    ) -> Array:
+        """Encode what mteb gives, with the arguments of its `EncoderProtocol`: `N x D`, float32, L2-normalised.
+
+        A text without a visible character gets the zero vector, whose similarity to everything is 0; how many did is
+        logged as a warning. Of mteb's encode kwargs `batch_size` counts, for queries.
+
+        Raises:
+            ConfigError: vectors of another precision than `float32` are asked for.
+        """
+        if kwargs.get("precision") not in (None, "float32"):
+            raise ConfigError(f"precision={kwargs['precision']!r}: the vectors are float32; leave the precision out")
+        texts = [text for batch in cast("Iterable[Mapping[str, list[str]]]", inputs) for text in batch["text"]]
+        place = f"{task_metadata.name}/{hf_split}/{hf_subset}"
+        filled = [row for row, text in enumerate(texts) if text.strip()]
+        if empty := len(texts) - len(filled):
+            logger.warning("%s: %d of %d texts are empty and get the zero vector", place, empty, len(texts))
+        vectors = np.zeros((len(texts), self.model.dimension), dtype=np.float32)
+        if filled and prompt_type == PromptType.query:
+            batch_size = self.batch_size or kwargs.get("batch_size") or 128
+            vectors[filled] = self._queries([texts[row] for row in filled], place, batch_size)
+        elif filled:
+            vectors[filled] = self._documents([texts[row] for row in filled])
+        return vectors
+
+    def similarity(self, embeddings1: Any, embeddings2: Any) -> torch.Tensor:
+        """Cosine similarity of all pairs, `N x M`: the dot product, since vectors have length 1 (or 0)."""
+        first, second = torch.as_tensor(embeddings1).float(), torch.as_tensor(embeddings2).float()
+        return first.reshape(-1, first.shape[-1]) @ second.reshape(-1, second.shape[-1]).T
+
+    def similarity_pairwise(self, embeddings1: Any, embeddings2: Any) -> torch.Tensor:
+        """Cosine similarity of corresponding rows, `N`."""
+        return (torch.as_tensor(embeddings1).float() * torch.as_tensor(embeddings2).float()).sum(-1)
+
+    def _queries(self, texts: list[str], place: str, batch_size: int) -> Array:
+        encoded = self.model.encode_query(texts, self.mode, batch_size=batch_size, max_new_tokens=self.max_new_tokens)
+        self.tokens_per_query[place] = fmean(encoded.reasoning_tokens)
+        if all(encoded.forced):
+            logger.warning("%s: the model emitted its embed token for none of %d queries", place, len(texts))
+        return encoded.vectors
+
+    def _documents(self, texts: list[str]) -> Array:
+        kept = {} if self._kept is None else self._kept
+        key = hashlib.sha256(json.dumps(texts).encode()).hexdigest()
+        if key not in kept:
+            kept[key] = np.concatenate(list(self.model.stream_document(texts)))
+        return kept[key]
+
+
+def suite_tasks(names: str | Sequence[str]) -> list[AbsTask]:
+    """The mteb tasks of suites (`SUITES`) and of single tasks, each once, in the order of the names.
+
+    Args:
+        names: names of suites or of mteb tasks.
+
+    Raises:
+        DataError: unknown names; all of them are in the message, with the nearest known ones.
+    """
+    listed = [names] if isinstance(names, str) else names
+    tasks, unknown = [], []
+    for name in dict.fromkeys(task for listed_name in listed for task in SUITES.get(listed_name, (listed_name,))):
+        try:
+            tasks.append(mteb.get_task(name))
+        except KeyError:
+            unknown.append(name)
+    if unknown:
+        known = [*SUITES, *(task.metadata.name for task in mteb.get_tasks(exclude_superseded=False))]
+        raise DataError("; ".join(_nearest(name, known) for name in unknown))
+    return tasks
+
+
+def collection_task(
+    collection: Collection, split: str = "test", *, languages: Sequence[str] = ("eng-Latn",)
+) -> AbsTaskRetrieval:
+    """One split of a collection as a retrieval task of mteb; nothing is downloaded.
+
+    Queries without a relevant document are left out. Pools and excluded documents become mteb's `top_ranked`. A
+    document with the query's id is dropped from its ranking, unless some query's own document is relevant to it: then
+    equal ids mean nothing. The main score is `ndcg_at_10`, or `p-MRR` where instructions change. The task's name ends
+    with a hash of its contents, because mteb takes results of that name for results on the same data.
+
+    Args:
+        collection: documents, queries and judgements.
+        split: the split.
+        languages: of the texts, as mteb writes them.
+
+    Raises:
+        DataError: there is no such split, or no query of it has a relevant document.
+    """
+    qrels = judged(collection, split)
+    revision = hashlib.sha256(json.dumps([collection.content_hash(), split]).encode()).hexdigest()
+    name = re.sub(r"[^\w.-]+", "_", collection.name)
+    metadata = TaskMetadata(
+        name=f"{name}-{split}-{revision[:8]}",
+        description=f"The split {split} of the collection {collection.name}.",
+        dataset={"path": f"local/{name}", "revision": revision},
+        type="Retrieval",
+        category="t2t",
+        eval_splits=[split],
+        eval_langs=list(languages),
+        main_score="p-MRR" if collection.changed else "ndcg_at_10",
+    )
+    # mteb keeps the metadata in the class: unloading a task deletes those of the instance.
+    identical = not any(gains.get(query_id, 0) > 0 for query_id, gains in qrels.items())
+    kind = type("CollectionTask", (_CollectionTask,), {"metadata": metadata, "ignore_identical_ids": identical})
+    return cast("AbsTaskRetrieval", kind(collection, qrels))
+
+
+def run_mteb(
+    model: str | Path | SearchR3,
+    modes: Sequence[Mode],
+    tasks: str | AbsTask | Sequence[str | AbsTask],
+    out_folder: str | Path,
+    *,
+    batch_size: int = 128,
+    max_new_tokens: int | None = None,
+    save_predictions: bool = False,
+) -> list[TaskScore]:
+    """Run tasks of mteb in each mode; what `out_folder` already holds is read, not computed again.
+
+    Documents are encoded once for all modes; their vectors stay in memory for the duration of a task.
+
+    Args:
+        model: a directory, a hub id, `"builtin"`, or a `SearchR3` loaded with a device or dtype of choice.
+        modes: `direct`, `reason` or both.
+        tasks: names of suites or tasks (`suite_tasks`), tasks of mteb, or a mixture.
+        out_folder: takes mteb's files, `results/MODEL/REVISION/TASK.json`, each written when its task is done.
+        batch_size: queries reasoned about at once.
+        max_new_tokens: reasoning budget; by default the model's own.
+        save_predictions: also write the rankings, `predictions/MODEL/REVISION/TASK_predictions.json`.
+
+    Returns:
+        The scores task by task, and mode by mode within a task.
+
+    Raises:
+        DataError: an unknown task, suite or mode, or a task whose data cannot be had; what was measured before is kept.
+        ModelError: the model cannot be loaded or gives no usable vectors.
+    """
+    listed = [tasks] if isinstance(tasks, str | AbsTask) else list(tasks)
+    chosen = suite_tasks([task for task in listed if isinstance(task, str)])
+    chosen += [task for task in listed if isinstance(task, AbsTask)]
+    loaded = model if isinstance(model, SearchR3) else SearchR3(model)
+    encoders = [SearchR3MTEB(loaded, mode=mode, max_new_tokens=max_new_tokens) for mode in modes]
+    cache = ResultCache(out_folder)
+    scores = []
+    for task in chosen:
+        kept: dict[str, Array] | None = {} if len(encoders) > 1 else None
+        for encoder in encoders:
+            encoder._kept = kept
+            scores.append(_run(encoder, task, cache, batch_size, save_predictions))
+    return scores
+
+
+def _run(encoder: SearchR3MTEB, task: AbsTask, cache: ResultCache, batch_size: int, save: bool) -> TaskScore:
+    name, meta = task.metadata.name, encoder.mteb_model_meta
+    path = cache.get_task_result_path(name, meta)
+    predictions = cache.cache_path / "predictions" / path.parent.relative_to(cache.cache_path / "results")
+    encoder.tokens_per_query = {}
+    bars_shown = not are_progress_bars_disabled()
+    disable_progress_bars()  # those of `datasets`, drawn while mteb prepares texts
+    try:
+        [result] = mteb.evaluate(
+            encoder,
+            task,
+            co2_tracker=False,
+            encode_kwargs={"batch_size": batch_size, "show_progress_bar": False},
+            cache=cache,
+            prediction_folder=predictions if save else None,
+            show_progress_bar=False,
+        ).task_results
+    except OSError as error:
+        raise DataError(f"{name} could not be run: {error}; finished results are in {cache.cache_path}") from error
+    finally:
+        if bars_shown:
+            enable_progress_bars()
+    subsets = ((split, subset) for split, found in result.scores.items() for subset in found)
+    scores = {f"{split}/{subset['hf_subset']}": round(float(subset["main_score"]), 6) for split, subset in subsets}
+    mean, measure, tokens = fmean(scores.values()), task.metadata.main_score, encoder.tokens_per_query
+    return TaskScore(name, encoder.mode, str(meta.name), measure, mean, scores, tokens, path)
+
+
+class _CollectionTask(AbsTaskRetrieval):
+    """What `collection_task` makes, but for the metadata."""
+
+    def __init__(self, collection: Collection, qrels: Mapping[str, Mapping[str, int]]) -> None:
+        super().__init__()
+        self.collection = collection
+        self.qrels = qrels
+
+    def load_data(self, num_proc: int | None = None, **kwargs: Any) -> None:
+        queries, documents = self.collection.queries, self.collection.documents.values()
+        corpus = [{"id": document.doc_id, "title": document.title, "text": document.text} for document in documents]
+        data: Any = {
+            "corpus": Dataset.from_list(corpus),
+            "queries": Dataset.from_list([{"id": query_id, "text": queries[query_id].text} for query_id in self.qrels]),
+            "relevant_docs": self.qrels,
+            "top_ranked": _top_ranked(self.collection, self.qrels),
+        }
+        self.dataset = {"default": {self.metadata.eval_splits[0]: data}}
+        self.data_loaded = True
+
+    def task_specific_scores(self, scores: Any, qrels: Any, results: Any, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        if not self.collection.changed:
+            return {}
+        changed = {query: sorted(doc_ids) for query, doc_ids in self.collection.changed.items()}
+        return evaluate_p_mrr_change(qrels, results, changed, self.k_values)
+
+
+def _top_ranked(collection: Collection, query_ids: Iterable[str]) -> dict[str, list[str]] | None:
+    """The documents to rank for each query; mteb skips a query that is not listed, so it is all queries or none."""
+    pools, excluded = collection.pools, collection.excluded
+    if not any(query_id in pools or excluded.get(query_id) for query_id in query_ids):
+        return None
+    everything, ranked = list(collection.documents), {}
+    for query_id in query_ids:
+        pool, left_out = sorted(pools[query_id]) if query_id in pools else everything, excluded.get(query_id)
+        ranked[query_id] = [doc_id for doc_id in pool if doc_id not in left_out] if left_out else pool
+    return ranked
+
+
+def _model_meta(model: SearchR3, mode: Mode, max_new_tokens: int | None) -> ModelMeta:
+    source, weights = model.backbone.source, list(model.backbone.model.parameters())
+    on_hub = "/" in source and not Path(source).is_dir()
+    name = source if on_hub else f"local/{Path(source).resolve().name}"
+    dtype = str(weights[0].dtype).removeprefix("torch.")
+    apart: dict[str, Any] = {} if dtype == "float32" else {"dtype": dtype}
+    if mode == "reason" and max_new_tokens is not None:
+        apart["max_new_tokens"] = max_new_tokens
+    unknown = (
+        "loader",
+        "reference",
+        "release_date",
+        "languages",
+        "license",
+        "public_training_code",
+        "public_training_data",
+    )
+    return ModelMeta(
+        **dict.fromkeys((*unknown, "training_datasets")),
+        name=f"{name}-{mode}",
+        revision=model.backbone.revision,
+        n_parameters=sum(weight.numel() for weight in weights),
+        memory_usage_mb=sum(weight.numel() * weight.element_size() for weight in weights) / 2**20,
+        max_tokens=model.backbone.settings.max_length,
+        embed_dim=model.dimension,
+        open_weights=True,
+        framework=["PyTorch", "Transformers"],
+        similarity_fn_name=ScoringFunction.COSINE,
+        use_instructions=True,
+        experiment_kwargs=apart or None,
+    )
+
+
+def _nearest(name: str, known: Sequence[str]) -> str:
+    folded = {other.lower(): other for other in known}
+    near = ", ".join(folded[other] for other in get_close_matches(name.lower(), folded, n=3))
+    return f"{name!r} is neither a suite nor a task of mteb" + (f"; nearest: {near}" if near else "")

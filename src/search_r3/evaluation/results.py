@@ -1,0 +1,129 @@
+"""The record of one system on one split: what was run, what came out, query by query; one JSON file each."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from ..errors import DataError
+from ..files import write_text
+
+FORMAT = 1
+KEY_SHOWN = 12
+"""Characters of the key in a file's name."""
+
+
+class _Part(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=())
+
+
+class SystemInfo(_Part):
+    """What was evaluated."""
+
+    name: str = Field(description="As in the tables, e.g. `reason` or `bm25`.")
+    kind: str = Field(description="`search-r3`, `bm25` or `sentence-transformers`.")
+    model: str = Field(description="Directory, hub id or package; a library and its version for BM25.")
+    revision: str = Field(description="Commit on the hub, or SHA-256 of the files in a directory.")
+    mode: str = Field("", description="`direct` or `reason`; empty for others.")
+    settings: dict[str, Any] = Field(description="All that the ranking depends on: prompts, limits, dtype, ...")
+
+
+class CollectionInfo(_Part):
+    """What it was evaluated on."""
+
+    name: str
+    split: str
+    source: str = Field(description="As it was asked for: a folder, a hub id or a built-in name.")
+    hash: str = Field(description="SHA-256 of documents, queries, judgements, pools and excluded documents.")
+    documents: int
+    queries: int = Field(description="Queries of the split with a relevant document; others are not measured.")
+    without_text: int = Field(description="Documents without any text, which were left out.")
+    identical_ids: int = Field(description="Documents left out of a ranking because they bear the id of its query.")
+
+
+class Cost(_Part):
+    """What it cost; times are of this machine, with all else that ran on it."""
+
+    queries_per_second: float = Field(description="All queries at once: encoding and ranking.")
+    ms_per_query: float | None = Field(description="Median over queries that were asked one at a time.")
+    documents_per_second: float | None = Field(description="Indexing; None where the index was there already.")
+    tokens_per_query: float = Field(0.0, description="Mean tokens of reasoning.")
+    forced_share: float = Field(0.0, description="Share of queries whose embed token was forced.")
+    truncated_queries: int = Field(0, description="Queries that lost their end.")
+
+
+class Result(_Part):
+    """One system on one split of one collection. Lists named `per query` follow `query_ids`."""
+
+    format: int = FORMAT
+    key: str = Field(description="SHA-256 over system, collection, split and settings; a result is cached under it.")
+    system: SystemInfo
+    collection: CollectionInfo
+    settings: dict[str, Any] = Field(description="Of the evaluation: depth, seed, resamples, ...")
+    scores: dict[str, float] = Field(description="Measure -> mean over the queries.")
+    intervals: dict[str, tuple[float, float]] = Field(description="Measure -> 95 % bootstrap interval of the mean.")
+    cost: Cost
+    query_ids: list[str]
+    queries: list[str] = Field(description="Texts, per query.")
+    per_query: dict[str, list[float]] = Field(description="Measure -> values, per query.")
+    top: list[list[tuple[str, float]]] = Field(description="The 10 best (doc_id, score), per query.")
+    relevant: list[dict[str, int]] = Field(description="doc_id -> judgement above 0, per query.")
+    snippets: dict[str, str] = Field(description="doc_id -> beginning of its text, for all in `top` and `relevant`.")
+    reasoning: list[str] = Field([], description="Per query, in reason mode.")
+    reasoning_tokens: list[int] = Field([], description="Per query, in reason mode.")
+    provenance: dict[str, Any] = Field(description="Date, versions, machine, device, threads, seconds.")
+
+    @property
+    def place(self) -> tuple[str, str]:
+        """Collection and split."""
+        return self.collection.name, self.collection.split
+
+    def file_name(self) -> str:
+        """`collection.split.system.key.json`."""
+        return result_name(self.collection.name, self.collection.split, self.system.name, self.key)
+
+
+def result_name(collection: str, split: str, system: str, key: str) -> str:
+    """The file name of a result; other characters than letters, digits, `+`, `-`, `_` become `-`."""
+    parts = [re.sub(r"[^\w+-]+", "-", part) for part in (collection, split, system)]
+    return ".".join([*parts, key[:KEY_SHOWN], "json"])
+
+
+def save_result(result: Result, folder: Path) -> Path:
+    """Write a result into a folder in one step; returns its path."""
+    path = folder / result.file_name()
+    write_text(path, result.model_dump_json(indent=1) + "\n")
+    return path
+
+
+def load_result(path: Path) -> Result:
+    """Read a result.
+
+    Raises:
+        DataError: the file is damaged, or of another format; the message says to remove it.
+    """
+    try:
+        return Result.model_validate_json(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise DataError(f"cannot read {path}: {error.strerror}") from error
+    except (ValidationError, UnicodeDecodeError) as error:
+        found = error.errors()[0] if isinstance(error, ValidationError) else {"loc": (), "msg": str(error)}
+        where = ".".join(str(part) for part in found["loc"])
+        raise DataError(
+            f"{path} is no result of this version ({where}: {found['msg']}); remove it and evaluate again"
+        ) from error
+
+
+def load_results(folder: Path) -> list[Result]:
+    """All results of a folder, in the order of their names."""
+    return [load_result(path) for path in sorted(folder.glob("*.*.*.*.json"))]
+
+
+def mean_scores(results: Sequence[Result], measures: Iterable[str]) -> dict[str, float]:
+    """Plain means of measures over several results, as leaderboards give them."""
+    return {name: fmean(result.scores[name] for result in results) for name in measures}

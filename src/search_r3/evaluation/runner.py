@@ -1,0 +1,174 @@
+"""Models, modes and baselines on collections: everything is checked before anything is computed."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from ..data.load import load_collection
+from ..errors import ConfigError
+from ..files import write_json, write_text
+from ..model.encoder import SearchR3
+from ..model.prompts import Mode
+from .benchmark import EvaluationOptions, Watch, evaluate, judged, resolve_splits
+from .results import Result
+from .statistics import Comparison, compare
+from .systems import (
+    SENTENCE_TRANSFORMERS,
+    BM25System,
+    EncodedCollections,
+    SearchR3System,
+    SentenceTransformersSystem,
+    System,
+)
+from .table import averages, markdown, summary
+
+BM25_NAME, REASONING_NAME = "bm25", "bm25+reasoning"
+RESULTS = "results"
+"""Where in the folder of an evaluation, or of a run, its results are."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What is evaluated on what.
+
+    Attributes:
+        models: label -> loaded model; the label of a single one may be empty.
+        modes: of each model.
+        baselines: `bm25`, `bm25+reasoning`, `sentence-transformers:NAME`.
+        collections: built-in names, folders or hub ids.
+        splits: names, `all`, or none for `test` (else `dev`, `validation`, `train`).
+        options: how results are computed.
+        batch_size: queries reasoned about at once.
+    """
+
+    models: dict[str, SearchR3]
+    modes: Sequence[Mode]
+    baselines: Sequence[str]
+    collections: Sequence[str]
+    splits: Sequence[str] = ()
+    options: EvaluationOptions = field(default_factory=EvaluationOptions)
+    batch_size: int = 128
+
+
+def label_models(sources: Sequence[str]) -> dict[str, str]:
+    """Label -> source of models: none for a single one, else what `LABEL=SOURCE` says, or a name from the path.
+
+    Example:
+        >>> label_models(["runs/a/sft/model", "best=runs/a/model"])
+        {'sft': 'runs/a/sft/model', 'best': 'runs/a/model'}
+
+    Raises:
+        ConfigError: two models with one label.
+    """
+    labels: dict[str, str] = {}
+    for given in sources:
+        label, found, source = given.partition("=")
+        if not found:
+            path = Path(given)
+            label, source = path.parent.name if path.name == "model" and path.parent.name else path.name, given
+        if label in labels:
+            raise ConfigError(f"two models are called {label!r}; name them: --model NAME={source}")
+        labels[label] = source
+    if len(labels) == 1 and "=" not in sources[0]:
+        return {"": source}
+    return labels
+
+
+def run_plan(plan: Plan, folder: Path, watch: Watch | None = None) -> Iterator[Result]:
+    """Evaluate, collection by collection; each result is on the disk before it is given.
+
+    Args:
+        plan: what is evaluated.
+        folder: where results are looked up and written.
+        watch: told of the progress.
+
+    Raises:
+        ConfigError: an unknown baseline, or one without what it needs; before anything is computed.
+        DataError: a collection that cannot be read, or lacks a split; before anything is computed.
+    """
+    dense = _dense_baselines(plan)
+    for source in plan.collections:
+        collection = load_collection(source, skip_empty_documents=True)
+        for split in resolve_splits(collection, plan.splits):
+            judged(collection, split)
+    models = {label: EncodedCollections(model, folder / "indexes") for label, model in plan.models.items()}
+    stored = folder / RESULTS
+    for source in plan.collections:
+        collection = load_collection(source, skip_empty_documents=True)
+        splits = resolve_splits(collection, plan.splits)
+        systems: list[System] = [BM25System()] if BM25_NAME in plan.baselines else []
+        systems += dense
+        modes = [
+            SearchR3System(encoded, mode, f"{mode}/{label}" if label else mode, plan.batch_size)
+            for label, encoded in models.items()
+            for mode in plan.modes
+        ]
+        for split in splits:
+            for system in [*systems, *modes]:
+                result = evaluate(system, collection, split, plan.options, source=source, folder=stored, watch=watch)
+                yield result
+                if REASONING_NAME in plan.baselines and result.system.mode == "reason":
+                    yield evaluate(
+                        reasoning_baseline(result),
+                        collection,
+                        split,
+                        plan.options,
+                        source=source,
+                        folder=stored,
+                        watch=watch,
+                    )
+        for encoded in models.values():
+            encoded.forget(collection)
+
+
+def reasoning_baseline(result: Result, name: str | None = None) -> BM25System:
+    """BM25 on what a model wrote about the queries: what is left of its gain if only the words count.
+
+    Args:
+        result: of a mode that reasons.
+        name: as in the tables; by default `bm25+reasoning`, with the label of the model.
+    """
+    _, _, label = result.system.name.partition("/")
+    texts = dict(zip(result.query_ids, result.reasoning, strict=True))
+    return BM25System(name or "/".join(filter(None, [REASONING_NAME, label])), texts, result.key)
+
+
+def write_summary(results: Sequence[Result], folder: Path, permutations: int, seed: int) -> list[Comparison]:
+    """Write `summary.json` and `summary.md` over these results; returns the comparisons in them."""
+    comparisons = compare(results, permutations, seed)
+    rows = [
+        {"collection": result.collection.name, "split": result.collection.split, "system": result.system.name}
+        | summary(result, results)
+        | {"key": result.key}
+        for result in results
+    ]
+    record = {
+        "rows": rows,
+        "means": averages(results),
+        "comparisons": [one.record() for one in comparisons],
+    }
+    write_json(folder / "summary.json", record)
+    write_text(folder / "summary.md", markdown(results, comparisons))
+    return comparisons
+
+
+def _dense_baselines(plan: Plan) -> list[SentenceTransformersSystem]:
+    """The dense peers, loaded, after a check of all names."""
+    known = [BM25_NAME, REASONING_NAME, SENTENCE_TRANSFORMERS + "NAME"]
+    for name in plan.baselines:
+        if name not in known[:2] and not (name.startswith(SENTENCE_TRANSFORMERS) and name != SENTENCE_TRANSFORMERS):
+            near = difflib.get_close_matches(name, known, n=1)
+            hint = f"did you mean {near[0]!r}?" if near else f"known: {', '.join(known)}"
+            raise ConfigError(f"unknown baseline {name!r}; {hint}")
+    if REASONING_NAME in plan.baselines and not (plan.models and "reason" in plan.modes):
+        raise ConfigError(f"{REASONING_NAME} searches what a model wrote; add --model and --modes reason")
+    if not plan.models and not plan.baselines:
+        raise ConfigError("nothing to evaluate; give --model, --baselines, or both")
+    return [
+        SentenceTransformersSystem(name.removeprefix(SENTENCE_TRANSFORMERS))
+        for name in plan.baselines
+        if name.startswith(SENTENCE_TRANSFORMERS)
+    ]

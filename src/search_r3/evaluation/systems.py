@@ -1,0 +1,345 @@
+"""What can be evaluated: Search-R3 in a mode, BM25, BM25 on a model's reasoning, sentence-transformers.
+
+A system indexes a collection and ranks its documents for queries, under the restrictions that the collection sets:
+documents left out of a ranking, and pools that are the only ones ranked.
+"""
+
+from __future__ import annotations
+
+import shutil
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from importlib import metadata
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+
+from ..data.collection import Collection
+from ..errors import ModelError
+from ..files import hash_folder
+from ..model.documents import Progress, check_finite
+from ..model.encoder import SearchR3
+from ..model.prompts import Mode
+from ..retrieval.corpus import encode_corpus
+from ..retrieval.index import Array, ExactIndex
+from ..retrieval.lexical import BM25, Scored
+from ..retrieval.metrics import rank
+from .results import SystemInfo
+
+SENTENCE_TRANSFORMERS = "sentence-transformers:"
+
+
+@dataclass(frozen=True)
+class Request:
+    """One query as a system sees it: `left_out` never stand in its ranking, `pool` are the only ones that can."""
+
+    query_id: str
+    text: str
+    left_out: frozenset[str] = frozenset()
+    pool: frozenset[str] | None = None
+
+
+@dataclass(frozen=True)
+class Answers:
+    """What a system says about requests, in their order; the last four are empty for systems that do not reason."""
+
+    found: list[Scored]
+    reasoning: list[str] = field(default_factory=list)
+    reasoning_tokens: list[int] = field(default_factory=list)
+    forced: list[bool] = field(default_factory=list)
+    truncated: int = 0
+
+
+class Searchable(Protocol):
+    """A collection as a system holds it."""
+
+    @property
+    def documents_per_second(self) -> float | None:
+        """Speed of the indexing; None where nothing had to be indexed."""
+        ...
+
+    def answer(self, requests: Sequence[Request], depth: int, progress: Progress | None = None) -> Answers:
+        """Rank at most `depth` documents for each request."""
+        ...
+
+
+class System(Protocol):
+    """What can be evaluated."""
+
+    @property
+    def info(self) -> SystemInfo:
+        """Name and provenance; results are cached under it."""
+        ...
+
+    def index(self, collection: Collection, progress: Progress | None = None) -> Searchable:
+        """Prepare a collection."""
+        ...
+
+
+class BM25System:
+    """BM25 on the queries, or on other `texts` by query_id.
+
+    Args:
+        name: as in the tables.
+        texts: what is searched instead of a query, e.g. a model's reasoning; the query itself where it is blank.
+        origin: what names the texts, for the cache.
+    """
+
+    def __init__(self, name: str = "bm25", texts: Mapping[str, str] | None = None, origin: str = "") -> None:
+        self._texts = texts or {}
+        settings = {"stop_words": "en", "stemming": "none", **({"texts": origin} if texts is not None else {})}
+        self.info = SystemInfo(name=name, kind="bm25", model="bm25s", revision=BM25.release(), settings=settings)
+
+    def index(self, collection: Collection, progress: Progress | None = None) -> Searchable:
+        """Tokenize and count all documents."""
+        started = time.perf_counter()
+        index = BM25(list(collection.documents), list(collection.texts().values()))
+        seconds = time.perf_counter() - started
+        if progress is not None:
+            progress(len(collection.documents), 0)
+        return _Lexical(index, self._texts, len(collection.documents) / seconds)
+
+
+@dataclass(frozen=True)
+class _Lexical:
+    _index: BM25
+    _texts: Mapping[str, str]
+    documents_per_second: float | None
+
+    def answer(self, requests: Sequence[Request], depth: int, progress: Progress | None = None) -> Answers:
+        asked = [self._texts.get(request.query_id, "").strip() or request.text for request in requests]
+        deepest = depth + max(len(request.left_out) for request in requests)
+        found = self._index.search_scored(asked, deepest, [request.pool for request in requests])
+        if progress is not None:
+            progress(len(requests), 0)
+        return Answers([_without(scored, request, depth) for scored, request in zip(found, requests, strict=True)])
+
+
+class EncodedCollections:
+    """The collections that one Search-R3 model has encoded; both of its modes search the same vectors.
+
+    Args:
+        model: the encoder.
+        folder: where a collection is kept while it is encoded, so that a kill costs one block; in memory without it.
+    """
+
+    def __init__(self, model: SearchR3, folder: Path | None = None) -> None:
+        self.model = model
+        self.revision = model.backbone.revision
+        self._folder = folder
+        self._held: tuple[str, ExactIndex, float | None] | None = None
+
+    def encode(self, collection: Collection, progress: Progress | None = None) -> tuple[ExactIndex, float | None]:
+        """The index, and documents encoded per second; the collection of the last call is not encoded again."""
+        key = collection.content_hash()
+        if self._held is None or self._held[0] != key:
+            self._held = None
+            index, speed = self._encoded(collection, key, progress)
+            self._held = key, index, speed
+        return self._held[1:]
+
+    def _encoded(self, collection: Collection, key: str, progress: Progress | None) -> tuple[ExactIndex, float | None]:
+        started, fresh = time.perf_counter(), len(collection.documents)
+        if self._folder is None:
+            index = index_documents(self.model, collection, progress=progress)
+            return index, fresh / (time.perf_counter() - started)
+
+        def begin(total: int, done: int) -> None:
+            nonlocal started, fresh
+            started, fresh = time.perf_counter(), total - done
+
+        index = encode_corpus(
+            self.model,
+            collection.texts().items(),
+            self._path(key),
+            dtype="float32",
+            on_start=begin,
+            progress=progress,
+        )
+        return index, fresh / (time.perf_counter() - started) if fresh else None
+
+    def forget(self, collection: Collection) -> None:
+        """Remove what is on the disk of a collection whose results are complete."""
+        self._held = None
+        if self._folder is not None:
+            shutil.rmtree(self._path(collection.content_hash()), ignore_errors=True)
+
+    def _path(self, key: str) -> Path:
+        assert self._folder is not None
+        return self._folder / f"{self.revision[:12]}-{key[:12]}"
+
+
+class SearchR3System:
+    """One model in one mode; reasoning is greedy.
+
+    Args:
+        collections: the model and what it has encoded, shared by its modes.
+        mode: `direct` or `reason`.
+        name: as in the tables; by default the mode.
+        batch_size: queries reasoned about at once; it changes memory and speed only.
+    """
+
+    def __init__(
+        self, collections: EncodedCollections, mode: Mode, name: str | None = None, batch_size: int = 128
+    ) -> None:
+        backbone = collections.model.backbone
+        self.mode: Mode = mode
+        self.collections, self.batch_size = collections, batch_size
+        self.info = SystemInfo(
+            name=name or mode,
+            kind="search-r3",
+            model=backbone.source,
+            revision=collections.revision,
+            mode=mode,
+            settings={
+                **backbone.settings.model_dump(),
+                "dtype": str(backbone.model.dtype).removeprefix("torch."),
+                "sampling_temperature": 0.0,
+            },
+        )
+
+    def index(self, collection: Collection, progress: Progress | None = None) -> Searchable:
+        """Encode all documents, unless the other mode has."""
+        index, speed = self.collections.encode(collection, progress)
+        return _Reasoning(self.collections.model, self.mode, self.batch_size, index, speed)
+
+
+@dataclass(frozen=True)
+class _Reasoning:
+    _model: SearchR3
+    _mode: Mode
+    _batch_size: int
+    _index: ExactIndex
+    documents_per_second: float | None
+
+    def answer(self, requests: Sequence[Request], depth: int, progress: Progress | None = None) -> Answers:
+        encoded = self._model.encode_query(
+            [request.text for request in requests], self._mode, batch_size=self._batch_size, progress=progress
+        )
+        found = ranked(self._index, encoded.vectors, requests, depth)
+        if self._mode == "direct":
+            return Answers(found, truncated=sum(encoded.truncated))
+        return Answers(found, encoded.reasoning, encoded.reasoning_tokens, encoded.forced, sum(encoded.truncated))
+
+
+class SentenceTransformersSystem:
+    """A dense peer.
+
+    Args:
+        source: a directory, an installed package that carries a model, or a hub id.
+        batch_size: texts encoded together.
+
+    Raises:
+        ModelError: sentence-transformers is not installed, or there is no such model.
+    """
+
+    def __init__(self, source: str, batch_size: int = 32) -> None:
+        try:
+            from sentence_transformers import SentenceTransformer
+        except ImportError as error:
+            raise ModelError("the baseline needs sentence-transformers; pip install 'search-r3[benchmarks]'") from error
+        path = _packaged(source) or Path(source)
+        try:
+            self._model: Any = SentenceTransformer(str(path) if path.is_dir() else source)
+        except Exception as error:  # it raises whatever the library beneath it raises
+            raise ModelError(
+                f"cannot load {source!r} with sentence-transformers: {str(error).splitlines()[0]}; give a directory, "
+                "an installed package that carries a model, or a hub id"
+            ) from error
+        self.source, self.batch_size = source, batch_size
+        similarity = self._model.similarity_fn_name
+        if similarity not in ("cosine", "dot"):
+            raise ModelError(f"{source!r} compares vectors by {similarity}; only cosine and dot are supported")
+        self._normalize = similarity == "cosine"
+        commit = getattr(self._model.model_card_data, "base_model_revision", None)
+        self.info = SystemInfo(
+            name=Path(source).name,
+            kind="sentence-transformers",
+            model=source,
+            revision=hash_folder(path) if path.is_dir() else str(commit or "unknown"),
+            settings={
+                "max_seq_length": self._model.max_seq_length,
+                "similarity": similarity,
+                "library": f"sentence-transformers {metadata.version('sentence-transformers')}",
+            },
+        )
+
+    def index(self, collection: Collection, progress: Progress | None = None) -> Searchable:
+        """Encode all documents."""
+        texts = collection.texts()
+        started = time.perf_counter()
+        vectors = self.encode(list(texts.values()), "document")
+        seconds = time.perf_counter() - started
+        if progress is not None:
+            progress(len(texts), 0)
+        return _Dense(self, ExactIndex(list(texts), vectors), len(texts) / seconds)
+
+    def encode(self, texts: Sequence[str], kind: str) -> Array:
+        """Vectors of queries or documents, `N x D`.
+
+        Raises:
+            ModelError: a vector holds NaN or infinity.
+        """
+        encode = self._model.encode_query if kind == "query" else self._model.encode_document
+        vectors = encode(
+            list(texts),
+            batch_size=self.batch_size,
+            normalize_embeddings=self._normalize,
+            show_progress_bar=False,
+        )
+        check_finite(vectors, texts, self.source)
+        return np.asarray(vectors, dtype=np.float32)
+
+
+@dataclass(frozen=True)
+class _Dense:
+    _system: SentenceTransformersSystem
+    _index: ExactIndex
+    documents_per_second: float | None
+
+    def answer(self, requests: Sequence[Request], depth: int, progress: Progress | None = None) -> Answers:
+        vectors = self._system.encode([request.text for request in requests], "query")
+        if progress is not None:
+            progress(len(requests), 0)
+        return Answers(ranked(self._index, vectors, requests, depth))
+
+
+def index_documents(model: SearchR3, collection: Collection, *, progress: Progress | None = None) -> ExactIndex:
+    """Encode a whole collection into an exact index."""
+    texts = collection.texts()
+    return ExactIndex(list(texts), model.encode_document(list(texts.values()), progress=progress))
+
+
+def ranked(index: ExactIndex, vectors: Array, requests: Sequence[Request], depth: int) -> list[Scored]:
+    """The documents of each request, best first, at most `depth`, under its restrictions."""
+    open_requests = [i for i, request in enumerate(requests) if request.pool is None]
+    found: list[Scored] = [[] for _ in requests]
+    if open_requests:
+        deepest = depth + max(len(requests[i].left_out) for i in open_requests)
+        result = index.search(vectors[open_requests], deepest)
+        for i, doc_ids, scores in zip(open_requests, result.doc_ids, result.scores, strict=True):
+            found[i] = _without(list(zip(doc_ids, map(float, scores), strict=True)), requests[i], depth)
+    for i, request in enumerate(requests):
+        if request.pool is not None:
+            doc_ids = sorted(request.pool - request.left_out)
+            scores = dict(zip(doc_ids, (index.vectors(doc_ids) @ vectors[i]).tolist(), strict=True)) if doc_ids else {}
+            found[i] = [(doc_id, scores[doc_id]) for doc_id in rank(scores, depth)]
+    return found
+
+
+def _without(scored: Scored, request: Request, depth: int) -> Scored:
+    return [(doc_id, score) for doc_id, score in scored if doc_id not in request.left_out][:depth]
+
+
+def _packaged(source: str) -> Path | None:
+    """The directory of the model that an installed package of this name carries."""
+    try:
+        files = metadata.files(source) or []
+    except (metadata.PackageNotFoundError, ValueError):
+        return None
+    for file in files:
+        if file.name == "modules.json":
+            return Path(str(file.locate())).parent
+    return None

@@ -1,0 +1,122 @@
+"""Results side by side: quality, its interval and its price."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from ..retrieval.metrics import MAIN
+from .results import Result, mean_scores
+from .statistics import Comparison
+
+HEADER = (
+    "nDCG@10 (95 %)",
+    "recall@100",
+    "MRR@10",
+    "MAP",
+    "tokens/query",
+    "ms/query",
+    "queries/s",
+    "documents/s",
+    "gain/100 tokens",
+)
+AVERAGED = (MAIN, "recall@100", "mrr@10", "map")
+
+
+def summary(result: Result, results: Sequence[Result] = ()) -> dict[str, Any]:
+    """One row of a table: all scores, the interval of nDCG@10, the cost, and the gain per 100 tokens of reasoning.
+
+    Args:
+        result: the row.
+        results: among which the direct mode of the same model is looked for.
+    """
+    return {
+        **result.scores,
+        f"{MAIN}_interval": list(result.intervals[MAIN]),
+        **result.cost.model_dump(),
+        "gain_per_100_tokens": gain_per_100_tokens(result, results),
+        "queries": result.collection.queries,
+    }
+
+
+def gain_per_100_tokens(result: Result, results: Sequence[Result]) -> float | None:
+    """nDCG@10 that reasoning adds to the direct mode of the same model, for each 100 tokens it writes.
+
+    None where the result is not of a mode that reasons, wrote nothing, or stands without its direct mode.
+    """
+    tokens = result.cost.tokens_per_query
+    direct = direct_of(result, results)
+    if direct is None or not tokens:
+        return None
+    return 100 * (result.scores[MAIN] - direct.scores[MAIN]) / tokens
+
+
+def direct_of(result: Result, results: Sequence[Result]) -> Result | None:
+    """The direct mode of the model that reasoned in `result`, on the same split."""
+    if result.system.mode != "reason":
+        return None
+    for other in results:
+        same = (other.place, other.system.kind, other.system.revision)
+        if other.system.mode == "direct" and same == (result.place, result.system.kind, result.system.revision):
+            return other
+    return None
+
+
+def cells(row: dict[str, Any]) -> list[str]:
+    """A row of `summary` as text, in the order of `HEADER`."""
+    low, high = row[f"{MAIN}_interval"]
+    return [
+        f"{row[MAIN]:.3f} ({low:.3f} to {high:.3f})",
+        f"{row['recall@100']:.3f}",
+        f"{row['mrr@10']:.3f}",
+        f"{row['map']:.3f}",
+        f"{row['tokens_per_query']:.1f}",
+        *[shorten(row[name]) for name in ("ms_per_query", "queries_per_second", "documents_per_second")],
+        "" if row["gain_per_100_tokens"] is None else f"{row['gain_per_100_tokens']:+.3f}",
+    ]
+
+
+def averages(results: Sequence[Result]) -> dict[str, dict[str, float]]:
+    """System -> mean scores over splits, for systems that stand on every one of several splits."""
+    places = {result.place for result in results}
+    names = dict.fromkeys(result.system.name for result in results)
+    found = {}
+    for name in names:
+        own = [result for result in results if result.system.name == name]
+        if len(places) > 1 and {result.place for result in own} == places:
+            found[name] = mean_scores(own, AVERAGED)
+    return found
+
+
+def markdown(results: Sequence[Result], comparisons: Sequence[Comparison]) -> str:
+    """Tables of results, of means over splits, and of comparisons."""
+    lines = [_line("collection", "split", "queries", "system", *HEADER), _rule(4 + len(HEADER))]
+    for result in results:
+        row = summary(result, results)
+        lines.append(_line(*result.place, str(row["queries"]), f"`{result.system.name}`", *cells(row)))
+    if means := averages(results):
+        splits = len({result.place for result in results})
+        lines += ["", _line(f"mean over {splits} splits", *AVERAGED), _rule(1 + len(AVERAGED))]
+        lines += [_line(f"`{name}`", *(f"{row[key]:.3f}" for key in AVERAGED)) for name, row in means.items()]
+    if comparisons:
+        lines += ["", _line("collection", "split", "nDCG@10 of", "minus that of", "difference", "p", "p (Holm)")]
+        lines.append(_rule(7))
+        for one in comparisons:
+            numbers = f"{one.difference:+.3f}", f"{one.p:.4f}", f"{one.p_holm:.4f}"
+            lines.append(_line(one.collection, one.split, f"`{one.first}`", f"`{one.second}`", *numbers))
+    return "\n".join(lines) + "\n"
+
+
+def shorten(value: float | None) -> str:
+    """A time or a speed in three digits; nothing where it was not measured."""
+    if value is None:
+        return ""
+    return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
+
+
+def _line(*parts: str) -> str:
+    return f"| {' | '.join(parts)} |"
+
+
+def _rule(columns: int) -> str:
+    return "|" + "---|" * columns

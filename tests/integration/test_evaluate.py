@@ -1,0 +1,227 @@
+"""`search-r3 evaluate` and `report` as a user meets them."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from sentence_transformers import SentenceTransformer
+
+from search_r3.data.collection import Collection
+from search_r3.errors import ConfigError
+from search_r3.evaluation import systems
+from search_r3.evaluation.results import load_results
+from search_r3.evaluation.runner import label_models
+from search_r3.evaluation.systems import SentenceTransformersSystem
+from search_r3.model.encoder import SearchR3
+from search_r3.model.export import export_sentence_transformers
+from tests.conftest import call, small_collection
+
+
+@pytest.fixture(scope="module")
+def peer(tmp_path_factory: pytest.TempPathFactory, run_dir: Path) -> Path:
+    """A sentence-transformers directory with the weights of the tiny model."""
+    folder = tmp_path_factory.mktemp("peer") / "exported"
+    export_sentence_transformers(SearchR3(run_dir / "model").backbone, folder, None)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def second(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Another collection: fewer documents, a split of its own."""
+    whole = small_collection()
+    queries = {"q03": whole.queries["q03"]}
+    path = tmp_path_factory.mktemp("data") / "second"
+    Collection("second", whole.documents, queries, {"dev": {"q03": {"d03": 1}}}).save(path)
+    return path
+
+
+QUICK = ["--bootstrap", 100, "--permutations", 100, "--latency-queries", 1]
+
+
+def test_one_command_evaluates_all_modes_and_baselines(
+    run_dir: Path,
+    peer: Path,
+    collection_path: Path,
+    second: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture,
+) -> None:
+    out = tmp_path / "out"
+    baselines = ["bm25", "bm25+reasoning", f"sentence-transformers:{peer}"]
+    args = ["evaluate", "--model", run_dir / "model", "--collections", collection_path, second]
+    args += ["--modes", "direct", "reason", "--baselines", *baselines, "--out", out, *QUICK]
+    assert call(monkeypatch, *args) == 0
+    shown = capsys.readouterr().out
+    results = load_results(out / "results")
+    names = {"bm25", "bm25+reasoning", "exported", "direct", "reason"}
+    assert {(result.place, result.system.name) for result in results} == {
+        (place, name) for place in (("small", "test"), ("second", "dev")) for name in names
+    }
+    report = json.loads((run_dir / "report.json").read_text())["rows"]
+    [reason] = [result for result in results if result.system.name == "reason" and result.place[0] == "small"]
+    assert reason.scores["ndcg@10"] == report["reason/rl"]["ndcg@10"], "the same number from both commands"
+    assert reason.collection.hash == small_collection().content_hash()
+    assert reason.collection.source == str(collection_path)
+    by_name = {result.system.name: result for result in results if result.place[0] == "small"}
+    assert by_name["exported"].scores["ndcg@10"] == pytest.approx(by_name["direct"].scores["ndcg@10"], abs=1e-6), (
+        "the same weights in another library"
+    )
+    summary = json.loads((out / "summary.json").read_text())
+    assert len(summary["rows"]) == 10
+    assert set(summary["means"]) == names
+    assert len(summary["comparisons"]) == 20
+    [row] = [row for row in summary["rows"] if (row["collection"], row["system"]) == ("small", "reason")]
+    gain = reason.scores["ndcg@10"] - by_name["direct"].scores["ndcg@10"]
+    assert row["gain_per_100_tokens"] == pytest.approx(100 * gain / reason.cost.tokens_per_query)
+    table = (out / "summary.md").read_text()
+    assert f"| small | test | 10 | `reason` | {reason.scores['ndcg@10']:.3f} (" in table
+    assert "mean over 2 splits" in table and "p (Holm)" in table
+    assert "small, test: 10 queries, 40 documents" in shown and "mean over 2 splits" in shown
+    assert not list((out / "indexes").iterdir()), "an encoded corpus does not stay when its results are complete"
+
+
+def test_what_is_known_is_not_computed_again(
+    run_dir: Path, collection_path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    args = ["evaluate", "-m", run_dir / "model", "-c", collection_path, "--out", tmp_path, *QUICK]
+    assert call(monkeypatch, *args, "--modes", "direct") == 0
+    before = {path.name: path.read_bytes() for path in (tmp_path / "results").iterdir()}
+    encoded: list[str] = []
+    whole = SearchR3.encode_query
+
+    def counted(self: SearchR3, texts: list[str], mode: str, **options: object) -> object:
+        encoded.append(mode)
+        return whole(self, texts, mode, **options)
+
+    monkeypatch.setattr(SearchR3, "encode_query", counted)
+    assert call(monkeypatch, *args, "--modes", "direct", "reason", "--baselines", "bm25") == 0
+    assert set(encoded) == {"reason"}
+    after = {path.name: path.read_bytes() for path in (tmp_path / "results").iterdir()}
+    assert len(after) == 3
+    assert before.items() <= after.items()
+
+
+def test_a_stopped_evaluation_goes_on(
+    run_dir: Path, collection_path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    args = ["evaluate", "-m", run_dir / "model", "-c", collection_path, "--out", tmp_path, *QUICK]
+    whole = SearchR3.encode_query
+
+    def stopped(self: SearchR3, texts: list[str], mode: str, **options: object) -> object:
+        if mode == "reason":
+            raise KeyboardInterrupt
+        return whole(self, texts, mode, **options)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(SearchR3, "encode_query", stopped)
+        assert call(patch, *args) == 130
+    [kept] = (tmp_path / "results").iterdir()
+    before = kept.read_bytes()
+    assert list((tmp_path / "indexes").iterdir()), "the vectors stay for the modes that are still to come"
+    with monkeypatch.context() as patch:
+        patch.setattr(SearchR3, "encode_document", None)
+        patch.setattr("search_r3.retrieval.corpus._vectors", None)
+        patch.setattr(SearchR3, "encode_document", lambda self, texts, **_: _only_the_probe(self, texts))
+        assert call(patch, *args) == 0
+    assert kept.read_bytes() == before
+    assert len(load_results(tmp_path / "results")) == 2
+
+
+def _only_the_probe(model: SearchR3, texts: list[str]) -> object:
+    assert len(texts) == 1, "no document is encoded again"
+    return model._vectors(texts, "document", None, None)[0]
+
+
+def test_two_models_stand_side_by_side(
+    run_dir: Path, collection_path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    models = ["--model", f"before={run_dir / 'sft' / 'model'}", f"after={run_dir / 'model'}"]
+    args = ["evaluate", *models, "-c", collection_path, "--modes", "reason", "--baselines", "bm25+reasoning"]
+    assert call(monkeypatch, *args, "--out", tmp_path, *QUICK) == 0
+    names = {result.system.name for result in load_results(tmp_path / "results")}
+    assert names == {"reason/before", "reason/after", "bm25+reasoning/before", "bm25+reasoning/after"}
+
+
+def test_labels_of_models() -> None:
+    assert label_models(["runs/a/model"]) == {"": "runs/a/model"}
+    assert label_models(["x=runs/a/model"]) == {"x": "runs/a/model"}
+    assert label_models(["runs/a/model", "Qwen/Qwen2.5-1.5B"]) == {
+        "a": "runs/a/model",
+        "Qwen2.5-1.5B": "Qwen/Qwen2.5-1.5B",
+    }
+    with pytest.raises(ConfigError, match="two models are called 'a'"):
+        label_models(["runs/a/model", "other/a/model"])
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        (["--baselines", "bm52"], "unknown baseline 'bm52'; did you mean 'bm25'?"),
+        (["--baselines", "bm25+reasoning"], "add --model and --modes reason"),
+        ([], "nothing to evaluate; give --model, --baselines, or both"),
+        (["--baselines", "bm25", "--splits", "tset"], "has no split 'tset'; it has: dev, test, train"),
+        (["--baselines", "sentence-transformers:./nowhere"], "cannot load './nowhere' with sentence-transformers"),
+        (["--baselines", "bm25", "--depth", "3"], "3"),
+        (["--model", "./nowhere"], "no model directory at ./nowhere"),
+    ],
+)
+def test_bad_requests_are_refused_before_anything_is_computed(
+    args: list[str],
+    message: str,
+    collection_path: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture,
+) -> None:
+    out = tmp_path / "out"
+    assert call(monkeypatch, "evaluate", "-c", collection_path, *args, "--out", out) == 2
+    assert message in capsys.readouterr().err
+    assert not out.exists()
+
+
+def test_a_late_collection_that_lacks_the_split_is_refused_first(
+    collection_path: Path, second: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    args = ["evaluate", "-c", collection_path, second, "--splits", "test", "--baselines", "bm25"]
+    assert call(monkeypatch, *args, "--out", tmp_path / "out") == 2
+    assert capsys.readouterr().err.strip() == "error: collection 'second' has no split 'test'; it has: dev"
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_package_that_carries_a_model_is_found_by_its_name(
+    peer: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    class File:
+        name = "modules.json"
+
+        def locate(self) -> Path:
+            return peer / "modules.json"
+
+    monkeypatch.setattr(systems.metadata, "files", lambda name: [File()] if name == "carrier" else None)
+    system = SentenceTransformersSystem("carrier")
+    assert system.info.revision == SentenceTransformersSystem(str(peer)).info.revision
+    assert system.encode(["a"], "query") == pytest.approx(
+        SentenceTransformer(str(peer)).encode_query(["a"], normalize_embeddings=True)
+    )
+
+
+def test_report_gathers_runs(
+    run_dir: Path, collection_path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    assert (
+        call(monkeypatch, "evaluate", "-c", collection_path, "--baselines", "bm25", "--out", tmp_path / "e", *QUICK)
+        == 0
+    )
+    out = tmp_path / "page"
+    assert call(monkeypatch, "report", run_dir, tmp_path / "e", "--out", out, "--permutations", 100) == 0
+    page = (out / "report.html").read_text()
+    assert "reason/rl" in page and "bm25 (e)" in page, "of two systems of one name the second bears that of its run"
+    assert (out / "plots").is_dir()
+    assert call(monkeypatch, "report", run_dir, "--out", out) == 2
+    assert "nothing is overwritten" in capsys.readouterr().err
+    assert call(monkeypatch, "report", collection_path, "--out", tmp_path / "n") == 2
+    assert "give a folder that quickstart or evaluate wrote" in capsys.readouterr().err
+    assert not (tmp_path / "n").exists()
