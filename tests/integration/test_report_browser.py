@@ -18,6 +18,7 @@ from search_r3.evaluation.page import write_page
 
 pytestmark = pytest.mark.slow
 
+MINUS = "\N{MINUS SIGN}"
 FLAGS = (
     "--headless --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking "
     "--disable-component-update --disable-sync --enable-logging=stderr"
@@ -72,8 +73,8 @@ def test_the_address_chooses_split_systems_filter_search_and_order(report: Path,
     dom = browse(f"{report.as_uri()}#{state}", tmp_path, "--dump-dom")
     pairs = zip(lexical.per_query["ndcg@10"], reason.per_query["ndcg@10"], strict=True)
     losses = sorted((b - a, i) for i, (a, b) in enumerate(pairs) if b - a < -1e-6 and i > 0)
-    shown = re.findall(r"−\d\.\d{3}", part(dom, "list"))
-    assert shown == [f"−{-loss:.3f}" for loss, _ in losses]
+    shown = re.findall(MINUS + r"\d\.\d{3}", part(dom, "list"))
+    assert shown == [f"{MINUS}{-loss:.3f}" for loss, _ in losses]
     assert lexical.queries[losses[0][1]] in part(dom, "detail")
 
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from .. import console
-from .common import DeviceOption, ManyValues, ModeName, WeightDType, app, check_new, load_encoder
+from .common import DeviceOption, ManyValues, ModeName, WeightDType, app, check_new, hush, load_encoder
 
 if TYPE_CHECKING:
     from ..evaluation.results import Result
@@ -66,6 +66,7 @@ def evaluate(
     from ..evaluation.benchmark import EvaluationOptions
     from ..evaluation.runner import Plan, label_models, write_summary
 
+    hush()
     sources = label_models(model) if model else {}
     options = EvaluationOptions(depth, keep_identical_ids, latency_queries, bootstrap, seed)
     plan = Plan(

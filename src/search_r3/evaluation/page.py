@@ -106,26 +106,14 @@ def write_page(
         raise DataError(f"no results to write {folder / 'report.html'} from; run search-r3 evaluate first")
     results = _told_apart(results)
     places = _by_place(results)
-    from jinja2 import Environment, FileSystemLoader, StrictUndefined
-
-    room = Path(__file__).parent
     colours = system_colours(results)
-    palette = "".join(f".s{i} {{ --system: {colour}; }}\n" for i, colour in enumerate(colours.values()))
-    style = (room / "page.css").read_text(encoding="utf-8") + palette
-    script = (room / "page.js").read_text(encoding="utf-8")
-    blocks = [_split_data(own, {name: i for i, name in enumerate(colours)}) for own in places.values()]
-    environment = Environment(
-        loader=FileSystemLoader(room), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
-    )
-    html = environment.get_template("page.html").render(
+    number = {name: i for i, name in enumerate(colours)}
+    html = _render(
+        "".join(f".s{i} {{ --system: {colour}; }}\n" for i, colour in enumerate(colours.values())),
         title=title,
-        style=style,
-        script=script,
-        policy=f"default-src 'none'; base-uri 'none'; form-action 'none'; img-src data:; "
-        f"style-src '{_source_hash(style)}'; script-src '{_source_hash(script)}'",
         written=f"{datetime.now(UTC):%Y-%m-%d %H:%M} UTC",
         places=list(places),
-        number={name: i for i, name in enumerate(colours)},
+        number=number,
         gain=_gain(places),
         header=HEADER,
         rows=_rows(results),
@@ -134,11 +122,28 @@ def write_page(
         keys=KEYS,
         comparisons=comparisons,
         plots=_plots(results, folder / "plots", rewards or {}, metrics),
-        blocks=[embed_json(block) for block in blocks],
+        blocks=[embed_json(_split_data(own, number)) for own in places.values()],
         records=results,
     )
     write_text(folder / "report.html", html)
     return folder / "report.html"
+
+
+def _render(palette: str, **content: Any) -> str:
+    """The template with its style, its script and a content policy that names these two by their hashes."""
+    from jinja2 import Environment, FileSystemLoader, StrictUndefined
+
+    room = Path(__file__).parent
+    style = (room / "page.css").read_text(encoding="utf-8") + palette
+    script = (room / "page.js").read_text(encoding="utf-8")
+    policy = (
+        "default-src 'none'; base-uri 'none'; form-action 'none'; img-src data:; "
+        f"style-src '{_source_hash(style)}'; script-src '{_source_hash(script)}'"
+    )
+    environment = Environment(
+        loader=FileSystemLoader(room), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
+    )
+    return environment.get_template("page.html").render(style=style, script=script, policy=policy, **content)
 
 
 def embed_json(value: Any) -> str:

@@ -19,11 +19,12 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-# Okabe and Ito's colours, which most colour-blind readers can tell apart: blues reason, reds do not, greys are lexical.
+# Okabe and Ito's colours, which most colour-blind readers can tell apart, and shades of them: blues reason, reds do
+# not, greys are lexical.
 COLOURS = {
     "reason": ("#0072B2", "#56B4E9", "#4B5FC1"),
     "direct": ("#D55E00", "#E69F00", "#A8501D"),
-    "bm25": ("#6F7680", "#A9B0BA"),
+    "bm25": ("#6F7680", "#A9B0BA", "#94785F"),
     "": ("#009E73", "#CC79A7", "#8A7A00", "#7B4FA3"),
 }
 MARKERS = "osD^vP*X<>"
@@ -82,8 +83,7 @@ def plot_scores(results: Sequence[Result], path: Path) -> bool:
         axes.set_xticks(range(len(shown)), [f"{fill(name, 20)}\n{split}" for name, split in shown])
         axes.set(ylabel="nDCG@10", ylim=(0, 1.05), xlim=(-0.55, columns - 0.45))
         axes.grid(axis="x", visible=False)
-    handles = [_patch(colour, system) for system, colour in colours.items()]
-    figure.legend(handles=handles, loc="outside upper center", ncols=min(6, len(handles)), frameon=False, fontsize=9)
+    _legend(figure, colours)
     _save(figure, path)
     return True
 
@@ -171,9 +171,7 @@ def plot_reasoning(results: Sequence[Result], path: Path) -> bool:
         axes.set_visible(False)
     figure.supxlabel("tokens of reasoning", fontsize=9)
     figure.supylabel("share of queries", fontsize=9)
-    names = dict.fromkeys(result.system.name for result in reasoned)
-    handles = [_patch(colours[name], name) for name in names]
-    figure.legend(handles=handles, loc="outside upper center", ncols=min(6, len(handles)), frameon=False, fontsize=9)
+    _legend(figure, {result.system.name: colours[result.system.name] for result in reasoned})
     _save(figure, path)
     return True
 
@@ -291,10 +289,14 @@ def _ink() -> Any:
     return rcParams["text.color"]
 
 
-def _patch(colour: str, label: str) -> Any:
+def _legend(figure: Figure, colours: Mapping[str, str]) -> None:
+    """Systems and their colours above all fields, in as many columns as the width has room for."""
     from matplotlib.patches import Patch
 
-    return Patch(color=colour, label=label)
+    handles = [Patch(color=colour, label=name) for name, colour in colours.items()]
+    inches = 0.08 * max(map(len, colours)) + 0.7
+    columns = max(1, min(len(handles), int(figure.get_figwidth() / inches)))
+    figure.legend(handles=handles, loc="outside upper center", ncols=columns, frameon=False, fontsize=9)
 
 
 def _save(figure: Figure, path: Path) -> None:
