@@ -12,6 +12,7 @@ from typing import Any
 import mteb
 import numpy as np
 import pytest
+import pytrec_eval
 from datasets import Dataset
 from mteb._create_dataloaders import create_dataloader
 from mteb.abstasks.aggregate_task_metadata import AggregateTaskMetadata
@@ -22,10 +23,14 @@ from mteb.types import PromptType
 import search_r3
 from search_r3.data.collection import Collection, Document, Query
 from search_r3.errors import ConfigError, DataError
+from search_r3.evaluation.benchmark import EvaluationOptions, evaluate
 from search_r3.evaluation.mteb import BRIGHT, PAPER, SearchR3MTEB, collection_task, run_mteb, suite_tasks
+from search_r3.evaluation.systems import EncodedCollections, SearchR3System
 from search_r3.model.encoder import SearchR3
+from search_r3.model.prompts import MODES
 from search_r3.retrieval.index import ExactIndex
 from search_r3.retrieval.metrics import measure, p_mrr
+from tests.conftest import favour
 
 MEASURES = {
     **{f"ndcg@{k}": f"ndcg_at_{k}" for k in (1, 3, 5, 10, 100)},
@@ -99,7 +104,13 @@ def encoded(encoder: SearchR3MTEB, rows: list[dict[str, str]], prompt_type: Prom
 def test_both_modes_score_as_our_own_evaluation_and_are_not_run_twice(
     model: SearchR3, tiny_path: Path, collection: Collection, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    favour(model.backbone, model.backbone.embed_token_id, 2.0)
     task = collection_task(collection, "test")
+    options = EvaluationOptions(latency_queries=0, bootstrap=100)
+    ours = {
+        mode: evaluate(SearchR3System(EncodedCollections(model), mode), collection, "test", options).scores["ndcg@10"]
+        for mode in MODES
+    }
     calls = counted(monkeypatch)
     first = run_mteb(model, ["direct", "reason"], task, tmp_path, save_predictions=True)
     assert sorted(calls) == [10, 10, 40], "the documents are encoded once for both modes"
@@ -129,6 +140,10 @@ def test_both_modes_score_as_our_own_evaluation_and_are_not_run_twice(
         assert {query_id: len(found) for query_id, found in saved["default"]["test"].items()} == dict.fromkeys(
             collection.qrels["test"], 40
         )
+        measured = pytrec_eval.RelevanceEvaluator(collection.qrels["test"], {"ndcg_cut.10"})
+        unrounded = fmean(row["ndcg_cut_10"] for row in measured.evaluate(saved["default"]["test"]).values())
+        assert unrounded == pytest.approx(ours[score.mode], abs=1e-6)
+        assert score.score == round(ours[score.mode], 5)
     assert first[1].tokens_per_query[f"{task.metadata.name}/test/default"] > 0
     assert first[0].score != first[1].score
 

@@ -15,6 +15,7 @@ MODULES = (
     "data.synthetic",
     "retrieval.metrics",
     "evaluation.statistics",
+    "evaluation.systems",
     "evaluation.runner",
     "config",
 )

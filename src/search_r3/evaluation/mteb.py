@@ -27,6 +27,7 @@ from ..model.documents import Array
 from ..model.encoder import SearchR3
 from ..model.prompts import MODES, Mode
 from .benchmark import judged
+from .systems import short_name
 
 try:
     import mteb
@@ -99,13 +100,11 @@ class SearchR3MTEB:
         max_new_tokens: reasoning budget; by default the model's own. Another budget keeps its results apart.
 
     Attributes:
-        mteb_model_meta: name (`owner/name-reason`, `local/folder-reason`), revision and sizes, as mteb wants them.
+        mteb_model_meta: name (`owner/name-reason`, `local/folder-reason`), revision and sizes.
         tokens_per_query: `task/split/subset` -> mean reasoning tokens of the queries encoded so far.
 
     Raises:
-        ConfigError: mteb is not installed (on import).
-        DataError: an unknown mode.
-        ModelError: the model cannot be loaded.
+        SearchR3Error: mteb is not installed (on import), an unknown mode, or a model that cannot be loaded.
 
     Example:
         >>> import mteb  # doctest: +SKIP
@@ -305,8 +304,7 @@ def _run(encoder: SearchR3MTEB, task: AbsTask, cache: ResultCache, batch_size: i
     disable_progress_bars()  # those of `datasets`, drawn while mteb prepares texts
     try:
         [result] = mteb.evaluate(
-            encoder,
-            task,
+            *(encoder, task),
             co2_tracker=False,
             encode_kwargs={"batch_size": batch_size, "show_progress_bar": False},
             cache=cache,
@@ -366,7 +364,7 @@ def _top_ranked(collection: Collection, query_ids: Iterable[str]) -> dict[str, l
 def _model_meta(model: SearchR3, mode: Mode, max_new_tokens: int | None) -> ModelMeta:
     source, weights = model.backbone.source, list(model.backbone.model.parameters())
     on_hub = "/" in source and not Path(source).is_dir()
-    name = source if on_hub else f"local/{Path(source).resolve().name}"
+    name = source if on_hub else f"local/{short_name(str(Path(source).resolve()))}"
     dtype = str(weights[0].dtype).removeprefix("torch.")
     apart: dict[str, Any] = {} if dtype == "float32" else {"dtype": dtype}
     if mode == "reason" and max_new_tokens is not None:

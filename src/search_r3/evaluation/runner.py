@@ -22,6 +22,7 @@ from .systems import (
     SearchR3System,
     SentenceTransformersSystem,
     System,
+    short_name,
 )
 from .table import averages, markdown, summary
 
@@ -67,8 +68,7 @@ def label_models(sources: Sequence[str]) -> dict[str, str]:
     for given in sources:
         label, found, source = given.partition("=")
         if not found:
-            path = Path(given)
-            label, source = path.parent.name if path.name == "model" and path.parent.name else path.name, given
+            label, source = short_name(given), given
         if label in labels:
             raise ConfigError(f"two models are called {label!r}; name them: --model NAME={source}")
         labels[label] = source

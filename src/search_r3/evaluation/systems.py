@@ -306,6 +306,17 @@ class _Dense:
         return Answers(ranked(self._index, vectors, requests, depth))
 
 
+def short_name(source: str) -> str:
+    """What a model is called in tables.
+
+    Example:
+        >>> short_name("runs/quickstart/model"), short_name("Qwen/Qwen2.5-1.5B-Instruct")
+        ('quickstart', 'Qwen2.5-1.5B-Instruct')
+    """
+    path = Path(source)
+    return path.parent.name if path.name == "model" and path.parent.name else path.name
+
+
 def index_documents(model: SearchR3, collection: Collection, *, progress: Progress | None = None) -> ExactIndex:
     """Encode a whole collection into an exact index."""
     texts = collection.texts()
