@@ -225,3 +225,29 @@ def test_report_gathers_runs(
     assert call(monkeypatch, "report", collection_path, "--out", tmp_path / "n") == 2
     assert "give a folder that quickstart or evaluate wrote" in capsys.readouterr().err
     assert not (tmp_path / "n").exists()
+
+
+def test_mteb_runs_on_a_folder_and_names_the_nearest_task(
+    run_dir: Path, collection_path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    args = ["mteb", "--model", run_dir / "model", "--out", tmp_path / "mteb"]
+    assert call(monkeypatch, *args, "--tasks", "SciFakt", collection_path) == 2
+    assert "'SciFakt' is neither a suite nor a task of mteb; nearest: SciFact" in capsys.readouterr().err
+    assert call(monkeypatch, *args, "--tasks", collection_path, "--modes", "direct", "reason") == 0
+    out = capsys.readouterr().out
+    report = json.loads((run_dir / "report.json").read_text())["rows"]
+    for mode in ("direct", "reason"):
+        assert f"{report[f'{mode}/rl']['ndcg@10']:.4f}" in out, "the same number from both commands"
+    names = {path.parent.parent.name for path in (tmp_path / "mteb" / "results").rglob("small-*.json")}
+    assert names == {"local__tiny-direct", "local__tiny-reason"}
+
+
+def test_a_folder_in_no_known_layout_is_one_clear_error(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    (tmp_path / "odd").mkdir()
+    (tmp_path / "odd" / "data.csv").write_text("a,b\n1,2\n")
+    assert call(monkeypatch, "evaluate", "-c", tmp_path / "odd", "--baselines", "bm25", "--out", tmp_path / "out") == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: ") and error.count("\n") == 1
+    assert f"{tmp_path / 'odd'} is no collection: expected corpus.jsonl, queries.jsonl and qrels/*.tsv (BEIR)" in error

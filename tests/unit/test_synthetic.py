@@ -16,12 +16,15 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
+import datasets
 import pytest
 
 from search_r3.data import chat, synthetic
 from search_r3.data.collection import Collection, Document
+from search_r3.data.load import load_articles
 from search_r3.data.synthetic import REPLIES_PER_ARTICLE, STOP_AFTER, find_fault, read_queries, synthesize
 from search_r3.errors import DataError
+from tests.conftest import call
 
 WORDS = ("amber", "birch", "cedar", "dune", "ember", "fjord", "grove", "heath", "inlet", "jetty")
 CERTIFICATES = ssl.create_default_context()
@@ -526,3 +529,59 @@ def test_a_reply_without_queries_is_named(reply: str, message: str) -> None:
 def test_a_query_is_checked_against_its_article(query: object, fault: str | None) -> None:
     text = "The bridge is red, and long. Built with care, it spans a strait that ships pass by day and by night."
     assert find_fault(query, Document("a", text, "The Golden Gate"), ["who built the bridge?"]) == fault
+
+
+def write_articles(path: Path, count: int) -> Path:
+    rows = [{"_id": one.doc_id, "title": one.title, "text": one.text} for one in make_articles(count).values()]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def test_articles_come_from_a_file_a_folder_or_the_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = write_articles(tmp_path / "corpus.jsonl", 10)
+    assert load_articles(str(path)) == load_articles(str(tmp_path)) == make_articles(10)
+    some = load_articles(str(path), limit=4, seed=1)
+    assert len(some) == 4 and some.items() <= make_articles(10).items()
+    assert load_articles(str(path), limit=4, seed=1) == some != load_articles(str(path), limit=4, seed=2)
+    parquet = tmp_path / "train.parquet"
+    rows = [{"id": str(i), "url": "u", "title": f"t{i}", "text": f"text {i}" if i else " "} for i in range(6)]
+    datasets.Dataset.from_list(rows).to_parquet(parquet)
+    whole = datasets.load_dataset
+    asked: list[Any] = []
+
+    def local(source: str, subset: str | None, **options: Any) -> Any:
+        asked.append((source, subset, options.pop("revision")))
+        return whole("parquet", data_files=str(parquet), **options)
+
+    monkeypatch.setattr(datasets, "load_dataset", local)
+    found = load_articles("wikimedia/wikipedia:20231101.en@main")
+    assert asked == [("wikimedia/wikipedia", "20231101.en", "main")]
+    assert found == {str(i): Document(str(i), f"text {i}", f"t{i}") for i in range(1, 6)}, "the one without text is out"
+    assert load_articles("wikimedia/wikipedia:20231101.en", limit=3).items() <= found.items()
+
+
+def test_articles_that_are_not_there_are_named(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"no articles at \./nowhere\.jsonl"):
+        load_articles("./nowhere.jsonl")
+    (tmp_path / "empty.jsonl").write_text('{"_id": "a", "title": "", "text": " "}\n')
+    with pytest.raises(DataError, match="no article with text"):
+        load_articles(str(tmp_path / "empty.jsonl"))
+    with pytest.raises(DataError, match="owner/name: cannot be read"):
+        load_articles("owner/name")
+
+
+def test_the_command_writes_a_collection_and_says_what_failed(
+    server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    articles = write_articles(tmp_path / "articles.jsonl", 3)
+    server.answer = lambda title, turn: queries("no") if title == "birch1" else good(title, turn)
+    monkeypatch.setenv("WRITER_KEY", "sk-2")
+    args = ["data", "synthesize", articles, tmp_path / "out", "--endpoint", server.url, "--model", "writer"]
+    assert call(monkeypatch, *args, "--api-key-variable", "WRITER_KEY") == 0
+    out = capsys.readouterr().out
+    assert "3 documents, 2 queries" in out
+    assert "1 articles without a query: a query had not 3 to 60 words" in out
+    assert len(Collection.load(tmp_path / "out").queries) == 2
+    assert {headers["authorization"] for headers in server.headers} == {"Bearer sk-2"}
+    assert call(monkeypatch, *args, "--temperature", 1.5) == 2
+    assert "made with other settings (temperature 0.7, now 1.5)" in capsys.readouterr().err

@@ -43,6 +43,11 @@ def load_collection(name: str, *, skip_empty_documents: bool = False) -> Collect
         return BUILDERS[name]()
     folder = Path(name)
     if folder.is_dir():
+        if not (folder / "corpus.jsonl").is_file() and not is_hub_folder(folder):
+            raise DataError(
+                f"{folder} is no collection: expected corpus.jsonl, queries.jsonl and qrels/*.tsv (BEIR), or a "
+                "README.md with configs, or the sub-folders corpus, queries and qrels (the hub's format)"
+            )
         if _is_beir(folder):
             return Collection.load(folder, skip_empty_documents=skip_empty_documents)
         return load_hub(name, skip_empty_documents=skip_empty_documents)
@@ -105,7 +110,7 @@ def _stream_articles(
 
 
 def _is_beir(folder: Path) -> bool:
-    """Whether a folder is to be read in the BEIR layout; one in no layout at all is, for the error that says so."""
+    """Whether a folder is to be read in the BEIR layout; an incomplete one is, for the error that says what lacks."""
     complete = (folder / "corpus.jsonl").is_file() and any((folder / "qrels").glob("*.tsv"))
     return complete or not is_hub_folder(folder)
 
