@@ -112,8 +112,11 @@ def test_a_result_is_computed_once(model: SearchR3, collection: Collection, tmp_
     first = again(BM25System())
     assert again(BM25System()) == first, "not even the date differs: it was read"
     assert load_results(tmp_path) == [first]
+    named = again(BM25System("lexical"))
+    assert (named.system.name, named.key, named.provenance) == ("lexical", first.key, first.provenance)
+    assert load_results(tmp_path) == [named], "a name is no reason to compute, nor to keep it twice"
     assert again(BM25System(), depth=20).key != first.key, "other settings"
-    assert again(BM25System("x", {}, "texts")).key != first.key, "other texts"
+    assert again(BM25System(texts={}, origin="texts")).key != first.key, "other texts"
     documents = {**collection.documents, "new": Document("new", "a lamp")}
     assert again(BM25System(), replace(collection, documents=documents)).key != first.key, "another collection"
     direct = again(SearchR3System(EncodedCollections(model), "direct"))

@@ -22,7 +22,7 @@ from ..errors import ConfigError, DataError, ModelError
 from ..model.documents import Progress
 from ..retrieval.lexical import Scored
 from ..retrieval.metrics import MEASURES, measure, p_mrr, relevant_ids
-from .results import FORMAT, CollectionInfo, Cost, Result, SystemInfo, load_result, result_name, save_result
+from .results import FORMAT, CollectionInfo, Cost, Result, SystemInfo, find_result, load_result, save_result
 from .statistics import bootstrap_intervals
 from .systems import Answers, Request, Searchable, System
 
@@ -119,32 +119,33 @@ def evaluate(
         ModelError: the model gives NaN, or never emits the embed token in reason mode.
     """
     options = options or EvaluationOptions()
-    info, facts = _asked(system, collection, split, options)
-    key = hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
-    if folder is not None:
-        path = folder / result_name(collection.name, split, info.name, key)
-        if path.exists():
-            known = load_result(path)
-            if known.key != key:
-                raise DataError(f"{path} holds a result of another evaluation; remove it and evaluate again")
+    key = _key(system.info, collection, split, options)
+    path = find_result(folder, collection.name, split, key) if folder is not None else None
+    if path is not None:
+        known = load_result(path)
+        if known.key != key:
+            raise DataError(f"{path} holds a result of another evaluation; remove it and evaluate again")
+        if known.system.name == system.info.name:
             return known
-    result = _measured(system, collection, split, options, source or collection.name, key, watch)
+        result = known.model_copy(update={"system": system.info})
+    else:
+        result = _measured(system, collection, split, options, source or collection.name, key, watch)
     if folder is not None:
         save_result(result, folder)
+    if path is not None:  # the same result under the name that the system had
+        path.unlink()
     return result
 
 
-def _asked(
-    system: System, collection: Collection, split: str, options: EvaluationOptions
-) -> tuple[SystemInfo, dict[str, Any]]:
-    """All that a result depends on. Where the model lies is not part of it, what it holds is."""
-    info = system.info
-    return info, {
+def _key(info: SystemInfo, collection: Collection, split: str, options: EvaluationOptions) -> str:
+    """The hash of all that a result depends on: not what the model is called or where it lies, but what it holds."""
+    facts = {
         "format": FORMAT,
-        "system": info.model_dump(exclude={"model"}),
+        "system": info.model_dump(exclude={"model", "name"}),
         "collection": [collection.content_hash(), split],
         "settings": asdict(options),
     }
+    return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
 
 
 def judged(collection: Collection, split: str) -> Qrels:

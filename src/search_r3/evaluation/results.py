@@ -90,8 +90,17 @@ class Result(_Part):
 
 def result_name(collection: str, split: str, system: str, key: str) -> str:
     """The file name of a result; other characters than letters, digits, `+`, `-`, `_` become `-`."""
-    parts = [re.sub(r"[^\w+-]+", "-", part) for part in (collection, split, system)]
-    return ".".join([*parts, key[:KEY_SHOWN], "json"])
+    return ".".join([_plain(collection), _plain(split), _plain(system), key[:KEY_SHOWN], "json"])
+
+
+def find_result(folder: Path, collection: str, split: str, key: str) -> Path | None:
+    """The file of the result with this key, whatever the system was called in it."""
+    found = sorted(folder.glob(f"{_plain(collection)}.{_plain(split)}.*.{key[:KEY_SHOWN]}.json"))
+    return found[0] if found else None
+
+
+def _plain(part: str) -> str:
+    return re.sub(r"[^\w+-]+", "-", part)
 
 
 def save_result(result: Result, folder: Path) -> Path:
