@@ -18,6 +18,11 @@ __all__ = ["app", "data", "evaluation", "main", "search", "training"]
 INTERRUPTED = 130
 """Typer's exit status after Ctrl-C."""
 
+ORDER = ("quickstart", "base", "sft", "grpo", "evaluate", "mteb", "report", "search", "encode", "export")
+"""How `--help` lists the commands."""
+
+app.registered_commands.sort(key=lambda command: ORDER.index(getattr(command.callback, "__name__", "")))
+
 
 def main() -> None:
     """Run the command line; a domain error becomes one line on stderr and exit status 2."""

@@ -35,7 +35,7 @@ def evaluate(
         typer.Option(
             "--collections",
             "-c",
-            help="Built-in names, BEIR folders, or hub ids (OWNER/NAME[:SUBSET][@REVISION]); `atlas` by default.",
+            help="Built-in names, folders, or hub ids (OWNER/NAME, then :SUBSET, @REVISION); `atlas` by default.",
         ),
     ] = None,
     splits: Splits = None,
