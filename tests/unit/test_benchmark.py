@@ -26,6 +26,7 @@ from search_r3.evaluation.systems import (
 )
 from search_r3.model.encoder import SearchR3
 from search_r3.retrieval.index import ExactIndex
+from search_r3.retrieval.metrics import p_mrr
 from tests.conftest import favour, save_tiny
 
 QUICK = EvaluationOptions(latency_queries=2, bootstrap=100)
@@ -134,9 +135,10 @@ def test_a_model_that_was_trained_on_is_another_revision(
     with torch.no_grad():
         next(iter(model.backbone.model.parameters())).add_(1e-3)
     model.save_pretrained(path)
-    assert SearchR3(path).backbone.revision != before
+    after = SearchR3(path).backbone.revision
+    assert after != before
     (path / "README.md").write_text("a card")
-    assert SearchR3(path).backbone.revision == model.backbone.revision, "its card does not change a model"
+    assert SearchR3(path).backbone.revision == after, "its card does not change a model"
 
 
 def test_a_damaged_result_is_named(collection: Collection, tmp_path: Path) -> None:
@@ -241,6 +243,19 @@ def test_p_mrr_reads_both_instructions_of_a_query() -> None:
     unjudged = run(BM25System(), replace(followed, qrels=nothing_left))
     assert unjudged.query_ids == ["1-og"]
     assert unjudged.scores["p-mrr"] == result.scores["p-mrr"], "its ranking counts without any relevant document"
+
+
+def test_p_mrr_looks_deeper_than_the_other_measures(model: SearchR3, collection: Collection) -> None:
+    queries = {"1-og": Query("1-og", "where is the red house?"), "1-changed": Query("1-changed", "a white chair")}
+    judged = {"test": dict.fromkeys(queries, {"d00": 1})}
+    lost = {"1": frozenset(collection.documents)}
+    followed = Collection("f", collection.documents, queries, judged, changed=lost)
+    system = SearchR3System(EncodedCollections(model), "direct")
+    index = index_documents(model, collection)
+    texts = [query.text for query in queries.values()]
+    before, after = index.search(model.encode_query(texts, "direct").vectors, 40).doc_ids
+    expected = p_mrr({"1": before}, {"1": after}, lost)["1"]
+    assert run(system, followed, depth=10).scores["p-mrr"] == pytest.approx(expected), "all 40 ranks, not the first 10"
 
 
 def test_splits_are_resolved(collection: Collection) -> None:
