@@ -247,7 +247,7 @@ def test_p_mrr_reads_both_instructions_of_a_query() -> None:
 
 def test_p_mrr_looks_deeper_than_the_other_measures(model: SearchR3, collection: Collection) -> None:
     queries = {"1-og": Query("1-og", "where is the red house?"), "1-changed": Query("1-changed", "a white chair")}
-    judged = {"test": dict.fromkeys(queries, {"d00": 1})}
+    judged = {"test": {query_id: {"d00": 1} for query_id in queries}}
     lost = {"1": frozenset(collection.documents)}
     followed = Collection("f", collection.documents, queries, judged, changed=lost)
     system = SearchR3System(EncodedCollections(model), "direct")
