@@ -150,7 +150,7 @@ def table(title: str, rows: Mapping[str, dict[str, Any]]) -> None:
 
     from .evaluation.table import shorten
 
-    shown = Table(title=title, box=SIMPLE_HEAD, show_edge=False, padding=(0, 1, 0, 0))
+    shown = Table(title=title, box=SIMPLE_HEAD, show_edge=False, padding=0)
     shown.add_column("", overflow="fold")
     for name in ("nDCG@10", "95 %", "R@100", "MRR@10"):
         shown.add_column(name, no_wrap=True)
