@@ -314,7 +314,7 @@ def test_bad_input_is_one_line_and_status_2(
         (["grpo", *fresh, "--model", tiny_path, "max_new_tokens=1"], "emitted the embed token within 1 tokens"),
         (["sft", *fresh, "--recipe", tmp_path / "no.yaml"], "cannot read the recipe"),
         (["encode", tiny_path, tmp_path / "i", "-c", broken], "corpus.jsonl:41: not valid JSON"),
-        (["encode", tiny_path, tmp_path / "i", "-c", tmp_path / "no"], "corpus.jsonl: No such file or directory"),
+        (["encode", tiny_path, tmp_path / "i", "-c", tmp_path / "no"], "the folder does not exist"),
         (["export", tiny_path, broken], "exists; nothing is overwritten"),
     ]
     for args, message in cases:

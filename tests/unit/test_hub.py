@@ -399,7 +399,7 @@ def test_names_of_collections(tmp_path: Path, collection: Collection, collection
         "qqqqqqqq": "no collection 'qqqqqqqq'; expected one that is built in",
         str(tmp_path / "nowhere"): f"no collection at {tmp_path / 'nowhere'}: the folder does not exist",
         "./nowhere": "no collection at ./nowhere: the folder does not exist",
-        str(tmp_path / "empty"): "cannot read",
+        str(tmp_path / "empty"): "is no collection: expected corpus.jsonl",
         f"{write_hub(tmp_path / 'tiny', MTEB)}@v1": "is a folder and has no revision 'v1'; leave the revision out",
     }.items():
         with pytest.raises(DataError) as error:
@@ -408,5 +408,5 @@ def test_names_of_collections(tmp_path: Path, collection: Collection, collection
 
 
 def test_the_standard_library_is_built_in(monkeypatch: pytest.MonkeyPatch, collection: Collection) -> None:
-    monkeypatch.setattr("search_r3.data.stdlib.build_stdlib", lambda: collection)
+    monkeypatch.setattr("search_r3.data.stdlib.build_stdlib", lambda seed: collection)
     assert load_collection("stdlib") is collection
