@@ -191,6 +191,15 @@ def test_a_late_collection_that_lacks_the_split_is_refused_first(
     assert not (tmp_path / "out").exists()
 
 
+def test_two_collections_of_one_name_are_refused(
+    collection_path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    small_collection().save(tmp_path / "small")
+    args = ["evaluate", "-c", collection_path, tmp_path / "small", "--baselines", "bm25", "--out", tmp_path / "out"]
+    assert call(monkeypatch, *args) == 2
+    assert "two collections are called 'small'" in capsys.readouterr().err
+
+
 def test_a_package_that_carries_a_model_is_found_by_its_name(
     peer: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:

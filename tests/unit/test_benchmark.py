@@ -94,6 +94,16 @@ def test_both_modes_search_the_same_vectors(reasons: SearchR3, collection: Colle
     assert encoded.encode(other)[0].doc_ids == ["x"]
 
 
+def test_splits_share_what_a_baseline_has_indexed(collection: Collection) -> None:
+    system = BM25System()
+    first = system.index(collection)
+    assert system.index(replace(collection, name="same")) is first
+    other = Collection("other", {"x": Document("x", "an apple")}, {}, {})
+    assert system.index(other) is not first
+    found = system.index(other).answer([Request("q", "apple")], 10).found
+    assert [[doc_id for doc_id, _ in scored] for scored in found] == [["x"]]
+
+
 def test_a_corpus_on_the_disk_gives_the_same_result_and_is_removed(
     model: SearchR3, collection: Collection, tmp_path: Path
 ) -> None:

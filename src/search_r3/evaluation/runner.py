@@ -86,12 +86,18 @@ def run_plan(plan: Plan, folder: Path, watch: Watch | None = None) -> Iterator[R
         watch: told of the progress.
 
     Raises:
-        ConfigError: an unknown baseline, or one without what it needs; before anything is computed.
+        ConfigError: an unknown baseline, one without what it needs, or two collections of one name; before anything
+            is computed.
         DataError: a collection that cannot be read, or lacks a split; before anything is computed.
     """
     dense = _dense_baselines(plan)
+    named: dict[str, str] = {}
     for source in plan.collections:
         collection = load_collection(source, skip_empty_documents=True)
+        if collection.name in named:
+            both = f"{named[collection.name]} and {source}"
+            raise ConfigError(f"two collections are called {collection.name!r}: {both}; evaluate them into two folders")
+        named[collection.name] = source
         for split in resolve_splits(collection, plan.splits):
             judged(collection, split)
     models = {label: EncodedCollections(model, folder / "indexes") for label, model in plan.models.items()}

@@ -78,7 +78,24 @@ class System(Protocol):
         ...
 
 
-class BM25System:
+class _Indexing:
+    """A system that keeps the collection it indexed last, whose splits share the index."""
+
+    _held: tuple[str, Searchable] | None = None
+
+    def index(self, collection: Collection, progress: Progress | None = None) -> Searchable:
+        """Index all documents, unless they are those of the last call."""
+        key = collection.content_hash()
+        if self._held is None or self._held[0] != key:
+            self._held = None
+            self._held = key, self._indexed(collection, progress)
+        return self._held[1]
+
+    def _indexed(self, collection: Collection, progress: Progress | None) -> Searchable:
+        raise NotImplementedError
+
+
+class BM25System(_Indexing):
     """BM25 on the queries, or on other `texts` by query_id.
 
     Args:
@@ -92,8 +109,7 @@ class BM25System:
         settings = {"stop_words": "en", "stemming": "none", **({"texts": origin} if texts is not None else {})}
         self.info = SystemInfo(name=name, kind="bm25", model="bm25s", revision=BM25.release(), settings=settings)
 
-    def index(self, collection: Collection, progress: Progress | None = None) -> Searchable:
-        """Tokenize and count all documents."""
+    def _indexed(self, collection: Collection, progress: Progress | None) -> Searchable:
         started = time.perf_counter()
         index = BM25(list(collection.documents), list(collection.texts().values()))
         seconds = time.perf_counter() - started
@@ -128,6 +144,7 @@ class EncodedCollections:
     def __init__(self, model: SearchR3, folder: Path | None = None) -> None:
         self.model = model
         self.revision = model.backbone.revision
+        self.dtype = str(model.backbone.model.dtype).removeprefix("torch.")
         self._folder = folder
         self._held: tuple[str, ExactIndex, float | None] | None = None
 
@@ -152,7 +169,7 @@ class EncodedCollections:
 
         index = encode_corpus(
             self.model,
-            collection.texts().items(),
+            sorted(collection.texts().items()),  # the key is that of the documents in any order
             self._path(key),
             dtype="float32",
             on_start=begin,
@@ -168,7 +185,7 @@ class EncodedCollections:
 
     def _path(self, key: str) -> Path:
         assert self._folder is not None
-        return self._folder / f"{self.revision[:12]}-{key[:12]}"
+        return self._folder / f"{self.revision[:12]}-{self.dtype}-{key[:12]}"
 
 
 class SearchR3System:
@@ -195,7 +212,7 @@ class SearchR3System:
             mode=mode,
             settings={
                 **backbone.settings.model_dump(),
-                "dtype": str(backbone.model.dtype).removeprefix("torch."),
+                "dtype": collections.dtype,
                 "sampling_temperature": 0.0,
             },
         )
@@ -224,7 +241,7 @@ class _Reasoning:
         return Answers(found, encoded.reasoning, encoded.reasoning_tokens, encoded.forced, sum(encoded.truncated))
 
 
-class SentenceTransformersSystem:
+class SentenceTransformersSystem(_Indexing):
     """A dense peer.
 
     Args:
@@ -266,8 +283,7 @@ class SentenceTransformersSystem:
             },
         )
 
-    def index(self, collection: Collection, progress: Progress | None = None) -> Searchable:
-        """Encode all documents."""
+    def _indexed(self, collection: Collection, progress: Progress | None) -> Searchable:
         texts = collection.texts()
         started = time.perf_counter()
         vectors = self.encode(list(texts.values()), "document")
