@@ -13,6 +13,7 @@ from .common import DeviceOption, ManyValues, ModeName, WeightDType, app, check_
 if TYPE_CHECKING:
     from ..evaluation.results import Result
     from ..evaluation.runner import Plan
+    from ..model.prompts import Mode
 
 Models = Annotated[
     list[str] | None, typer.Option("--model", "-m", help="Directory or hub id; NAME=SOURCE to name one of several.")
@@ -71,7 +72,7 @@ def evaluate(
     options = EvaluationOptions(depth, keep_identical_ids, latency_queries, bootstrap, seed)
     plan = Plan(
         {label: load_encoder(source, device=device, dtype=dtype.value) for label, source in sources.items()},
-        [name.value for name in modes or ModeName],
+        _modes(modes),
         list(dict.fromkeys(baselines or [])),
         list(dict.fromkeys(collections or ["atlas"])),
         splits or [],
@@ -82,6 +83,11 @@ def evaluate(
     comparisons = write_summary(results, out, permutations, seed)
     console.show_comparisons(results, comparisons)
     console.say(f"tables: {out}/summary.md; records: {out}/results; a page to look at: search-r3 report {out}")
+
+
+def _modes(asked: list[ModeName] | None) -> list[Mode]:
+    """The modes, each once."""
+    return [name.value for name in dict.fromkeys(asked or ModeName)]
 
 
 def _run(plan: Plan, out: Path) -> list[Result]:
@@ -128,7 +134,7 @@ def mteb(
         collection = load_collection(folder, skip_empty_documents=True)
         chosen += [collection_task(collection, split) for split in resolve_splits(collection, splits or [])]
     encoder = load_encoder(model, device=device, dtype=dtype.value)
-    console.show_mteb(run_mteb(encoder, [name.value for name in modes or ModeName], chosen, out, batch_size=batch_size))
+    console.show_mteb(run_mteb(encoder, _modes(modes), chosen, out, batch_size=batch_size))
     console.say(f"mteb's result files: {out}/results")
 
 
