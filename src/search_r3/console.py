@@ -129,6 +129,10 @@ def show_results(results: Sequence[Result]) -> None:
     where, info = results[0].place, results[0].collection
     title = f"{where[0]}, {where[1]}: {info.queries:,} queries, {info.documents:,} documents"
     table(title, {result.system.name: summary(result, results) for result in results})
+    for result in results:
+        if "p-mrr" in result.scores:
+            low, high = result.intervals["p-mrr"]
+            say(f"{result.system.name}: p-MRR {result.scores['p-mrr']:+.3f} (95 %: {low:+.3f} to {high:+.3f})")
     if info.without_text:
         say(f"{info.without_text} documents without any text were left out")
     if info.identical_ids:

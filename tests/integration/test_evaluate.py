@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -148,6 +149,7 @@ def test_two_models_stand_side_by_side(
 def test_labels_of_models() -> None:
     assert label_models(["runs/a/model"]) == {"": "runs/a/model"}
     assert label_models(["x=runs/a/model"]) == {"x": "runs/a/model"}
+    assert label_models(["runs/lr=1e-5/model"]) == {"": "runs/lr=1e-5/model"}
     assert label_models(["runs/a/model", "Qwen/Qwen2.5-1.5B"]) == {
         "a": "runs/a/model",
         "Qwen2.5-1.5B": "Qwen/Qwen2.5-1.5B",
@@ -164,7 +166,7 @@ def test_labels_of_models() -> None:
         ([], "nothing to evaluate; give --model, --baselines, or both"),
         (["--baselines", "bm25", "--splits", "tset"], "has no split 'tset'; it has: dev, test, train"),
         (["--baselines", "sentence-transformers:./nowhere"], "cannot load './nowhere' with sentence-transformers"),
-        (["--baselines", "bm25", "--depth", "3"], "3"),
+        (["--baselines", "bm25", "--depth", "30"], "100"),
         (["--model", "./nowhere"], "no model directory at ./nowhere"),
     ],
 )
@@ -217,6 +219,33 @@ def test_a_package_that_carries_a_model_is_found_by_its_name(
     )
 
 
+def test_two_systems_of_one_name_are_refused(
+    peer: Path, collection_path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    shutil.copytree(peer, tmp_path / "exported")
+    both = [f"sentence-transformers:{path}" for path in (peer, tmp_path / "exported")]
+    args = ["evaluate", "-c", collection_path, "--baselines", *both, "--out", tmp_path / "out"]
+    assert call(monkeypatch, *args) == 2
+    assert "two systems are called 'exported'" in capsys.readouterr().err
+
+
+def test_report_shows_the_last_state_of_a_collection(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    args = ["evaluate", "-c", tmp_path / "small", "--baselines", "bm25", "--out", tmp_path / "e", *QUICK]
+    small_collection().save(tmp_path / "small")
+    assert call(monkeypatch, *args) == 0
+    with (tmp_path / "small" / "corpus.jsonl").open("a") as file:
+        file.write('{"_id": "new", "title": "", "text": "a lamp"}\n')
+    assert call(monkeypatch, *args) == 0
+    assert len(load_results(tmp_path / "e" / "results")) == 2, "the old result stays"
+    assert call(monkeypatch, "report", tmp_path / "e", "--out", tmp_path / "page") == 0
+    last = [row["key"] for row in json.loads((tmp_path / "e" / "summary.json").read_text())["rows"]]
+    page = (tmp_path / "page" / "report.html").read_text()
+    assert [result.key in page for result in load_results(tmp_path / "e" / "results")].count(True) == 1
+    assert last[0] in page
+
+
 def test_report_gathers_runs(
     run_dir: Path, collection_path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:
@@ -242,6 +271,8 @@ def test_mteb_runs_on_a_folder_and_names_the_nearest_task(
     args = ["mteb", "--model", run_dir / "model", "--out", tmp_path / "mteb"]
     assert call(monkeypatch, *args, "--tasks", "SciFakt", collection_path) == 2
     assert "'SciFakt' is neither a suite nor a task of mteb; nearest: SciFact" in capsys.readouterr().err
+    assert call(monkeypatch, *args, "--tasks", "SciFact", "--splits", "train") == 2
+    assert "--splits is for folders" in capsys.readouterr().err
     assert call(monkeypatch, *args, "--tasks", collection_path, "--modes", "direct", "reason") == 0
     out = capsys.readouterr().out
     report = json.loads((run_dir / "report.json").read_text())["rows"]

@@ -14,6 +14,7 @@ from search_r3.errors import ConfigError, DataError, ModelError
 from search_r3.evaluation.benchmark import EvaluationOptions, evaluate, resolve_splits
 from search_r3.evaluation.report import sampled_rewards
 from search_r3.evaluation.results import Result, load_result, load_results
+from search_r3.evaluation.runner import reasoning_baseline
 from search_r3.evaluation.search import Searcher
 from search_r3.evaluation.systems import (
     BM25System,
@@ -24,6 +25,7 @@ from search_r3.evaluation.systems import (
     index_documents,
     ranked,
 )
+from search_r3.evaluation.table import gain_per_100_tokens, markdown
 from search_r3.model.encoder import SearchR3
 from search_r3.retrieval.index import ExactIndex
 from search_r3.retrieval.metrics import p_mrr
@@ -125,8 +127,13 @@ def test_a_result_is_computed_once(model: SearchR3, collection: Collection, tmp_
     assert load_results(tmp_path) == [first]
     named = again(BM25System("lexical"))
     assert (named.system.name, named.key, named.provenance) == ("lexical", first.key, first.provenance)
-    assert load_results(tmp_path) == [named], "a name is no reason to compute, nor to keep it twice"
-    assert again(BM25System(), depth=20).key != first.key, "other settings"
+    assert sorted(result.system.name for result in load_results(tmp_path)) == ["bm25", "lexical"]
+    assert again(BM25System()) == first, "nothing that was there is lost"
+    assert again(BM25System("lexi cal")).key == again(BM25System("lexi.cal")).key == first.key
+    assert [result.system.name for result in load_results(tmp_path)] == ["bm25", "lexi.cal", "lexical"], (
+        "two names of one file leave the last"
+    )
+    assert again(BM25System(), depth=120).key != first.key, "other settings"
     assert again(BM25System(texts={}, origin="texts")).key != first.key, "other texts"
     documents = {**collection.documents, "new": Document("new", "a lamp")}
     assert again(BM25System(), replace(collection, documents=documents)).key != first.key, "another collection"
@@ -211,13 +218,17 @@ def test_excluded_documents_leave_the_ranking_and_others_move_up(model: SearchR3
 
 
 def test_excluding_does_not_shorten_a_deep_ranking(model: SearchR3, collection: Collection) -> None:
-    shallow = EvaluationOptions(depth=10, latency_queries=0, bootstrap=100)
-    out = frozenset(list(collection.documents)[:20])
-    query_id = next(iter(collection.split("test")))
-    excluding = replace(collection, excluded={query_id: out})
-    result = evaluate(SearchR3System(EncodedCollections(model), "direct"), excluding, "test", shallow)
-    assert len(top(result, query_id)) == 10
-    assert not out.intersection(top(result, query_id))
+    documents = {
+        f"{n}{doc_id}": replace(d, doc_id=f"{n}{doc_id}")
+        for n in range(9)
+        for doc_id, d in collection.documents.items()
+    }
+    out = frozenset(list(documents)[:200])
+    for system in (BM25System(), SearchR3System(EncodedCollections(model), "direct")):
+        index = system.index(Collection("many", documents, {}, {}))
+        [found] = index.answer([Request("q", "this one is about a house", left_out=out)], 100).found
+        assert len(found) == 100
+        assert not out.intersection(doc_id for doc_id, _ in found)
 
 
 def test_only_the_pool_is_ranked(model: SearchR3) -> None:
@@ -240,6 +251,50 @@ def test_equal_scores_gain_nothing_by_their_order() -> None:
     assert found[1] == found[0], "a pool follows the same rule"
 
 
+@pytest.mark.parametrize("size", [64, 128, 384])
+def test_equal_vectors_tie_wherever_they_stand(size: int) -> None:
+    rng = np.random.default_rng(size)
+    for count in (5, 17, 33, 63, 863):
+        vector = rng.normal(size=size).astype(np.float32)
+        vector /= np.linalg.norm(vector)
+        index = ExactIndex([f"d{i:03d}" for i in range(count)], np.tile(vector, (count, 1)))
+        query = rng.normal(size=(1, size)).astype(np.float32)
+        best = [f"d{i:03d}" for i in reversed(range(count))][:5]
+        for pool in (None, frozenset(index.doc_ids)):
+            [found] = ranked(index, query, [Request("q", "x", pool=pool)], 5)
+            assert [doc_id for doc_id, _ in found] == best
+            assert len({score for _, score in found}) == 1
+
+
+def test_a_system_with_an_unknown_revision_is_known_by_its_source(collection: Collection, tmp_path: Path) -> None:
+    class Nameless(BM25System):
+        def __init__(self, model: str) -> None:
+            super().__init__()
+            self.info = self.info.model_copy(update={"model": model, "revision": "unknown"})
+
+    keys = {evaluate(Nameless(m), collection, "test", QUICK, folder=tmp_path).key for m in ("a", "b", "a")}
+    assert len(keys) == 2
+
+
+def test_what_searches_a_models_reasoning_costs_what_the_model_costs(reasons: SearchR3, collection: Collection) -> None:
+    reason = run(SearchR3System(EncodedCollections(reasons), "reason"), collection)
+    lexical = run(reasoning_baseline(reason), collection)
+    assert lexical.system.name == "bm25+reasoning"
+    assert lexical.cost.tokens_per_query == reason.cost.tokens_per_query > 0
+    assert lexical.cost.ms_per_query > reason.cost.ms_per_query
+    assert lexical.cost.queries_per_second < reason.cost.queries_per_second
+
+
+def test_a_gain_is_over_the_same_model_at_the_same_settings(reasons: SearchR3, collection: Collection) -> None:
+    encoded = EncodedCollections(reasons)
+    direct, reason = (run(SearchR3System(encoded, mode), collection) for mode in ("direct", "reason"))
+    gain = 100 * (reason.scores["ndcg@10"] - direct.scores["ndcg@10"]) / reason.cost.tokens_per_query
+    assert gain_per_100_tokens(reason, [reason, direct]) == pytest.approx(gain)
+    assert gain_per_100_tokens(direct, [reason, direct]) is None
+    other = direct.system.model_copy(update={"settings": {**direct.system.settings, "dtype": "bfloat16"}})
+    assert gain_per_100_tokens(reason, [reason, direct.model_copy(update={"system": other})]) is None
+
+
 def test_p_mrr_reads_both_instructions_of_a_query() -> None:
     queries = {"1-og": Query("1-og", "apple"), "1-changed": Query("1-changed", "pear pear")}
     judged = {"test": {"1-og": {"d0": 1}, "1-changed": {"d6": 1}}}
@@ -248,7 +303,10 @@ def test_p_mrr_reads_both_instructions_of_a_query() -> None:
     before, after = (top(result, name).index("d0") + 1 if "d0" in top(result, name) else 8 for name in result.query_ids)
     assert (before, after) == (1, 8), "d0 holds no pear, so it is not in the ranking of 7"
     assert result.scores["p-mrr"] == pytest.approx(1 - 1 / 8)
-    assert "p-mrr" not in run(BM25System(), replace(followed, changed={})).scores
+    plain = run(BM25System(), replace(followed, changed={}))
+    assert "p-mrr" not in plain.scores
+    assert "| p-MRR |" in markdown([result], []) and "+0.875" in markdown([result], [])
+    assert "p-MRR" not in markdown([plain], [])
     nothing_left = {"test": {"1-og": {"d0": 1}, "1-changed": {"d0": 0}}}
     unjudged = run(BM25System(), replace(followed, qrels=nothing_left))
     assert unjudged.query_ids == ["1-og"]
@@ -265,7 +323,8 @@ def test_p_mrr_looks_deeper_than_the_other_measures(model: SearchR3, collection:
     texts = [query.text for query in queries.values()]
     before, after = index.search(model.encode_query(texts, "direct").vectors, 40).doc_ids
     expected = p_mrr({"1": before}, {"1": after}, lost)["1"]
-    assert run(system, followed, depth=10).scores["p-mrr"] == pytest.approx(expected), "all 40 ranks, not the first 10"
+    assert run(system, followed).scores["p-mrr"] == pytest.approx(expected)
+    assert run(system, followed).settings["depth"] == 1000, "deeper than the other measures"
 
 
 def test_splits_are_resolved(collection: Collection) -> None:
@@ -278,8 +337,8 @@ def test_splits_are_resolved(collection: Collection) -> None:
         resolve_splits(collection, ["test", "tset"])
     with pytest.raises(DataError, match="name a split of it: odd"):
         resolve_splits(replace(collection, qrels={"odd": {}}), [])
-    with pytest.raises(ConfigError, match="10 documents or more"):
-        EvaluationOptions(depth=5)
+    with pytest.raises(ConfigError, match="the measures look at 100 documents"):
+        EvaluationOptions(depth=50)
 
 
 def test_a_model_that_never_embeds_is_refused(model: SearchR3, collection: Collection) -> None:

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -223,3 +224,10 @@ def test_the_instruction_of_a_query_follows_its_text(tmp_path: Path) -> None:
     path.write_text('{"_id": "q", "text": "which?", "instruction": 1}\n')
     with pytest.raises(DataError, match=r"queries.jsonl:1: the field 'instruction' is 1; expected a string"):
         Collection.load(tmp_path / "lists")
+
+
+def test_judgements_that_are_not_utf_8_are_named(tmp_path: Path, collection_path: Path) -> None:
+    shutil.copytree(collection_path, tmp_path / "c")
+    (tmp_path / "c" / "qrels" / "test.tsv").write_bytes(b"\xff\xfe")
+    with pytest.raises(DataError, match=r"test\.tsv: not UTF-8 text \(byte 0\); save the file as UTF-8"):
+        Collection.load(tmp_path / "c")

@@ -383,6 +383,10 @@ def test_bm25_finds_shared_words_and_nothing_else() -> None:
     assert bm25.search(["A", "", "?", "lamp"], 2) == [[], [], [], ["c"]], "texts without any word find nothing"
 
 
+def test_bm25_of_documents_without_any_word_finds_nothing() -> None:
+    assert BM25(["a", "b"], ["x", "the"]).search(["x", "lamp"], 5) == [[], []]
+
+
 def test_bm25_gives_scores_and_keeps_to_pools() -> None:
     bm25 = BM25(["a", "b", "c", "d"], ["red house", "red boat", "green lamp", "red red lamp"])
     [whole] = bm25.search_scored(["red lamp"], 10)

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from .. import console
+from ..errors import ConfigError
 from .common import DeviceOption, ManyValues, ModeName, WeightDType, app, check_new, hush, load_encoder
 
 if TYPE_CHECKING:
@@ -48,7 +49,7 @@ def evaluate(
     out: Annotated[Path, typer.Option(help="Folder of the results; what is in it already is not repeated.")] = Path(
         "runs/evaluation"
     ),
-    depth: Annotated[int, typer.Option(min=10, help="Documents ranked for each query.")] = 100,
+    depth: Annotated[int, typer.Option(min=100, help="Documents ranked for each query.")] = 100,
     keep_identical_ids: Annotated[
         bool, typer.Option("--keep-identical-ids", help="Rank documents that bear the id of their query, too.")
     ] = False,
@@ -71,13 +72,15 @@ def evaluate(
     sources = label_models(model) if model else {}
     options = EvaluationOptions(depth, keep_identical_ids, latency_queries, bootstrap, seed)
     plan = Plan(
-        {label: load_encoder(source, device=device, dtype=dtype.value) for label, source in sources.items()},
+        sources,
         _modes(modes),
         list(dict.fromkeys(baselines or [])),
         list(dict.fromkeys(collections or ["atlas"])),
         splits or [],
         options,
         batch_size,
+        device,
+        dtype.value,
     )
     results = _run(plan, out)
     comparisons = write_summary(results, out, permutations, seed)
@@ -129,6 +132,8 @@ def mteb(
     from ..evaluation.mteb import collection_task, run_mteb, suite_tasks
 
     folders = [name for name in tasks if Path(name).is_dir()]
+    if splits and len(folders) < len(tasks):
+        raise ConfigError("--splits is for folders; mteb's own tasks have their splits in mteb: leave it out")
     chosen = suite_tasks([name for name in tasks if name not in folders])
     for folder in folders:
         collection = load_collection(folder, skip_empty_documents=True)

@@ -232,17 +232,20 @@ def _pools(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
 
 def _judgements(path: Path) -> Iterator[tuple[str, str, str, str]]:
     """Place, query_id, doc_id and score for every line of a qrels file."""
-    with path.open(encoding="utf-8") as file:
-        for number, line in enumerate(file, 1):
-            place = f"{path}:{number}"
-            cells = line.rstrip("\r\n").split("\t")
-            if not line.strip() or (number == 1 and cells[-1] == "score"):
-                continue
-            if len(cells) != 3:
-                raise DataError(
-                    f"{place}: expected 3 tab-separated columns (query-id, corpus-id, score), found {len(cells)}"
-                )
-            yield place, cells[0], cells[1], cells[2]
+    try:
+        with path.open(encoding="utf-8") as file:
+            for number, line in enumerate(file, 1):
+                place = f"{path}:{number}"
+                cells = line.rstrip("\r\n").split("\t")
+                if not line.strip() or (number == 1 and cells[-1] == "score"):
+                    continue
+                if len(cells) != 3:
+                    raise DataError(
+                        f"{place}: expected 3 tab-separated columns (query-id, corpus-id, score), found {len(cells)}"
+                    )
+                yield place, cells[0], cells[1], cells[2]
+    except UnicodeDecodeError as error:
+        raise DataError(f"{path}: not UTF-8 text (byte {error.start}); save the file as UTF-8") from error
 
 
 def _write_rows(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:

@@ -22,7 +22,7 @@ from ..errors import ConfigError, DataError, ModelError
 from ..model.documents import Progress
 from ..retrieval.lexical import Scored
 from ..retrieval.metrics import MEASURES, measure, p_mrr, relevant_ids
-from .results import FORMAT, CollectionInfo, Cost, Result, SystemInfo, find_result, load_result, save_result
+from .results import FORMAT, UNKNOWN, CollectionInfo, Cost, Result, SystemInfo, find_result, load_result, save_result
 from .statistics import bootstrap_intervals
 from .systems import Answers, Request, Searchable, System
 
@@ -68,8 +68,8 @@ class EvaluationOptions:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        if self.depth < 10:
-            raise ConfigError(f"depth={self.depth}: measures look at 10 documents or more")
+        if self.depth < 100:
+            raise ConfigError(f"depth={self.depth}: the measures look at 100 documents")
 
 
 def resolve_splits(collection: Collection, asked: Sequence[str]) -> list[str]:
@@ -132,8 +132,6 @@ def evaluate(
         result = _measured(system, collection, split, options, source or collection.name, key, watch)
     if folder is not None:
         save_result(result, folder)
-    if path is not None:  # the same result under the name that the system had
-        path.unlink()
     return result
 
 
@@ -141,7 +139,7 @@ def _key(info: SystemInfo, collection: Collection, split: str, options: Evaluati
     """The hash of all that a result depends on: not what the model is called or where it lies, but what it holds."""
     facts = {
         "format": FORMAT,
-        "system": info.model_dump(exclude={"model", "name"}),
+        "system": info.model_dump(exclude={"name"} if info.revision == UNKNOWN else {"name", "model"}),
         "collection": [collection.content_hash(), split],
         "settings": asdict(options),
     }
@@ -204,7 +202,7 @@ def _measured(
     per_query = {measured: [row[measured] for row in rows] for measured in MEASURES}
     scores = {measured: fmean(values) for measured, values in per_query.items()}
     intervals = bootstrap_intervals(per_query, options.bootstrap, options.seed)
-    if followed := _p_mrr(collection, split, index, rankings, depth):
+    if followed := _p_mrr(collection, split, index, rankings, depth, options.keep_identical_ids):
         scores["p-mrr"] = fmean(followed)
         intervals |= bootstrap_intervals({"p-mrr": followed}, options.bootstrap, options.seed)
     latency = _latency(index, requests, depth, options.latency_queries)
@@ -217,7 +215,7 @@ def _measured(
         settings=asdict(options) | {"depth": depth},
         scores=scores,
         intervals=intervals,
-        cost=_cost(answers, len(requests) / (answered - asked), latency, index.documents_per_second),
+        cost=_cost(system, answers, len(requests) / (answered - asked), latency, index.documents_per_second),
         query_ids=list(qrels),
         queries=[request.text for request in requests],
         per_query=per_query,
@@ -245,12 +243,17 @@ def _collection_info(
     )
 
 
-def _cost(answers: Answers, speed: float, latency: float | None, indexing: float | None) -> Cost:
+def _cost(system: System, answers: Answers, speed: float, latency: float | None, indexing: float | None) -> Cost:
+    """The price of a system, with that of what it searches for where another system wrote it."""
+    before = system.before
+    if before is not None:
+        speed = 1 / (1 / speed + 1 / before.queries_per_second)
+        latency = None if latency is None or before.ms_per_query is None else latency + before.ms_per_query
     return Cost(
         queries_per_second=speed,
         ms_per_query=latency,
         documents_per_second=indexing,
-        tokens_per_query=fmean(answers.reasoning_tokens or [0]),
+        tokens_per_query=fmean(answers.reasoning_tokens or [0]) if before is None else before.tokens_per_query,
         forced_share=fmean(answers.forced or [0]),
         truncated_queries=answers.truncated,
     )
@@ -269,7 +272,12 @@ def _latency(index: Searchable, requests: Sequence[Request], depth: int, count: 
 
 
 def _p_mrr(
-    collection: Collection, split: str, index: Searchable, rankings: Mapping[str, Sequence[str]], depth: int
+    collection: Collection,
+    split: str,
+    index: Searchable,
+    rankings: Mapping[str, Sequence[str]],
+    depth: int,
+    keep_identical_ids: bool,
 ) -> list[float]:
     """p-MRR of each query that stands in the split with both of its instructions.
 
@@ -282,7 +290,9 @@ def _p_mrr(
         if f"{query}-og" in asked and f"{query}-changed" in asked
     }
     both = [f"{query}-{kind}" for query in lost for kind in ("og", "changed")]
-    missing = make_requests(collection, {query_id: {} for query_id in both if query_id not in rankings})
+    missing = make_requests(
+        collection, {query_id: {} for query_id in both if query_id not in rankings}, keep_identical_ids
+    )
     further = index.answer(missing, depth).found if missing else []
     found = dict(rankings)
     for request, scored in zip(missing, further, strict=True):

@@ -33,7 +33,7 @@ from .plots import (
     system_colours,
 )
 from .results import Result
-from .table import AVERAGED, HEADER, averages, cells, direct_of, summary
+from .table import AVERAGED, averages, cell, columns, direct_of, summary
 
 SHOWN_QUERIES = 300
 """Queries of a split that can be looked at one by one; sums and histograms are over all."""
@@ -41,18 +41,6 @@ SHOWN_RELEVANT = 20
 """Relevant documents of a query that are listed though no system found them."""
 SAME = 2e-6
 """nDCG@10 within which two systems did the same; the page holds 6 decimals."""
-KEYS = (
-    MAIN,
-    "recall@100",
-    "mrr@10",
-    "map",
-    "tokens_per_query",
-    "ms_per_query",
-    "queries_per_second",
-    "documents_per_second",
-    "gain_per_100_tokens",
-)
-"""What `HEADER` names, as `summary` does."""
 
 Place = tuple[str, str]
 
@@ -115,11 +103,11 @@ def write_page(
         places=list(places),
         number=number,
         gain=_gain(places),
-        header=HEADER,
+        header=list(columns(results).values()),
         rows=_rows(results),
         means=averages(results),
         averaged=AVERAGED,
-        keys=KEYS,
+        keys=list(columns(results)),
         comparisons=comparisons,
         plots=_plots(results, folder / "plots", rewards or {}, metrics),
         blocks=[embed_json(_split_data(own, number)) for own in places.values()],
@@ -280,7 +268,7 @@ def _split_data(results: Sequence[Result], numbers: Mapping[str, int]) -> dict[s
 
 def _rows(results: Sequence[Result]) -> list[Row]:
     """The headline table."""
-    values = [summary(result, results) for result in results]
+    values, keys = [summary(result, results) for result in results], list(columns(results))
     best: dict[tuple[Place, str], float] = {}
     for result, row in zip(results, values, strict=True):
         for key in AVERAGED:
@@ -288,7 +276,7 @@ def _rows(results: Sequence[Result]) -> list[Row]:
     return [
         Row(
             result,
-            list(zip(KEYS, cells(row), (row[key] for key in KEYS), strict=True)),
+            [(key, cell(row, key), row.get(key)) for key in keys],
             {key for key in AVERAGED if row[key] and row[key] == best[result.place, key]},
         )
         for result, row in zip(results, values, strict=True)

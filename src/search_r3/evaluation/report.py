@@ -22,7 +22,7 @@ from ..retrieval.metrics import ndcg_from_ranks, relevant_ids
 from .benchmark import EvaluationOptions, evaluate, judged, package_versions
 from .page import write_page
 from .results import Result, load_results
-from .runner import RESULTS, reasoning_baseline
+from .runner import RESULTS, SUMMARY, reasoning_baseline
 from .statistics import compare
 from .systems import BM25System, EncodedCollections, SearchR3System
 from .table import summary
@@ -167,13 +167,17 @@ def write_runs_page(runs: Sequence[Path], folder: Path, title: str | None, permu
     results: list[Result] = []
     rewards: dict[str, list[float]] = {}
     metrics: list[dict[str, Any]] = []
+    alike = len({run.name for run in runs}) < len(runs)
     for run in runs:
-        found = load_results(run / RESULTS)
+        found = _last_results(run)
         if not found:
             raise DataError(f"no results in {run / RESULTS}; give a folder that quickstart or evaluate wrote")
-        suffix = f" ({run.name})" if len(runs) > 1 else ""
+        suffix = f" ({run if alike else run.name})" if len(runs) > 1 else ""
         taken = {(result.place, result.system.name) for result in results}
+        known = {(result.place, result.key) for result in results}
         for result in found:
+            if (result.place, result.key) in known:
+                continue
             if (result.place, result.system.name) in taken:
                 system = result.system.model_copy(update={"name": result.system.name + suffix})
                 result = result.model_copy(update={"system": system})
@@ -188,6 +192,17 @@ def write_runs_page(runs: Sequence[Path], folder: Path, title: str | None, permu
     with atomic_directory(folder) as scratch:
         write_page(results, scratch, title=title, rewards=rewards, metrics=metrics, comparisons=comparisons)
     return folder / "report.html"
+
+
+def _last_results(run: Path) -> list[Result]:
+    """The results in the summary of the last `evaluate` into this folder; all of a run of `quickstart`."""
+    results = load_results(run / RESULTS)
+    path = run / SUMMARY
+    if not path.exists():
+        return results
+    rows = json.loads(path.read_text(encoding="utf-8"))["rows"]
+    wanted = {(row["system"], row["key"]) for row in rows}
+    return [result for result in results if (result.system.name, result.key) in wanted]
 
 
 def peak_memory_bytes() -> int:

@@ -14,6 +14,8 @@ from ..errors import DataError
 from ..files import write_text
 
 FORMAT = 1
+UNKNOWN = "unknown"
+"""The revision of a model whose library does not tell."""
 KEY_SHOWN = 12
 """Characters of the key in a file's name."""
 

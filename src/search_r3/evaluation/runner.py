@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -29,6 +29,8 @@ from .table import averages, markdown, summary
 BM25_NAME, REASONING_NAME = "bm25", "bm25+reasoning"
 RESULTS = "results"
 """Where in the folder of an evaluation, or of a run, its results are."""
+SUMMARY = "summary.json"
+"""What the last command into the folder of an evaluation found."""
 
 
 @dataclass(frozen=True)
@@ -36,22 +38,26 @@ class Plan:
     """What is evaluated on what.
 
     Attributes:
-        models: label -> loaded model; the label of a single one may be empty.
+        models: label -> directory or hub id; the label of a single one may be empty.
         modes: of each model.
         baselines: `bm25`, `bm25+reasoning`, `sentence-transformers:NAME`.
         collections: built-in names, folders or hub ids.
         splits: names, `all`, or none for `test` (else `dev`, `validation`, `train`).
         options: how results are computed.
         batch_size: queries reasoned about at once.
+        device: of the models; by default a GPU where there is one.
+        dtype: of the models.
     """
 
-    models: dict[str, SearchR3]
+    models: dict[str, str]
     modes: Sequence[Mode]
     baselines: Sequence[str]
     collections: Sequence[str]
     splits: Sequence[str] = ()
     options: EvaluationOptions = field(default_factory=EvaluationOptions)
     batch_size: int = 128
+    device: str | None = None
+    dtype: str = "float32"
 
 
 def label_models(sources: Sequence[str]) -> dict[str, str]:
@@ -67,14 +73,12 @@ def label_models(sources: Sequence[str]) -> dict[str, str]:
     labels: dict[str, str] = {}
     for given in sources:
         label, found, source = given.partition("=")
-        if not found:
+        if not found or "/" in label or Path(given).exists():
             label, source = short_name(given), given
         if label in labels:
             raise ConfigError(f"two models are called {label!r}; name them: --model NAME={source}")
         labels[label] = source
-    if len(labels) == 1 and "=" not in sources[0]:
-        return {"": source}
-    return labels
+    return {"": sources[0]} if list(labels.values()) == list(sources) and len(sources) == 1 else labels
 
 
 def run_plan(plan: Plan, folder: Path, watch: Watch | None = None) -> Iterator[Result]:
@@ -90,7 +94,7 @@ def run_plan(plan: Plan, folder: Path, watch: Watch | None = None) -> Iterator[R
             is computed.
         DataError: a collection that cannot be read, or lacks a split; before anything is computed.
     """
-    dense = _dense_baselines(plan)
+    _check_baselines(plan)
     named: dict[str, str] = {}
     for source in plan.collections:
         collection = load_collection(source, skip_empty_documents=True)
@@ -100,20 +104,16 @@ def run_plan(plan: Plan, folder: Path, watch: Watch | None = None) -> Iterator[R
         named[collection.name] = source
         for split in resolve_splits(collection, plan.splits):
             judged(collection, split)
-    models = {label: EncodedCollections(model, folder / "indexes") for label, model in plan.models.items()}
+    models = {
+        label: EncodedCollections(SearchR3(source, device=plan.device, dtype=plan.dtype), folder / "indexes")
+        for label, source in plan.models.items()
+    }
+    systems = _systems(plan, models)
     stored = folder / RESULTS
     for source in plan.collections:
         collection = load_collection(source, skip_empty_documents=True)
-        splits = resolve_splits(collection, plan.splits)
-        systems: list[System] = [BM25System()] if BM25_NAME in plan.baselines else []
-        systems += dense
-        modes = [
-            SearchR3System(encoded, mode, f"{mode}/{label}" if label else mode, plan.batch_size)
-            for label, encoded in models.items()
-            for mode in plan.modes
-        ]
-        for split in splits:
-            for system in [*systems, *modes]:
+        for split in resolve_splits(collection, plan.splits):
+            for system in systems:
                 result = evaluate(system, collection, split, plan.options, source=source, folder=stored, watch=watch)
                 yield result
                 if REASONING_NAME in plan.baselines and result.system.mode == "reason":
@@ -139,7 +139,7 @@ def reasoning_baseline(result: Result, name: str | None = None) -> BM25System:
     """
     _, _, label = result.system.name.partition("/")
     texts = dict(zip(result.query_ids, result.reasoning, strict=True))
-    return BM25System(name or "/".join(filter(None, [REASONING_NAME, label])), texts, result.key)
+    return BM25System(name or "/".join(filter(None, [REASONING_NAME, label])), texts, result.key, result.cost)
 
 
 def write_summary(results: Sequence[Result], folder: Path, permutations: int, seed: int) -> list[Comparison]:
@@ -156,13 +156,12 @@ def write_summary(results: Sequence[Result], folder: Path, permutations: int, se
         "means": averages(results),
         "comparisons": [one.record() for one in comparisons],
     }
-    write_json(folder / "summary.json", record)
+    write_json(folder / SUMMARY, record)
     write_text(folder / "summary.md", markdown(results, comparisons))
     return comparisons
 
 
-def _dense_baselines(plan: Plan) -> list[SentenceTransformersSystem]:
-    """The dense peers, loaded, after a check of all names."""
+def _check_baselines(plan: Plan) -> None:
     known = [BM25_NAME, REASONING_NAME, SENTENCE_TRANSFORMERS + "NAME"]
     for name in plan.baselines:
         if name not in known[:2] and not (name.startswith(SENTENCE_TRANSFORMERS) and name != SENTENCE_TRANSFORMERS):
@@ -173,8 +172,20 @@ def _dense_baselines(plan: Plan) -> list[SentenceTransformersSystem]:
         raise ConfigError(f"{REASONING_NAME} searches what a model wrote; add --model and --modes reason")
     if not plan.models and not plan.baselines:
         raise ConfigError("nothing to evaluate; give --model, --baselines, or both")
-    return [
-        SentenceTransformersSystem(name.removeprefix(SENTENCE_TRANSFORMERS))
-        for name in plan.baselines
-        if name.startswith(SENTENCE_TRANSFORMERS)
-    ]
+
+
+def _systems(plan: Plan, models: Mapping[str, EncodedCollections]) -> list[System]:
+    """All systems but those that wait for another's reasoning, with names that tell them apart."""
+    systems: list[System] = [BM25System()] if BM25_NAME in plan.baselines else []
+    for name in plan.baselines:
+        if name.startswith(SENTENCE_TRANSFORMERS):
+            systems.append(SentenceTransformersSystem(name.removeprefix(SENTENCE_TRANSFORMERS)))
+    for label, encoded in models.items():
+        for mode in plan.modes:
+            systems.append(SearchR3System(encoded, mode, f"{mode}/{label}" if label else mode, plan.batch_size))
+    sources = {system.info.name: system.info.model for system in systems}
+    for system in systems:
+        if sources[system.info.name] != system.info.model:
+            both = f"{system.info.model} and {sources[system.info.name]}"
+            raise ConfigError(f"two systems are called {system.info.name!r}: {both}; rename a folder, or leave one out")
+    return systems

@@ -128,7 +128,8 @@ def compare(results: Sequence[Result], permutations: int, seed: int) -> list[Com
         if first.collection.hash != second.collection.hash or first.query_ids != second.query_ids:
             raise DataError(
                 f"{first.system.name!r} and {second.system.name!r} were evaluated on different states of "
-                f"{first.collection.name!r}, {first.collection.split}; evaluate both again"
+                f"{first.collection.name!r}, {first.collection.split}; evaluate both again, or remove one of "
+                f"{first.file_name()} and {second.file_name()}"
             )
         p_values.append(paired_p_value(first.per_query[MAIN], second.per_query[MAIN], permutations, seed))
     return [

@@ -23,12 +23,15 @@ from ..model.documents import Progress, check_finite
 from ..model.encoder import SearchR3
 from ..model.prompts import Mode
 from ..retrieval.corpus import encode_corpus
-from ..retrieval.index import Array, ExactIndex
+from ..retrieval.index import Array, ExactIndex, Rows
 from ..retrieval.lexical import BM25, Scored
 from ..retrieval.metrics import rank
-from .results import SystemInfo
+from .results import UNKNOWN, Cost, SystemInfo
 
 SENTENCE_TRANSFORMERS = "sentence-transformers:"
+MARGIN, NOISE = 32, 1e-5
+"""Documents beyond the depth that are scored once more, since a matrix product may order equal ones wrongly; and the
+difference of scores by which it may. Where the margin is all noise, every document is scored once more."""
 
 
 @dataclass(frozen=True)
@@ -73,6 +76,11 @@ class System(Protocol):
         """Name and provenance; results are cached under it."""
         ...
 
+    @property
+    def before(self) -> Cost | None:
+        """The price of what it searches for, where another system wrote that."""
+        ...
+
     def index(self, collection: Collection, progress: Progress | None = None) -> Searchable:
         """Prepare a collection."""
         ...
@@ -81,6 +89,7 @@ class System(Protocol):
 class _Indexing:
     """A system that keeps the collection it indexed last, whose splits share the index."""
 
+    before: Cost | None = None
     _held: tuple[str, Searchable] | None = None
 
     def index(self, collection: Collection, progress: Progress | None = None) -> Searchable:
@@ -102,10 +111,17 @@ class BM25System(_Indexing):
         name: as in the tables.
         texts: what is searched instead of a query, e.g. a model's reasoning; the query itself where it is blank.
         origin: what names the texts, for the cache.
+        before: what the texts cost.
     """
 
-    def __init__(self, name: str = "bm25", texts: Mapping[str, str] | None = None, origin: str = "") -> None:
-        self._texts = texts or {}
+    def __init__(
+        self,
+        name: str = "bm25",
+        texts: Mapping[str, str] | None = None,
+        origin: str = "",
+        before: Cost | None = None,
+    ) -> None:
+        self._texts, self.before = texts or {}, before
         settings = {"stop_words": "en", "stemming": "none", **({"texts": origin} if texts is not None else {})}
         self.info = SystemInfo(name=name, kind="bm25", model="bm25s", revision=BM25.release(), settings=settings)
 
@@ -198,6 +214,8 @@ class SearchR3System:
         batch_size: queries reasoned about at once; it changes memory and speed only.
     """
 
+    before: Cost | None = None
+
     def __init__(
         self, collections: EncodedCollections, mode: Mode, name: str | None = None, batch_size: int = 128
     ) -> None:
@@ -275,7 +293,7 @@ class SentenceTransformersSystem(_Indexing):
             name=Path(source).name,
             kind="sentence-transformers",
             model=source,
-            revision=hash_folder(path) if path.is_dir() else str(commit or "unknown"),
+            revision=hash_folder(path) if path.is_dir() else str(commit or UNKNOWN),
             settings={
                 "max_seq_length": self._model.max_seq_length,
                 "similarity": similarity,
@@ -344,16 +362,24 @@ def ranked(index: ExactIndex, vectors: Array, requests: Sequence[Request], depth
     open_requests = [i for i, request in enumerate(requests) if request.pool is None]
     found: list[Scored] = [[] for _ in requests]
     if open_requests:
-        deepest = depth + max(len(requests[i].left_out) for i in open_requests)
-        result = index.search(vectors[open_requests], deepest)
-        for i, doc_ids, scores in zip(open_requests, result.doc_ids, result.scores, strict=True):
-            found[i] = _without(list(zip(doc_ids, map(float, scores), strict=True)), requests[i], depth)
+        deepest = depth + MARGIN + max(len(requests[i].left_out) for i in open_requests)
+        rows, products = index.search_rows(vectors[open_requests], deepest)
+        for i, line, scores in zip(open_requests, rows, products, strict=True):
+            last = min(depth + len(requests[i].left_out), len(line)) - 1
+            tied = len(line) < len(index) and scores[last] - scores[-1] < NOISE
+            found[i] = _without(_scored(index, np.arange(len(index)) if tied else line, vectors[i]), requests[i], depth)
     for i, request in enumerate(requests):
         if request.pool is not None:
-            doc_ids = sorted(request.pool - request.left_out)
-            scores = dict(zip(doc_ids, (index.vectors(doc_ids) @ vectors[i]).tolist(), strict=True)) if doc_ids else {}
-            found[i] = [(doc_id, scores[doc_id]) for doc_id in rank(scores, depth)]
+            pool = np.array([index.row(doc_id) for doc_id in request.pool - request.left_out], dtype=np.int64)
+            found[i] = _scored(index, pool, vectors[i])[:depth]
     return found
+
+
+def _scored(index: ExactIndex, rows: Rows, vector: Array) -> Scored:
+    """These documents, best first. Equal vectors get equal scores, which those of a matrix product need not be."""
+    scores = (index.vectors_at(rows) * vector).sum(axis=1)
+    found = {index.doc_ids[row]: float(score) for row, score in zip(rows, scores, strict=True)}
+    return [(doc_id, found[doc_id]) for doc_id in rank(found)]
 
 
 def _without(scored: Scored, request: Request, depth: int) -> Scored:

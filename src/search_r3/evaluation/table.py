@@ -9,17 +9,19 @@ from ..retrieval.metrics import MAIN
 from .results import Result, mean_scores
 from .statistics import Comparison
 
-HEADER = (
-    "nDCG@10 (95 %)",
-    "recall@100",
-    "MRR@10",
-    "MAP",
-    "tokens/query",
-    "ms/query",
-    "queries/s",
-    "documents/s",
-    "gain/100 tokens",
-)
+COLUMNS = {
+    MAIN: "nDCG@10 (95 %)",
+    "recall@100": "recall@100",
+    "mrr@10": "MRR@10",
+    "map": "MAP",
+    "p-mrr": "p-MRR",
+    "tokens_per_query": "tokens/query",
+    "ms_per_query": "ms/query",
+    "queries_per_second": "queries/s",
+    "documents_per_second": "documents/s",
+    "gain_per_100_tokens": "gain/100 tokens",
+}
+"""Key in `summary` -> heading."""
 AVERAGED = (MAIN, "recall@100", "mrr@10", "map")
 
 
@@ -56,24 +58,35 @@ def direct_of(result: Result, results: Sequence[Result]) -> Result | None:
     if result.system.mode != "reason":
         return None
     for other in results:
-        same = (other.place, other.system.kind, other.system.revision)
-        if other.system.mode == "direct" and same == (result.place, result.system.kind, result.system.revision):
+        if other.system.mode == "direct" and _model_and_place(other) == _model_and_place(result):
             return other
     return None
 
 
-def cells(row: dict[str, Any]) -> list[str]:
-    """A row of `summary` as text, in the order of `HEADER`."""
-    low, high = row[f"{MAIN}_interval"]
-    return [
-        f"{row[MAIN]:.3f} ({low:.3f} to {high:.3f})",
-        f"{row['recall@100']:.3f}",
-        f"{row['mrr@10']:.3f}",
-        f"{row['map']:.3f}",
-        f"{row['tokens_per_query']:.1f}",
-        *[shorten(row[name]) for name in ("ms_per_query", "queries_per_second", "documents_per_second")],
-        "" if row["gain_per_100_tokens"] is None else f"{row['gain_per_100_tokens']:+.3f}",
-    ]
+def _model_and_place(result: Result) -> tuple[Any, ...]:
+    system = result.system
+    return result.place, result.collection.hash, result.settings, system.kind, system.revision, system.settings
+
+
+def columns(results: Sequence[Result]) -> dict[str, str]:
+    """Those of `COLUMNS` that say something: p-MRR only where instructions change."""
+    followed = any("p-mrr" in result.scores for result in results)
+    return {key: heading for key, heading in COLUMNS.items() if key != "p-mrr" or followed}
+
+
+def cell(row: dict[str, Any], key: str) -> str:
+    """One value of `summary` as text; nothing where there is none."""
+    value = row.get(key)
+    if value is None:
+        return ""
+    if key == MAIN:
+        low, high = row[f"{MAIN}_interval"]
+        return f"{value:.3f} ({low:.3f} to {high:.3f})"
+    if key in ("ms_per_query", "queries_per_second", "documents_per_second"):
+        return shorten(value)
+    if key in ("p-mrr", "gain_per_100_tokens"):
+        return f"{value:+.3f}"
+    return f"{value:.1f}" if key == "tokens_per_query" else f"{value:.3f}"
 
 
 def averages(results: Sequence[Result]) -> dict[str, dict[str, float]]:
@@ -90,10 +103,13 @@ def averages(results: Sequence[Result]) -> dict[str, dict[str, float]]:
 
 def markdown(results: Sequence[Result], comparisons: Sequence[Comparison]) -> str:
     """Tables of results, of means over splits, and of comparisons."""
-    lines = [_line("collection", "split", "queries", "system", *HEADER), _rule(4 + len(HEADER))]
+    shown = columns(results)
+    lines = [_line("collection", "split", "queries", "system", *shown.values()), _rule(4 + len(shown))]
     for result in results:
         row = summary(result, results)
-        lines.append(_line(*result.place, str(row["queries"]), f"`{result.system.name}`", *cells(row)))
+        lines.append(
+            _line(*result.place, str(row["queries"]), f"`{result.system.name}`", *(cell(row, key) for key in shown))
+        )
     if means := averages(results):
         splits = len({result.place for result in results})
         lines += ["", _line(f"mean over {splits} splits", *AVERAGED), _rule(1 + len(AVERAGED))]

@@ -28,7 +28,10 @@ class BM25:
         self.doc_ids = list(doc_ids)
         self._rows = {doc_id: row for row, doc_id in enumerate(self.doc_ids)}
         self._bm25: Any = bm25s.BM25()
-        self._bm25.index(self._tokens(texts), show_progress=False)
+        tokens = self._tokens(texts)
+        self._empty = not any(tokens)  # bm25s cannot index documents that hold no word at all
+        if not self._empty:
+            self._bm25.index(tokens, show_progress=False)
 
     @staticmethod
     def release() -> str:
@@ -50,7 +53,7 @@ class BM25:
 
     def _best(self, tokens: list[str], k: int, pool: Iterable[str] | None) -> Scored:
         # A text of stop words alone has no tokens, for which bm25s raises an IndexError.
-        if not tokens:
+        if not tokens or self._empty:
             return []
         scores = self._bm25.get_scores(tokens)
         if pool is None:
