@@ -25,7 +25,6 @@ from ..model.prompts import Mode
 from ..retrieval.corpus import encode_corpus
 from ..retrieval.index import Array, ExactIndex, Rows
 from ..retrieval.lexical import BM25, Scored
-from ..retrieval.metrics import rank
 from .results import UNKNOWN, Cost, SystemInfo
 
 SENTENCE_TRANSFORMERS = "sentence-transformers:"
@@ -378,8 +377,9 @@ def ranked(index: ExactIndex, vectors: Array, requests: Sequence[Request], depth
 def _scored(index: ExactIndex, rows: Rows, vector: Array) -> Scored:
     """These documents, best first. Equal vectors get equal scores, which those of a matrix product need not be."""
     scores = (index.vectors_at(rows) * vector).sum(axis=1)
-    found = {index.doc_ids[row]: float(score) for row, score in zip(rows, scores, strict=True)}
-    return [(doc_id, found[doc_id]) for doc_id in rank(found)]
+    # Rows stand in descending order of doc_id, so the lower row comes first among equals, as the ranking rule says.
+    order = np.lexsort((rows, -scores))
+    return [(index.doc_ids[row], score) for row, score in zip(rows[order], scores[order].tolist(), strict=True)]
 
 
 def _without(scored: Scored, request: Request, depth: int) -> Scored:
