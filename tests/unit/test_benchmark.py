@@ -12,6 +12,7 @@ import torch
 from search_r3.data.collection import Collection, Document, Query
 from search_r3.errors import ConfigError, DataError, ModelError
 from search_r3.evaluation.benchmark import EvaluationOptions, evaluate, resolve_splits
+from search_r3.evaluation.ranking import Request, ranked
 from search_r3.evaluation.report import sampled_rewards
 from search_r3.evaluation.results import Result, load_result, load_results
 from search_r3.evaluation.runner import reasoning_baseline
@@ -19,11 +20,9 @@ from search_r3.evaluation.search import Searcher
 from search_r3.evaluation.systems import (
     BM25System,
     EncodedCollections,
-    Request,
     SearchR3System,
     System,
     index_documents,
-    ranked,
 )
 from search_r3.evaluation.table import gain_per_100_tokens, markdown
 from search_r3.model.encoder import SearchR3

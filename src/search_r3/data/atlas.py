@@ -32,6 +32,7 @@ from .atlas_text import (
     reasoning_styles,
 )
 from .collection import Collection, Document, Qrels, Query
+from .splits import divide_groups
 
 SPLIT_SHARES = {"sft": 0.30, "rl": 0.30, "dev": 0.10, "test": 0.30}
 MAX_QUERIES_PER_ANSWER = 4
@@ -139,15 +140,7 @@ def split_territories(atlas: Atlas, seed: int) -> dict[str, str]:
     weight = dict.fromkeys(atlas.facts["territory_currency"], 1)
     for territory in atlas.facts["city_territory"].values():
         weight[territory] += 1
-    order = sorted(weight)
-    random.Random(seed).shuffle(order)
-    order.sort(key=lambda territory: -weight[territory])
-    total, filled, chosen = sum(weight.values()), dict.fromkeys(SPLIT_SHARES, 0), {}
-    for territory in order:
-        split = max(SPLIT_SHARES, key=lambda name: SPLIT_SHARES[name] - filled[name] / total)
-        chosen[territory] = split
-        filled[split] += weight[territory]
-    return chosen
+    return divide_groups(weight, SPLIT_SHARES, seed)
 
 
 def follow(atlas: Atlas, path: tuple[str, ...], start: str) -> list[str] | None:

@@ -19,19 +19,19 @@ All functions of one top-level module stand in one split; `_pyio` counts as `io`
 from __future__ import annotations
 
 import ast
-import random
 import re
 import sys
 import sysconfig
 import tokenize
 import warnings
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 from ..errors import DataError
 from .collection import Collection, Document, Qrels, Query
+from .splits import divide_groups
 
 SPLIT_SHARES = {"train": 0.8, "dev": 0.1, "test": 0.1}
 MIN_QUERY_WORDS = 3
@@ -74,7 +74,8 @@ def build_stdlib(seed: int = 0) -> Collection:
             " as .py files (an embeddable or zipped one does not)"
         )
     groups = {function.doc_id: _group(function.doc_id) for function in kept}
-    split_of = _split_groups(Counter(groups.values()), seed)
+    # Modules of like size in seeded order, so that another seed gives other splits.
+    split_of = divide_groups(Counter(groups.values()), SPLIT_SHARES, seed, size=int.bit_length)
     queries: dict[str, Query] = {}
     qrels: dict[str, Qrels] = {name: {} for name in SPLIT_SHARES}
     for function in kept:
@@ -219,19 +220,3 @@ def _group(doc_id: str) -> str:
     """The top-level module, an accelerated one and its Python twin alike: `io` for `_pyio:IOBase.close`."""
     top = re.split(r"[.:]", doc_id, maxsplit=1)[0]
     return top.removeprefix("_py").lstrip("_").split("_")[0] if top.startswith("_") else top
-
-
-def _split_groups(weights: Mapping[str, int], seed: int) -> dict[str, str]:
-    """Give every group to one split by its number of functions.
-
-    Larger groups first, those of like size in seeded order, each to the split that lacks most of its share.
-    """
-    order = sorted(weights)
-    random.Random(seed).shuffle(order)
-    order.sort(key=lambda group: -weights[group].bit_length())
-    total, filled, chosen = sum(weights.values()), dict.fromkeys(SPLIT_SHARES, 0), {}
-    for group in order:
-        split = max(SPLIT_SHARES, key=lambda name: SPLIT_SHARES[name] - filled[name] / total)
-        chosen[group] = split
-        filled[split] += weights[group]
-    return chosen

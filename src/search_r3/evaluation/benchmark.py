@@ -22,9 +22,10 @@ from ..errors import ConfigError, DataError, ModelError
 from ..model.documents import Progress
 from ..retrieval.lexical import Scored
 from ..retrieval.metrics import MEASURES, measure, p_mrr, relevant_ids
+from .ranking import Request
 from .results import FORMAT, UNKNOWN, CollectionInfo, Cost, Result, SystemInfo, find_result, load_result, save_result
 from .statistics import bootstrap_intervals
-from .systems import Answers, Request, Searchable, System
+from .systems import Answers, Searchable, System
 
 PACKAGES = (
     "search-r3",
@@ -120,14 +121,15 @@ def evaluate(
     """
     options = options or EvaluationOptions()
     key = _key(system.info, collection, split, options)
-    path = find_result(folder, collection.name, split, key) if folder is not None else None
+    name = system.info.name
+    path = find_result(folder, collection.name, split, name, key) if folder is not None else None
     if path is not None:
         known = load_result(path)
         if known.key != key:
             raise DataError(f"{path} holds a result of another evaluation; remove it and evaluate again")
-        if known.system.name == system.info.name:
+        if known.system.name == name:
             return known
-        result = known.model_copy(update={"system": system.info})
+        result = known.renamed(name)
     else:
         result = _measured(system, collection, split, options, source or collection.name, key, watch)
     if folder is not None:

@@ -365,7 +365,7 @@ def _model_meta(model: SearchR3, mode: Mode, max_new_tokens: int | None) -> Mode
     source, weights = model.backbone.source, list(model.backbone.model.parameters())
     on_hub = "/" in source and not Path(source).is_dir()
     name = source if on_hub else f"local/{short_name(str(Path(source).resolve()))}"
-    dtype = str(weights[0].dtype).removeprefix("torch.")
+    dtype = model.backbone.dtype
     apart: dict[str, Any] = {} if dtype == "float32" else {"dtype": dtype}
     if mode == "reason" and max_new_tokens is not None:
         apart["max_new_tokens"] = max_new_tokens

@@ -33,6 +33,7 @@ from .plots import (
     system_colours,
 )
 from .results import Result
+from .statistics import check_same_state
 from .table import AVERAGED, averages, cell, columns, direct_of, summary
 
 SHOWN_QUERIES = 300
@@ -157,13 +158,7 @@ def _told_apart(results: Sequence[Result]) -> list[Result]:
     counts = Counter((result.place, result.system.name) for result in results)
     twice = {name for (_, name), count in counts.items() if count > 1}
     return [
-        result.model_copy(
-            update={
-                "system": result.system.model_copy(update={"name": f"{result.system.name} ({result.key[:7]})"}),
-            }
-        )
-        if result.system.name in twice
-        else result
+        result.renamed(f"{result.system.name} ({result.key[:7]})") if result.system.name in twice else result
         for result in results
     ]
 
@@ -174,11 +169,7 @@ def _by_place(results: Sequence[Result]) -> dict[Place, list[Result]]:
     for result in results:
         own = places.setdefault(result.place, [])
         own.append(result)
-        if (result.collection.hash, result.query_ids) != (own[0].collection.hash, own[0].query_ids):
-            raise DataError(
-                f"{own[0].system.name!r} and {result.system.name!r} were evaluated on different states of "
-                f"{result.collection.name!r}, {result.collection.split}; evaluate both again"
-            )
+        check_same_state(own[0], result)
     return places
 
 

@@ -179,8 +179,7 @@ def write_runs_page(runs: Sequence[Path], folder: Path, title: str | None, permu
             if (result.place, result.key) in known:
                 continue
             if (result.place, result.system.name) in taken:
-                system = result.system.model_copy(update={"name": result.system.name + suffix})
-                result = result.model_copy(update={"system": system})
+                result = result.renamed(result.system.name + suffix)
             results.append(result)
         if (run / REWARDS).exists():
             values = json.loads((run / REWARDS).read_text(encoding="utf-8"))

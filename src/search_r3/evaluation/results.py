@@ -85,6 +85,10 @@ class Result(_Part):
         """Collection and split."""
         return self.collection.name, self.collection.split
 
+    def renamed(self, name: str) -> Result:
+        """The same result of a system called otherwise."""
+        return self.model_copy(update={"system": self.system.model_copy(update={"name": name})})
+
     def file_name(self) -> str:
         """`collection.split.system.key.json`."""
         return result_name(self.collection.name, self.collection.split, self.system.name, self.key)
@@ -95,8 +99,11 @@ def result_name(collection: str, split: str, system: str, key: str) -> str:
     return ".".join([_plain(collection), _plain(split), _plain(system), key[:KEY_SHOWN], "json"])
 
 
-def find_result(folder: Path, collection: str, split: str, key: str) -> Path | None:
-    """The file of the result with this key, whatever the system was called in it."""
+def find_result(folder: Path, collection: str, split: str, system: str, key: str) -> Path | None:
+    """The file of the result with this key: that of the system's name, else of another name that it had."""
+    own = folder / result_name(collection, split, system, key)
+    if own.exists():
+        return own
     found = sorted(folder.glob(f"{_plain(collection)}.{_plain(split)}.*.{key[:KEY_SHOWN]}.json"))
     return found[0] if found else None
 

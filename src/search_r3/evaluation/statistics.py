@@ -112,6 +112,20 @@ def holm(p_values: Sequence[float]) -> list[float]:
     return corrected
 
 
+def check_same_state(first: Result, second: Result) -> None:
+    """Refuse two results of one split that are not over the same documents, judgements and queries.
+
+    Raises:
+        DataError: they are of two states of the collection; systems and files are named.
+    """
+    if first.collection.hash != second.collection.hash or first.query_ids != second.query_ids:
+        raise DataError(
+            f"{first.system.name!r} and {second.system.name!r} were evaluated on different states of "
+            f"{first.collection.name!r}, {first.collection.split}; evaluate both again, or remove one of "
+            f"{first.file_name()} and {second.file_name()}"
+        )
+
+
 def compare(results: Sequence[Result], permutations: int, seed: int) -> list[Comparison]:
     """Every pair of systems that stand on the same split, by nDCG@10; Holm's correction is over all of them.
 
@@ -125,12 +139,7 @@ def compare(results: Sequence[Result], permutations: int, seed: int) -> list[Com
     ]
     p_values = []
     for first, second in pairs:
-        if first.collection.hash != second.collection.hash or first.query_ids != second.query_ids:
-            raise DataError(
-                f"{first.system.name!r} and {second.system.name!r} were evaluated on different states of "
-                f"{first.collection.name!r}, {first.collection.split}; evaluate both again, or remove one of "
-                f"{first.file_name()} and {second.file_name()}"
-            )
+        check_same_state(first, second)
         p_values.append(paired_p_value(first.per_query[MAIN], second.per_query[MAIN], permutations, seed))
     return [
         Comparison(

@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib import metadata
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Generic, Protocol, TypeVar
 
 import numpy as np
 
@@ -23,24 +23,13 @@ from ..model.documents import Progress, check_finite
 from ..model.encoder import SearchR3
 from ..model.prompts import Mode
 from ..retrieval.corpus import encode_corpus
-from ..retrieval.index import Array, ExactIndex, Rows
+from ..retrieval.index import Array, ExactIndex
 from ..retrieval.lexical import BM25, Scored
+from .ranking import Request, ranked, without
 from .results import UNKNOWN, Cost, SystemInfo
 
+T = TypeVar("T")
 SENTENCE_TRANSFORMERS = "sentence-transformers:"
-MARGIN, NOISE = 32, 1e-5
-"""Documents beyond the depth that are scored once more, since a matrix product may order equal ones wrongly; and the
-difference of scores by which it may. Where the margin is all noise, every document is scored once more."""
-
-
-@dataclass(frozen=True)
-class Request:
-    """One query as a system sees it: `left_out` never stand in its ranking, `pool` are the only ones that can."""
-
-    query_id: str
-    text: str
-    left_out: frozenset[str] = frozenset()
-    pool: frozenset[str] | None = None
 
 
 @dataclass(frozen=True)
@@ -85,22 +74,30 @@ class System(Protocol):
         ...
 
 
-class _Indexing:
-    """A system that keeps the collection it indexed last, whose splits share the index."""
+class _Keeper(Generic[T]):
+    """Keeps what it made of the last collection, for its other splits and for other systems that share it."""
 
-    before: Cost | None = None
-    _held: tuple[str, Searchable] | None = None
+    _held: tuple[str, T] | None = None
 
-    def index(self, collection: Collection, progress: Progress | None = None) -> Searchable:
-        """Index all documents, unless they are those of the last call."""
+    def _kept(self, collection: Collection, progress: Progress | None) -> T:
         key = collection.content_hash()
         if self._held is None or self._held[0] != key:
-            self._held = None
+            self._held = None  # what is held is let go before the next is made
             self._held = key, self._indexed(collection, progress)
         return self._held[1]
 
-    def _indexed(self, collection: Collection, progress: Progress | None) -> Searchable:
+    def _indexed(self, collection: Collection, progress: Progress | None) -> T:
         raise NotImplementedError
+
+
+class _Indexing(_Keeper[Searchable]):
+    """A system that indexes by itself."""
+
+    before: Cost | None = None
+
+    def index(self, collection: Collection, progress: Progress | None = None) -> Searchable:
+        """Index all documents, unless they are those of the last call."""
+        return self._kept(collection, progress)
 
 
 class BM25System(_Indexing):
@@ -145,10 +142,10 @@ class _Lexical:
         found = self._index.search_scored(asked, deepest, [request.pool for request in requests])
         if progress is not None:
             progress(len(requests), 0)
-        return Answers([_without(scored, request, depth) for scored, request in zip(found, requests, strict=True)])
+        return Answers([without(scored, request, depth) for scored, request in zip(found, requests, strict=True)])
 
 
-class EncodedCollections:
+class EncodedCollections(_Keeper[tuple[ExactIndex, float | None]]):
     """The collections that one Search-R3 model has encoded; both of its modes search the same vectors.
 
     Args:
@@ -159,20 +156,13 @@ class EncodedCollections:
     def __init__(self, model: SearchR3, folder: Path | None = None) -> None:
         self.model = model
         self.revision = model.backbone.revision
-        self.dtype = str(model.backbone.model.dtype).removeprefix("torch.")
         self._folder = folder
-        self._held: tuple[str, ExactIndex, float | None] | None = None
 
     def encode(self, collection: Collection, progress: Progress | None = None) -> tuple[ExactIndex, float | None]:
         """The index, and documents encoded per second; the collection of the last call is not encoded again."""
-        key = collection.content_hash()
-        if self._held is None or self._held[0] != key:
-            self._held = None
-            index, speed = self._encoded(collection, key, progress)
-            self._held = key, index, speed
-        return self._held[1:]
+        return self._kept(collection, progress)
 
-    def _encoded(self, collection: Collection, key: str, progress: Progress | None) -> tuple[ExactIndex, float | None]:
+    def _indexed(self, collection: Collection, progress: Progress | None) -> tuple[ExactIndex, float | None]:
         started, fresh = time.perf_counter(), len(collection.documents)
         if self._folder is None:
             index = index_documents(self.model, collection, progress=progress)
@@ -185,7 +175,7 @@ class EncodedCollections:
         index = encode_corpus(
             self.model,
             sorted(collection.texts().items()),  # the key is that of the documents in any order
-            self._path(key),
+            self._path(collection),
             dtype="float32",
             on_start=begin,
             progress=progress,
@@ -196,11 +186,11 @@ class EncodedCollections:
         """Remove what is on the disk of a collection whose results are complete."""
         self._held = None
         if self._folder is not None:
-            shutil.rmtree(self._path(collection.content_hash()), ignore_errors=True)
+            shutil.rmtree(self._path(collection), ignore_errors=True)
 
-    def _path(self, key: str) -> Path:
+    def _path(self, collection: Collection) -> Path:
         assert self._folder is not None
-        return self._folder / f"{self.revision[:12]}-{self.dtype}-{key[:12]}"
+        return self._folder / f"{self.revision[:12]}-{self.model.backbone.dtype}-{collection.content_hash()[:12]}"
 
 
 class SearchR3System:
@@ -229,7 +219,7 @@ class SearchR3System:
             mode=mode,
             settings={
                 **backbone.settings.model_dump(),
-                "dtype": collections.dtype,
+                "dtype": backbone.dtype,
                 "sampling_temperature": 0.0,
             },
         )
@@ -354,36 +344,6 @@ def index_documents(model: SearchR3, collection: Collection, *, progress: Progre
     """Encode a whole collection into an exact index."""
     texts = collection.texts()
     return ExactIndex(list(texts), model.encode_document(list(texts.values()), progress=progress))
-
-
-def ranked(index: ExactIndex, vectors: Array, requests: Sequence[Request], depth: int) -> list[Scored]:
-    """The documents of each request, best first, at most `depth`, under its restrictions."""
-    open_requests = [i for i, request in enumerate(requests) if request.pool is None]
-    found: list[Scored] = [[] for _ in requests]
-    if open_requests:
-        deepest = depth + MARGIN + max(len(requests[i].left_out) for i in open_requests)
-        rows, products = index.search_rows(vectors[open_requests], deepest)
-        for i, line, scores in zip(open_requests, rows, products, strict=True):
-            last = min(depth + len(requests[i].left_out), len(line)) - 1
-            tied = len(line) < len(index) and scores[last] - scores[-1] < NOISE
-            found[i] = _without(_scored(index, np.arange(len(index)) if tied else line, vectors[i]), requests[i], depth)
-    for i, request in enumerate(requests):
-        if request.pool is not None:
-            pool = np.array([index.row(doc_id) for doc_id in request.pool - request.left_out], dtype=np.int64)
-            found[i] = _scored(index, pool, vectors[i])[:depth]
-    return found
-
-
-def _scored(index: ExactIndex, rows: Rows, vector: Array) -> Scored:
-    """These documents, best first. Equal vectors get equal scores, which those of a matrix product need not be."""
-    scores = (index.vectors_at(rows) * vector).sum(axis=1)
-    # Rows stand in descending order of doc_id, so the lower row comes first among equals, as the ranking rule says.
-    order = np.lexsort((rows, -scores))
-    return [(index.doc_ids[row], score) for row, score in zip(rows[order], scores[order].tolist(), strict=True)]
-
-
-def _without(scored: Scored, request: Request, depth: int) -> Scored:
-    return [(doc_id, score) for doc_id, score in scored if doc_id not in request.left_out][:depth]
 
 
 def _packaged(source: str) -> Path | None:

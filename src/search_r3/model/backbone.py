@@ -63,6 +63,11 @@ class Backbone:
         return device
 
     @property
+    def dtype(self) -> str:
+        """The precision of the weights, e.g. `float32`."""
+        return str(self.model.dtype).removeprefix("torch.")
+
+    @property
     def dimension(self) -> int:
         """`D`, the size of a search embedding."""
         return int(self.model.config.get_text_config().hidden_size)
