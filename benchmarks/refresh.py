@@ -147,7 +147,7 @@ def trajectory(recipe: Recipe, base: Path, path: Path, budgets: Sequence[float])
     collection, settings = load_collection(recipe.collection), recipe.grpo
     qrels = {query_id: gains for split in settings.splits for query_id, gains in collection.split(split).items()}
     model = load_model(recipe, base)
-    engine = make_engine(model, settings, recipe.seed)
+    engine = make_engine(model, recipe, settings)
 
     def environment(encoder: DocumentEncoder, refresh: RefreshSettings) -> RetrievalEnvironment:
         limits = {"k": settings.reward_k, "max_new_tokens": recipe.max_new_tokens, "seed": recipe.seed}
@@ -160,13 +160,13 @@ def trajectory(recipe: Recipe, base: Path, path: Path, budgets: Sequence[float])
     start, true_rewards, steps = truth.index.matrix.copy(), [], []
     for step in range(settings.steps):
         started = time.perf_counter()
-        experience = collect(model, truth, recipe, step)
+        experience = collect(model, truth, recipe, step, engine)
         true_rewards += experience.feedback.rewards
         collected = time.perf_counter()
         for shadow in shadows.values():
             shadow.answer(truth, experience, step, recipe)
         answered = time.perf_counter()
-        values = update(model, engine, None, truth, experience, settings)
+        values = update(model, engine, truth, experience, settings)
         steps.append(
             {
                 "reward": fmean(experience.feedback.rewards),

@@ -178,7 +178,7 @@ def our_step(
     from search_r3.training.grpo import collect, update
 
     parts, lengths, decode = Parts(), schedule(options), model.rollouts
-    engine = make_engine(model, recipe.grpo, recipe.seed)
+    engine = make_engine(model, recipe, recipe.grpo)
 
     def rollouts(prompts: Sequence[Sequence[int]], **given: Any) -> Any:
         given["max_new_tokens"] = [length + 1 for length in next(lengths)]
@@ -190,8 +190,8 @@ def our_step(
 
     def step(number: int) -> None:
         parts.begin()
-        experience = collect(model, environment, recipe, number)
-        values = update(model, engine, None, environment, experience, recipe.grpo)
+        experience = collect(model, environment, recipe, number, engine)
+        values = update(model, engine, environment, experience, recipe.grpo)
         parts.end("update")
         say(f"step {number}: ours {parts.steps[-1]}, gradient norm {values['grad_norm']:.3f}")
 

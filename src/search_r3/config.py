@@ -8,7 +8,7 @@ from __future__ import annotations
 import difflib
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar, get_args
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
@@ -20,6 +20,9 @@ class Section(BaseModel):
     """A frozen group of settings that refuses keys it does not know."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+S = TypeVar("S", bound=Section)
 
 
 class BaseModelSettings(Section):
@@ -50,13 +53,30 @@ class SFTSettings(Section):
         description="Sampling weight of each style of reasoning trace; a query that has one trace uses it.",
     )
     random_negatives: int = Field(1, ge=0, description="Random negatives per query.")
-    bm25_negatives: int = Field(1, ge=0, description="BM25-mined negatives per query.")
+    bm25_negatives: int = Field(
+        1,
+        ge=0,
+        description="Hard negatives per query: those that its metadata names (`search-r3 data mine`), else those that "
+        "BM25 finds when training starts.",
+    )
     cross_entropy_weight: float = Field(1.0, ge=0, description="Weight of L_SFT.")
     kl_weight: float = Field(1.0, ge=0, description="Weight of L_KL to the frozen base, over the vocabulary.")
     info_nce_weight: float = Field(1.0, ge=0, description="Weight of L_InfoNCE.")
     triplet_weight: float = Field(1.0, ge=0, description="Weight of L_TripletMargin.")
     contrastive_temperature: float = Field(0.05, gt=0, description="tau of InfoNCE.")
     triplet_margin: float = Field(0.1, ge=0, le=2, description="theta of the triplet loss, in cosine.")
+    micro_batch_size: int | None = Field(
+        None,
+        ge=1,
+        description="Sequences per forward and backward pass; the gradients of the vectors are then cached (arXiv "
+        "2101.06983), so that memory does not grow with batch_size, for one more forward pass. Null: the whole batch "
+        "at once.",
+    )
+    matryoshka_dimensions: tuple[int, ...] = Field(
+        (),
+        description="Prefixes of the vector that L_InfoNCE and L_TripletMargin are taken of too; the losses of all "
+        "sizes are averaged (arXiv 2205.13147).",
+    )
 
     @model_validator(mode="after")
     def _need_negatives(self) -> SFTSettings:
@@ -66,6 +86,19 @@ class SFTSettings(Section):
                 "set triplet_weight=0 or ask for negatives"
             )
         return self
+
+
+class LoRASettings(Section):
+    """Low-rank adapters (arXiv 2106.09685) instead of training all weights; they have no dropout."""
+
+    rank: int = Field(0, ge=0, description="Rank of the adapters; 0 trains all weights.")
+    alpha: int = Field(32, gt=0, description="The adapters' output is multiplied by alpha / rank.")
+    target_modules: tuple[str, ...] = Field(
+        ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"),
+        min_length=1,
+        description="Names of the linear layers that get adapters.",
+    )
+    train_embed_token: bool = Field(True, description="Also train the embed token's row of the token table.")
 
 
 class RewardWeights(Section):
@@ -185,7 +218,17 @@ class Recipe(Section):
     prompts: Literal["search-r3", "published"] = Field("search-r3", description="Prompt set, saved with the model.")
     max_length: int = Field(128, ge=8, description="Longest prompt in tokens; longer texts lose their end, counted.")
     max_new_tokens: int = Field(64, ge=1, description="Reasoning budget in tokens, the embed token included.")
-    dtype: Literal["float32", "bfloat16"] = Field("float32", description="Precision of weights and computation.")
+    dtype: Literal["float32", "bfloat16"] = Field("float32", description="Precision of the weights.")
+    mixed_precision: Literal["no", "bf16"] = Field(
+        "no", description="bf16: compute in bfloat16 while weights and optimizer stay as `dtype` says."
+    )
+    gradient_checkpointing: bool = Field(
+        False, description="Compute activations again in the backward pass instead of keeping them."
+    )
+    lora: LoRASettings = LoRASettings()
+    trackers: tuple[Literal["tensorboard", "wandb", "trackio"], ...] = Field(
+        (), description="Where metrics go beside metrics.jsonl, through accelerate; each needs its own package."
+    )
     save_every: int = Field(50, ge=1, description="Steps between checkpoints.")
     base_model: BaseModelSettings = BaseModelSettings()
     sft: SFTSettings = SFTSettings()
@@ -203,6 +246,15 @@ def load_recipe(path: str | Path | None, overrides: Sequence[str] = ()) -> Recip
     Raises:
         ConfigError: the file cannot be read, a key is unknown (the nearest known one is named) or a value does not fit.
     """
+    return load_settings(Recipe, path, overrides)
+
+
+def load_settings(kind: type[S], path: str | Path | None, overrides: Sequence[str] = ()) -> S:
+    """Read settings of any kind from YAML, as `load_recipe` does.
+
+    Raises:
+        ConfigError: as `load_recipe`.
+    """
     values: Any = {}
     if path is not None:
         try:
@@ -216,14 +268,26 @@ def load_recipe(path: str | Path | None, overrides: Sequence[str] = ()) -> Recip
     for override in overrides:
         _apply(values, override)
     try:
-        return Recipe.model_validate(values)
+        return kind.model_validate(values)
     except ValidationError as error:
-        raise ConfigError(_explain(error, path)) from error
+        raise ConfigError(_explain(error, kind, path)) from error
 
 
 def dump_recipe(recipe: Recipe) -> str:
     """The resolved settings as YAML, readable by `load_recipe`."""
     return yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False)
+
+
+def flat_settings(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Settings of all sections under names such as `grpo.refresh.policy`."""
+    flat: dict[str, Any] = {}
+    for key, value in values.items():
+        name = f"{prefix}{key}"
+        if isinstance(value, dict) and value:
+            flat.update(flat_settings(value, f"{name}."))
+        else:
+            flat[name] = value
+    return flat
 
 
 def _apply(values: dict[str, Any], override: str) -> None:
@@ -249,16 +313,23 @@ def _apply(values: dict[str, Any], override: str) -> None:
             return
 
 
-def _explain(error: ValidationError, path: str | Path | None) -> str:
-    """One line for the first of pydantic's errors, with the nearest known key for an unknown one."""
-    first = error.errors()[0]
+def _explain(error: ValidationError, kind: type[Section], path: str | Path | None) -> str:
+    """One line for the first of pydantic's errors, an unknown key before others, with the nearest known one."""
+    first = min(error.errors(), key=lambda one: one["type"] != "extra_forbidden")
     key = ".".join(str(part) for part in first["loc"]) or "recipe"
     where = f"{path}: " if path is not None else ""
     if first["type"] == "extra_forbidden":
-        section: Any = Recipe
+        section = kind
         for part in first["loc"][:-1]:
-            section = section.model_fields[str(part)].annotation
+            section = section if isinstance(part, int) else _section(section.model_fields[part].annotation)
         near = difflib.get_close_matches(str(first["loc"][-1]), section.model_fields, n=1)
         hint = f"; did you mean {near[0]!r}?" if near else f"; known here: {', '.join(section.model_fields)}"
         return f"{where}unknown setting {key!r}{hint}"
     return f"{where}{key} = {first['input']!r}: {first['msg']}"
+
+
+def _section(annotation: Any) -> type[Section]:
+    """The section that a field holds: itself, or one of several."""
+    if isinstance(annotation, type) and issubclass(annotation, Section):
+        return annotation
+    return next(_section(inner) for inner in get_args(annotation) if inner is not Ellipsis)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 import time
 from contextlib import contextmanager
@@ -31,7 +32,13 @@ def say(text: str) -> None:
     """Show one line as it is, however narrow the terminal: a path in it can be copied."""
     from rich import get_console
 
-    get_console().print(text, markup=False, soft_wrap=True)
+    if first_process():
+        get_console().print(text, markup=False, soft_wrap=True)
+
+
+def first_process() -> bool:
+    """Whether this process speaks for all: of several that train together only the first one does."""
+    return os.environ.get("RANK", "0") == "0"
 
 
 def ask() -> str:
@@ -55,11 +62,11 @@ class Bar:
         self._progress.reset(self._task, total=total, completed=done)
         self._started = time.perf_counter()
 
-    def advance(self, texts: int, tokens: int) -> None:
-        """Count texts and tokens done since the last call."""
+    def advance(self, texts: int, tokens: int, note: str = "") -> None:
+        """Count texts and tokens done since the last call; `note` is shown after the speed."""
         self.texts += texts
         self.tokens += tokens
-        self._progress.update(self._task, advance=texts, speed=self.speed)
+        self._progress.update(self._task, advance=texts, speed=self.speed + note)
 
     @property
     def speed(self) -> str:
@@ -94,7 +101,7 @@ def live() -> Iterator[Callable[[str, int, int, dict[str, float]], None]]:
     columns = (TextColumn("{task.description}"), BarColumn(20), MofNCompleteColumn(), TimeElapsedColumn())
     latest: dict[str, float] = {}
     tasks: dict[str, Any] = {}
-    with Progress(*columns, TextColumn("{task.fields[line]}")) as progress:
+    with Progress(*columns, TextColumn("{task.fields[line]}"), disable=not first_process()) as progress:
 
         def observe(stage: str, step: int, steps: int, values: dict[str, float]) -> None:
             if stage not in tasks:
@@ -108,12 +115,12 @@ def live() -> Iterator[Callable[[str, int, int, dict[str, float]], None]]:
 
 
 @contextmanager
-def watching() -> Iterator[Callable[[str, int], Callable[[int, int], None]]]:
+def watching() -> Iterator[Callable[[str, int | None], Callable[[int, int], None]]]:
     """A progress bar for one thing after another; each call begins the next."""
     with _progress() as progress:
         tasks: list[TaskID] = []
 
-        def watch(what: str, total: int) -> Callable[[int, int], None]:
+        def watch(what: str, total: int | None) -> Callable[[int, int], None]:
             for task in tasks:
                 progress.remove_task(task)
             tasks[:] = [progress.add_task(what, total=total, speed="")]

@@ -33,3 +33,11 @@ class RewardError(SearchR3Error):
 
 class RunError(SearchR3Error):
     """A run directory or a checkpoint that cannot be used, or a training that cannot go on."""
+
+
+class StoppedError(SearchR3Error):
+    """A training that was asked to stop, and has saved everything."""
+
+
+class HubError(SearchR3Error):
+    """A repository on the hub that cannot be reached, read or written."""

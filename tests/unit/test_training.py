@@ -16,7 +16,8 @@ from search_r3.errors import ConfigError, DataError, RunError
 from search_r3.model.encoder import SearchR3
 from search_r3.retrieval.lexical import BM25
 from search_r3.training import grpo, sft
-from search_r3.training.engine import make_engine, warmup_cosine
+from search_r3.training.batches import find_false_negatives, make_batch, tokenise
+from search_r3.training.engine import Engine, make_engine, warmup_cosine
 from search_r3.training.run import Run
 from tests.conftest import favour
 
@@ -79,53 +80,83 @@ def test_false_negatives_are_masked(collection: Collection) -> None:
     qrels = {"train": {"q00": {"d00": 1, "d05": 1}, "q01": {"d01": 1}}}
     examples = training_examples(Collection("t", documents, collection.queries, qrels), "train")
     chosen = ["d00", "d01"]
-    texts = {doc_id: documents[doc_id].full_text for doc_id in ("d00", "d01", "d05", "twin", "d09")}
-    mask = sft.false_negatives(examples, chosen, texts, Collection("t", documents, collection.queries, qrels))
+    columns = {doc_id: column for column, doc_id in enumerate(("d00", "d01", "d05", "twin", "d09"))}
+    mask = find_false_negatives(examples, chosen, columns, Collection("t", documents, collection.queries, qrels))
     assert mask.tolist() == [[False, False, True, True, False], [False] * 5]
 
 
 def test_a_batch_points_at_its_embed_tokens_and_documents(model: SearchR3, collection: Collection) -> None:
     settings = SFTSettings(batch_size=6)
     examples = training_examples(collection, "train")[:6]
-    batch = sft.make_batch(model.backbone, collection, examples, settings, random.Random(0))
+    batch = make_batch(collection, list(collection.documents), examples, settings, random.Random(0))
     encoder = model.backbone.prompt_encoder
-    for example, direct, reasoned in zip(examples, batch.direct, batch.reasoned, strict=True):
+    share = tokenise(batch, collection, encoder, range(6), range(len(batch.doc_ids)))
+    for row, (example, direct, reasoned) in enumerate(zip(examples, share.direct, share.reasoned, strict=True)):
         for sequence in (direct, reasoned):
             assert sequence.ids[sequence.embed_position] == model.backbone.embed_token_id
         # Up to the embed token the direct sequence is what encode_query feeds: one vector in training and in use.
         assert direct.ids[: direct.embed_position + 1] == encoder.encode(example.query.text, "direct").ids
         assert reasoned.ids[: reasoned.prompt_length] == encoder.encode(example.query.text, "reason").ids
+        assert (direct.place, reasoned.place) == (row, row + 6)
     for row, example in enumerate(examples):
         text = collection.documents[example.positive_ids[0]].full_text
-        assert batch.documents[batch.positives[row]] == encoder.encode(text, "document").ids
+        assert share.documents[batch.positives[row]].ids == encoder.encode(text, "document").ids
         assert batch.positives[row] not in batch.negatives[row]
+    part = tokenise(batch, collection, encoder, range(2, 4), [1])
+    assert part.direct == share.direct[2:4]
+    assert part.documents == share.documents[1:2]
 
 
 def test_each_weight_of_stage_1_reaches_the_total(model: SearchR3, collection: Collection) -> None:
     settings = SFTSettings(batch_size=4)
-    base = model.backbone.frozen_copy()
+    engine = make_engine(model, Recipe(sft=settings), settings)
     with torch.no_grad():
         for parameter in model.backbone.model.parameters():
             parameter.add_(0.01 * torch.randn_like(parameter))
-    batch = sft.make_batch(
-        model.backbone, collection, training_examples(collection, "train")[:4], settings, random.Random(0)
+    examples = training_examples(collection, "train")[:4]
+    batch = make_batch(collection, list(collection.documents), examples, settings, random.Random(0))
+    share = sft.take_share(engine, batch, collection, model)
+
+    def values(settings: SFTSettings) -> dict[str, float]:
+        model.backbone.model.zero_grad()
+        return sft.compute_gradients(engine, model.backbone, batch, share, settings)
+
+    whole = values(settings)
+    assert list(whole) == ["loss", "cross_entropy", "kl", "info_nce", "triplet"]
+    assert whole["kl"] > 0, "the tuned model differs from its base"
+    assert whole["loss"] == pytest.approx(sum(whole.values()) - whole["loss"], rel=1e-5)
+    gradient = gradients(model)
+    for name in ("cross_entropy", "kl", "info_nce", "triplet"):
+        without = values(settings.model_copy(update={f"{name}_weight": 0.0}))
+        assert whole["loss"] - without["loss"] == pytest.approx(whole[name], rel=1e-4)
+        assert (gradients(model) - gradient).abs().max() > 1e-6, f"{name} has a gradient"
+
+
+def test_shorter_prefixes_share_the_contrastive_losses(model: SearchR3, collection: Collection) -> None:
+    settings = SFTSettings(batch_size=3, matryoshka_dimensions=(8,))
+    examples = training_examples(collection, "train")[:3]
+    batch = make_batch(collection, list(collection.documents), examples, settings, random.Random(0))
+    generator = torch.Generator().manual_seed(0)
+    queries, documents = (
+        torch.nn.functional.normalize(torch.randn(count, 32, generator=generator), dim=-1)
+        for count in (6, len(batch.doc_ids))
     )
-    parts = sft.batch_losses(model.backbone, base, batch, settings)
-    assert set(parts) == {"cross_entropy", "kl", "info_nce", "triplet"}
-    assert parts["kl"].item() > 0, "the tuned model differs from its base"
-    whole = sft.total_loss(parts, settings).item()
-    assert whole == pytest.approx(sum(part.item() for part in parts.values()), rel=1e-5)
-    for name, part in parts.items():
-        less = sft.total_loss(parts, settings.model_copy(update={f"{name}_weight": 0.0})).item()
-        assert whole - less == pytest.approx(part.item(), rel=1e-4)
+    both = sft.contrastive_losses(queries, documents, batch, range(6), settings)
+    alone = settings.model_copy(update={"matryoshka_dimensions": ()})
+    long = sft.contrastive_losses(queries, documents, batch, range(6), alone)
+    short = sft.contrastive_losses(sft.shorten(queries, 8), sft.shorten(documents, 8), batch, range(6), alone)
+    for name in ("info_nce", "triplet"):
+        assert both[name].item() == pytest.approx((long[name] + short[name]).item() / 2)
+        assert long[name].item() != pytest.approx(short[name].item())
+    with pytest.raises(ConfigError, match="matryoshka_dimensions holds 32; expected prefixes of a vector of 32"):
+        sft._check_dimensions(32, SFTSettings(matryoshka_dimensions=(8, 32)))
 
 
-def test_a_style_without_weight_is_named(model: SearchR3, collection: Collection) -> None:
+def test_a_style_without_weight_is_named(collection: Collection) -> None:
     settings = SFTSettings(reasoning_styles={"poem": 1.0})
+    examples = training_examples(collection, "train")[:2]
     with pytest.raises(ConfigError, match="has reasoning styles chain, restate, none of which has a weight"):
-        sft.make_batch(
-            model.backbone, collection, training_examples(collection, "train")[:2], settings, random.Random(0)
-        )
+        make_batch(collection, list(collection.documents), examples, settings, random.Random(0))
 
 
 # Stage 2
@@ -152,17 +183,17 @@ def test_micro_batches_change_memory_only(
 ) -> None:
     settings = recipe(embedding_loss_weight=0.5, kl_coefficient=0.1, micro_batch_size=micro_batch_size)
     environment, batch = experience(model, collection, settings)
-    reference = model.backbone.frozen_copy()
-    engine = make_engine(model, settings.grpo, seed=0)
-    found = {}
-    monkeypatch.setattr(type(engine), "step", lambda self, parameters, norm: found.update(g=gradients(model)) or 0.0)
-    values = grpo.update(model, engine, reference, environment, batch, settings.grpo)
+    engine = make_engine(model, settings, settings.grpo)
+    monkeypatch.setattr(Engine, "clip", lambda self, norm: 0.0)
+    monkeypatch.setattr(Engine, "step", lambda self: None)
+    values = grpo.update(model, engine, environment, batch, settings.grpo)
+    found = gradients(model)
     model.backbone.model.zero_grad()
     whole = settings.grpo.model_copy(update={"micro_batch_size": 12})
-    tokens = sum(sum(rollout.completion_mask) for rollout in batch.rollouts)
-    loss, expected = grpo._micro_loss(model, reference, environment, batch, range(12), whole, tokens)
+    totals = {"tokens": sum(sum(rollout.completion_mask) for rollout in batch.rollouts), "rollouts": 12}
+    loss, expected = grpo._micro_loss(model, engine, environment, batch, range(12), whole, totals)
     loss.backward()
-    difference = (found["g"] - gradients(model)).abs().max().item()
+    difference = (found - gradients(model)).abs().max().item()
     assert difference <= 1e-5 * gradients(model).abs().max().item()
     assert values["loss"] == pytest.approx(expected["loss"], abs=1e-5)
     assert values["sampler_gap"] < 1e-5, "decoding and training must agree on the log-probabilities"
@@ -205,8 +236,9 @@ def test_every_query_is_seen_once_a_pass_in_a_seeded_order() -> None:
 def test_a_policy_that_never_emits_the_token_is_named(model: SearchR3, collection: Collection) -> None:
     settings = recipe()
     favour(model.backbone, model.backbone.embed_token_id, -1000.0)
+    engine = make_engine(model, settings, settings.grpo)
     with pytest.raises(RunError, match=r"none of 12 rollouts at step 5 emitted the embed token within \d+ tokens"):
-        grpo.collect(model, world(model, collection, settings.grpo), settings, step=4)
+        grpo.collect(model, world(model, collection, settings.grpo), settings, 4, engine)
 
 
 def test_the_collapse_alarm_tells_spread_from_collapsed_vectors() -> None:
@@ -217,7 +249,7 @@ def test_the_collapse_alarm_tells_spread_from_collapsed_vectors() -> None:
 def test_metrics_of_a_batch_by_hand(model: SearchR3, collection: Collection) -> None:
     settings = recipe()
     _, batch = experience(model, collection, settings)
-    values = grpo.describe(batch)
+    values = grpo.describe(batch, make_engine(model, settings, settings.grpo))
     assert values["forced_share"] == pytest.approx(sum(r.forced for r in batch.rollouts) / 12)
     assert values["reward"] == pytest.approx(sum(batch.feedback.rewards) / 12)
     assert values["share_ge_half"] == pytest.approx(sum(p.ranking >= 0.5 for p in batch.feedback.parts) / 12)

@@ -8,6 +8,9 @@ collective of the gradients (whose watchdog is short) ever waits for another pro
 
 from __future__ import annotations
 
+import contextlib
+import re
+import time
 from collections.abc import Sequence
 from datetime import timedelta
 from typing import Any, Protocol
@@ -20,6 +23,10 @@ from ..errors import RunError
 from ..retrieval.index import Array
 
 PATIENCE = timedelta(minutes=30)
+LINGER = timedelta(seconds=5)
+"""How long the first process stays, with the store that it may keep, for the others to read who is missing."""
+_LOST = "search-r3/lost"
+_MISSING = re.compile(r"Ranks? ([\d, ]+) failed to pass")
 
 
 class Exchange(Protocol):
@@ -28,8 +35,8 @@ class Exchange(Protocol):
     rank: int
     world_size: int
 
-    def meet(self) -> None:
-        """Wait until every process is here."""
+    def meet(self, patience: timedelta | None = None) -> None:
+        """Wait until every process is here, for `patience` or as long as is usual."""
         ...
 
     def gather(self, value: Any) -> list[Any]:
@@ -46,7 +53,7 @@ class Alone:
 
     rank, world_size = 0, 1
 
-    def meet(self) -> None:
+    def meet(self, patience: timedelta | None = None) -> None:
         """There is nobody to wait for."""
 
     def gather(self, value: Any) -> list[Any]:
@@ -72,10 +79,10 @@ class Together:
         self.rank, self.world_size, self.patience = dist.get_rank(), dist.get_world_size(), patience
         self._group = dist.new_group(backend="gloo", timeout=patience)
 
-    def meet(self) -> None:
+    def meet(self, patience: timedelta | None = None) -> None:
         """Wait for the others, on the CPU and outside every collective."""
         try:
-            dist.monitored_barrier(self._group, timeout=self.patience, wait_all_ranks=True)
+            dist.monitored_barrier(self._group, timeout=patience or self.patience, wait_all_ranks=True)
         except RuntimeError as error:
             raise self._lost(error) from error
 
@@ -102,9 +109,20 @@ class Together:
         return [share[:count].numpy() for share, count in zip(everyone, counts, strict=True)]
 
     def _lost(self, error: RuntimeError) -> RunError:
+        """The error that names who is missing: the first process finds out, and tells the others through the store."""
+        said, named = " ".join(str(error).split()), "0"
+        store = dist.distributed_c10d._get_default_store()
+        with contextlib.suppress(RuntimeError):  # nobody answers where the first process itself has died
+            if self.rank == 0:
+                found = _MISSING.search(said)
+                store.set(_LOST, found[1].strip() if found else "unknown")
+                time.sleep(LINGER.total_seconds())
+            else:
+                store.wait([_LOST], LINGER)
+            named = store.get(_LOST).decode()
         return RunError(
-            f"rank {self.rank} of {self.world_size} lost another process while documents were exchanged "
-            f"({' '.join(str(error).split())}); look at that process's own error, then start again with --resume"
+            f"rank {self.rank} of {self.world_size} lost another process: rank {named} did not come ({said}); look at "
+            "that process's own error, then start again with --resume"
         )
 
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import copy
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -103,22 +103,33 @@ class Backbone:
         ids, mask = pad(sequences, self.tokenizer.pad_token_id, self.device)
         return vectors_at(self.hidden_states(ids, mask), mask.sum(-1) - 1)
 
-    def frozen_copy(self) -> Backbone:
-        """The same model with weights of its own that do not learn: the reference of a KL term."""
+    def frozen_copy(self, dtype: str | None = None) -> Backbone:
+        """The same model with weights of its own that do not learn: the reference of a KL term.
+
+        Args:
+            dtype: their precision; as they are by default.
+        """
         model = copy.deepcopy(self.model).eval().requires_grad_(False)
+        if dtype is not None:
+            model.to(DTYPES[dtype])
         return Backbone(model, self.tokenizer, self.settings, self.embed_token_id, self.source)
 
-    def save(self, folder: str | Path, dtype: str | None = None) -> None:
+    def save(self, folder: str | Path, dtype: str | None = None, *, state: Mapping[str, Tensor] | None = None) -> None:
         """Write weights (safetensors), tokenizer and settings; an existing folder is replaced when all is written.
 
         Args:
             folder: the model directory.
             dtype: storage type of the weights (`float16` halves the file); as they are by default.
+            state: the weights by name, where the model itself holds only a part of them.
         """
         with atomic_directory(Path(folder)) as out:
-            self.model.save_pretrained(out, state_dict=storage_state(self.model, dtype))
-            self.tokenizer.save_pretrained(out)
-            write_json(out / SETTINGS_FILE, self.settings.model_dump())
+            self.model.save_pretrained(out, state_dict=storage_state(self.model, dtype, state))
+            self.save_companions(out)
+
+    def save_companions(self, folder: Path) -> None:
+        """Write what stands beside the weights: tokenizer and settings."""
+        self.tokenizer.save_pretrained(folder)
+        write_json(folder / SETTINGS_FILE, self.settings.model_dump())
 
 
 def load_backbone(
@@ -173,12 +184,12 @@ def load_backbone(
     return backbone
 
 
-def storage_state(model: Any, dtype: str | None) -> dict[str, Tensor]:
+def storage_state(model: Any, dtype: str | None, state: Mapping[str, Tensor] | None = None) -> dict[str, Tensor]:
     """The weights in their storage type; tied ones stay one tensor, so that they are written once."""
     converted: dict[int, Tensor] = {}
     return {
         name: converted.setdefault(value.data_ptr(), value if dtype is None else value.to(DTYPES[dtype]))
-        for name, value in model.state_dict().items()
+        for name, value in (model.state_dict() if state is None else state).items()
     }
 
 

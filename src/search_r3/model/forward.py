@@ -211,7 +211,7 @@ def last_hidden(model: Any, ids: Tensor, positions: Tensor, last: Tensor, attent
     Returns:
         `B x D`.
     """
-    if _drivable(model):
+    if is_drivable(model):
         return _drive(model.base_model, ids, positions, last, attention)
     with _own_attention(model):
         output = model.base_model(
@@ -221,7 +221,8 @@ def last_hidden(model: Any, ids: Tensor, positions: Tensor, last: Tensor, attent
     return hidden[torch.arange(len(ids), device=ids.device), last]
 
 
-def _drivable(model: Any) -> bool:
+def is_drivable(model: Any) -> bool:
+    """Whether the layers of this causal LM are driven one by one."""
     config = model.config.get_text_config()
     return config.model_type in LLAMA_LIKE and not _windowed(config)
 

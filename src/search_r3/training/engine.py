@@ -1,56 +1,190 @@
-"""What both training loops share: accelerator, optimizer and schedule, seeds that depend on the step alone."""
+"""What both training loops share: accelerate around the model, any number of processes, seeds of the step alone.
+
+A step's batch is one batch for all processes together: its draws are the same everywhere, each process computes its
+share, and gradients are those of one process that computes all. `accelerate launch` chooses how the weights are held
+(DDP, FSDP2, DeepSpeed); without it there is one process.
+"""
 
 from __future__ import annotations
 
+import contextlib
 import math
 import random
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+from torch import Tensor
+
 from ..config import GRPOSettings, Recipe, SFTSettings
-from ..errors import ConfigError
+from ..environment.exchange import Exchange, make_exchange
+from ..errors import ConfigError, ModelError
 from ..model.backbone import EmbeddingSettings
 from ..model.encoder import SearchR3
+from ..model.forward import is_drivable
 from ..model.prompts import PROMPT_SETS
+from .policy import Policy, Reference, add_adapters, make_reference
+from .tracking import start_trackers
 
 
 @dataclass
 class Engine:
-    """Accelerate's objects around one model."""
+    """Accelerate's objects around one model.
+
+    Attributes:
+        accelerator: accelerate's own.
+        policy: the prepared `Policy`; what learns.
+        optimizer: prepared.
+        scheduler: prepared.
+        exchange: the other processes.
+        reference: what the KL term stays close to; None without one.
+    """
 
     accelerator: Any
+    policy: Any
     optimizer: Any
     scheduler: Any
+    exchange: Exchange
+    reference: Reference | None
 
-    def step(self, parameters: Any, max_grad_norm: float) -> float:
-        """Clip, step, advance the schedule, clear; returns the gradient norm before clipping."""
-        norm = self.accelerator.clip_grad_norm_(parameters, max_grad_norm)
+    @property
+    def rank(self) -> int:
+        """This process's number."""
+        return self.exchange.rank
+
+    @property
+    def world_size(self) -> int:
+        """The number of processes."""
+        return self.exchange.world_size
+
+    def share(self, count: int, what: str) -> range:
+        """The places of `count` things that are this process's: a run of them, as long as any other's or one shorter.
+
+        Raises:
+            ConfigError: there are fewer than processes.
+        """
+        if count < self.world_size:
+            raise ConfigError(f"{what} = {count} cannot be shared by {self.world_size} processes; raise it")
+        return range(self.rank * count // self.world_size, (self.rank + 1) * count // self.world_size)
+
+    @contextlib.contextmanager
+    def accumulating(self, last: bool) -> Iterator[None]:
+        """Around one forward and backward pass; gradients are summed over the processes in the `last` of a step."""
+        self.accelerator.gradient_state._set_sync_gradients(last)  # DeepSpeed asks it whether to step
+        with contextlib.nullcontext() if last else self.accelerator.no_sync(self.policy):
+            yield
+
+    def backward(self, loss: Tensor) -> None:
+        """Gradients of this process's part of the batch's loss; the wrappers average, and parts are to be summed."""
+        self.accelerator.backward(loss * self.world_size)
+
+    def clip(self, max_grad_norm: float) -> float:
+        """Clip the gradients of the whole batch; returns their norm before."""
+        norm = self.accelerator.clip_grad_norm_(self.policy.parameters(), max_grad_norm)
+        return float("nan") if norm is None else float(norm)
+
+    def step(self) -> None:
+        """Step, advance the schedule, clear the gradients."""
         self.optimizer.step()
         self.scheduler.step()
         self.optimizer.zero_grad()
-        return float(norm)
+
+    def sum_over_processes(self, values: Tensor) -> Tensor:
+        """The sum of every process's tensor; no gradients."""
+        if self.world_size == 1:
+            return values
+        summed: Tensor = self.accelerator.reduce(values, "sum")
+        return summed
+
+    def total(self, values: Mapping[str, float]) -> dict[str, float]:
+        """Sums over all processes."""
+        everyone = self.exchange.gather(dict(values))
+        return {name: sum(own[name] for own in everyone) for name in values}
+
+    @property
+    def learning_rate(self) -> float:
+        """The rate of the next step."""
+        return float(self.scheduler.get_last_lr()[0])
+
+    def track(self, stage: str, step: int, values: Mapping[str, float]) -> None:
+        """Give one step's values to the trackers."""
+        self.accelerator.log({f"{stage}/{name}": value for name, value in values.items()}, step=step)
+
+    def close(self) -> None:
+        """End what the trackers began. The processes stay together: another stage may follow."""
+        for tracker in self.accelerator.trackers:
+            tracker.finish()
+
+    @contextlib.contextmanager
+    def whole_weights(self) -> Iterator[None]:
+        """While decoding and encoding: weights whole on this process, in the precision that training computes in."""
+        from torch.distributed.fsdp import FSDPModule
+
+        shards = [module for module in self.policy.modules() if isinstance(module, FSDPModule)]
+        parameters = list(self.policy.parameters())
+        with contextlib.ExitStack() as stack:
+            if shards:
+                for module in shards:
+                    module.unshard()
+                    stack.callback(module.reshard)
+            elif (plugin := deepspeed_plugin(self.accelerator)) is not None and plugin.zero_stage == 3:
+                import deepspeed
+
+                stack.enter_context(deepspeed.zero.GatheredParameters(parameters))
+            elif self.accelerator.mixed_precision == "bf16":
+                for parameter in parameters:
+                    stack.callback(setattr, parameter, "data", parameter.data)
+                    parameter.data = parameter.data.bfloat16()
+            yield
 
 
-def make_engine(model: SearchR3, settings: SFTSettings | GRPOSettings, seed: int) -> Engine:
+def make_engine(model: SearchR3, recipe: Recipe, settings: SFTSettings | GRPOSettings) -> Engine:
     """AdamW with linear warm-up and cosine decay to 0 over a stage's optimizer steps, on accelerate.
 
+    Args:
+        model: what learns; from here on it is driven through the engine's `policy`, and within `whole_weights`.
+        recipe: precision, adapters, seed, trackers.
+        settings: of the stage.
+
     Raises:
-        ConfigError: more than one process.
+        ConfigError: the settings do not fit the machine or how the processes were launched.
     """
-    import torch
-    from accelerate import Accelerator
+    from accelerate import Accelerator, DataLoaderConfiguration
     from accelerate.utils import set_seed
 
-    accelerator = Accelerator(cpu=model.backbone.device.type == "cpu")
-    if accelerator.num_processes > 1:
-        raise ConfigError(
-            f"training runs on one process so far, but {accelerator.num_processes} were launched; start it without "
-            "accelerate launch"
+    backbone = model.backbone
+    needs_reference = (settings.kl_weight if isinstance(settings, SFTSettings) else settings.kl_coefficient) > 0
+    frozen = None
+    if recipe.lora.rank:
+        add_adapters(backbone, recipe.lora)
+    elif needs_reference:
+        frozen = backbone.frozen_copy("bfloat16" if recipe.mixed_precision == "bf16" else None)
+    if recipe.gradient_checkpointing:
+        lm = backbone.causal_lm
+        # The name since transformers 5.20, and the one before.
+        enable = getattr(lm, "activation_checkpointing_enable", None) or lm.gradient_checkpointing_enable
+        enable({"use_reentrant": False})
+        backbone.model.train()  # transformers recomputes in training mode only
+    accelerator = Accelerator(
+        cpu=backbone.device.type == "cpu",
+        mixed_precision=recipe.mixed_precision,
+        # One batch is split among the processes, so the schedule advances once a step and not once a process.
+        dataloader_config=DataLoaderConfiguration(split_batches=True),
+        log_with=list(recipe.trackers) or None,
+        project_dir=str(Path(recipe.run_dir) / "trackers"),
+    )
+    _fit_deepspeed(accelerator, settings)
+    if accelerator.is_fsdp2 and not is_drivable(backbone.causal_lm):
+        raise ModelError(
+            f"{type(backbone.causal_lm).__name__} cannot be trained with FSDP2 here, since its layers are not "
+            "decoded one by one; launch with DDP or DeepSpeed"
         )
-    set_seed(seed)
+    set_seed(recipe.seed)
+    policy = Policy(backbone)
     optimizer = torch.optim.AdamW(
-        model.backbone.model.parameters(),
+        [parameter for parameter in policy.parameters() if parameter.requires_grad],
         lr=settings.learning_rate,
         betas=(0.9, 0.95),
         weight_decay=settings.weight_decay,
@@ -59,8 +193,23 @@ def make_engine(model: SearchR3, settings: SFTSettings | GRPOSettings, seed: int
     scheduler = torch.optim.lr_scheduler.LambdaLR(
         optimizer, lambda step: warmup_cosine(step, settings.warmup_steps, steps)
     )
-    model.backbone.model, optimizer, scheduler = accelerator.prepare(model.backbone.model, optimizer, scheduler)
-    return Engine(accelerator, optimizer, scheduler)
+    policy, optimizer, scheduler = accelerator.prepare(policy, optimizer, scheduler)
+    reference = make_reference(policy, frozen) if needs_reference else None
+    start_trackers(accelerator, recipe, "sft" if isinstance(settings, SFTSettings) else "grpo")
+    return Engine(accelerator, policy, optimizer, scheduler, make_exchange(), reference)
+
+
+def deepspeed_plugin(accelerator: Any) -> Any:
+    """Accelerate's plugin where DeepSpeed holds the weights, else None."""
+    return getattr(accelerator.state, "deepspeed_plugin", None)
+
+
+def _fit_deepspeed(accelerator: Any, settings: SFTSettings | GRPOSettings) -> None:
+    """Tell DeepSpeed what it would read off a data loader, and that it clips."""
+    plugin = deepspeed_plugin(accelerator)
+    if plugin is not None:
+        plugin.deepspeed_config["train_micro_batch_size_per_gpu"] = 1
+        plugin.deepspeed_config["gradient_clipping"] = settings.max_grad_norm
 
 
 def warmup_cosine(step: int, warmup_steps: int, steps: int, floor: float = 0.0) -> float:
@@ -77,10 +226,13 @@ def step_rng(seed: int, stage: str, step: int) -> random.Random:
 
 
 def load_model(recipe: Recipe, source: str | Path) -> SearchR3:
-    """A model for training, with the recipe's prompts and limits."""
+    """A model for training, with the recipe's prompts and limits, on this process's device."""
+    from accelerate import PartialState
+
     settings = EmbeddingSettings(
         prompts=PROMPT_SETS[recipe.prompts],
         max_length=recipe.max_length,
         max_new_tokens=recipe.max_new_tokens,
     )
-    return SearchR3(source, dtype=recipe.dtype, settings=settings)
+    device = str(PartialState(cpu=not torch.cuda.is_available()).device)
+    return SearchR3(source, device=device, dtype=recipe.dtype, settings=settings)

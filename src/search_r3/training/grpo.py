@@ -5,14 +5,16 @@ is sampled (the policy-gradient term) and through the vector `h` (the optional e
 rollouts' vectors against the live index).
 
 Every divisor once: advantages are divided as `advantage_scale` says; token losses by the number of sampled tokens in
-the whole batch; the embedding term by the number of rollouts. Micro-batches therefore change memory only.
+the whole batch; the embedding term by the number of rollouts. Processes and micro-batches therefore change memory and
+speed only.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -25,18 +27,19 @@ from ..config import GRPOSettings, Recipe
 from ..data.collection import Collection, Qrels
 from ..data.load import load_collection
 from ..environment.environment import Feedback, RetrievalEnvironment
-from ..environment.exchange import make_exchange
+from ..environment.exchange import Exchange, divide
 from ..errors import DataError, RunError
-from ..model.backbone import Backbone, vectors_at
 from ..model.decoding import Rollout
 from ..model.encoder import SearchR3
 from ..model.generation import sequence_batch
-from ..model.prompts import MODES
-from ..retrieval.index import ExactIndex
+from ..model.prompts import MODES, Mode
+from ..retrieval.index import Array, ExactIndex
 from ..retrieval.metrics import ndcg
 from . import losses
 from .engine import Engine, load_model, make_engine, step_rng
+from .guard import Guard
 from .run import Observer, Run, silent
+from .saving import save_trained
 
 PROBE_DOCUMENTS = 64
 LOGGED_GROUPS = 2
@@ -59,7 +62,10 @@ def train_grpo(recipe: Recipe, run: Run, base: Path, observe: Observer = silent)
     A run with a checkpoint goes on from it.
 
     Raises:
-        RunError: no rollout of a step emitted the embed token, or a loss is not finite.
+        ConfigError: settings do not fit the model, the data or the number of processes.
+        RunError: no rollout of a step emitted the embed token, a loss is not finite, a checkpoint cannot be written or
+            read, or another process died.
+        StoppedError: SIGTERM came.
     """
     settings, stage = recipe.grpo, "grpo"
     if run.finished(stage):
@@ -67,55 +73,68 @@ def train_grpo(recipe: Recipe, run: Run, base: Path, observe: Observer = silent)
     collection = load_collection(recipe.collection)
     qrels = {query_id: gains for split in settings.splits for query_id, gains in collection.split(split).items()}
     model = load_model(recipe, base)
-    reference = model.backbone.frozen_copy() if settings.kl_coefficient > 0 else None
-    engine = make_engine(model, settings, recipe.seed)
-    done, checkpoint = run.restore(stage, engine.accelerator)
-    environment = _environment(recipe, collection, qrels, model, checkpoint)
-    if done == 0:
-        run.log(stage, 0, evaluate_dev(model, collection, recipe))
-    for step in range(done, settings.steps):
-        started = time.perf_counter()
-        experience = collect(model, environment, recipe, step)
-        sampled = time.perf_counter()
-        audited = audit(environment, experience, settings, step)
-        values = audited | update(model, engine, reference, environment, experience, settings)
-        values |= describe(experience) | {"learning_rate": engine.scheduler.get_last_lr()[0]}
-        values |= {"rollout_seconds": sampled - started, "seconds": time.perf_counter() - started}
-        if (step + 1) % settings.evaluate_every == 0 or step + 1 == settings.steps:
-            values |= evaluate_dev(model, collection, recipe)
-        run.log(stage, step + 1, values)
-        run.log_rollouts(rollout_rows(experience, collection, step + 1, settings.group_size))
-        observe(stage, step + 1, settings.steps, values)
-        if (step + 1) % recipe.save_every == 0:
-            run.save_checkpoint(stage, step + 1, engine.accelerator, lambda out: environment.save(out / "environment"))
-    run.finish(stage, model.save_pretrained)
+    engine = make_engine(model, recipe, settings)
+    guard = Guard(run, stage, engine)
+    with guard.watching():
+        done, checkpoint = run.restore(stage, engine)
+        with engine.whole_weights():
+            environment = _environment(recipe, collection, qrels, model, checkpoint, engine.exchange)
+            if done == 0:
+                run.log(stage, 0, evaluate_dev(model, collection, recipe, engine))
+        guard.save_extra = lambda folder: environment.save(folder / "environment")
+        for step in range(done, settings.steps):
+            started = time.perf_counter()
+            with engine.whole_weights():
+                experience = collect(model, environment, recipe, step, engine)
+                sampled = time.perf_counter()
+                values = audit(environment, experience, settings, step)
+            check = partial(guard.check, step=step + 1, batch={"query_ids": experience.query_ids})
+            values |= update(model, engine, environment, experience, settings, check)
+            values |= describe(experience, engine) | {"learning_rate": engine.learning_rate}
+            values |= {"rollout_seconds": sampled - started, "seconds": time.perf_counter() - started}
+            if (step + 1) % settings.evaluate_every == 0 or step + 1 == settings.steps:
+                with engine.whole_weights():
+                    values |= evaluate_dev(model, collection, recipe, engine)
+            run.log(stage, step + 1, values)
+            run.log_rollouts(rollout_rows(experience, collection, step + 1, settings.group_size))
+            engine.track(stage, step + 1, values)
+            observe(stage, step + 1, settings.steps, values)
+            guard.after(step + 1)
+        run.finish(stage, lambda folder: save_trained(engine, model, recipe, folder, run.adapter_path(stage)))
+    engine.close()
     return run.model_path(stage)
 
 
-def collect(model: SearchR3, environment: RetrievalEnvironment, recipe: Recipe, step: int) -> Experience:
-    """Sample `G` rollouts for each of the step's `Q` queries and let the environment score them."""
-    settings = recipe.grpo
-    query_ids = queries_of_step(sorted(environment.qrels), settings.queries_per_step, recipe.seed, step)
+def collect(
+    model: SearchR3, environment: RetrievalEnvironment, recipe: Recipe, step: int, engine: Engine
+) -> Experience:
+    """Sample `G` rollouts for each of this process's share of the step's queries; the environment scores them."""
+    settings, group_size = recipe.grpo, recipe.grpo.group_size
+    everyone = queries_of_step(sorted(environment.qrels), settings.queries_per_step, recipe.seed, step)
+    rng = step_rng(recipe.seed, "rollouts", step)
+    seeds = [[rng.getrandbits(62) for _ in range(group_size)] for _ in everyone]
+    own = engine.share(len(everyone), "grpo.queries_per_step")
+    query_ids = [everyone[place] for place in own]
     texts = [environment.collection.queries[query_id].text for query_id in query_ids]
     prompts = [model.backbone.prompt_encoder.encode(text, "reason").ids for text in texts]
-    rng = step_rng(recipe.seed, "rollouts", step)
-    repeated = [prompt for prompt in prompts for _ in range(settings.group_size)]
     rollouts = model.rollouts(
-        repeated,
+        [prompt for prompt in prompts for _ in range(group_size)],
         sampling_temperature=settings.sampling_temperature,
-        seeds=[rng.getrandbits(62) for _ in repeated],
+        seeds=[seed for place in own for seed in seeds[place]],
         batch_size=settings.rollout_batch_size,
     )
-    if all(rollout.forced for rollout in rollouts):
+    if all(engine.exchange.gather(all(rollout.forced for rollout in rollouts))):
         raise RunError(
-            f"none of {len(rollouts)} rollouts at step {step + 1} emitted the embed token within "
+            f"none of {len(everyone) * group_size} rollouts at step {step + 1} emitted the embed token within "
             f"{model.backbone.settings.max_new_tokens} tokens; train stage 1 (search-r3 sft) first, "
             "or set max_new_tokens higher"
         )
-    feedback = environment.feedback(rollouts, per_rollout(query_ids, settings.group_size), policy_version=step)
-    rewards = torch.tensor(feedback.rewards).view(-1, settings.group_size)  # Q x G
-    advantages = losses.group_advantages(rewards, settings.advantage_scale)
-    return Experience(query_ids, rollouts, feedback, advantages.values.flatten(), advantages.equal_share)
+    feedback = environment.feedback(rollouts, per_rollout(query_ids, group_size), policy_version=step)
+    # The scale of the advantages is that of all rollouts, whichever process made them.
+    rewards = [reward for rewards in engine.exchange.gather(feedback.rewards) for reward in rewards]
+    advantages = losses.group_advantages(torch.tensor(rewards).view(-1, group_size), settings.advantage_scale)
+    values = advantages.values[own.start : own.stop].flatten()
+    return Experience(query_ids, rollouts, feedback, values, advantages.equal_share)
 
 
 def audit(
@@ -132,27 +151,38 @@ def audit(
 def update(
     model: SearchR3,
     engine: Engine,
-    reference: Backbone | None,
     environment: RetrievalEnvironment,
     experience: Experience,
     settings: GRPOSettings,
+    check: Callable[[Mapping[str, float]], None] = lambda values: None,
 ) -> dict[str, float]:
-    """`num_iterations` optimizer steps on one batch of rollouts; returns what the metrics need."""
+    """`num_iterations` optimizer steps on one batch of rollouts; returns what the metrics need.
+
+    `check` sees losses and gradient norm before each of the steps, and may refuse.
+    """
     rollouts = experience.rollouts
-    tokens = sum(sum(rollout.completion_mask) for rollout in rollouts)
-    sums: dict[str, float] = {}
-    norm = 0.0
-    for iteration in range(settings.num_iterations):
-        for rows in _micro_batches(rollouts, settings.micro_batch_size):
-            loss, terms = _micro_loss(model, reference, environment, experience, rows, settings, tokens)
-            if not torch.isfinite(loss):
-                raise RunError(f"the GRPO loss is {loss.item()}: lower grpo.learning_rate")
-            engine.accelerator.backward(loss)
-            if iteration == 0:
+    own = {"tokens": sum(sum(rollout.completion_mask) for rollout in rollouts), "rollouts": len(rollouts)}
+    totals = engine.total(own)
+    batches = _micro_batches(rollouts, settings.micro_batch_size)
+    # A forward pass may be a collective, so that all processes make equally many: the last ones of some count nothing.
+    passes = max(engine.exchange.gather(len(batches)))
+    values: dict[str, float] = {}
+    for _ in range(settings.num_iterations):
+        sums: dict[str, float] = {}
+        for number in range(passes):
+            rows = batches[min(number, len(batches) - 1)]
+            with engine.accumulating(last=number + 1 == passes):
+                loss, terms = _micro_loss(model, engine, environment, experience, rows, settings, totals)
+                engine.backward(loss if number < len(batches) else 0.0 * loss)
+            if number < len(batches):
                 for name, value in terms.items():
                     sums[name] = sums.get(name, 0.0) + value
-        norm = engine.step(model.backbone.model.parameters(), settings.max_grad_norm)
-    return sums | {"grad_norm": norm}
+        sums = engine.total(sums)
+        norm = engine.clip(settings.max_grad_norm)
+        check({**sums, "grad_norm": norm})
+        engine.step()
+        values = values or sums
+    return values | {"grad_norm": norm}
 
 
 def _micro_batches(rollouts: Sequence[Rollout], size: int) -> list[list[int]]:
@@ -163,32 +193,32 @@ def _micro_batches(rollouts: Sequence[Rollout], size: int) -> list[list[int]]:
 
 def _micro_loss(
     model: SearchR3,
-    reference: Backbone | None,
+    engine: Engine,
     environment: RetrievalEnvironment,
     experience: Experience,
     rows: Sequence[int],
     settings: GRPOSettings,
-    tokens: int,
+    totals: Mapping[str, float],
 ) -> tuple[Tensor, dict[str, float]]:
     """The share of some rollouts in the batch's loss, and in its metrics."""
     backbone, rollouts = model.backbone, [experience.rollouts[row] for row in rows]
     batch = sequence_batch(backbone, rollouts)
     places = batch.sampled.nonzero(as_tuple=True)  # S rows, S positions that predict a sampled token
     tokens_chosen = batch.ids[places[0], places[1] + 1]  # S
-    hidden = backbone.hidden_states(batch.ids, batch.mask)  # B x T x D
+    embed = batch.embed_positions if settings.embedding_loss_weight > 0 else None
+    vectors, [logits] = engine.policy(batch.ids, batch.mask, embed=embed, places=[batch.sampled])
     temperature = settings.sampling_temperature
-    policy = losses.chosen_logprobs(backbone.logits(hidden[places]), tokens_chosen, temperature)
+    policy = losses.chosen_logprobs(logits, tokens_chosen, temperature)
     reference_logprobs = None
-    if reference is not None:
-        with torch.no_grad():
-            logits = reference.logits(reference.hidden_states(batch.ids, batch.mask)[places])
-            reference_logprobs = losses.chosen_logprobs(logits, tokens_chosen, temperature)
+    if engine.reference is not None:
+        frozen = engine.reference(batch.ids, batch.mask, batch.sampled)
+        reference_logprobs = losses.chosen_logprobs(frozen, tokens_chosen, temperature)
     sampler = batch.sampler_logprobs[places]
     advantages = experience.advantages[list(rows)].to(policy.device)[places[0]]
     grpo = losses.grpo_loss(
         policy, sampler, advantages, settings.clip_epsilon, reference_logprobs, settings.kl_coefficient
     )
-    loss = grpo.total / tokens
+    loss = grpo.total / totals["tokens"]
     gap = (policy - sampler).abs().sum()
     terms = {
         "clipped_share": grpo.clipped,
@@ -196,14 +226,13 @@ def _micro_loss(
         "sampler_gap": gap,
         "entropy_estimate": -policy.sum(),
     }
-    values = {name: float(term.detach()) / tokens for name, term in terms.items()}
-    if settings.embedding_loss_weight > 0:
-        vectors = vectors_at(hidden, batch.embed_positions)  # B x D
+    values = {name: float(term.detach()) / totals["tokens"] for name, term in terms.items()}
+    if vectors is not None:
         owners = per_rollout(experience.query_ids, settings.group_size)
         embedding = embedding_loss(
             vectors, environment, [owners[row] for row in rows], settings.contrastive_temperature
         )
-        share = len(rollouts) / len(experience.rollouts)
+        share = len(rollouts) / totals["rollouts"]
         loss = loss + settings.embedding_loss_weight * embedding * share
         values["embedding_loss"] = embedding.item() * share
     values["loss"] = loss.item()
@@ -254,37 +283,57 @@ def queries_of_step(query_ids: Sequence[str], count: int, seed: int, step: int) 
     return order[start : start + count]
 
 
-def describe(experience: Experience) -> dict[str, float]:
-    """The metrics of one batch of rollouts (docs/metrics.md)."""
-    feedback, rollouts = experience.feedback, experience.rollouts
-    values = {
-        f"reward_{name}": fmean(getattr(part, name) for part in feedback.parts) for name in asdict(feedback.parts[0])
-    }
-    values["reward"] = fmean(feedback.rewards)
-    values["share_ge_half"] = fmean(part.ranking >= 0.5 for part in feedback.parts)
+def describe(experience: Experience, engine: Engine) -> dict[str, float]:
+    """The metrics of the rollouts of all processes (docs/metrics.md)."""
+    everyone = engine.exchange.gather((experience.feedback.parts, experience.feedback.rewards, experience.rollouts))
+    parts = [part for own, _, _ in everyone for part in own]
+    rollouts = [rollout for _, _, own in everyone for rollout in own]
+    values = {f"reward_{name}": fmean(getattr(part, name) for part in parts) for name in asdict(parts[0])}
+    values["reward"] = fmean(reward for _, own, _ in everyone for reward in own)
+    values["share_ge_half"] = fmean(part.ranking >= 0.5 for part in parts)
     values["equal_reward_share"] = experience.equal_share
     values["forced_share"] = fmean(rollout.forced for rollout in rollouts)
     lengths = [rollout.reasoning_tokens for rollout in rollouts]
     values |= {"reasoning_tokens": fmean(lengths), "reasoning_tokens_max": max(lengths)}
-    return values | feedback.refresh.metrics()
+    return values | experience.feedback.refresh.metrics()
 
 
-def evaluate_dev(model: SearchR3, collection: Collection, recipe: Recipe) -> dict[str, float]:
-    """nDCG@10 on the dev split in both modes over a freshly encoded corpus, and the collapse alarm."""
-    settings = recipe.evaluation
+def evaluate_dev(model: SearchR3, collection: Collection, recipe: Recipe, engine: Engine) -> dict[str, float]:
+    """nDCG@10 on the dev split in both modes over a freshly encoded corpus, and the collapse alarm.
+
+    Documents and queries are shared among the processes.
+    """
+    settings, exchange = recipe.evaluation, engine.exchange
     qrels = collection.split(settings.dev_split)
     texts = collection.texts()
-    vectors = model.encode_document(list(texts.values()))
+    vectors = _together(exchange, list(texts.values()), model.encode_document)
     index = ExactIndex(list(texts), vectors)
     queries = [collection.queries[query_id].text for query_id in qrels]
     values = {}
     for mode in MODES:
-        result = model.encode_query(queries, mode, batch_size=settings.batch_size)
-        found = index.search(result.vectors, 10).doc_ids
+
+        def encode(own: Sequence[str], mode: Mode = mode) -> Array:
+            return model.encode_query(own, mode, batch_size=settings.batch_size).vectors
+
+        encoded = _together(exchange, queries, encode)
+        found = index.search(encoded, 10).doc_ids
         scores = [ndcg(ranking, gains, 10) for ranking, gains in zip(found, qrels.values(), strict=True)]
         values[f"dev_ndcg@10_{mode}"] = fmean(scores)
     values["probe_cosine"] = probe_cosine(torch.from_numpy(vectors[:: max(1, len(vectors) // PROBE_DOCUMENTS)]))
     return values
+
+
+def _together(exchange: Exchange, texts: Sequence[str], encode: Callable[[Sequence[str]], Array]) -> Array:
+    """Vectors `N x D` of texts of which each process encodes its share."""
+    shares = divide([len(text) for text in texts], exchange.world_size)
+    own = [texts[place] for place in sorted(shares[exchange.rank])]
+    gathered = exchange.gather(encode(own) if own else None)
+    dimension = next(vectors.shape[1] for vectors in gathered if vectors is not None)
+    result = np.empty((len(texts), dimension), np.float32)
+    for share, vectors in zip(shares, gathered, strict=True):
+        if share:
+            result[sorted(share)] = vectors
+    return result
 
 
 def probe_cosine(vectors: Tensor) -> float:
@@ -319,7 +368,12 @@ def rollout_rows(experience: Experience, collection: Collection, step: int, grou
 
 
 def _environment(
-    recipe: Recipe, collection: Collection, qrels: Qrels, model: SearchR3, checkpoint: Path | None
+    recipe: Recipe,
+    collection: Collection,
+    qrels: Qrels,
+    model: SearchR3,
+    checkpoint: Path | None,
+    exchange: Exchange,
 ) -> RetrievalEnvironment:
     settings = recipe.grpo
     return RetrievalEnvironment(
@@ -331,6 +385,6 @@ def _environment(
         k=settings.reward_k,
         max_new_tokens=recipe.max_new_tokens,
         seed=recipe.seed,
-        exchange=make_exchange(),
+        exchange=exchange,
         state=checkpoint / "environment" if checkpoint is not None else None,
     )

@@ -5,29 +5,46 @@ metrics.jsonl            one object per step: stage, step, values (docs/metrics.
 rollouts.jsonl           sampled rollouts with their reward parts
 <stage>/checkpoints/     step-000050/ ..., the newest two
 <stage>/model/           the stage's model
+<stage>/adapter/         with lora.rank above 0: the adapters alone, as peft writes them
+
+Of several processes the first one writes; the folder is on a disk that all of them see.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
+import logging
 import math
+import os
 import shutil
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
-from ..config import Recipe, dump_recipe, load_recipe
+from ..config import Recipe, dump_recipe, flat_settings, load_recipe
+from ..environment.exchange import Exchange
 from ..errors import ConfigError, RunError
-from ..files import atomic_directory, write_json, write_text
+from ..files import write_json, write_text
+
+logger = logging.getLogger(__name__)
 
 Observer = Callable[[str, int, int, dict[str, float]], None]
 """`(stage, step, steps, values)`: called after every step; the command line draws its live line from it."""
 
 KEEP_CHECKPOINTS = 2
+MANIFEST = "checkpoint.json"
 
 
 def silent(stage: str, step: int, steps: int, values: dict[str, float]) -> None:
     """The observer that shows nothing."""
+
+
+class Trained(Protocol):
+    """What a checkpoint holds; `Engine` is one."""
+
+    accelerator: Any
+    exchange: Exchange
 
 
 class Run:
@@ -43,9 +60,12 @@ class Run:
     def __init__(self, recipe: Recipe) -> None:
         self.recipe = recipe
         self.folder = Path(recipe.run_dir)
+        self.first = os.environ.get("RANK", "0") == "0"
         settings = self.folder / "settings.yaml"
         if settings.exists():
             _check_same(load_recipe(settings), recipe, settings)
+        elif not self.first:
+            return  # the first process is about to make it
         elif self.folder.exists() and (not self.folder.is_dir() or any(self.folder.iterdir())):
             raise ConfigError(f"{self.folder} exists and holds no run; set run_dir=ANOTHER")
         else:
@@ -57,7 +77,7 @@ class Run:
         Raises:
             ConfigError: the stage has begun already and `resume` is off.
         """
-        if not resume and (self.finished(stage) or self.metrics(stage)):
+        if self.first and not resume and (self.finished(stage) or self.metrics(stage)):
             raise ConfigError(
                 f"{self.folder} holds the stage {stage!r} already; add --resume to go on, or set run_dir=ANOTHER"
             )
@@ -76,11 +96,15 @@ class Run:
         """The model directory of a stage; the last stage's model is `model/` itself."""
         return self.folder / "model" if stage == "grpo" else self.folder / stage / "model"
 
+    def adapter_path(self, stage: str) -> Path:
+        """The directory of a stage's adapters."""
+        return self.folder / stage / "adapter"
+
     def log(self, stage: str, step: int, values: dict[str, float]) -> None:
         """Append one line to `metrics.jsonl`.
 
         Raises:
-            RunError: a value is NaN or infinite; training must not go on from there.
+            RunError: a value is NaN or infinite, or the disk is full.
         """
         for name, value in values.items():
             if not math.isfinite(value):
@@ -88,45 +112,96 @@ class Run:
                     f"{name} is {value} at step {step} of {stage}; the last checkpoint is intact: lower "
                     f"{stage}.learning_rate and start again, or look at the batch of that step"
                 )
-        _append(self.metrics_path, [{"stage": stage, "step": step, **values}])
+        self._append(self.metrics_path, [{"stage": stage, "step": step, **values}])
 
     def log_rollouts(self, rows: Iterable[dict[str, Any]]) -> None:
-        """Append rows to `rollouts.jsonl`."""
-        _append(self.rollouts_path, rows)
+        """Append rows to `rollouts.jsonl`.
+
+        Raises:
+            RunError: the disk is full.
+        """
+        self._append(self.rollouts_path, rows)
 
     def metrics(self, stage: str) -> list[dict[str, Any]]:
         """The lines of one stage so far."""
         return [row for row in _rows(self.metrics_path) if row["stage"] == stage]
 
-    def save_checkpoint(self, stage: str, step: int, accelerator: Any, save_extra: Callable[[Path], None]) -> None:
-        """Write weights, optimizer, schedule, random states and what `save_extra` adds; keep the newest two."""
-        with atomic_directory(self._checkpoints(stage) / f"step-{step:06d}") as out:
-            accelerator.save_state(str(out))
-            save_extra(out)
-            write_json(out / "checkpoint.json", {"stage": stage, "step": step})
+    def save_checkpoint(
+        self, stage: str, step: int, trained: Trained, save_extra: Callable[[Path], None] = lambda folder: None
+    ) -> None:
+        """Write weights, optimizer, schedule, random states and what `save_extra` adds; keep the newest two.
+
+        Every process takes part.
+
+        Raises:
+            RunError: it could not be written; the checkpoints before it are as they were.
+        """
+        target = self._checkpoints(stage) / f"step-{step:06d}"
+        scratch = target.with_name(f".{target.name}.partial")
+        agree(trained.exchange, target, lambda: self._begin(scratch))
+        agree(trained.exchange, target, lambda: trained.accelerator.save_state(str(scratch)))
+        agree(trained.exchange, target, lambda: self._complete(scratch, target, stage, step, save_extra))
+
+    def _begin(self, scratch: Path) -> None:
+        if self.first:
+            for left in scratch.parent.glob(".step-*"):  # by a process that was killed while it saved
+                shutil.rmtree(left)
+            scratch.mkdir(parents=True)
+
+    def _complete(self, scratch: Path, target: Path, stage: str, step: int, save_extra: Callable[[Path], None]) -> None:
+        if not self.first:
+            return
+        save_extra(scratch)
+        files = {path.relative_to(scratch).as_posix(): _digest(path) for path in _files(scratch)}
+        write_json(scratch / MANIFEST, {"stage": stage, "step": step, "files": files})
+        if target.exists():
+            shutil.rmtree(target)  # it was broken, or this step would not have been done again
+        scratch.replace(target)
         for old in self._saved(stage)[:-KEEP_CHECKPOINTS]:
             shutil.rmtree(old)
 
-    def restore(self, stage: str, accelerator: Any) -> tuple[int, Path | None]:
-        """Load the newest checkpoint of a stage; lines logged after it are dropped.
+    def restore(self, stage: str, trained: Trained) -> tuple[int, Path | None]:
+        """Load the newest whole checkpoint of a stage; lines logged after it are dropped.
+
+        A checkpoint whose files are not those that were written is passed over, with a warning, for the one before it.
 
         Returns:
             The step that the weights stand at (0 without a checkpoint) and the checkpoint's directory.
+
+        Raises:
+            RunError: there are checkpoints, and all are broken.
         """
+        checkpoint = trained.exchange.gather(self._newest_whole(stage) if self.first else None)[0]
+        step = 0 if checkpoint is None else int(checkpoint.name.removeprefix("step-"))
+        if checkpoint is not None:
+            # With adapters only what learns was saved; the rest is in the model that they were put into.
+            options = {"strict": False} if self.recipe.lora.rank else {}
+            trained.accelerator.load_state(str(checkpoint), **options)
+        if self.first:
+            for path in (self.metrics_path, self.rollouts_path):
+                if path.exists():
+                    kept = [row for row in _rows(path) if row["stage"] != stage or (step and row["step"] <= step)]
+                    write_text(path, "".join(_line(row) for row in kept))
+        return step, checkpoint
+
+    def _newest_whole(self, stage: str) -> Path | None:
         saved = self._saved(stage)
-        step = int(saved[-1].name.removeprefix("step-")) if saved else 0
+        for checkpoint in reversed(saved):
+            fault = find_damage(checkpoint)
+            if fault is None:
+                return checkpoint
+            logger.warning("the checkpoint %s is broken (%s); the one before it is used", checkpoint, fault)
         if saved:
-            accelerator.load_state(str(saved[-1]))
-        for path in (self.metrics_path, self.rollouts_path):
-            if path.exists():
-                kept = [row for row in _rows(path) if row["stage"] != stage or (saved and row["step"] <= step)]
-                write_text(path, "".join(_line(row) for row in kept))
-        return step, saved[-1] if saved else None
+            raise RunError(
+                f"every checkpoint in {saved[0].parent} is broken; remove the folder to begin the stage {stage!r} anew"
+            )
+        return None
 
     def finish(self, stage: str, save_model: Callable[[Path], None]) -> None:
-        """Write the stage's model; its checkpoints are then no longer needed."""
+        """Write the stage's model; its checkpoints are then no longer needed. Every process takes part."""
         save_model(self.model_path(stage))
-        shutil.rmtree(self._checkpoints(stage), ignore_errors=True)
+        if self.first:
+            shutil.rmtree(self._checkpoints(stage), ignore_errors=True)
 
     def finished(self, stage: str) -> bool:
         """Whether the stage's model has been written."""
@@ -136,7 +211,63 @@ class Run:
         return self.folder / stage / "checkpoints"
 
     def _saved(self, stage: str) -> list[Path]:
-        return sorted(path.parent for path in self._checkpoints(stage).glob("step-*/checkpoint.json"))
+        return sorted(path.parent for path in self._checkpoints(stage).glob(f"step-*/{MANIFEST}"))
+
+    def _append(self, path: Path, rows: Iterable[dict[str, Any]]) -> None:
+        if not self.first:
+            return
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with path.open("a", encoding="utf-8") as file:
+                file.writelines(_line(row) for row in rows)
+        except OSError as error:
+            raise RunError(
+                f"cannot write {path}: {error.strerror}; the checkpoints are intact: make room, then go on with "
+                "--resume"
+            ) from error
+
+
+def agree(exchange: Exchange, target: Path, work: Callable[[], None]) -> None:
+    """Do one part of writing `target` in every process; where one fails, all raise.
+
+    Raises:
+        RunError: the part failed somewhere.
+    """
+    fault = ""
+    try:
+        work()
+    except Exception as error:  # of whatever library wrote the file: a full disk has many names
+        fault = f"{type(error).__name__}: {' '.join(str(error).split())}"
+    failed = [(rank, text) for rank, text in enumerate(exchange.gather(fault)) if text]
+    if failed:
+        raise RunError(
+            f"cannot write {target} (rank {failed[0][0]}: {failed[0][1]}); what was saved before is intact: make room "
+            "on the disk, then go on with --resume"
+        )
+
+
+def find_damage(checkpoint: Path) -> str | None:
+    """What is wrong with a checkpoint's files, compared with its manifest; None where all is well."""
+    try:
+        files = json.loads((checkpoint / MANIFEST).read_text(encoding="utf-8"))["files"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return f"{MANIFEST} cannot be read"
+    for name, digest in files.items():
+        path = checkpoint / name
+        if not path.is_file():
+            return f"{name} is missing"
+        if _digest(path) != digest:
+            return f"{name} is not what was written"
+    return None
+
+
+def _files(folder: Path) -> list[Path]:
+    return sorted(path for path in folder.rglob("*") if path.is_file())
+
+
+def _digest(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _rows(path: Path) -> list[dict[str, Any]]:
@@ -147,32 +278,15 @@ def _rows(path: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in lines if line.endswith("\n")]
 
 
-def _append(path: Path, rows: Iterable[dict[str, Any]]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("a", encoding="utf-8") as file:
-        file.writelines(_line(row) for row in rows)
-
-
 def _line(row: dict[str, Any]) -> str:
     return json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n"
 
 
 def _check_same(saved: Recipe, given: Recipe, path: Path) -> None:
-    old, new = _flat(saved.model_dump()), _flat(given.model_dump())
-    for key, value in new.items():
-        if key != "run_dir" and old[key] != value:
+    old, new = flat_settings(saved.model_dump()), flat_settings(given.model_dump())
+    for key in new | old:
+        if key != "run_dir" and old.get(key) != new.get(key):
             raise ConfigError(
-                f"cannot resume: {key} is {value!r} now but {old[key]!r} in {path}; use the same settings, "
+                f"cannot resume: {key} is {new.get(key)!r} now but {old.get(key)!r} in {path}; use the same settings, "
                 "or set run_dir=ANOTHER"
             )
-
-
-def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for key, value in values.items():
-        name = f"{prefix}{key}"
-        if isinstance(value, dict) and value:
-            flat.update(_flat(value, f"{name}."))
-        else:
-            flat[name] = value
-    return flat

@@ -3,13 +3,16 @@
 Decisions where the paper is silent (docs/method.md): each query is trained in both modes on the same documents; the
 KL is measured on prompt tokens, which the cross-entropy does not supervise, so that the two do not pull against each
 other; every distinct document of a batch is encoded once and serves all queries as an in-batch document.
+
+Every divisor is that of the whole batch (supervised tokens, queries), whatever process or forward pass computes a part
+of it. So processes and micro-batches change memory and speed only.
 """
 
 from __future__ import annotations
 
 import random
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,165 +22,276 @@ from torch import Tensor
 from ..config import Recipe, SFTSettings
 from ..data.collection import Collection
 from ..data.load import load_collection
-from ..data.triples import TrainingExample, draw_negatives, training_examples
-from ..errors import ConfigError, RunError
-from ..model.backbone import Backbone, pad, vectors_at
+from ..data.triples import TrainingExample, training_examples
+from ..environment.exchange import divide
+from ..errors import ConfigError
+from ..model.backbone import Backbone
+from ..model.encoder import SearchR3
 from ..retrieval.lexical import BM25
 from . import losses
-from .engine import load_model, make_engine, step_rng
+from .batches import Batch, Item, Share, collate, make_batch, tokenise
+from .engine import Engine, load_model, make_engine, step_rng
+from .guard import Guard
 from .run import Observer, Run, silent
+from .saving import save_trained
 
-
-@dataclass(frozen=True)
-class Supervised:
-    """One supervised sequence: prompt, then the completion whose embed token gives the vector."""
-
-    ids: list[int]
-    prompt_length: int
-    embed_position: int
-
-
-@dataclass(frozen=True)
-class Batch:
-    """`B` examples in both modes, `M` distinct documents."""
-
-    direct: list[Supervised]
-    reasoned: list[Supervised]
-    documents: list[list[int]]
-    positives: Tensor  # B
-    negatives: Tensor  # B x K
-    excluded: Tensor  # B x M, bool
+ROWS_AT_A_TIME = 256
+"""Queries whose similarities to all documents are held at once where gradients are cached."""
 
 
 def train_sft(recipe: Recipe, run: Run, observe: Observer = silent) -> Path:
     """Train stage 1 into `run` and return the model directory. A run with a checkpoint goes on from it.
 
     Raises:
+        ConfigError: settings do not fit the model, the data or the number of processes.
         DataError: a split is unknown or holds nothing to learn from.
-        RunError: a loss is not finite.
+        RunError: a loss is not finite, a checkpoint cannot be written or read, or another process died.
+        StoppedError: SIGTERM came.
     """
     settings, stage = recipe.sft, "sft"
     if run.finished(stage):
         return run.model_path(stage)
     collection = load_collection(recipe.collection)
+    doc_ids = list(collection.documents)
     examples = _examples(collection, settings)
     model = load_model(recipe, recipe.base)
-    base = model.backbone.frozen_copy() if settings.kl_weight > 0 else None
-    engine = make_engine(model, settings, recipe.seed)
-    done, _ = run.restore(stage, engine.accelerator)
-    for step in range(done, settings.steps):
-        started = time.perf_counter()
-        rng = step_rng(recipe.seed, stage, step)
-        batch = make_batch(model.backbone, collection, _draw(examples, settings, rng), settings, rng)
-        parts = batch_losses(model.backbone, base, batch, settings)
-        loss = total_loss(parts, settings)
-        if not torch.isfinite(loss):
-            raise RunError(f"the loss is {loss.item()} at step {step + 1} of {stage}: lower sft.learning_rate")
-        engine.accelerator.backward(loss)
-        norm = engine.step(model.backbone.model.parameters(), settings.max_grad_norm)
-        values = {"loss": loss.item(), **{name: part.item() for name, part in parts.items()}}
-        values |= {"grad_norm": norm, "learning_rate": engine.scheduler.get_last_lr()[0]}
-        values |= {"seconds": time.perf_counter() - started}
-        run.log(stage, step + 1, values)
-        observe(stage, step + 1, settings.steps, values)
-        if (step + 1) % recipe.save_every == 0:
-            run.save_checkpoint(stage, step + 1, engine.accelerator, lambda out: None)
-    run.finish(stage, model.save_pretrained)
+    _check_dimensions(model.dimension, settings)
+    engine = make_engine(model, recipe, settings)
+    guard = Guard(run, stage, engine)
+    with guard.watching():
+        done, _ = run.restore(stage, engine)
+        for step in range(done, settings.steps):
+            started = time.perf_counter()
+            rng = step_rng(recipe.seed, stage, step)
+            batch = make_batch(collection, doc_ids, _draw(examples, settings, rng), settings, rng)
+            share = take_share(engine, batch, collection, model)
+            values = compute_gradients(engine, model.backbone, batch, share, settings)
+            values["grad_norm"] = engine.clip(settings.max_grad_norm)
+            guard.check(values, step + 1, batch.names())
+            engine.step()
+            values |= {"learning_rate": engine.learning_rate, "seconds": time.perf_counter() - started}
+            run.log(stage, step + 1, values)
+            engine.track(stage, step + 1, values)
+            observe(stage, step + 1, settings.steps, values)
+            guard.after(step + 1)
+        run.finish(stage, lambda folder: save_trained(engine, model, recipe, folder, run.adapter_path(stage)))
+    engine.close()
     return run.model_path(stage)
 
 
-def make_batch(
+def take_share(engine: Engine, batch: Batch, collection: Collection, model: SearchR3) -> Share:
+    """This process's sequences: a run of the queries, and documents of about as many characters as any other's.
+
+    Raises:
+        ConfigError: there are fewer queries or documents than processes.
+    """
+    rows = engine.share(len(batch.examples), "sft.batch_size")
+    lengths = [len(collection.documents[doc_id].full_text) for doc_id in batch.doc_ids]
+    engine.share(len(lengths), "the number of distinct documents in a batch")
+    columns = sorted(divide(lengths, engine.world_size)[engine.rank])
+    return tokenise(batch, collection, model.backbone.prompt_encoder, rows, columns)
+
+
+def compute_gradients(
+    engine: Engine, backbone: Backbone, batch: Batch, share: Share, settings: SFTSettings
+) -> dict[str, float]:
+    """Leave the gradients of the whole batch in the weights.
+
+    With `micro_batch_size` they are cached (Gao et al., arXiv 2101.06983): all vectors are computed without gradients,
+    the gradients of the contrastive losses by the vectors are taken, and each chunk is computed once more to carry its
+    part of them into the weights, so that only one chunk's activations are held.
+
+    Returns:
+        The losses of the whole batch: `loss` and its parts.
+    """
+    totals = engine.total(share.counts())
+    queries, documents = share.chunks(settings.micro_batch_size)
+    sizes = 2 * len(batch.examples), len(batch.doc_ids)
+    if settings.micro_batch_size is None:
+        with engine.accumulating(last=True):
+            done = [forward(engine, backbone, chunk, settings) for chunk in (*queries, *documents)]
+            parts = token_losses(done, totals)
+            own = [done[: len(queries)], done[len(queries) :]]
+            vectors = [assemble(engine, found, size) for found, size in zip(own, sizes, strict=True)]
+            contrastive = contrastive_losses(vectors[0], vectors[1], batch, range(sizes[0]), settings)
+            engine.backward(total_loss({**parts, **contrastive}, settings))
+        sums = engine.total(_numbers(parts)) | _numbers(contrastive)
+    else:
+        sums = _cached(engine, backbone, batch, (queries, documents), sizes, totals, settings)
+    return {"loss": sum(getattr(settings, f"{name}_weight") * value for name, value in sums.items()), **sums}
+
+
+def _cached(
+    engine: Engine,
     backbone: Backbone,
-    collection: Collection,
-    examples: Sequence[TrainingExample],
+    batch: Batch,
+    chunks: tuple[list[list[Item]], list[list[Item]]],
+    sizes: tuple[int, int],
+    totals: Mapping[str, float],
     settings: SFTSettings,
-    rng: random.Random,
-) -> Batch:
-    """Token ids, columns and the mask of false negatives for a batch of examples."""
-    encoder = backbone.prompt_encoder
-    doc_ids = list(collection.documents)
-    direct, reasoned = [], []
-    chosen_positives, chosen_negatives = [], []
-    for example in examples:
-        prompt, completion = encoder.direct_prompt(example.query.text).ids, encoder.direct_completion()
-        direct.append(Supervised(prompt + completion.ids, len(prompt), len(prompt) + completion.embed_position))
-        prompt = encoder.encode(example.query.text, "reason").ids
-        completion = encoder.reason_completion(_trace(example, settings, rng))
-        reasoned.append(Supervised(prompt + completion.ids, len(prompt), len(prompt) + completion.embed_position))
-        chosen_positives.append(rng.choice(example.positive_ids))
-        chosen_negatives.append(
-            draw_negatives(example, doc_ids, settings.random_negatives, settings.bm25_negatives, rng)
-        )
-    columns = {
-        doc_id: column
-        for column, doc_id in enumerate(
-            dict.fromkeys([*chosen_positives, *(doc_id for ids in chosen_negatives for doc_id in ids)])
-        )
-    }
-    texts = {doc_id: collection.documents[doc_id].full_text for doc_id in columns}
-    return Batch(
-        direct,
-        reasoned,
-        [encoder.encode(texts[doc_id], "document").ids for doc_id in columns],
-        torch.tensor([columns[doc_id] for doc_id in chosen_positives]),
-        torch.tensor([[columns[doc_id] for doc_id in ids] for ids in chosen_negatives], dtype=torch.long),
-        false_negatives(examples, chosen_positives, texts, collection),
-    )
+) -> dict[str, float]:
+    """`compute_gradients` chunk by chunk."""
+    leaves = []
+    for kind, size in zip(chunks, sizes, strict=True):
+        with torch.no_grad():
+            done = [forward(engine, backbone, chunk, settings, only_vectors=True) for chunk, _ in _padded(engine, kind)]
+        leaves.append(assemble(engine, done[: len(kind)], size).requires_grad_())
+    sums: dict[str, float] = {}
+    for start in range(0, sizes[0], ROWS_AT_A_TIME):
+        rows = range(start, min(start + ROWS_AT_A_TIME, sizes[0]))
+        parts = contrastive_losses(leaves[0], leaves[1], batch, rows, settings)
+        parts = {name: part * len(rows) / sizes[0] for name, part in parts.items()}
+        torch.autograd.backward(total_loss(parts, settings))
+        _add(sums, _numbers(parts))
+    work = [(*one, leaf.grad) for kind, leaf in zip(chunks, leaves, strict=True) for one in _padded(engine, kind)]
+    own: dict[str, float] = {name: 0.0 for name, total in totals.items() if total}
+    for number, (chunk, counts, gradients) in enumerate(work):
+        with engine.accumulating(last=number + 1 == len(work)):
+            output = forward(engine, backbone, chunk, settings)
+            parts = token_losses([output], totals)
+            assert gradients is not None, "every vector is in a contrastive loss"
+            loss = total_loss(parts, settings) + (output.vectors * gradients[output.places]).sum() + output.nothing
+            engine.backward(loss if counts else 0.0 * loss)
+        if counts:
+            _add(own, _numbers(parts))
+    return engine.total(own) | sums
 
 
-def false_negatives(
-    examples: Sequence[TrainingExample], chosen: Sequence[str], texts: dict[str, str], collection: Collection
-) -> Tensor:
-    """`B x M`: True where a document is another positive of the query, or has the text of one."""
-    excluded = torch.zeros((len(examples), len(texts)), dtype=torch.bool)
-    for row, (example, own) in enumerate(zip(examples, chosen, strict=True)):
-        true_texts = {collection.documents[doc_id].full_text for doc_id in example.positive_ids}
-        for column, (doc_id, text) in enumerate(texts.items()):
-            excluded[row, column] = doc_id != own and (doc_id in example.positive_ids or text in true_texts)
-    return excluded
+def _padded(engine: Engine, chunks: Sequence[list[Item]]) -> list[tuple[list[Item], bool]]:
+    """Chunks, and whether they count: as many as in any process, since a forward pass may be a collective of all."""
+    most = max(engine.exchange.gather(len(chunks)))
+    return [(chunk, True) for chunk in chunks] + [(chunks[-1], False)] * (most - len(chunks))
 
 
-def batch_losses(backbone: Backbone, base: Backbone | None, batch: Batch, settings: SFTSettings) -> dict[str, Tensor]:
-    """The four losses of a batch, by name."""
-    device = backbone.device
-    replies, targets, divergences, vectors = [], [], [], []
-    for sequences in (batch.direct, batch.reasoned):
-        ids, mask = pad([s.ids for s in sequences], backbone.tokenizer.pad_token_id, device)
-        lengths = torch.tensor([s.prompt_length for s in sequences], device=device)
-        places = torch.arange(ids.shape[1], device=device)
-        # The hidden state at place t predicts the token at t + 1.
-        in_reply = (places >= lengths[:, None] - 1) & (places < mask.sum(-1, keepdim=True) - 1)  # B x T
-        hidden = backbone.hidden_states(ids, mask)  # B x T x D
-        replies.append(backbone.logits(hidden[in_reply]))
-        targets.append(torch.roll(ids, -1, dims=1)[in_reply])
-        vectors.append(vectors_at(hidden, torch.tensor([s.embed_position for s in sequences], device=device)))
-        # Direct and reasoned prompts hold the same queries; one of them is enough for the KL.
-        if base is not None and sequences is batch.reasoned:
-            prompt = slice(0, int(lengths.max()))
-            in_prompt = (places < lengths[:, None] - 1)[:, prompt]
-            with torch.no_grad():
-                base_logits = base.logits(base.hidden_states(ids[:, prompt], mask[:, prompt])[in_prompt])
-            divergences.append((backbone.logits(hidden[:, prompt][in_prompt]), base_logits))
-    parts = {"cross_entropy": losses.cross_entropy(torch.cat(replies), torch.cat(targets))}
-    if divergences:
-        tuned, frozen = (torch.cat(side) for side in zip(*divergences, strict=True))
-        parts["kl"] = losses.kl_to_base(tuned, frozen)
-    queries = torch.cat(vectors)  # 2B x D
-    documents = backbone.embed(batch.documents)  # M x D
-    positives = batch.positives.to(device).repeat(2)  # 2B
-    negatives = batch.negatives.to(device).repeat(2, 1)  # 2B x K
-    excluded = batch.excluded.to(device).repeat(2, 1)  # 2B x M
-    parts["info_nce"] = losses.info_nce(queries, documents, positives, excluded, settings.contrastive_temperature)
-    if negatives.shape[1] > 0:
-        cosines = queries @ documents.T  # 2B x M
-        chosen = cosines.gather(1, positives[:, None])[:, 0]
-        parts["triplet"] = losses.triplet_margin(chosen, cosines.gather(1, negatives), settings.triplet_margin)
+@dataclass(frozen=True)
+class Output:
+    """What the forward pass of a chunk of `b` sequences gives.
+
+    Attributes:
+        vectors: `b x D`, search embeddings.
+        places: `b`, see `Item.place`.
+        replies: logits `S x V` at supervised positions and their targets `S`; None where there are none.
+        prompts: logits `S x V` of the policy and of its reference on prompts; None where no KL is measured.
+        nothing: 0, with a gradient path through the output layer, which DDP expects of every backward pass.
+    """
+
+    vectors: Tensor
+    places: Tensor
+    replies: tuple[Tensor, Tensor] | None
+    prompts: tuple[Tensor, Tensor] | None
+    nothing: Tensor | float
+
+
+def forward(
+    engine: Engine, backbone: Backbone, items: Sequence[Item], settings: SFTSettings, *, only_vectors: bool = False
+) -> Output:
+    """Compute one chunk."""
+    chunk = collate(items, backbone.tokenizer.pad_token_id, backbone.device)
+    reference = engine.reference if bool(chunk.prompts.any()) and not only_vectors else None
+    supervised = bool(chunk.replies.any()) and not only_vectors
+    places = [chunk.replies] if supervised else []
+    if reference is not None:
+        places.append(chunk.prompts)
+    elif engine.world_size > 1 and not places and not only_vectors:
+        places.append(torch.zeros_like(chunk.replies).index_fill_(1, chunk.embed[:1], True))
+    vectors, logits = engine.policy(chunk.ids, chunk.mask, embed=chunk.embed, places=places)
+    replies, prompts, nothing = None, None, 0.0
+    if supervised:
+        replies = (logits[0], chunk.targets)
+    elif logits:
+        nothing = 0.0 * logits[0].sum()
+    if reference is not None:
+        width = int(chunk.prompts.any(0).nonzero().max()) + 2
+        prompt = (part[:, :width] for part in (chunk.ids, chunk.mask, chunk.prompts))
+        prompts = (logits[-1], reference(*prompt))
+    return Output(vectors, chunk.places, replies, prompts, nothing)
+
+
+def token_losses(outputs: Sequence[Output], totals: Mapping[str, float]) -> dict[str, Tensor]:
+    """The part of these sequences in `L_SFT` and `L_KL`, by name.
+
+    Args:
+        outputs: what was computed together.
+        totals: tokens of the whole batch that each of the two is a mean over.
+    """
+    parts = {}
+    if replies := [output.replies for output in outputs if output.replies is not None]:
+        logits, targets = (torch.cat(side) for side in zip(*replies, strict=True))
+        parts["cross_entropy"] = losses.cross_entropy(logits, targets) * (len(targets) / totals["cross_entropy"])
+    if prompts := [output.prompts for output in outputs if output.prompts is not None]:
+        tuned, frozen = (torch.cat(side) for side in zip(*prompts, strict=True))
+        parts["kl"] = losses.kl_to_base(tuned, frozen) * (len(tuned) / totals["kl"])
     return parts
 
 
-def total_loss(parts: dict[str, Tensor], settings: SFTSettings) -> Tensor:
-    """The weighted sum of the losses."""
+def assemble(engine: Engine, outputs: Sequence[Output], count: int) -> Tensor:
+    """All vectors of a kind, `count x D`: this process's with their gradients, the others' without."""
+    vectors = torch.cat([output.vectors for output in outputs])
+    places = torch.cat([output.places for output in outputs])
+    everyone = vectors.new_zeros((count, vectors.shape[1])).index_copy(0, places, vectors.detach())
+    return engine.sum_over_processes(everyone).index_copy(0, places, vectors)
+
+
+def contrastive_losses(
+    queries: Tensor, documents: Tensor, batch: Batch, rows: range, settings: SFTSettings
+) -> dict[str, Tensor]:
+    """`L_InfoNCE` and `L_TripletMargin`, means over the queries in `rows`.
+
+    Args:
+        queries: `2B x D`.
+        documents: `M x D`.
+        batch: which documents are positives and negatives.
+        rows: a range of the `2B` queries.
+        settings: temperature, margin, and the prefixes of the vectors that are trained too (their losses are averaged).
+    """
+    chosen = queries[rows.start : rows.stop]  # R x D
+    examples = torch.tensor(rows) % len(batch.examples)
+    device = queries.device
+    positives, excluded = batch.positives[examples].to(device), batch.excluded[examples].to(device)
+    negatives = batch.negatives[examples].to(device)
+    sizes = (*settings.matryoshka_dimensions, queries.shape[1])
+    parts: dict[str, Tensor] = {}
+    for size in sizes:
+        near, far = (
+            (shorten(chosen, size), shorten(documents, size)) if size < queries.shape[1] else (chosen, documents)
+        )
+        found = {"info_nce": losses.info_nce(near, far, positives, excluded, settings.contrastive_temperature)}
+        if negatives.shape[1] > 0:
+            cosines = near @ far.T  # R x M
+            own = cosines.gather(1, positives[:, None])[:, 0]
+            found["triplet"] = losses.triplet_margin(own, cosines.gather(1, negatives), settings.triplet_margin)
+        for name, value in found.items():
+            parts[name] = parts[name] + value if name in parts else value
+    return {name: value / len(sizes) for name, value in parts.items()}
+
+
+def shorten(vectors: Tensor, size: int) -> Tensor:
+    """The first `size` dimensions of vectors `... x D`, L2-normalised."""
+    return torch.nn.functional.normalize(vectors[..., :size], dim=-1)
+
+
+def total_loss(parts: Mapping[str, Tensor], settings: SFTSettings) -> Tensor:
+    """The weighted sum of the losses; 0 of none."""
+    if not parts:
+        return torch.zeros(())
     return torch.stack([getattr(settings, f"{name}_weight") * part for name, part in parts.items()]).sum()
+
+
+def _numbers(parts: Mapping[str, Tensor]) -> dict[str, float]:
+    return {name: float(part.detach()) for name, part in parts.items()}
+
+
+def _add(sums: dict[str, float], values: Mapping[str, float]) -> None:
+    for name, value in values.items():
+        sums[name] = sums.get(name, 0.0) + value
+
+
+def _check_dimensions(dimension: int, settings: SFTSettings) -> None:
+    wrong = [size for size in settings.matryoshka_dimensions if not 0 < size < dimension]
+    if wrong:
+        raise ConfigError(
+            f"sft.matryoshka_dimensions holds {wrong[0]}; expected prefixes of a vector of {dimension} dimensions"
+        )
 
 
 def _examples(collection: Collection, settings: SFTSettings) -> dict[str, list[TrainingExample]]:
@@ -195,17 +309,3 @@ def _draw(
     """A batch: the split of each example by its share, the example uniformly."""
     splits = rng.choices(list(settings.splits), list(settings.splits.values()), k=settings.batch_size)
     return [rng.choice(examples[split]) for split in splits]
-
-
-def _trace(example: TrainingExample, settings: SFTSettings, rng: random.Random) -> str:
-    """One reasoning trace by the weight of its style; a query without traces is supervised with none."""
-    traces = example.reasoning
-    if len(traces) <= 1:
-        return next(iter(traces.values()), "")
-    known = [style for style in traces if settings.reasoning_styles.get(style, 0) > 0]
-    if not known:
-        raise ConfigError(
-            f"query {example.query.query_id!r} has reasoning styles {', '.join(traces)}, none of which has a weight in "
-            f"sft.reasoning_styles ({', '.join(settings.reasoning_styles)})"
-        )
-    return traces[rng.choices(known, [settings.reasoning_styles[style] for style in known])[0]]

@@ -1,0 +1,228 @@
+"""Batches of stage 1: what is drawn for all processes together, and this process's share of it as token ids.
+
+Shapes: `B` queries, each in two modes, so `2B` vectors: all direct ones, then all reasoned ones; `M` distinct
+documents; `K` negatives per query; `b` sequences of a chunk, `T` their tokens.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ..config import SFTSettings
+from ..data.collection import Collection
+from ..data.triples import TrainingExample, draw_negatives
+from ..errors import ConfigError
+from ..model.backbone import pad
+from ..model.prompts import PromptEncoder
+
+
+@dataclass(frozen=True)
+class Batch:
+    """What a step learns from, the same in every process; columns are documents.
+
+    Attributes:
+        examples: `B`.
+        traces: one reasoning trace for each.
+        doc_ids: `M`.
+        positives: `B`, columns.
+        negatives: `B x K`, columns.
+        excluded: `B x M`, True where a document is another positive of the query, or has the text of one.
+    """
+
+    examples: list[TrainingExample]
+    traces: list[str]
+    doc_ids: list[str]
+    positives: Tensor
+    negatives: Tensor
+    excluded: Tensor
+
+    def names(self) -> dict[str, list[str]]:
+        """The ids of its queries and documents."""
+        return {"query_ids": [example.query.query_id for example in self.examples], "doc_ids": self.doc_ids}
+
+
+@dataclass(frozen=True)
+class Item:
+    """One sequence: a query's prompt and completion, or a document's prompt.
+
+    Attributes:
+        ids: tokens.
+        embed_position: where the embed token stands, whose hidden state is the vector.
+        place: the row of its vector, among the `2B` of the queries or among the `M` of the documents.
+        prompt_length: tokens before the supervised completion; all tokens where nothing is supervised.
+        compared: whether the KL to the base is measured on its prompt.
+    """
+
+    ids: list[int]
+    embed_position: int
+    place: int
+    prompt_length: int
+    compared: bool = False
+
+
+@dataclass(frozen=True)
+class Share:
+    """The sequences of a batch that one process computes."""
+
+    direct: list[Item]
+    reasoned: list[Item]
+    documents: list[Item]
+
+    def counts(self) -> dict[str, int]:
+        """Supervised tokens (`cross_entropy`), and tokens on which the KL is measured (`kl`)."""
+        queries = [*self.direct, *self.reasoned]
+        return {
+            "cross_entropy": sum(len(item.ids) - item.prompt_length for item in queries),
+            "kl": sum(item.prompt_length - 1 for item in queries if item.compared),
+        }
+
+    def chunks(self, size: int | None) -> tuple[list[list[Item]], list[list[Item]]]:
+        """Queries and documents in groups that are computed together.
+
+        Args:
+            size: sequences per group, of like length together; None puts all direct queries, all reasoned ones and all
+                documents into one group each.
+        """
+        if size is None:
+            return [self.direct, self.reasoned], [self.documents]
+        kinds = []
+        for items in ([*self.direct, *self.reasoned], self.documents):
+            ordered = sorted(items, key=lambda item: len(item.ids))
+            kinds.append([ordered[start : start + size] for start in range(0, len(ordered), size)])
+        return kinds[0], kinds[1]
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """Padded tensors of some items.
+
+    Attributes:
+        ids: `b x T`.
+        mask: `b x T`.
+        embed: `b`, position of the embed token.
+        places: `b`, see `Item.place`.
+        replies: `b x T`, True where the next token is supervised.
+        targets: the supervised tokens, in the order of `replies`.
+        prompts: `b x T`, True where the KL is measured.
+    """
+
+    ids: Tensor
+    mask: Tensor
+    embed: Tensor
+    places: Tensor
+    replies: Tensor
+    targets: Tensor
+    prompts: Tensor
+
+
+def make_batch(
+    collection: Collection,
+    doc_ids: Sequence[str],
+    examples: list[TrainingExample],
+    settings: SFTSettings,
+    rng: random.Random,
+) -> Batch:
+    """Draw a trace, a positive and negatives for each example.
+
+    Args:
+        collection: holds the texts.
+        doc_ids: its documents, from which random negatives are drawn.
+        examples: `B`.
+        settings: how many negatives, and the weights of the styles of traces.
+        rng: of the step, so that every process draws the same.
+
+    Raises:
+        ConfigError: an example has traces, none of which has a weight.
+        DataError: the corpus is too small.
+    """
+    traces, positives, negatives = [], [], []
+    for example in examples:
+        traces.append(_draw_trace(example, settings, rng))
+        positives.append(rng.choice(example.positive_ids))
+        negatives.append(draw_negatives(example, doc_ids, settings.random_negatives, settings.bm25_negatives, rng))
+    distinct = list(dict.fromkeys([*positives, *(doc_id for ids in negatives for doc_id in ids)]))
+    columns = {doc_id: column for column, doc_id in enumerate(distinct)}
+    return Batch(
+        examples,
+        traces,
+        distinct,
+        torch.tensor([columns[doc_id] for doc_id in positives]),
+        torch.tensor([[columns[doc_id] for doc_id in ids] for ids in negatives], dtype=torch.long),
+        find_false_negatives(examples, positives, columns, collection),
+    )
+
+
+def find_false_negatives(
+    examples: Sequence[TrainingExample], chosen: Sequence[str], columns: Mapping[str, int], collection: Collection
+) -> Tensor:
+    """`B x M`: True where a document is another positive of the query, or has the text of one."""
+    same_text: dict[str, list[int]] = {}
+    for doc_id, column in columns.items():
+        same_text.setdefault(collection.documents[doc_id].full_text, []).append(column)
+    excluded = torch.zeros((len(examples), len(columns)), dtype=torch.bool)
+    for row, (example, own) in enumerate(zip(examples, chosen, strict=True)):
+        for doc_id in example.positive_ids:
+            excluded[row, same_text.get(collection.documents[doc_id].full_text, [])] = True
+        excluded[row, columns[own]] = False
+    return excluded
+
+
+def tokenise(
+    batch: Batch, collection: Collection, encoder: PromptEncoder, rows: Sequence[int], columns: Sequence[int]
+) -> Share:
+    """The sequences of some of a batch's queries (`rows`) and documents (`columns`)."""
+    direct, reasoned = [], []
+    for row in rows:
+        text = batch.examples[row].query.text
+        prompt, completion = encoder.direct_prompt(text).ids, encoder.direct_completion()
+        position = len(prompt) + completion.embed_position
+        direct.append(Item(prompt + completion.ids, position, row, len(prompt)))
+        prompt = encoder.encode(text, "reason").ids
+        completion = encoder.reason_completion(batch.traces[row])
+        position = len(prompt) + completion.embed_position
+        # Direct and reasoned prompts hold the same queries; one of them is enough for the KL.
+        place = row + len(batch.examples)
+        reasoned.append(Item(prompt + completion.ids, position, place, len(prompt), compared=True))
+    documents = []
+    for column in columns:
+        ids = encoder.encode(collection.documents[batch.doc_ids[column]].full_text, "document").ids
+        documents.append(Item(ids, len(ids) - 1, column, len(ids)))
+    return Share(direct, reasoned, documents)
+
+
+def collate(items: Sequence[Item], pad_id: int, device: torch.device) -> Chunk:
+    """Pad items on the right."""
+    ids, mask = pad([item.ids for item in items], pad_id, device)
+    lengths = torch.tensor([item.prompt_length for item in items], device=device)
+    compared = torch.tensor([item.compared for item in items], device=device)
+    positions = torch.arange(ids.shape[1], device=device)
+    # The hidden state at position t predicts the token at t + 1.
+    replies = (positions >= lengths[:, None] - 1) & (positions < mask.sum(-1, keepdim=True) - 1)
+    return Chunk(
+        ids,
+        mask,
+        torch.tensor([item.embed_position for item in items], device=device),
+        torch.tensor([item.place for item in items], device=device),
+        replies,
+        torch.roll(ids, -1, dims=1)[replies],
+        (positions < lengths[:, None] - 1) & compared[:, None],
+    )
+
+
+def _draw_trace(example: TrainingExample, settings: SFTSettings, rng: random.Random) -> str:
+    """One reasoning trace by the weight of its style; a query without traces is supervised with none."""
+    traces = example.reasoning
+    if len(traces) <= 1:
+        return next(iter(traces.values()), "")
+    known = [style for style in traces if settings.reasoning_styles.get(style, 0) > 0]
+    if not known:
+        raise ConfigError(
+            f"query {example.query.query_id!r} has reasoning styles {', '.join(traces)}, none of which has a weight in "
+            f"sft.reasoning_styles ({', '.join(settings.reasoning_styles)})"
+        )
+    return traces[rng.choices(known, [settings.reasoning_styles[style] for style in known])[0]]

@@ -1,0 +1,106 @@
+"""The model as training runs it: all that a step computes is asked of one module, in one call of its `forward`.
+
+Wrappers of many processes (DDP, FSDP2, DeepSpeed) act on the forward pass of the module that they were given; what goes
+around it is not synchronised, or meets weights that are not there.
+
+Shapes: `B` sequences, `T` tokens, `D` hidden size, `V` vocabulary, `S` chosen places.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..config import LoRASettings
+from ..errors import ConfigError
+from ..model.backbone import Backbone, vectors_at
+
+Reference = Callable[[Tensor, Tensor, Tensor], Tensor]
+"""`(ids, mask, places) -> logits`: the model that a KL term stays close to, without gradients; see `make_reference`."""
+
+
+class Policy(torch.nn.Module):
+    """A causal LM, with adapters or without, that answers with logits at chosen places and with search embeddings.
+
+    Args:
+        backbone: its model is the one that learns.
+    """
+
+    def __init__(self, backbone: Backbone) -> None:
+        super().__init__()
+        self.backbone, self.model = backbone, backbone.model
+
+    def forward(
+        self,
+        ids: Tensor,
+        mask: Tensor,
+        *,
+        embed: Tensor | None = None,
+        places: Sequence[Tensor] = (),
+        adapters: bool = True,
+    ) -> tuple[Tensor | None, list[Tensor]]:
+        """Compute sequences.
+
+        Args:
+            ids: `B x T`, padded.
+            mask: `B x T`.
+            embed: `B`, the position of the embed token in each sequence.
+            places: masks `B x T` (bool) of the positions whose next-token logits are wanted.
+            adapters: False computes with the frozen weights alone.
+
+        Returns:
+            The search embeddings `B x D` at `embed` (float32, L2-normalised), and for each of `places` its logits
+            `S x V` (float32), row by row.
+        """
+        with contextlib.nullcontext() if adapters else self.model.disable_adapter():
+            hidden = self.backbone.hidden_states(ids, mask)
+            logits = [self.backbone.logits(hidden[chosen]) for chosen in places[:1]]
+            vectors = None if embed is None else vectors_at(hidden, embed)
+            logits += [self.backbone.logits(hidden[chosen]) for chosen in places[1:]]
+        return vectors, logits
+
+    def tie_weights(self) -> None:
+        """Make tied tables one tensor again, after a wrapper has moved them."""
+        self.backbone.causal_lm.tie_weights()
+
+
+def add_adapters(backbone: Backbone, settings: LoRASettings) -> None:
+    """Put LoRA adapters into the model (peft); from then on only they learn.
+
+    Raises:
+        ConfigError: peft is not installed, or the model has no layers of these names.
+    """
+    try:
+        import peft
+    except ImportError as error:
+        raise ConfigError("lora.rank above 0 needs the package peft: pip install 'search-r3[lora]'") from error
+
+    config = peft.LoraConfig(
+        r=settings.rank,
+        lora_alpha=settings.alpha,
+        lora_dropout=0.0,
+        target_modules=list(settings.target_modules),
+        trainable_token_indices=[backbone.embed_token_id] if settings.train_embed_token else None,
+        task_type="CAUSAL_LM",
+    )
+    try:
+        backbone.model = peft.get_peft_model(backbone.model, config)
+    except ValueError as error:
+        raise ConfigError(f"lora.target_modules={list(settings.target_modules)}: {error}") from error
+
+
+def make_reference(policy: Any, frozen: Backbone | None) -> Reference:
+    """The reference of a KL term: a frozen copy, or, where adapters learn, the policy without them."""
+
+    @torch.no_grad()
+    def reference(ids: Tensor, mask: Tensor, places: Tensor) -> Tensor:
+        if frozen is not None:
+            return frozen.logits(frozen.hidden_states(ids, mask)[places])
+        _, [logits] = policy(ids, mask, places=[places], adapters=False)
+        return torch.as_tensor(logits)
+
+    return reference

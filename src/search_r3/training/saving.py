@@ -1,0 +1,64 @@
+"""What a stage leaves behind: a model directory that transformers loads, and adapters as peft writes them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from ..config import Recipe
+from ..files import atomic_directory
+from ..model.backbone import Backbone, load_backbone
+from ..model.encoder import SearchR3
+from .engine import Engine
+
+
+def save_trained(engine: Engine, model: SearchR3, recipe: Recipe, folder: Path, adapter: Path) -> None:
+    """Write the trained model, gathered from all processes, by the first of them.
+
+    With adapters these are written too, by themselves; the model in `folder` then holds them merged into its weights.
+
+    Args:
+        engine: holds the weights.
+        model: the model as it was loaded, with its tokenizer and settings.
+        recipe: says whether there are adapters.
+        folder: the model directory.
+        adapter: the directory of the adapters.
+    """
+    backbone = model.backbone
+    state = _state(engine, backbone)
+    if engine.rank == 0:
+        if recipe.lora.rank:
+            _save_adapter(backbone, state, adapter)
+            _merged(backbone, recipe, adapter).save(folder)
+        else:
+            backbone.save(folder, state=state)
+    engine.exchange.meet()
+
+
+def _state(engine: Engine, backbone: Backbone) -> dict[str, Tensor]:
+    """The weights by the names that transformers (or peft) gives them; whole in the first process."""
+    found = engine.accelerator.get_state_dict(engine.policy)
+    state: dict[str, Tensor] = {name.removeprefix("model."): value for name, value in found.items()}
+    if backbone.causal_lm.config.get_text_config().tie_word_embeddings:
+        # Shards of tied tables are gathered one by one.
+        tied: dict[str, str] = backbone.causal_lm._tied_weights_keys
+        state |= {name: state[source] for name, source in tied.items() if source in state}
+    return state
+
+
+def _save_adapter(backbone: Backbone, state: dict[str, Tensor], folder: Path) -> None:
+    with atomic_directory(folder) as out:
+        backbone.model.save_pretrained(out, state_dict=state)
+        backbone.save_companions(out)
+
+
+def _merged(backbone: Backbone, recipe: Recipe, adapter: Path) -> Backbone:
+    """The model that the adapters were put into, loaded anew, with them in its weights."""
+    import peft
+
+    base = load_backbone(backbone.source, settings=backbone.settings, dtype=recipe.dtype)
+    tuned: Any = peft.PeftModel.from_pretrained(base.model, str(adapter))
+    base.model = tuned.merge_and_unload()
+    return base

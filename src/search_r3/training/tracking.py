@@ -1,0 +1,33 @@
+"""Metrics beside `metrics.jsonl`: TensorBoard, Weights & Biases and trackio, through accelerate."""
+
+from __future__ import annotations
+
+from importlib.util import find_spec
+from typing import Any
+
+from ..config import Recipe, flat_settings
+from ..errors import ConfigError
+
+PACKAGES = {"tensorboard": "tensorboard", "wandb": "wandb", "trackio": "trackio"}
+
+
+def start_trackers(accelerator: Any, recipe: Recipe, stage: str) -> None:
+    """Open a run of the project `search-r3` in each of the recipe's trackers, with all settings.
+
+    Raises:
+        ConfigError: a tracker's package is not installed.
+    """
+    missing = [name for name in recipe.trackers if find_spec(PACKAGES[name]) is None]
+    if missing:
+        raise ConfigError(
+            f"trackers={list(recipe.trackers)}: the package {PACKAGES[missing[0]]} is not installed; "
+            f"pip install {PACKAGES[missing[0]]}, or leave it out"
+        )
+    if not recipe.trackers:
+        return
+    settings = {
+        key: value if isinstance(value, int | float | str) else str(value)
+        for key, value in flat_settings(recipe.model_dump(mode="json")).items()
+    }
+    named = {tracker: {"name": f"{recipe.name}-{stage}"} for tracker in recipe.trackers if tracker != "tensorboard"}
+    accelerator.init_trackers("search-r3", config=settings, init_kwargs=named)

@@ -1,0 +1,122 @@
+"""Processes, micro-batches and cached gradients change memory and speed only: losses and gradients stay, to 1e-5."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from tests.distributed import train
+
+TOLERANCE = 1e-5
+MICRO = "sft.micro_batch_size"
+VARIANTS: dict[str, tuple[str, list[str]]] = {
+    "sft-whole": ("sft", []),
+    "sft-1": ("sft", [f"{MICRO}=1"]),
+    "sft-3": ("sft", [f"{MICRO}=3"]),
+    "sft-3-recomputed": ("sft", [f"{MICRO}=3", "gradient_checkpointing=true"]),
+    "grpo-whole": ("grpo", []),
+    "grpo-1": ("grpo", ["grpo.micro_batch_size=1", "grpo.rollout_batch_size=4"]),
+    "grpo-4": ("grpo", ["grpo.micro_batch_size=4"]),
+}
+TOGETHER = ("sft-whole", "sft-3", "grpo-whole", "grpo-4")
+SHARDED = ("sft-whole", "sft-3", "grpo-4")
+
+
+def launch(out: Path, trainings: dict[str, Any], collection: Path, *, world_size: int = 2, **environment: str) -> None:
+    """Run the trainings in several processes over gloo; every process has ended when this returns."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    out.mkdir()
+    given = {"out": str(out), "collection": str(collection), "trainings": trainings, "fsdp": bool(environment)}
+    meeting = {"WORLD_SIZE": world_size, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "OMP_NUM_THREADS": 1}
+    common = {**os.environ, **{name: str(value) for name, value in meeting.items()}, **environment}
+    processes = [
+        subprocess.Popen(
+            [sys.executable, "-m", "tests.distributed", json.dumps(given)],
+            env={**common, "RANK": str(rank), "LOCAL_RANK": str(rank)},
+            cwd=Path(__file__).parents[2], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+        )
+        for rank in range(world_size)
+    ]  # fmt: skip
+    try:
+        said = [process.communicate(timeout=300)[0] for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+    assert all(process.returncode == 0 for process in processes), "\n".join(said)
+
+
+@pytest.fixture(scope="module")
+def stage_1(tmp_path_factory: pytest.TempPathFactory, tiny_path: Path, collection_path: Path) -> Path:
+    """A tiny model that emits the embed token in some rollouts."""
+    options = ["sft.steps=120", "sft.batch_size=4", "sft.learning_rate=1e-2", "sft.reasoning_styles={restate: 1.0}"]
+    kept = train("sft", tmp_path_factory.mktemp("stage1") / "run", str(tiny_path), str(collection_path), options)
+    return Path(kept["path"])
+
+
+@pytest.fixture(scope="module")
+def alone(
+    tmp_path_factory: pytest.TempPathFactory, tiny_path: Path, stage_1: Path, collection_path: Path
+) -> dict[str, dict[str, Any]]:
+    """Every variant in this process."""
+    folder = tmp_path_factory.mktemp("alone")
+    bases = {"sft": str(tiny_path), "grpo": str(stage_1)}
+    return {
+        name: train(stage, folder / name, bases[stage], str(collection_path), options)
+        for name, (stage, options) in VARIANTS.items()
+    }
+
+
+def check_same(found: dict[str, Any], expected: dict[str, Any]) -> None:
+    """Gradients of every step relative to the largest of that step; all metrics but times."""
+    assert len(found["gradients"]) == len(expected["gradients"]) == 2
+    for one, two in zip(found["gradients"], expected["gradients"], strict=True):
+        assert one.keys() == two.keys()
+        largest = max(gradient.abs().max().item() for gradient in two.values())
+        assert largest > 1e-3
+        for name, gradient in two.items():
+            assert (one[name] - gradient).abs().max().item() <= TOLERANCE * max(1.0, largest), name
+    if found["metrics"]:
+        for one, two in zip(found["metrics"], expected["metrics"], strict=True):
+            timeless = {name: value for name, value in two.items() if "seconds" not in name and name != "stage"}
+            assert timeless == pytest.approx({name: one[name] for name in timeless}, abs=TOLERANCE, rel=TOLERANCE)
+
+
+@pytest.mark.parametrize("name", [name for name in VARIANTS if not name.endswith("whole")])
+def test_micro_batches_give_the_gradients_of_the_whole_batch(alone: dict[str, dict[str, Any]], name: str) -> None:
+    whole = alone[f"{VARIANTS[name][0]}-whole"]
+    check_same(alone[name], whole)
+    assert {"cross_entropy", "kl", "info_nce", "triplet"} <= set(alone["sft-3"]["metrics"][0])
+
+
+@pytest.mark.parametrize("kind", ["ddp", "fsdp2"])
+def test_two_processes_give_the_gradients_of_one(
+    tmp_path: Path, alone: dict[str, dict[str, Any]], tiny_path: Path, stage_1: Path, collection_path: Path, kind: str
+) -> None:
+    names = TOGETHER if kind == "ddp" else SHARDED
+    bases = {"sft": str(tiny_path), "grpo": str(stage_1)}
+    trainings = {name: (VARIANTS[name][0], bases[VARIANTS[name][0]], VARIANTS[name][1]) for name in names}
+    fsdp = {
+        "ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2", "FSDP_AUTO_WRAP_POLICY": "TRANSFORMER_BASED_WRAP",
+        "FSDP_TRANSFORMER_CLS_TO_WRAP": "Qwen2DecoderLayer", "FSDP_RESHARD_AFTER_FORWARD": "true",
+        "FSDP_STATE_DICT_TYPE": "SHARDED_STATE_DICT", "FSDP_CPU_RAM_EFFICIENT_LOADING": "false",
+    }  # fmt: skip
+    launch(tmp_path / kind, trainings, collection_path, **(fsdp if kind == "fsdp2" else {}))
+    for name in names:
+        for rank in range(2):
+            check_same(torch.load(tmp_path / kind / f"{name}-{rank}.pt"), alone[name])
+        saved, expected = (load_file(Path(path) / "model.safetensors") for path in (
+            torch.load(tmp_path / kind / f"{name}-0.pt")["path"], alone[name]["path"],
+        ))  # fmt: skip
+        assert saved.keys() == expected.keys(), "whole weights under the usual names"
+        assert all(torch.allclose(saved[key], expected[key], atol=2e-3) for key in expected)
