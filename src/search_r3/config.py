@@ -89,7 +89,7 @@ class SFTSettings(Section):
 
 
 class LoRASettings(Section):
-    """Low-rank adapters (arXiv 2106.09685) instead of training all weights; they have no dropout."""
+    """Low-rank adapters (arXiv 2106.09685), and the embed token's row of the token table, learn; nothing else does."""
 
     rank: int = Field(0, ge=0, description="Rank of the adapters; 0 trains all weights.")
     alpha: int = Field(32, gt=0, description="The adapters' output is multiplied by alpha / rank.")
@@ -98,7 +98,6 @@ class LoRASettings(Section):
         min_length=1,
         description="Names of the linear layers that get adapters.",
     )
-    train_embed_token: bool = Field(True, description="Also train the embed token's row of the token table.")
 
 
 class RewardWeights(Section):

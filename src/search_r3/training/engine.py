@@ -154,6 +154,7 @@ def make_engine(model: SearchR3, recipe: Recipe, settings: SFTSettings | GRPOSet
     from accelerate import Accelerator, DataLoaderConfiguration
     from accelerate.utils import set_seed
 
+    set_seed(recipe.seed)  # before the adapters are drawn
     backbone = model.backbone
     needs_reference = (settings.kl_weight if isinstance(settings, SFTSettings) else settings.kl_coefficient) > 0
     frozen = None
@@ -176,12 +177,13 @@ def make_engine(model: SearchR3, recipe: Recipe, settings: SFTSettings | GRPOSet
         project_dir=str(Path(recipe.run_dir) / "trackers"),
     )
     _fit_deepspeed(accelerator, settings)
+    if recipe.lora.rank:
+        accelerator.register_save_state_pre_hook(_keep_what_learns)
     if accelerator.is_fsdp2 and not is_drivable(backbone.causal_lm):
         raise ModelError(
             f"{type(backbone.causal_lm).__name__} cannot be trained with FSDP2 here, since its layers are not "
             "decoded one by one; launch with DDP or DeepSpeed"
         )
-    set_seed(recipe.seed)
     policy = Policy(backbone)
     optimizer = torch.optim.AdamW(
         [parameter for parameter in policy.parameters() if parameter.requires_grad],
@@ -197,6 +199,14 @@ def make_engine(model: SearchR3, recipe: Recipe, settings: SFTSettings | GRPOSet
     reference = make_reference(policy, frozen) if needs_reference else None
     start_trackers(accelerator, recipe, "sft" if isinstance(settings, SFTSettings) else "grpo")
     return Engine(accelerator, policy, optimizer, scheduler, make_exchange(), reference)
+
+
+def _keep_what_learns(models: list[Any], weights: list[dict[str, Tensor]], folder: str) -> None:
+    """Leave the frozen weights out of a checkpoint; accelerate calls it with what it is about to write."""
+    for model, state in zip(models, weights, strict=False):  # FSDP2 and DeepSpeed write theirs in other ways
+        learning = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+        for name in set(state) - learning:
+            del state[name]
 
 
 def deepspeed_plugin(accelerator: Any) -> Any:

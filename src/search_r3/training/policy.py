@@ -79,12 +79,15 @@ def add_adapters(backbone: Backbone, settings: LoRASettings) -> None:
     except ImportError as error:
         raise ConfigError("lora.rank above 0 needs the package peft: pip install 'search-r3[lora]'") from error
 
+    # The embed token's row is new in most models: it learns, and is saved with the adapters, in the output table too.
+    lm = backbone.causal_lm
+    tables = ["embed_tokens"] if lm.config.get_text_config().tie_word_embeddings else ["embed_tokens", "lm_head"]
     config = peft.LoraConfig(
         r=settings.rank,
         lora_alpha=settings.alpha,
         lora_dropout=0.0,
         target_modules=list(settings.target_modules),
-        trainable_token_indices=[backbone.embed_token_id] if settings.train_embed_token else None,
+        trainable_token_indices={table: [backbone.embed_token_id] for table in tables},
         task_type="CAUSAL_LM",
     )
     try:
