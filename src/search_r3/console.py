@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from .evaluation.results import Result
     from .evaluation.search import Answer
     from .evaluation.statistics import Comparison
+    from .training.plan import Plan
 
 
 def fail(message: str, status: int) -> NoReturn:
@@ -240,6 +241,41 @@ def show_report(folder: Path) -> None:
     # Plain, so that it can be copied from a narrow terminal; with the path by which the command was called.
     query = "what do people pay with in Tashkent?"
     print(f'Next: {sys.argv[0]} search {folder}/model --collection atlas "{query}"')
+
+
+STAGES = {"sft": "stage 1", "grpo": "stage 2"}
+
+
+def show_plan(plan: Plan, base: str, gpu_bytes: float, remedy: str) -> None:
+    """Show what a stage takes; `remedy` are the overrides with which it fits, empty where it does or none is known."""
+    from rich import print as rich_print
+    from rich.box import SIMPLE_HEAD
+    from rich.table import Table
+
+    def gigabytes(value: float) -> str:
+        return f"{value / 1e9:,.2f}"
+
+    weights = ", ".join(f"{name} {value / 1e6:,.1f} M" for name, value in plan.parameters.items() if value)
+    say(f"{STAGES[plan.stage]}, {base}, {plan.gpus} x {gigabytes(gpu_bytes)} GB, {plan.strategy}")
+    say(f"parameters: {weights}")
+    shown = Table("GB per GPU", title="", box=SIMPLE_HEAD, show_edge=False, padding=(0, 1))
+    for phase in plan.phases:
+        shown.add_column(phase, justify="right")
+    for part in dict.fromkeys(part for parts in plan.phases.values() for part in parts):
+        shown.add_row(part, *(gigabytes(parts[part]) if part in parts else "" for parts in plan.phases.values()))
+    shown.add_section()
+    shown.add_row("sum", *(gigabytes(sum(parts.values())) for parts in plan.phases.values()))
+    rich_print(shown)
+    say("memory of the machine: " + ", ".join(f"{name} {gigabytes(value)} GB" for name, value in plan.host.items()))
+    tokens = ", ".join(f"{name} {value:,}" for name, value in plan.tokens.items())
+    say(f"tokens per step: {sum(plan.tokens.values()):,} ({tokens}); {sum(plan.flops.values()) / 1e15:,.2f} PFLOP")
+    hours = plan.steps * plan.step_seconds / 3600
+    say(f"time: {plan.step_seconds:,.1f} s per step, {hours:,.1f} h for {plan.steps:,} steps")
+    verdict = "fits" if plan.fits(gpu_bytes) else "does not fit"
+    say(f"{verdict}: {gigabytes(plan.peak)} GB at the peak ({plan.peak_phase}); 10 % of a GPU's memory is kept free")
+    if not plan.fits(gpu_bytes):
+        say(f"change first: {remedy}" if remedy else "no setting of the recipe is enough: use more or larger GPUs")
+    say("")
 
 
 def show_answer(pieces: Iterable[str | Answer]) -> None:

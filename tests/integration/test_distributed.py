@@ -23,12 +23,14 @@ VARIANTS: dict[str, tuple[str, list[str]]] = {
     "sft-1": ("sft", [f"{MICRO}=1"]),
     "sft-3": ("sft", [f"{MICRO}=3"]),
     "sft-3-recomputed": ("sft", [f"{MICRO}=3", "gradient_checkpointing=true"]),
+    "sft-adapters-whole": ("sft", ["lora.rank=4"]),
+    "sft-adapters-2": ("sft", ["lora.rank=4", f"{MICRO}=2"]),
     "grpo-whole": ("grpo", []),
     "grpo-1": ("grpo", ["grpo.micro_batch_size=1", "grpo.rollout_batch_size=4"]),
     "grpo-4": ("grpo", ["grpo.micro_batch_size=4"]),
 }
-TOGETHER = ("sft-whole", "sft-3", "grpo-whole", "grpo-4")
-SHARDED = ("sft-whole", "sft-3", "grpo-4")
+TOGETHER = ("sft-whole", "sft-3", "sft-adapters-2", "grpo-whole", "grpo-4")
+SHARDED = ("sft-whole", "sft-3-recomputed", "sft-adapters-2", "grpo-4")
 
 
 def launch(out: Path, trainings: dict[str, Any], collection: Path, *, world_size: int = 2, **environment: str) -> None:
@@ -94,7 +96,7 @@ def check_same(found: dict[str, Any], expected: dict[str, Any]) -> None:
 
 @pytest.mark.parametrize("name", [name for name in VARIANTS if not name.endswith("whole")])
 def test_micro_batches_give_the_gradients_of_the_whole_batch(alone: dict[str, dict[str, Any]], name: str) -> None:
-    whole = alone[f"{VARIANTS[name][0]}-whole"]
+    whole = alone[f"{name.rpartition('-')[0].removesuffix('-3')}-whole"]
     check_same(alone[name], whole)
     assert {"cross_entropy", "kl", "info_nce", "triplet"} <= set(alone["sft-3"]["metrics"][0])
 

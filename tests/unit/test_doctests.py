@@ -10,13 +10,18 @@ import pytest
 MODULES = (
     "model.encoder",
     "model.prompts",
+    "data.asking",
     "data.collection",
+    "data.contamination",
+    "data.sources_text",
+    "data.replies",
     "data.stdlib",
     "data.synthetic",
     "retrieval.metrics",
     "evaluation.statistics",
     "evaluation.systems",
     "evaluation.runner",
+    "training.mining",
     "config",
 )
 

@@ -1,18 +1,14 @@
 from __future__ import annotations
 
 import json
-import re
 import socket
-import ssl
 import subprocess
 import sys
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from email.utils import formatdate
-from functools import partial
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
@@ -20,26 +16,20 @@ import datasets
 import pytest
 
 from search_r3.data import chat, synthetic
+from search_r3.data.asking import REPLIES_PER_ITEM, STOP_AFTER
 from search_r3.data.collection import Collection, Document
 from search_r3.data.load import load_articles
-from search_r3.data.synthetic import REPLIES_PER_ARTICLE, STOP_AFTER, find_fault, read_queries, synthesize
+from search_r3.data.synthetic import find_fault, read_queries, synthesize
 from search_r3.errors import DataError
+from tests.chat_server import Answer, Server, completion, running_server
 from tests.conftest import call
 
 WORDS = ("amber", "birch", "cedar", "dune", "ember", "fjord", "grove", "heath", "inlet", "jetty")
-CERTIFICATES = ssl.create_default_context()
-Answer = tuple[int, dict[str, str], str]
 
 
 def make_articles(count: int) -> dict[str, Document]:
     names = [f"{WORDS[i % 10]}{i}" for i in range(count)]
     return {n: Document(n, f"This text tells of {n} at some length. It was written long ago.", n) for n in names}
-
-
-def completion(content: Any, finish: str = "stop", usage: Any = None) -> Answer:
-    choice = {"index": 0, "message": {"role": "assistant", "content": content}, "finish_reason": finish}
-    usage = {"prompt_tokens": 100, "completion_tokens": 7} if usage is None else usage
-    return 200, {}, json.dumps({"choices": [choice], "usage": usage})
 
 
 def queries(*texts: str) -> Answer:
@@ -50,69 +40,11 @@ def good(title: str, turn: int) -> Answer:
     return queries(f"what is told about {title}?")
 
 
-class Server:
-    """Chat completions on 127.0.0.1. `answer(title of the article, how often it was asked before)` makes the reply."""
-
-    def __init__(self) -> None:
-        self.answer: Callable[[str, int], Answer] = good
-        self.bodies: list[dict[str, Any]] = []
-        self.headers: list[dict[str, str]] = []
-        self.times: list[float] = []
-        self.titles: list[str] = []
-        self.busy = self.busiest = 0
-        self.lock = threading.Lock()
-        outer = self
-
-        class Handler(BaseHTTPRequestHandler):
-            protocol_version = "HTTP/1.1"
-
-            def do_POST(self) -> None:
-                outer.serve(self)
-
-            def log_message(self, *arguments: object) -> None: ...
-
-        class Quiet(ThreadingHTTPServer):
-            def handle_error(self, *arguments: object) -> None: ...  # clients that went away
-
-        self.http = Quiet(("127.0.0.1", 0), Handler)
-        self.url = f"http://127.0.0.1:{self.http.server_port}/v1"
-        self.thread = threading.Thread(target=self.http.serve_forever, kwargs={"poll_interval": 0.01})
-
-    def serve(self, request: BaseHTTPRequestHandler) -> None:
-        body = json.loads(request.rfile.read(int(request.headers["Content-Length"])))
-        title = re.search(r"^Title: (.*)$", body["messages"][0]["content"], re.MULTILINE).group(1)
-        with self.lock:
-            turn = self.titles.count(title)
-            self.bodies.append(body)
-            self.headers.append({"path": request.path, **{k.lower(): v for k, v in request.headers.items()}})
-            self.times.append(time.monotonic())
-            self.titles.append(title)
-            self.busy += 1
-            self.busiest = max(self.busiest, self.busy)
-        status, headers, text = self.answer(title, turn)
-        with self.lock:
-            self.busy -= 1
-        request.send_response(status)
-        for name, value in {"Content-Type": "application/json", **headers}.items():
-            request.send_header(name, value)
-        request.send_header("Content-Length", str(len(text.encode())))
-        request.end_headers()
-        request.wfile.write(text.encode())
-
-
 @pytest.fixture
 def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[Server]:
-    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
-    monkeypatch.setattr(chat, "BACKOFF_S", 0.01)
-    http = sys.modules.get("httpx2") or sys.modules["httpx"]
-    # Without TLS in play, the certificates need not be read anew for each client.
-    monkeypatch.setattr(http, "AsyncClient", partial(http.AsyncClient, verify=CERTIFICATES))
-    running = Server()
-    running.thread.start()
-    yield running
-    running.http.shutdown()
-    running.thread.join()
-    running.http.server_close()
+    with running_server(monkeypatch) as running:
+        running.answer = good
+        yield running
 
 
 def make(server: Server, out: Path, count: int = 3, **options: Any) -> synthetic.SyntheticReport:
@@ -236,7 +168,7 @@ def test_an_unusable_reply_is_asked_for_again_with_its_fault(server: Server, tmp
     replies = {
         "amber0": [bad[0], bad[1]],
         "birch1": bad,
-        "cedar2": [completion("", "length", {}) for _ in range(REPLIES_PER_ARTICLE)],
+        "cedar2": [completion("", "length", {}) for _ in range(REPLIES_PER_ITEM)],
         "dune3": [(200, {}, "<html>log in</html>")],
     }
     server.answer = lambda title, turn: replies[title][turn] if turn < len(replies[title]) else good(title, turn)
@@ -260,7 +192,7 @@ def test_several_queries_are_gathered_over_replies(server: Server, tmp_path: Pat
     first, second, third = "who told of it first?", "when was  it\nwritten down?", "where does the tale end?"
     replies = {
         "amber0": [queries(first, "no", second, first), queries(second.upper(), third, "how many tales are there?")],
-        "birch1": [queries(first)] * REPLIES_PER_ARTICLE,
+        "birch1": [queries(first)] * REPLIES_PER_ITEM,
     }
     server.answer = lambda title, turn: replies[title][turn]
     report = make(server, tmp_path / "wiki", 2, queries_per_article=3)

@@ -3,22 +3,38 @@
 from __future__ import annotations
 
 import logging
+import sys
 from typing import TYPE_CHECKING
 
 from .. import console
-from ..errors import SearchR3Error
-from . import data, evaluation, search, training
+from ..errors import SearchR3Error, StoppedError
+from . import data, evaluation, mining, mix, plan, push, search, training
 from .common import app
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-__all__ = ["app", "data", "evaluation", "main", "search", "training"]
+__all__ = ["app", "data", "evaluation", "main", "mining", "mix", "plan", "push", "search", "training"]
 
 INTERRUPTED = 130
 """Typer's exit status after Ctrl-C."""
+TERMINATED = 143
+"""The exit status of a program that SIGTERM ended."""
 
-ORDER = ("quickstart", "base", "sft", "grpo", "evaluate", "mteb", "report", "search", "encode", "export")
+ORDER = (
+    "quickstart",
+    "base",
+    "plan",
+    "sft",
+    "grpo",
+    "evaluate",
+    "mteb",
+    "report",
+    "search",
+    "encode",
+    "export",
+    "push",
+)
 """How `--help` lists the commands."""
 
 app.registered_commands.sort(key=lambda command: ORDER.index(getattr(command.callback, "__name__", "")))
@@ -33,6 +49,9 @@ def main() -> None:
     logging.basicConfig(format="%(levelname)s: %(message)s", level=logging.WARNING, handlers=[handler])
     try:
         app()
+    except StoppedError as stop:
+        console.say(str(stop))
+        sys.exit(TERMINATED)
     except SearchR3Error as error:
         console.fail(str(error), 2)
     except OSError as error:

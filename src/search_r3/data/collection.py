@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import DataError
-from ..files import atomic_directory, read_jsonl
+from ..files import atomic_directory, read_jsonl, write_json
 from .rows import Known, check_documents, check_judgements, check_lists, check_queries, string
 
 Qrels = dict[str, dict[str, int]]
@@ -153,8 +153,13 @@ class Collection:
             without_text=len(empty),
         )
 
-    def save(self, folder: str | Path) -> None:
-        """Write the collection as a BEIR folder; an existing folder is replaced only when all is written."""
+    def save(self, folder: str | Path, *, reports: Mapping[str, Any] | None = None) -> None:
+        """Write the collection as a BEIR folder; an existing folder is replaced only when all is written.
+
+        Args:
+            folder: where.
+            reports: file name -> what stands as JSON in the folder beside the collection, e.g. how it was made.
+        """
         documents = ({"_id": d.doc_id, "title": d.title, "text": d.text} for d in self.documents.values())
         queries = (
             {"_id": q.query_id, "text": q.text} | ({"metadata": dict(q.metadata)} if q.metadata else {})
@@ -177,6 +182,8 @@ class Collection:
                 if lists:
                     rows = ({"query-id": query_id, key: sorted(doc_ids)} for query_id, doc_ids in lists.items())
                     _write_rows(out / f"{name}.jsonl", rows)
+            for name, report in (reports or {}).items():
+                write_json(out / name, report)
 
 
 @dataclass(frozen=True)

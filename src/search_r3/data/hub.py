@@ -111,7 +111,7 @@ class _Reader:
         documents = self._joined("corpus", splits, lambda table: _documents(table, DOCUMENT, self.skipped), whole=True)
         instructions = self._joined("instruction", splits, _instructions)
         queries = self._joined(
-            "queries", splits, lambda table: _queries(table.rows(QUERY, optional="instruction"), instructions)
+            "queries", splits, lambda table: _queries(table.rows(QUERY, optional=("instruction",)), instructions)
         )
         known = _known(documents, queries, self.skipped, self.layout["corpus"], self.layout["queries"])
         qrels = {split: self._qrels(judged[split], known) for split in splits}
@@ -207,7 +207,7 @@ def _read_bright(repository: Repository, subset: str | None, skipped: set[str] |
 
 
 def _documents(table: Table, columns: Columns, skipped: set[str] | None) -> dict[str, Document]:
-    rows = check_documents(table.rows(columns, optional="title"), skipped)
+    rows = check_documents(table.rows(columns, optional=("title",)), skipped)
     return _some({doc_id: Document(doc_id, text, title) for doc_id, title, text in rows}, table)
 
 

@@ -23,8 +23,8 @@ def _stdlib(seed: int = 0) -> Collection:
 
 BUILDERS: Mapping[str, Callable[..., Collection]] = {**BUILT_IN, "stdlib": _stdlib}
 """What builds the collections that need no files; each takes the seed of its splits."""
-_NAME = re.compile(r"(?P<source>[^@]*?)(:(?P<subset>[^@:]+))?(@(?P<revision>[^@]+))?")
-_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
+NAME = re.compile(r"(?P<source>[^@]*?)(:(?P<subset>[^@:]+))?(@(?P<revision>[^@]+))?")
+HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 
 
 def load_collection(name: str, *, skip_empty_documents: bool = False) -> Collection:
@@ -51,8 +51,8 @@ def load_collection(name: str, *, skip_empty_documents: bool = False) -> Collect
         if _is_beir(folder):
             return Collection.load(folder, skip_empty_documents=skip_empty_documents)
         return load_hub(name, skip_empty_documents=skip_empty_documents)
-    match = _NAME.fullmatch(name)
-    if match and (Path(match["source"]).is_dir() or _HUB_ID.fullmatch(match["source"])):
+    match = NAME.fullmatch(name)
+    if match and (Path(match["source"]).is_dir() or HUB_ID.fullmatch(match["source"])):
         return load_hub(
             match["source"],
             revision=match["revision"],
@@ -83,7 +83,7 @@ def load_articles(source: str, limit: int | None = None, seed: int = 0) -> dict[
         found = {one.doc_id: one for one in iter_documents(path / "corpus.jsonl" if path.is_dir() else path, set())}
         if limit is not None and limit < len(found):
             found = {doc_id: found[doc_id] for doc_id in random.Random(seed).sample(sorted(found), limit)}
-    elif (match := _NAME.fullmatch(source)) and _HUB_ID.fullmatch(match["source"]):
+    elif (match := NAME.fullmatch(source)) and HUB_ID.fullmatch(match["source"]):
         found = _stream_articles(match["source"], match["subset"], match["revision"], limit, seed)
     else:
         raise DataError(f"no articles at {source}: expected a JSONL file, a folder with corpus.jsonl, or a hub id")

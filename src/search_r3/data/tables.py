@@ -70,8 +70,8 @@ class Repository:
         with self.explained(self.source):
             return list(get_dataset_config_names(self.source, revision=self.revision))
 
-    def tables(self, config: str) -> dict[str, Table]:
-        """Split -> table of one config."""
+    def tables(self, config: str, *, streaming: bool = False) -> dict[str, Table]:
+        """Split -> table of one config; with `streaming` only those rows of the hub are downloaded that are read."""
         from datasets import load_dataset
 
         place = f"{self.source}, config {config!r}"
@@ -79,6 +79,8 @@ class Repository:
         if self.local:
             # datasets' cache answers with the old content of a local file that has changed, hence no cache.
             options = {"streaming": True, "cache_dir": self.scratch}
+        elif streaming:
+            options["streaming"] = True
         options["data_dir" if _part_folders(Path(self.source)) else "name"] = config
         with self.explained(place):
             found = load_dataset(self.source, **options)
@@ -104,12 +106,12 @@ class Table:
     place: str
     data: Any
 
-    def rows(self, columns: Columns, optional: str = "") -> Iterator[tuple[str, dict[str, Any]]]:
+    def rows(self, columns: Columns, optional: tuple[str, ...] = ()) -> Iterator[tuple[str, dict[str, Any]]]:
         """Place and fields of every row: ids as strings, a missing text as the empty one.
 
         Args:
             columns: the fields.
-            optional: the one that may have no column.
+            optional: those that may have no column.
         """
         with self.repository.explained(self.place):
             batches = self.data.iter(batch_size=BATCH)
@@ -128,12 +130,12 @@ class Table:
         if not number:
             raise DataError(f"{self.place}: no rows")
 
-    def _choose(self, columns: Columns, optional: str, present: list[str]) -> dict[str, str]:
+    def _choose(self, columns: Columns, optional: tuple[str, ...], present: list[str]) -> dict[str, str]:
         chosen = {}
         for field, names in columns.items():
             if found := [name for name in names if name in present]:
                 chosen[field] = found[0]
-            elif field != optional:
+            elif field not in optional:
                 raise DataError(f"{self.place}: no column {' or '.join(map(repr, names))}; it has {listed(present)}")
         return chosen
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Container, Mapping, Sequence
 from dataclasses import dataclass
 
 from ..errors import DataError
@@ -17,7 +17,8 @@ LexicalSearch = Callable[[Sequence[str], int], list[list[str]]]
 class TrainingExample:
     """One query with what stage 1 needs.
 
-    `reasoning` maps a style to a trace; `negative_ids` lists hard (mined) negatives, best first.
+    `reasoning` maps a style to a trace; `negative_ids` lists hard negatives, best first: those that the data set names,
+    then mined ones.
     """
 
     query: Query
@@ -29,12 +30,12 @@ class TrainingExample:
 def training_examples(
     collection: Collection, split: str, search: LexicalSearch | None = None, mined: int = 0
 ) -> list[TrainingExample]:
-    """The examples of one split, with up to `mined` hard negatives each.
+    """The examples of one split, with the hard negatives that `metadata.negatives` lists, and up to `mined` more.
 
     A mined negative is never a document judged for the query, nor one with the text of a positive.
 
     Raises:
-        DataError: the split is unknown, or a query has no positive document.
+        DataError: the split is unknown, a query has no positive document, or `metadata.negatives` cannot be used.
     """
     qrels = collection.split(split)
     query_ids = list(qrels)
@@ -49,14 +50,50 @@ def training_examples(
         if not positives:
             raise DataError(f"query {query_id!r} of split {split!r} has no document with a score above 0; remove it")
         texts = {collection.documents[doc_id].full_text for doc_id in positives}
+        query = collection.queries[query_id]
+        listed = listed_negatives(collection, query, positives)
         negatives = [
             doc_id
             for doc_id in candidates
-            if doc_id not in relevance and collection.documents[doc_id].full_text not in texts
+            if doc_id not in relevance and doc_id not in listed and collection.documents[doc_id].full_text not in texts
         ]
-        query = collection.queries[query_id]
-        examples.append(TrainingExample(query, positives, tuple(negatives[:mined]), reasoning_traces(query)))
+        examples.append(TrainingExample(query, positives, (*listed, *negatives[:mined]), reasoning_traces(query)))
     return examples
+
+
+def listed_negatives(collection: Collection, query: Query, positive_ids: Container[str]) -> list[str]:
+    """The hard negatives in `metadata.negatives`, hardest first, each once; empty where there are none.
+
+    Raises:
+        DataError: it is no list of doc_ids, or names an unknown document or a positive of the query.
+    """
+    value = query.metadata.get("negatives") or []
+    if not isinstance(value, list) or not all(isinstance(doc_id, str) for doc_id in value):
+        raise DataError(f"query {query.query_id!r}: metadata.negatives must be a list of doc_ids")
+    for doc_id in value:
+        if doc_id not in collection.documents:
+            raise DataError(f"query {query.query_id!r}: metadata.negatives names {doc_id!r}, no document here")
+        if doc_id in positive_ids:
+            raise DataError(f"query {query.query_id!r}: metadata.negatives names {doc_id!r}, a positive of the query")
+    return list(dict.fromkeys(value))
+
+
+def judged_queries(collection: Collection, splits: Sequence[str]) -> dict[str, dict[str, int]]:
+    """query_id -> doc_id -> relevance of the queries of these splits, in their order, as judged in any split.
+
+    Raises:
+        DataError: no split was named, one is unknown, or a query has no positive document.
+    """
+    if not splits:
+        raise DataError("no split was named; give one or more of: " + ", ".join(sorted(collection.qrels)))
+    judged: dict[str, dict[str, int]] = {query_id: {} for split in splits for query_id in collection.split(split)}
+    for qrels in collection.qrels.values():
+        for query_id in judged.keys() & qrels.keys():
+            judged[query_id] |= qrels[query_id]
+    for query_id, relevance in judged.items():
+        if not any(gain > 0 for gain in relevance.values()):
+            raise DataError(f"query {query_id!r} has no document with a score above 0; remove it")
+    return judged
 
 
 def reasoning_traces(query: Query) -> dict[str, str]:

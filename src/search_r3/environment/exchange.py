@@ -3,15 +3,16 @@
 Each process searches, fits and mends by itself, on the same data and with the same result; only the encoding is
 divided, by the first process's choice. The vectors travel over a gloo group of their own. Before each exchange, and
 after the last one of a step, the processes meet at a barrier that waits long and names who is missing, so that no
-collective of the gradients (whose watchdog is short) ever waits for another process's work on the index.
+collective of the gradients (whose watchdog is short) ever waits for another process's work on the index. It is made of
+messages to and from the first process: torch's `monitored_barrier` leaves those who came waiting for those who did not,
+and cannot name a process whose connection was lost before.
 """
 
 from __future__ import annotations
 
 import contextlib
-import re
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from datetime import timedelta
 from typing import Any, Protocol
 
@@ -23,10 +24,11 @@ from ..errors import RunError
 from ..retrieval.index import Array
 
 PATIENCE = timedelta(minutes=30)
+NAMING = timedelta(seconds=60)
+"""How long the processes wait for each other, after the error of a collective, to find out which of them has died."""
 LINGER = timedelta(seconds=5)
 """How long the first process stays, with the store that it may keep, for the others to read who is missing."""
 _LOST = "search-r3/lost"
-_MISSING = re.compile(r"Ranks? ([\d, ]+) failed to pass")
 
 
 class Exchange(Protocol):
@@ -81,19 +83,22 @@ class Together:
 
     def meet(self, patience: timedelta | None = None) -> None:
         """Wait for the others, on the CPU and outside every collective."""
-        try:
-            dist.monitored_barrier(self._group, timeout=patience or self.patience, wait_all_ranks=True)
-        except RuntimeError as error:
-            raise self._lost(error) from error
+        if self.rank == 0:
+            lost = self._call_roll(patience or self.patience)
+        else:
+            lost = self._answer(patience or self.patience)
+        if lost:
+            raise RunError(
+                f"rank {self.rank} of {self.world_size} lost another process: rank {lost} did not come; look at that "
+                "process's own error, then start again with --resume"
+            )
 
     def gather(self, value: Any) -> list[Any]:
         """Every process's value, in rank order."""
         self.meet()
         values: list[Any] = [None] * self.world_size
-        try:
+        with self._naming():
             dist.all_gather_object(values, value, group=self._group)
-        except RuntimeError as error:
-            raise self._lost(error) from error
         return values
 
     def gather_rows(self, rows: Array, counts: Sequence[int]) -> list[Array]:
@@ -102,28 +107,56 @@ class Together:
         own = torch.zeros((max(counts), rows.shape[1]))
         own[: len(rows)] = torch.from_numpy(np.ascontiguousarray(rows))
         everyone = [torch.empty_like(own) for _ in counts]
-        try:
+        with self._naming():
             dist.all_gather(everyone, own, group=self._group)
-        except RuntimeError as error:
-            raise self._lost(error) from error
         return [share[:count].numpy() for share, count in zip(everyone, counts, strict=True)]
 
-    def _lost(self, error: RuntimeError) -> RunError:
-        """The error that names who is missing: the first process finds out, and tells the others through the store."""
-        said, named = " ".join(str(error).split()), "0"
-        store = dist.distributed_c10d._get_default_store()
-        with contextlib.suppress(RuntimeError):  # nobody answers where the first process itself has died
-            if self.rank == 0:
-                found = _MISSING.search(said)
-                store.set(_LOST, found[1].strip() if found else "unknown")
-                time.sleep(LINGER.total_seconds())
-            else:
-                store.wait([_LOST], LINGER)
-            named = store.get(_LOST).decode()
-        return RunError(
-            f"rank {self.rank} of {self.world_size} lost another process: rank {named} did not come ({said}); look at "
-            "that process's own error, then start again with --resume"
-        )
+    @contextlib.contextmanager
+    def _naming(self) -> Iterator[None]:
+        """Around a collective: the process that broke it is named, if it is gone."""
+        try:
+            yield
+        except RuntimeError:
+            self.meet(NAMING)
+            raise
+
+    def _call_roll(self, patience: timedelta) -> str:
+        """The first process hears every other one, then tells all whether to go on; returns the ranks that are lost."""
+        deadline = time.monotonic() + patience.total_seconds()
+        heard: dict[int, Any] = {}
+        lost = []
+        tokens = torch.zeros(self.world_size, 1)
+        for rank in range(1, self.world_size):
+            with contextlib.suppress(RuntimeError):  # its connection is closed
+                heard[rank] = dist.irecv(tokens[rank], group_src=rank, group=self._group)
+        for rank in range(1, self.world_size):
+            try:
+                heard[rank].wait(timedelta(seconds=max(0.001, deadline - time.monotonic())))
+            except (KeyError, RuntimeError):
+                lost.append(rank)
+        named = ", ".join(map(str, lost))
+        if named:
+            dist.distributed_c10d._get_default_store().set(_LOST, named)
+        for rank in set(range(1, self.world_size)) - set(lost):
+            with contextlib.suppress(RuntimeError):  # died since, or gloo has closed all connections as one was late
+                dist.isend(torch.tensor([float(bool(lost))]), group_dst=rank, group=self._group).wait()
+        if named:
+            time.sleep(LINGER.total_seconds())
+        return named
+
+    def _answer(self, patience: timedelta) -> str:
+        """Every other process reports to the first one; returns the ranks that are lost."""
+        with contextlib.suppress(RuntimeError):
+            dist.isend(torch.ones(1), group_dst=0, group=self._group).wait()
+            said = torch.ones(1)
+            dist.irecv(said, group_src=0, group=self._group).wait(patience + NAMING)
+            if not said.item():
+                return ""
+        with contextlib.suppress(RuntimeError):  # nobody answers where the first process has died with the store
+            store = dist.distributed_c10d._get_default_store()
+            store.wait([_LOST], LINGER)
+            return str(store.get(_LOST).decode())
+        return "0"
 
 
 def make_exchange() -> Exchange:

@@ -169,7 +169,7 @@ def write_runs_page(runs: Sequence[Path], folder: Path, title: str | None, permu
     metrics: list[dict[str, Any]] = []
     alike = len({run.name for run in runs}) < len(runs)
     for run in runs:
-        found = _last_results(run)
+        found = last_results(run)
         if not found:
             raise DataError(f"no results in {run / RESULTS}; give a folder that quickstart or evaluate wrote")
         suffix = f" ({run if alike else run.name})" if len(runs) > 1 else ""
@@ -193,7 +193,7 @@ def write_runs_page(runs: Sequence[Path], folder: Path, title: str | None, permu
     return folder / "report.html"
 
 
-def _last_results(run: Path) -> list[Result]:
+def last_results(run: Path) -> list[Result]:
     """The results in the summary of the last `evaluate` into this folder; all of a run of `quickstart`."""
     results = load_results(run / RESULTS)
     path = run / SUMMARY

@@ -12,12 +12,12 @@ Shapes: `N` documents, `D` vector size.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
 from itertools import islice, pairwise
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 import torch
@@ -43,11 +43,30 @@ Documents = Iterable[tuple[str, str]]
 
 
 class DocumentEncoder(Protocol):
-    """What an encoding asks of a model; `SearchR3` is one."""
+    """What an encoding asks of a Search-R3 model; `SearchR3` is one."""
 
     @property
     def backbone(self) -> Backbone:
         """Where the model came from, where it is, and the settings that its vectors depend on."""
+        ...
+
+    @property
+    def dimension(self) -> int:
+        """The size of a vector, `D`."""
+        ...
+
+    def encode_document(self, texts: Sequence[str], *, progress: Progress | None = None) -> Array:
+        """The vectors of these texts, `N x D`."""
+        ...
+
+
+@runtime_checkable
+class PeerEncoder(Protocol):
+    """What an encoding asks of any other model."""
+
+    @property
+    def origin(self) -> Mapping[str, Any]:
+        """`model`, its name, and `settings`, a mapping of what its vectors depend on."""
         ...
 
     @property
@@ -73,7 +92,7 @@ class _Survey:
 
 
 def encode_corpus(
-    model: DocumentEncoder,
+    model: DocumentEncoder | PeerEncoder,
     documents: Documents,
     folder: str | Path,
     *,
@@ -106,7 +125,7 @@ def encode_corpus(
             is not finite or too large for `dtype`; the disk is full. What is done stays done.
     """
     if block_size is None:
-        block_size = BLOCK_SIZES.get(model.backbone.device.type, BLOCK_SIZES["cuda"])
+        block_size = BLOCK_SIZES.get(_device_type(model), BLOCK_SIZES["cuda"])
     elif block_size < 1:
         raise VectorIndexError(f"a block holds at least 1 document; block_size was {block_size}")
     folder, survey = Path(folder), _surveyed(documents, block_size)
@@ -187,21 +206,30 @@ def _surveyed(documents: Documents, block_size: int) -> _Survey:
     return _Survey(ordered, rows, digests)
 
 
-def _identity(model: DocumentEncoder, survey: _Survey) -> tuple[dict[str, Any], Array]:
-    """What a manifest says about model and documents, and the model's vector of the probe, `1 x D`."""
-    backbone = model.backbone
-    prompts = backbone.settings.prompts
-    origin = {
-        "model": backbone.source,
+def _device_type(model: DocumentEncoder | PeerEncoder) -> str:
+    if isinstance(model, PeerEncoder):
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    return model.backbone.device.type
+
+
+def _origin(model: DocumentEncoder | PeerEncoder) -> Mapping[str, Any]:
+    if isinstance(model, PeerEncoder):
+        return model.origin
+    settings = model.backbone.settings
+    return {
+        "model": model.backbone.source,
         "settings": {
-            "embed_token": backbone.settings.embed_token,
-            "max_length": backbone.settings.max_length,
-            "document_system": prompts.document_system,
-            "reply_before": prompts.reply_before,
+            "embed_token": settings.embed_token,
+            "max_length": settings.max_length,
+            "document_system": settings.prompts.document_system,
+            "reply_before": settings.prompts.reply_before,
         },
-        "documents_sha256": survey.digests[-1],
-        "search_r3": version("search-r3"),
     }
+
+
+def _identity(model: DocumentEncoder | PeerEncoder, survey: _Survey) -> tuple[dict[str, Any], Array]:
+    """What a manifest says about model and documents, and the model's vector of the probe, `1 x D`."""
+    origin = {**_origin(model), "documents_sha256": survey.digests[-1], "search_r3": version("search-r3")}
     facts = {"documents": len(survey.doc_ids), "dimension": model.dimension, "origin": origin}
     return facts, model.encode_document([PROBE])
 
@@ -293,7 +321,7 @@ def _remaining(
 
 
 def _vectors(
-    model: DocumentEncoder, block: list[tuple[str, str]], dtype: DType, progress: Progress | None
+    model: DocumentEncoder | PeerEncoder, block: list[tuple[str, str]], dtype: DType, progress: Progress | None
 ) -> NDArray[Any]:
     """The vectors of a block in the dtype of the index, each checked."""
     vectors = np.asarray(model.encode_document([text for _, text in block], progress=progress))

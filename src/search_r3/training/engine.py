@@ -40,6 +40,7 @@ class Engine:
         scheduler: prepared.
         exchange: the other processes.
         reference: what the KL term stays close to; None without one.
+        adapters: whether only adapters learn; the reference is then the policy without them.
     """
 
     accelerator: Any
@@ -48,6 +49,7 @@ class Engine:
     scheduler: Any
     exchange: Exchange
     reference: Reference | None
+    adapters: bool
 
     @property
     def rank(self) -> int:
@@ -198,7 +200,7 @@ def make_engine(model: SearchR3, recipe: Recipe, settings: SFTSettings | GRPOSet
     policy, optimizer, scheduler = accelerator.prepare(policy, optimizer, scheduler)
     reference = make_reference(policy, frozen) if needs_reference else None
     start_trackers(accelerator, recipe, "sft" if isinstance(settings, SFTSettings) else "grpo")
-    return Engine(accelerator, policy, optimizer, scheduler, make_exchange(), reference)
+    return Engine(accelerator, policy, optimizer, scheduler, make_exchange(), reference, recipe.lora.rank > 0)
 
 
 def _keep_what_learns(models: list[Any], weights: list[dict[str, Tensor]], folder: str) -> None:

@@ -187,8 +187,10 @@ def forward(
 ) -> Output:
     """Compute one chunk."""
     chunk = collate(items, backbone.tokenizer.pad_token_id, backbone.device)
-    reference = engine.reference if bool(chunk.prompts.any()) and not only_vectors else None
     supervised = bool(chunk.replies.any()) and not only_vectors
+    # The policy without its adapters is a collective too: then all processes ask it about every chunk of queries.
+    compared = bool(chunk.prompts.any()) or (engine.adapters and engine.world_size > 1)
+    reference = engine.reference if supervised and compared else None
     places = [chunk.replies] if supervised else []
     if reference is not None:
         places.append(chunk.prompts)
@@ -201,9 +203,11 @@ def forward(
     elif logits:
         nothing = 0.0 * logits[0].sum()
     if reference is not None:
-        width = int(chunk.prompts.any(0).nonzero().max()) + 2
+        last = chunk.prompts.any(0).nonzero()
+        width = int(last.max()) + 2 if len(last) else chunk.ids.shape[1]
         prompt = (part[:, :width] for part in (chunk.ids, chunk.mask, chunk.prompts))
-        prompts = (logits[-1], reference(*prompt))
+        frozen = reference(*prompt)
+        prompts = (logits[-1], frozen) if len(frozen) else None
     return Output(vectors, chunk.places, replies, prompts, nothing)
 
 

@@ -1,0 +1,307 @@
+"""Commands that give the queries of a collection hard negatives and reasoning traces."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from enum import StrEnum
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from .. import console
+from ..errors import ConfigError
+from .common import ManyValues, ModeName, NewFolder, check_new, data_app, hush, load_encoder
+
+if TYPE_CHECKING:
+    from ..data.asking import Estimate, Prices, Standing
+    from ..data.written import Writer, WrittenReport
+    from ..training.candidates import Judge, Retriever
+
+BM25_NAME = "bm25"
+
+Source = Annotated[str, typer.Argument(help="`atlas`, `atlas-wide`, `stdlib`, a folder, or a hub id.")]
+Out = Annotated[Path, typer.Argument(help="Folder to write; a stopped call goes on with the same command.")]
+Splits = Annotated[
+    list[str] | None, typer.Option("--splits", help="Splits whose queries are meant; `train` by default.")
+]
+With = Annotated[
+    list[str],
+    typer.Option("--with", help="What proposes candidates: `bm25`, `sentence-transformers:NAME`, a Search-R3 model."),
+]
+CrossEncoder = Annotated[str | None, typer.Option(help="Directory or hub id of a cross-encoder that scores them.")]
+Mined = Annotated[int, typer.Option(min=1, help="Negatives for each query.")]
+Depth = Annotated[int, typer.Option(min=1, help="Candidates of each retriever.")]
+Skip = Annotated[int, typer.Option(min=0, help="Best-ranked candidates of each that are left out.")]
+MaxShare = Annotated[float, typer.Option(help="Highest share of the positive's score that a negative may have.")]
+Margin = Annotated[float | None, typer.Option(min=0, help="Least distance from the positive's score, too.")]
+Unfiltered = Annotated[bool, typer.Option("--unfiltered", help="No limit on the scores of negatives.")]
+DropOld = Annotated[bool, typer.Option("--replace", help="Drop the negatives that queries have already.")]
+QueryMode = Annotated[ModeName, typer.Option(help="How a Search-R3 model encodes queries.")]
+Cache = Annotated[Path | None, typer.Option(help="Folder for vectors and scores; OUT.cache by default.")]
+
+Endpoint = Annotated[str, typer.Option(help="OpenAI-compatible address, usually ending in /v1.")]
+ModelName = Annotated[str, typer.Option(help="The model's name there.")]
+PerQuery = Annotated[int, typer.Option(min=1, help="Hard negatives to write for each query.")]
+Limit = Annotated[int | None, typer.Option(min=1, help="Size of a random sample of the queries or articles.")]
+Concurrency = Annotated[int, typer.Option(min=1, help="Requests under way at once.")]
+MaxTokens = Annotated[int, typer.Option(min=1, help="Length of a reply; more for models that reason.")]
+Temperature = Annotated[float, typer.Option(min=0, help="Of the sampling.")]
+Seed = Annotated[int, typer.Option(min=0, help="Of what is drawn, and of the replies.")]
+PriceIn = Annotated[float | None, typer.Option(help="Price of a million tokens read.")]
+PriceOut = Annotated[float | None, typer.Option(help="Price of a million tokens written.")]
+KeyVariable = Annotated[str, typer.Option(help="Environment variable that holds the key.")]
+
+
+class Sampling(StrEnum):
+    """How negatives are taken from the candidates."""
+
+    top = "top"
+    random = "random"
+
+
+@data_app.command("mine", cls=ManyValues)
+def data_mine(
+    collection: Source,
+    out: NewFolder,
+    with_: With,
+    splits: Splits = None,
+    cross_encoder: CrossEncoder = None,
+    per_query: Mined = 4,
+    depth: Depth = 50,
+    skip: Skip = 0,
+    max_share: MaxShare = 0.95,
+    margin: Margin = None,
+    unfiltered: Unfiltered = False,
+    sampling: Annotated[Sampling, typer.Option(help="Take the highest scores, or draw.")] = Sampling.top,
+    drop_old: DropOld = False,
+    mode: QueryMode = ModeName.direct,
+    seed: Seed = 0,
+    cache: Cache = None,
+) -> None:
+    """Mine hard negatives, without the false ones; after a kill, the same command goes on.
+
+    The scores are those of the cross-encoder, else of the first model, else of BM25.
+
+    Example: search-r3 data mine my-set mined --with bm25 sentence-transformers:sentence-transformers/all-MiniLM-L6-v2
+    """
+    from ..data.load import load_collection
+    from ..training.mining import MiningSettings, mine_negatives
+
+    check_new(out)
+    settings = MiningSettings(
+        per_query=per_query,
+        depth=depth,
+        skip=skip,
+        max_share=None if unfiltered else max_share,
+        margin=None if unfiltered else margin,
+        sampling=sampling.value,
+        seed=seed,
+        keep=not drop_old,
+    )
+    data = load_collection(collection)
+    retrievers = {name: _retriever(name, mode) for name in with_}
+    judge = _judge(cross_encoder, retrievers)
+    cache = cache or out.parent / f"{out.name}.cache"
+    with console.watching() as watch:
+        report = mine_negatives(
+            data,
+            out,
+            [*retrievers.values()],
+            cache=cache,
+            splits=splits or ["train"],
+            judge=judge,
+            settings=settings,
+            watch=watch,
+        )
+    dropped = ", ".join(f"{name} {number:,}" for name, number in report.dropped.items())
+    console.say(f"{out}: {report.mined:,} hard negatives for {report.queries:,} queries")
+    console.say(f"candidates: {report.candidates:,}; dropped: {dropped or 'none'}; left: {report.usable:,}")
+    if report.listed:
+        stay = report.listed - report.listed_dropped
+        console.say(f"negatives that queries had: {report.listed:,}, of which {stay:,} stay")
+    if report.fewer:
+        console.say(f"{report.fewer:,} queries have fewer than {per_query}, {report.none:,} of them none")
+
+
+@data_app.command("triples", cls=ManyValues)
+def data_triples(
+    collection: Annotated[str, typer.Argument(help="A collection with positives; with --articles, articles.")],
+    out: Out,
+    endpoint: Endpoint,
+    model: ModelName,
+    articles: Annotated[
+        bool, typer.Option("--articles", help="Write queries, too: a JSONL file, a folder or a hub id of articles.")
+    ] = False,
+    splits: Splits = None,
+    per_query: PerQuery = 1,
+    limit: Limit = None,
+    concurrency: Concurrency = 8,
+    max_tokens: MaxTokens = 1024,
+    temperature: Temperature = 0.7,
+    seed: Seed = 0,
+    price_in: PriceIn = None,
+    price_out: PriceOut = None,
+    api_key_variable: KeyVariable = "OPENAI_API_KEY",
+) -> None:
+    """Have a language model write hard negatives for queries, or whole triples for articles.
+
+    Example: search-r3 data triples my-set written --endpoint http://localhost:8000/v1 --model Qwen/Qwen3-32B
+    """
+    from ..data.load import load_articles, load_collection
+    from ..data.written import Writer, write_negatives, write_triples
+
+    prices, names = _prices(price_in, price_out), splits or ["train"]
+    key = os.environ.get(api_key_variable)
+    writer = Writer(
+        endpoint,
+        model,
+        key,
+        concurrency,
+        max_tokens=max_tokens,
+        temperature=temperature,
+        seed=seed,
+        prices=prices,
+    )
+    _check_apart(collection, out)
+    if articles:
+        if len(names) > 1:
+            raise ConfigError(f"--splits names {', '.join(names)}; queries that are written go into one split")
+        found = load_articles(collection, limit, seed)
+        with _showing("articles", writer) as shown:
+            report = write_triples(found, out, shown, split=names[0], per_query=per_query)
+    else:
+        data = load_collection(collection)
+        with _showing("queries", replace(writer, limit=limit)) as shown:
+            report = write_negatives(data, out, shown, splits=names, per_query=per_query)
+    console.say(f"{out}: {report.passages:,} hard negatives for {report.written:,} queries")
+    _show_report(report)
+
+
+@data_app.command("traces", cls=ManyValues)
+def data_traces(
+    collection: Source,
+    out: Out,
+    endpoint: Endpoint,
+    model: ModelName,
+    splits: Splits = None,
+    style: Annotated[str, typer.Option(help="Name of the traces; see sft.reasoning_styles.")] = "written",
+    max_words: Annotated[int, typer.Option(min=1, help="Length of a trace, at most.")] = 120,
+    limit: Limit = None,
+    concurrency: Concurrency = 8,
+    max_tokens: MaxTokens = 1024,
+    temperature: Temperature = 0.7,
+    seed: Seed = 0,
+    price_in: PriceIn = None,
+    price_out: PriceOut = None,
+    api_key_variable: KeyVariable = "OPENAI_API_KEY",
+) -> None:
+    """Have a language model write the reasoning that leads from queries to their documents.
+
+    Example: search-r3 data traces my-set traced --endpoint http://localhost:8000/v1 --model Qwen/Qwen3-32B
+    """
+    from ..data.load import load_collection
+    from ..data.written import Writer, write_traces
+
+    prices, key = _prices(price_in, price_out), os.environ.get(api_key_variable)
+    writer = Writer(
+        endpoint,
+        model,
+        key,
+        concurrency,
+        max_tokens=max_tokens,
+        temperature=temperature,
+        seed=seed,
+        prices=prices,
+        limit=limit,
+    )
+    _check_apart(collection, out)
+    data = load_collection(collection)
+    with _showing("queries", writer) as shown:
+        report = write_traces(data, out, shown, splits=splits or ["train"], style=style, max_words=max_words)
+    console.say(f"{out}: {report.written:,} reasoning traces")
+    _show_report(report)
+
+
+def _retriever(name: str, mode: ModeName) -> Retriever:
+    from ..evaluation.systems import SENTENCE_TRANSFORMERS, SentenceTransformersSystem
+    from ..training.candidates import DenseRetriever, LexicalRetriever, Peer
+
+    if name == BM25_NAME:
+        return LexicalRetriever()
+    if name.startswith(SENTENCE_TRANSFORMERS):
+        hush()
+        system = SentenceTransformersSystem(name.removeprefix(SENTENCE_TRANSFORMERS))
+        peer = Peer(system.info.model, system.info.settings, system.encode)
+        return DenseRetriever(peer, peer.encode_query, {**peer.origin, "revision": system.info.revision})
+    model = load_encoder(name)
+    key = {
+        "model": model.backbone.source,
+        "revision": model.backbone.revision,
+        "settings": model.backbone.settings.model_dump(mode="json"),
+        "mode": mode.value,
+    }
+    return DenseRetriever(model, lambda texts: model.encode_query(texts, mode.value).vectors, key)
+
+
+def _judge(cross_encoder: str | None, retrievers: dict[str, Retriever]) -> Judge:
+    from ..training.candidates import CrossEncoderJudge
+
+    if cross_encoder:
+        return CrossEncoderJudge(cross_encoder)
+    return next((one for name, one in retrievers.items() if name != BM25_NAME), next(iter(retrievers.values())))
+
+
+def _prices(price_in: float | None, price_out: float | None) -> Prices | None:
+    from ..data.asking import Prices
+
+    if price_in is None and price_out is None:
+        return None
+    if price_in is None or price_out is None:
+        raise ConfigError("the cost needs both prices; give --price-in and --price-out (0 where nothing is paid)")
+    return Prices(price_in, price_out)
+
+
+def _check_apart(collection: str, out: Path) -> None:
+    """Refuse to write over what is read: the next call could not go on from it."""
+    if Path(collection).exists() and Path(collection).resolve() in (out.resolve(), (out / "corpus.jsonl").resolve()):
+        raise ConfigError(f"{out} is what is read; choose another folder to write")
+
+
+@contextmanager
+def _showing(what: str, writer: Writer) -> Iterator[Writer]:
+    """The writer with a bar that shows its cost."""
+    done = 0
+    with console.bar(what) as bar:
+
+        def start(estimate: Estimate) -> None:
+            nonlocal done
+            done = estimate.total - estimate.pending
+            tokens = f"{estimate.prompt_tokens:,} tokens read, {estimate.completion_tokens:,} written"
+            how = "by the mean so far" if estimate.measured else "one reply each, as long as --max-tokens lets it"
+            cost = "" if estimate.cost is None else f"; cost {estimate.cost:,.2f}"
+            console.say(
+                f"{estimate.pending:,} of {estimate.total:,} {what} to ask about; in all {tokens}{cost} ({how})"
+            )
+            bar.begin(estimate.total, done)
+
+        def advance(standing: Standing) -> None:
+            nonlocal done
+            note = "" if standing.cost is None else f", cost {standing.cost:,.2f}"
+            bar.advance(standing.done - done, 0, note)
+            done = standing.done
+
+        yield replace(writer, on_start=start, progress=advance)
+
+
+def _show_report(report: WrittenReport) -> None:
+    for reason, number in report.failed.items():
+        console.say(f"{number:,} without: {reason}")
+    cost = "; --price-in and --price-out show the cost" if report.cost is None else f"; cost {report.cost:,.2f}"
+    tokens = f"{report.prompt_tokens:,} read, {report.completion_tokens:,} written"
+    console.say(f"tokens: {tokens}; {report.requests:,} requests{cost}")
+    if report.uncounted:
+        console.say(f"the endpoint did not count the tokens of {report.uncounted:,}; they are not in the sum")

@@ -1,0 +1,88 @@
+"""The command that says what a recipe takes."""
+
+from __future__ import annotations
+
+import json
+from enum import StrEnum
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from .. import console
+from .common import Overrides, app
+
+if TYPE_CHECKING:
+    from ..training.footprint import Stage
+
+
+class StrategyName(StrEnum):
+    """How GPUs hold the weights."""
+
+    single = "single"
+    ddp = "ddp"
+    fsdp2 = "fsdp2"
+    zero2 = "zero2"
+    zero3 = "zero3"
+
+
+class StageName(StrEnum):
+    """The two stages."""
+
+    sft = "sft"
+    grpo = "grpo"
+
+
+@app.command()
+def plan(
+    recipe: Annotated[Path, typer.Argument(help="YAML recipe.")],
+    overrides: Overrides = None,
+    stage: Annotated[list[StageName] | None, typer.Option(help="By default both.")] = None,
+    gpus: Annotated[int, typer.Option(min=1, help="GPUs, one process on each.")] = 8,
+    gpu_memory: Annotated[float, typer.Option(min=0.1, help="Memory of a GPU in GB (10^9 bytes).")] = 80.0,
+    strategy: Annotated[StrategyName | None, typer.Option(help="By default fsdp2; of one GPU single.")] = None,
+    documents: Annotated[int, typer.Option(min=1, help="Documents of the corpus.")] = 100_000,
+    query_tokens: Annotated[int, typer.Option(min=1, help="Mean tokens of a query.")] = 24,
+    document_tokens: Annotated[int, typer.Option(min=1, help="Mean tokens of a document.")] = 180,
+    reasoning_tokens: Annotated[int, typer.Option(min=1, help="Mean tokens of reasoning.")] = 120,
+    longest_query: Annotated[int, typer.Option(min=1, help="Tokens of the longest query.")] = 128,
+    tokens_per_second: Annotated[
+        float | None, typer.Option(min=0.001, help="Trained tokens per second of all GPUs, as measured.")
+    ] = None,
+    decoded_per_second: Annotated[
+        float | None, typer.Option(min=0.001, help="Tokens of rollouts per second of all GPUs, as measured.")
+    ] = None,
+    tflops: Annotated[float, typer.Option(min=0.001, help="A GPU's peak (H100, H200: 990 in bfloat16).")] = 990.0,
+    utilisation: Annotated[float, typer.Option(min=0.001, max=1, help="Share of the peak that is reached.")] = 0.4,
+    config: Annotated[Path | None, typer.Option(help="A config.json instead of that of the recipe's base.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object instead of tables.")] = False,
+) -> None:
+    """Say what a recipe takes: parameters, memory per GPU by part, tokens per step, time. Nothing is loaded.
+
+    Example: search-r3 plan recipes/qwen2.5-7b-sft.yaml --gpus 8 --stage sft sft.micro_batch_size=16
+    """
+    from ..config import load_recipe
+    from ..training import plan as planning
+    from ..training.footprint import Lengths
+
+    settings = load_recipe(recipe, overrides or [])
+    gpu_bytes = gpu_memory * 1e9
+    arguments: dict[str, Any] = {
+        "gpus": gpus,
+        "strategy": strategy.value if strategy else None,
+        "documents": documents,
+        "lengths": Lengths(query_tokens, document_tokens, reasoning_tokens, longest_query),
+        "speed": planning.Speed(tokens_per_second, tflops, utilisation, decoded_per_second),
+        "config": config,
+    }
+    records = {}
+    for name in dict.fromkeys(stage or list(StageName)):
+        key: Stage = name.value
+        found = planning.plan(settings, key, **arguments)
+        fits = found.fits(gpu_bytes)
+        remedy = "" if fits else planning.suggest(settings, key, gpu_bytes, **arguments)
+        records[name.value] = found.record() | {"fits": fits, "change": remedy}
+        if not as_json:
+            console.show_plan(found, settings.base, gpu_bytes, remedy)
+    if as_json:
+        console.say(json.dumps(records))

@@ -1,0 +1,303 @@
+"""Memory per GPU of a stage of a recipe, by phase and part: the formulas of `memory` applied to its settings.
+
+Sources: AdamW's state and the three ZeRO stages, arXiv 1910.02054, section 3; DeepSpeed's own
+`estimate_zero2_model_states_mem_needs` (4 bytes per weight and 16 shared) and `..zero3..` (18 shared); FSDP2: torch's
+`fully_shard` with one unit per block and one for the tables.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Literal
+
+from ..config import Recipe
+from ..errors import ConfigError
+from . import memory
+from .memory import FULL, HALF, Pass, Precision, Strategy
+from .shape import ModelShape
+
+Stage = Literal["sft", "grpo"]
+ENCODING_TOKENS = 32_768
+"""Tokens of documents encoded together on a GPU (`model/documents.py`)."""
+OPTIMIZER_MOMENTS = 2
+DIRECT_REPLY = 8
+"""Tokens of the direct form's reply, about."""
+
+
+@dataclass(frozen=True)
+class Lengths:
+    """Tokens of the texts of a collection, prompts' templates apart.
+
+    Attributes:
+        query: mean of a query.
+        document: mean of a document.
+        reasoning: mean of a reasoning trace or of a rollout's reasoning.
+        longest_query: with it and the longest document memory is computed.
+        longest_document: as cut at `max_length`.
+        longest_reasoning: as cut at `max_new_tokens`.
+        template: of the chat template and the wording around a text.
+    """
+
+    query: int = 24
+    document: int = 180
+    reasoning: int = 120
+    longest_query: int = 128
+    longest_document: int = 1_000_000
+    longest_reasoning: int = 1_000_000
+    template: int = 48
+
+    def within(self, recipe: Recipe) -> Lengths:
+        """Cut as the recipe cuts texts and replies."""
+        room, budget = max(1, recipe.max_length - self.template), recipe.max_new_tokens
+        return Lengths(
+            query=min(self.query, room),
+            document=min(self.document, room),
+            reasoning=min(self.reasoning, budget),
+            longest_query=min(max(self.longest_query, self.query), room),
+            longest_document=min(max(self.longest_document, self.document), room),
+            longest_reasoning=min(max(self.longest_reasoning, self.reasoning), budget),
+            template=self.template,
+        )
+
+
+@dataclass(frozen=True)
+class Job:
+    """One stage of a recipe on some GPUs."""
+
+    recipe: Recipe
+    shape: ModelShape
+    stage: Stage
+    gpus: int
+    strategy: Strategy
+    documents: int
+    lengths: Lengths
+
+    @property
+    def precision(self) -> Precision:
+        """In which bytes it computes."""
+        return Precision.of(self.recipe, self.strategy)
+
+    @property
+    def trained(self) -> int:
+        """Weights that learn."""
+        return self.shape.adapters(self.recipe.lora) if self.recipe.lora.rank else self.shape.total
+
+    @property
+    def has_reference(self) -> bool:
+        """Whether a KL term needs a frozen model."""
+        weight = self.recipe.sft.kl_weight if self.stage == "sft" else self.recipe.grpo.kl_coefficient
+        return weight > 0
+
+    def counts(self) -> dict[str, int]:
+        """Adapters, all weights, and those that learn."""
+        adapters = self.shape.adapters(self.recipe.lora)
+        return {"adapters": adapters, "total": self.shape.total + adapters, "trained": self.trained}
+
+    def check(self) -> None:
+        """Refuse what the trainings refuse."""
+        if self.gpus == 1 and self.strategy != "single":
+            raise ConfigError(f"--strategy {self.strategy} is for several GPUs, and --gpus is 1")
+        if self.gpus > 1 and self.strategy == "single":
+            raise ConfigError(f"--strategy single is for one GPU, and --gpus is {self.gpus}")
+        name = "sft.batch_size" if self.stage == "sft" else "grpo.queries_per_step"
+        count = self.recipe.sft.batch_size if self.stage == "sft" else self.recipe.grpo.queries_per_step
+        if count < self.gpus:
+            raise ConfigError(f"{name} = {count} cannot be shared by {self.gpus} GPUs; raise it")
+
+    def phases(self) -> dict[str, dict[str, int]]:
+        """Bytes per GPU by phase and part."""
+        held = self.held()
+        learning = held | self.gradients()
+        found = {"load": self.loading()}
+        if self.stage == "grpo":
+            whole = held | self.sampling_copy()
+            found["rollouts"] = whole | self.rollouts()
+            encoding = memory.encoding_memory(self.shape, ENCODING_TOKENS, self.sampling_bytes)
+            found["documents"] = whole | {"activations": encoding}
+        found["train"] = learning | self.training()
+        # The foreach kernels of AdamW hold the roots of all second moments at once.
+        found["optimizer"] = (
+            held | {"gradients": self.own_gradients()} | {"update": held["optimizer"] // OPTIMIZER_MOMENTS}
+        )
+        return {name: {part: size for part, size in parts.items() if size} for name, parts in found.items()}
+
+    def held(self) -> dict[str, int]:
+        """What stays on a GPU from the first step to the last."""
+        precision, total, gpus = self.precision, self.shape.total, self.gpus
+        frozen = total if self.recipe.lora.rank else 0
+        adapters = self.shape.adapters(self.recipe.lora)
+        moments = OPTIMIZER_MOMENTS * self.trained * precision.trained
+        weights = total * precision.weights + adapters * FULL
+        buckets = self.trained * precision.trained if self.strategy == "ddp" else 0
+        if self.strategy == "fsdp2":
+            weights, moments = weights // gpus, moments // gpus
+        elif self.strategy in ("zero2", "zero3"):
+            compute = precision.compute
+            master = self.trained * FULL if compute == HALF else 0
+            weights, moments = (total + adapters) * compute, (moments + master) // gpus
+            weights //= gpus if self.strategy == "zero3" else 1
+            buckets = 2 * HALF * min(memory.ZERO_BUCKET, self.trained)
+        base = 0
+        if self.has_reference and not frozen:
+            base = total * (HALF if self.recipe.mixed_precision == "bf16" else precision.weights)
+        return {"weights": weights, "frozen base": base, "optimizer": moments, "buckets": buckets}
+
+    def own_gradients(self) -> int:
+        """Gradients when all processes' are summed."""
+        size = self.trained * self.precision.trained
+        match self.strategy:
+            case "fsdp2":
+                return size // self.gpus
+            case "zero2":
+                return self.precision.compute * self.trained + FULL * self.trained // self.gpus
+            case "zero3":
+                return (self.precision.compute + HALF) * self.trained // self.gpus
+            case _:
+                return size
+
+    def gradients(self) -> dict[str, int]:
+        """Gradients, and weights that are whole for a while; DDP's buckets are counted in `held`."""
+        compute, own = self.precision.compute, self.own_gradients()
+        # The gradient of a tied table waits for its second part until the end of the backward pass.
+        tied = self.shape.table if self.shape.tied and not self.recipe.lora.rank else 0
+        tables = self.shape.table * (1 if self.shape.tied else 2)
+        if self.strategy == "fsdp2":
+            units = compute * (tables + 2 * self.shape.block)
+            # Between the passes of a step gradients are whole; of a single pass two blocks and the tables are.
+            flying = compute * self.trained if self.passes > 1 else min(units, compute * self.trained)
+            return {"whole weights": units, "gradients": own + flying + compute * tied}
+        if self.strategy == "zero3":
+            live = compute * min(memory.ZERO_LIVE, self.shape.total)
+            return {"whole weights": live, "gradients": own + compute * tied}
+        size = compute if self.strategy == "zero2" else self.precision.trained
+        return {"gradients": own + size * tied}
+
+    @property
+    def passes(self) -> int:
+        """Forward and backward passes of a step on one GPU."""
+        if self.stage == "grpo":
+            return math.ceil(self.own_rollouts / self.recipe.grpo.micro_batch_size)
+        size = self.recipe.sft.micro_batch_size
+        if size is None:
+            return 1
+        return math.ceil(2 * self.own_queries / size) + math.ceil(self.own_documents / size)
+
+    @property
+    def own_queries(self) -> int:
+        """Queries of a stage-1 step on one GPU."""
+        return math.ceil(self.recipe.sft.batch_size / self.gpus)
+
+    @property
+    def batch_documents(self) -> int:
+        """Documents of a stage-1 batch, if none is met twice."""
+        settings = self.recipe.sft
+        return settings.batch_size * (1 + settings.random_negatives + settings.bm25_negatives)
+
+    @property
+    def own_documents(self) -> int:
+        """Documents of a stage-1 step on one GPU, at most."""
+        return math.ceil(self.batch_documents / self.gpus)
+
+    @property
+    def own_rollouts(self) -> int:
+        """Rollouts of a stage-2 step on one GPU."""
+        return math.ceil(self.recipe.grpo.queries_per_step / self.gpus) * self.recipe.grpo.group_size
+
+    def training(self) -> dict[str, int]:
+        """Activations and logits of a forward and backward pass, and what contrastive losses compare."""
+        return self._sft_training() if self.stage == "sft" else self._grpo_training()
+
+    def _sft_training(self) -> dict[str, int]:
+        lengths, size = self.lengths, self.recipe.sft.micro_batch_size
+        prompt = lengths.template + lengths.longest_query
+        reasoned, document = prompt + lengths.longest_reasoning, lengths.template + lengths.longest_document
+        rows, columns = 2 * self.recipe.sft.batch_size, self.batch_documents
+        compared = FULL * self.shape.hidden * 3 * (rows + columns)
+        if size is None:
+            queries = self.own_queries
+            passes = [Pass(queries, prompt + DIRECT_REPLY), Pass(queries, reasoned), Pass(self.own_documents, document)]
+            parts = self._pass(passes, queries * (lengths.longest_reasoning + DIRECT_REPLY), queries * prompt)
+            return parts | {"contrastive": compared + 6 * FULL * rows * columns}
+        queries = min(size, 2 * self.own_queries)
+        found = [
+            self._pass([Pass(queries, reasoned)], queries * lengths.longest_reasoning, queries * prompt),
+            self._pass([Pass(min(size, self.own_documents), document)], 0, 0),
+        ]
+        largest = max(found, key=lambda parts: sum(parts.values()))
+        return largest | {"contrastive": compared + 6 * FULL * min(rows, 256) * columns}
+
+    def _pass(self, passes: list[Pass], replies: int, prompts: int) -> dict[str, int]:
+        """Parts of a stage-1 pass: `replies` and `prompts` are positions with logits."""
+        prompts = prompts if self.has_reference else 0
+        logits = memory.logits_memory(self.shape.vocabulary, replies, prompts)
+        # What the forward pass gave lives until the backward pass has ended.
+        return self._activations(passes, logits, FULL * self.shape.vocabulary * (replies + 2 * prompts))
+
+    def _activations(self, passes: list[Pass], logits: int, held: int) -> dict[str, int]:
+        """Activations of passes that are held together, at the peak: either the losses or a block's backward pass.
+
+        Args:
+            passes: of the step's graph.
+            logits: bytes of logits while the losses are computed.
+            held: of these, during the backward pass through the blocks.
+        """
+        shape, precision, lora = self.shape, self.precision, self.recipe.lora
+        checkpointing = self.recipe.gradient_checkpointing
+        kept = sum(memory.kept_activations(shape, size, precision, lora, checkpointing) for size in passes)
+        work = max(memory.backward_work(shape, size, precision, lora, checkpointing) for size in passes)
+        casts = memory.cast_weights(shape, precision, lora, checkpointing)
+        moments = [{"logits": logits}, {"logits": held, "block": work}]
+        if checkpointing:
+            moments.append({"casts": casts})  # they end with the forward pass
+        largest = max(moments, key=lambda parts: sum(parts.values()))
+        return {"activations": kept, "casts": 0 if checkpointing else casts} | largest
+
+    def _grpo_training(self) -> dict[str, int]:
+        settings, lengths = self.recipe.grpo, self.lengths
+        rollouts = min(settings.micro_batch_size, self.own_rollouts)
+        length = lengths.template + lengths.longest_query + lengths.longest_reasoning
+        logits = memory.rollout_logits_memory(
+            self.shape.vocabulary, rollouts * lengths.longest_reasoning, self.has_reference
+        )
+        parts = self._activations([Pass(rollouts, length)], logits, 0)
+        if settings.embedding_loss_weight > 0:
+            parts["index"] = FULL * self.documents * (self.shape.hidden + 4 * rollouts)
+        return parts
+
+    @property
+    def sampling_bytes(self) -> int:
+        """Of a weight while decoding."""
+        return HALF if self.recipe.mixed_precision == "bf16" else self.precision.compute
+
+    def sampling_copy(self) -> dict[str, int]:
+        """Whole weights for decoding and encoding, where the held ones are shards or of another type."""
+        whole = self.strategy in ("single", "ddp", "zero2")
+        if (whole and self.sampling_bytes == self.precision.weights) or self.strategy == "zero2":
+            return {}
+        return {"sampling copy": self.sampling_bytes * self.counts()["total"]}
+
+    def rollouts(self) -> dict[str, int]:
+        """The decoder's keys and values, and what choosing tokens takes."""
+        slots = min(self.recipe.grpo.rollout_batch_size, self.own_rollouts)
+        prompt = self.lengths.template + self.lengths.longest_query
+        size = self.sampling_bytes
+        cache = memory.cache_memory(self.shape, slots, prompt, self.lengths.longest_reasoning, size)
+        return {"rollout cache": cache, "logits": memory.sampling_memory(self.shape, slots, size)}
+
+    def loading(self) -> dict[str, int]:
+        """Every process loads the model whole, and copies it for the KL, before it is sharded."""
+        stored = self.shape.total * (FULL if self.recipe.dtype == "float32" else HALF)
+        held = self.held()
+        copied = stored if held["frozen base"] else 0
+        shards = held["weights"] if self.strategy in ("fsdp2", "zero3") else 0
+        return {"weights": stored, "frozen base": max(copied, held["frozen base"]), "shards": shards}
+
+    def host(self) -> dict[str, int]:
+        """Memory of the machine."""
+        stored = self.shape.total * (FULL if self.recipe.dtype == "float32" else HALF)
+        found = {"loading": self.gpus * stored}
+        if self.stage == "grpo":
+            graph = 8 * self.recipe.grpo.refresh.neighbours if self.recipe.grpo.refresh.policy == "selective" else 0
+            found["index"] = self.gpus * self.documents * (FULL * self.shape.hidden + 8 + graph)
+        return found
