@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 import shutil
 import tempfile
 from collections.abc import Iterator
@@ -13,6 +14,9 @@ from pathlib import Path
 from typing import Any
 
 from .errors import DataError
+
+_SCRATCH = re.compile(r"\..*\.[a-z0-9_]{8}")
+"""A name that `tempfile` made."""
 
 
 @contextmanager
@@ -36,6 +40,20 @@ def atomic_directory(target: Path) -> Iterator[Path]:
             scratch.replace(target)
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
+
+
+def leftovers(target: Path) -> list[Path]:
+    """Files and folders beside `target` that writers of it had begun, and could not remove since they were killed."""
+    return [path for path in target.parent.glob(f".{target.name}.*") if _SCRATCH.fullmatch(path.name)]
+
+
+def remove_leftovers(target: Path) -> None:
+    """Remove what killed writers of `target` left behind; only for a target that nobody else is writing."""
+    for path in leftovers(target):
+        if path.is_dir():
+            shutil.rmtree(path)
+        else:
+            path.unlink()
 
 
 def write_text(path: Path, text: str) -> None:

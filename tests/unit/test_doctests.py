@@ -22,6 +22,7 @@ MODULES = (
     "evaluation.systems",
     "evaluation.runner",
     "training.mining",
+    "training.plan",
     "config",
 )
 

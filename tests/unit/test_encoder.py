@@ -114,3 +114,19 @@ def test_truncation_is_counted(tiny_path: Path, caplog: pytest.LogCaptureFixture
 def test_a_path_that_is_no_model_is_named(tmp_path: Path) -> None:
     with pytest.raises(ModelError, match="no model directory at"):
         SearchR3(str(tmp_path / "nowhere"))
+
+
+def test_truncated_vectors_are_the_normalised_beginnings_of_the_whole_ones(tiny_path: Path) -> None:
+    whole, short = SearchR3(tiny_path, device="cpu"), SearchR3(tiny_path, device="cpu", truncate_dim=8)
+    texts = ["a red house", "a blue boat"]
+    assert short.dimension == 8
+    for encode in ("encode_document", "encode_query"):
+        expected = np.asarray(getattr(whole, encode)(texts))[:, :8]
+        expected = expected / np.linalg.norm(expected, axis=1, keepdims=True)
+        np.testing.assert_allclose(np.asarray(getattr(short, encode)(texts)), expected, atol=1e-6)
+    [streamed] = short.stream_document(texts)
+    assert streamed.shape == (2, 8)
+    *_, query = short.stream_query("where is it?", "direct")
+    assert query.vectors.shape == (1, 8)
+    with pytest.raises(ModelError, match="truncate_dim=33, but the vectors of .* have 32 dimensions"):
+        SearchR3(tiny_path, device="cpu", truncate_dim=33)

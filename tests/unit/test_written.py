@@ -502,6 +502,17 @@ def test_arguments_that_cannot_be_used_are_named(
     assert not list(tmp_path.iterdir())
 
 
+def test_metadata_that_cannot_be_used_is_named_before_anything_is_asked(server: Server, tmp_path: Path) -> None:
+    for write, metadata, message in (
+        (write_negatives, {"negatives": ["nowhere"]}, "metadata.negatives names 'nowhere', no document here"),
+        (write_traces, {"reasoning": [1]}, r"metadata\.reasoning must be a text or a mapping"),
+    ):
+        whole = replace(make_collection(1), queries={"q-amber0": Query("q-amber0", "what?", metadata)})
+        with pytest.raises(DataError, match=message):
+            write(whole, tmp_path / "out", writer(server))
+    assert server.titles == [] and not list(tmp_path.iterdir())
+
+
 def test_a_collection_that_cannot_be_sent_is_named(tmp_path: Path) -> None:
     given = Writer("http://127.0.0.1:9/v1", "writer")
     whole = make_collection(1)

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from ..data.asking import Estimate, Prices, Standing
     from ..data.written import Writer, WrittenReport
     from ..training.candidates import Judge, Retriever
+    from ..training.mining import MiningReport
 
 BM25_NAME = "bm25"
 
@@ -117,14 +118,7 @@ def data_mine(
             settings=settings,
             watch=watch,
         )
-    dropped = ", ".join(f"{name} {number:,}" for name, number in report.dropped.items())
-    console.say(f"{out}: {report.mined:,} hard negatives for {report.queries:,} queries")
-    console.say(f"candidates: {report.candidates:,}; dropped: {dropped or 'none'}; left: {report.usable:,}")
-    if report.listed:
-        stay = report.listed - report.listed_dropped
-        console.say(f"negatives that queries had: {report.listed:,}, of which {stay:,} stay")
-    if report.fewer:
-        console.say(f"{report.fewer:,} queries have fewer than {per_query}, {report.none:,} of them none")
+    _show_mined(report, out)
 
 
 @data_app.command("triples", cls=ManyValues)
@@ -253,6 +247,19 @@ def _judge(cross_encoder: str | None, retrievers: dict[str, Retriever]) -> Judge
     if cross_encoder:
         return CrossEncoderJudge(cross_encoder)
     return next((one for name, one in retrievers.items() if name != BM25_NAME), next(iter(retrievers.values())))
+
+
+def _show_mined(report: MiningReport, out: Path) -> None:
+    dropped = ", ".join(f"{name} {number:,}" for name, number in report.dropped.items())
+    console.say(f"{out}: {report.mined:,} hard negatives for {report.queries:,} queries")
+    console.say(f"candidates: {report.candidates:,}; dropped: {dropped or 'none'}; left: {report.usable:,}")
+    if report.listed:
+        stay = report.listed - report.listed_dropped
+        console.say(f"negatives that queries had: {report.listed:,}, of which {stay:,} stay")
+    if report.fewer:
+        console.say(
+            f"{report.fewer:,} queries have fewer than {report.settings['per_query']}, {report.none:,} of them none"
+        )
 
 
 def _prices(price_in: float | None, price_out: float | None) -> Prices | None:

@@ -126,15 +126,20 @@ def write_negatives(
     _check_count(per_query)
     positives = _positives(collection, splits)
     chosen = _sample(list(positives), writer)
+    old = {
+        query_id: listed_negatives(
+            collection, collection.queries[query_id], {one.doc_id for one in positives[query_id]}
+        )
+        for query_id in chosen
+    }
     items = [NegativesItem(collection.queries[query_id], positives[query_id], per_query) for query_id in chosen]
     settings = {"written": "negatives", "per_query": per_query, "collection": collection.content_hash()}
 
     def merge(answers: Mapping[str, Any]) -> tuple[Collection, int]:
         documents, queries = dict(collection.documents), dict(collection.queries)
         for query_id, passages in answers.items():
-            old = listed_negatives(collection, queries[query_id], {one.doc_id for one in positives[query_id]})
-            added = _add_documents(documents, passages)
-            queries[query_id] = _with(queries[query_id], negatives=list(dict.fromkeys([*added, *old])))
+            listed = dict.fromkeys([*_add_documents(documents, passages), *old[query_id]])
+            queries[query_id] = _with(queries[query_id], negatives=list(listed))
         return replace(collection, documents=documents, queries=queries), sum(map(len, answers.values()))
 
     return _write(items, "queries", "a hard negative", out, writer, {**settings, **_hash(NEGATIVES_PROMPT)}, merge)
@@ -210,14 +215,14 @@ def write_traces(
         raise DataError(f"style {style!r}, max_words {max_words}: expected a name, and {MIN_TRACE_WORDS} words or more")
     positives = _positives(collection, splits)
     chosen = _sample(list(positives), writer)
+    old = {query_id: reasoning_traces(collection.queries[query_id]) for query_id in chosen}
     items = [TraceItem(collection.queries[query_id], positives[query_id], max_words) for query_id in chosen]
     settings = {"written": "traces", "max_words": max_words, "collection": collection.content_hash()}
 
     def merge(answers: Mapping[str, Any]) -> tuple[Collection, int]:
         queries = dict(collection.queries)
         for query_id, trace in answers.items():
-            old = reasoning_traces(queries[query_id])
-            queries[query_id] = _with(queries[query_id], reasoning={**old, style: trace})
+            queries[query_id] = _with(queries[query_id], reasoning={**old[query_id], style: trace})
         return replace(collection, queries=queries), 0
 
     return _write(items, "queries", "a reasoning trace", out, writer, {**settings, **_hash(TRACE_PROMPT)}, merge)

@@ -139,7 +139,7 @@ class Together:
             dist.distributed_c10d._get_default_store().set(_LOST, named)
         for rank in set(range(1, self.world_size)) - set(lost):
             with contextlib.suppress(RuntimeError):  # died since, or gloo has closed all connections as one was late
-                dist.isend(torch.tensor([float(bool(lost))]), group_dst=rank, group=self._group).wait()
+                dist.send(torch.tensor([float(bool(lost))]), group_dst=rank, group=self._group)
         if named:
             time.sleep(LINGER.total_seconds())
         return named
@@ -147,9 +147,10 @@ class Together:
     def _answer(self, patience: timedelta) -> str:
         """Every other process reports to the first one; returns the ranks that are lost."""
         with contextlib.suppress(RuntimeError):
-            dist.isend(torch.ones(1), group_dst=0, group=self._group).wait()
+            dist.send(torch.ones(1), group_dst=0, group=self._group)
             said = torch.ones(1)
-            dist.irecv(said, group_src=0, group=self._group).wait(patience + NAMING)
+            waiting: Any = dist.irecv(said, group_src=0, group=self._group)
+            waiting.wait(patience + NAMING)
             if not said.item():
                 return ""
         with contextlib.suppress(RuntimeError):  # nobody answers where the first process has died with the store

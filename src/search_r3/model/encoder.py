@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from ..errors import DataError
+from ..errors import DataError, ModelError
 from .backbone import Backbone, EmbeddingSettings, load_backbone
 from .decoding import Decoder, Request, Rollout
 from .documents import WINDOW, Array, Progress, check_finite, encode_stream
@@ -57,9 +57,11 @@ class SearchR3:
         dtype: `float32`, `bfloat16` or `float16`.
         settings: wording and limits; by default those saved with the model.
         revision: branch, tag or commit on the hub.
+        truncate_dim: keep so many dimensions of a vector, the first ones (and normalise again); for models that stage 1
+            trained with `sft.matryoshka_dimensions`.
 
     Raises:
-        ModelError: the model cannot be loaded; the message names the remedy.
+        ModelError: the model cannot be loaded, or has fewer dimensions; the message names the remedy.
 
     Example:
         >>> from search_r3 import SearchR3
@@ -78,18 +80,25 @@ class SearchR3:
         dtype: str = "float32",
         settings: EmbeddingSettings | None = None,
         revision: str | None = None,
+        truncate_dim: int | None = None,
     ) -> None:
         if isinstance(model, Backbone):
             self.backbone = model
-            return
-        device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-        source = builtin_base_path() if model == "builtin" else model
-        self.backbone = load_backbone(source, settings=settings, dtype=dtype, device=device, revision=revision)
+        else:
+            device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+            source = builtin_base_path() if model == "builtin" else model
+            self.backbone = load_backbone(source, settings=settings, dtype=dtype, device=device, revision=revision)
+        if truncate_dim is not None and not 0 < truncate_dim <= self.backbone.dimension:
+            raise ModelError(
+                f"truncate_dim={truncate_dim}, but the vectors of {self.backbone.source} have {self.backbone.dimension} "
+                "dimensions; give as many or fewer"
+            )
+        self.truncate_dim = truncate_dim
 
     @property
     def dimension(self) -> int:
         """`D`, the size of a vector."""
-        return self.backbone.dimension
+        return self.truncate_dim or self.backbone.dimension
 
     def encode_query(
         self,
@@ -226,7 +235,7 @@ class SearchR3:
             self.backbone, texts, "document", batch_tokens=batch_tokens, window=window, progress=progress
         ):
             self._warn_of(sum(prompt.truncated for prompt in prompts), len(prompts))
-            yield vectors
+            yield self._shortened(vectors)
 
     def count_document_tokens(self, texts: Sequence[str]) -> list[int]:
         """The tokens that each document takes when it is encoded: text (cut at `max_length`) and prompt."""
@@ -272,13 +281,20 @@ class SearchR3:
         [(prompts, vectors)] = encode_stream(
             self.backbone, texts, kind, batch_tokens=batch_tokens, window=len(texts), progress=progress
         )
-        return vectors, [prompt.truncated for prompt in prompts]
+        return self._shortened(vectors), [prompt.truncated for prompt in prompts]
+
+    def _shortened(self, vectors: Array) -> Array:
+        if self.truncate_dim is None:
+            return vectors
+        kept = vectors[:, : self.truncate_dim]
+        shortened: Array = kept / np.linalg.norm(kept, axis=1, keepdims=True)
+        return shortened
 
     def _embeddings(self, rollouts: Sequence[Rollout], texts: Sequence[str], truncated: list[bool]) -> QueryEmbeddings:
         vectors = torch.stack([rollout.vector for rollout in rollouts]).cpu().numpy()
         check_finite(vectors, texts, self.backbone.source)
         return QueryEmbeddings(
-            vectors,
+            self._shortened(vectors),
             [rollout.reasoning for rollout in rollouts],
             [rollout.reasoning_tokens for rollout in rollouts],
             [rollout.forced for rollout in rollouts],

@@ -26,7 +26,7 @@ from ..model.encoder import SearchR3
 from ..model.forward import is_drivable
 from ..model.prompts import PROMPT_SETS
 from .policy import Policy, Reference, add_adapters, make_reference
-from .tracking import start_trackers
+from .tracking import check_trackers, start_trackers
 
 
 @dataclass
@@ -170,6 +170,8 @@ def make_engine(model: SearchR3, recipe: Recipe, settings: SFTSettings | GRPOSet
         enable = getattr(lm, "activation_checkpointing_enable", None) or lm.gradient_checkpointing_enable
         enable({"use_reentrant": False})
         backbone.model.train()  # transformers recomputes in training mode only
+    _check_precision(recipe)
+    check_trackers(recipe)
     accelerator = Accelerator(
         cpu=backbone.device.type == "cpu",
         mixed_precision=recipe.mixed_precision,
@@ -201,6 +203,17 @@ def make_engine(model: SearchR3, recipe: Recipe, settings: SFTSettings | GRPOSet
     reference = make_reference(policy, frozen) if needs_reference else None
     start_trackers(accelerator, recipe, "sft" if isinstance(settings, SFTSettings) else "grpo")
     return Engine(accelerator, policy, optimizer, scheduler, make_exchange(), reference, recipe.lora.rank > 0)
+
+
+def _check_precision(recipe: Recipe) -> None:
+    from accelerate.state import AcceleratorState
+
+    begun = AcceleratorState._shared_state.get("_mixed_precision", recipe.mixed_precision)
+    if begun != recipe.mixed_precision:
+        raise ConfigError(
+            f"mixed_precision={recipe.mixed_precision}, but this process has begun with {begun}, and accelerate keeps one "
+            "for good: train in a process of its own"
+        )
 
 
 def _keep_what_learns(models: list[Any], weights: list[dict[str, Tensor]], folder: str) -> None:

@@ -3,22 +3,21 @@
 from __future__ import annotations
 
 import math
+import os
 import signal
 import threading
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from datetime import timedelta
 from pathlib import Path
 from types import FrameType
 from typing import Any
 
-from ..environment.exchange import Exchange
+import torch.distributed as dist
+
+from ..environment.exchange import NAMING, Exchange
 from ..errors import RunError, StoppedError
 from ..files import write_json
-from .run import Run, Trained
-
-NAMING = timedelta(seconds=60)
-"""How long the processes wait for each other to find out which of them has died."""
+from .run import Run, Trained, agree
 
 
 class Guard:
@@ -36,26 +35,34 @@ class Guard:
     ) -> None:
         self.run, self.stage, self.trained, self.save_extra = run, stage, trained, save_extra
         self._asked = False
+        self._moved = -1  # the step that has changed the weights already
 
     @contextmanager
     def watching(self) -> Iterator[Guard]:
-        """While the stage runs: SIGTERM waits for the end of the step, and a lost process is named.
+        """While the stage runs: SIGTERM waits for the end of the step, a second one does not; a lost process is named.
 
         Raises:
             RunError: another process died.
+            StoppedError: SIGTERM came after the last step; the stage is complete.
         """
         main = threading.current_thread() is threading.main_thread()
         before = signal.signal(signal.SIGTERM, self._ask) if main else None
         try:
             yield self
-        except RuntimeError:
-            name_the_lost(self.trained.exchange)
+            if any(self.trained.exchange.gather(self._asked)):
+                raise StoppedError(f"stopped by SIGTERM; {self.stage} is complete: what follows goes on with --resume")
+        except RuntimeError as error:
+            if _is_of_a_collective(error):
+                name_the_lost(self.trained.exchange)
             raise
         finally:
             if main:
                 signal.signal(signal.SIGTERM, before)
 
     def _ask(self, number: int, frame: FrameType | None) -> None:
+        if self._asked:
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)
+            os.kill(os.getpid(), signal.SIGTERM)
         self._asked = True
 
     def after(self, step: int) -> None:
@@ -77,29 +84,49 @@ class Guard:
         self.run.save_checkpoint(self.stage, step, self.trained, self.save_extra)
 
     def check(self, values: Mapping[str, float], step: int, batch: Mapping[str, Any]) -> None:
-        """Refuse to go on from values that are no numbers; the weights are still those before `step`, and are saved.
+        """Refuse to go on from values that are no numbers; the weights before `step` are saved, if they are numbers.
 
         Args:
             values: losses and norms, the same in every process.
-            step: the step under way.
-            batch: what it was computed from; written to `failed-batch.json`.
+            step: the step under way; it may be checked before each of several changes of the weights.
+            batch: what it was computed from, in this process: lists of ids; all are written to `failed-batch.json`.
 
         Raises:
             RunError: a value is NaN or infinite; step, batch and what to do are named.
         """
         wrong = [name for name, value in values.items() if not math.isfinite(value)]
         if not wrong:
+            self._moved = step
             return
-        path = self.run.folder / "failed-batch.json"
-        if self.run.first:
-            write_json(path, {"stage": self.stage, "step": step, "not_finite": wrong, **batch})
-        self.save(step - 1)
-        queries = list(batch["query_ids"])
+        exchange, path = self.trained.exchange, self.run.folder / "failed-batch.json"
+        everyone = exchange.gather(dict(batch))
+        whole = {name: list(dict.fromkeys(item for own in everyone for item in own[name])) for name in batch}
+        failed = {"stage": self.stage, "step": step, "not_finite": wrong, **whole}
+        agree(exchange, path, lambda: write_json(path, failed) if self.run.first else None)
+        if not all(exchange.gather(_are_finite(self.trained.policy))):
+            left = "the weights before that step hold NaN or infinity already, and are not saved again"
+        elif self._moved == step:
+            left = "the step had changed the weights already: they stand in the checkpoint before it"
+        else:
+            self.save(step - 1)
+            left = "the weights before that step are saved"
+        queries = whole["query_ids"]
         raise RunError(
             f"{wrong[0]} is {values[wrong[0]]} at step {step} of {self.stage}, in the batch of the queries "
-            f"{', '.join(queries[:3])}{', ...' if len(queries) > 3 else ''} (all in {path}); the weights before that "
-            f"step are saved: look at the batch, or start anew in another run_dir, lowering {self.stage}.learning_rate"
+            f"{', '.join(queries[:3])}{', ...' if len(queries) > 3 else ''} (all in {path}); {left}: look at the "
+            f"batch, or start anew in another run_dir, lowering {self.stage}.learning_rate"
         )
+
+
+def _are_finite(policy: Any) -> bool:
+    """Whether this process's part of the weights holds numbers only."""
+    own = (getattr(parameter, "to_local", lambda held=parameter: held)() for parameter in policy.parameters())
+    return all(bool(part.isfinite().all()) for part in own)
+
+
+def _is_of_a_collective(error: RuntimeError) -> bool:
+    """Whether processes could not reach each other, rather than this one having failed by itself."""
+    return isinstance(error, dist.DistError) or "gloo" in str(error)
 
 
 def name_the_lost(exchange: Exchange) -> None:

@@ -117,7 +117,7 @@ def plan(
     Example:
         >>> from search_r3.config import load_recipe
         >>> plan(load_recipe(None), "sft", gpus=1).parameters["total"]
-        2235136
+        1685056
     """
     job = Job(
         recipe,

@@ -18,14 +18,15 @@ import logging
 import math
 import os
 import shutil
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Protocol
 
 from ..config import Recipe, dump_recipe, flat_settings, load_recipe
 from ..environment.exchange import Exchange
 from ..errors import ConfigError, RunError
-from ..files import write_json, write_text
+from ..files import leftovers, remove_leftovers, write_json, write_text
 
 logger = logging.getLogger(__name__)
 
@@ -44,6 +45,7 @@ class Trained(Protocol):
     """What a checkpoint holds; `Engine` is one."""
 
     accelerator: Any
+    policy: Any
     exchange: Exchange
 
 
@@ -66,7 +68,7 @@ class Run:
             _check_same(load_recipe(settings), recipe, settings)
         elif not self.first:
             return  # the first process is about to make it
-        elif self.folder.exists() and (not self.folder.is_dir() or any(self.folder.iterdir())):
+        elif self.folder.exists() and not _only_leftovers(self.folder, settings):
             raise ConfigError(f"{self.folder} exists and holds no run; set run_dir=ANOTHER")
         else:
             write_text(settings, dump_recipe(recipe))
@@ -77,10 +79,14 @@ class Run:
         Raises:
             ConfigError: the stage has begun already and `resume` is off.
         """
-        if self.first and not resume and (self.finished(stage) or self.metrics(stage)):
+        if not self.first:
+            return
+        if not resume and (self.finished(stage) or self.metrics(stage)):
             raise ConfigError(
                 f"{self.folder} holds the stage {stage!r} already; add --resume to go on, or set run_dir=ANOTHER"
             )
+        if self.finished(stage):  # by a process that was killed before it had removed them
+            shutil.rmtree(self._checkpoints(stage), ignore_errors=True)
 
     @property
     def metrics_path(self) -> Path:
@@ -137,10 +143,17 @@ class Run:
             RunError: it could not be written; the checkpoints before it are as they were.
         """
         target = self._checkpoints(stage) / f"step-{step:06d}"
+        if trained.exchange.gather(self.first and target.exists() and find_damage(target) is None)[0]:
+            return
         scratch = target.with_name(f".{target.name}.partial")
-        agree(trained.exchange, target, lambda: self._begin(scratch))
-        agree(trained.exchange, target, lambda: trained.accelerator.save_state(str(scratch)))
-        agree(trained.exchange, target, lambda: self._complete(scratch, target, stage, step, save_extra))
+        try:
+            agree(trained.exchange, target, lambda: self._begin(scratch))
+            agree(trained.exchange, target, lambda: trained.accelerator.save_state(str(scratch)))
+            agree(trained.exchange, target, lambda: self._complete(scratch, target, stage, step, save_extra))
+        except RunError:
+            if self.first:
+                shutil.rmtree(scratch, ignore_errors=True)
+            raise
 
     def _begin(self, scratch: Path) -> None:
         if self.first:
@@ -155,10 +168,10 @@ class Run:
         files = {path.relative_to(scratch).as_posix(): _digest(path) for path in _files(scratch)}
         write_json(scratch / MANIFEST, {"stage": stage, "step": step, "files": files})
         if target.exists():
-            shutil.rmtree(target)  # it was broken, or this step would not have been done again
+            _discard(target)  # it is broken
         scratch.replace(target)
         for old in self._saved(stage)[:-KEEP_CHECKPOINTS]:
-            shutil.rmtree(old)
+            _discard(old)
 
     def restore(self, stage: str, trained: Trained) -> tuple[int, Path | None]:
         """Load the newest whole checkpoint of a stage; lines logged after it are dropped.
@@ -169,8 +182,10 @@ class Run:
             The step that the weights stand at (0 without a checkpoint) and the checkpoint's directory.
 
         Raises:
-            RunError: there are checkpoints, and all are broken.
+            RunError: there are checkpoints, and all are broken; or the logs cannot be read or written.
         """
+        if self.first:
+            self._remove_leftovers(stage)
         checkpoint = trained.exchange.gather(self._newest_whole(stage) if self.first else None)[0]
         step = 0 if checkpoint is None else int(checkpoint.name.removeprefix("step-"))
         if checkpoint is not None:
@@ -181,25 +196,41 @@ class Run:
             for path in (self.metrics_path, self.rollouts_path):
                 if path.exists():
                     kept = [row for row in _rows(path) if row["stage"] != stage or (step and row["step"] <= step)]
-                    write_text(path, "".join(_line(row) for row in kept))
+                    with _explained(path):
+                        write_text(path, "".join(_line(row) for row in kept))
         return step, checkpoint
 
+    def _remove_leftovers(self, stage: str) -> None:
+        """What killed processes had begun to write: a run directory belongs to one run, so nobody else is at it."""
+        for target in (self.model_path(stage), self.adapter_path(stage), self.metrics_path, self.rollouts_path):
+            remove_leftovers(target)
+        for left in self._checkpoints(stage).glob(".step-*"):
+            shutil.rmtree(left)
+
     def _newest_whole(self, stage: str) -> Path | None:
-        saved = self._saved(stage)
+        saved, broken = self._saved(stage), []
         for checkpoint in reversed(saved):
             fault = find_damage(checkpoint)
             if fault is None:
+                if broken:
+                    logger.warning("broken: %s; the checkpoint before, %s, is used", ", ".join(broken), checkpoint)
                 return checkpoint
-            logger.warning("the checkpoint %s is broken (%s); the one before it is used", checkpoint, fault)
+            broken.append(f"the checkpoint {checkpoint} ({fault})")
         if saved:
             raise RunError(
-                f"every checkpoint in {saved[0].parent} is broken; remove the folder to begin the stage {stage!r} anew"
+                f"every checkpoint is broken: {', '.join(broken)}; remove {saved[0].parent} and go on with --resume: "
+                f"the stage {stage!r} then begins anew"
             )
         return None
 
-    def finish(self, stage: str, save_model: Callable[[Path], None]) -> None:
-        """Write the stage's model; its checkpoints are then no longer needed. Every process takes part."""
-        save_model(self.model_path(stage))
+    def finish(self, stage: str, trained: Trained, save_model: Callable[[Path], None]) -> None:
+        """Write the stage's model; its checkpoints are then no longer needed. Every process takes part.
+
+        Raises:
+            RunError: it could not be written; the checkpoints are as they were.
+        """
+        path = self.model_path(stage)
+        agree(trained.exchange, path, lambda: save_model(path))
         if self.first:
             shutil.rmtree(self._checkpoints(stage), ignore_errors=True)
 
@@ -211,20 +242,15 @@ class Run:
         return self.folder / stage / "checkpoints"
 
     def _saved(self, stage: str) -> list[Path]:
-        return sorted(path.parent for path in self._checkpoints(stage).glob(f"step-*/{MANIFEST}"))
+        return sorted(self._checkpoints(stage).glob("step-*"))
 
     def _append(self, path: Path, rows: Iterable[dict[str, Any]]) -> None:
         if not self.first:
             return
-        try:
+        with _explained(path):
             path.parent.mkdir(parents=True, exist_ok=True)
             with path.open("a", encoding="utf-8") as file:
                 file.writelines(_line(row) for row in rows)
-        except OSError as error:
-            raise RunError(
-                f"cannot write {path}: {error.strerror}; the checkpoints are intact: make room, then go on with "
-                "--resume"
-            ) from error
 
 
 def agree(exchange: Exchange, target: Path, work: Callable[[], None]) -> None:
@@ -249,15 +275,18 @@ def agree(exchange: Exchange, target: Path, work: Callable[[], None]) -> None:
 def find_damage(checkpoint: Path) -> str | None:
     """What is wrong with a checkpoint's files, compared with its manifest; None where all is well."""
     try:
-        files = json.loads((checkpoint / MANIFEST).read_text(encoding="utf-8"))["files"]
+        files = dict(json.loads((checkpoint / MANIFEST).read_text(encoding="utf-8"))["files"])
     except (OSError, ValueError, KeyError, TypeError):
         return f"{MANIFEST} cannot be read"
     for name, digest in files.items():
         path = checkpoint / name
-        if not path.is_file():
+        try:
+            if _digest(path) != digest:
+                return f"{name} is not what was written"
+        except FileNotFoundError:
             return f"{name} is missing"
-        if _digest(path) != digest:
-            return f"{name} is not what was written"
+        except OSError as error:
+            return f"{name} cannot be read: {error.strerror}"
     return None
 
 
@@ -274,8 +303,37 @@ def _rows(path: Path) -> list[dict[str, Any]]:
     """The rows of a log; a last line that a killed process left unfinished is not one of them."""
     if not path.exists():
         return []
-    lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
-    return [json.loads(line) for line in lines if line.endswith("\n")]
+    rows = []
+    for number, line in enumerate(path.read_bytes().splitlines(keepends=True), 1):
+        if line.endswith(b"\n"):
+            try:
+                rows.append(json.loads(line))
+            except ValueError as error:
+                raise RunError(f"{path}:{number}: not valid JSON; mend or remove the line") from error
+    return rows
+
+
+@contextmanager
+def _explained(path: Path) -> Iterator[None]:
+    """Around the writing of a log."""
+    try:
+        yield
+    except OSError as error:
+        raise RunError(
+            f"cannot write {path}: {error.strerror}; the checkpoints are intact: make room, then go on with --resume"
+        ) from error
+
+
+def _discard(checkpoint: Path) -> None:
+    """Remove a checkpoint: a half-removed one is never seen."""
+    hidden = checkpoint.with_name(f".{checkpoint.name}.old")
+    checkpoint.replace(hidden)
+    shutil.rmtree(hidden)
+
+
+def _only_leftovers(folder: Path, settings: Path) -> bool:
+    """Whether a folder holds nothing but settings that a killed process had begun to write."""
+    return folder.is_dir() and set(folder.iterdir()) <= set(leftovers(settings))
 
 
 def _line(row: dict[str, Any]) -> str:

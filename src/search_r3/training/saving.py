@@ -34,7 +34,6 @@ def save_trained(engine: Engine, model: SearchR3, recipe: Recipe, folder: Path, 
             _merged(backbone, recipe, adapter).save(folder)
         else:
             backbone.save(folder, state=state)
-    engine.exchange.meet()
 
 
 def _state(engine: Engine, backbone: Backbone) -> dict[str, Tensor]:

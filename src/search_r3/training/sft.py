@@ -74,7 +74,8 @@ def train_sft(recipe: Recipe, run: Run, observe: Observer = silent) -> Path:
             engine.track(stage, step + 1, values)
             observe(stage, step + 1, settings.steps, values)
             guard.after(step + 1)
-        run.finish(stage, lambda folder: save_trained(engine, model, recipe, folder, run.adapter_path(stage)))
+        adapter = run.adapter_path(stage)
+        run.finish(stage, engine, lambda folder: save_trained(engine, model, recipe, folder, adapter))
     engine.close()
     return run.model_path(stage)
 

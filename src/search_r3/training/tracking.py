@@ -11,18 +11,22 @@ from ..errors import ConfigError
 PACKAGES = {"tensorboard": "tensorboard", "wandb": "wandb", "trackio": "trackio"}
 
 
-def start_trackers(accelerator: Any, recipe: Recipe, stage: str) -> None:
-    """Open a run of the project `search-r3` in each of the recipe's trackers, with all settings.
+def check_trackers(recipe: Recipe) -> None:
+    """Make sure that the recipe's trackers are installed.
 
     Raises:
         ConfigError: a tracker's package is not installed.
     """
-    missing = [name for name in recipe.trackers if find_spec(PACKAGES[name]) is None]
-    if missing:
-        raise ConfigError(
-            f"trackers={list(recipe.trackers)}: the package {PACKAGES[missing[0]]} is not installed; "
-            f"pip install {PACKAGES[missing[0]]}, or leave it out"
-        )
+    for name in recipe.trackers:
+        if find_spec(PACKAGES[name]) is None:
+            raise ConfigError(
+                f"trackers={list(recipe.trackers)}: the package {PACKAGES[name]} is not installed; "
+                f"pip install {PACKAGES[name]}, or leave it out"
+            )
+
+
+def start_trackers(accelerator: Any, recipe: Recipe, stage: str) -> None:
+    """Open a run of the project `search-r3` in each of the recipe's trackers, with all settings."""
     if not recipe.trackers:
         return
     settings = {

@@ -1,0 +1,277 @@
+"""Training on a GPU, in one call of under eight minutes: tokens/s, share of the matrix-product rate, peak memory.
+
+    python benchmarks/gpu_training.py --out gpu_training.json   # Qwen2.5-1.5B's shape, random weights
+    python benchmarks/gpu_training.py --quick --device cpu      # the same code at a tiny size, to try it
+
+Steps of both stages run through `train_sft` and `train_grpo` on a model directory with random weights and a generated
+collection: float32 weights, bfloat16 products, activation checkpointing, cached gradients in stage 1. Lengths are
+spread little, so that the longest batch is no matter of luck. `tokens_per_second` are tokens of forward and backward
+passes, padding apart; `share_of_rate` is their FLOP (6 per weight of the blocks, a third of it in passes without
+gradients; what checkpointing computes again does not count) against the device's measured matrix products.
+`peak_bytes` is the peak of torch's allocator after the first step, and `over_plan` that of `search-r3 plan` over it.
+The first step of a stage warms up; medians are over the others.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import random
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+from common import Shape, atlas_texts, finish, machine, make_model, need, prepare, say, versions
+from gpu import QWEN_1_5B, TINY, product_rate
+
+WORDS = {"query": (10, 14), "document": (180, 220), "reasoning": (80, 100)}
+"""Words of a text, from the least to the most."""
+REPLY_TOKENS = 100
+"""Mean length of a rollout: the model emits the embed token with one over this probability."""
+
+
+def write_model(options: argparse.Namespace, folder: Path, scratch: Path) -> Path:
+    """Random weights of the wanted shape with a real tokenizer, such that replies end after about `REPLY_TOKENS`."""
+    import torch
+    import transformers
+
+    from search_r3.model.backbone import Backbone, EmbeddingSettings, load_backbone
+
+    vocabulary = 2000 if options.quick else 16_000
+    small = load_backbone(make_model(scratch / "small", atlas_texts(), Shape(2, 128), vocabulary, 4096, options.seed))
+    size = options.size
+    config = transformers.Qwen2Config(
+        vocab_size=size["vocabulary"],
+        hidden_size=size["hidden"],
+        num_hidden_layers=size["layers"],
+        intermediate_size=size["intermediate"],
+        num_attention_heads=size["heads"],
+        num_key_value_heads=size["key_heads"],
+        max_position_embeddings=4096,
+        tie_word_embeddings=True,
+        bos_token_id=None,
+        eos_token_id=small.model.config.eos_token_id,
+        pad_token_id=small.model.config.pad_token_id,
+    )
+    torch.manual_seed(options.seed)
+    with torch.device(options.device):
+        model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
+    backbone = Backbone(model, small.tokenizer, EmbeddingSettings(), small.embed_token_id, "random")
+    with torch.no_grad():
+        # One number is the same in every row of the table, so that every hidden state points there; a larger one in the
+        # embed token's row adds to its logit.
+        table = model.get_input_embeddings().weight
+        table[:, 0] = 1.0
+        ids = torch.randint(0, vocabulary, (4, 64), device=options.device)
+        hidden = backbone.hidden_states(ids, torch.ones_like(ids))
+        missing = backbone.logits(hidden).logsumexp(-1).mean() - math.log(REPLY_TOKENS)
+        missing -= backbone.logits(hidden)[..., small.embed_token_id].mean()
+        table[small.embed_token_id, 0] += missing / hidden[..., 0].mean()
+    backbone.save(folder, "bfloat16")
+    return folder
+
+
+def write_collection(options: argparse.Namespace, folder: Path) -> Path:
+    """Queries with a document and a trace each; words are drawn at random from the tokenizer's own."""
+    from search_r3.data.collection import Collection, Document, Query
+
+    rng = random.Random(f"training/{options.seed}")
+    words = " ".join(atlas_texts()[:4000]).split()
+
+    def text(kind: str) -> str:
+        return " ".join(rng.choices(words, k=rng.randint(*WORDS[kind]) // (4 if options.quick else 1)))
+
+    count = 24 if options.quick else 512
+    documents = {f"d{i}": Document(f"d{i}", text("document"), "") for i in range(2 * count)}
+    queries = {f"q{i}": Query(f"q{i}", text("query"), {"reasoning": text("reasoning")}) for i in range(count)}
+    judged = {f"q{i}": {f"d{i}": 1} for i in range(count)}
+    Collection("training", documents, queries, {"train": judged, "dev": dict(list(judged.items())[:8])}).save(folder)
+    return folder
+
+
+def make_recipe(options: argparse.Namespace, scratch: Path) -> Any:
+    """Both stages' settings."""
+    from search_r3.config import load_recipe
+
+    small = options.quick
+    return load_recipe(
+        None,
+        [
+            *(f"run_dir={scratch / 'run'}", f"base={scratch / 'model'}", f"collection={scratch / 'collection'}"),
+            *("max_length=512", f"max_new_tokens={48 if small else 256}", "save_every=1000", f"seed={options.seed}"),
+            *(f"mixed_precision={'bf16' if options.dtype == 'bfloat16' else 'no'}", "gradient_checkpointing=true"),
+            *(f"sft.steps={options.steps}", f"sft.batch_size={4 if small else 128}", "sft.learning_rate=1e-6"),
+            *("sft.splits={train: 1.0}", "sft.random_negatives=1", "sft.bm25_negatives=0"),
+            f"sft.micro_batch_size={4 if small else options.micro}",
+            *(f"grpo.steps={options.steps}", f"grpo.queries_per_step={4 if small else 32}", "grpo.group_size=8"),
+            *("grpo.splits=[train]", "grpo.learning_rate=1e-7", "grpo.evaluate_every=1000"),
+            *(f"grpo.micro_batch_size={8 if small else options.micro}", "grpo.rollout_batch_size=256"),
+        ],
+    )
+
+
+class Passes:
+    """Counts tokens of the policy's forward passes, with and without gradients, and the memory at its peak."""
+
+    def __init__(self, device: str) -> None:
+        self.device, self.steps = device, []
+        self.counted: dict[bool, list[Any]] = {True: [], False: []}
+        self.length = 0
+
+    def hook(self, module: Any, inputs: tuple[Any, ...]) -> None:
+        """Before every forward pass."""
+        import torch
+
+        from search_r3.training.policy import Policy
+
+        if isinstance(module, Policy):
+            self.counted[torch.is_grad_enabled()].append(inputs[1].sum())
+            self.length = max(self.length, inputs[1].shape[1])
+
+    def observe(self, stage: str, step: int, steps: int, values: dict[str, float]) -> None:
+        """After every step."""
+        import torch
+
+        tokens = {grad: sum(int(part) for part in parts) for grad, parts in self.counted.items()}
+        self.counted = {True: [], False: []}
+        self.steps.append({"trained": tokens[True], "forward": tokens[False], **values})
+        if step == 1 and self.device.startswith("cuda"):
+            torch.cuda.reset_peak_memory_stats()
+
+
+def longest(recipe: Any, stage: str) -> Any:
+    """The plan's lengths: of prompts whole, since all texts are known; replies take their whole budget in stage 2."""
+    import transformers
+
+    from search_r3.data.load import load_collection
+    from search_r3.data.triples import reasoning_traces
+    from search_r3.model.prompts import EMBED_TOKEN, PROMPT_SETS, PromptEncoder
+    from search_r3.training.footprint import Lengths
+
+    collection = load_collection(recipe.collection)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(recipe.base)
+    embed = tokenizer.convert_tokens_to_ids(EMBED_TOKEN)
+    encoder = PromptEncoder(tokenizer, PROMPT_SETS[recipe.prompts], embed, recipe.max_length)
+    queries, documents = list(collection.queries.values()), list(collection.documents.values())
+    traces = [encoder.reason_completion(next(iter(reasoning_traces(query).values()))).ids for query in queries]
+    return Lengths(
+        longest_query=max(len(p.ids) for p in encoder.encode_batch([query.text for query in queries], "reason")),
+        longest_reasoning=max(map(len, traces)) if stage == "sft" else recipe.max_new_tokens,
+        longest_document=max(
+            len(p.ids) for p in encoder.encode_batch([one.full_text for one in documents], "document")
+        ),
+        template=0,
+    )
+
+
+def run_stage(options: argparse.Namespace, recipe: Any, stage: str, rate: float) -> dict[str, Any]:
+    """Train a stage and compare."""
+    import torch
+
+    from search_r3.data.load import load_collection
+    from search_r3.training.footprint import Job
+    from search_r3.training.grpo import train_grpo
+    from search_r3.training.plan import Work, plan
+    from search_r3.training.run import Run
+    from search_r3.training.sft import train_sft
+    from search_r3.training.shape import read_shape
+
+    passes = Passes(options.device)
+    handle = torch.nn.modules.module.register_module_forward_pre_hook(passes.hook)
+    try:
+        if stage == "sft":
+            train_sft(recipe, Run(recipe), passes.observe)
+        else:
+            train_grpo(recipe, Run(recipe), Path(recipe.base), passes.observe)
+    finally:
+        handle.remove()
+    peak = torch.cuda.max_memory_allocated() if options.device.startswith("cuda") else None
+    lengths = longest(recipe, stage)
+    documents = len(load_collection(recipe.collection).documents)
+    found = plan(recipe, stage, gpus=1, documents=documents, lengths=lengths)
+    work = Work(Job(recipe, read_shape(recipe.base), stage, 1, "single", documents, lengths))
+    steps = passes.steps[1:]
+    spent = [step["seconds"] - step.get("rollout_seconds", 0.0) for step in steps]
+    per_token = work.forward(0.7 * passes.length)
+    flop = [(3 * step["trained"] + step["forward"]) * per_token for step in steps]
+    expected = max(sum(parts.values()) for phase, parts in found.phases.items() if phase != "load")
+    record = {
+        "seconds": [step["seconds"] for step in steps],
+        "training_seconds": spent,
+        "tokens_trained": [step["trained"] for step in steps],
+        "tokens_forward": [step["forward"] for step in steps],
+        "tokens_per_second": median(s["trained"] / t for s, t in zip(steps, spent, strict=True)),
+        "share_of_rate": median(count / t for count, t in zip(flop, spent, strict=True)) / rate,
+        "peak_bytes": peak,
+        "plan_bytes": expected,
+        "over_plan": expected / peak if peak else None,
+        "plan": {phase: parts for phase, parts in found.phases.items() if phase != "load"},
+    }
+    if stage == "grpo":
+        count = recipe.grpo.queries_per_step * recipe.grpo.group_size
+        decoding = [step["rollout_seconds"] - step["refresh_seconds"] for step in steps]
+        record["decoded_per_second"] = median(
+            count * step["reasoning_tokens"] / t for step, t in zip(steps, decoding, strict=True)
+        )
+        record |= {name: median(step[name] for step in steps) for name in ("reasoning_tokens", "forced_share")}
+        record["refresh_tokens_per_second"] = median(s["tokens_encoded"] / s["refresh_seconds"] for s in steps)
+    return record
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--device", default="cuda", choices=["cuda", "cpu"])
+    parser.add_argument("--dtype", default="bfloat16", choices=["bfloat16", "float32"], help="of the products")
+    parser.add_argument("--steps", type=int, default=4, help="steps of each stage, the first one to warm up")
+    parser.add_argument("--micro", type=int, default=16, help="sequences per forward and backward pass")
+    parser.add_argument("--budget", type=float, default=300.0, help="seconds after which no further stage starts")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--out", type=Path, help="write the JSON object here too")
+    parser.add_argument("--quick", action="store_true", help="a tiny model, within two minutes")
+    options = parser.parse_args()
+    need("torch", "transformers", "accelerate")
+    prepare(options)
+    import torch
+
+    if options.device == "cuda" and not torch.cuda.is_available():
+        parser.error("this process sees no CUDA device; --quick --device cpu tries the script without one")
+    if options.device == "cpu" and torch.cuda.is_available():
+        parser.error("training takes the GPU that it sees; hide it with CUDA_VISIBLE_DEVICES= to try the CPU")
+    options.size = TINY if options.quick else QWEN_1_5B
+    started = time.perf_counter()
+    record: dict[str, Any] = {"benchmark": "gpu_training", "peer": "search-r3 plan", "unit": "plan over measured peak"}
+    parts: dict[str, Any] = {}
+    left_out = []
+    with tempfile.TemporaryDirectory() as name:
+        scratch = Path(name)
+        write_model(options, scratch / "model", scratch)
+        write_collection(options, scratch / "collection")
+        recipe, rate = make_recipe(options, scratch), product_rate(options)
+        if options.device == "cuda":
+            torch.cuda.empty_cache()
+        say(f"model and collection written after {time.perf_counter() - started:.0f} s; {rate / 1e12:.3g} TFLOP/s")
+        stages: dict[str, Callable[[], dict[str, Any]]] = {
+            stage: lambda stage=stage: run_stage(options, recipe, stage, rate) for stage in ("sft", "grpo")
+        }
+        for stage, measure in stages.items():
+            if time.perf_counter() - started > options.budget:
+                left_out.append(stage)
+                continue
+            parts[stage] = measure()
+            print(json.dumps({stage: parts[stage]}), flush=True)
+            say(f"{stage} done after {time.perf_counter() - started:.0f} s")
+    settings = {"shape": options.size, "dtype": options.dtype, "micro": options.micro, "quick": options.quick}
+    record |= {"ratio": {stage: part["over_plan"] for stage, part in parts.items()}, "product_rate": rate}
+    record |= {"parts": parts, "left_out": left_out, "runs": options.steps - 1, "settings": settings}
+    device = torch.cuda.get_device_name() if options.device == "cuda" else "cpu"
+    record |= {"seconds": time.perf_counter() - started, "machine": machine() | {"device": device}}
+    finish(record | {"versions": versions("torch", "transformers", "accelerate")}, options.out)
+
+
+if __name__ == "__main__":
+    main()
