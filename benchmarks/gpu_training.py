@@ -120,7 +120,7 @@ class Passes:
     def __init__(self, device: str) -> None:
         self.device, self.steps = device, []
         self.counted: dict[bool, list[Any]] = {True: [], False: []}
-        self.length = 0
+        self.sequences = self.tokens = 0
 
     def hook(self, module: Any, inputs: tuple[Any, ...]) -> None:
         """Before every forward pass."""
@@ -130,7 +130,7 @@ class Passes:
 
         if isinstance(module, Policy):
             self.counted[torch.is_grad_enabled()].append(inputs[1].sum())
-            self.length = max(self.length, inputs[1].shape[1])
+            self.sequences += inputs[1].shape[0]
 
     def observe(self, stage: str, step: int, steps: int, values: dict[str, float]) -> None:
         """After every step."""
@@ -138,6 +138,7 @@ class Passes:
 
         tokens = {grad: sum(int(part) for part in parts) for grad, parts in self.counted.items()}
         self.counted = {True: [], False: []}
+        self.tokens += sum(tokens.values())
         self.steps.append({"trained": tokens[True], "forward": tokens[False], **values})
         if step == 1 and self.device.startswith("cuda"):
             torch.cuda.reset_peak_memory_stats()
@@ -196,7 +197,7 @@ def run_stage(options: argparse.Namespace, recipe: Any, stage: str, rate: float)
     work = Work(Job(recipe, read_shape(recipe.base), stage, 1, "single", documents, lengths))
     steps = passes.steps[1:]
     spent = [step["seconds"] - step.get("rollout_seconds", 0.0) for step in steps]
-    per_token = work.forward(0.7 * passes.length)
+    per_token = work.forward(passes.tokens / passes.sequences)
     flop = [(3 * step["trained"] + step["forward"]) * per_token for step in steps]
     expected = max(sum(parts.values()) for phase, parts in found.phases.items() if phase != "load")
     record = {

@@ -28,26 +28,27 @@ class Forker:
 
     def __init__(self, model: Path) -> None:
         self._process = subprocess.Popen(
-            [sys.executable, "-m", "tests.faults", str(model)], cwd=Path(__file__).parents[1], env={**os.environ, "RANK": "0"},
+            [sys.executable, "-m", "tests.faults", str(model)], cwd=Path(__file__).parents[1],
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, bufsize=1,
         )  # fmt: skip
 
     def start(self, log: Path, *arguments: object, world_size: int = 1, **fault: Any) -> list[int]:
-        """Begin a call of the command line; returns the ids of its processes, whose output goes to `log`."""
+        """Begin a call of the command line, whose output goes to `log`.
+
+        Returns the ids of its processes, which are nobody else's until `wait` has returned.
+        """
         given = {"log": str(log), "arguments": list(map(str, arguments)), "world_size": world_size, "fault": fault}
-        assert self._process.stdin is not None
-        self._process.stdin.write(json.dumps(given) + "\n")
-        self.pids: list[int] = self._hear(180)
+        self.pids: list[int] = self._ask(given, "pids", 60)
         return self.pids
 
     def wait(self, timeout: float = 180) -> list[int]:
         """The exit statuses, -9 of a process that was killed; a training that does not end in time is an error."""
         try:
-            return self._hear(timeout)
+            return self._ask({}, "statuses", timeout)
         except TimeoutError:
             for pid in self.pids:
                 os.kill(pid, signal.SIGKILL)
-            self._hear(60)
+            self._hear("statuses", 60)
             raise
 
     def run(self, log: Path, *arguments: object, world_size: int = 1, **fault: Any) -> list[int]:
@@ -62,12 +63,17 @@ class Forker:
         self._process.wait(timeout=60)
         self._process.stdout.close()
 
-    def _hear(self, timeout: float) -> list[int]:
+    def _ask(self, given: dict[str, Any], wanted: str, timeout: float) -> list[int]:
+        assert self._process.stdin is not None
+        self._process.stdin.write(json.dumps(given) + "\n")
+        return self._hear(wanted, timeout)
+
+    def _hear(self, wanted: str, timeout: float) -> list[int]:
         stdout = self._process.stdout
         assert stdout is not None
         if not select.select([stdout], [], [], timeout)[0]:
-            raise TimeoutError(f"no end after {timeout} s")
-        return list(json.loads(stdout.readline()))
+            raise TimeoutError(f"no {wanted} after {timeout} s")
+        return list(json.loads(stdout.readline())[wanted])
 
 
 def main() -> None:
@@ -93,8 +99,16 @@ def main() -> None:
             if pid == 0:
                 _train(given, rank, port)
             pids.append(pid)
-        print(json.dumps(pids), flush=True)
-        print(json.dumps([os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) for pid in pids]), flush=True)
+        _tell({"pids": pids})
+        sys.stdin.readline()
+        for pid in pids:  # ended, but not yet gone: whoever kills them by their ids kills nobody else
+            os.waitid(os.P_PID, pid, os.WEXITED | os.WNOWAIT)
+        _tell({"statuses": [os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) for pid in pids]})
+
+
+def _tell(message: dict[str, list[int]]) -> None:
+    sys.stdout.write(json.dumps(message) + "\n")
+    sys.stdout.flush()
 
 
 def _train(given: dict[str, Any], rank: int, port: int) -> None:

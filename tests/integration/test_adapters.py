@@ -69,6 +69,11 @@ def test_the_merged_model_computes_what_the_adapters_do(trained: Run) -> None:
     ]
     for other in logits[1:]:
         assert (logits[0] - other).abs().max() < 1e-4
+    adapted = SearchR3(trained.adapter_path("sft"), device="cpu")
+    for mode in ("direct", "reason"):
+        found, expected = adapted.encode_query([text], mode), ours.encode_query([text], mode)
+        assert found.reasoning == expected.reasoning
+        assert abs(found.vectors - expected.vectors).max() < 1e-4
     untouched = transformers.AutoModelForCausalLM.from_pretrained(trained.recipe.base)(input_ids=ids).logits
     assert (logits[0] - untouched).abs().max() > 0.1
     assert json.loads((trained.adapter_path("sft") / "search_r3.json").read_text())["max_new_tokens"] == 16

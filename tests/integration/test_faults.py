@@ -1,4 +1,4 @@
-"""Faults that are really made: nothing is lost, the user is told what to do, and a resumed run ends as an unbroken one."""
+"""Faults that are really made: nothing is lost, it is said what to do, and a resumed run ends as an unbroken one."""
 
 from __future__ import annotations
 
@@ -155,7 +155,7 @@ def kill_once(lab: Lab, stage: str, run_dir: Path, how: str, at: float, rng: ran
         ):
             pass
         time.sleep(rng.random() * 0.01)
-    os.kill(pid, signal.SIGKILL)  # a zombie until the forker has waited, so the id is nobody else's... or it has ended
+    os.kill(pid, signal.SIGKILL)
     lab.forker.wait()
     return where(stage, run_dir)
 
@@ -490,7 +490,7 @@ def test_sigterm_to_the_command_saves_and_says_how_to_go_on(lab: Lab, tmp_path: 
         ("sft", FORWARD, 8, 2, -15, "", ["step-000001"]),
         ("sft", "search_r3.training.sft:save_trained", 1, 1, 143, "sft is complete", []),
         ("grpo", "search_r3.training.grpo:evaluate_dev", 1, 1, 143, "after step 1 of grpo", ["step-000001"]),
-        ("grpo", "search_r3.training.grpo:evaluate_dev", 2, 1, 143, "after step 3 of grpo", ["step-000002", "step-000003"]),
+        ("grpo", "search_r3.training.grpo:evaluate_dev", 2, 1, 143, "step 3 of grpo", ["step-000002", "step-000003"]),
     ],
     ids=["loading", "twice", "saving the model", "first evaluation", "evaluation"],
 )  # fmt: skip

@@ -11,7 +11,8 @@ from typing import Any
 import pytest
 import transformers
 from accelerate.commands.config.config_args import ClusterConfig, load_config_from_file
-from accelerate.commands.launch import launch_command_parser
+from accelerate.commands.launch import _validate_launch_command, launch_command_parser
+from accelerate.utils.launch import prepare_multi_gpu_env
 
 from search_r3.config import LoRASettings, Recipe, RefreshSettings, load_recipe
 from search_r3.errors import ConfigError, ModelError
@@ -94,6 +95,7 @@ def test_what_each_strategy_holds_per_weight() -> None:
     sharded = held("fsdp2")
     assert sharded["weights"] == pytest.approx(4 / 8) and sharded["optimizer"] == pytest.approx(1)
     two, three = held("zero2"), held("zero3")
+    assert two["buckets"] * WEIGHTS == pytest.approx(2 * 2 * 5e8)
     assert two["weights"] == pytest.approx(2) and two["optimizer"] == pytest.approx(12 / 8)
     assert three["weights"] == pytest.approx(2 / 8) and three["optimizer"] == pytest.approx(12 / 8)
     assert sum(three[part] for part in ("weights", "optimizer")) + 4 / 8 == pytest.approx(18 / 8), "DeepSpeed's own sum"
@@ -212,6 +214,19 @@ def test_every_launch_file_is_one_that_accelerate_knows(path: Path) -> None:
             2,
             "SHARDED_STATE_DICT",
         )
+
+
+def test_the_fsdp2_file_sets_what_the_trainings_are_tested_with() -> None:
+    given = ["--config_file", str(ROOT / "recipes" / "accelerate" / "fsdp2.yaml"), "-m", "search_r3.cli", "sft"]
+    arguments, _, _ = _validate_launch_command(launch_command_parser().parse_args(given))
+    found = prepare_multi_gpu_env(arguments)
+    expected = {
+        "ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2", "FSDP_AUTO_WRAP_POLICY": "TRANSFORMER_BASED_WRAP",
+        "FSDP_TRANSFORMER_CLS_TO_WRAP": "Qwen2DecoderLayer", "FSDP_RESHARD_AFTER_FORWARD": "true",
+        "FSDP_STATE_DICT_TYPE": "SHARDED_STATE_DICT", "FSDP_CPU_RAM_EFFICIENT_LOADING": "false",
+        "FSDP_OFFLOAD_PARAMS": "false", "FSDP_ACTIVATION_CHECKPOINTING": "false", "ACCELERATE_MIXED_PRECISION": "bf16",
+    }  # fmt: skip
+    assert {name: found.get(name) for name in expected} == expected
 
 
 def test_the_least_change_that_fits_is_named() -> None:

@@ -117,9 +117,8 @@ class Job:
             found["documents"] = whole | {"activations": encoding}
         found["train"] = learning | self.training()
         # The foreach kernels of AdamW hold the roots of all second moments at once.
-        found["optimizer"] = (
-            held | {"gradients": self.own_gradients()} | {"update": held["optimizer"] // OPTIMIZER_MOMENTS}
-        )
+        update = self.trained * self.precision.trained // (1 if self.strategy in ("single", "ddp") else self.gpus)
+        found["optimizer"] = held | {"gradients": self.own_gradients(), "update": update}
         return {name: {part: size for part, size in parts.items() if size} for name, parts in found.items()}
 
     def held(self) -> dict[str, int]:
