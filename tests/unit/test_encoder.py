@@ -128,5 +128,5 @@ def test_truncated_vectors_are_the_normalised_beginnings_of_the_whole_ones(tiny_
     assert streamed.shape == (2, 8)
     *_, query = short.stream_query("where is it?", "direct")
     assert query.vectors.shape == (1, 8)
-    with pytest.raises(ModelError, match="truncate_dim=33, but the vectors of .* have 32 dimensions"):
+    with pytest.raises(ModelError, match=r"truncate_dim=33, but the vectors of .* have 32 dimensions"):
         SearchR3(tiny_path, device="cpu", truncate_dim=33)

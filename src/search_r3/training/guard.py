@@ -15,7 +15,7 @@ from typing import Any
 import torch.distributed as dist
 
 from ..environment.exchange import NAMING, Exchange
-from ..errors import RunError, StoppedError
+from ..errors import ModelError, RewardError, RunError, StoppedError, VectorIndexError
 from ..files import write_json
 from .run import Run, Trained, agree
 
@@ -35,7 +35,7 @@ class Guard:
     ) -> None:
         self.run, self.stage, self.trained, self.save_extra = run, stage, trained, save_extra
         self._asked = False
-        self._moved = -1  # the step that has changed the weights already
+        self._moved = -1  # the last step that has changed the weights
 
     @contextmanager
     def watching(self) -> Iterator[Guard]:
@@ -55,6 +55,10 @@ class Guard:
             if _is_of_a_collective(error):
                 name_the_lost(self.trained.exchange)
             raise
+        except (ModelError, RewardError, VectorIndexError) as error:
+            if not _are_finite(self.trained.policy):
+                raise self._spoilt(f"{error}") from error
+            raise
         finally:
             if main:
                 signal.signal(signal.SIGTERM, before)
@@ -69,10 +73,14 @@ class Guard:
         """What is due after a step: a checkpoint every `save_every` steps, and the end that SIGTERM asked for.
 
         Raises:
+            RunError: the checkpoint cannot be written, or the weights are no numbers: they are not saved.
             StoppedError: SIGTERM came; all is saved.
         """
-        asked = any(self.trained.exchange.gather(self._asked))
+        exchange = self.trained.exchange
+        asked = any(exchange.gather(self._asked))
         if asked or step % self.run.recipe.save_every == 0:
+            if not all(exchange.gather(_are_finite(self.trained.policy))):
+                raise self._spoilt("they are not saved")
             self.save(step)
         if asked:
             raise StoppedError(
@@ -87,21 +95,22 @@ class Guard:
         """Refuse to go on from values that are no numbers; the weights before `step` are saved, if they are numbers.
 
         Args:
-            values: losses and norms, the same in every process.
+            values: losses and norms of this process, or of all.
             step: the step under way; it may be checked before each of several changes of the weights.
             batch: what it was computed from, in this process: lists of ids; all are written to `failed-batch.json`.
 
         Raises:
             RunError: a value is NaN or infinite; step, batch and what to do are named.
         """
-        wrong = [name for name, value in values.items() if not math.isfinite(value)]
+        exchange, path = self.trained.exchange, self.run.folder / "failed-batch.json"
+        found = exchange.gather({name: value for name, value in values.items() if not math.isfinite(value)})
+        wrong = {name: value for own in found for name, value in own.items()}
         if not wrong:
             self._moved = step
             return
-        exchange, path = self.trained.exchange, self.run.folder / "failed-batch.json"
         everyone = exchange.gather(dict(batch))
         whole = {name: list(dict.fromkeys(item for own in everyone for item in own[name])) for name in batch}
-        failed = {"stage": self.stage, "step": step, "not_finite": wrong, **whole}
+        failed = {"stage": self.stage, "step": step, "not_finite": list(wrong), **whole}
         agree(exchange, path, lambda: write_json(path, failed) if self.run.first else None)
         if not all(exchange.gather(_are_finite(self.trained.policy))):
             left = "the weights before that step hold NaN or infinity already, and are not saved again"
@@ -112,9 +121,15 @@ class Guard:
             left = "the weights before that step are saved"
         queries = whole["query_ids"]
         raise RunError(
-            f"{wrong[0]} is {values[wrong[0]]} at step {step} of {self.stage}, in the batch of the queries "
+            f"{next(iter(wrong))} is {next(iter(wrong.values()))} at step {step} of {self.stage}, in the batch of the queries "
             f"{', '.join(queries[:3])}{', ...' if len(queries) > 3 else ''} (all in {path}); {left}: look at the "
             f"batch, or start anew in another run_dir, lowering {self.stage}.learning_rate"
+        )
+
+    def _spoilt(self, reason: str) -> RunError:
+        return RunError(
+            f"the weights hold NaN or infinity after step {self._moved} of {self.stage} ({reason}); the checkpoints "
+            f"are those of steps before: start anew in another run_dir, lowering {self.stage}.learning_rate"
         )
 
 
