@@ -15,9 +15,6 @@ from typing import Any
 
 from .errors import DataError
 
-_SCRATCH = re.compile(r"\..*\.[a-z0-9_]{8}")
-"""A name that `tempfile` made."""
-
 
 @contextmanager
 def atomic_directory(target: Path) -> Iterator[Path]:
@@ -44,12 +41,18 @@ def atomic_directory(target: Path) -> Iterator[Path]:
 
 def leftovers(target: Path) -> list[Path]:
     """Files and folders beside `target` that writers of it had begun, and could not remove since they were killed."""
-    return [path for path in target.parent.glob(f".{target.name}.*") if _SCRATCH.fullmatch(path.name)]
+    made = re.compile(rf"\.{re.escape(target.name)}(\.old)?\.[a-z0-9_]{{8}}")  # by `tempfile`
+    return [path for path in target.parent.glob(f".{target.name}.*") if made.fullmatch(path.name)]
 
 
 def remove_leftovers(target: Path) -> None:
-    """Remove what killed writers of `target` left behind; only for a target that nobody else is writing."""
+    """Remove what killed writers of `target` left behind; only for a target that nobody else is writing.
+
+    Where one was killed with the old folder moved aside, and before the new one was in its place, the old one is back.
+    """
     for path in leftovers(target):
+        if (path / target.name).exists() and not target.exists():
+            (path / target.name).replace(target)
         if path.is_dir():
             shutil.rmtree(path)
         else:

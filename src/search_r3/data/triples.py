@@ -18,7 +18,7 @@ class TrainingExample:
     """One query with what stage 1 needs.
 
     `reasoning` maps a style to a trace; `negative_ids` lists hard negatives, best first: those that the data set names,
-    then mined ones.
+    else mined ones.
     """
 
     query: Query
@@ -30,35 +30,43 @@ class TrainingExample:
 def training_examples(
     collection: Collection, split: str, search: LexicalSearch | None = None, mined: int = 0
 ) -> list[TrainingExample]:
-    """The examples of one split, with the hard negatives that `metadata.negatives` lists, and up to `mined` more.
+    """The examples of one split, with the hard negatives that `metadata.negatives` lists, or else up to `mined` others.
 
-    A mined negative is never a document judged for the query, nor one with the text of a positive.
+    A mined negative is never a document judged for the query, nor one with the text of a positive. Only queries without
+    listed negatives are searched for.
 
     Raises:
         DataError: the split is unknown, a query has no positive document, or `metadata.negatives` cannot be used.
     """
     qrels = collection.split(split)
-    query_ids = list(qrels)
-    found: list[list[str]] = [[] for _ in query_ids]
-    if search is not None and mined > 0:
-        deepest = max(len(relevance) for relevance in qrels.values())
-        found = search([collection.queries[query_id].text for query_id in query_ids], mined + deepest + 8)
-    examples = []
-    for query_id, candidates in zip(query_ids, found, strict=True):
-        relevance = qrels[query_id]
-        positives = tuple(doc_id for doc_id, gain in relevance.items() if gain > 0)
-        if not positives:
+    positives = {
+        query_id: tuple(d for d, gain in relevance.items() if gain > 0) for query_id, relevance in qrels.items()
+    }
+    negatives: dict[str, list[str]] = {}
+    for query_id, relevant in positives.items():
+        if not relevant:
             raise DataError(f"query {query_id!r} of split {split!r} has no document with a score above 0; remove it")
-        texts = {collection.documents[doc_id].full_text for doc_id in positives}
-        query = collection.queries[query_id]
-        listed = listed_negatives(collection, query, positives)
-        negatives = [
-            doc_id
-            for doc_id in candidates
-            if doc_id not in relevance and doc_id not in listed and collection.documents[doc_id].full_text not in texts
-        ]
-        examples.append(TrainingExample(query, positives, (*listed, *negatives[:mined]), reasoning_traces(query)))
-    return examples
+        negatives[query_id] = listed_negatives(collection, collection.queries[query_id], relevant)
+    bare = [query_id for query_id, listed in negatives.items() if not listed]
+    if search is not None and mined > 0 and bare:
+        deepest = max(len(relevance) for relevance in qrels.values())
+        found = search([collection.queries[query_id].text for query_id in bare], mined + deepest + 8)
+        for query_id, candidates in zip(bare, found, strict=True):
+            texts = {collection.documents[doc_id].full_text for doc_id in positives[query_id]}
+            negatives[query_id] = [
+                doc_id
+                for doc_id in candidates
+                if doc_id not in qrels[query_id] and collection.documents[doc_id].full_text not in texts
+            ][:mined]
+    return [
+        TrainingExample(
+            collection.queries[query_id],
+            relevant,
+            tuple(negatives[query_id]),
+            reasoning_traces(collection.queries[query_id]),
+        )
+        for query_id, relevant in positives.items()
+    ]
 
 
 def listed_negatives(collection: Collection, query: Query, positive_ids: Container[str]) -> list[str]:

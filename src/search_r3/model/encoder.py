@@ -90,8 +90,8 @@ class SearchR3:
             self.backbone = load_backbone(source, settings=settings, dtype=dtype, device=device, revision=revision)
         if truncate_dim is not None and not 0 < truncate_dim <= self.backbone.dimension:
             raise ModelError(
-                f"truncate_dim={truncate_dim}, but the vectors of {self.backbone.source} have {self.backbone.dimension} "
-                "dimensions; give as many or fewer"
+                f"truncate_dim={truncate_dim}, but the vectors of {self.backbone.source} have "
+                f"{self.backbone.dimension} dimensions; give as many or fewer"
             )
         self.truncate_dim = truncate_dim
 

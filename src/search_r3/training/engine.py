@@ -21,7 +21,7 @@ from torch import Tensor
 from ..config import GRPOSettings, Recipe, SFTSettings
 from ..environment.exchange import Exchange, make_exchange
 from ..errors import ConfigError, ModelError
-from ..model.backbone import EmbeddingSettings
+from ..model.backbone import Backbone, EmbeddingSettings
 from ..model.encoder import SearchR3
 from ..model.forward import is_drivable
 from ..model.prompts import PROMPT_SETS
@@ -73,9 +73,14 @@ class Engine:
 
     @contextlib.contextmanager
     def accumulating(self, last: bool) -> Iterator[None]:
-        """Around one forward and backward pass; gradients are summed over the processes in the `last` of a step."""
+        """Around one forward and backward pass; in the `last` of a step gradients are summed over the processes.
+
+        FSDP2 sums them in every pass.
+        """
         self.accelerator.gradient_state._set_sync_gradients(last)  # DeepSpeed asks it whether to step
-        with contextlib.nullcontext() if last else self.accelerator.no_sync(self.policy):
+        # FSDP2 would hold whole gradients of all weights, in the precision of the products, until the last pass.
+        now = last or self.accelerator.is_fsdp2
+        with contextlib.nullcontext() if now else self.accelerator.no_sync(self.policy):
             yield
 
     def backward(self, loss: Tensor) -> None:
@@ -165,11 +170,7 @@ def make_engine(model: SearchR3, recipe: Recipe, settings: SFTSettings | GRPOSet
     elif needs_reference:
         frozen = backbone.frozen_copy("bfloat16" if recipe.mixed_precision == "bf16" else None)
     if recipe.gradient_checkpointing:
-        lm = backbone.causal_lm
-        # The name since transformers 5.20, and the one before.
-        enable = getattr(lm, "activation_checkpointing_enable", None) or lm.gradient_checkpointing_enable
-        enable({"use_reentrant": False})
-        backbone.model.train()  # transformers recomputes in training mode only
+        _recompute_activations(backbone)
     _check_precision(recipe)
     check_trackers(recipe)
     accelerator = Accelerator(
@@ -205,14 +206,22 @@ def make_engine(model: SearchR3, recipe: Recipe, settings: SFTSettings | GRPOSet
     return Engine(accelerator, policy, optimizer, scheduler, make_exchange(), reference, recipe.lora.rank > 0)
 
 
+def _recompute_activations(backbone: Backbone) -> None:
+    lm = backbone.causal_lm
+    # The name since transformers 5.20, and the one before.
+    enable = getattr(lm, "activation_checkpointing_enable", None) or lm.gradient_checkpointing_enable
+    enable({"use_reentrant": False})
+    backbone.model.train()  # transformers recomputes in training mode only
+
+
 def _check_precision(recipe: Recipe) -> None:
     from accelerate.state import AcceleratorState
 
     begun = AcceleratorState._shared_state.get("_mixed_precision", recipe.mixed_precision)
     if begun != recipe.mixed_precision:
         raise ConfigError(
-            f"mixed_precision={recipe.mixed_precision}, but this process has begun with {begun}, and accelerate keeps one "
-            "for good: train in a process of its own"
+            f"mixed_precision={recipe.mixed_precision}, but this process has begun with {begun}, and accelerate keeps "
+            "one for good: train in a process of its own"
         )
 
 

@@ -163,24 +163,13 @@ class Job:
         tables = self.shape.table * (1 if self.shape.tied else 2)
         if self.strategy == "fsdp2":
             units = compute * (tables + 2 * self.shape.block)
-            # Between the passes of a step gradients are whole; of a single pass two blocks and the tables are.
-            flying = compute * self.trained if self.passes > 1 else min(units, compute * self.trained)
-            return {"whole weights": units, "gradients": own + flying + compute * tied}
+            # Each pass gives its gradients to the shards; until then those of two blocks and the tables are whole.
+            return {"whole weights": units, "gradients": own + min(units, compute * self.trained) + compute * tied}
         if self.strategy == "zero3":
             live = compute * min(memory.ZERO_LIVE, self.shape.total)
             return {"whole weights": live, "gradients": own + compute * tied}
         size = compute if self.strategy == "zero2" else self.precision.trained
         return {"gradients": own + size * tied}
-
-    @property
-    def passes(self) -> int:
-        """Forward and backward passes of a step on one GPU."""
-        if self.stage == "grpo":
-            return math.ceil(self.own_rollouts / self.recipe.grpo.micro_batch_size)
-        size = self.recipe.sft.micro_batch_size
-        if size is None:
-            return 1
-        return math.ceil(2 * self.own_queries / size) + math.ceil(self.own_documents / size)
 
     @property
     def own_queries(self) -> int:
@@ -229,7 +218,7 @@ class Job:
     def _pass(self, passes: list[Pass], replies: int, prompts: int) -> dict[str, int]:
         """Parts of a stage-1 pass: `replies` and `prompts` are positions with logits."""
         prompts = prompts if self.has_reference else 0
-        logits = memory.logits_memory(self.shape.vocabulary, replies, prompts)
+        logits = memory.logits_memory(self.shape.vocabulary, replies, prompts, joined=len(passes) > 1)
         # What the forward pass gave lives until the backward pass has ended.
         return self._activations(passes, logits, FULL * self.shape.vocabulary * (replies + 2 * prompts))
 

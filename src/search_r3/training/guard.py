@@ -119,9 +119,9 @@ class Guard:
         else:
             self.save(step - 1)
             left = "the weights before that step are saved"
-        queries = whole["query_ids"]
+        queries, (name, value) = whole["query_ids"], next(iter(wrong.items()))
         raise RunError(
-            f"{next(iter(wrong))} is {next(iter(wrong.values()))} at step {step} of {self.stage}, in the batch of the queries "
+            f"{name} is {value} at step {step} of {self.stage}, in the batch of the queries "
             f"{', '.join(queries[:3])}{', ...' if len(queries) > 3 else ''} (all in {path}); {left}: look at the "
             f"batch, or start anew in another run_dir, lowering {self.stage}.learning_rate"
         )

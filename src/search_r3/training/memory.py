@@ -163,14 +163,15 @@ def backward_work(shape: ModelShape, size: Pass, precision: Precision, lora: LoR
     return work + (block_activations(shape, size, precision, lora) if checkpointing else 0)
 
 
-def logits_memory(vocabulary: int, replies: int, prompts: int) -> int:
+def logits_memory(vocabulary: int, replies: int, prompts: int, joined: bool) -> int:
     """Bytes of stage 1's logits and what the losses on them make, at their peak; all in float32.
 
-    Cross-entropy on `replies` positions: the logits, their concatenation over passes, log-probabilities (and a
-    gradient). The KL on `prompts` positions: both models' logits, concatenations and log-probabilities, the base's
-    probabilities, the difference and the product.
+    Cross-entropy on `replies` positions: the logits, their concatenation where two passes are `joined`,
+    log-probabilities (and a gradient). The KL on `prompts` positions: both models' logits and log-probabilities, the
+    base's probabilities, the difference and the product.
     """
-    return FULL * vocabulary * (3 * replies + 9 * prompts if prompts else 4 * replies)
+    own = 3 if joined else 2
+    return FULL * vocabulary * (own * replies + 7 * prompts if prompts else (own + 1) * replies)
 
 
 def rollout_logits_memory(vocabulary: int, positions: int, reference: bool) -> int:

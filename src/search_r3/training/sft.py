@@ -14,6 +14,7 @@ import random
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
 import torch
@@ -155,6 +156,7 @@ def _cached(
             engine.backward(loss if counts else 0.0 * loss)
         if counts:
             _add(own, _numbers(parts))
+        del output, parts, loss  # else they live on through the next chunk's forward pass
     return engine.total(own) | sums
 
 
@@ -221,12 +223,17 @@ def token_losses(outputs: Sequence[Output], totals: Mapping[str, float]) -> dict
     """
     parts = {}
     if replies := [output.replies for output in outputs if output.replies is not None]:
-        logits, targets = (torch.cat(side) for side in zip(*replies, strict=True))
+        logits, targets = (_joined(side) for side in zip(*replies, strict=True))
         parts["cross_entropy"] = losses.cross_entropy(logits, targets) * (len(targets) / totals["cross_entropy"])
     if prompts := [output.prompts for output in outputs if output.prompts is not None]:
-        tuned, frozen = (torch.cat(side) for side in zip(*prompts, strict=True))
+        tuned, frozen = (_joined(side) for side in zip(*prompts, strict=True))
         parts["kl"] = losses.kl_to_base(tuned, frozen) * (len(tuned) / totals["kl"])
     return parts
+
+
+def _joined(tensors: Sequence[Tensor]) -> Tensor:
+    """One after the other; a single one as it is, since logits are the largest tensors of a step."""
+    return tensors[0] if len(tensors) == 1 else torch.cat(list(tensors))
 
 
 def assemble(engine: Engine, outputs: Sequence[Output], count: int) -> Tensor:
@@ -300,12 +307,17 @@ def _check_dimensions(dimension: int, settings: SFTSettings) -> None:
 
 
 def _examples(collection: Collection, settings: SFTSettings) -> dict[str, list[TrainingExample]]:
-    search = None
-    if settings.bm25_negatives > 0:
-        documents = collection.documents
-        search = BM25(list(documents), [document.full_text for document in documents.values()]).search
+    documents = collection.documents
+
+    @cache
+    def bm25() -> BM25:
+        return BM25(list(documents), [document.full_text for document in documents.values()])
+
     mined = 4 * settings.bm25_negatives
-    return {split: training_examples(collection, split, search, mined) for split in settings.splits}
+    return {
+        split: training_examples(collection, split, lambda texts, count: bm25().search(texts, count), mined)
+        for split in settings.splits
+    }
 
 
 def _draw(
