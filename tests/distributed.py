@@ -47,6 +47,7 @@ def train(stage: str, folder: Path, base: str, collection: str, options: list[st
         step(self)
 
     engine.Engine.step = keep
+    sft.ROWS_AT_A_TIME = 4  # a tiny batch has several blocks of rows, too
     try:
         one = run.Run(recipe)
         path = sft.train_sft(recipe, one) if stage == "sft" else grpo.train_grpo(recipe, one, Path(base))

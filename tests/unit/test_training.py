@@ -16,7 +16,7 @@ from search_r3.errors import ConfigError, DataError, RunError
 from search_r3.model.encoder import SearchR3
 from search_r3.retrieval.lexical import BM25
 from search_r3.training import grpo, sft
-from search_r3.training.batches import find_false_negatives, make_batch, tokenise
+from search_r3.training.batches import collate, find_false_negatives, make_batch, tokenise
 from search_r3.training.engine import Engine, make_engine, warmup_cosine
 from search_r3.training.run import Run
 from tests.conftest import favour
@@ -102,6 +102,11 @@ def test_a_batch_points_at_its_embed_tokens_and_documents(model: SearchR3, colle
         text = collection.documents[example.positive_ids[0]].full_text
         assert share.documents[batch.positives[row]].ids == encoder.encode(text, "document").ids
         assert batch.positives[row] not in batch.negatives[row]
+    chunk = collate([*share.direct, *share.reasoned], model.backbone.tokenizer.pad_token_id, torch.device("cpu"))
+    assert share.counts() == {"cross_entropy": int(chunk.replies.sum()), "kl": int(chunk.prompts.sum())}
+    assert chunk.targets.tolist() == [
+        token for item in (*share.direct, *share.reasoned) for token in item.ids[item.prompt_length :]
+    ]
     part = tokenise(batch, collection, encoder, range(2, 4), [1])
     assert part.direct == share.direct[2:4]
     assert part.documents == share.documents[1:2]

@@ -139,7 +139,8 @@ class Engine:
             elif (plugin := deepspeed_plugin(self.accelerator)) is not None and plugin.zero_stage == 3:
                 import deepspeed
 
-                stack.enter_context(deepspeed.zero.GatheredParameters(parameters))
+                # It takes the hooks away too, which would shard a layer again after its first call.
+                stack.enter_context(deepspeed.zero.unwrap_model_for_generation(self.policy))
             elif self.accelerator.mixed_precision == "bf16":
                 for parameter in parameters:
                     stack.callback(setattr, parameter, "data", parameter.data)
@@ -217,7 +218,7 @@ def _recompute_activations(backbone: Backbone) -> None:
 def _check_precision(recipe: Recipe) -> None:
     from accelerate.state import AcceleratorState
 
-    begun = AcceleratorState._shared_state.get("_mixed_precision", recipe.mixed_precision)
+    begun = AcceleratorState().mixed_precision if AcceleratorState._shared_state else recipe.mixed_precision
     if begun != recipe.mixed_precision:
         raise ConfigError(
             f"mixed_precision={recipe.mixed_precision}, but this process has begun with {begun}, and accelerate keeps "
@@ -239,11 +240,16 @@ def deepspeed_plugin(accelerator: Any) -> Any:
 
 
 def _fit_deepspeed(accelerator: Any, settings: SFTSettings | GRPOSettings) -> None:
-    """Tell DeepSpeed what it would read off a data loader, and that it clips."""
+    """Tell DeepSpeed what it would read off a data loader, that it clips, and that weights are saved whole."""
+    from transformers.integrations import unset_hf_deepspeed_config
+
     plugin = deepspeed_plugin(accelerator)
     if plugin is not None:
         plugin.deepspeed_config["train_micro_batch_size_per_gpu"] = 1
         plugin.deepspeed_config["gradient_clipping"] = settings.max_grad_norm
+        plugin.deepspeed_config["zero_optimization"]["stage3_gather_16bit_weights_on_model_save"] = True
+        # From here on transformers would load every model in shards: the next stage's, and the one of merged adapters.
+        unset_hf_deepspeed_config()
 
 
 def warmup_cosine(step: int, warmup_steps: int, steps: int, floor: float = 0.0) -> float:

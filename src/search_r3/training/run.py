@@ -71,6 +71,7 @@ class Run:
         elif self.folder.exists() and not _only_leftovers(self.folder, settings):
             raise ConfigError(f"{self.folder} exists and holds no run; set run_dir=ANOTHER")
         else:
+            remove_leftovers(settings)
             write_text(settings, dump_recipe(recipe))
 
     def claim(self, stage: str, resume: bool) -> None:
@@ -190,8 +191,8 @@ class Run:
         step = 0 if checkpoint is None else int(checkpoint.name.removeprefix("step-"))
         if checkpoint is not None:
             # With adapters only what learns was saved; the rest is in the model that they were put into.
-            options = {"strict": False} if self.recipe.lora.rank else {}
-            trained.accelerator.load_state(str(checkpoint), **options)
+            partial = self.recipe.lora.rank > 0 and trained.accelerator.distributed_type != "DEEPSPEED"  # saves all
+            trained.accelerator.load_state(str(checkpoint), **({"strict": False} if partial else {}))
         if self.first:
             for path in (self.metrics_path, self.rollouts_path):
                 if path.exists():
