@@ -22,7 +22,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     help="Search-R3: a language model reasons about a query, then embeds it. Train, evaluate, search.",
 )
-data_app = typer.Typer(no_args_is_help=True, help="Make test collections.")
+data_app = typer.Typer(no_args_is_help=True, help="Make collections: for tests, and for training.")
 app.add_typer(data_app, name="data")
 
 RecipeOption = Annotated[Path | None, typer.Option("--recipe", "-r", help="YAML recipe; without it, the defaults.")]
