@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import closing
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -75,7 +76,7 @@ def train_grpo(recipe: Recipe, run: Run, base: Path, observe: Observer = silent)
     model = load_model(recipe, base)
     engine = make_engine(model, recipe, settings)
     guard = Guard(run, stage, engine)
-    with guard.watching():
+    with closing(engine), guard.watching():
         done, checkpoint = run.restore(stage, engine)
         with engine.whole_weights():
             environment = _environment(recipe, collection, qrels, model, checkpoint, engine.exchange)
@@ -102,7 +103,6 @@ def train_grpo(recipe: Recipe, run: Run, base: Path, observe: Observer = silent)
             guard.after(step + 1)
         adapter = run.adapter_path(stage)
         run.finish(stage, engine, lambda folder: save_trained(engine, model, recipe, folder, adapter))
-    engine.close()
     return run.model_path(stage)
 
 

@@ -209,7 +209,8 @@ class Run:
             shutil.rmtree(left)
 
     def _newest_whole(self, stage: str) -> Path | None:
-        saved, broken = self._saved(stage), []
+        saved = self._saved(stage)
+        broken: list[str] = []
         for checkpoint in reversed(saved):
             fault = find_damage(checkpoint)
             if fault is None:

@@ -13,6 +13,7 @@ from __future__ import annotations
 import random
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -59,7 +60,7 @@ def train_sft(recipe: Recipe, run: Run, observe: Observer = silent) -> Path:
     _check_dimensions(model.dimension, settings)
     engine = make_engine(model, recipe, settings)
     guard = Guard(run, stage, engine)
-    with guard.watching():
+    with closing(engine), guard.watching():
         done, _ = run.restore(stage, engine)
         for step in range(done, settings.steps):
             started = time.perf_counter()
@@ -77,7 +78,6 @@ def train_sft(recipe: Recipe, run: Run, observe: Observer = silent) -> Path:
             guard.after(step + 1)
         adapter = run.adapter_path(stage)
         run.finish(stage, engine, lambda folder: save_trained(engine, model, recipe, folder, adapter))
-    engine.close()
     return run.model_path(stage)
 
 
