@@ -30,6 +30,11 @@ VARIANTS: dict[str, tuple[str, list[str]]] = {
     "grpo-4": ("grpo", ["grpo.micro_batch_size=4"]),
 }
 TOGETHER = ("sft-whole", "sft-3", "sft-adapters-2", "grpo-whole", "grpo-4")
+FSDP2 = {
+    "ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2", "FSDP_AUTO_WRAP_POLICY": "TRANSFORMER_BASED_WRAP",
+    "FSDP_TRANSFORMER_CLS_TO_WRAP": "Qwen2DecoderLayer", "FSDP_RESHARD_AFTER_FORWARD": "true",
+    "FSDP_STATE_DICT_TYPE": "SHARDED_STATE_DICT", "FSDP_CPU_RAM_EFFICIENT_LOADING": "false",
+}  # fmt: skip
 SHARDED = ("sft-whole", "sft-3-recomputed", "sft-adapters-2", "grpo-4")
 
 
@@ -108,12 +113,7 @@ def test_two_processes_give_the_gradients_of_one(
     names = TOGETHER if kind == "ddp" else SHARDED
     bases = {"sft": str(tiny_path), "grpo": str(stage_1)}
     trainings = {name: (VARIANTS[name][0], bases[VARIANTS[name][0]], VARIANTS[name][1]) for name in names}
-    fsdp = {
-        "ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2", "FSDP_AUTO_WRAP_POLICY": "TRANSFORMER_BASED_WRAP",
-        "FSDP_TRANSFORMER_CLS_TO_WRAP": "Qwen2DecoderLayer", "FSDP_RESHARD_AFTER_FORWARD": "true",
-        "FSDP_STATE_DICT_TYPE": "SHARDED_STATE_DICT", "FSDP_CPU_RAM_EFFICIENT_LOADING": "false",
-    }  # fmt: skip
-    launch(tmp_path / kind, trainings, collection_path, **(fsdp if kind == "fsdp2" else {}))
+    launch(tmp_path / kind, trainings, collection_path, **(FSDP2 if kind == "fsdp2" else {}))
     for name in names:
         for rank in range(2):
             check_same(torch.load(tmp_path / kind / f"{name}-{rank}.pt"), alone[name])
@@ -122,3 +122,17 @@ def test_two_processes_give_the_gradients_of_one(
         ))  # fmt: skip
         assert saved.keys() == expected.keys(), "whole weights under the usual names"
         assert all(torch.allclose(saved[key], expected[key], atol=2e-3) for key in expected)
+
+
+def test_shards_that_compute_in_bfloat16_give_losses_in_float32(
+    tmp_path: Path, alone: dict[str, dict[str, Any]], tiny_path: Path, collection_path: Path
+) -> None:
+    options = [f"{MICRO}=3", "mixed_precision=bf16"]
+    launch(tmp_path / "bf16", {"sft": ("sft", str(tiny_path), options)}, collection_path, **FSDP2)
+    found, expected = torch.load(tmp_path / "bf16" / "sft-0.pt")["metrics"], alone["sft-3"]["metrics"]
+    for one, two in zip(found, expected, strict=True):
+        assert one["loss"] == pytest.approx(two["loss"], rel=1e-2)
+    assert 0 <= found[0]["kl"] < 2e-4, "of equal models; rounded to bfloat16 it is below 0"
+    assert found[0]["loss"] != expected[0]["loss"], "bfloat16 was used"
+    weights = load_file(Path(torch.load(tmp_path / "bf16" / "sft-0.pt")["path"]) / "model.safetensors")
+    assert all(value.dtype == torch.float32 for value in weights.values())

@@ -56,6 +56,19 @@ def test_mined_negatives_are_never_judged_nor_a_positives_twin(collection: Colle
     assert all("red" in documents[i].full_text or "house" in documents[i].full_text for i in mined), "hard, not random"
 
 
+def test_negatives_that_mining_dropped_are_not_brought_back(collection: Collection) -> None:
+    queries = {
+        query_id: Query(query_id, query.text, {"negatives": [] if query_id == "q00" else ["d09"]})
+        for query_id, query in collection.queries.items()
+    }
+    mined = Collection("mined", collection.documents, queries, {"train": {"q00": {"d00": 1}, "q01": {"d01": 1}}})
+
+    def search(texts: object, count: int) -> list[list[str]]:
+        raise AssertionError("every query has been mined for")
+
+    assert [example.negative_ids for example in training_examples(mined, "train", search, 3)] == [(), ("d09",)]
+
+
 def test_drawn_negatives_have_the_asked_number_and_no_positive(collection: Collection) -> None:
     example = training_examples(collection, "train")[0]
     for seed in range(50):
@@ -155,6 +168,28 @@ def test_shorter_prefixes_share_the_contrastive_losses(model: SearchR3, collecti
         assert long[name].item() != pytest.approx(short[name].item())
     with pytest.raises(ConfigError, match="matryoshka_dimensions holds 32; expected prefixes of a vector of 32"):
         sft._check_dimensions(32, SFTSettings(matryoshka_dimensions=(8, 32)))
+
+
+def test_a_frozen_copy_in_bfloat16_keeps_its_frequencies(model: SearchR3) -> None:
+    frozen = model.backbone.frozen_copy("bfloat16").model
+    assert {parameter.dtype for parameter in frozen.parameters()} == {torch.bfloat16}
+    assert frozen.model.rotary_emb.inv_freq.dtype == torch.float32
+
+
+def test_a_stage_goes_on_only_from_the_model_it_began_from(model: SearchR3, tmp_path: Path) -> None:
+    run = Run(Recipe(run_dir=str(tmp_path / "run")))
+    run.begin_from("grpo", model.backbone)
+    model.save_pretrained(tmp_path / "other", dtype="float16")
+    other = SearchR3(tmp_path / "other", device="cpu").backbone
+    run.begin_from("grpo", other)  # nothing was trained yet
+    checkpoint = tmp_path / "run" / "grpo" / "checkpoints" / "step-000001"
+    checkpoint.mkdir(parents=True)
+    (checkpoint / "checkpoint.json").write_text("{}")
+    run.begin_from("grpo", other)
+    with pytest.raises(
+        ConfigError, match="'grpo' learns from .*qwen2 now, but it began from"
+    ):
+        run.begin_from("grpo", model.backbone)
 
 
 def test_a_style_without_weight_is_named(collection: Collection) -> None:

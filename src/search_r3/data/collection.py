@@ -37,12 +37,14 @@ class Document:
 class Query:
     """One query.
 
-    `metadata` may hold answers and proofs: it is for training and analysis, never for a model under test.
+    `metadata` may hold answers and proofs: it is for training and analysis, never for a model under test. `bare` is the
+    text without an instruction that was read apart from it, else empty or the text; it is neither saved nor compared.
     """
 
     query_id: str
     text: str
     metadata: Mapping[str, Any] = field(default_factory=dict)
+    bare: str = field(default="", compare=False)
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ import tempfile
 import unicodedata
 from array import array
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -80,18 +80,24 @@ class Contamination:
     def __init__(self, settings: ContaminationSettings) -> None:
         self.settings = settings
         self._whole: dict[int, Held] = {}
+        self._bare: dict[int, Held] = {}
         self._queries, self._documents = _Index(), _Index()
 
     def __len__(self) -> int:
         """How many evaluation queries are held."""
         return len(self._whole)
 
-    def add_query(self, held: Held) -> None:
-        """Hold an evaluation query."""
+    def add_query(self, held: Held, bare: str = "") -> None:
+        """Hold an evaluation query, and its text without its instruction, which training has under another one."""
+        self._add_query(held, self._whole)
+        if bare and bare != held.text:
+            self._add_query(replace(held, text=bare), self._bare)
+
+    def _add_query(self, held: Held, whole: dict[int, Held]) -> None:
         found = words(held.text)
         if not found:  # nothing but punctuation, which any other such query would equal
             return
-        self._whole.setdefault(_hash(found), held)
+        whole.setdefault(_hash(found), held)
         self._queries.add(held, ngrams(found, self.settings.query_ngram))
         if self.settings.positives:
             self._documents.add(held, ngrams(found, self.settings.document_ngram))
@@ -103,7 +109,7 @@ class Contamination:
     def find_query(self, text: str) -> Held | None:
         """The evaluation query that a training query is a copy or a variant of."""
         found = words(text)
-        if whole := self._whole.get(_hash(found)):
+        if whole := self._whole.get(_hash(found)) or self._bare.get(_hash(found)):
             return whole
         shared = ngrams(found, self.settings.query_ngram)
         for held in self._queries.find(shared):
@@ -189,7 +195,8 @@ def _hold_collection(check: Contamination, name: str, collection: Collection) ->
     relevant: dict[str, None] = {}
     for split in splits:
         for query_id, judged in collection.qrels[split].items():
-            check.add_query(Held(name, query_id, collection.queries[query_id].text))
+            query = collection.queries[query_id]
+            check.add_query(Held(name, query_id, query.text), query.bare)
             relevant.update(dict.fromkeys(doc_id for doc_id, gain in judged.items() if gain > 0))
     for doc_id in relevant if check.settings.positives else ():
         check.add_document(Held(name, doc_id, collection.documents[doc_id].full_text))

@@ -214,8 +214,8 @@ def _documents(table: Table, columns: Columns, skipped: set[str] | None) -> dict
 def _queries(rows: Rows, instructions: Mapping[str, str]) -> dict[str, Query]:
     """The queries, each with its instruction, which may also be in a config of its own."""
     return {
-        query_id: Query(query_id, instructed(text, instructions.get(query_id, "")))
-        for query_id, text, _ in check_queries(rows)
+        query_id: Query(query_id, instructed(text, instructions.get(query_id, "")), bare=bare)
+        for query_id, text, _, bare in check_queries(rows)
     }
 
 

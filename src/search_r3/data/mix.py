@@ -71,6 +71,7 @@ class _Asked:
 
     text: str
     source: SourceSettings
+    dev: bool = False
     positives: dict[str, None] = field(default_factory=dict)
     negatives: dict[str, None] = field(default_factory=dict)
     spare: set[str] = field(default_factory=set)
@@ -142,6 +143,11 @@ class _Mixer:
         if not report.queries:
             lost = {**report.dropped, "asked in an earlier source": report.merged}
             raise DataError(f"{source.path}: no query of its {report.read} rows is left: {lost}; leave the source out")
+        if report.dev == report.queries:
+            raise DataError(
+                f"{source.path}: all of its {report.queries} queries are held out by dev={self.settings.dev}, none is "
+                "left to train on; choose a smaller dev, or leave the source out"
+            )
 
     def _take(self, example: SourceExample, source: SourceSettings, report: SourceReport) -> None:
         query = " ".join(_whole(example.query).split())
@@ -150,12 +156,16 @@ class _Mixer:
             return
         key = f"{_normal(query)}\n{source.instruction}"
         positives = self._documents(example.positives, report)
-        asked = self.asked.get(key)
+        asked, dev = self.asked.get(key), _share(query) < self.settings.dev
         if asked:
             report.merged += 1
+        elif positives and dev and report.dev == self.settings.max_dev:
+            report.dropped["one too many for dev"] += 1
+            return
         elif positives:
-            asked = self.asked[key] = _Asked(instructed(query, source.instruction), source)
+            asked = self.asked[key] = _Asked(instructed(query, source.instruction), source, dev)
             report.queries += 1
+            report.dev += dev
         else:
             report.dropped["no positive document"] += 1
             return
@@ -218,6 +228,7 @@ class _Mixer:
         """The collection: a split per source, and the held-out queries."""
         queries: dict[str, Query] = {}
         qrels: dict[str, Qrels] = {source.name: {} for source in self.settings.sources}
+        held: Qrels = {}
         used: dict[str, None] = {}
         for key, asked in self.asked.items():
             query_id = f"{asked.source.name}-{_digest(key)}"
@@ -227,21 +238,11 @@ class _Mixer:
             if asked.negatives:
                 metadata["negatives"] = list(asked.negatives)
             queries[query_id] = Query(query_id, asked.text, metadata)
-            qrels[asked.source.name][query_id] = dict.fromkeys(asked.positives, 1)
+            split = held if asked.dev else qrels[asked.source.name]
+            split[query_id] = dict.fromkeys(asked.positives, 1)
             used.update(asked.positives | asked.negatives)
-        held = self._hold_out(qrels)
         documents = {doc_id: self.documents[doc_id] for doc_id in used}
         return Collection(name, documents, queries, {**qrels, **({DEV: held} if held else {})})
-
-    def _hold_out(self, qrels: dict[str, Qrels]) -> Qrels:
-        """Move a share of each split into one; by the hash of the query, so that a query stays where it is."""
-        held: Qrels = {}
-        for name, split in qrels.items():
-            count = min(round(self.settings.dev * len(split)), self.settings.max_dev, len(split) - 1)
-            for query_id in sorted(split, key=lambda one: _digest(f"{self.settings.seed} {one}"))[:count]:
-                held[query_id] = split.pop(query_id)
-            self.reports[name].dev = count
-        return held
 
     def describe(self, collection: Collection) -> dict[str, Any]:
         """The report as JSON."""
@@ -282,6 +283,11 @@ def _hub_name(source: SourceSettings) -> tuple[str, str | None]:
 def _normal(text: str) -> str:
     """A query without case and without the marks at its end; others tell `c++` from `c#`."""
     return text.casefold().rstrip(" ?!.\uff1f\uff01\u3002")
+
+
+def _share(query: str) -> float:
+    """Where a query lies between 0 and 1: by its text alone, so that every mix that has it holds it out, or none."""
+    return int(_digest(_normal(query)), 16) / 2**80
 
 
 def _whole(text: str) -> str:

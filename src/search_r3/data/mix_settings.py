@@ -66,9 +66,13 @@ class ContaminationSettings(Section):
 class MixSettings(Section):
     """Training data from several sources."""
 
-    seed: int = Field(0, ge=0, description="Of shuffling and of the held-out queries.")
-    dev: float = Field(0.01, ge=0, lt=1, description="Share of each source's queries that is held out as split `dev`.")
-    max_dev: int = Field(500, ge=1, description="Held-out queries per source, at most.")
+    seed: int = Field(0, ge=0, description="Of shuffling; what is held out does not depend on it.")
+    dev: float = Field(
+        0.01, ge=0, lt=1, description="Share of all queries, by the hash of their text, that is held out as split `dev`."
+    )
+    max_dev: int = Field(
+        500, ge=1, description="Held-out queries per source, at most; further ones are dropped, not trained on."
+    )
     min_query_chars: int = Field(3, ge=1, description="Shorter queries are dropped.")
     max_query_chars: int = Field(2000, ge=1, description="Longer queries are dropped.")
     min_document_chars: int = Field(20, ge=1, description="Shorter documents are dropped.")

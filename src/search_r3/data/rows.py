@@ -60,14 +60,14 @@ def check_documents(rows: Rows, skipped: set[str] | None) -> Iterator[tuple[str,
             raise DataError(f"{place}: document {doc_id!r} has no text; remove it or skip_empty_documents")
 
 
-def check_queries(rows: Rows) -> Iterator[tuple[str, str, Mapping[str, Any]]]:
-    """Id, text and metadata of every query; its `instruction`, where it has one, follows its text as in MTEB."""
+def check_queries(rows: Rows) -> Iterator[tuple[str, str, Mapping[str, Any], str]]:
+    """Id, text, metadata and bare text of every query; its `instruction`, if any, follows its text as in MTEB."""
     for place, row in _unique(rows):
         text = string(row, "text", place)
         if not text.strip():
             raise DataError(f"{place}: query {row['_id']!r} has no text; remove it or give it text")
         instruction = "" if row.get("instruction") is None else string(row, "instruction", place)
-        yield row["_id"], instructed(text, instruction), row.get("metadata") or {}
+        yield row["_id"], instructed(text, instruction), row.get("metadata") or {}, text
 
 
 def instructed(text: str, instruction: str) -> str:

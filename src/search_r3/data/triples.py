@@ -47,7 +47,8 @@ def training_examples(
         if not relevant:
             raise DataError(f"query {query_id!r} of split {split!r} has no document with a score above 0; remove it")
         negatives[query_id] = listed_negatives(collection, collection.queries[query_id], relevant)
-    bare = [query_id for query_id, listed in negatives.items() if not listed]
+    # An empty list says that all candidates were found to be false negatives: they are not brought back.
+    bare = [query_id for query_id in negatives if "negatives" not in collection.queries[query_id].metadata]
     if search is not None and mined > 0 and bare:
         deepest = max(len(relevance) for relevance in qrels.values())
         found = search([collection.queries[query_id].text for query_id in bare], mined + deepest + 8)

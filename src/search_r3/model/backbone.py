@@ -111,7 +111,8 @@ class Backbone:
         """
         model = copy.deepcopy(self.model).eval().requires_grad_(False)
         if dtype is not None:
-            model.to(DTYPES[dtype])
+            for parameter in model.parameters():  # and no buffers: the rotary frequencies need float32
+                parameter.data = parameter.data.to(DTYPES[dtype])
         return Backbone(model, self.tokenizer, self.settings, self.embed_token_id, self.source)
 
     def save(self, folder: str | Path, dtype: str | None = None, *, state: Mapping[str, Tensor] | None = None) -> None:

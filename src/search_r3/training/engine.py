@@ -84,7 +84,10 @@ class Engine:
             yield
 
     def backward(self, loss: Tensor) -> None:
-        """Gradients of this process's part of the batch's loss; the wrappers average, and parts are to be summed."""
+        """Gradients of this process's part of the batch's loss; the wrappers average, and parts are to be summed.
+
+        DeepSpeed clips and steps here, in the last pass of a step: whoever refuses a step afterwards comes too late.
+        """
         self.accelerator.backward(loss * self.world_size)
 
     def clip(self, max_grad_norm: float) -> float:
@@ -183,13 +186,10 @@ def make_engine(model: SearchR3, recipe: Recipe, settings: SFTSettings | GRPOSet
         project_dir=str(Path(recipe.run_dir) / "trackers"),
     )
     _fit_deepspeed(accelerator, settings)
+    _fit_fsdp2(accelerator, recipe)
+    _check_launch(accelerator, recipe, backbone)
     if recipe.lora.rank:
         accelerator.register_save_state_pre_hook(_keep_what_learns)
-    if accelerator.is_fsdp2 and not is_drivable(backbone.causal_lm):
-        raise ModelError(
-            f"{type(backbone.causal_lm).__name__} cannot be trained with FSDP2 here, since its layers are not "
-            "decoded one by one; launch with DDP or DeepSpeed"
-        )
     policy = Policy(backbone)
     optimizer = torch.optim.AdamW(
         [parameter for parameter in policy.parameters() if parameter.requires_grad],
@@ -232,6 +232,27 @@ def _keep_what_learns(models: list[Any], weights: list[dict[str, Tensor]], folde
         learning = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
         for name in set(state) - learning:
             del state[name]
+
+
+def _fit_fsdp2(accelerator: Any, recipe: Recipe) -> None:
+    """Let what the policy returns, and so all losses, and the sums of gradients stay in float32."""
+    if accelerator.is_fsdp2 and recipe.mixed_precision == "bf16":
+        from torch.distributed.fsdp import MixedPrecisionPolicy
+
+        accelerator.state.fsdp_plugin.mixed_precision_policy = MixedPrecisionPolicy(
+            param_dtype=torch.bfloat16, reduce_dtype=torch.float32
+        )
+
+
+def _check_launch(accelerator: Any, recipe: Recipe, backbone: Backbone) -> None:
+    """Refuse what cannot be trained as the processes were launched."""
+    if accelerator.is_fsdp2 and not is_drivable(backbone.causal_lm):
+        raise ModelError(
+            f"{type(backbone.causal_lm).__name__} cannot be trained with FSDP2 here, since its layers are not "
+            "decoded one by one; launch with DDP or DeepSpeed"
+        )
+    if recipe.lora.rank and (plugin := deepspeed_plugin(accelerator)) is not None and plugin.zero_stage == 3:
+        raise ConfigError("lora.rank above 0 cannot be trained with ZeRO-3 here; launch with DDP, FSDP2 or ZeRO-2")
 
 
 def deepspeed_plugin(accelerator: Any) -> Any:

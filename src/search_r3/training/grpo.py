@@ -74,6 +74,7 @@ def train_grpo(recipe: Recipe, run: Run, base: Path, observe: Observer = silent)
     collection = load_collection(recipe.collection)
     qrels = {query_id: gains for split in settings.splits for query_id, gains in collection.split(split).items()}
     model = load_model(recipe, base)
+    run.begin_from(stage, model.backbone)
     engine = make_engine(model, recipe, settings)
     guard = Guard(run, stage, engine)
     with closing(engine), guard.watching():
@@ -328,12 +329,12 @@ def _together(exchange: Exchange, texts: Sequence[str], encode: Callable[[Sequen
     """Vectors `N x D` of texts of which each process encodes its share."""
     shares = divide([len(text) for text in texts], exchange.world_size)
     own = [texts[place] for place in sorted(shares[exchange.rank])]
-    gathered = exchange.gather(encode(own) if own else None)
-    dimension = next(vectors.shape[1] for vectors in gathered if vectors is not None)
+    vectors = encode(own) if own else np.empty((0, 0), np.float32)
+    dimension = max(exchange.gather(vectors.shape[1]))
+    gathered = exchange.gather_rows(vectors.reshape(len(own), dimension), [len(share) for share in shares])
     result = np.empty((len(texts), dimension), np.float32)
-    for share, vectors in zip(shares, gathered, strict=True):
-        if share:
-            result[sorted(share)] = vectors
+    for share, rows in zip(shares, gathered, strict=True):
+        result[sorted(share)] = rows
     return result
 
 

@@ -6,6 +6,7 @@ import math
 import os
 import signal
 import threading
+import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -18,6 +19,9 @@ from ..environment.exchange import NAMING, Exchange
 from ..errors import ModelError, RewardError, RunError, StoppedError, VectorIndexError
 from ..files import write_json
 from .run import Run, Trained, agree
+
+TOGETHER_S = 10.0
+"""Seconds in which a second SIGTERM counts as the first: scheduler and launcher may both signal a process."""
 
 
 class Guard:
@@ -34,7 +38,7 @@ class Guard:
         self, run: Run, stage: str, trained: Trained, save_extra: Callable[[Path], None] = lambda folder: None
     ) -> None:
         self.run, self.stage, self.trained, self.save_extra = run, stage, trained, save_extra
-        self._asked = False
+        self._asked, self._asked_at = False, 0.0
         self._moved = -1  # the last step that has changed the weights
 
     @contextmanager
@@ -64,10 +68,12 @@ class Guard:
                 signal.signal(signal.SIGTERM, before)
 
     def _ask(self, number: int, frame: FrameType | None) -> None:
-        if self._asked:
+        now = time.monotonic()
+        if self._asked and now - self._asked_at > TOGETHER_S:
             signal.signal(signal.SIGTERM, signal.SIG_DFL)
             os.kill(os.getpid(), signal.SIGTERM)
-        self._asked = True
+        if not self._asked:
+            self._asked, self._asked_at = True, now
 
     def after(self, step: int) -> None:
         """What is due after a step: a checkpoint every `save_every` steps, and the end that SIGTERM asked for.
@@ -114,7 +120,7 @@ class Guard:
         agree(exchange, path, lambda: write_json(path, failed) if self.run.first else None)
         if not all(exchange.gather(_are_finite(self.trained.policy))):
             left = "the weights before that step hold NaN or infinity already, and are not saved again"
-        elif self._moved == step:
+        elif self._moved == step or self.trained.accelerator.distributed_type == "DEEPSPEED":  # steps in backward
             left = "the step had changed the weights already: they stand in the checkpoint before it"
         else:
             self.save(step - 1)

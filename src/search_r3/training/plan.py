@@ -6,7 +6,7 @@ than once (cached gradients, checkpointing) or not at all (gradients of frozen w
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -146,7 +146,9 @@ def plan(
 
 
 def suggest(recipe: Recipe, stage: Stage, gpu_bytes: float, **arguments: Any) -> str:
-    """What to change so that a stage fits, the least change first; empty where nothing known is enough.
+    """What to change so that a stage fits, as little as possible; empty where nothing known is enough.
+
+    Changes are added until it fits; then each is dropped, or made smaller, where it fits without it.
 
     Args:
         recipe: settings that do not fit.
@@ -154,14 +156,25 @@ def suggest(recipe: Recipe, stage: Stage, gpu_bytes: float, **arguments: Any) ->
         gpu_bytes: memory of a GPU.
         arguments: of `plan`.
     """
-    changes: dict[str, Any] = {}
-    tried = recipe
+
+
+    def fits(changes: Iterable[dict[str, Any]]) -> bool:
+        joined = {name: value for change in changes for name, value in change.items()}
+        return plan(_changed(recipe, joined), stage, **arguments).fits(gpu_bytes)
+
+    tried: dict[tuple[str, ...], list[dict[str, Any]]] = {}
+    kept: dict[tuple[str, ...], dict[str, Any]] = {}
     for change in _changes(recipe, stage):
-        changes |= change
-        tried = _changed(recipe, changes)
-        if plan(tried, stage, **arguments).fits(gpu_bytes):
-            return " ".join(f"{name}={str(value).lower()}" for name, value in changes.items())
-    return ""
+        names = tuple(change)
+        tried.setdefault(names, [{}]).append(change)
+        kept[names] = change
+        if fits(kept.values()):
+            break
+    else:
+        return ""
+    for names, options in tried.items():
+        kept[names] = next(option for option in options if fits((kept | {names: option}).values()))
+    return " ".join(f"{name}={str(value).lower()}" for change in kept.values() for name, value in change.items())
 
 
 def _changes(recipe: Recipe, stage: Stage) -> Iterator[dict[str, Any]]:

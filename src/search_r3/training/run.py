@@ -27,6 +27,7 @@ from ..config import Recipe, dump_recipe, flat_settings, load_recipe
 from ..environment.exchange import Exchange
 from ..errors import ConfigError, RunError
 from ..files import leftovers, remove_leftovers, write_json, write_text
+from ..model.backbone import Backbone
 
 logger = logging.getLogger(__name__)
 
@@ -174,6 +175,25 @@ class Run:
         for old in self._saved(stage)[:-KEEP_CHECKPOINTS]:
             _discard(old)
 
+    def begin_from(self, stage: str, backbone: Backbone) -> None:
+        """Remember which model a stage learns from; a run that goes on must begin from the same one.
+
+        Raises:
+            ConfigError: it is another one.
+        """
+        if not self.first:
+            return
+        path = self.folder / stage / "begun-from.json"
+        revision, source = backbone.revision, backbone.source
+        if path.exists() and self._saved(stage):
+            begun = json.loads(path.read_text(encoding="utf-8"))
+            if begun["revision"] != revision:
+                raise ConfigError(
+                    f"cannot resume: the stage {stage!r} learns from {source} now, but it began from another model "
+                    f"({begun['source']}, see {path}); give that one, or set run_dir=ANOTHER"
+                )
+        write_json(path, {"revision": revision, "source": source})
+
     def restore(self, stage: str, trained: Trained) -> tuple[int, Path | None]:
         """Load the newest whole checkpoint of a stage; lines logged after it are dropped.
 
@@ -269,8 +289,8 @@ def agree(exchange: Exchange, target: Path, work: Callable[[], None]) -> None:
     failed = [(rank, text) for rank, text in enumerate(exchange.gather(fault)) if text]
     if failed:
         raise RunError(
-            f"cannot write {target} (rank {failed[0][0]}: {failed[0][1]}); what was saved before is intact: make room "
-            "on the disk, then go on with --resume"
+            f"cannot write {target} (rank {failed[0][0]}: {failed[0][1]}); what was saved before is intact: mend that "
+            "(of a full disk: make room), then go on with --resume"
         )
 
 

@@ -10,6 +10,7 @@ of it. So processes and micro-batches change memory and speed only.
 
 from __future__ import annotations
 
+import logging
 import random
 import time
 from collections.abc import Mapping, Sequence
@@ -37,6 +38,8 @@ from .guard import Guard
 from .run import Observer, Run, silent
 from .saving import save_trained
 
+logger = logging.getLogger(__name__)
+
 ROWS_AT_A_TIME = 256
 """Queries whose similarities to all documents are held at once where gradients are cached."""
 
@@ -56,8 +59,15 @@ def train_sft(recipe: Recipe, run: Run, observe: Observer = silent) -> Path:
     collection = load_collection(recipe.collection)
     doc_ids = list(collection.documents)
     examples = _examples(collection, settings)
+    if not any(example.reasoning for found in examples.values() for example in found):
+        logger.warning(
+            "no query of %s has a reasoning trace, so the mode reason learns to embed at once; `search-r3 data traces` "
+            "has them written",
+            recipe.collection,
+        )
     model = load_model(recipe, recipe.base)
     _check_dimensions(model.dimension, settings)
+    run.begin_from(stage, model.backbone)
     engine = make_engine(model, recipe, settings)
     guard = Guard(run, stage, engine)
     with closing(engine), guard.watching():
@@ -146,7 +156,7 @@ def _cached(
         torch.autograd.backward(total_loss(parts, settings))
         _add(sums, _numbers(parts))
     work = [(*one, leaf.grad) for kind, leaf in zip(chunks, leaves, strict=True) for one in _padded(engine, kind)]
-    own: dict[str, float] = {name: 0.0 for name, total in totals.items() if total}
+    own = {"cross_entropy": 0.0} | ({"kl": 0.0} if engine.reference is not None else {})
     for number, (chunk, counts, gradients) in enumerate(work):
         with engine.accumulating(last=number + 1 == len(work)):
             output = forward(engine, backbone, chunk, settings)
