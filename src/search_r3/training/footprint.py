@@ -163,8 +163,10 @@ class Job:
         tables = self.shape.table * (1 if self.shape.tied else 2)
         if self.strategy == "fsdp2":
             units = compute * (tables + 2 * self.shape.block)
-            # Each pass gives its gradients to the shards; until then those of two blocks and the tables are whole.
-            return {"whole weights": units, "gradients": own + min(units, compute * self.trained) + compute * tied}
+            # Each pass gives its gradients to the shards, summed in float32; until then those of two blocks and the
+            # tables are whole.
+            flying = FULL * min(tables + 2 * self.shape.block, self.trained)
+            return {"whole weights": units, "gradients": own + flying + compute * tied}
         if self.strategy == "zero3":
             live = compute * min(memory.ZERO_LIVE, self.shape.total)
             return {"whole weights": live, "gradients": own + compute * tied}
