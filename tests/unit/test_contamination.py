@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
-from hub_rows import write_source
+from hub_rows import write_rows, write_source
 
 from search_r3.data import contamination
 from search_r3.data.collection import Collection, Document, Query
@@ -100,6 +101,43 @@ def test_queries_of_all_splits_but_train_are_held(tmp_path: Path) -> None:
     assert load_contamination(ContaminationSettings(collections=(alone,))).find_query("who was it")
     with pytest.raises(DataError, match=r"no split validation; it has dev, test, train"):
         load_contamination(ContaminationSettings(collections=(name,), splits=("validation",)))
+
+
+def test_a_query_is_held_without_its_instruction_too(tmp_path: Path) -> None:
+    """The instruction of a config of its own, as in the hub's FollowIR sets, and that of a row, as in BEIR folders."""
+    instruction = "Relevant are only pages by people who were there, not those of a later time or of another country."
+    folder = Path(evaluation(tmp_path / "rows", {"test": "who was it"}))
+    (folder / "queries.jsonl").write_text(
+        json.dumps({"_id": "test", "text": "who was it", "instruction": instruction}) + "\n"
+    )
+    hub = tmp_path / "hub"
+    asked = f"{LONG} and the best"
+    for config, row in (
+        ("corpus", {"_id": "d", "text": RELEVANT}),
+        ("queries", {"_id": "q", "text": asked}),
+        ("instruction", {"query-id": "q", "instruction": f"{instruction} {RELEVANT}"}),
+        ("default", {"query-id": "q", "corpus-id": "d", "score": 1}),
+    ):
+        write_rows(hub / config / "test.jsonl", [row])
+    made = load_contamination(ContaminationSettings(collections=(str(folder), str(hub))))
+    assert len(made) == 2, "a query with and without its instruction is one"
+    assert made.find_query("Who was it?") == Held(str(folder), "test", "who was it")
+    assert made.find_query(f"who was it {instruction}") == Held(str(folder), "test", f"who was it {instruction}")
+    assert made.find_query(asked) == Held(str(hub), "q", asked), "n-grams cover little of it with its instruction"
+    assert made.find_query(f"so {' '.join(asked.split()[:12])}") == Held(str(hub), "q", asked)
+
+
+def test_the_text_without_an_instruction_is_neither_saved_nor_compared(tmp_path: Path) -> None:
+    folder = Path(evaluation(tmp_path / "set", {"test": "who was it"}))
+    (folder / "queries.jsonl").write_text('{"_id": "test", "text": "who was it", "instruction": "Find it."}\n')
+    collection = Collection.load(folder)
+    assert (collection.queries["test"].text, collection.queries["test"].bare) == ("who was it Find it.", "who was it")
+    collection.save(tmp_path / "again")
+    assert json.loads((tmp_path / "again" / "queries.jsonl").read_text()) == {
+        "_id": "test", "text": "who was it Find it.",
+    }  # fmt: skip
+    again = Collection.load(tmp_path / "again")
+    assert again.queries == collection.queries and again.content_hash() == collection.content_hash()
 
 
 def test_a_positive_is_a_hit_by_one_n_gram_of_a_relevant_document_or_query_only_where_it_is_asked(

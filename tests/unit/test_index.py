@@ -383,6 +383,37 @@ def test_bm25_finds_shared_words_and_nothing_else() -> None:
     assert bm25.search(["A", "", "?", "lamp"], 2) == [[], [], [], ["c"]], "texts without any word find nothing"
 
 
+@pytest.mark.parametrize("k", [1, 3, 20, 1000])
+def test_bm25_finds_what_scoring_every_document_finds(k: int) -> None:
+    """The library's scores of all documents, ranked, are the oracle; many documents tie, words repeat in queries."""
+    import bm25s
+
+    draw = np.random.default_rng(0)
+    words = np.array([f"w{number}" for number in range(60)])
+    chance = 1 / np.arange(1, 61)
+    chance /= chance.sum()
+    texts = [" ".join(draw.choice(words, size, p=chance)) for size in draw.integers(1, 6, 400)]
+    queries = [" ".join(draw.choice(words, size, p=chance if size % 2 else None)) for size in range(1, 25)] * 2
+    doc_ids = [f"d{number}" for number in draw.permutation(400)]
+    bm25, library = BM25(doc_ids, texts), bm25s.BM25()
+    library.index([text.split() for text in texts], show_progress=False)
+    found = bm25.search_scored(queries, k)
+    for query, line in zip(queries, found, strict=True):
+        scores = library.get_scores(query.split())
+        every = {doc_id: float(score) for doc_id, score in zip(doc_ids, scores, strict=True) if score}
+        assert line == [(doc_id, every[doc_id]) for doc_id in rank(every, k)]
+        assert bm25.scores([query], [doc_ids]) == [scores.tolist()]
+    assert bm25.search(queries, k) == [[doc_id for doc_id, _ in line] for line in found]
+
+
+def test_bm25_sorts_only_what_can_be_among_the_best() -> None:
+    bm25 = BM25([f"d{n}" for n in range(1000)], [f"common {'rare' if n % 100 == 0 else n}" for n in range(1000)])
+    columns = bm25._columns(["common", "rare"])
+    assert [len(holds) for holds, _ in columns] == [1000, 10]
+    assert [len(bm25._near(columns, k)[0]) for k in (1, 10, 11)] == [10, 10, 19], "nine are shorter than the others"
+    assert bm25.search(["common rare"], 3) == [["d900", "d800", "d700"]]
+
+
 def test_bm25_of_documents_without_any_word_finds_nothing() -> None:
     assert BM25(["a", "b"], ["x", "the"]).search(["x", "lamp"], 5) == [[], []]
 

@@ -197,19 +197,54 @@ def test_reading_ends_with_the_queries_that_were_asked_for(tmp_path: Path) -> No
     assert (expected, sum(seen)) == ([("evaluation collections", 0), ("a", 150)], 100)
 
 
-def test_a_share_of_each_source_is_held_out_and_stays_so(tmp_path: Path) -> None:
-    first = [pair(f"question {number}", f"answer {number}") for number in range(100)]
-    second = [pair(f"other {number}", f"other answer {number}") for number in range(30)]
-    collection, reports = made(tmp_path, first, second, dev=0.1, max_dev=5)
-    assert {name: len(split) for name, split in collection.qrels.items()} == {"a": 95, "b": 27, "dev": 8}
-    assert (reports["a"].dev, reports["b"].dev) == (5, 3)
-    assert not set(collection.qrels["dev"]) & {*collection.qrels["a"], *collection.qrels["b"]}
-    mix(settings({"name": "a", "path": str(tmp_path / "a")}, dev=0.1, max_dev=5), tmp_path / "alone")
-    alone = Collection.load(tmp_path / "alone")
-    held = {query_id for query_id in collection.qrels["dev"] if query_id.startswith("a-")}
-    assert set(alone.qrels["dev"]) == held, "another source changes neither ids nor what is held out"
-    mix(settings({"name": "a", "path": str(tmp_path / "a")}, dev=0.1, max_dev=5, seed=1), tmp_path / "seed")
-    assert set(Collection.load(tmp_path / "seed").qrels["dev"]) != held
+def test_a_share_of_the_queries_is_held_out(tmp_path: Path) -> None:
+    first = [pair(f"question {number}", f"answer {number}") for number in range(400)]
+    second = [pair(f"other {number}", f"other answer {number}") for number in range(200)]
+    collection, reports = made(tmp_path, first, second, dev=0.1)
+    assert [reports["a"].queries, reports["b"].queries] == [400, 200]
+    assert 20 < reports["a"].dev < 60 and 8 < reports["b"].dev < 32, "about a tenth"
+    dev = collection.qrels["dev"]
+    assert len(dev) == reports["a"].dev + reports["b"].dev
+    assert len(collection.qrels["a"]) == 400 - reports["a"].dev
+    assert not set(dev) & {*collection.qrels["a"], *collection.qrels["b"]}
+
+
+def test_a_held_out_query_is_trained_on_in_no_mix(tmp_path: Path) -> None:
+    many = [pair(f"Question {number}?", f"answer {number}") for number in range(300)]
+    path = write_source(tmp_path / "data", many, "jsonl")
+    again = write_source(tmp_path / "again", [{**row, "anchor": row["anchor"].lower()} for row in many[::-1]], "jsonl")
+    mixes = {
+        "whole": settings({"name": "a", "path": path}, dev=0.1),
+        "seed": settings({"name": "a", "path": path, "limit": 150, "shuffle_buffer": 80}, dev=0.1, seed=1),
+        "share": settings({"name": "a", "path": path}, dev=0.05),
+        "few": settings({"name": "a", "path": path}, dev=0.1, max_dev=4),
+        "other": settings({"name": "b", "path": again, "instruction": "Find it."}, dev=0.1),
+    }
+    held, trained, reports = {}, {}, {}
+    for name, plan in mixes.items():
+        (reports[name],) = mix(plan, tmp_path / name).values()
+        collection = Collection.load(tmp_path / name)
+        found = {
+            split: {collection.queries[one].text.lower().removesuffix(" find it.") for one in judged}
+            for split, judged in collection.qrels.items()
+        }
+        held[name] = found.pop("dev")
+        (trained[name],) = found.values()
+    for name in ("seed", "few", "other"):
+        assert held[name] <= held["whole"] and not trained[name] & held["whole"], name
+    assert held["other"] == held["whole"], "neither source nor instruction nor case decides"
+    assert held["share"] < held["whole"] and not held["share"] & trained["whole"]
+    assert len(held["seed"]) > 4 == len(held["few"])
+    assert reports["few"].dropped == {"one too many for dev": len(held["whole"]) - 4}
+
+
+def test_a_source_of_which_nothing_is_left_to_train_on_is_named(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"a: all of its 1 queries are held out by dev=0\.99.* choose a smaller dev"):
+        made(tmp_path, [pair("q one", "one")], dev=0.99)
+
+
+def test_the_shipped_mixes_hold_out_the_same_queries() -> None:
+    assert len(SHIPPED) > 1 and len({load_mix(path).dev for path in SHIPPED}) == 1
 
 
 def test_a_planted_query_is_dropped_with_an_example_and_a_near_miss_is_not(tmp_path: Path) -> None:
@@ -370,7 +405,7 @@ def test_every_setting_of_a_mix_has_a_description() -> None:
 def test_the_command_writes_the_folder_and_says_what_was_dropped(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    source = write_source(tmp_path / "a", [pair("q one", "one"), pair("", "none"), pair("q two", "two")], "jsonl")
+    source = write_source(tmp_path / "a", [pair("q one", "one"), pair("", "none"), pair("q three", "two")], "jsonl")
     plan = {"dev": 0.5, "sources": [{**SOURCE, "path": source}]}
     (tmp_path / "mix.yaml").write_text(yaml.safe_dump(plan))
     assert call(monkeypatch, "data", "mix", tmp_path / "mix.yaml", tmp_path / "out") == 0

@@ -241,6 +241,23 @@ def test_the_least_change_that_fits_is_named() -> None:
     assert suggest(LARGE, "sft", 1e9) == "", "nothing is enough"
 
 
+def test_changes_without_which_it_still_fits_are_not_named() -> None:
+    large = LARGE.model_copy(update={"base": "Qwen/Qwen2.5-7B-Instruct", "gradient_checkpointing": False})
+    for gpu_bytes in (80e9, 60e9, 40e9):
+        given = {"gpus": 8, "strategy": "ddp"}
+        change = suggest(large, "sft", gpu_bytes, **given).split()
+        assert "lora.rank=32" in change
+        base = [f"base={large.base}", "mixed_precision=bf16"]
+        assert plan(load_recipe(None, [*base, *change]), "sft", **given).fits(gpu_bytes)
+        for one in {name.split("=")[0] for name in change} - {"dtype", "lora.rank"}:
+            fewer = [name for name in change if not name.startswith(one)]
+            assert not plan(load_recipe(None, [*base, *fewer]), "sft", **given).fits(gpu_bytes), (gpu_bytes, one)
+            if one == "sft.micro_batch_size":
+                (size,) = (int(name.split("=")[1]) for name in change if name.startswith(one))
+                double = [*fewer, f"{one}={2 * size}"]
+                assert not plan(load_recipe(None, [*base, *double]), "sft", **given).fits(gpu_bytes)
+
+
 def test_the_command_shows_the_plan(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     where = ROOT / "recipes" / "qwen2.5-1.5b-sft.yaml"
     assert call(monkeypatch, "plan", where, "sft.batch_size=512", "--stage", "sft", "--tokens-per-second", "60000") == 0

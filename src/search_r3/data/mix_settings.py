@@ -68,7 +68,7 @@ class MixSettings(Section):
 
     seed: int = Field(0, ge=0, description="Of shuffling; what is held out does not depend on it.")
     dev: float = Field(
-        0.01, ge=0, lt=1, description="Share of all queries, by the hash of their text, that is held out as split `dev`."
+        0.01, ge=0, lt=1, description="Share of all queries, by the hash of their text, held out as split `dev`."
     )
     max_dev: int = Field(
         500, ge=1, description="Held-out queries per source, at most; further ones are dropped, not trained on."

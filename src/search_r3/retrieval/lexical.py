@@ -7,11 +7,15 @@ from importlib.metadata import version
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
 from .metrics import rank
 
 Scored = list[tuple[str, float]]
 """Documents with their scores, best first."""
+Rows = npt.NDArray[np.integer[Any]]
+Scores = npt.NDArray[np.float32]
+_Column = tuple[Rows, Scores]
 
 
 class BM25:
@@ -51,21 +55,67 @@ class BM25:
             for tokens, pool in zip(self._tokens(texts), pools or [None] * len(texts), strict=True)
         ]
 
+    def scores(self, texts: Sequence[str], doc_ids: Sequence[Sequence[str]]) -> list[list[float]]:
+        """The score of each of these documents for the text at its place; 0 where they share no word."""
+        return [
+            self._scores(self._columns(tokens), self._chosen(asked)).tolist()
+            for tokens, asked in zip(self._tokens(texts), doc_ids, strict=True)
+        ]
+
     def _best(self, tokens: list[str], k: int, pool: Iterable[str] | None) -> Scored:
-        # A text of stop words alone has no tokens, for which bm25s raises an IndexError.
-        if not tokens or self._empty:
-            return []
-        scores = self._bm25.get_scores(tokens)
+        columns = self._columns(tokens)
         if pool is None:
-            rows = scores.nonzero()[0]
+            rows, scores = self._near(columns, k)
         else:
-            chosen = np.array([self._rows[doc_id] for doc_id in pool if doc_id in self._rows], dtype=np.int64)
-            rows = chosen[scores[chosen] != 0]
+            rows = self._chosen(doc_id for doc_id in pool if doc_id in self._rows)
+            scores = self._scores(columns, rows)
+            rows, scores = rows[scores != 0], scores[scores != 0]
         if len(rows) > k:
             # All that tie with the last place stay, for the ranking rule to choose among.
-            rows = rows[scores[rows] >= np.partition(scores[rows], -k)[-k]]
-        found = {self.doc_ids[row]: float(scores[row]) for row in rows}
+            best = scores >= np.partition(scores, -k)[-k]
+            rows, scores = rows[best], scores[best]
+        found = {self.doc_ids[row]: score for row, score in zip(rows.tolist(), scores.tolist(), strict=True)}
         return [(doc_id, found[doc_id]) for doc_id in rank(found, k)]
+
+    def _chosen(self, doc_ids: Iterable[str]) -> Rows:
+        return np.array([self._rows[doc_id] for doc_id in doc_ids], dtype=np.int64)
+
+    def _columns(self, tokens: list[str]) -> list[_Column]:
+        """The documents that hold each token, with what it adds to their scores: what bm25s adds up, in its order."""
+        if self._empty:
+            return []
+        matrix = self._bm25.scores
+        ends = matrix["indptr"]
+        return [
+            (matrix["indices"][ends[one] : ends[one + 1]], matrix["data"][ends[one] : ends[one + 1]])
+            for one in self._bm25.get_tokens_ids(tokens)
+        ]
+
+    @staticmethod
+    def _scores(columns: list[_Column], rows: Rows) -> Scores:
+        """The scores of some documents, looked up in the columns, whose rows ascend."""
+        scores = np.zeros(len(rows), dtype=np.float32)
+        for holds, adds in columns:
+            at = np.minimum(np.searchsorted(holds, rows), len(holds) - 1)
+            scores += np.where(holds[at] == rows, adds[at], np.float32(0))
+        return scores
+
+    def _near(self, columns: list[_Column], k: int) -> tuple[Rows, Scores]:
+        """The documents that can be among the `k` best, and their scores.
+
+        The `k`-th best of the rarest word that `k` documents hold is no better than the `k`-th best of all; what scores
+        less need not be sorted, which takes as long as the sums where most documents share a common word.
+        """
+        scores = np.zeros(len(self.doc_ids), dtype=np.float32)
+        for holds, adds in columns:
+            scores[holds] += adds
+        enough = [holds for holds, _ in columns if len(holds) >= k]
+        if enough:
+            rarest = scores[min(enough, key=len)]
+            rows = np.flatnonzero(scores >= np.partition(rarest, -k)[-k])
+        else:
+            rows = np.flatnonzero(scores)
+        return rows, scores[rows]
 
     def _tokens(self, texts: Sequence[str]) -> list[list[str]]:
         import bm25s

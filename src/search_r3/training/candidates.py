@@ -83,17 +83,26 @@ class LexicalRetriever:
         return _Lexical(BM25(list(texts), list(texts.values())))
 
 
-@dataclass(frozen=True)
+@dataclass
 class _Lexical:
     _index: BM25
+    _last: tuple[tuple[str, ...], list[dict[str, float]]] = field(default=((), []))
 
     def search(self, texts: Sequence[str], k: int) -> list[list[str]]:
-        return self._index.search(texts, k)
+        found = self._index.search_scored(texts, k)
+        self._last = tuple(texts), [dict(line) for line in found]
+        return [[doc_id for doc_id, _ in line] for line in found]
 
     def score(self, texts: Sequence[str], doc_ids: Sequence[Sequence[str]]) -> list[list[float]]:
-        found = self._index.search_scored(texts, max(map(len, doc_ids), default=0) or 1, doc_ids)
-        scores = [dict(line) for line in found]
-        return [[line.get(doc_id, 0.0) for doc_id in asked] for line, asked in zip(scores, doc_ids, strict=True)]
+        """Those of the last search are kept: a retriever that judges too looks up only what it did not find."""
+        known = self._last[1] if self._last[0] == tuple(texts) else [{} for _ in texts]
+        missing = [[one for one in asked if one not in line] for line, asked in zip(known, doc_ids, strict=True)]
+        added = self._index.scores(texts, missing)
+        scores = [
+            line | dict(zip(asked, values, strict=True))
+            for line, asked, values in zip(known, missing, added, strict=True)
+        ]
+        return [[line[doc_id] for doc_id in asked] for line, asked in zip(scores, doc_ids, strict=True)]
 
 
 class DenseRetriever:

@@ -157,7 +157,6 @@ def suggest(recipe: Recipe, stage: Stage, gpu_bytes: float, **arguments: Any) ->
         arguments: of `plan`.
     """
 
-
     def fits(changes: Iterable[dict[str, Any]]) -> bool:
         joined = {name: value for change in changes for name, value in change.items()}
         return plan(_changed(recipe, joined), stage, **arguments).fits(gpu_bytes)
