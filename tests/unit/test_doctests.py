@@ -11,6 +11,7 @@ MODULES = (
     "model.encoder",
     "model.prompts",
     "data.collection",
+    "data.traces",
     "data.stdlib",
     "data.synthetic",
     "retrieval.metrics",
