@@ -27,7 +27,7 @@ from common import machine, need, say, spread
 RECIPE = Path(__file__).parent.parent / "recipes" / "real.yaml"
 PAIRS = [
     "sft.splits={pairs: 1.0}",
-    "sft.steps=160",
+    "sft.steps=180",
     "sft.learning_rate=1.5e-3",
 ]
 QUICK = [
@@ -74,13 +74,18 @@ def prepare(root: Path, out: Path) -> None:
         real_collections.write_pretraining(root, out / "collections", out / "packages", out / "pretraining.jsonl")
 
 
+def finished(model: Path) -> bool:
+    """Whether a model has been written; models are written whole."""
+    return (model / "config.json").exists()
+
+
 def train_shared(out: Path, stage: str, threads: int, quick: Sequence[str]) -> None:
     """What all seeds have in common."""
     log = out / "logs" / f"{stage}.log"
     if stage == "base" and not (out / "base").exists():
         texts = ["--texts", out / "pretraining.jsonl"]
         search_r3(log, threads, "base", out / "base", "--recipe", RECIPE, *quick, *texts)
-    if stage == "pairs":
+    if stage == "pairs" and not finished(out / "pairs" / "sft" / "model"):
         where = [f"run_dir={out / 'pairs'}", f"base={out / 'base'}", f"collection={out / 'collections' / 'union'}"]
         search_r3(log, threads, "sft", "--recipe", RECIPE, "--resume", *PAIRS, *quick, *where)
 
@@ -91,6 +96,8 @@ def train_seed(out: Path, stage: str, seed: int, threads: int, quick: Sequence[s
     if stage == "evaluate":
         models = ["--model", f"sft={folder / 'sft' / 'model'}", f"rl={folder / 'model'}"]
         evaluate(out, folder / "evaluation", log, threads, *models, "--baselines", "bm25", "bm25+reasoning")
+        return
+    if finished(folder / "sft" / "model" if stage == "sft" else folder / "model"):
         return
     where = [f"run_dir={folder}", f"seed={seed}", f"collection={out / 'collections' / 'union'}"]
     base = f"base={out / 'pairs' / 'sft' / 'model'}"
