@@ -53,9 +53,9 @@ class Texts:
         rows = [ids[start : start + length] for start in range(0, min(len(ids), HELD_OUT_TOKENS) - length + 1, length)]
         if not rows:
             return {}
-        losses = [model(input_ids=part, labels=part).loss.item() for part in torch.tensor(rows).split(16)]
-        sizes = [len(part) for part in torch.tensor(rows).split(16)]
-        return {"held_out_loss": sum(loss * size for loss, size in zip(losses, sizes, strict=True)) / sum(sizes)}
+        parts = [torch.tensor(rows[start : start + 16]) for start in range(0, len(rows), 16)]
+        total = sum(model(input_ids=part, labels=part).loss.item() * len(part) for part in parts)
+        return {"held_out_loss": total / len(rows)}
 
 
 def read_texts(paths: Sequence[Path]) -> Texts:
