@@ -1,7 +1,7 @@
 """Pretrain a small model, train both stages on real data, and measure it; the last line is one JSON object.
 
     python benchmarks/real_training.py DATA_ROOT runs/real --seeds 0 1 2      # about two hours on two cores
-    python benchmarks/real_training.py DATA_ROOT runs/quick --quick           # a few steps, within some minutes
+    python benchmarks/real_training.py DATA_ROOT runs/quick --quick           # a few steps, one small collection
 
 DATA_ROOT holds collections in the BEIR layout (benchmarks/real_collections.py names them). Texts of Debian packages are
 fetched with apt-get where there is one. A step that is finished is not repeated: the same command goes on where it was
@@ -90,12 +90,12 @@ def train_shared(out: Path, stage: str, threads: int, quick: Sequence[str]) -> N
         search_r3(log, threads, "sft", "--recipe", RECIPE, "--resume", *PAIRS, *quick, *where)
 
 
-def train_seed(out: Path, stage: str, seed: int, threads: int, quick: Sequence[str]) -> None:
+def train_seed(out: Path, stage: str, seed: int, threads: int, quick: Sequence[str], names: Sequence[str]) -> None:
     """One stage of one seed."""
     folder, log = out / f"seed{seed}", out / "logs" / f"seed{seed}-{stage}.log"
     if stage == "evaluate":
         models = ["--model", f"sft={folder / 'sft' / 'model'}", f"rl={folder / 'model'}"]
-        evaluate(out, folder / "evaluation", log, threads, *models, "--baselines", "bm25", "bm25+reasoning")
+        evaluate(out, names, folder / "evaluation", log, threads, *models, "--baselines", "bm25", "bm25+reasoning")
         return
     if finished(folder / "sft" / "model" if stage == "sft" else folder / "model"):
         return
@@ -104,9 +104,9 @@ def train_seed(out: Path, stage: str, seed: int, threads: int, quick: Sequence[s
     search_r3(log, threads, stage, "--recipe", RECIPE, "--resume", *quick, *where, base)
 
 
-def evaluate(out: Path, folder: Path, log: Path, threads: int, *arguments: object) -> None:
-    """All collections, dev split."""
-    collections = [out / "collections" / name for name in real_collections.FOLDERS]
+def evaluate(out: Path, names: Sequence[str], folder: Path, log: Path, threads: int, *arguments: object) -> None:
+    """Collections, dev split."""
+    collections = [out / "collections" / name for name in names]
     where = ["--splits", "dev", "--out", folder, "--latency-queries", "0"]
     search_r3(log, threads, "evaluate", "--collections", *collections, *where, *arguments)
 
@@ -118,7 +118,7 @@ def results_of(folder: Path) -> dict[tuple[str, str], Any]:
     return {(one.collection.name, one.system.name): one for one in load_results(folder / "results")}
 
 
-def report(out: Path, seeds: Sequence[int]) -> dict[str, Any]:
+def report(out: Path, seeds: Sequence[int], names: Sequence[str]) -> dict[str, Any]:
     """Tables on stderr; what goes into the JSON object."""
     import numpy as np
 
@@ -127,7 +127,7 @@ def report(out: Path, seeds: Sequence[int]) -> dict[str, Any]:
     baselines = results_of(out / "baselines")
     by_seed = [results_of(out / f"seed{seed}" / "evaluation") for seed in seeds]
     values: dict[tuple[str, str], Any] = {}  # seeds x queries
-    for name in real_collections.FOLDERS:
+    for name in names:
         say(f"\n{name}\n| system | nDCG@10 (95 %) | over the seeds | recall@100 | tokens/query | forced |")
         say(f"|{'---|' * 6}")
         for system in (*BASELINES, *SYSTEMS):
@@ -143,7 +143,7 @@ def report(out: Path, seeds: Sequence[int]) -> dict[str, Any]:
             ]
             say(f"| `{system}` | {' | '.join(cells)} |")
     rows = []
-    for name in real_collections.FOLDERS:
+    for name in names:
         for first, second in COMPARED:
             one, other = (values[name, system].mean(axis=0) for system in (first, second))
             seeds_apart = values[name, first].mean(axis=1) - values[name, second].mean(axis=1)
@@ -152,7 +152,7 @@ def report(out: Path, seeds: Sequence[int]) -> dict[str, Any]:
     say(f"\n| collection | nDCG@10 of | minus that of | difference | over the seeds | p | p (Holm) |\n|{'---|' * 7}")
     for (name, first, second, difference, apart, p), corrected in zip(rows, holm([r[-1] for r in rows]), strict=True):
         say(f"| {name} | `{first}` | `{second}` | {difference:+.3f} | {spread(apart)} | {p:.4f} | {corrected:.4f} |")
-    means = {system: float(np.mean([values[n, system].mean() for n in real_collections.FOLDERS])) for system in SYSTEMS}
+    means = {system: float(np.mean([values[n, system].mean() for n in names])) for system in SYSTEMS}
     return {"means": means, "ratio": means["reason/rl"] / max(means["direct/rl"], 1e-9)}
 
 
@@ -174,10 +174,11 @@ def main() -> None:
         train_shared(options.out, stage, options.threads, quick)
     threads = max(1, options.threads // options.jobs)
     seeds = options.seeds[:1] if options.quick else options.seeds
+    names = ["openbookqa"] if options.quick else list(real_collections.FOLDERS)
 
     def train(seed: int) -> None:
         for stage in STAGES[3 : last + 1]:
-            train_seed(options.out, stage, seed, threads, quick)
+            train_seed(options.out, stage, seed, threads, quick, names)
 
     with ThreadPoolExecutor(options.jobs) as pool:
         list(pool.map(train, seeds))
@@ -185,8 +186,8 @@ def main() -> None:
     if last >= STAGES.index("evaluate"):
         baselines = options.out / "baselines"
         log = options.out / "logs" / "baselines.log"
-        evaluate(options.out, baselines, log, options.threads, "--baselines", "bm25", MINILM)
-        record |= report(options.out, seeds)
+        evaluate(options.out, names, baselines, log, options.threads, "--baselines", "bm25", MINILM)
+        record |= report(options.out, seeds, names)
     print(json.dumps({**record, "settings": {"seeds": seeds, "quick": options.quick}, "machine": machine()}))
 
 
