@@ -32,8 +32,8 @@ PAIRS = [
 ]
 QUICK = [
     "base_model.steps=20",
-    "sft.steps=20",
-    "sft.batch_size=8",
+    "sft.steps=120",
+    "sft.batch_size=12",
     "grpo.steps=1",
     "grpo.queries_per_step=8",
 ]
