@@ -15,6 +15,7 @@ MODULES = (
     "data.contamination",
     "data.sources_text",
     "data.replies",
+    "data.traces",
     "data.stdlib",
     "data.synthetic",
     "retrieval.metrics",

@@ -10,7 +10,7 @@ import typer
 
 from .. import console
 from ..errors import ConfigError
-from .common import NewFolder, Overrides, RecipeOption, Resume, app, load_settings
+from .common import ManyValues, NewFolder, Overrides, RecipeOption, Resume, app, load_settings
 
 if TYPE_CHECKING:
     from ..config import Recipe
@@ -56,18 +56,22 @@ def _whole_story(settings: Recipe, run: Any) -> None:
     write_report(run.folder, report, results, run.metrics("grpo"), rewards)
 
 
-@app.command()
+@app.command(cls=ManyValues)
 def base(
     out: NewFolder,
     overrides: Overrides = None,
     recipe: RecipeOption = None,
+    texts: Annotated[
+        list[Path] | None,
+        typer.Option(help="Instead of atlas: .jsonl (`text` or `messages`) and .txt files, or folders of them."),
+    ] = None,
 ) -> None:
     """Make a small base model from scratch (section base_model)."""
     from ..training.base import train_base
 
     settings = load_settings(recipe, overrides)
     with console.live() as observe:
-        known = train_base(settings.base_model, out, settings.seed, observe)
+        known = train_base(settings.base_model, out, settings.seed, observe, texts or [])
     console.say("  ".join(f"{name} {value:.4g}" for name, value in known.items()))
 
 

@@ -1,7 +1,7 @@
 """A small base model made from scratch: what ships as `builtin`, and what `search-r3 base` remakes.
 
 It learns the single facts of atlas as plain sentences and as one-hop questions in chat form. Sentences are packed in
-random order, so that a fact can be recalled wherever in a text it is asked for.
+random order, so that a fact can be recalled wherever in a text it is asked for. Given texts, it learns those instead.
 """
 
 from __future__ import annotations
@@ -32,6 +32,7 @@ from ..model.prompts import PROMPT_SETS
 from ..model.tokenizer import END_OF_TEXT, train_tokenizer
 from .engine import warmup_cosine
 from .run import Observer, silent
+from .texts import read_texts
 
 HEAD_SIZE = 32
 KEY_VALUE_HEADS = 2
@@ -43,14 +44,25 @@ PROMPT_REPEATS = 200
 """How often the prompts stand in the tokenizer's training text, so that their words become single tokens."""
 
 
-def train_base(settings: BaseModelSettings, folder: Path, seed: int, observe: Observer = silent) -> dict[str, float]:
+def train_base(
+    settings: BaseModelSettings, folder: Path, seed: int, observe: Observer = silent, texts: Sequence[Path] = ()
+) -> dict[str, float]:
     """Train tokenizer and model, write them to `folder` (float16 safetensors) and measure what the model knows.
 
+    Args:
+        settings: sizes and steps.
+        folder: where the model is written; it must not exist.
+        seed: of the weights and of the order of the texts.
+        observe: called after every step.
+        texts: files and folders of texts (see `read_texts`); by default the facts of atlas.
+
     Returns:
-        `recall_sentence`, `recall_chat`: share of facts completed rightly (greedy), `parameters`, `seconds`.
+        `parameters`, `seconds` (of training), and of atlas `recall_sentence`, `recall_chat`: share of facts completed
+        rightly (greedy); of texts `held_out_loss`: nats per token of the texts that were not trained on.
 
     Raises:
         ConfigError: the folder exists, or the sizes do not fit together.
+        DataError: the texts cannot be read.
     """
     from accelerate import Accelerator
     from accelerate.utils import set_seed
@@ -59,9 +71,10 @@ def train_base(settings: BaseModelSettings, folder: Path, seed: int, observe: Ob
     if folder.exists():
         raise ConfigError(f"{folder} exists; nothing is overwritten: remove it or choose another folder")
     started = time.perf_counter()
+    given = read_texts(texts) if texts else None
     atlas = read_atlas()
-    sentences, dialogues = fact_sentences(atlas), fact_dialogues(atlas)
-    tokenizer = train_tokenizer(_tokenizer_text(sentences, dialogues), settings.vocab_size)
+    words = _atlas_words(atlas) if given is None else [*given.words(), *_prompt_words() * PROMPT_REPEATS]
+    tokenizer = train_tokenizer(words, settings.vocab_size)
     set_seed(seed)
     accelerator = Accelerator(cpu=True)
     model = make_model(settings, tokenizer)
@@ -70,7 +83,8 @@ def train_base(settings: BaseModelSettings, folder: Path, seed: int, observe: Ob
         optimizer, lambda step: warmup_cosine(step, 50, settings.steps, floor=0.05)
     )
     model, optimizer, scheduler = accelerator.prepare(model, optimizer, scheduler)
-    tokens = packed_tokens(tokenizer, atlas, random.Random(seed))
+    rng = random.Random(seed)
+    tokens = packed_tokens(tokenizer, atlas, rng) if given is None else given.tokens(tokenizer, rng)
     shape = settings.batch_size, settings.sequence_length
     for step in range(settings.steps):
         ids = torch.tensor([next(tokens) for _ in range(shape[0] * shape[1])]).view(shape)
@@ -84,8 +98,9 @@ def train_base(settings: BaseModelSettings, folder: Path, seed: int, observe: Ob
     seconds = time.perf_counter() - started
     model = accelerator.unwrap_model(model).eval()
     _save(model, tokenizer, folder)
+    known = measure_recall(model, tokenizer) if given is None else given.measure(model, tokenizer, shape[1])
     return {
-        **measure_recall(model, tokenizer),
+        **known,
         "parameters": float(sum(parameter.numel() for parameter in model.parameters())),
         "seconds": seconds,
     }
@@ -188,7 +203,7 @@ def chat(tokenizer: Any, question: str, answer: str | None = None, system: str |
     return str(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=answer is None))
 
 
-def _tokenizer_text(sentences: Sequence[str], dialogues: Sequence[tuple[str, str]]) -> list[str]:
+def _prompt_words() -> list[str]:
     prompts = [
         text
         for prompts in PROMPT_SETS.values()
@@ -199,13 +214,13 @@ def _tokenizer_text(sentences: Sequence[str], dialogues: Sequence[tuple[str, str
             prompts.reply_before,
         )
     ]
-    chat = ["You are a helpful assistant.", "system\n", "user\n", "assistant\n"]
-    words = [
-        *prompts,
-        *chat,
-        *(text.replace("{s}", " ") for text in (*question_templates(), *OPEN_QUESTIONS)),
-    ] * PROMPT_REPEATS
-    return [*sentences, *(f"{question}\n{answer}" for question, answer in dialogues), *words]
+    return [*prompts, "You are a helpful assistant.", "system\n", "user\n", "assistant\n"]
+
+
+def _atlas_words(atlas: Atlas) -> list[str]:
+    dialogues = (f"{question}\n{answer}" for question, answer in fact_dialogues(atlas))
+    templates = (text.replace("{s}", " ") for text in (*question_templates(), *OPEN_QUESTIONS))
+    return [*fact_sentences(atlas), *dialogues, *[*_prompt_words(), *templates] * PROMPT_REPEATS]
 
 
 def _save(model: Any, tokenizer: Any, folder: Path) -> None:
