@@ -514,12 +514,12 @@ def test_sigterm_to_the_command_saves_and_says_how_to_go_on(lab: Lab, tmp_path: 
     ("stage", "place", "number", "times", "status", "said", "saved"),
     [
         ("sft", "search_r3.training.sft:load_model", 1, 1, -15, "", []),
-        ("sft", FORWARD, 5, 2, -15, "", ["step-000001"]),
+        ("sft", FORWARD, 5, 2, 143, "after step 2 of sft", ["step-000001", "step-000002"]),
         ("sft", "search_r3.training.sft:save_trained", 1, 1, 143, "sft is complete", []),
         ("grpo", "search_r3.training.grpo:evaluate_dev", 1, 1, 143, "after step 1 of grpo", ["step-000001"]),
         ("grpo", "search_r3.training.grpo:evaluate_dev", 2, 1, 143, "step 3 of grpo", ["step-000002", "step-000003"]),
     ],
-    ids=["loading", "twice", "saving the model", "first evaluation", "evaluation"],
+    ids=["loading", "twice at once", "saving the model", "first evaluation", "evaluation"],
 )  # fmt: skip
 def test_sigterm_at_other_moments(
     lab: Lab, tmp_path: Path, stage: str, place: str, number: int, times: int, status: int, said: str, saved: list[str]

@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
 from search_r3.config import Recipe
 from search_r3.environment.exchange import Alone
-from search_r3.errors import ConfigError, RunError
+from search_r3.errors import ConfigError, RunError, StoppedError
 from search_r3.files import atomic_directory, leftovers, remove_leftovers, write_json
+from search_r3.training import guard
 from search_r3.training.run import MANIFEST, Run, agree, find_damage
 
 KILLED = """
@@ -208,3 +212,20 @@ def test_sigterm_is_held_back_only_while_a_stage_runs(tmp_path: Path) -> None:
         os.kill(os.getpid(), signal.SIGTERM)
         raise ZeroDivisionError
     assert signal.getsignal(signal.SIGTERM) is before
+
+
+def test_a_second_sigterm_later_ends_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The first one waits for the end of the step."""
+    run = Run(Recipe(run_dir=str(tmp_path / "run")))
+    trained = SimpleNamespace(exchange=Alone(), accelerator=None, policy=None)
+    monkeypatch.setattr(guard, "TOGETHER_S", 0.0)
+    for signals, status in ((1, 0), (2, -signal.SIGTERM)):
+        child = os.fork()
+        if child == 0:
+            with contextlib.suppress(StoppedError), guard.Guard(run, "sft", trained).watching():
+                for _ in range(signals):
+                    os.kill(os.getpid(), signal.SIGTERM)
+                    time.sleep(0.01)
+            os._exit(0)
+        ended = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+        assert ended == status

@@ -186,9 +186,7 @@ def test_a_stage_goes_on_only_from_the_model_it_began_from(model: SearchR3, tmp_
     checkpoint.mkdir(parents=True)
     (checkpoint / "checkpoint.json").write_text("{}")
     run.begin_from("grpo", other)
-    with pytest.raises(
-        ConfigError, match="'grpo' learns from .*qwen2 now, but it began from"
-    ):
+    with pytest.raises(ConfigError, match=r"'grpo' learns from .*qwen2 now, but it began from"):
         run.begin_from("grpo", model.backbone)
 
 
