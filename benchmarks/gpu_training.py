@@ -25,8 +25,8 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from common import Shape, atlas_texts, finish, machine, make_model, need, prepare, say, versions
-from gpu import QWEN_1_5B, TINY, product_rate
+from common import atlas_texts, finish, machine, need, prepare, say, versions
+from gpu import QWEN_1_5B, TINY, build, product_rate
 
 WORDS = {"query": (10, 14), "document": (180, 220), "reasoning": (80, 100)}
 """Words of a text, from the least to the most."""
@@ -37,40 +37,18 @@ REPLY_TOKENS = 100
 def write_model(options: argparse.Namespace, folder: Path, scratch: Path) -> Path:
     """Random weights of the wanted shape with a real tokenizer, such that replies end after about `REPLY_TOKENS`."""
     import torch
-    import transformers
 
-    from search_r3.model.backbone import Backbone, EmbeddingSettings, load_backbone
-
-    vocabulary = 2000 if options.quick else 16_000
-    small = load_backbone(make_model(scratch / "small", atlas_texts(), Shape(2, 128), vocabulary, 4096, options.seed))
-    size = options.size
-    config = transformers.Qwen2Config(
-        vocab_size=size["vocabulary"],
-        hidden_size=size["hidden"],
-        num_hidden_layers=size["layers"],
-        intermediate_size=size["intermediate"],
-        num_attention_heads=size["heads"],
-        num_key_value_heads=size["key_heads"],
-        max_position_embeddings=4096,
-        tie_word_embeddings=True,
-        bos_token_id=None,
-        eos_token_id=small.model.config.eos_token_id,
-        pad_token_id=small.model.config.pad_token_id,
-    )
-    torch.manual_seed(options.seed)
-    with torch.device(options.device):
-        model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
-    backbone = Backbone(model, small.tokenizer, EmbeddingSettings(), small.embed_token_id, "random")
+    backbone = build(argparse.Namespace(**{**vars(options), "dtype": "float32"}), scratch)
     with torch.no_grad():
         # One number is the same in every row of the table, so that every hidden state points there; a larger one in the
         # embed token's row adds to its logit.
-        table = model.get_input_embeddings().weight
+        table = backbone.model.get_input_embeddings().weight
         table[:, 0] = 1.0
-        ids = torch.randint(0, vocabulary, (4, 64), device=options.device)
+        ids = torch.randint(0, len(backbone.tokenizer), (4, 64), device=options.device)
         hidden = backbone.hidden_states(ids, torch.ones_like(ids))
         missing = backbone.logits(hidden).logsumexp(-1).mean() - math.log(REPLY_TOKENS)
-        missing -= backbone.logits(hidden)[..., small.embed_token_id].mean()
-        table[small.embed_token_id, 0] += missing / hidden[..., 0].mean()
+        missing -= backbone.logits(hidden)[..., backbone.embed_token_id].mean()
+        table[backbone.embed_token_id, 0] += missing / hidden[..., 0].mean()
     backbone.save(folder, "bfloat16")
     return folder
 
