@@ -5,6 +5,7 @@ metrics.jsonl            one object per step: stage, step, values (docs/metrics.
 rollouts.jsonl           sampled rollouts with their reward parts
 <stage>/checkpoints/     step-000050/ ..., the newest two
 <stage>/model/           the stage's model
+<stage>/begun-from.json  the model that the stage learns from
 <stage>/adapter/         with lora.rank above 0: the adapters alone, as peft writes them
 
 Of several processes the first one writes; the folder is on a disk that all of them see.
