@@ -65,6 +65,7 @@ def main() -> None:
     for name, (stage, base, options) in given["trainings"].items():
         kept = train(stage, Path(given["out"]) / name, base, given["collection"], options)
         torch.save(kept, Path(given["out"]) / f"{name}-{os.environ['RANK']}.pt")
+    torch.distributed.destroy_process_group()
 
 
 def pretend_to_be_gpus() -> None:

@@ -60,7 +60,16 @@ def main() -> None:
     except SystemExit as end:
         if end.code == INTERRUPTED:
             console.fail("stopped; a training goes on with --resume, encode with the same command", INTERRUPTED)
+        if not end.code:
+            _leave_the_others()
         raise
+
+
+def _leave_the_others() -> None:
+    """End the process group of a training by several processes; its threads may abort one that ends with it open."""
+    distributed = sys.modules.get("torch.distributed")
+    if distributed is not None and distributed.is_available() and distributed.is_initialized():
+        distributed.destroy_process_group()
 
 
 def _first_of_its_kind() -> Callable[[logging.LogRecord], bool]:
