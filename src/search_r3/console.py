@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
-import os
 import sys
 import time
 from contextlib import contextmanager
 from statistics import fmean
 from typing import TYPE_CHECKING, Any, NoReturn
+
+from .files import first_process
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -35,11 +36,6 @@ def say(text: str) -> None:
 
     if first_process():
         get_console().print(text, markup=False, soft_wrap=True)
-
-
-def first_process() -> bool:
-    """Whether this process speaks for all: of several that train together only the first one does."""
-    return os.environ.get("RANK", "0") == "0"
 
 
 def ask() -> str:

@@ -59,6 +59,11 @@ def remove_leftovers(target: Path) -> None:
             path.unlink()
 
 
+def first_process() -> bool:
+    """Whether this process writes and speaks for all: of several that train together only the first one does."""
+    return os.environ.get("RANK", "0") == "0"
+
+
 def write_text(path: Path, text: str) -> None:
     """Replace the file at `path` by `text` (UTF-8) in one step."""
     path = Path(path)
@@ -80,14 +85,19 @@ def write_json(path: Path, value: Any) -> None:
     write_text(path, json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
 
 
+def hash_file(path: Path) -> str:
+    """SHA-256 (hex) over the bytes of a file."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
 def hash_folder(folder: Path) -> str:
     """SHA-256 (hex) over the names and bytes of all files in a folder but hidden ones and READMEs."""
     digest = hashlib.sha256()
     for path in sorted(folder.rglob("*")):
         name = path.relative_to(folder)
         if path.is_file() and name.name != "README.md" and not any(part.startswith(".") for part in name.parts):
-            with path.open("rb") as file:
-                digest.update(f"{name.as_posix()}\0{hashlib.file_digest(file, 'sha256').hexdigest()}\n".encode())
+            digest.update(f"{name.as_posix()}\0{hash_file(path)}\n".encode())
     return digest.hexdigest()
 
 

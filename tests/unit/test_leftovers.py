@@ -49,7 +49,7 @@ def checkpoint(folder: Path) -> Path:
     (folder / "model.safetensors").write_bytes(bytes(range(256)))
     (folder / "environment" / "state.json").write_text("{}")
     names = ["model.safetensors", "environment/state.json"]
-    files = {name: run._digest(folder / name) for name in names}
+    files = {name: run.hash_file(folder / name) for name in names}
     write_json(folder / MANIFEST, {"stage": "sft", "step": 1, "files": files})
     return folder
 

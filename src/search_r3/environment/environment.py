@@ -23,7 +23,7 @@ from ..retrieval.approximate import ApproximateIndex
 from ..retrieval.index import Array, ExactIndex, VectorIndex
 from .account import Audit, compare
 from .drift import MIN_PAIRS, DriftCorrection, fit_drift
-from .exchange import Alone, Exchange, divide
+from .exchange import Alone, Exchange, divide, encode_shares
 from .refresh import RefreshRequest, make_policy, within_budget
 from .reward import RewardParts, score_rollouts
 
@@ -299,16 +299,11 @@ class RetrievalEnvironment:
     def _encode(self, doc_ids: Sequence[str]) -> Array:
         """Vectors of these documents, each process encoding its share."""
         shares = divide(self._count_tokens(doc_ids), self.exchange.world_size)
-        own = [doc_ids[place] for place in shares[self.exchange.rank]]
-        encode = self.encoder.encode_document
-        vectors = encode(self._texts(own)) if own else np.empty((0, 0), np.float32)
-        dimension = max(self.exchange.gather(vectors.shape[1]))
-        counts = [len(share) for share in shares]
-        gathered = self.exchange.gather_rows(vectors.reshape(len(own), dimension), counts)
-        result = np.empty((len(doc_ids), dimension), np.float32)
-        for share, rows in zip(shares, gathered, strict=True):
-            result[share] = rows
-        return result
+
+        def encode(places: Sequence[int]) -> Array:
+            return self.encoder.encode_document(self._texts([doc_ids[place] for place in places]))
+
+        return encode_shares(self.exchange, shares, encode)
 
     def _count_tokens(self, doc_ids: Sequence[str]) -> list[int]:
         unknown = [doc_id for doc_id in doc_ids if doc_id not in self._tokens]

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from datetime import timedelta
 from typing import Any, Protocol
 
@@ -179,3 +179,23 @@ def divide(lengths: Sequence[int], world_size: int) -> list[list[int]]:
         round_, seat = divmod(turn, world_size)
         shares[seat if round_ % 2 == 0 else world_size - 1 - seat].append(place)
     return shares
+
+
+def encode_shares(
+    exchange: Exchange, shares: Sequence[Sequence[int]], encode: Callable[[Sequence[int]], Array]
+) -> Array:
+    """Vectors `N x D` of `N` things, of which each process encodes its share.
+
+    Args:
+        exchange: the other processes.
+        shares: for every rank the places of its things, each place once.
+        encode: the vectors of the things at some places, `n x D`; it is not asked for none.
+    """
+    own = shares[exchange.rank]
+    vectors = encode(own) if own else np.empty((0, 0), np.float32)
+    dimension = max(exchange.gather(vectors.shape[1]))
+    gathered = exchange.gather_rows(vectors.reshape(len(own), dimension), [len(share) for share in shares])
+    result = np.empty((sum(map(len, shares)), dimension), np.float32)
+    for share, rows in zip(shares, gathered, strict=True):
+        result[list(share)] = rows
+    return result

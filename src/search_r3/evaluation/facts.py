@@ -10,7 +10,6 @@ import json
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
-from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +17,7 @@ import yaml
 from pydantic import ValidationError
 
 from ..errors import DataError, ModelError, RunError
-from ..files import hash_folder
+from ..files import hash_file, hash_folder
 from ..model.backbone import SETTINGS_FILE, EmbeddingSettings
 from .report import METRICS, last_results
 from .results import Result
@@ -138,7 +137,7 @@ def gather_facts(model: Path, folders: Sequence[Path] = ()) -> Facts:
         adapter=adapter,
         revision=revision,
         recipe=_recipe(run / RECIPE) if run else {},
-        recipe_hash=sha256((run / RECIPE).read_bytes()).hexdigest() if run else "",
+        recipe_hash=hash_file(run / RECIPE) if run else "",
         metrics=metrics,
         report=_report(run, states) if run else {},
         results=results,

@@ -10,10 +10,10 @@ from __future__ import annotations
 import contextlib
 import math
 import random
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -27,6 +27,8 @@ from ..model.forward import is_drivable
 from ..model.prompts import PROMPT_SETS
 from .policy import Policy, Reference, add_adapters, make_reference
 from .tracking import check_trackers, start_trackers
+
+T = TypeVar("T")
 
 
 @dataclass
@@ -70,6 +72,14 @@ class Engine:
         if count < self.world_size:
             raise ConfigError(f"{what} = {count} cannot be shared by {self.world_size} processes; raise it")
         return range(self.rank * count // self.world_size, (self.rank + 1) * count // self.world_size)
+
+    def padded(self, chunks: Sequence[T]) -> list[tuple[T, bool]]:
+        """Chunks of this process, and whether they count: as many as the process with most has.
+
+        A forward pass may be a collective, so that all processes make equally many.
+        """
+        most = max(self.exchange.gather(len(chunks)))
+        return [(chunk, True) for chunk in chunks] + [(chunks[-1], False)] * (most - len(chunks))
 
     @contextlib.contextmanager
     def accumulating(self, last: bool) -> Iterator[None]:

@@ -28,7 +28,7 @@ from ..config import GRPOSettings, Recipe
 from ..data.collection import Collection, Qrels
 from ..data.load import load_collection
 from ..environment.environment import Feedback, RetrievalEnvironment
-from ..environment.exchange import Exchange, divide
+from ..environment.exchange import Exchange, divide, encode_shares
 from ..errors import DataError, RunError
 from ..model.decoding import Rollout
 from ..model.encoder import SearchR3
@@ -165,18 +165,15 @@ def update(
     rollouts = experience.rollouts
     own = {"tokens": sum(sum(rollout.completion_mask) for rollout in rollouts), "rollouts": len(rollouts)}
     totals = engine.total(own)
-    batches = _micro_batches(rollouts, settings.micro_batch_size)
-    # A forward pass may be a collective, so that all processes make equally many: the last ones of some count nothing.
-    passes = max(engine.exchange.gather(len(batches)))
+    batches = engine.padded(_micro_batches(rollouts, settings.micro_batch_size))
     values: dict[str, float] = {}
     for _ in range(settings.num_iterations):
         sums: dict[str, float] = {}
-        for number in range(passes):
-            rows = batches[min(number, len(batches) - 1)]
-            with engine.accumulating(last=number + 1 == passes):
+        for number, (rows, counts) in enumerate(batches):
+            with engine.accumulating(last=number + 1 == len(batches)):
                 loss, terms = _micro_loss(model, engine, environment, experience, rows, settings, totals)
-                engine.backward(loss if number < len(batches) else 0.0 * loss)
-            if number < len(batches):
+                engine.backward(loss if counts else 0.0 * loss)
+            if counts:
                 for name, value in terms.items():
                     sums[name] = sums.get(name, 0.0) + value
         sums = engine.total(sums)
@@ -327,15 +324,8 @@ def evaluate_dev(model: SearchR3, collection: Collection, recipe: Recipe, engine
 
 def _together(exchange: Exchange, texts: Sequence[str], encode: Callable[[Sequence[str]], Array]) -> Array:
     """Vectors `N x D` of texts of which each process encodes its share."""
-    shares = divide([len(text) for text in texts], exchange.world_size)
-    own = [texts[place] for place in sorted(shares[exchange.rank])]
-    vectors = encode(own) if own else np.empty((0, 0), np.float32)
-    dimension = max(exchange.gather(vectors.shape[1]))
-    gathered = exchange.gather_rows(vectors.reshape(len(own), dimension), [len(share) for share in shares])
-    result = np.empty((len(texts), dimension), np.float32)
-    for share, rows in zip(shares, gathered, strict=True):
-        result[sorted(share)] = rows
-    return result
+    shares = [sorted(share) for share in divide([len(text) for text in texts], exchange.world_size)]
+    return encode_shares(exchange, shares, lambda own: encode([texts[place] for place in own]))
 
 
 def probe_cosine(vectors: Tensor) -> float:

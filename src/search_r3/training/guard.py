@@ -18,6 +18,7 @@ import torch.distributed as dist
 from ..environment.exchange import NAMING, Exchange
 from ..errors import ModelError, RewardError, RunError, StoppedError, VectorIndexError
 from ..files import write_json
+from .engine import deepspeed_plugin
 from .run import Run, Trained, agree
 
 TOGETHER_S = 10.0
@@ -120,7 +121,7 @@ class Guard:
         agree(exchange, path, lambda: write_json(path, failed) if self.run.first else None)
         if not all(exchange.gather(_are_finite(self.trained.policy))):
             left = "the weights before that step hold NaN or infinity already, and are not saved again"
-        elif self._moved == step or self.trained.accelerator.distributed_type == "DEEPSPEED":  # steps in backward
+        elif self._moved == step or deepspeed_plugin(self.trained.accelerator) is not None:  # it steps in backward
             left = "the step had changed the weights already: they stand in the checkpoint before it"
         else:
             self.save(step - 1)

@@ -13,11 +13,9 @@ Of several processes the first one writes; the folder is on a disk that all of t
 
 from __future__ import annotations
 
-import hashlib
 import json
 import logging
 import math
-import os
 import shutil
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -27,8 +25,9 @@ from typing import Any, Protocol
 from ..config import Recipe, dump_recipe, flat_settings, load_recipe
 from ..environment.exchange import Exchange
 from ..errors import ConfigError, RunError
-from ..files import leftovers, remove_leftovers, write_json, write_text
+from ..files import first_process, hash_file, leftovers, remove_leftovers, write_json, write_text
 from ..model.backbone import Backbone
+from .engine import deepspeed_plugin
 
 logger = logging.getLogger(__name__)
 
@@ -64,7 +63,7 @@ class Run:
     def __init__(self, recipe: Recipe) -> None:
         self.recipe = recipe
         self.folder = Path(recipe.run_dir)
-        self.first = os.environ.get("RANK", "0") == "0"
+        self.first = first_process()
         settings = self.folder / "settings.yaml"
         if settings.exists():
             _check_same(load_recipe(settings), recipe, settings)
@@ -168,7 +167,7 @@ class Run:
         if not self.first:
             return
         save_extra(scratch)
-        files = {path.relative_to(scratch).as_posix(): _digest(path) for path in _files(scratch)}
+        files = {path.relative_to(scratch).as_posix(): hash_file(path) for path in _files(scratch)}
         write_json(scratch / MANIFEST, {"stage": stage, "step": step, "files": files})
         if target.exists():
             _discard(target)  # it is broken
@@ -212,7 +211,7 @@ class Run:
         step = 0 if checkpoint is None else int(checkpoint.name.removeprefix("step-"))
         if checkpoint is not None:
             # With adapters only what learns was saved; the rest is in the model that they were put into.
-            partial = self.recipe.lora.rank > 0 and trained.accelerator.distributed_type != "DEEPSPEED"  # saves all
+            partial = self.recipe.lora.rank > 0 and deepspeed_plugin(trained.accelerator) is None  # it saves all
             trained.accelerator.load_state(str(checkpoint), **({"strict": False} if partial else {}))
         if self.first:
             for path in (self.metrics_path, self.rollouts_path):
@@ -304,7 +303,7 @@ def find_damage(checkpoint: Path) -> str | None:
     for name, digest in files.items():
         path = checkpoint / name
         try:
-            if _digest(path) != digest:
+            if hash_file(path) != digest:
                 return f"{name} is not what was written"
         except FileNotFoundError:
             return f"{name} is missing"
@@ -315,11 +314,6 @@ def find_damage(checkpoint: Path) -> str | None:
 
 def _files(folder: Path) -> list[Path]:
     return sorted(path for path in folder.rglob("*") if path.is_file())
-
-
-def _digest(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _rows(path: Path) -> list[dict[str, Any]]:

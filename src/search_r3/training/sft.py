@@ -143,11 +143,12 @@ def _cached(
     settings: SFTSettings,
 ) -> dict[str, float]:
     """`compute_gradients` chunk by chunk."""
+    padded = [engine.padded(kind) for kind in chunks]
     leaves = []
-    for kind, size in zip(chunks, sizes, strict=True):
+    for kind, own_chunks, size in zip(padded, chunks, sizes, strict=True):
         with torch.no_grad():
-            done = [forward(engine, backbone, chunk, settings, only_vectors=True) for chunk, _ in _padded(engine, kind)]
-        leaves.append(assemble(engine, done[: len(kind)], size).requires_grad_())
+            done = [forward(engine, backbone, chunk, settings, only_vectors=True) for chunk, _ in kind]
+        leaves.append(assemble(engine, done[: len(own_chunks)], size).requires_grad_())
     sums: dict[str, float] = {}
     for start in range(0, sizes[0], ROWS_AT_A_TIME):
         rows = range(start, min(start + ROWS_AT_A_TIME, sizes[0]))
@@ -155,7 +156,7 @@ def _cached(
         parts = {name: part * len(rows) / sizes[0] for name, part in parts.items()}
         torch.autograd.backward(total_loss(parts, settings))
         _add(sums, _numbers(parts))
-    work = [(*one, leaf.grad) for kind, leaf in zip(chunks, leaves, strict=True) for one in _padded(engine, kind)]
+    work = [(*one, leaf.grad) for kind, leaf in zip(padded, leaves, strict=True) for one in kind]
     own = {"cross_entropy": 0.0} | ({"kl": 0.0} if engine.reference is not None else {})
     for number, (chunk, counts, gradients) in enumerate(work):
         with engine.accumulating(last=number + 1 == len(work)):
@@ -168,12 +169,6 @@ def _cached(
             _add(own, _numbers(parts))
         del output, parts, loss  # else they live on through the next chunk's forward pass
     return engine.total(own) | sums
-
-
-def _padded(engine: Engine, chunks: Sequence[list[Item]]) -> list[tuple[list[Item], bool]]:
-    """Chunks, and whether they count: as many as in any process, since a forward pass may be a collective of all."""
-    most = max(engine.exchange.gather(len(chunks)))
-    return [(chunk, True) for chunk in chunks] + [(chunks[-1], False)] * (most - len(chunks))
 
 
 @dataclass(frozen=True)
