@@ -129,7 +129,7 @@ def longest(recipe: Any, stage: str) -> Any:
     from search_r3.data.load import load_collection
     from search_r3.data.triples import reasoning_traces
     from search_r3.model.prompts import EMBED_TOKEN, PROMPT_SETS, PromptEncoder
-    from search_r3.training.footprint import Lengths
+    from search_r3.planning.footprint import Lengths
 
     collection = load_collection(recipe.collection)
     tokenizer = transformers.AutoTokenizer.from_pretrained(recipe.base)
@@ -152,12 +152,12 @@ def run_stage(options: argparse.Namespace, recipe: Any, stage: str, rate: float)
     import torch
 
     from search_r3.data.load import load_collection
-    from search_r3.training.footprint import Job
+    from search_r3.planning.footprint import Job
+    from search_r3.planning.plan import Work, plan
+    from search_r3.planning.shape import read_shape
     from search_r3.training.grpo import train_grpo
-    from search_r3.training.plan import Work, plan
     from search_r3.training.run import Run
     from search_r3.training.sft import train_sft
-    from search_r3.training.shape import read_shape
 
     passes = Passes(options.device)
     handle = torch.nn.modules.module.register_module_forward_pre_hook(passes.hook)

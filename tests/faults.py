@@ -243,9 +243,9 @@ def impatient(rank: int, seconds: float) -> None:
     """The first process lingers for so long only."""
     from datetime import timedelta
 
-    from search_r3.environment import exchange
+    from search_r3 import parallel
 
-    exchange.LINGER = timedelta(seconds=seconds)
+    parallel.LINGER = timedelta(seconds=seconds)
 
 
 def _wrap(place: str, number: int, act: Callable[[], object]) -> None:

@@ -20,8 +20,8 @@ if TYPE_CHECKING:
     from .evaluation.mteb import TaskScore
     from .evaluation.results import Result
     from .evaluation.search import Answer
-    from .evaluation.statistics import Comparison
-    from .training.plan import Plan
+    from .evaluation.significance import Comparison
+    from .planning.plan import Plan
 
 
 def fail(message: str, status: int) -> NoReturn:

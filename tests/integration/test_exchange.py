@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from search_r3.environment.exchange import Alone, divide
+from search_r3.parallel import Alone, divide
 
 WORKER = """
 import os, sys
@@ -21,7 +21,7 @@ import torch.distributed as dist
 from search_r3.config import RefreshSettings, RewardWeights
 from search_r3.data.collection import Collection
 from search_r3.environment.environment import RetrievalEnvironment
-from search_r3.environment.exchange import make_exchange
+from search_r3.parallel import make_exchange
 from search_r3.model.encoder import SearchR3
 
 model_path, data, out, policy, rank, world_size, meeting = sys.argv[1:]
@@ -62,7 +62,7 @@ DIES = """
 import os, sys
 from datetime import timedelta
 import torch.distributed as dist
-from search_r3.environment.exchange import Together
+from search_r3.parallel import Together
 meeting, rank = sys.argv[1], int(sys.argv[2])
 dist.init_process_group("gloo", store=dist.FileStore(meeting, 3), rank=rank, world_size=3)
 exchange = Together(patience=timedelta(seconds=3))

@@ -4,7 +4,8 @@ from collections import Counter
 
 import pytest
 
-from search_r3.data.atlas import (
+from search_r3.data.collection import Collection
+from search_r3.data.generators.atlas import (
     MAX_QUERIES_PER_ANSWER,
     SPLIT_SHARES,
     TEMPLATES_PER_ENTITY,
@@ -17,8 +18,7 @@ from search_r3.data.atlas import (
     read_atlas,
     split_territories,
 )
-from search_r3.data.atlas_text import PATHS, RELATIONS
-from search_r3.data.collection import Collection
+from search_r3.data.generators.atlas_text import PATHS, RELATIONS
 
 
 @pytest.fixture(scope="module")

@@ -12,8 +12,7 @@ import torch
 from search_r3.data.collection import Collection, Document, Query
 from search_r3.errors import ConfigError, DataError, ModelError
 from search_r3.evaluation.benchmark import EvaluationOptions, evaluate, resolve_splits
-from search_r3.evaluation.ranking import Request, ranked
-from search_r3.evaluation.report import sampled_rewards
+from search_r3.evaluation.report.report import sampled_rewards
 from search_r3.evaluation.results import Result, load_result, load_results
 from search_r3.evaluation.runner import reasoning_baseline
 from search_r3.evaluation.search import Searcher
@@ -28,6 +27,7 @@ from search_r3.evaluation.table import gain_per_100_tokens, markdown
 from search_r3.model.encoder import SearchR3
 from search_r3.retrieval.index import ExactIndex
 from search_r3.retrieval.metrics import p_mrr
+from search_r3.retrieval.ranking import Request, ranked
 from tests.conftest import favour, save_tiny
 
 QUICK = EvaluationOptions(latency_queries=2, bootstrap=100)

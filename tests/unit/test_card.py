@@ -19,10 +19,10 @@ from model_folders import (
 )
 
 from search_r3.errors import DataError, ModelError, RunError, SearchR3Error
-from search_r3.evaluation.card import is_own_card, model_card
-from search_r3.evaluation.facts import find_model, gather_facts
 from search_r3.evaluation.table import cell, summary
 from search_r3.files import hash_folder
+from search_r3.publishing.card import is_own_card, model_card
+from search_r3.publishing.facts import find_model, gather_facts
 
 REPO = "someone/tiny"
 

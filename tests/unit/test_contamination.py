@@ -8,10 +8,10 @@ from pathlib import Path
 import pytest
 from hub_rows import write_rows, write_source
 
-from search_r3.data import contamination
 from search_r3.data.collection import Collection, Document, Query
-from search_r3.data.contamination import Contamination, Held, ngrams, words
-from search_r3.data.mix_settings import ContaminationSettings, QueryTable
+from search_r3.data.mixing import contamination
+from search_r3.data.mixing.contamination import Contamination, Held, ngrams, words
+from search_r3.data.mixing.mix_settings import ContaminationSettings, QueryTable
 from search_r3.errors import DataError
 
 LONG = "which of the old cities on the silk road had the largest market for fine silk"

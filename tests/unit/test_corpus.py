@@ -26,7 +26,7 @@ from search_r3.errors import DataError, VectorIndexError
 from search_r3.model.backbone import EmbeddingSettings
 from search_r3.model.encoder import SearchR3
 from search_r3.retrieval import storage
-from search_r3.retrieval.corpus import PROBE, encode_corpus, load_corpus
+from search_r3.retrieval.encode import PROBE, encode_corpus, load_corpus
 from search_r3.retrieval.index import ExactIndex
 
 DOCUMENTS = [(f"d{i * 7 % 23}", f"text number {i}") for i in range(23)]
@@ -234,7 +234,7 @@ def test_vectors_are_on_the_disk_before_they_are_called_done(tmp_path: Path, mon
 KILLING = """
 import os, signal, sys, time
 from tests.unit.test_corpus import DOCUMENTS, PROBE, FakeEncoder, done_in
-from search_r3.retrieval.corpus import encode_corpus
+from search_r3.retrieval.encode import encode_corpus
 from pathlib import Path
 
 class Slow(FakeEncoder):

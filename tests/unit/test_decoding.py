@@ -9,9 +9,9 @@ from hypothesis import strategies as st
 from search_r3 import SearchR3
 from search_r3.errors import ModelError
 from search_r3.model.backbone import Backbone
-from search_r3.model.decoding import Decoder, Request, Rollout
 from search_r3.model.encoder import QueryEmbeddings
-from search_r3.model.sampling import choose_tokens
+from search_r3.model.engine.decoding import Decoder, Request, Rollout
+from search_r3.model.engine.sampling import choose_tokens
 from tests.conftest import favour
 
 TEXTS = ["where is the red house?", "river", "a black horse and a white chair", "the green lamp"]

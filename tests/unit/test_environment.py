@@ -15,7 +15,7 @@ from search_r3.environment.environment import RetrievalEnvironment
 from search_r3.environment.refresh import Selective
 from search_r3.environment.reward import RewardParts, reward_parts
 from search_r3.errors import DataError, RewardError
-from search_r3.model.generation import Rollout
+from search_r3.model.engine.generation import Rollout
 from search_r3.retrieval.approximate import ApproximateIndex, GraphSettings
 
 WEIGHTS = RewardWeights(ranking=1.0, similarity=0.5, format=0.25, length=0.1)

@@ -23,7 +23,7 @@ from search_r3.model.backbone import Backbone, EmbeddingSettings, load_backbone
 from search_r3.model.encoder import SearchR3
 from search_r3.model.export import export_sentence_transformers
 from search_r3.model.prompts import EMBED_TOKEN, PROMPT_SETS
-from search_r3.model.tokenizer import CHAT_TEMPLATE
+from search_r3.pretraining.tokenizer import CHAT_TEMPLATE
 
 TEXTS = [
     "a",

@@ -7,7 +7,7 @@ import torch
 
 from search_r3.errors import ModelError
 from search_r3.model.backbone import Backbone, vectors_at
-from search_r3.model.generation import generate_rollouts, sequence_batch
+from search_r3.model.engine.generation import generate_rollouts, sequence_batch
 from search_r3.training.losses import chosen_logprobs
 from tests.conftest import favour
 

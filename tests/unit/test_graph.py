@@ -7,9 +7,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from search_r3.environment.neighbours import NeighbourGraph
 from search_r3.errors import VectorIndexError
 from search_r3.retrieval import graph as graph_module
-from search_r3.retrieval.graph import NeighbourGraph
 from search_r3.retrieval.index import ExactIndex
 
 

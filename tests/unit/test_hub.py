@@ -12,8 +12,8 @@ import pyarrow.parquet as pq
 import pytest
 import yaml
 
-from search_r3.data.atlas import build_atlas
 from search_r3.data.collection import Collection, Document, Query
+from search_r3.data.generators.atlas import build_atlas
 from search_r3.data.hub import load_hub
 from search_r3.data.load import load_collection
 from search_r3.errors import DataError
@@ -408,5 +408,5 @@ def test_names_of_collections(tmp_path: Path, collection: Collection, collection
 
 
 def test_the_standard_library_is_built_in(monkeypatch: pytest.MonkeyPatch, collection: Collection) -> None:
-    monkeypatch.setattr("search_r3.data.stdlib.build_stdlib", lambda seed: collection)
+    monkeypatch.setattr("search_r3.data.generators.stdlib.build_stdlib", lambda seed: collection)
     assert load_collection("stdlib") is collection

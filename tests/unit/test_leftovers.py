@@ -16,9 +16,9 @@ from typing import Any
 import pytest
 
 from search_r3.config import Recipe
-from search_r3.environment.exchange import Alone
 from search_r3.errors import ConfigError, RunError, StoppedError
 from search_r3.files import atomic_directory, leftovers, remove_leftovers, write_json
+from search_r3.parallel import Alone
 from search_r3.training import guard
 from search_r3.training.run import MANIFEST, Run, agree, find_damage
 

@@ -20,13 +20,10 @@ from torch.profiler import ProfilerActivity, profile
 from search_r3.config import GRPOSettings, LoRASettings, Recipe
 from search_r3.data.collection import Collection
 from search_r3.data.triples import training_examples
-from search_r3.model.decoding import Rollout
 from search_r3.model.encoder import SearchR3
-from search_r3.training import grpo, sft
-from search_r3.training.batches import make_batch
-from search_r3.training.engine import Engine, make_engine
-from search_r3.training.footprint import Job, Lengths
-from search_r3.training.memory import (
+from search_r3.model.engine.decoding import Rollout
+from search_r3.planning.footprint import Job, Lengths
+from search_r3.planning.memory import (
     Pass,
     Precision,
     backward_work,
@@ -34,7 +31,10 @@ from search_r3.training.memory import (
     cast_weights,
     kept_activations,
 )
-from search_r3.training.shape import ModelShape, shape_of
+from search_r3.planning.shape import ModelShape, shape_of
+from search_r3.training import grpo, sft
+from search_r3.training.batches import make_batch
+from search_r3.training.engine import Engine, make_engine
 from tests.conftest import save_model
 
 GROUPED = ModelShape(300, 64, 3, 4, 2, 16, 160, tied=True)

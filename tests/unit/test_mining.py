@@ -19,12 +19,12 @@ import transformers
 from search_r3.data.collection import Collection, Document, Query
 from search_r3.data.triples import judged_queries, listed_negatives, training_examples
 from search_r3.errors import DataError, ModelError, VectorIndexError
-from search_r3.retrieval import corpus
+from search_r3.mining import candidates, mining
+from search_r3.mining.candidates import BlockCache, CrossEncoderJudge, DenseRetriever, LexicalRetriever, Peer
+from search_r3.mining.mining import MiningReport, MiningSettings, mine_negatives
+from search_r3.retrieval import encode
 from search_r3.retrieval.index import ExactIndex
 from search_r3.retrieval.lexical import BM25
-from search_r3.training import candidates, mining
-from search_r3.training.candidates import BlockCache, CrossEncoderJudge, DenseRetriever, LexicalRetriever, Peer
-from search_r3.training.mining import MiningReport, MiningSettings, mine_negatives
 from tests.conftest import small_collection
 
 SCORES = {"p": 0.8, "near": 0.79, "edge": 0.77, "a": 0.75, "b": 0.7, "c": 0.5, "d": -0.2, "above": 0.95}
@@ -40,7 +40,7 @@ class Scripted:
     def encode(self, texts: Sequence[str], kind: str) -> np.ndarray:
         if self.stop is not None and len(self.seen) >= self.stop:
             raise KeyboardInterrupt
-        self.seen += [text for text in texts if text != corpus.PROBE and text != "size"]
+        self.seen += [text for text in texts if text != encode.PROBE and text != "size"]
         scores = [1.0 if kind == "query" else self.scores.get(text, 0.0) for text in texts]
         return np.array([[score, (1 - score**2) ** 0.5] for score in scores], dtype=np.float32)
 
@@ -309,7 +309,7 @@ def test_bm25_as_judge_looks_up_only_what_its_search_did_not_find(
 @pytest.fixture
 def blocks_of_three(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(mining, "BLOCK", 3)
-    monkeypatch.setattr(corpus, "BLOCK_SIZES", {"cpu": 7, "cuda": 7})
+    monkeypatch.setattr(encode, "BLOCK_SIZES", {"cpu": 7, "cuda": 7})
 
 
 def varied() -> dict[str, float]:
@@ -342,7 +342,7 @@ def test_a_call_ended_by_sigkill_goes_on(tmp_path: Path, blocks_of_three: None) 
         "import time\n"
         "from pathlib import Path\n"
         "from search_r3.training import mining\n"
-        "from search_r3.training.candidates import LexicalRetriever\n"
+        "from search_r3.mining.candidates import LexicalRetriever\n"
         "from tests.conftest import small_collection\n"
         "class Slow(LexicalRetriever):\n"
         "    def prepare(self, *given):\n"

@@ -15,8 +15,8 @@ from hub_rows import write_source
 
 from search_r3.data import mix as mixing
 from search_r3.data.collection import Collection, Document, Query
-from search_r3.data.mix import mix
-from search_r3.data.mix_settings import MixSettings, load_mix
+from search_r3.data.mixing.mix import mix
+from search_r3.data.mixing.mix_settings import MixSettings, load_mix
 from search_r3.data.triples import training_examples
 from search_r3.errors import ConfigError, DataError
 

@@ -18,9 +18,9 @@ import pytest
 from example_results import HOSTILE, SYSTEMS, make_result, make_results
 
 from search_r3.errors import DataError
-from search_r3.evaluation import page, plots
-from search_r3.evaluation.page import SHOWN_QUERIES, choose_queries, default_pair, embed_json, write_page
-from search_r3.evaluation.statistics import compare
+from search_r3.evaluation.report import page, plots
+from search_r3.evaluation.report.page import SHOWN_QUERIES, choose_queries, default_pair, embed_json, write_page
+from search_r3.evaluation.significance import compare
 
 STEPS = [
     {"step": step, "reward_ranking": 0.5, "dev_ndcg@10_direct": 0.4, "dev_ndcg@10_reason": 0.6}

@@ -17,10 +17,10 @@ from accelerate.utils.launch import prepare_multi_gpu_env
 from search_r3.config import LoRASettings, Recipe, RefreshSettings, load_recipe
 from search_r3.errors import ConfigError, ModelError
 from search_r3.model.backbone import load_backbone
-from search_r3.training.footprint import Lengths
-from search_r3.training.memory import Precision, cache_memory
-from search_r3.training.plan import Speed, plan, suggest
-from search_r3.training.shape import QWEN, ModelShape, read_shape, shape_of
+from search_r3.planning.footprint import Lengths
+from search_r3.planning.memory import Precision, cache_memory
+from search_r3.planning.plan import Speed, plan, suggest
+from search_r3.planning.shape import QWEN, ModelShape, read_shape, shape_of
 from tests.conftest import call
 
 ROOT = Path(__file__).parents[2]
@@ -187,7 +187,7 @@ def test_every_large_recipe_fits_where_it_says(path: Path) -> None:
 
 
 def test_the_recipes_split_names_are_those_of_the_mixes() -> None:
-    from search_r3.data.mix_settings import load_mix
+    from search_r3.data.mixing.mix_settings import load_mix
 
     for path in RECIPES:
         recipe = load_recipe(path)
@@ -288,7 +288,7 @@ def test_what_cannot_be_planned_ends_with_one_line(
 
 def test_planning_loads_no_torch() -> None:
     code = (
-        "import sys; from search_r3.config import load_recipe; from search_r3.training.plan import plan; "
+        "import sys; from search_r3.config import load_recipe; from search_r3.planning.plan import plan; "
         "plan(load_recipe(None), 'sft', gpus=1); print('torch' in sys.modules)"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

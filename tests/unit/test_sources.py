@@ -11,9 +11,9 @@ import hub_rows as rows
 import pytest
 from hub_rows import write_rows, write_source
 
-from search_r3.data import sources, sources_text
 from search_r3.data.collection import Collection, Document, Query
-from search_r3.data.sources import Passage, Place, SourceExample
+from search_r3.data.mixing import sources, sources_text
+from search_r3.data.mixing.sources import Passage, Place, SourceExample
 from search_r3.errors import DataError
 
 

@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from search_r3.data import stdlib
 from search_r3.data.collection import Collection
-from search_r3.data.stdlib import build_stdlib, find_functions, summarize
+from search_r3.data.generators import stdlib
+from search_r3.data.generators.stdlib import build_stdlib, find_functions, summarize
 from search_r3.errors import DataError
 
 LIBRARY = {

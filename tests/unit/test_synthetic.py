@@ -15,11 +15,11 @@ from typing import Any
 import datasets
 import pytest
 
-from search_r3.data import chat, synthetic
-from search_r3.data.asking import REPLIES_PER_ITEM, STOP_AFTER
 from search_r3.data.collection import Collection, Document
 from search_r3.data.load import load_articles
-from search_r3.data.synthetic import find_fault, read_queries, synthesize
+from search_r3.data.writing import chat, synthetic
+from search_r3.data.writing.asking import REPLIES_PER_ITEM, STOP_AFTER
+from search_r3.data.writing.synthetic import find_fault, read_queries, synthesize
 from search_r3.errors import DataError
 from tests.chat_server import Answer, Server, completion, running_server
 from tests.conftest import call
@@ -251,7 +251,7 @@ def test_a_killed_call_goes_on_where_it_stopped(server: Server, tmp_path: Path) 
     code = (
         "from pathlib import Path\n"
         "from search_r3.data.collection import Document\n"
-        "from search_r3.data.synthetic import synthesize\n"
+        "from search_r3.data.writing.synthetic import synthesize\n"
         f"articles = {make_articles(6)!r}\n"
         f"out = Path({str(tmp_path / 'wiki')!r})\n"
         f"synthesize(articles, out, endpoint={server.url!r}, model='writer', concurrency=1)"

@@ -5,7 +5,7 @@ import random
 import pytest
 
 from search_r3.data.collection import Document, Query
-from search_r3.data.traces import join_sentences, pair_query, proof_conclusions, query_traces, standing_questions
+from search_r3.data.mixing.traces import join_sentences, pair_query, proof_conclusions, query_traces, standing_questions
 
 FACTS = [Document("d1", "a kettle boils water"), Document("d2", "Steam is hot .")]
 PROOF = "sent1 & sent2 -> int1: a kettle makes steam; int1 & sent3 -> int2: steam burns; int2 & sent4 -> hypothesis;"

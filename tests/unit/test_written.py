@@ -14,13 +14,13 @@ from typing import Any
 
 import pytest
 
-from search_r3.data import written_items
-from search_r3.data.asking import REPLIES_PER_ITEM, STOP_AFTER, Estimate, Prices, Standing
 from search_r3.data.collection import Collection, Document, Query
-from search_r3.data.replies import MENTION, SPECIAL, copied_share
 from search_r3.data.triples import training_examples
-from search_r3.data.written import Writer, _sample, write_negatives, write_traces, write_triples
-from search_r3.data.written_items import find_passage_fault, find_trace_fault, length_like, show
+from search_r3.data.writing import written_items
+from search_r3.data.writing.asking import REPLIES_PER_ITEM, STOP_AFTER, Estimate, Prices, Standing
+from search_r3.data.writing.replies import MENTION, SPECIAL, copied_share
+from search_r3.data.writing.written import Writer, _sample, write_negatives, write_traces, write_triples
+from search_r3.data.writing.written_items import find_passage_fault, find_trace_fault, length_like, show
 from search_r3.errors import DataError
 from tests.chat_server import Answer, Server, completion, running_server
 
@@ -394,7 +394,7 @@ def test_a_killed_call_goes_on_where_it_stopped(server: Server, tmp_path: Path) 
     make_collection(5).save(tmp_path / "made")
     code = (
         "from search_r3.data.collection import Collection\n"
-        "from search_r3.data.written import Writer, write_negatives\n"
+        "from search_r3.data.writing.written import Writer, write_negatives\n"
         f"whole, out = Collection.load({str(tmp_path / 'made')!r}), {str(tmp_path / 'out')!r}\n"
         f"write_negatives(whole, out, Writer({server.url!r}, 'writer', concurrency=1))"
     )

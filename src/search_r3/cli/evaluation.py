@@ -152,7 +152,7 @@ def report(
     seed: Seed = 0,
 ) -> None:
     """Write one page (HTML) and plots (PNG) of runs: quality, cost, and which queries reasoning helps or hurts."""
-    from ..evaluation.report import write_runs_page
+    from ..evaluation.report.report import write_runs_page
 
     check_new(out)
     page = write_runs_page(runs, out, title, permutations, seed)

@@ -50,8 +50,8 @@ def push(
 
     Example: search-r3 push runs/quickstart OWNER/NAME --results runs/evaluation --private
     """
-    from ..evaluation.card import model_card
-    from ..evaluation.facts import find_model, gather_facts
+    from ..publishing.card import model_card
+    from ..publishing.facts import find_model, gather_facts
 
     check_repo_id(repo_id)
     folder = find_model(model)
@@ -94,8 +94,8 @@ def check_files(folder: Path) -> dict[str, Path]:
     Raises:
         ModelError: weights, tokenizer or search_r3.json are missing, a shard is, or a file is a pickle.
     """
-    from ..evaluation.facts import ADAPTER_CONFIG, CONFIG
     from ..model.backbone import SETTINGS_FILE
+    from ..publishing.facts import ADAPTER_CONFIG, CONFIG
 
     found = {path.relative_to(folder).as_posix(): path for path in sorted(folder.rglob("*")) if path.is_file()}
     files = {name: path for name, path in found.items() if name != CARD and not _hidden(name)}
@@ -202,7 +202,7 @@ def _removals(there: list[str], files: Mapping[str, Path]) -> list[CommitOperati
     """What would be read together with the new files and is not of them."""
     from huggingface_hub import CommitOperationDelete
 
-    from ..evaluation.facts import ADAPTER_CONFIG, CONFIG
+    from ..publishing.facts import ADAPTER_CONFIG, CONFIG
 
     weights = (*PICKLES, ".safetensors", ".safetensors.index.json", ".bin.index.json")
     old = [
@@ -219,7 +219,7 @@ def _is_ours(api: HfApi, repo_id: str, commit: str) -> bool:
     """Whether the card on the hub is as `push` wrote it."""
     from tempfile import TemporaryDirectory
 
-    from ..evaluation.card import is_own_card
+    from ..publishing.card import is_own_card
 
     with TemporaryDirectory() as scratch:
         path = api.hf_hub_download(repo_id, CARD, revision=commit, local_dir=scratch)

@@ -9,14 +9,14 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from ..errors import DataError
-from .atlas import BUILT_IN
 from .collection import Collection, Document, iter_documents
+from .generators.atlas import BUILT_IN
 from .hub import load_hub
 from .tables import Repository, is_hub_folder
 
 
 def _stdlib(seed: int = 0) -> Collection:
-    from .stdlib import build_stdlib
+    from .generators.stdlib import build_stdlib
 
     return build_stdlib(seed)
 

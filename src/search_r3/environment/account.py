@@ -11,7 +11,7 @@ from statistics import fmean
 
 import numpy as np
 
-from ..retrieval.index import Array
+from ..types import Array
 
 RANK_CAP = 100
 """Ranks beyond this count as this one: whether a document is 1,000th or 2,000th changes no reward."""

@@ -11,19 +11,20 @@ from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from math import inf
 from pathlib import Path
-from typing import Protocol, TypeVar
+from typing import TypeVar
 
 import numpy as np
 
 from ..config import RefreshSettings, RewardWeights
 from ..data.collection import Collection, Qrels
 from ..errors import DataError, RewardError
-from ..model.decoding import Rollout
+from ..model.engine.decoding import Rollout
+from ..parallel import Alone, Exchange, divide, encode_shares
 from ..retrieval.approximate import ApproximateIndex
-from ..retrieval.index import Array, ExactIndex, VectorIndex
+from ..retrieval.index import ExactIndex, VectorIndex
+from ..types import Array, DocumentEncoder
 from .account import Audit, compare
 from .drift import MIN_PAIRS, DriftCorrection, fit_drift
-from .exchange import Alone, Exchange, divide, encode_shares
 from .refresh import RefreshRequest, make_policy, within_budget
 from .reward import RewardParts, score_rollouts
 
@@ -32,18 +33,6 @@ ROWS_AT_A_TIME = 65_536
 """Vectors corrected together, so that a large corpus is never copied whole."""
 UPDATES_PER_INDEX_AUDIT = 20
 """An approximate index checks its own recall after so many updates; a step makes up to two."""
-
-
-class DocumentEncoder(Protocol):
-    """Encodes documents with the current weights; `SearchR3` is one."""
-
-    def encode_document(self, texts: Sequence[str]) -> Array:
-        """Vectors `N x D`, L2-normalised."""
-        ...
-
-    def count_document_tokens(self, texts: Sequence[str]) -> list[int]:
-        """The tokens that each text takes, prompt included."""
-        ...
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ import json
 import os
 import platform
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
@@ -19,12 +19,12 @@ import numpy as np
 
 from ..data.collection import Collection, Qrels
 from ..errors import ConfigError, DataError, ModelError
-from ..model.documents import Progress
 from ..retrieval.lexical import Scored
 from ..retrieval.metrics import MEASURES, measure, p_mrr, relevant_ids
-from .ranking import Request
+from ..retrieval.ranking import Request
+from ..types import Watch
 from .results import FORMAT, UNKNOWN, CollectionInfo, Cost, Result, SystemInfo, find_result, load_result, save_result
-from .statistics import bootstrap_intervals
+from .significance import bootstrap_intervals
 from .systems import Answers, Searchable, System
 
 PACKAGES = (
@@ -44,9 +44,6 @@ SNIPPET = 240
 """Characters of a document that a result keeps."""
 CHANGED_DEPTH = 1000
 """Least depth where a changed instruction is measured: p-MRR compares ranks far down (as mteb does)."""
-
-Watch = Callable[[str, int], Progress]
-"""Told what begins and how many texts it has; returns what is told of the progress."""
 
 
 @dataclass(frozen=True)

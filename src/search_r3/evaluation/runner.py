@@ -12,9 +12,10 @@ from ..errors import ConfigError
 from ..files import write_json, write_text
 from ..model.encoder import SearchR3
 from ..model.prompts import Mode
-from .benchmark import EvaluationOptions, Watch, evaluate, judged, resolve_splits
+from ..types import Watch
+from .benchmark import EvaluationOptions, evaluate, judged, resolve_splits
 from .results import Result
-from .statistics import Comparison, compare
+from .significance import Comparison, compare
 from .systems import (
     SENTENCE_TRANSFORMERS,
     BM25System,

@@ -19,13 +19,14 @@ import numpy as np
 from ..data.collection import Collection
 from ..errors import ModelError
 from ..files import hash_folder
-from ..model.documents import Progress, check_finite
+from ..model.documents import check_finite
 from ..model.encoder import SearchR3
 from ..model.prompts import Mode
-from ..retrieval.corpus import encode_corpus
-from ..retrieval.index import Array, ExactIndex
+from ..retrieval.encode import encode_corpus
+from ..retrieval.index import ExactIndex
 from ..retrieval.lexical import BM25, Scored
-from .ranking import Request, ranked, without
+from ..retrieval.ranking import Request, ranked, without
+from ..types import Array, Progress
 from .results import UNKNOWN, Cost, SystemInfo
 
 T = TypeVar("T")

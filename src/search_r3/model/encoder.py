@@ -14,10 +14,11 @@ import torch
 from numpy.typing import NDArray
 
 from ..errors import DataError, ModelError
+from ..types import Array, Progress
 from .backbone import Backbone, EmbeddingSettings, load_backbone
-from .decoding import Decoder, Request, Rollout
-from .documents import WINDOW, Array, Progress, check_finite, encode_stream
-from .generation import generate_rollouts
+from .documents import WINDOW, check_finite, encode_stream
+from .engine.decoding import Decoder, Request, Rollout
+from .engine.generation import generate_rollouts
 from .prompts import MODES, Kind, Mode
 
 logger = logging.getLogger(__name__)

@@ -22,11 +22,10 @@ from numpy.typing import NDArray
 
 from ..errors import VectorIndexError
 from ..files import write_json
+from ..types import Array, Rows
 from . import storage
 from .selection import Best, Blocks, count_better
 
-Array = NDArray[np.float32]
-Rows = NDArray[np.int64]
 DType = Literal["float32", "float16"]
 
 _DTYPES: dict[str, torch.dtype] = {"float32": torch.float32, "float16": torch.float16}

@@ -19,12 +19,12 @@ import torch
 from torch import Tensor
 
 from ..config import GRPOSettings, Recipe, SFTSettings
-from ..environment.exchange import Exchange, make_exchange
 from ..errors import ConfigError, ModelError
 from ..model.backbone import Backbone, EmbeddingSettings
 from ..model.encoder import SearchR3
-from ..model.forward import is_drivable
+from ..model.engine.forward import is_drivable
 from ..model.prompts import PROMPT_SETS
+from ..parallel import Exchange, make_exchange
 from .policy import Policy, Reference, add_adapters, make_reference
 from .tracking import check_trackers, start_trackers
 

@@ -28,14 +28,15 @@ from ..config import GRPOSettings, Recipe
 from ..data.collection import Collection, Qrels
 from ..data.load import load_collection
 from ..environment.environment import Feedback, RetrievalEnvironment
-from ..environment.exchange import Exchange, divide, encode_shares
 from ..errors import DataError, RunError
-from ..model.decoding import Rollout
 from ..model.encoder import SearchR3
-from ..model.generation import sequence_batch
+from ..model.engine.decoding import Rollout
+from ..model.engine.generation import sequence_batch
 from ..model.prompts import MODES, Mode
-from ..retrieval.index import Array, ExactIndex
+from ..parallel import Exchange, divide, encode_shares
+from ..retrieval.index import ExactIndex
 from ..retrieval.metrics import ndcg
+from ..types import Array
 from . import losses
 from .engine import Engine, load_model, make_engine, step_rng
 from .guard import Guard

@@ -15,9 +15,9 @@ from typing import Any
 
 import torch.distributed as dist
 
-from ..environment.exchange import NAMING, Exchange
 from ..errors import ModelError, RewardError, RunError, StoppedError, VectorIndexError
 from ..files import write_json
+from ..parallel import NAMING, Exchange
 from .engine import deepspeed_plugin
 from .run import Run, Trained, agree
 

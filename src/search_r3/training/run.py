@@ -23,10 +23,10 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from ..config import Recipe, dump_recipe, flat_settings, load_recipe
-from ..environment.exchange import Exchange
 from ..errors import ConfigError, RunError
 from ..files import first_process, hash_file, leftovers, remove_leftovers, write_json, write_text
 from ..model.backbone import Backbone
+from ..parallel import Exchange
 from .engine import deepspeed_plugin
 
 logger = logging.getLogger(__name__)
