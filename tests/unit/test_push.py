@@ -19,7 +19,7 @@ from huggingface_hub import ModelCard, constants
 from model_folders import add_results, make_adapter, make_run
 
 from search_r3 import SearchR3
-from search_r3.cli.push import check_files
+from search_r3.publishing.hub import check_files
 from search_r3.errors import ModelError
 from search_r3.publishing.card import is_own_card
 
