@@ -11,14 +11,13 @@ and cannot name a process whose connection was lost before.
 from __future__ import annotations
 
 import contextlib
+import os
 import time
 from collections.abc import Callable, Iterator, Sequence
 from datetime import timedelta
 from typing import Any, Protocol
 
 import numpy as np
-import torch
-import torch.distributed as dist
 
 from .errors import RunError
 from .types import Array
@@ -31,43 +30,43 @@ LINGER = timedelta(seconds=5)
 _LOST = "search-r3/lost"
 
 
-class Exchange(Protocol):
+class Communicator(Protocol):
     """One process's view of all of them."""
 
     rank: int
     world_size: int
 
-    def meet(self, patience: timedelta | None = None) -> None:
+    def barrier(self, patience: timedelta | None = None) -> None:
         """Wait until every process is here, for `patience` or as long as is usual."""
         ...
 
-    def gather(self, value: Any) -> list[Any]:
+    def all_gather(self, value: Any) -> list[Any]:
         """Every process's value, in rank order."""
         ...
 
-    def gather_rows(self, rows: Array, counts: Sequence[int]) -> list[Array]:
+    def all_gather_rows(self, rows: Array, counts: Sequence[int]) -> list[Array]:
         """Every process's matrix, in rank order; `counts[r]` is the number of rows of rank `r`."""
         ...
 
 
-class Alone:
+class SingleProcess:
     """A single process."""
 
     rank, world_size = 0, 1
 
-    def meet(self, patience: timedelta | None = None) -> None:
+    def barrier(self, patience: timedelta | None = None) -> None:
         """There is nobody to wait for."""
 
-    def gather(self, value: Any) -> list[Any]:
+    def all_gather(self, value: Any) -> list[Any]:
         """The value."""
         return [value]
 
-    def gather_rows(self, rows: Array, counts: Sequence[int]) -> list[Array]:
+    def all_gather_rows(self, rows: Array, counts: Sequence[int]) -> list[Array]:
         """The matrix."""
         return [rows]
 
 
-class Together:
+class ProcessGroup:
     """The processes of the default process group, over gloo.
 
     Args:
@@ -78,10 +77,12 @@ class Together:
     """
 
     def __init__(self, patience: timedelta = PATIENCE) -> None:
+        import torch.distributed as dist
+
         self.rank, self.world_size, self.patience = dist.get_rank(), dist.get_world_size(), patience
         self._group = dist.new_group(backend="gloo", timeout=patience)
 
-    def meet(self, patience: timedelta | None = None) -> None:
+    def barrier(self, patience: timedelta | None = None) -> None:
         """Wait for the others, on the CPU and outside every collective."""
         if self.rank == 0:
             lost = self._call_roll(patience or self.patience)
@@ -93,17 +94,22 @@ class Together:
                 "process's own error, then start again with --resume"
             )
 
-    def gather(self, value: Any) -> list[Any]:
+    def all_gather(self, value: Any) -> list[Any]:
         """Every process's value, in rank order."""
-        self.meet()
+        import torch.distributed as dist
+
+        self.barrier()
         values: list[Any] = [None] * self.world_size
         with self._naming():
             dist.all_gather_object(values, value, group=self._group)
         return values
 
-    def gather_rows(self, rows: Array, counts: Sequence[int]) -> list[Array]:
+    def all_gather_rows(self, rows: Array, counts: Sequence[int]) -> list[Array]:
         """Every process's matrix, in rank order; padded to the largest share on the way."""
-        self.meet()
+        import torch
+        import torch.distributed as dist
+
+        self.barrier()
         own = torch.zeros((max(counts), rows.shape[1]))
         own[: len(rows)] = torch.from_numpy(np.ascontiguousarray(rows))
         everyone = [torch.empty_like(own) for _ in counts]
@@ -117,11 +123,14 @@ class Together:
         try:
             yield
         except RuntimeError:
-            self.meet(NAMING)
+            self.barrier(NAMING)
             raise
 
     def _call_roll(self, patience: timedelta) -> str:
         """The first process hears every other one, then tells all whether to go on; returns the ranks that are lost."""
+        import torch
+        import torch.distributed as dist
+
         deadline = time.monotonic() + patience.total_seconds()
         heard: dict[int, Any] = {}
         lost = []
@@ -146,6 +155,9 @@ class Together:
 
     def _answer(self, patience: timedelta) -> str:
         """Every other process reports to the first one; returns the ranks that are lost."""
+        import torch
+        import torch.distributed as dist
+
         with contextlib.suppress(RuntimeError):
             dist.send(torch.ones(1), group_dst=0, group=self._group)
             said = torch.ones(1)
@@ -160,11 +172,18 @@ class Together:
         return "0"
 
 
-def make_exchange() -> Exchange:
-    """`Together` where a process group of more than one process is up, else `Alone`."""
+def first_process() -> bool:
+    """Whether this process writes and speaks for all: of several that train together only the first one does."""
+    return os.environ.get("RANK", "0") == "0"
+
+
+def make_communicator() -> Communicator:
+    """`ProcessGroup` where a process group of more than one process is up, else `SingleProcess`."""
+    import torch.distributed as dist
+
     if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
-        return Together()
-    return Alone()
+        return ProcessGroup()
+    return SingleProcess()
 
 
 def divide(lengths: Sequence[int], world_size: int) -> list[list[int]]:
@@ -181,20 +200,20 @@ def divide(lengths: Sequence[int], world_size: int) -> list[list[int]]:
     return shares
 
 
-def encode_shares(
-    exchange: Exchange, shares: Sequence[Sequence[int]], encode: Callable[[Sequence[int]], Array]
+def encode_sharded(
+    communicator: Communicator, shares: Sequence[Sequence[int]], encode: Callable[[Sequence[int]], Array]
 ) -> Array:
     """Vectors `N x D` of `N` things, of which each process encodes its share.
 
     Args:
-        exchange: the other processes.
+        communicator: the other processes.
         shares: for every rank the places of its things, each place once.
         encode: the vectors of the things at some places, `n x D`; it is not asked for none.
     """
-    own = shares[exchange.rank]
+    own = shares[communicator.rank]
     vectors = encode(own) if own else np.empty((0, 0), np.float32)
-    dimension = max(exchange.gather(vectors.shape[1]))
-    gathered = exchange.gather_rows(vectors.reshape(len(own), dimension), [len(share) for share in shares])
+    dimension = max(communicator.all_gather(vectors.shape[1]))
+    gathered = communicator.all_gather_rows(vectors.reshape(len(own), dimension), [len(share) for share in shares])
     result = np.empty((sum(map(len, shares)), dimension), np.float32)
     for share, rows in zip(shares, gathered, strict=True):
         result[list(share)] = rows

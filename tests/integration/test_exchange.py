@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from search_r3.parallel import Alone, divide
+from search_r3.parallel import SingleProcess, divide
 
 WORKER = """
 import os, sys
@@ -21,7 +21,7 @@ import torch.distributed as dist
 from search_r3.config import RefreshSettings, RewardWeights
 from search_r3.data.collection import Collection
 from search_r3.environment.environment import RetrievalEnvironment
-from search_r3.parallel import make_exchange
+from search_r3.parallel import make_communicator
 from search_r3.model.encoder import SearchR3
 
 model_path, data, out, policy, rank, world_size, meeting = sys.argv[1:]
@@ -38,7 +38,7 @@ encode_document = model.encode_document
 model.encode_document = lambda own, **options: texts.extend(own) or encode_document(own, **options)
 environment = RetrievalEnvironment(
     collection, collection.split("train"), model, RefreshSettings(policy=policy, **settings), RewardWeights(),
-    k=10, max_new_tokens=8, exchange=make_exchange(),
+    k=10, max_new_tokens=8, communicator=make_communicator(),
 )
 everyone = sorted(environment.qrels)
 encoded = []
@@ -62,14 +62,14 @@ DIES = """
 import os, sys
 from datetime import timedelta
 import torch.distributed as dist
-from search_r3.parallel import Together
+from search_r3.parallel import ProcessGroup
 meeting, rank = sys.argv[1], int(sys.argv[2])
 dist.init_process_group("gloo", store=dist.FileStore(meeting, 3), rank=rank, world_size=3)
-exchange = Together(patience=timedelta(seconds=3))
-assert exchange.gather(rank) == [0, 1, 2]
+communicator = ProcessGroup(patience=timedelta(seconds=3))
+assert communicator.all_gather(rank) == [0, 1, 2]
 if rank == 2:
     os._exit(9)
-exchange.gather(rank)
+communicator.all_gather(rank)
 """
 
 
@@ -132,8 +132,8 @@ def test_shares_are_even_in_tokens_and_lose_nothing() -> None:
 
 
 def test_a_single_process_talks_to_itself() -> None:
-    alone = Alone()
-    alone.meet()
+    alone = SingleProcess()
+    alone.barrier()
     assert alone.gather("x") == ["x"]
     rows = np.ones((2, 3), np.float32)
-    assert alone.gather_rows(rows, [2])[0] is rows
+    assert alone.all_gather_rows(rows, [2])[0] is rows

@@ -5,12 +5,12 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from search_r3.environment.account import RANK_CAP, compare
+from search_r3.environment.account import RANK_CAP, compare_scores
 
 
 def test_an_audit_by_hand() -> None:
     live, fresh = np.eye(2, dtype=np.float32), np.array([[1.0, 0.0], [0.6, 0.8]], dtype=np.float32)
-    audit = compare(
+    audit = compare_scores(
         rewards=[[1.0, 0.5, 0.0], [0.5, 0.5, 0.25]],
         ranks=[[1, 4, 5000], [2, 4, 3 * RANK_CAP]],
         top=[[["a", "b"], ["a", "b"], ["c", "d"]], [["b", "a"], ["a", "c"], ["e", "f"]]],

@@ -27,7 +27,7 @@ from search_r3.evaluation.table import gain_per_100_tokens, markdown
 from search_r3.model.encoder import SearchR3
 from search_r3.retrieval.index import ExactIndex
 from search_r3.retrieval.metrics import p_mrr
-from search_r3.retrieval.ranking import Request, ranked
+from search_r3.retrieval.ranking import RankRequest, ranked
 from tests.conftest import favour, save_tiny
 
 QUICK = EvaluationOptions(latency_queries=2, bootstrap=100)
@@ -101,7 +101,7 @@ def test_splits_share_what_a_baseline_has_indexed(collection: Collection) -> Non
     assert system.index(replace(collection, name="same")) is first
     other = Collection("other", {"x": Document("x", "an apple")}, {}, {})
     assert system.index(other) is not first
-    found = system.index(other).answer([Request("q", "apple")], 10).found
+    found = system.index(other).answer([RankRequest("q", "apple")], 10).found
     assert [[doc_id for doc_id, _ in scored] for scored in found] == [["x"]]
 
 
@@ -225,7 +225,7 @@ def test_excluding_does_not_shorten_a_deep_ranking(model: SearchR3, collection: 
     out = frozenset(list(documents)[:200])
     for system in (BM25System(), SearchR3System(EncodedCollections(model), "direct")):
         index = system.index(Collection("many", documents, {}, {}))
-        [found] = index.answer([Request("q", "this one is about a house", left_out=out)], 100).found
+        [found] = index.answer([RankRequest("q", "this one is about a house", left_out=out)], 100).found
         assert len(found) == 100
         assert not out.intersection(doc_id for doc_id, _ in found)
 
@@ -245,7 +245,7 @@ def test_equal_scores_gain_nothing_by_their_order() -> None:
     same = np.ones((5, 2), np.float32) / np.sqrt(2, dtype=np.float32)
     index = ExactIndex(["a", "e", "c", "b", "d"], same)
     pool = frozenset("abcde")
-    found = ranked(index, same[:2], [Request("q", "x"), Request("r", "x", pool=pool)], 3)
+    found = ranked(index, same[:2], [RankRequest("q", "x"), RankRequest("r", "x", pool=pool)], 3)
     assert [doc_id for doc_id, _ in found[0]] == ["e", "d", "c"]
     assert found[1] == found[0], "a pool follows the same rule"
 
@@ -260,7 +260,7 @@ def test_equal_vectors_tie_wherever_they_stand(size: int) -> None:
         query = rng.normal(size=(1, size)).astype(np.float32)
         best = [f"d{i:03d}" for i in reversed(range(count))][:5]
         for pool in (None, frozenset(index.doc_ids)):
-            [found] = ranked(index, query, [Request("q", "x", pool=pool)], 5)
+            [found] = ranked(index, query, [RankRequest("q", "x", pool=pool)], 5)
             assert [doc_id for doc_id, _ in found] == best
             assert len({score for _, score in found}) == 1
 

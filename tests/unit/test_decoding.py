@@ -10,7 +10,7 @@ from search_r3 import SearchR3
 from search_r3.errors import ModelError
 from search_r3.model.backbone import Backbone
 from search_r3.model.encoder import QueryEmbeddings
-from search_r3.model.engine.decoding import Decoder, Request, Rollout
+from search_r3.model.engine.decoding import Decoder, DecodeRequest, Rollout
 from search_r3.model.engine.sampling import choose_tokens
 from tests.conftest import favour
 
@@ -45,17 +45,17 @@ def assert_same(one: Rollout, other: Rollout) -> None:
     torch.testing.assert_close(one.vector, other.vector, atol=1e-5, rtol=1e-5)
 
 
-def mixed_requests(backbone: Backbone) -> list[Request]:
+def mixed_requests(backbone: Backbone) -> list[DecodeRequest]:
     return [
-        Request(prompt(backbone, 0), 9),
-        Request(prompt(backbone, 1), 3, temperature=1.0, seed=5),
-        Request(prompt(backbone, 2, "direct"), 0),
-        Request(prompt(backbone, 0), 14, temperature=0.7, top_p=0.8, seed=6),
-        Request(prompt(backbone, 3), 1),
-        Request(prompt(backbone, 1), 5, temperature=1.0, seed=5),
-        Request(prompt(backbone, 1, "direct"), 0),
-        Request(prompt(backbone, 2), 2, temperature=2.0, seed=7),
-        Request(prompt(backbone, 0), 9, temperature=0.7, top_p=0.1, seed=8),
+        DecodeRequest(prompt(backbone, 0), 9),
+        DecodeRequest(prompt(backbone, 1), 3, temperature=1.0, seed=5),
+        DecodeRequest(prompt(backbone, 2, "direct"), 0),
+        DecodeRequest(prompt(backbone, 0), 14, temperature=0.7, top_p=0.8, seed=6),
+        DecodeRequest(prompt(backbone, 3), 1),
+        DecodeRequest(prompt(backbone, 1), 5, temperature=1.0, seed=5),
+        DecodeRequest(prompt(backbone, 1, "direct"), 0),
+        DecodeRequest(prompt(backbone, 2), 2, temperature=2.0, seed=7),
+        DecodeRequest(prompt(backbone, 0), 9, temperature=0.7, top_p=0.1, seed=8),
     ]
 
 
@@ -72,7 +72,7 @@ def test_every_request_gets_what_it_would_get_alone(backbone: Backbone, slots: i
 
 def test_a_direct_request_gives_the_vector_of_its_prompt(backbone: Backbone) -> None:
     ids = prompt(backbone, 2, "direct")
-    [rollout] = Decoder(backbone).run([Request(ids, 0)])
+    [rollout] = Decoder(backbone).run([DecodeRequest(ids, 0)])
     torch.testing.assert_close(rollout.vector, backbone.embed([ids])[0].detach(), atol=1e-5, rtol=1e-5)
     assert (rollout.completion_ids, rollout.reasoning, rollout.reasoning_tokens, rollout.forced) == ([], "", 0, False)
 
@@ -85,8 +85,8 @@ def test_a_reasoning_prompt_without_a_budget_is_refused(model: SearchR3) -> None
 
 def test_one_long_reply_does_not_hold_up_the_others(quiet: Backbone) -> None:
     decoder = Decoder(quiet, slots=2)
-    long = decoder.submit(Request(prompt(quiet, 0), 40))
-    short = [decoder.submit(Request(prompt(quiet, i), 4)) for i in range(6)]
+    long = decoder.submit(DecodeRequest(prompt(quiet, 0), 40))
+    short = [decoder.submit(DecodeRequest(prompt(quiet, i), 4)) for i in range(6)]
     ended: list[int] = []
     steps = 0
     while len(decoder):
@@ -100,7 +100,7 @@ def test_one_long_reply_does_not_hold_up_the_others(quiet: Backbone) -> None:
 def test_a_token_is_computed_once_and_the_vector_needs_no_second_pass(quiet: Backbone) -> None:
     counts = computed_tokens(quiet)
     ids = prompt(quiet, 0)
-    [rollout] = Decoder(quiet).run([Request(ids, 7)])
+    [rollout] = Decoder(quiet).run([DecodeRequest(ids, 7)])
     assert counts == [len(ids), *[1] * 7]
     assert len(rollout.completion_ids) == 7
 
@@ -110,7 +110,7 @@ def test_what_prompts_share_is_computed_once(quiet: Backbone, slots: int) -> Non
     """Groups of one prompt, also when a group does not fit into the slots."""
     counts = computed_tokens(quiet)
     prompts = [prompt(quiet, place) for place in (0, 1) for _ in range(8)]
-    requests = [Request(ids, 3, temperature=1.0, seed=seed) for seed, ids in enumerate(prompts)]
+    requests = [DecodeRequest(ids, 3, temperature=1.0, seed=seed) for seed, ids in enumerate(prompts)]
     rollouts = Decoder(quiet, slots).run(requests)
     shared = len(quiet.prompt_encoder.prefix_of(prompts[0]))
     assert shared > 5
@@ -121,7 +121,7 @@ def test_what_prompts_share_is_computed_once(quiet: Backbone, slots: int) -> Non
 
 
 def test_cancelling_frees_the_slot_and_leaves_the_others(quiet: Backbone) -> None:
-    requests = [Request(prompt(quiet, i), 6, temperature=1.0, seed=i) for i in range(5)]
+    requests = [DecodeRequest(prompt(quiet, i), 6, temperature=1.0, seed=i) for i in range(5)]
     expected = [Decoder(quiet).run([request])[0] for request in requests]
     decoder = Decoder(quiet, slots=2)
     tickets = [decoder.submit(request) for request in requests]
@@ -145,17 +145,18 @@ def test_cancelling_frees_the_slot_and_leaves_the_others(quiet: Backbone) -> Non
 
 def test_a_decoder_serves_again_after_it_was_empty(quiet: Backbone) -> None:
     decoder = Decoder(quiet, slots=2)
-    first = decoder.run([Request(prompt(quiet, 0), 3), Request(prompt(quiet, 1), 5)])
-    later = decoder.run([Request(prompt(quiet, i), 9) for i in (0, 1, 2)])
-    assert_same(later[0], Decoder(quiet).run([Request(prompt(quiet, 0), 9)])[0])
-    assert_same(first[1], Decoder(quiet).run([Request(prompt(quiet, 1), 5)])[0])
+    first = decoder.run([DecodeRequest(prompt(quiet, 0), 3), DecodeRequest(prompt(quiet, 1), 5)])
+    later = decoder.run([DecodeRequest(prompt(quiet, i), 9) for i in (0, 1, 2)])
+    assert_same(later[0], Decoder(quiet).run([DecodeRequest(prompt(quiet, 0), 9)])[0])
+    assert_same(first[1], Decoder(quiet).run([DecodeRequest(prompt(quiet, 1), 5)])[0])
 
 
 def test_progress_counts_requests_and_tokens(quiet: Backbone) -> None:
     seen: list[tuple[int, int]] = []
     budgets = [2, 5, 5, 3]
     Decoder(quiet, slots=2).run(
-        [Request(prompt(quiet, i), budget) for i, budget in enumerate(budgets)], lambda *counts: seen.append(counts)
+        [DecodeRequest(prompt(quiet, i), budget) for i, budget in enumerate(budgets)],
+        lambda *counts: seen.append(counts),
     )
     assert (sum(done for done, _ in seen), sum(tokens for _, tokens in seen)) == (4, sum(budgets))
 
@@ -194,7 +195,7 @@ def test_closing_a_stream_stops_the_model(model: SearchR3) -> None:
 )
 def test_requests_that_make_no_sense_are_refused(options: dict[str, float], message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        Request([1, 2], **options)  # type: ignore[arg-type]
+        DecodeRequest([1, 2], **options)  # type: ignore[arg-type]
 
 
 @settings(deadline=None, max_examples=60)
@@ -243,6 +244,6 @@ def test_a_prompt_that_does_not_fit_is_refused_before_anything_is_computed(backb
     counts = computed_tokens(backbone)
     decoder = Decoder(backbone)
     with pytest.raises(ModelError, match="exceed the model's context of 256 tokens"):
-        decoder.submit(Request(prompt(backbone, 0), 250))
+        decoder.submit(DecodeRequest(prompt(backbone, 0), 250))
     assert counts == []
     assert len(decoder) == 0

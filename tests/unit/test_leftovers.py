@@ -18,7 +18,7 @@ import pytest
 from search_r3.config import Recipe
 from search_r3.errors import ConfigError, RunError, StoppedError
 from search_r3.files import atomic_directory, leftovers, remove_leftovers, write_json
-from search_r3.parallel import Alone
+from search_r3.parallel import SingleProcess
 from search_r3.training import guard
 from search_r3.training.run import MANIFEST, Run, agree, find_damage
 
@@ -84,7 +84,7 @@ def test_a_manifest_that_cannot_be_read_is_damage(tmp_path: Path, text: str) -> 
     assert find_damage(folder) == f"{MANIFEST} cannot be read"
 
 
-class Two(Alone):
+class Two(SingleProcess):
     """The first of two processes; the other one says always the same."""
 
     world_size = 2
@@ -92,7 +92,7 @@ class Two(Alone):
     def __init__(self, other: Any) -> None:
         self.other = other
 
-    def gather(self, value: Any) -> list[Any]:
+    def all_gather(self, value: Any) -> list[Any]:
         return [value, self.other]
 
 
@@ -110,7 +110,7 @@ def test_where_one_process_fails_all_raise_and_name_it(tmp_path: Path) -> None:
         raise OSError(28, "No space left\non device")
 
     with pytest.raises(RunError, match=r"\(rank 0: OSError: \[Errno 28\] No space left on device\)"):
-        agree(Alone(), tmp_path / "target", fails)
+        agree(SingleProcess(), tmp_path / "target", fails)
 
 
 def test_an_interruption_is_no_failure_to_write(tmp_path: Path) -> None:
@@ -118,7 +118,7 @@ def test_an_interruption_is_no_failure_to_write(tmp_path: Path) -> None:
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        agree(Alone(), tmp_path, interrupted)
+        agree(SingleProcess(), tmp_path, interrupted)
 
 
 @pytest.mark.parametrize("kind", ["folder", "file"])
@@ -207,7 +207,7 @@ def test_sigterm_is_held_back_only_while_a_stage_runs(tmp_path: Path) -> None:
     from search_r3.training.guard import Guard
 
     before = signal.getsignal(signal.SIGTERM)
-    guard = Guard(Run(Recipe(run_dir=str(tmp_path / "run"))), "sft", SimpleNamespace(exchange=Alone()))  # type: ignore[arg-type]
+    guard = Guard(Run(Recipe(run_dir=str(tmp_path / "run"))), "sft", SimpleNamespace(communicator=SingleProcess()))  # type: ignore[arg-type]
     with pytest.raises(ZeroDivisionError), guard.watching():
         os.kill(os.getpid(), signal.SIGTERM)
         raise ZeroDivisionError
@@ -217,7 +217,7 @@ def test_sigterm_is_held_back_only_while_a_stage_runs(tmp_path: Path) -> None:
 def test_a_second_sigterm_later_ends_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The first one waits for the end of the step."""
     run = Run(Recipe(run_dir=str(tmp_path / "run")))
-    trained = SimpleNamespace(exchange=Alone(), accelerator=None, policy=None)
+    trained = SimpleNamespace(communicator=SingleProcess(), accelerator=None, policy=None)
     monkeypatch.setattr(guard, "TOGETHER_S", 0.0)
     for signals, status in ((1, 0), (2, -signal.SIGTERM)):
         child = os.fork()

@@ -305,7 +305,7 @@ def test_the_commit_on_the_hub_is_recorded(tmp_path: Path, monkeypatch: pytest.M
 
     monkeypatch.setattr(huggingface_hub, "HfApi", Api)
     monkeypatch.setattr(
-        mixing, "read_examples", lambda reader, place, *a, **k: real(reader, mixing.Place(local), *a, **k)
+        mixing, "read_examples", lambda reader, place, *a, **k: real(reader, mixing.SourcePlace(local), *a, **k)
     )
     reports = mix(settings({"name": "a", "path": "owner/name:pair@v2"}), tmp_path / "out")
     assert (asked, reports["a"].revision) == ([("owner/name", "v2")], "abc123")
@@ -351,10 +351,10 @@ def test_a_source_of_which_nothing_is_left_is_an_error(tmp_path: Path) -> None:
 def test_every_shipped_mix_loads(path: Path) -> None:
     found = load_mix(path)
     for source in found.sources:
-        assert mixing.Place(source.path).parts()[0]
+        assert mixing.SourcePlace(source.path).parts()[0]
         assert source.instruction
     for table in found.contamination.tables:
-        assert mixing.Place(table.path).parts()[1]
+        assert mixing.SourcePlace(table.path).parts()[1]
 
 
 def test_the_paper_s_sources_are_in_its_mix() -> None:

@@ -19,9 +19,9 @@ from huggingface_hub import ModelCard, constants
 from model_folders import add_results, make_adapter, make_run
 
 from search_r3 import SearchR3
-from search_r3.publishing.hub import check_files
 from search_r3.errors import ModelError
 from search_r3.publishing.card import is_own_card
+from search_r3.publishing.hub import check_files
 
 REPO = "someone/tiny"
 pytestmark = pytest.mark.filterwarnings(

@@ -13,12 +13,12 @@ from hub_rows import write_rows, write_source
 
 from search_r3.data.collection import Collection, Document, Query
 from search_r3.data.mixing import sources, sources_text
-from search_r3.data.mixing.sources import Passage, Place, SourceExample
+from search_r3.data.mixing.sources import Passage, SourceExample, SourcePlace
 from search_r3.errors import DataError
 
 
 def read(reader: str, path: object, split: str = "train", *, shuffle: int = 0, seed: int = 0) -> list[SourceExample]:
-    place = Place(str(path), split, shuffle, seed)
+    place = SourcePlace(str(path), split, shuffle, seed)
     return list(sources.read_examples(reader, place, str(Path(str(path)).parent / "scratch"), passage_words=10))
 
 
@@ -184,7 +184,7 @@ def test_of_a_stream_no_more_is_read_than_is_asked_for(tmp_path: Path, monkeypat
     real = sources.READERS["pairs"]
     spy = sources.Reader(real.columns, lambda *args: seen.append(1) or real.read(*args), real.schema, real.optional)
     monkeypatch.setattr(sources, "READERS", {"pairs": spy})
-    examples = sources.read_examples("pairs", Place(source), str(tmp_path / "scratch"))
+    examples = sources.read_examples("pairs", SourcePlace(source), str(tmp_path / "scratch"))
     assert next(examples).query == "question 0"
     assert len(seen) == 1
 

@@ -42,7 +42,7 @@ class Audit:
         return {f"audit_{name}": value for name, value in asdict(self).items()}
 
 
-def compare(
+def compare_scores(
     *,
     rewards: Sequence[Sequence[float]],
     ranks: Sequence[Sequence[int]],

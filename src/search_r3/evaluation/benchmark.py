@@ -21,7 +21,7 @@ from ..data.collection import Collection, Qrels
 from ..errors import ConfigError, DataError, ModelError
 from ..retrieval.lexical import Scored
 from ..retrieval.metrics import MEASURES, measure, p_mrr, relevant_ids
-from ..retrieval.ranking import Request
+from ..retrieval.ranking import RankRequest
 from ..types import Watch
 from .results import FORMAT, UNKNOWN, CollectionInfo, Cost, Result, SystemInfo, find_result, load_result, save_result
 from .significance import bootstrap_intervals
@@ -157,7 +157,7 @@ def judged(collection: Collection, split: str) -> Qrels:
     return qrels
 
 
-def make_requests(collection: Collection, qrels: Qrels, keep_identical_ids: bool = False) -> list[Request]:
+def make_requests(collection: Collection, qrels: Qrels, keep_identical_ids: bool = False) -> list[RankRequest]:
     """The queries of these judgements with what must not stand in their rankings."""
     requests = []
     for query_id, gains in qrels.items():
@@ -165,7 +165,7 @@ def make_requests(collection: Collection, qrels: Qrels, keep_identical_ids: bool
         if not keep_identical_ids and query_id in collection.documents and gains.get(query_id, 0) <= 0:
             left_out |= {query_id}
         text = collection.queries[query_id].text
-        requests.append(Request(query_id, text, left_out, collection.pools.get(query_id)))
+        requests.append(RankRequest(query_id, text, left_out, collection.pools.get(query_id)))
     return requests
 
 
@@ -228,7 +228,7 @@ def _measured(
 
 
 def _collection_info(
-    collection: Collection, split: str, source: str, requests: Sequence[Request], qrels: Qrels
+    collection: Collection, split: str, source: str, requests: Sequence[RankRequest], qrels: Qrels
 ) -> CollectionInfo:
     return CollectionInfo(
         name=collection.name,
@@ -258,7 +258,7 @@ def _cost(system: System, answers: Answers, speed: float, latency: float | None,
     )
 
 
-def _latency(index: Searchable, requests: Sequence[Request], depth: int, count: int) -> float | None:
+def _latency(index: Searchable, requests: Sequence[RankRequest], depth: int, count: int) -> float | None:
     """Median milliseconds of queries asked one at a time."""
     if not count:
         return None

@@ -77,11 +77,11 @@ class LexicalRetriever:
     def prepare(self, collection: Collection, cache: Path, watch: Watch) -> Searching:
         """Index the documents, which takes so little time that nothing is kept."""
         texts = collection.texts()
-        return _Lexical(BM25(list(texts), list(texts.values())))
+        return _LexicalSearch(BM25(list(texts), list(texts.values())))
 
 
 @dataclass
-class _Lexical:
+class _LexicalSearch:
     _index: BM25
     _last: tuple[tuple[str, ...], list[dict[str, float]]] = field(default=((), []))
 
@@ -141,7 +141,7 @@ class DenseRetriever:
             on_start=start,
             progress=lambda done, tokens: progress(done, tokens) if progress else None,
         )
-        return _Dense(_placed(index), self._encode_query)
+        return _DenseSearch(_placed(index), self._encode_query)
 
 
 def _placed(index: ExactIndex) -> ExactIndex:
@@ -153,7 +153,7 @@ def _placed(index: ExactIndex) -> ExactIndex:
 
 
 @dataclass
-class _Dense:
+class _DenseSearch:
     _index: ExactIndex
     _encode_query: Callable[[Sequence[str]], Array]
     _last: tuple[tuple[str, ...], Array] | None = field(default=None)

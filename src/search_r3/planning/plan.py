@@ -40,7 +40,7 @@ class Speed:
 
 
 @dataclass(frozen=True)
-class Plan:
+class MemoryPlan:
     """The answer.
 
     Attributes:
@@ -97,8 +97,8 @@ def plan(
     lengths: Lengths | None = None,
     speed: Speed | None = None,
     config: Path | None = None,
-) -> Plan:
-    """Plan one stage of a recipe.
+) -> MemoryPlan:
+    """MemoryPlan one stage of a recipe.
 
     Args:
         recipe: settings.
@@ -131,7 +131,7 @@ def plan(
     job.check()
     work = Work(job)
     tokens, flops = work.tokens(), work.flops()
-    return Plan(
+    return MemoryPlan(
         stage=stage,
         strategy=job.strategy,
         gpus=gpus,

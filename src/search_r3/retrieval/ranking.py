@@ -17,7 +17,7 @@ difference of scores by which it may. Where the margin is all noise, every docum
 
 
 @dataclass(frozen=True)
-class Request:
+class RankRequest:
     """One query as a system sees it: `left_out` never stand in its ranking, `pool` are the only ones that can."""
 
     query_id: str
@@ -26,7 +26,7 @@ class Request:
     pool: frozenset[str] | None = None
 
 
-def ranked(index: ExactIndex, vectors: Array, requests: Sequence[Request], depth: int) -> list[Scored]:
+def ranked(index: ExactIndex, vectors: Array, requests: Sequence[RankRequest], depth: int) -> list[Scored]:
     """The documents of each request, best first, at most `depth`, under its restrictions."""
     open_requests = [i for i, request in enumerate(requests) if request.pool is None]
     found: list[Scored] = [[] for _ in requests]
@@ -52,6 +52,6 @@ def _scored(index: ExactIndex, rows: Rows, vector: Array) -> Scored:
     return [(index.doc_ids[row], score) for row, score in zip(rows[order], scores[order].tolist(), strict=True)]
 
 
-def without(scored: Scored, request: Request, depth: int) -> Scored:
+def without(scored: Scored, request: RankRequest, depth: int) -> Scored:
     """The first `depth` of a ranking but for what is left out of it."""
     return [(doc_id, score) for doc_id, score in scored if doc_id not in request.left_out][:depth]

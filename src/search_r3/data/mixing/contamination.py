@@ -23,7 +23,7 @@ from ..collection import Collection
 from ..load import load_collection
 from ..rows import string
 from .mix_settings import ContaminationSettings
-from .sources import Place, open_table
+from .sources import SourcePlace, open_table
 
 _ALONE = "\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff"
 """Thai, Lao, Burmese, Khmer, kana and Han: each letter is a word."""
@@ -180,7 +180,7 @@ def load_contamination(settings: ContaminationSettings, advance: Callable[[int, 
     for table in settings.tables:
         for split in table.splits:
             with tempfile.TemporaryDirectory() as scratch:
-                rows = open_table(Place(table.path, split), scratch).rows({table.column: (table.column,)})
+                rows = open_table(SourcePlace(table.path, split), scratch).rows({table.column: (table.column,)})
                 for number, (place, row) in enumerate(rows):
                     check.add_query(Held(table.path, f"{split} {number}", string(row, table.column, place)))
         advance(1, 0)

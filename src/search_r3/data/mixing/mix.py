@@ -27,7 +27,7 @@ from ..tables import Repository
 from ..writing.replies import SURROGATE
 from .contamination import Contamination, load_contamination
 from .mix_settings import MixSettings, SourceSettings
-from .sources import Passage, Place, SourceExample, read_examples
+from .sources import Passage, SourceExample, SourcePlace, read_examples
 
 DEV = "dev"
 SHOWN_EVERY = 100
@@ -125,7 +125,7 @@ class _Mixer:
     def read(self, source: SourceSettings, advance: Callable[[int, int], None]) -> None:
         """Take the examples of a source, up to its limit."""
         report = self.reports[source.name] = SourceReport(source.path, _revision(source))
-        place = Place(source.path, source.split, source.shuffle_buffer, self.settings.seed)
+        place = SourcePlace(source.path, source.split, source.shuffle_buffer, self.settings.seed)
         shown = 0
         with tempfile.TemporaryDirectory() as scratch:
             for example in read_examples(source.reader, place, scratch, passage_words=source.passage_words):
@@ -274,7 +274,7 @@ def _revision(source: SourceSettings) -> str | None:
 
 
 def _hub_name(source: SourceSettings) -> tuple[str, str | None]:
-    name, _, revision = Place(source.path).parts()
+    name, _, revision = SourcePlace(source.path).parts()
     return name, revision
 
 

@@ -53,7 +53,7 @@ class SourceExample:
 
 
 @dataclass(frozen=True)
-class Place:
+class SourcePlace:
     """Where a source is.
 
     Attributes:
@@ -79,7 +79,9 @@ class Place:
         raise DataError(f"no source at {self.path}: expected owner/name, owner/name:config, a folder or a file")
 
 
-def read_examples(reader: str, place: Place, scratch: str, *, passage_words: int = 100) -> Iterator[SourceExample]:
+def read_examples(
+    reader: str, place: SourcePlace, scratch: str, *, passage_words: int = 100
+) -> Iterator[SourceExample]:
     """The examples of a source, one row at a time.
 
     Args:
@@ -104,7 +106,7 @@ def read_examples(reader: str, place: Place, scratch: str, *, passage_words: int
         raise DataError(f"{error}; {expected}; mend the source or choose another reader") from error
 
 
-def open_table(place: Place, scratch: str) -> Table:
+def open_table(place: SourcePlace, scratch: str) -> Table:
     """The table of a source.
 
     Raises:
@@ -326,7 +328,7 @@ READERS: Mapping[str, Reader] = {
 """Name -> reader. Ids on the hub and their state: docs/data.md."""
 
 
-def _read_collection(place: Place) -> Iterator[SourceExample]:
+def _read_collection(place: SourcePlace) -> Iterator[SourceExample]:
     """A split of a collection in the BEIR or MTEB layout; documents judged as not relevant are negatives."""
     collection = load_collection(place.path, skip_empty_documents=True)
     query_ids = list(collection.split(place.split))

@@ -30,7 +30,7 @@ COUNTED = {"failed", "prompt_tokens", "completion_tokens"}
 """The keys that every line of a progress file has beside the id and the answer."""
 
 
-class Item(Protocol):
+class WritingTask(Protocol):
     """One thing to ask about, which gathers what can be used from the replies."""
 
     @property
@@ -170,7 +170,7 @@ class ProgressFile:
                 "file to begin anew, or choose another folder"
             )
 
-    def add(self, item: Item, fault: str, prompt_tokens: int, completion_tokens: int) -> None:
+    def add(self, item: WritingTask, fault: str, prompt_tokens: int, completion_tokens: int) -> None:
         """Write what is known of a finished item through to the disk."""
         answer = item.answer()
         row = {
@@ -213,7 +213,7 @@ class Asking:
 
     def __init__(
         self,
-        items: Sequence[Item],
+        items: Sequence[WritingTask],
         what: str,
         settings: Mapping[str, Any],
         file: ProgressFile,
@@ -294,7 +294,7 @@ class Asking:
             first = errors.exceptions[0]
             raise first from first.__cause__
 
-    async def _work(self, pending: Iterator[Item]) -> None:
+    async def _work(self, pending: Iterator[WritingTask]) -> None:
         for item in pending:  # all workers draw from the same iterator
             try:
                 await self._ask(item)
@@ -311,7 +311,7 @@ class Asking:
             if self._progress:
                 self._progress(self.standing())
 
-    async def _ask(self, item: Item) -> None:
+    async def _ask(self, item: WritingTask) -> None:
         """Ask for one item until its replies can be used or are too many, and write it to the file."""
         fault, read, written = "", 0, 0
         for attempt in range(REPLIES_PER_ITEM):
@@ -338,7 +338,7 @@ class Asking:
         return None if self._prices is None else self._prices.cost(prompt_tokens, completion_tokens)
 
 
-def _fault_of(item: Item, reply: Reply) -> str:
+def _fault_of(item: WritingTask, reply: Reply) -> str:
     """What is wrong with a reply; empty where nothing more is needed."""
     try:
         return item.take(reply.text) or ""

@@ -19,7 +19,7 @@ from typing import Any, TypeVar
 from ...errors import DataError
 from ..collection import Collection, Document, Query
 from ..triples import judged_queries, listed_negatives, reasoning_traces
-from .asking import Asking, Estimate, Item, Prices, ProgressFile, Standing, check_output
+from .asking import Asking, Estimate, Prices, ProgressFile, Standing, WritingTask, check_output
 from .chat import ChatEndpoint
 from .replies import SURROGATE
 from .synthetic import check_articles
@@ -229,7 +229,7 @@ def write_traces(
 
 
 def _write(
-    items: Sequence[Item],
+    items: Sequence[WritingTask],
     what: str,
     result: str,
     out: str | Path,

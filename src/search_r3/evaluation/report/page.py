@@ -43,7 +43,7 @@ SHOWN_RELEVANT = 20
 SAME = 2e-6
 """nDCG@10 within which two systems did the same; the page holds 6 decimals."""
 
-Place = tuple[str, str]
+ResultPlace = tuple[str, str]
 
 
 @dataclass(frozen=True)
@@ -163,9 +163,9 @@ def _told_apart(results: Sequence[Result]) -> list[Result]:
     ]
 
 
-def _by_place(results: Sequence[Result]) -> dict[Place, list[Result]]:
+def _by_place(results: Sequence[Result]) -> dict[ResultPlace, list[Result]]:
     """Collection and split -> results."""
-    places: dict[Place, list[Result]] = {}
+    places: dict[ResultPlace, list[Result]] = {}
     for result in results:
         own = places.setdefault(result.place, [])
         own.append(result)
@@ -260,7 +260,7 @@ def _split_data(results: Sequence[Result], numbers: Mapping[str, int]) -> dict[s
 def _rows(results: Sequence[Result]) -> list[Row]:
     """The headline table."""
     values, keys = [summary(result, results) for result in results], list(columns(results))
-    best: dict[tuple[Place, str], float] = {}
+    best: dict[tuple[ResultPlace, str], float] = {}
     for result, row in zip(results, values, strict=True):
         for key in AVERAGED:
             best[result.place, key] = max(best.get((result.place, key), 0.0), row[key])
@@ -274,7 +274,7 @@ def _rows(results: Sequence[Result]) -> list[Row]:
     ]
 
 
-def _gain(places: Mapping[Place, Sequence[Result]]) -> dict[str, Any] | None:
+def _gain(places: Mapping[ResultPlace, Sequence[Result]]) -> dict[str, Any] | None:
     """What reasoning adds to direct embedding, over the splits that have both modes of a model."""
     pairs = [
         (base, other) for base, other in map(default_pair, places.values()) if direct_of(other, [base, other]) is base

@@ -10,7 +10,7 @@ Shapes: `B` sequences in work, `D` hidden size, `V` vocabulary.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -18,6 +18,7 @@ import torch.nn.functional as F  # noqa: N812 - its usual name
 from torch import Tensor
 
 from ...errors import ModelError
+from ...types import Progress
 from ..backbone import Backbone
 from .forward import Prefix, SlotAttention, SlotCache, compute_prefix, last_hidden, length_batches, prefill
 from .sampling import choose_tokens
@@ -27,7 +28,7 @@ PREFILL_TOKENS = 4096
 
 
 @dataclass(frozen=True)
-class Request:
+class DecodeRequest:
     """What is asked of the decoder.
 
     Attributes:
@@ -92,7 +93,7 @@ class _Row:
     """A request with what has been decoded of it."""
 
     ticket: int
-    request: Request
+    request: DecodeRequest
     prompt: tuple[int, ...]
     uniforms: list[float]
     completion: list[int] = field(default_factory=list)
@@ -123,10 +124,10 @@ class Decoder:
 
     Example:
         >>> from search_r3 import SearchR3
-        >>> from search_r3.model.engine.decoding import Decoder, Request
+        >>> from search_r3.model.engine.decoding import Decoder, DecodeRequest
         >>> backbone = SearchR3("builtin", device="cpu").backbone
         >>> prompt = backbone.prompt_encoder.encode("what do people pay with in Tashkent?", "reason").ids
-        >>> [rollout] = Decoder(backbone).run([Request(prompt, max_new_tokens=8)])
+        >>> [rollout] = Decoder(backbone).run([DecodeRequest(prompt, max_new_tokens=8)])
         >>> rollout.reasoning_tokens <= 7, rollout.vector.shape
         (True, torch.Size([128]))
     """
@@ -142,7 +143,7 @@ class Decoder:
         self._prompts: dict[tuple[int, ...], _Prompt] = {}
         self._tickets = 0
 
-    def submit(self, request: Request) -> int:
+    def submit(self, request: DecodeRequest) -> int:
         """Queue a request and return its ticket.
 
         Raises:
@@ -182,7 +183,7 @@ class Decoder:
         """Requests waiting or in work."""
         return len(self._waiting) + len(self._rows)
 
-    def run(self, requests: Sequence[Request], progress: Callable[[int, int], None] | None = None) -> list[Rollout]:
+    def run(self, requests: Sequence[DecodeRequest], progress: Progress | None = None) -> list[Rollout]:
         """Decode requests to their ends, in their order.
 
         Args:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ..backbone import Backbone, pad
-from .decoding import Decoder, Request, Rollout
+from .decoding import Decoder, DecodeRequest, Rollout
 
 
 def generate_rollouts(
@@ -26,7 +26,7 @@ def generate_rollouts(
     batch_size: int = 128,
     progress: Callable[[int, int], None] | None = None,
 ) -> list[Rollout]:
-    """Let the model reply to each prompt until it emits the embed token (see `Request` for the settings).
+    """Let the model reply to each prompt until it emits the embed token (see `DecodeRequest` for the settings).
 
     Args:
         backbone: the model.
@@ -48,7 +48,7 @@ def generate_rollouts(
         raise ValueError("sampling needs one seed per prompt")
     budgets = [max_new_tokens] * len(prompts) if isinstance(max_new_tokens, int) else max_new_tokens
     requests = [
-        Request(prompt, budget, sampling_temperature, top_p, None if seeds is None else seeds[place])
+        DecodeRequest(prompt, budget, sampling_temperature, top_p, None if seeds is None else seeds[place])
         for place, (prompt, budget) in enumerate(zip(prompts, budgets, strict=True))
     ]
     return Decoder(backbone, batch_size).run(requests, progress)
