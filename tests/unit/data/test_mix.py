@@ -13,14 +13,14 @@ import yaml
 from conftest import call
 from hub_rows import write_source
 
-from search_r3.data import mix as mixing
 from search_r3.data.collection import Collection, Document, Query
+from search_r3.data.mixing import mix as mixing
 from search_r3.data.mixing.mix import mix
 from search_r3.data.mixing.mix_settings import MixSettings, load_mix
 from search_r3.data.triples import training_examples
 from search_r3.errors import ConfigError, DataError
 
-SHIPPED = sorted((Path(__file__).parents[2] / "recipes" / "data").glob("*.yaml"))
+SHIPPED = sorted((Path(__file__).parents[3] / "recipes" / "data").glob("*.yaml"))
 
 
 def pair(query: str, positive: str, *negatives: str) -> dict[str, Any]:

@@ -268,7 +268,7 @@ for wanted in (2, 5, 4, 9):
 @pytest.mark.skipif(sys.platform == "win32", reason="no fork, no SIGKILL")
 def test_a_killed_process_goes_on_and_writes_the_bytes_of_an_unbroken_run(tmp_path: Path) -> None:
     command = [sys.executable, "-c", KILLING, str(tmp_path / "killed")]
-    killed = subprocess.run(command, capture_output=True, text=True, timeout=120, cwd=Path(__file__).parents[2])
+    killed = subprocess.run(command, capture_output=True, text=True, timeout=120, cwd=Path(__file__).parents[3])
     assert killed.returncode == 0, killed.stderr
     assert done_in(tmp_path / "killed") == 0 + 3 + 3 + 6, "the complete blocks of each attempt"
     model = FakeEncoder()

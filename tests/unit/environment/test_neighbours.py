@@ -7,9 +7,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from search_r3.environment import neighbours
 from search_r3.environment.neighbours import NeighbourGraph
 from search_r3.errors import VectorIndexError
-from search_r3.retrieval import graph as graph_module
 from search_r3.retrieval.index import ExactIndex
 
 
@@ -105,8 +105,8 @@ def test_equal_vectors_and_fewer_documents_than_links_are_no_trouble() -> None:
 
 def test_a_small_allowance_repairs_to_the_same_links(monkeypatch: pytest.MonkeyPatch) -> None:
     links = []
-    for allowance in (graph_module.CANDIDATES_AT_A_TIME, 40):
-        monkeypatch.setattr(graph_module, "CANDIDATES_AT_A_TIME", allowance)
+    for allowance in (neighbours.CANDIDATES_AT_A_TIME, 40):
+        monkeypatch.setattr(neighbours, "CANDIDATES_AT_A_TIME", allowance)
         rng = np.random.default_rng(5)
         index = index_of(clustered(rng))
         graph = NeighbourGraph.build(index, 5)

@@ -23,7 +23,7 @@ from search_r3.planning.plan import Speed, plan, suggest
 from search_r3.planning.shape import QWEN, ModelShape, read_shape, shape_of
 from tests.conftest import call
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 RECIPES = sorted((ROOT / "recipes").glob("qwen2.5-*.yaml"))
 LAUNCHES = sorted((ROOT / "recipes" / "accelerate").glob("*.yaml"))
 LARGE = Recipe(base="Qwen/Qwen2.5-1.5B-Instruct", mixed_precision="bf16", gradient_checkpointing=True)

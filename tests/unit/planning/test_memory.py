@@ -166,10 +166,17 @@ def test_with_checkpointing_a_block_keeps_its_input_and_is_computed_again(
 
     step()  # gradients are there from now on
     work = backward_work(shape, size, precision, recipe.lora, checkpointing=True)
-    assert allocated(step)[0] == pytest.approx(kept + work, rel=0.1)
+    # An upper bound: what is computed again does not stand beside the widest gradient at the same moment.
+    assert (kept + work) / 1.25 < allocated(step)[0] < kept + work
 
 
 # The steps of both stages, as the trainings run them
+
+
+@pytest.fixture(autouse=True)
+def products_without_copies(monkeypatch: pytest.MonkeyPatch) -> None:
+    """oneDNN copies bfloat16 operands to float32 where the processor has no bfloat16 instructions; GPUs never do."""
+    monkeypatch.setattr(torch.backends.mkldnn, "enabled", False)
 
 
 @pytest.fixture(autouse=True)
