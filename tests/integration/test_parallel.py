@@ -134,6 +134,6 @@ def test_shares_are_even_in_tokens_and_lose_nothing() -> None:
 def test_a_single_process_talks_to_itself() -> None:
     alone = SingleProcess()
     alone.barrier()
-    assert alone.gather("x") == ["x"]
+    assert alone.all_gather("x") == ["x"]
     rows = np.ones((2, 3), np.float32)
     assert alone.all_gather_rows(rows, [2])[0] is rows

@@ -341,7 +341,7 @@ def test_a_call_ended_by_sigkill_goes_on(tmp_path: Path, blocks_of_three: None) 
     code = (
         "import time\n"
         "from pathlib import Path\n"
-        "from search_r3.training import mining\n"
+        "from search_r3.mining import mining\n"
         "from search_r3.mining.candidates import LexicalRetriever\n"
         "from tests.conftest import small_collection\n"
         "class Slow(LexicalRetriever):\n"

@@ -233,7 +233,7 @@ def test_vectors_are_on_the_disk_before_they_are_called_done(tmp_path: Path, mon
 
 KILLING = """
 import os, signal, sys, time
-from tests.unit.test_corpus import DOCUMENTS, PROBE, FakeEncoder, done_in
+from tests.unit.retrieval.test_encode import DOCUMENTS, PROBE, FakeEncoder, done_in
 from search_r3.retrieval.encode import encode_corpus
 from pathlib import Path
 
