@@ -235,12 +235,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--work", type=Path, default=Path("runs/smol"))
     parser.add_argument("--out", type=Path, default=Path("runs/smol/out"))
     parser.add_argument("--seconds", type=float, default=420, help="for all stages together")
+    parser.add_argument("--started", type=float, help="when the clock began, in seconds since 1970; default: now")
     parser.add_argument("--sft-seconds", type=float, help="default: 55 %% of --seconds")
     parser.add_argument("--queries", type=int, default=200, help="dev queries of each collection")
     parser.add_argument("--set", nargs="*", default=[], help="key=value for stage 1")
     parser.add_argument("--quick", action="store_true")
     options = parser.parse_args(arguments)
-    clock = Clock(time.monotonic(), options.seconds)
+    begun = time.time() - options.started if options.started else 0.0
+    clock = Clock(time.monotonic() - begun, options.seconds)
     work, out = options.work, options.out
     work.mkdir(parents=True, exist_ok=True)
     out.mkdir(parents=True, exist_ok=True)

@@ -82,7 +82,7 @@ def pack(gguf_file: Path, tokenizer: Path, out: Path) -> None:
 
 
 def unpack(parts: Sequence[Path], out: Path) -> None:
-    """Write a model directory in float32 from the parts and from the tokenizer beside the last of them."""
+    """Write a model directory in float32 from the parts and from the tokenizer beside one of them."""
     weights: dict[str, torch.Tensor] = {}
     for path in parts:
         with safe_open(path, "pt") as file:
@@ -93,7 +93,7 @@ def unpack(parts: Sequence[Path], out: Path) -> None:
     save_file(weights, out / "model.safetensors", metadata={"format": "pt"})
     (out / "config.json").write_text(json.dumps(CONFIG, indent=2), encoding="utf-8")
     for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
-        shutil.copy(parts[-1].parent / name, out / name)
+        shutil.copy(next(path.parent / name for path in parts if (path.parent / name).exists()), out / name)
 
 
 def dequantised(data: Any, kind: str, shape: Sequence[int]) -> Any:
