@@ -174,7 +174,9 @@ def stage_of(stage: str, overrides: list[str], seconds: float | None, clock: Clo
     else:
         raise RuntimeError(f"{stage} does not fit")
     keep_adapter(folder / stage / "adapter", out, stage)
-    shutil.copy(folder / "metrics.jsonl", out / f"{stage}_metrics.jsonl")
+    others = [row for row in metrics_of(out) if row["stage"] != stage] if (out / "metrics.jsonl").exists() else []
+    lines = "".join(json.dumps(row) + "\n" for row in [*others, *metrics_of(folder)])
+    (out / "metrics.jsonl").write_text(lines, encoding="utf-8")
     free()
     return model
 

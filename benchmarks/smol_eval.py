@@ -40,7 +40,7 @@ def evaluate(
     tell: Callable[[str], None],
     time_left: Callable[[], bool],
 ) -> dict[str, dict[str, float]]:
-    """Collection -> measures, written to `<name>_dev.json` and `<name>_replies.jsonl` as they come.
+    """Collection -> measures, written to `dev.json` and `replies.json` under `name` as they come.
 
     `sizes`: queries of each collection at most, and documents beside those that they need.
     """
@@ -58,10 +58,15 @@ def evaluate(
         tell(f"{name} {folder}: " + " ".join(f"{key}={value:.3f}" for key, value in results[folder].items()))
         for reply in own[:SHOWN]:
             tell(f"    {reply['query'][-110:]!r} -> {reply['reasoning']!r}{' (forced)' if reply['forced'] else ''}")
-        (out / f"{name}_dev.json").write_text(json.dumps(results, indent=1), encoding="utf-8")
-        lines = "".join(json.dumps(reply, ensure_ascii=False) + "\n" for reply in replies)
-        (out / f"{name}_replies.jsonl").write_text(lines, encoding="utf-8")
+        merge(out / "dev.json", name, results)
+        merge(out / "replies.json", name, replies)
     return results
+
+
+def merge(path: Path, name: str, value: Any) -> None:
+    """Put a value under a name into a JSON object."""
+    known = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    path.write_text(json.dumps({**known, name: value}, indent=1, ensure_ascii=False), encoding="utf-8")
 
 
 def smaller(collection: Collection, queries: int, documents: int) -> Collection:
