@@ -48,6 +48,23 @@ class SFTSettings(Section):
     max_grad_norm: float = Field(1.0, gt=0, description="Gradients are clipped to this norm.")
     weight_decay: float = Field(0.01, ge=0, description="AdamW's decoupled weight decay.")
     splits: dict[str, float] = Field({"facts": 0.5, "sft": 0.5}, description="Share of each batch drawn from a split.")
+    batching: Literal["mixed", "homogeneous"] = Field(
+        "mixed",
+        description="mixed: each example's split is drawn by its share, the example uniformly, with replacement. "
+        "homogeneous: a whole batch comes from one split, in passes without replacement, and no two of its examples "
+        "share a query text or a positive; a batch may then be smaller than batch_size.",
+    )
+    untraced: Literal["embed", "direct"] = Field(
+        "embed",
+        description="What reason mode learns from a query without a trace: to embed at once, or (direct) nothing.",
+    )
+    swapped_traces: float = Field(
+        0.0,
+        ge=0,
+        lt=1,
+        description="Share of reasoned sequences that hold another query's trace: their vector learns, the trace is "
+        "not supervised. So the vector is not taught to believe whatever is written.",
+    )
     reasoning_styles: dict[str, float] = Field(
         {"chain": 0.6, "restate": 0.4},
         description="Sampling weight of each style of reasoning trace; a query that has one trace uses it.",
@@ -97,6 +114,9 @@ class LoRASettings(Section):
         ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"),
         min_length=1,
         description="Names of the linear layers that get adapters.",
+    )
+    embed_row_rate: float = Field(
+        1.0, gt=0, description="The embed token's row learns at this multiple of the learning rate."
     )
 
 
@@ -215,6 +235,11 @@ class Recipe(Section):
     collection: str = Field("atlas", description="`atlas`, `atlas-wide`, or a folder in the BEIR layout.")
     base: str = Field("builtin", description="`builtin` (the small model in the package), a directory or a hub id.")
     prompts: Literal["search-r3", "published"] = Field("search-r3", description="Prompt set, saved with the model.")
+    embed_start: Literal["mean", "end_of_turn"] = Field(
+        "mean",
+        description="Where a new embed token's row starts: at the mean of all rows, or at the row of the token that "
+        "ends a turn, which also says that the reply is over.",
+    )
     max_length: int = Field(128, ge=8, description="Longest prompt in tokens; longer texts lose their end, counted.")
     max_new_tokens: int = Field(64, ge=1, description="Reasoning budget in tokens, the embed token included.")
     dtype: Literal["float32", "bfloat16"] = Field("float32", description="Precision of the weights.")

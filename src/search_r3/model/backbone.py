@@ -10,7 +10,7 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
@@ -21,6 +21,8 @@ from ..files import atomic_directory, hash_folder, write_json
 from .prompts import EMBED_TOKEN, PROMPT_SETS, PromptEncoder, PromptSet
 
 SETTINGS_FILE = "search_r3.json"
+EmbedStart = Literal["mean", "end_of_turn"]
+"""Where the row of an embed token that the model lacks starts."""
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
 
@@ -140,6 +142,7 @@ def load_backbone(
     dtype: str = "float32",
     device: str | torch.device = "cpu",
     revision: str | None = None,
+    embed_start: EmbedStart = "mean",
 ) -> Backbone:
     """Load a causal LM from a directory or the hub; add the embed token where the tokenizer lacks it.
 
@@ -149,6 +152,7 @@ def load_backbone(
         dtype: `float32`, `bfloat16` or `float16`.
         device: where the weights go.
         revision: branch, tag or commit on the hub.
+        embed_start: the row of an embed token that the model lacks: the mean of all rows, or the end of turn's.
 
     Raises:
         ModelError: files are missing or do not fit together; the message names the remedy. Remote code is never run.
@@ -162,9 +166,16 @@ def load_backbone(
         raise ModelError(f"{source} is no model directory: config.json is missing")
     tokenizer = _load_tokenizer(source, revision)
     try:
-        model, report = transformers.AutoModelForCausalLM.from_pretrained(
-            source, dtype=DTYPES[dtype], revision=revision, output_loading_info=True
-        )
+        if (base := _base_without_the_row(path, tokenizer)) is not None:
+            model, report = transformers.AutoModelForCausalLM.from_pretrained(
+                base, dtype=DTYPES[dtype], output_loading_info=True
+            )
+            model.resize_token_embeddings(len(tokenizer), mean_resizing=False)
+            model.load_adapter(str(source))
+        else:
+            model, report = transformers.AutoModelForCausalLM.from_pretrained(
+                source, dtype=DTYPES[dtype], revision=revision, output_loading_info=True
+            )
     except (OSError, ValueError) as error:
         raise ModelError(f"cannot load a causal LM from {source}: {_first_line(error)}") from error
     # Adapters write the embed token's row of tied tables once, and transformers misses it in the other.
@@ -177,7 +188,7 @@ def load_backbone(
     if settings is None:
         settings = _saved_settings(source, model, revision)
         embed_token = settings.embed_token
-    embed_token_id = _ensure_embed_token(model, tokenizer, embed_token)
+    embed_token_id = _ensure_embed_token(model, tokenizer, embed_token, embed_start)
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     model.to(device).eval()
@@ -235,6 +246,17 @@ def _load_tokenizer(source: str | Path, revision: str | None) -> Any:
     return tokenizer
 
 
+def _base_without_the_row(path: Path, tokenizer: Any) -> str | None:
+    """The base of a directory of adapters where its tables lack the rows of their tokenizer's new tokens, else None."""
+    import transformers
+
+    if not (path / "adapter_config.json").is_file():
+        return None
+    base = str(json.loads((path / "adapter_config.json").read_text(encoding="utf-8"))["base_model_name_or_path"])
+    vocabulary = transformers.AutoConfig.from_pretrained(base).get_text_config().vocab_size
+    return base if vocabulary < len(tokenizer) else None
+
+
 def _saved_settings(source: str | Path, model: Any, revision: str | None) -> EmbeddingSettings:
     """The settings next to the weights; without them the defaults, cut to the model's context."""
     from transformers.utils import cached_file
@@ -252,7 +274,7 @@ def _saved_settings(source: str | Path, model: Any, revision: str | None) -> Emb
     return EmbeddingSettings(max_length=min(1024, context), max_new_tokens=max(1, min(512, context // 2)))
 
 
-def _ensure_embed_token(model: Any, tokenizer: Any, embed_token: str) -> int:
+def _ensure_embed_token(model: Any, tokenizer: Any, embed_token: str, start: EmbedStart) -> int:
     """The id of the embed token, added where it is missing; the embedding table grows only if no spare row is left."""
     known = tokenizer.get_vocab().get(embed_token)
     if known is None:
@@ -267,9 +289,10 @@ def _ensure_embed_token(model: Any, tokenizer: Any, embed_token: str) -> int:
         with torch.no_grad():
             # A spare row was never trained (or does not exist yet): the mean of the used rows is a neutral start,
             # the same at every load. Tied tables are one tensor, so the second write repeats the first.
-            means = [table.weight[:used].float().mean(0) for table in tables]
-            for table, mean in zip(tables, means, strict=True):
-                table.weight[known] = mean.to(table.weight.dtype)
+            ends = [tokenizer.eos_token_id] if start == "end_of_turn" else slice(used)
+            rows_of_start = [table.weight[ends].float().mean(0) for table in tables]
+            for table, row in zip(tables, rows_of_start, strict=True):
+                table.weight[known] = row.to(table.weight.dtype)
     if len(tokenizer.encode(embed_token, add_special_tokens=False)) != 1:
         raise ModelError(f"{embed_token} is in the vocabulary but not as one special token; mend tokenizer.json")
     if known >= model.get_input_embeddings().weight.shape[0]:

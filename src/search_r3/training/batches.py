@@ -1,7 +1,7 @@
 """Batches of stage 1: what is drawn for all processes together, and this process's share of it as token ids.
 
-Shapes: `B` queries, each in two modes, so `2B` vectors: all direct ones, then all reasoned ones; `M` distinct
-documents; `K` negatives per query; `b` sequences of a chunk, `T` their tokens.
+Shapes: `B` queries; `R` vectors of them: all direct ones, then the reasoned ones (`2B` where every query is reasoned
+about); `M` distinct documents; `K` negatives per query; `b` sequences of a chunk, `T` their tokens.
 """
 
 from __future__ import annotations
@@ -32,6 +32,8 @@ class Batch:
         positives: `B`, columns.
         negatives: `B x K`, columns.
         excluded: `B x M`, True where a document is another positive of the query, or has the text of one.
+        owners: `R`, the query of each vector.
+        swapped: queries whose trace is another's, so that it is not supervised.
     """
 
     examples: list[TrainingExample]
@@ -40,6 +42,8 @@ class Batch:
     positives: Tensor
     negatives: Tensor
     excluded: Tensor
+    owners: list[int]
+    swapped: frozenset[int] = frozenset()
 
     def names(self) -> dict[str, list[str]]:
         """The ids of its queries and documents."""
@@ -53,7 +57,7 @@ class Item:
     Attributes:
         ids: tokens.
         embed_position: where the embed token stands, whose hidden state is the vector.
-        place: the row of its vector, among the `2B` of the queries or among the `M` of the documents.
+        place: the row of its vector, among the `R` of the queries or among the `M` of the documents.
         prompt_length: tokens before the supervised completion; all tokens where nothing is supervised.
         compared: whether the KL to the base is measured on its prompt.
     """
@@ -89,7 +93,7 @@ class Share:
                 documents into one group each.
         """
         if size is None:
-            return [self.direct, self.reasoned], [self.documents]
+            return [items for items in (self.direct, self.reasoned) if items], [self.documents]
         kinds = []
         for items in ([*self.direct, *self.reasoned], self.documents):
             ordered = sorted(items, key=lambda item: len(item.ids))
@@ -147,6 +151,8 @@ def make_batch(
         negatives.append(draw_negatives(example, doc_ids, settings.random_negatives, settings.bm25_negatives, rng))
     distinct = list(dict.fromkeys([*positives, *(doc_id for ids in negatives for doc_id in ids)]))
     columns = {doc_id: column for column, doc_id in enumerate(distinct)}
+    reasoned = [row for row, trace in enumerate(traces) if trace or settings.untraced == "embed"]
+    swapped = _swap(traces, reasoned, settings.swapped_traces, rng)
     return Batch(
         examples,
         traces,
@@ -154,6 +160,8 @@ def make_batch(
         torch.tensor([columns[doc_id] for doc_id in positives]),
         torch.tensor([[columns[doc_id] for doc_id in ids] for ids in negatives], dtype=torch.long),
         find_false_negatives(examples, positives, columns, collection),
+        [*range(len(examples)), *reasoned],
+        swapped,
     )
 
 
@@ -176,22 +184,26 @@ def tokenise(
     batch: Batch, collection: Collection, encoder: PromptEncoder, rows: Sequence[int], columns: Sequence[int]
 ) -> Share:
     """The sequences of some of a batch's queries (`rows`) and documents (`columns`)."""
+    texts = [batch.examples[row].query.text for row in rows]
+    place_of = {row: place for place, row in enumerate(batch.owners) if place >= len(batch.examples)}
     direct, reasoned = [], []
-    for row in rows:
-        text = batch.examples[row].query.text
-        prompt, completion = encoder.direct_prompt(text).ids, encoder.direct_completion()
-        position = len(prompt) + completion.embed_position
-        direct.append(Item(prompt + completion.ids, position, row, len(prompt)))
-        prompt = encoder.encode(text, "reason").ids
-        completion = encoder.reason_completion(batch.traces[row])
-        position = len(prompt) + completion.embed_position
+    completion = encoder.direct_completion()
+    for row, encoded in zip(rows, encoder.encode_batch(texts, "direct"), strict=True):
+        prompt = encoded.ids[: -completion.embed_position - 1]
+        direct.append(Item(prompt + completion.ids, len(encoded.ids) - 1, row, len(prompt)))
+    thought = [row for row in rows if row in place_of]
+    texts = [batch.examples[row].query.text for row in thought]
+    for row, encoded in zip(thought, encoder.encode_batch(texts, "reason"), strict=True):
+        prompt, completion = encoded.ids, encoder.reason_completion(batch.traces[row])
+        ids, position = prompt + completion.ids, len(prompt) + completion.embed_position
+        supervised_from = len(ids) if row in batch.swapped else len(prompt)
         # Direct and reasoned prompts hold the same queries; one of them is enough for the KL.
-        place = row + len(batch.examples)
-        reasoned.append(Item(prompt + completion.ids, position, place, len(prompt), compared=True))
-    documents = []
-    for column in columns:
-        ids = encoder.encode(collection.documents[batch.doc_ids[column]].full_text, "document").ids
-        documents.append(Item(ids, len(ids) - 1, column, len(ids)))
+        reasoned.append(Item(ids, position, place_of[row], supervised_from, compared=row not in batch.swapped))
+    texts = [collection.documents[batch.doc_ids[column]].full_text for column in columns]
+    documents = [
+        Item(encoded.ids, len(encoded.ids) - 1, column, len(encoded.ids))
+        for column, encoded in zip(columns, encoder.encode_batch(texts, "document"), strict=True)
+    ]
     return Share(direct, reasoned, documents)
 
 
@@ -226,3 +238,15 @@ def _draw_trace(example: TrainingExample, settings: SFTSettings, rng: random.Ran
             f"sft.reasoning_styles ({', '.join(settings.reasoning_styles)})"
         )
     return traces[rng.choices(known, [settings.reasoning_styles[style] for style in known])[0]]
+
+
+def _swap(traces: list[str], reasoned: Sequence[int], share: float, rng: random.Random) -> frozenset[int]:
+    """Give a share of the queries that have a trace another one's, in a ring; returns which."""
+    chosen = [row for row in reasoned if traces[row] and share and rng.random() < share]
+    if len({traces[row] for row in chosen}) < 2:
+        return frozenset()
+    others = [traces[row] for row in (*chosen[1:], chosen[0])]
+    swapped = [row for row, other in zip(chosen, others, strict=True) if traces[row] != other]
+    for row, other in zip(chosen, others, strict=True):
+        traces[row] = other
+    return frozenset(swapped)

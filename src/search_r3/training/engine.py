@@ -20,8 +20,8 @@ from torch import Tensor
 
 from ..config import GRPOSettings, Recipe, SFTSettings
 from ..errors import ConfigError, ModelError
-from ..model.backbone import Backbone, EmbeddingSettings
-from ..model.encoder import SearchR3
+from ..model.backbone import Backbone, EmbeddingSettings, load_backbone
+from ..model.encoder import SearchR3, builtin_base_path
 from ..model.engine.forward import is_drivable
 from ..model.prompts import PROMPT_SETS
 from ..parallel import Communicator, make_communicator
@@ -202,7 +202,7 @@ def make_engine(model: SearchR3, recipe: Recipe, settings: SFTSettings | GRPOSet
         accelerator.register_save_state_pre_hook(_keep_what_learns)
     policy = Policy(backbone)
     optimizer = torch.optim.AdamW(
-        [parameter for parameter in policy.parameters() if parameter.requires_grad],
+        _parameter_groups(policy, settings.learning_rate, recipe.lora.embed_row_rate),
         lr=settings.learning_rate,
         betas=(0.9, 0.95),
         weight_decay=settings.weight_decay,
@@ -215,6 +215,17 @@ def make_engine(model: SearchR3, recipe: Recipe, settings: SFTSettings | GRPOSet
     reference = make_reference(policy, frozen) if needs_reference else None
     start_trackers(accelerator, recipe, "sft" if isinstance(settings, SFTSettings) else "grpo")
     return Engine(accelerator, policy, optimizer, scheduler, make_communicator(), reference, recipe.lora.rank > 0)
+
+
+def _parameter_groups(policy: Policy, learning_rate: float, embed_row_rate: float) -> list[dict[str, Any]]:
+    """What learns, all at one rate, or the embed token's row (of adapters) at a multiple of it and undecayed."""
+    learning = [(name, parameter) for name, parameter in policy.named_parameters() if parameter.requires_grad]
+    rows = [parameter for name, parameter in learning if "trainable_tokens" in name and embed_row_rate != 1.0]
+    apart = {id(parameter) for parameter in rows}
+    groups: list[dict[str, Any]] = [{"params": [one for _, one in learning if id(one) not in apart]}]
+    if rows:
+        groups.append({"params": rows, "lr": learning_rate * embed_row_rate, "weight_decay": 0.0})
+    return groups
 
 
 def _recompute_activations(backbone: Backbone) -> None:
@@ -306,4 +317,7 @@ def load_model(recipe: Recipe, source: str | Path) -> SearchR3:
         max_new_tokens=recipe.max_new_tokens,
     )
     device = str(PartialState(cpu=not torch.cuda.is_available()).device)
-    return SearchR3(source, device=device, dtype=recipe.dtype, settings=settings)
+    path = builtin_base_path() if source == "builtin" else source
+    return SearchR3(
+        load_backbone(path, settings=settings, dtype=recipe.dtype, device=device, embed_start=recipe.embed_start)
+    )

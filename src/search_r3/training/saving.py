@@ -49,7 +49,7 @@ def _state(engine: Engine, backbone: Backbone) -> dict[str, Tensor]:
 
 def _save_adapter(backbone: Backbone, state: dict[str, Tensor], folder: Path) -> None:
     with atomic_directory(folder) as out:
-        backbone.model.save_pretrained(out, state_dict=state)
+        backbone.model.save_pretrained(out, state_dict=state, save_embedding_layers=False)
         backbone.save_companions(out)
 
 

@@ -11,9 +11,9 @@ of it. So processes and micro-batches change memory and speed only.
 from __future__ import annotations
 
 import logging
-import random
 import time
 from collections.abc import Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import dataclass
 from functools import cache
@@ -33,6 +33,7 @@ from ..parallel import divide
 from ..retrieval.lexical import BM25
 from . import losses
 from .batches import Batch, Item, Share, collate, make_batch, tokenise
+from .draws import Draws, Keys
 from .engine import Engine, load_model, make_engine, step_rng
 from .guard import Guard
 from .run import Observer, Run, silent
@@ -70,13 +71,21 @@ def train_sft(recipe: Recipe, run: Run, observe: Observer = silent) -> Path:
     run.begin_from(stage, model.backbone)
     engine = make_engine(model, recipe, settings)
     guard = Guard(run, stage, engine)
-    with closing(engine), guard.watching():
+    draws = Draws(examples, settings, recipe.seed, _keys(collection))
+
+    def prepare(step: int) -> tuple[Batch, Share]:
+        rng = step_rng(recipe.seed, stage, step)
+        batch = make_batch(collection, doc_ids, draws.batch(step, rng), settings, rng)
+        return batch, take_share(engine, batch, collection, model)
+
+    # The next batch is tokenised while this one is computed.
+    with closing(engine), guard.watching(), ThreadPoolExecutor(1) as worker:
         done, _ = run.restore(stage, engine)
+        ahead: Future[tuple[Batch, Share]] | None = None
         for step in range(done, settings.steps):
             started = time.perf_counter()
-            rng = step_rng(recipe.seed, stage, step)
-            batch = make_batch(collection, doc_ids, _draw(examples, settings, rng), settings, rng)
-            share = take_share(engine, batch, collection, model)
+            batch, share = ahead.result() if ahead is not None else prepare(step)
+            ahead = worker.submit(prepare, step + 1) if step + 1 < settings.steps else None
             values = compute_gradients(engine, model.backbone, batch, share, settings)
             values["grad_norm"] = engine.clip(settings.max_grad_norm)
             guard.check(values, step + 1, batch.names())
@@ -118,7 +127,7 @@ def compute_gradients(
     """
     totals = engine.total(share.counts())
     queries, documents = share.chunks(settings.micro_batch_size)
-    sizes = 2 * len(batch.examples), len(batch.doc_ids)
+    sizes = len(batch.owners), len(batch.doc_ids)
     if settings.micro_batch_size is None:
         with engine.accumulating(last=True):
             done = [forward(engine, backbone, chunk, settings) for chunk in (*queries, *documents)]
@@ -255,14 +264,14 @@ def contrastive_losses(
     """`L_InfoNCE` and `L_TripletMargin`, means over the queries in `rows`.
 
     Args:
-        queries: `2B x D`.
+        queries: `R x D`.
         documents: `M x D`.
         batch: which documents are positives and negatives.
-        rows: a range of the `2B` queries.
+        rows: a range of the `R` vectors.
         settings: temperature, margin, and the prefixes of the vectors that are trained too (their losses are averaged).
     """
     chosen = queries[rows.start : rows.stop]  # R x D
-    examples = torch.tensor(rows) % len(batch.examples)
+    examples = torch.tensor(batch.owners[rows.start : rows.stop])
     device = queries.device
     positives, excluded = batch.positives[examples].to(device), batch.excluded[examples].to(device)
     negatives = batch.negatives[examples].to(device)
@@ -325,9 +334,11 @@ def _examples(collection: Collection, settings: SFTSettings) -> dict[str, list[T
     }
 
 
-def _draw(
-    examples: dict[str, list[TrainingExample]], settings: SFTSettings, rng: random.Random
-) -> list[TrainingExample]:
-    """A batch: the split of each example by its share, the example uniformly."""
-    splits = rng.choices(list(settings.splits), list(settings.splits.values()), k=settings.batch_size)
-    return [rng.choice(examples[split]) for split in splits]
+def _keys(collection: Collection) -> Keys:
+    """What two examples of a homogeneous batch may not share."""
+
+    @cache
+    def keys(query_id: str, positive_ids: tuple[str, ...], text: str) -> frozenset[str]:
+        return frozenset({f"query {text.casefold()}", *(collection.documents[one].full_text for one in positive_ids)})
+
+    return lambda example: keys(example.query.query_id, example.positive_ids, example.query.text)

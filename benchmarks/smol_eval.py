@@ -1,0 +1,165 @@
+"""Dev results of a small model: both modes, and what the vector makes of a reasoning that is put into its mouth."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+import numpy as np
+import torch
+
+from search_r3.data.collection import Collection
+from search_r3.model.encoder import SearchR3
+from search_r3.retrieval.index import Array
+from search_r3.retrieval.metrics import ndcg
+
+ORDER = (
+    "openbookqa",
+    "strategyqa_facts",
+    "babi_support",
+    "entailmentbank",
+    "clutrr_relation",
+    "nq_qed",
+    "hotpotqa_100",
+    "cosqa",
+)
+SHOWN, KEPT = 2, 10
+AT_ONCE = 100
+
+
+def evaluate(
+    name: str,
+    model: SearchR3,
+    data: Path,
+    out: Path,
+    sizes: tuple[int, int],
+    tell: Callable[[str], None],
+    time_left: Callable[[], bool],
+) -> dict[str, dict[str, float]]:
+    """Collection -> measures, written to `dev.json` and `replies.json` under `name` as they come.
+
+    `sizes`: queries of each collection at most, and documents beside those that they need.
+    """
+    true_traces = json.loads((data / "traces.json").read_text(encoding="utf-8"))
+    folders = [one for one in ORDER if (data / "dev" / one).exists()]
+    results: dict[str, dict[str, float]] = {}
+    replies: list[dict[str, Any]] = []
+    for folder in folders:
+        if not time_left():
+            tell(f"{name}: no time for {folder}")
+            continue
+        collection = Collection.load(data / "dev" / folder)
+        results[folder], own = measured(model, smaller(collection, *sizes), true_traces.get(folder, {}))
+        replies += own
+        tell(f"{name} {folder}: " + " ".join(f"{key}={value:.3f}" for key, value in results[folder].items()))
+        for reply in own[:SHOWN]:
+            tell(f"    {reply['query'][-110:]!r} -> {reply['reasoning']!r}{' (forced)' if reply['forced'] else ''}")
+        merge(out / "dev.json", name, results)
+        merge(out / "replies.json", name, replies)
+    return results
+
+
+def merge(path: Path, name: str, value: Any) -> None:
+    """Put a value under a name into a JSON object."""
+    known = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    path.write_text(json.dumps({**known, name: value}, indent=1, ensure_ascii=False), encoding="utf-8")
+
+
+def smaller(collection: Collection, queries: int, documents: int) -> Collection:
+    """The first dev queries, and the first documents beside those that they need."""
+    qrels = dict(list(collection.split("dev").items())[:queries])
+    needed = {one for query_id, gains in qrels.items() for one in (*gains, *collection.pools.get(query_id, ()))}
+    needed |= set(list(collection.documents)[:documents])
+    kept = {one: document for one, document in collection.documents.items() if one in needed}
+    return Collection(collection.name, kept, collection.queries, {"dev": qrels}, pools=collection.pools)
+
+
+def measured(
+    model: SearchR3, collection: Collection, traces: dict[str, str]
+) -> tuple[dict[str, float], list[dict[str, Any]]]:
+    """Measures of one collection, and replies."""
+    query_ids, doc_ids = list(collection.split("dev")), list(collection.documents)
+    texts = [collection.queries[one].text for one in query_ids]
+    documents = model.encode_document(list(collection.texts().values()))
+
+    def score(vectors: Array) -> list[float]:
+        return scores_of(vectors, documents, query_ids, doc_ids, collection)
+
+    direct = score(model.encode_query(texts, "direct").vectors)
+    started = time.perf_counter()
+    reasoned = model.encode_query(texts, "reason")
+    seconds = time.perf_counter() - started
+    own = score(reasoned.vectors)
+    values = {
+        "queries": float(len(texts)),
+        "direct": fmean(direct),
+        "reason": fmean(own),
+        "forced": fmean(reasoned.forced),
+        "tokens": fmean(reasoned.reasoning_tokens),
+        "ms": 1000 * seconds / len(texts),
+        "distinct": len(set(reasoned.reasoning)) / len(texts),
+    }
+    said = {
+        "own": reasoned.reasoning,
+        "other": [*reasoned.reasoning[1:], reasoned.reasoning[0]],
+        "none": [""] * len(texts),
+    }
+    for kind, reasoning in said.items():
+        values[f"swap_{kind}"] = fmean(score(mouthed(model, texts, reasoning)))
+    known = [place for place, one in enumerate(query_ids) if traces.get(one)]
+    if known:
+        true = [traces.get(one, "") for one in query_ids]
+        after_true = score(mouthed(model, texts, true))
+        values["swap_true"] = fmean(after_true[place] for place in known)
+        values["own_where_true"] = fmean(own[place] for place in known)
+        values["copied"] = fmean(
+            reasoned.reasoning[place].strip().rstrip(".").lower() == true[place].strip().rstrip(".").lower()
+            for place in known
+        )
+    rows = [
+        {
+            "collection": collection.name,
+            "query": texts[place],
+            "reasoning": reasoned.reasoning[place],
+            "forced": bool(reasoned.forced[place]),
+            "true": traces.get(query_ids[place], ""),
+            "direct": direct[place],
+            "reason": own[place],
+        }
+        for place in range(min(len(texts), 40))
+    ]
+    return values, rows
+
+
+def scores_of(
+    vectors: Array, documents: Array, query_ids: Sequence[str], doc_ids: Sequence[str], collection: Collection
+) -> list[float]:
+    """nDCG@10 of each query, within its pool where it has one."""
+    row_of = {one: row for row, one in enumerate(doc_ids)}
+    similarity = vectors @ documents.T
+    found = []
+    for row, query_id in enumerate(query_ids):
+        pool = collection.pools.get(query_id)
+        allowed = np.array(sorted(row_of[one] for one in pool)) if pool else np.arange(len(doc_ids))
+        best = allowed[np.argsort(-similarity[row, allowed], kind="stable")[:10]]
+        found.append(ndcg([doc_ids[place] for place in best], collection.split("dev")[query_id], 10))
+    return found
+
+
+@torch.no_grad()
+def mouthed(model: SearchR3, texts: Sequence[str], reasoning: Sequence[str]) -> Array:
+    """Vectors of queries after a reasoning that the model did not choose."""
+    backbone = model.backbone
+    encoder = backbone.prompt_encoder
+    prompts = [encoded.ids for encoded in encoder.encode_batch(texts, "reason")]
+    sequences = []
+    for prompt, text in zip(prompts, reasoning, strict=True):
+        completion = encoder.reason_completion(text)
+        sequences.append([*prompt, *completion.ids[: completion.embed_position + 1]])
+    parts = [backbone.embed(sequences[start : start + AT_ONCE]) for start in range(0, len(sequences), AT_ONCE)]
+    vectors: Array = torch.cat(parts).cpu().numpy()
+    return vectors

@@ -1,0 +1,89 @@
+from __future__ import annotations
+
+import random
+from collections import Counter
+from dataclasses import replace
+
+import pytest
+
+from search_r3.config import SFTSettings
+from search_r3.data.collection import Collection, Document, Query
+from search_r3.data.triples import TrainingExample, training_examples
+from search_r3.training.batches import make_batch
+from search_r3.training.draws import Draws, split_without_conflicts
+
+
+def example(name: str, text: str, positives: tuple[str, ...] = ("d",), trace: str = "") -> TrainingExample:
+    return TrainingExample(Query(name, text), positives, (), {"trace": trace} if trace else {})
+
+
+def keys(one: TrainingExample) -> frozenset[str]:
+    return frozenset({one.query.text})
+
+
+EXAMPLES = {split: [example(f"{split}{i}", f"{split} text {i}") for i in range(20)] for split in ("a", "b")}
+SETTINGS = SFTSettings(batching="homogeneous", batch_size=8, splits={"a": 0.7, "b": 0.3})
+
+
+def test_a_homogeneous_batch_comes_from_one_split_and_a_pass_repeats_nothing() -> None:
+    draws = Draws(EXAMPLES, SETTINGS, 0, keys)
+    rng = random.Random(0)
+    batches = [draws.batch(step, rng) for step in range(40)]
+    assert all(len({one.query.query_id[0] for one in batch}) == 1 for batch in batches)
+    for split in "ab":
+        own = [batch for batch in batches if batch[0].query.query_id[0] == split]
+        assert len(own) >= 6
+        for start in range(0, len(own) - 2, 3):  # 20 examples in batches of 8, 8 and 4
+            counts = Counter(one.query.query_id for batch in own[start : start + 3] for one in batch)
+            assert len(counts) == 20 and set(counts.values()) == {1}
+    shares = Counter(batch[0].query.query_id[0] for batch in batches)
+    assert shares["a"] > shares["b"]
+
+
+def test_a_batch_follows_from_seed_and_step_alone() -> None:
+    first = Draws(EXAMPLES, SETTINGS, 0, keys)
+    ids = [[one.query.query_id for one in first.batch(step, random.Random(0))] for step in range(12)]
+    again = Draws(EXAMPLES, SETTINGS, 0, keys)
+    assert [one.query.query_id for one in again.batch(11, random.Random(1))] == ids[11]
+    assert [one.query.query_id for one in again.batch(2, random.Random(1))] == ids[2]
+    other = Draws(EXAMPLES, SETTINGS, 1, keys)
+    assert [[one.query.query_id for one in other.batch(step, random.Random(0))] for step in range(12)] != ids
+
+
+def test_no_two_examples_of_a_batch_share_a_key() -> None:
+    order = [example(f"q{i}", f"text {i % 4}") for i in range(12)]
+    batches = split_without_conflicts(order, 4, keys)
+    assert [len({one.query.text for one in batch}) for batch in batches] == [4, 4, 4]
+    assert len({one.query.query_id for batch in batches for one in batch}) == 12
+
+
+def test_a_short_rest_is_left_out_unless_it_is_all() -> None:
+    order = [example(f"q{i}", f"text {i}") for i in range(9)]
+    assert [len(batch) for batch in split_without_conflicts(order, 8, keys)] == [8]
+    assert [len(batch) for batch in split_without_conflicts(order[:3], 8, keys)] == [3]
+
+
+@pytest.fixture
+def collection() -> Collection:
+    documents = {f"d{i}": Document(f"d{i}", f"document {i}") for i in range(8)}
+    queries = {f"q{i}": Query(f"q{i}", f"query {i}") for i in range(8)}
+    for i in range(0, 8, 2):
+        queries[f"q{i}"] = replace(queries[f"q{i}"], metadata={"reasoning": f"trace {i}"})
+    return Collection("tiny", documents, queries, {"sft": {f"q{i}": {f"d{i}": 1} for i in range(8)}})
+
+
+def test_queries_without_a_trace_are_not_reasoned_about_if_so_set(collection: Collection) -> None:
+    examples = training_examples(collection, "sft")
+    for untraced, expected in (("embed", [*range(8), *range(8)]), ("direct", [*range(8), 0, 2, 4, 6])):
+        settings = SFTSettings(untraced=untraced, bm25_negatives=0)
+        batch = make_batch(collection, list(collection.documents), examples, settings, random.Random(0))
+        assert batch.owners == expected
+
+
+def test_swapped_traces_are_another_querys_and_known(collection: Collection) -> None:
+    examples = training_examples(collection, "sft")
+    settings = SFTSettings(untraced="direct", swapped_traces=0.999, bm25_negatives=0)
+    batch = make_batch(collection, list(collection.documents), examples, settings, random.Random(0))
+    assert batch.swapped == {0, 2, 4, 6}
+    assert sorted(trace for trace in batch.traces if trace) == [f"trace {i}" for i in range(0, 8, 2)]
+    assert all(batch.traces[row] != f"trace {row}" for row in batch.swapped)

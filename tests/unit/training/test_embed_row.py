@@ -1,0 +1,69 @@
+"""The embed token's row: where it starts, how fast it learns, and adapters whose base lacks it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from search_r3.config import LoRASettings
+from search_r3.model.backbone import load_backbone
+from search_r3.model.encoder import SearchR3
+from search_r3.training.engine import _parameter_groups
+from search_r3.training.policy import Policy, add_adapters
+from tests.conftest import save_tiny
+
+TEXTS = ["hello there", "where is the town"]
+
+
+@pytest.fixture(params=[0, 8])
+def base(tmp_path: Path, tokenizer: Any, request: pytest.FixtureRequest) -> Path:
+    return save_tiny(tmp_path / "base", tokenizer, spare_rows=request.param)
+
+
+def test_a_new_row_starts_where_it_is_told(base: Path) -> None:
+    table = load_backbone(base).model.get_input_embeddings().weight
+    known = load_backbone(base)
+    assert torch.allclose(table[known.embed_token_id], table[: len(known.tokenizer) - 1].mean(0), atol=1e-6)
+    ended = load_backbone(base, embed_start="end_of_turn")
+    table = ended.model.get_input_embeddings().weight
+    assert torch.equal(table[ended.embed_token_id], table[ended.tokenizer.eos_token_id])
+
+
+def test_the_row_learns_at_its_own_rate(base: Path) -> None:
+    backbone = load_backbone(base)
+    add_adapters(backbone, LoRASettings(rank=2))
+    assert len(_parameter_groups(Policy(backbone), 0.1, 1.0)) == 1
+    adapters, row = _parameter_groups(Policy(backbone), 0.1, 5.0)
+    assert row["lr"] == pytest.approx(0.5) and "lr" not in adapters
+    assert [one.shape[0] for one in row["params"]] == [1]
+    assert len(adapters["params"]) + 1 == sum(one.requires_grad for one in backbone.model.parameters())
+
+
+def test_adapters_load_on_a_base_without_the_row_and_hold_no_table(base: Path, tmp_path: Path) -> None:
+    backbone = load_backbone(base)
+    add_adapters(backbone, LoRASettings(rank=2))
+    generator = torch.Generator().manual_seed(0)
+    for name, parameter in backbone.model.named_parameters():
+        if parameter.requires_grad and ("lora_B" in name or "trainable_tokens" in name):
+            parameter.data += 0.05 * torch.randn(parameter.shape, generator=generator)
+    adapter = tmp_path / "adapter"
+    backbone.model.save_pretrained(adapter, save_embedding_layers=False)
+    backbone.save_companions(adapter)
+    whole, loaded = SearchR3(backbone), SearchR3(adapter)
+    assert (adapter / "adapter_model.safetensors").stat().st_size < 0.2 * (base / "model.safetensors").stat().st_size
+    for mode in ("direct", "reason"):
+        first = whole.encode_query(TEXTS, mode, max_new_tokens=8)  # type: ignore[arg-type]
+        second = loaded.encode_query(TEXTS, mode, max_new_tokens=8)  # type: ignore[arg-type]
+        np.testing.assert_allclose(first.vectors, second.vectors, atol=1e-5)
+        assert first.reasoning == second.reasoning
+    sequences = [[1, 2, backbone.embed_token_id], [3, backbone.embed_token_id, 4]]
+    ids = torch.tensor(sequences)
+    mask = torch.ones_like(ids)
+    with torch.no_grad():
+        expected = backbone.logits(backbone.hidden_states(ids, mask))
+        found = loaded.backbone.logits(loaded.backbone.hidden_states(ids, mask))
+    assert torch.allclose(expected, found, atol=1e-4)
