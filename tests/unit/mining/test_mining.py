@@ -265,9 +265,9 @@ def test_vectors_go_to_a_gpu_that_has_room_for_them(monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     for free, expected in ((32, []), (33, ["cuda"])):
         monkeypatch.setattr(torch.cuda, "mem_get_info", lambda free=free: (free, 100))
-        assert candidates._placed(index) is index and moved == expected
+        assert candidates._to_gpu(index) is index and moved == expected
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    assert candidates._placed(index) is index and moved == ["cuda"]
+    assert candidates._to_gpu(index) is index and moved == ["cuda"]
 
 
 def test_a_cross_encoder_that_cannot_be_used_is_named(

@@ -406,7 +406,9 @@ def test_bm25_sorts_only_what_can_be_among_the_best() -> None:
     bm25 = BM25([f"d{n}" for n in range(1000)], [f"common {'rare' if n % 100 == 0 else n}" for n in range(1000)])
     columns = bm25._columns(["common", "rare"])
     assert [len(holds) for holds, _ in columns] == [1000, 10]
-    assert [len(bm25._candidates(columns, k)[0]) for k in (1, 10, 11)] == [10, 10, 19], "nine are shorter than the others"
+    assert [len(bm25._candidates(columns, k)[0]) for k in (1, 10, 11)] == [10, 10, 19], (
+        "nine are shorter than the others"
+    )
     assert bm25.search(["common rare"], 3) == [["d900", "d800", "d700"]]
 
 
