@@ -222,7 +222,8 @@ def data_traces(
 
 def _retriever(name: str, mode: ModeName) -> Retriever:
     from ..evaluation.systems import SENTENCE_TRANSFORMERS, SentenceTransformersSystem
-    from ..mining.candidates import DenseRetriever, LexicalRetriever, Peer
+    from ..mining.candidates import DenseRetriever, LexicalRetriever
+    from ..retrieval.encode import Peer
 
     if name == BM25_NAME:
         return LexicalRetriever()

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Sequence
 from pathlib import Path
-from statistics import fmean
 from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
@@ -139,8 +137,3 @@ def load_result(path: Path) -> Result:
 def load_results(folder: Path) -> list[Result]:
     """All results of a folder, in the order of their names."""
     return [load_result(path) for path in sorted(folder.glob("*.*.*.*.json"))]
-
-
-def mean_scores(results: Sequence[Result], measures: Iterable[str]) -> dict[str, float]:
-    """Plain means of measures over several results, as leaderboards give them."""
-    return {name: fmean(result.scores[name] for result in results) for name in measures}

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from statistics import fmean
 from typing import Any
 
 from ..retrieval.metrics import MAIN
-from .results import Result, mean_scores
+from .results import Result
 from .significance import Comparison
 
 COLUMNS = {
@@ -97,7 +98,7 @@ def averages(results: Sequence[Result]) -> dict[str, dict[str, float]]:
     for name in names:
         rows = [result for result in results if result.system.name == name]
         if len(places) > 1 and {result.place for result in rows} == places:
-            means[name] = mean_scores(rows, AVERAGED)
+            means[name] = {key: fmean(row.scores[key] for row in rows) for key in AVERAGED}
     return means
 
 

@@ -9,7 +9,6 @@ import hashlib
 import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Protocol
@@ -21,7 +20,8 @@ from ..data.collection import Collection
 from ..data.restrictions import Restrictions
 from ..errors import DataError, ModelError
 from ..files import hash_folder, write_json
-from ..retrieval.encode import ModelEncoder, PeerEncoder, encode_corpus
+from ..model.encoder import SearchR3
+from ..retrieval.encode import Peer, encode_corpus
 from ..retrieval.index import DType, ExactIndex
 from ..retrieval.lexical import BM25
 from ..retrieval.ranking import ranked
@@ -113,7 +113,7 @@ class DenseRetriever:
 
     def __init__(
         self,
-        documents: ModelEncoder | PeerEncoder,
+        documents: SearchR3 | Peer,
         encode_query: Callable[[Sequence[str]], Array],
         key: Mapping[str, Any],
         dtype: DType = "float16",
@@ -172,42 +172,6 @@ class _DenseSearch:
         if self._last is None or self._last[0] != tuple(texts):
             self._last = tuple(texts), self._encode_query(texts)
         return self._last[1]
-
-
-@dataclass(frozen=True)
-class Peer:
-    """An encoder that is no Search-R3 model.
-
-    Attributes:
-        model: its name.
-        settings: what its vectors depend on, for JSON.
-        encode: `(texts, "query" or "document") -> vectors`.
-    """
-
-    model: str
-    settings: Mapping[str, Any]
-    encode: Callable[[Sequence[str], str], Array]
-
-    @property
-    def origin(self) -> Mapping[str, Any]:
-        """`model` and `settings`."""
-        return {"model": self.model, "settings": dict(self.settings)}
-
-    @cached_property
-    def dimension(self) -> int:
-        """The size of a vector, `D`."""
-        return int(self.encode(["size"], "document").shape[1])
-
-    def encode_document(self, texts: Sequence[str], *, progress: Progress | None = None) -> Array:
-        """The vectors of these texts, `N x D`."""
-        vectors = self.encode(texts, "document")
-        if progress is not None:
-            progress(len(texts), 0)
-        return vectors
-
-    def encode_query(self, texts: Sequence[str]) -> Array:
-        """The vectors of these texts, `Q x D`."""
-        return self.encode(texts, "query")
 
 
 class CrossEncoderJudge:

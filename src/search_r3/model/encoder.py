@@ -18,7 +18,6 @@ from ..types import Array, Progress
 from .backbone import Backbone, EmbeddingSettings, load_backbone
 from .documents import WINDOW, check_finite, encode_stream
 from .engine.decoding import Decoder, DecodeRequest, Rollout
-from .engine.generation import generate_rollouts
 from .prompts import MODES, Kind, Mode
 
 logger = logging.getLogger(__name__)
@@ -258,17 +257,33 @@ class SearchR3:
         batch_size: int = 128,
         progress: Progress | None = None,
     ) -> list[Rollout]:
-        """Reason-then-embed replies with ids, log-probabilities, masks and vectors (see `generate_rollouts`)."""
-        return generate_rollouts(
-            self.backbone,
-            prompts,
-            max_new_tokens=self.backbone.settings.max_new_tokens if max_new_tokens is None else max_new_tokens,
-            sampling_temperature=sampling_temperature,
-            top_p=top_p,
-            seeds=seeds,
-            batch_size=batch_size,
-            progress=progress,
-        )
+        """Let the model reply to each prompt until it emits the embed token (see `DecodeRequest` for the settings).
+
+        Args:
+            prompts: prompt ids (from `PromptEncoder.encode(..., "reason")`).
+            max_new_tokens: budget of a reply, the embed token included; one for all (by default the model's own) or one
+                per prompt.
+            sampling_temperature: 0 decodes greedily (log-probabilities are then at temperature 1).
+            top_p: sample among the likeliest tokens that together reach this probability.
+            seeds: one seed per prompt; needed when the temperature is above 0.
+            batch_size: rollouts decoded at once; it does not change them.
+            progress: called with the numbers of rollouts finished, and of their tokens, since the last call.
+
+        Returns:
+            One rollout per prompt, in the order of the prompts: ids, log-probabilities, masks and vectors.
+
+        Raises:
+            ModelError: a prompt and its budget do not fit into the model's context, or a logit is not finite.
+        """
+        if sampling_temperature > 0 and (seeds is None or len(seeds) != len(prompts)):
+            raise ValueError("sampling needs one seed per prompt")
+        budgets = self.backbone.settings.max_new_tokens if max_new_tokens is None else max_new_tokens
+        budgets = [budgets] * len(prompts) if isinstance(budgets, int) else budgets
+        requests = [
+            DecodeRequest(prompt, budget, sampling_temperature, top_p, None if seeds is None else seeds[place])
+            for place, (prompt, budget) in enumerate(zip(prompts, budgets, strict=True))
+        ]
+        return Decoder(self.backbone, batch_size).run(requests, progress)
 
     def save_pretrained(
         self, folder: str | Path, *, dtype: Literal["float32", "float16", "bfloat16"] | None = None

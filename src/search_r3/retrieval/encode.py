@@ -14,19 +14,20 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from importlib.metadata import version
 from itertools import islice, pairwise
 from pathlib import Path
-from typing import Any, Protocol, runtime_checkable
+from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
 from ..errors import DataError, VectorIndexError
-from ..model.backbone import Backbone
 from ..model.documents import unusable_rows
-from ..types import Array, DocumentEncoder, Progress, Rows
+from ..model.encoder import SearchR3
+from ..types import Array, Progress, Rows
 from . import storage
 from .index import DType, ExactIndex, descending
 
@@ -43,32 +44,40 @@ Documents = Iterable[tuple[str, str]]
 """Pairs of doc_id and text, the same in every iteration."""
 
 
-class ModelEncoder(DocumentEncoder, Protocol):
-    """What an encoding asks of a Search-R3 model; `SearchR3` is one."""
+@dataclass(frozen=True)
+class Peer:
+    """An encoder that is no Search-R3 model.
 
-    @property
-    def backbone(self) -> Backbone:
-        """Where the model came from, where it is, and the settings that its vectors depend on."""
-        ...
+    Attributes:
+        model: its name.
+        settings: what its vectors depend on, for JSON.
+        encode: `(texts, "query" or "document") -> vectors`.
+    """
 
-
-@runtime_checkable
-class PeerEncoder(Protocol):
-    """What an encoding asks of any other model."""
+    model: str
+    settings: Mapping[str, Any]
+    encode: Callable[[Sequence[str], str], Array]
 
     @property
     def origin(self) -> Mapping[str, Any]:
-        """`model`, its name, and `settings`, a mapping of what its vectors depend on."""
-        ...
+        """`model` and `settings`."""
+        return {"model": self.model, "settings": dict(self.settings)}
 
-    @property
+    @cached_property
     def dimension(self) -> int:
         """The size of a vector, `D`."""
-        ...
+        return int(self.encode(["size"], "document").shape[1])
 
     def encode_document(self, texts: Sequence[str], *, progress: Progress | None = None) -> Array:
         """The vectors of these texts, `N x D`."""
-        ...
+        vectors = self.encode(texts, "document")
+        if progress is not None:
+            progress(len(texts), 0)
+        return vectors
+
+    def encode_query(self, texts: Sequence[str]) -> Array:
+        """The vectors of these texts, `Q x D`."""
+        return self.encode(texts, "query")
 
 
 @dataclass(frozen=True)
@@ -84,7 +93,7 @@ class _Survey:
 
 
 def encode_corpus(
-    model: ModelEncoder | PeerEncoder,
+    model: SearchR3 | Peer,
     documents: Documents,
     folder: str | Path,
     *,
@@ -141,7 +150,7 @@ def encode_corpus(
     return ExactIndex.load(folder, mmap=True)
 
 
-def load_corpus(model: ModelEncoder, documents: Documents, folder: str | Path) -> ExactIndex:
+def load_corpus(model: SearchR3, documents: Documents, folder: str | Path) -> ExactIndex:
     """The index that `encode_corpus` made of these documents with this model, its vectors memory-mapped.
 
     Raises:
@@ -197,14 +206,14 @@ def _survey_documents(documents: Documents, block_size: int) -> _Survey:
     return _Survey(descending_ids, rows, digests)
 
 
-def _device_type(model: ModelEncoder | PeerEncoder) -> str:
-    if isinstance(model, PeerEncoder):
+def _device_type(model: SearchR3 | Peer) -> str:
+    if isinstance(model, Peer):
         return "cuda" if torch.cuda.is_available() else "cpu"
     return model.backbone.device.type
 
 
-def _origin(model: ModelEncoder | PeerEncoder) -> Mapping[str, Any]:
-    if isinstance(model, PeerEncoder):
+def _origin(model: SearchR3 | Peer) -> Mapping[str, Any]:
+    if isinstance(model, Peer):
         return model.origin
     settings = model.backbone.settings
     return {
@@ -218,7 +227,7 @@ def _origin(model: ModelEncoder | PeerEncoder) -> Mapping[str, Any]:
     }
 
 
-def _identity(model: ModelEncoder | PeerEncoder, survey: _Survey) -> tuple[dict[str, Any], Array]:
+def _identity(model: SearchR3 | Peer, survey: _Survey) -> tuple[dict[str, Any], Array]:
     """What a manifest says about model and documents, and the model's vector of the probe, `1 x D`."""
     origin = {**_origin(model), "documents_sha256": survey.digests[-1], "search_r3": version("search-r3")}
     facts = {"documents": len(survey.doc_ids), "dimension": model.dimension, "origin": origin}
@@ -313,7 +322,7 @@ def _remaining(
 
 
 def _vectors(
-    model: ModelEncoder | PeerEncoder, block: list[tuple[str, str]], dtype: DType, progress: Progress | None
+    model: SearchR3 | Peer, block: list[tuple[str, str]], dtype: DType, progress: Progress | None
 ) -> NDArray[Any]:
     """The vectors of a block in the dtype of the index, each checked."""
     vectors = np.asarray(model.encode_document([text for _, text in block], progress=progress))

@@ -149,14 +149,6 @@ class ExactIndex(VectorIndex):
         array: Array = self._tensor.float().cpu().numpy()
         return array
 
-    def scores(self, queries: Array) -> Array:
-        """Scores of every document, `Q x N`, columns in the order of `doc_ids`; for small indexes."""
-        vectors = self._queries(queries)
-        result = np.empty((len(vectors), len(self)), dtype=np.float32)
-        for start, scores in self._products(vectors):
-            result[:, start : start + len(scores)] = scores.T.cpu().numpy()
-        return result
-
     def search_rows(self, queries: Array, k: int) -> tuple[Rows, Array]:
         """The `k` best documents of each query (all of them where there are fewer).
 

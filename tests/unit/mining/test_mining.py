@@ -20,9 +20,10 @@ from search_r3.data.collection import Collection, Document, Query
 from search_r3.data.triples import judged_queries, listed_negatives, training_examples
 from search_r3.errors import DataError, ModelError, VectorIndexError
 from search_r3.mining import candidates, mining
-from search_r3.mining.candidates import BlockCache, CrossEncoderJudge, DenseRetriever, LexicalRetriever, Peer
+from search_r3.mining.candidates import BlockCache, CrossEncoderJudge, DenseRetriever, LexicalRetriever
 from search_r3.mining.mining import MiningReport, MiningSettings, mine_negatives
 from search_r3.retrieval import encode
+from search_r3.retrieval.encode import Peer
 from search_r3.retrieval.index import ExactIndex
 from search_r3.retrieval.lexical import BM25
 from tests.conftest import small_collection
