@@ -179,11 +179,9 @@ def load_backbone(
     except (OSError, ValueError) as error:
         raise ModelError(f"cannot load a causal LM from {source}: {_first_line(error)}") from error
     # Adapters write the embed token's row of tied tables once, and transformers misses it in the other.
-    missing = sorted(key for key in report["missing_keys"] if "token_adapter" not in key)
-    if missing:
-        raise ModelError(
-            f"{source} lacks {len(missing)} weights of its architecture (first: {missing[0]}); wrong files?"
-        )
+    absent = sorted(key for key in report["missing_keys"] if "token_adapter" not in key)
+    if absent:
+        raise ModelError(f"{source} lacks {len(absent)} weights of its architecture (first: {absent[0]}); wrong files?")
     embed_token = (settings or EmbeddingSettings()).embed_token
     if settings is None:
         settings = _saved_settings(source, model, revision)
@@ -199,9 +197,9 @@ def load_backbone(
 
 def storage_state(model: Any, dtype: str | None, state: Mapping[str, Tensor] | None = None) -> dict[str, Tensor]:
     """The weights in their storage type; tied ones stay one tensor, so that they are written once."""
-    converted: dict[int, Tensor] = {}
+    by_address: dict[int, Tensor] = {}
     return {
-        name: converted.setdefault(value.data_ptr(), value if dtype is None else value.to(DTYPES[dtype]))
+        name: by_address.setdefault(value.data_ptr(), value if dtype is None else value.to(DTYPES[dtype]))
         for name, value in (model.state_dict() if state is None else state).items()
     }
 
@@ -276,30 +274,30 @@ def _saved_settings(source: str | Path, model: Any, revision: str | None) -> Emb
 
 def _ensure_embed_token(model: Any, tokenizer: Any, embed_token: str, start: EmbedStart) -> int:
     """The id of the embed token, added where it is missing; the embedding table grows only if no spare row is left."""
-    known = tokenizer.get_vocab().get(embed_token)
-    if known is None:
+    token_id = tokenizer.get_vocab().get(embed_token)
+    if token_id is None:
         tokenizer.add_special_tokens({"additional_special_tokens": [embed_token]}, replace_extra_special_tokens=False)
-        known = tokenizer.convert_tokens_to_ids(embed_token)
+        token_id = tokenizer.convert_tokens_to_ids(embed_token)
         tables = [model.get_input_embeddings(), model.get_output_embeddings()]
         rows = tables[0].weight.shape[0]
-        used = len(tokenizer) - 1
+        count = len(tokenizer) - 1
         if len(tokenizer) > rows:
             model.resize_token_embeddings(len(tokenizer), mean_resizing=False)
             tables = [model.get_input_embeddings(), model.get_output_embeddings()]
         with torch.no_grad():
-            # A spare row was never trained (or does not exist yet): the mean of the used rows is a neutral start,
+            # A spare row was never trained (or does not exist yet): the mean of the rows in use is a neutral start,
             # the same at every load. Tied tables are one tensor, so the second write repeats the first.
-            ends = [tokenizer.eos_token_id] if start == "end_of_turn" else slice(used)
+            ends = [tokenizer.eos_token_id] if start == "end_of_turn" else slice(count)
             rows_of_start = [table.weight[ends].float().mean(0) for table in tables]
             for table, row in zip(tables, rows_of_start, strict=True):
-                table.weight[known] = row.to(table.weight.dtype)
+                table.weight[token_id] = row.to(table.weight.dtype)
     if len(tokenizer.encode(embed_token, add_special_tokens=False)) != 1:
         raise ModelError(f"{embed_token} is in the vocabulary but not as one special token; mend tokenizer.json")
-    if known >= model.get_input_embeddings().weight.shape[0]:
+    if token_id >= model.get_input_embeddings().weight.shape[0]:
         raise ModelError(
-            f"{embed_token} has id {known}, outside the model's embedding table; tokenizer and weights differ"
+            f"{embed_token} has id {token_id}, outside the model's embedding table; tokenizer and weights differ"
         )
-    return int(known)
+    return int(token_id)
 
 
 def _check_output_layer(backbone: Backbone) -> None:
@@ -310,13 +308,13 @@ def _check_output_layer(backbone: Backbone) -> None:
     ids = torch.tensor([[backbone.embed_token_id] * 2], device=backbone.device)
     with torch.no_grad():
         expected = backbone.model(input_ids=ids).logits.float()
-        found = backbone.logits(backbone.hidden_states(ids, torch.ones_like(ids)))
-    if not (torch.isfinite(expected).all() and torch.isfinite(found).all()):
+        logits = backbone.logits(backbone.hidden_states(ids, torch.ones_like(ids)))
+    if not (torch.isfinite(expected).all() and torch.isfinite(logits).all()):
         raise ModelError(
             f"{backbone.source} computes NaN or infinity from a prompt of two tokens: its weights are broken, or its "
             "dtype is too narrow; try float32 or bfloat16"
         )
-    if not torch.allclose(expected, found, atol=1e-2, rtol=1e-2):
+    if not torch.allclose(expected, logits, atol=1e-2, rtol=1e-2):
         name = type(backbone.model).__name__
         raise ModelError(f"{name} changes its logits after the output layer (scaling or capping): not supported yet")
 

@@ -129,7 +129,7 @@ class SearchR3:
             ModelError: a vector holds NaN or infinity.
         """
         _check_mode(mode)
-        texts = _listed(texts, "query")
+        texts = _as_list(texts, "query")
         if mode == "direct":
             vectors, truncated = self._vectors(texts, "direct", None, progress)
             empty = [""] * len(texts), [0] * len(texts), [False] * len(texts)
@@ -167,22 +167,22 @@ class SearchR3:
         """
         _check_mode(mode)
         encoder = self.backbone.prompt_encoder
-        [prompt] = encoder.encode_batch(_listed(text, "query"), mode)
+        [prompt] = encoder.encode_batch(_as_list(text, "query"), mode)
         budget = self.backbone.settings.max_new_tokens if max_new_tokens is None else max_new_tokens
         budget = budget if mode == "reason" else 0
         decoder = Decoder(self.backbone, slots=1)
         ticket = decoder.submit(DecodeRequest(prompt.ids, budget, sampling_temperature, top_p, seed))
-        shown = ""
-        while not (finished := decoder.step()):
-            written = encoder.decode(decoder.reply(ticket))
+        output = ""  # what has been yielded
+        while not (results := decoder.step()):
+            reasoning = encoder.decode(decoder.reply(ticket))
             # A character may take several tokens; until the last of them it decodes to the replacement character.
-            if written.startswith(shown) and not written.endswith("\ufffd"):
-                piece, shown = written[len(shown) :], written
+            if reasoning.startswith(output) and not reasoning.endswith("\ufffd"):
+                piece, output = reasoning[len(output) :], reasoning
                 if piece:
                     yield piece
-        result = self._embeddings([rollout for _, rollout in finished], [text], [prompt.truncated])
-        if result.reasoning[0] != shown and result.reasoning[0].startswith(shown):
-            yield result.reasoning[0][len(shown) :]
+        result = self._embeddings([rollout for _, rollout in results], [text], [prompt.truncated])
+        if result.reasoning[0] != output and result.reasoning[0].startswith(output):
+            yield result.reasoning[0][len(output) :]
         yield result
 
     def encode_document(
@@ -205,7 +205,7 @@ class SearchR3:
             DataError: no texts, or an empty one (its place is named).
             ModelError: a vector holds NaN or infinity.
         """
-        vectors, truncated = self._vectors(_listed(texts, "document"), "document", batch_tokens, progress)
+        vectors, truncated = self._vectors(_as_list(texts, "document"), "document", batch_tokens, progress)
         self._warn_of(sum(truncated), len(truncated))
         return vectors
 
@@ -235,7 +235,7 @@ class SearchR3:
             self.backbone, texts, "document", batch_tokens=batch_tokens, window=window, progress=progress
         ):
             self._warn_of(sum(prompt.truncated for prompt in prompts), len(prompts))
-            yield self._shortened(vectors)
+            yield self._shorten(vectors)
 
     def count_document_tokens(self, texts: Sequence[str]) -> list[int]:
         """The tokens that each document takes when it is encoded: text (cut at `max_length`) and prompt."""
@@ -297,20 +297,20 @@ class SearchR3:
         [(prompts, vectors)] = encode_stream(
             self.backbone, texts, kind, batch_tokens=batch_tokens, window=len(texts), progress=progress
         )
-        return self._shortened(vectors), [prompt.truncated for prompt in prompts]
+        return self._shorten(vectors), [prompt.truncated for prompt in prompts]
 
-    def _shortened(self, vectors: Array) -> Array:
+    def _shorten(self, vectors: Array) -> Array:
         if self.truncate_dim is None:
             return vectors
-        kept = vectors[:, : self.truncate_dim]
-        shortened: Array = kept / np.linalg.norm(kept, axis=1, keepdims=True)
-        return shortened
+        head = vectors[:, : self.truncate_dim]
+        result: Array = head / np.linalg.norm(head, axis=1, keepdims=True)
+        return result
 
     def _embeddings(self, rollouts: Sequence[Rollout], texts: Sequence[str], truncated: list[bool]) -> QueryEmbeddings:
         vectors = torch.stack([rollout.vector for rollout in rollouts]).cpu().numpy()
         check_finite(vectors, texts, self.backbone.source)
         return QueryEmbeddings(
-            self._shortened(vectors),
+            self._shorten(vectors),
             [rollout.reasoning for rollout in rollouts],
             [rollout.reasoning_tokens for rollout in rollouts],
             [rollout.forced for rollout in rollouts],
@@ -333,8 +333,8 @@ def _check_mode(mode: str) -> None:
         raise DataError(f"unknown mode {mode!r}; expected 'direct' or 'reason'")
 
 
-def _listed(texts: str | Sequence[str], what: str) -> list[str]:
-    listed = [texts] if isinstance(texts, str) else list(texts)
-    if not listed:
-        raise DataError(f"no {what} was given; give at least one text")
-    return listed
+def _as_list(texts: str | Sequence[str], kind: str) -> list[str]:
+    result = [texts] if isinstance(texts, str) else list(texts)
+    if not result:
+        raise DataError(f"no {kind} was given; give at least one text")
+    return result
