@@ -78,9 +78,11 @@ class System(Protocol):
 class _PerCollection(Generic[T]):
     """Keeps the index of the last collection, for its other splits and for other systems that share it."""
 
+    before: Cost | None = None
     _last: tuple[str, T] | None = None
 
-    def _index_of(self, collection: Collection, progress: Progress | None) -> T:
+    def index(self, collection: Collection, progress: Progress | None = None) -> T:
+        """Index all documents, unless they are those of the last call."""
         key = collection.content_hash()
         if self._last is None or self._last[0] != key:
             self._last = None  # the old index is let go before the next is made
@@ -91,17 +93,7 @@ class _PerCollection(Generic[T]):
         raise NotImplementedError
 
 
-class _Indexing(_PerCollection[Searchable]):
-    """A system that indexes by itself."""
-
-    before: Cost | None = None
-
-    def index(self, collection: Collection, progress: Progress | None = None) -> Searchable:
-        """Index all documents, unless they are those of the last call."""
-        return self._index_of(collection, progress)
-
-
-class BM25System(_Indexing):
+class BM25System(_PerCollection[Searchable]):
     """BM25 on the queries, or on other `texts` by query_id.
 
     Args:
@@ -149,6 +141,8 @@ class _Lexical:
 class EncodedCollections(_PerCollection[tuple[ExactIndex, float | None]]):
     """The collections that one Search-R3 model has encoded; both of its modes search the same vectors.
 
+    `index` gives the index and the documents encoded per second (None where it was on the disk).
+
     Args:
         model: the encoder.
         folder: where a collection is kept while it is encoded, so that a kill costs one block; in memory without it.
@@ -158,10 +152,6 @@ class EncodedCollections(_PerCollection[tuple[ExactIndex, float | None]]):
         self.model = model
         self.revision = model.backbone.revision
         self._folder = folder
-
-    def encode(self, collection: Collection, progress: Progress | None = None) -> tuple[ExactIndex, float | None]:
-        """The index, and documents encoded per second; the collection of the last call is not encoded again."""
-        return self._index_of(collection, progress)
 
     def _make_index(self, collection: Collection, progress: Progress | None) -> tuple[ExactIndex, float | None]:
         started, count = time.perf_counter(), len(collection.documents)
@@ -227,7 +217,7 @@ class SearchR3System:
 
     def index(self, collection: Collection, progress: Progress | None = None) -> Searchable:
         """Encode all documents, unless the other mode has."""
-        index, speed = self.collections.encode(collection, progress)
+        index, speed = self.collections.index(collection, progress)
         return _Reasoning(self.collections.model, self.mode, self.batch_size, index, speed)
 
 
@@ -249,7 +239,7 @@ class _Reasoning:
         return Answers(rankings, queries.reasoning, queries.reasoning_tokens, queries.forced, truncated)
 
 
-class SentenceTransformersSystem(_Indexing):
+class SentenceTransformersSystem(_PerCollection[Searchable]):
     """A dense peer.
 
     Args:

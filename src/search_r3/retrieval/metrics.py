@@ -95,11 +95,6 @@ def relevant_ids(relevance: Mapping[str, int]) -> set[str]:
     return {doc_id for doc_id, gain in relevance.items() if gain > 0}
 
 
-def measure(ranking: Sequence[str], relevance: Mapping[str, int]) -> dict[str, float]:
-    """All of `MEASURES` for one query's ranking (100 documents deep or deeper, or all there are)."""
-    return {name: _measure(name, ranking, relevance) for name in MEASURES}
-
-
 _FUNCTIONS = {
     "ndcg": ndcg,
     "map": average_precision,
@@ -109,9 +104,13 @@ _FUNCTIONS = {
 }
 
 
-def _measure(name: str, ranking: Sequence[str], relevance: Mapping[str, int]) -> float:
-    function, _, depth = name.partition("@")
-    return _FUNCTIONS[function](ranking, relevance, int(depth) if depth else len(ranking))
+def measure(ranking: Sequence[str], relevance: Mapping[str, int]) -> dict[str, float]:
+    """All of `MEASURES` for one query's ranking (100 documents deep or deeper, or all there are)."""
+    values = {}
+    for name in MEASURES:
+        function, _, depth = name.partition("@")
+        values[name] = _FUNCTIONS[function](ranking, relevance, int(depth) if depth else len(ranking))
+    return values
 
 
 def p_mrr(

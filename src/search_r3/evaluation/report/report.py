@@ -69,7 +69,7 @@ def evaluate_run(
             group_size=recipe.grpo.group_size,
             k=recipe.grpo.reward_k,
             seed=recipe.seed,
-            index=collections.encode(collection)[0],
+            index=collections.index(collection)[0],
             batch_size=settings.batch_size,
             sampling_temperature=recipe.grpo.sampling_temperature,
         )
