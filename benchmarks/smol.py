@@ -43,7 +43,7 @@ from search_r3.training.run import Run
 from search_r3.training.sft import train_sft
 
 RECIPES = Path(__file__).parent.parent / "recipes"
-PROBE = {"sft": 16, "grpo": 3}
+PROBE = {"sft": 24, "grpo": 3}
 """Steps whose speed decides how many are made."""
 QUICK = {
     "sft": [
@@ -140,7 +140,7 @@ def train(stage: str, recipe: Recipe, folder: Path, clock: Clock) -> Path:
     run = Run(recipe)
 
     def observe(stage: str, step: int, steps: int, values: Any) -> None:
-        if step <= 3 or step % max(1, steps // 12) == 0 or step == steps:
+        if step in (1, steps) or step % max(10, steps // 10) == 0 or stage == "grpo" and step % 3 == 0:
             shown = ("loss", "info_nce", "cross_entropy", "reward", "forced_share", "reasoning_tokens", "seconds")
             clock.say(f"{stage} {step}/{steps} " + " ".join(f"{k}={values[k]:.3f}" for k in shown if k in values))
 
