@@ -118,15 +118,22 @@ def rl_collection(data: Path) -> None:
 
 
 def fitted(recipe: Recipe, overrides: list[str], stage: str, seconds: float, clock: Clock, work: Path) -> list[str]:
-    """More overrides: how many steps take `seconds`, measured on a run of a few that is thrown away."""
+    """More overrides: how many steps fill `seconds`, by a run of a few, which is part of them and thrown away."""
+    began = time.monotonic()
     probe = work / f"probe-{stage}"
     shutil.rmtree(probe, ignore_errors=True)
     few = [*overrides, f"{stage}.steps={PROBE[stage]}", f"run_dir={probe}", f"{stage}.warmup_steps=1"]
     train(stage, load_recipe(recipe_of(stage), few), probe, clock)
-    rows = [row for row in metrics_of(probe) if row.get("stage") == stage and row["step"] > PROBE[stage] // 4]
-    each = statistics.mean(row["seconds"] for row in rows)
-    steps = max(10, int(seconds / each))
-    clock.say(f"{stage}: {each:.3f} s a step, so {steps} steps in {seconds:.0f} s{memory()}")
+    spent = time.monotonic() - began
+    rows = [row for row in metrics_of(probe) if row["step"] > 0]
+    around = spent - sum(row["seconds"] for row in rows)  # to load, to look at dev, to save
+    each = statistics.mean(row["seconds"] for row in rows if row["step"] > PROBE[stage] // 4)
+    steps = int((seconds - spent - around) / each)
+    clock.say(
+        f"{stage}: {each:.3f} s a step, {around:.0f} s around them, so {steps} steps in {seconds:.0f} s{memory()}"
+    )
+    if steps < 5:
+        raise RuntimeError(f"{seconds:.0f} s are too few for {stage}")
     shutil.rmtree(probe, ignore_errors=True)
     return [f"{stage}.steps={steps}", f"{stage}.warmup_steps={max(2, min(40, steps // 12))}"]
 
@@ -140,7 +147,7 @@ def train(stage: str, recipe: Recipe, folder: Path, clock: Clock) -> Path:
     run = Run(recipe)
 
     def observe(stage: str, step: int, steps: int, values: Any) -> None:
-        if step in (1, steps) or step % max(10, steps // 10) == 0 or stage == "grpo" and step % 3 == 0:
+        if step in (1, steps) or step % max(10, steps // 10) == 0 or (stage == "grpo" and step % 3 == 0):
             shown = ("loss", "info_nce", "cross_entropy", "reward", "forced_share", "reasoning_tokens", "seconds")
             clock.say(f"{stage} {step}/{steps} " + " ".join(f"{k}={values[k]:.3f}" for k in shown if k in values))
 
@@ -238,7 +245,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, default=Path("runs/smol/out"))
     parser.add_argument("--seconds", type=float, default=420, help="for all stages together")
     parser.add_argument("--started", type=float, help="when the clock began, in seconds since 1970; default: now")
-    parser.add_argument("--sft-seconds", type=float, help="default: 55 %% of --seconds")
+    parser.add_argument("--sft-seconds", type=float, help="default: 60 %% of --seconds")
     parser.add_argument("--queries", type=int, default=200, help="dev queries of each collection")
     parser.add_argument("--set", nargs="*", default=[], help="key=value for stage 1")
     parser.add_argument("--quick", action="store_true")
@@ -255,15 +262,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     where = [f"base={base}", f"collection={data / 'train'}"]
     if torch.cuda.is_available() and torch.cuda.get_device_properties(0).total_memory < 60 * 2**30:
         where.append("sft.micro_batch_size=64")
-    seconds = None if options.quick else options.sft_seconds or 0.55 * options.seconds
+    seconds = None if options.quick else options.sft_seconds or 0.6 * options.seconds
     where += [*(QUICK["sft"] if options.quick else []), *options.set]
     sft = stage_of("sft", where, seconds, clock, work, out)
     clock.say("stage 1 saved")
     results = {"sft": attempt("evaluation", clock, lambda: look("sft", sft, data, out, sizes, clock, 12))}
-    left = clock.left() - 45  # to load, to save, to look
-    if options.quick or left > 30:
+    left = clock.left() - 25  # to look at it
+    if options.quick or left > 40:
         rl = [f"base={sft}", f"collection={data / 'rl'}", *(QUICK["grpo"] if options.quick else [])]
-        seconds = None if options.quick else 0.7 * left
+        seconds = None if options.quick else 0.95 * left
         model = attempt("stage 2", clock, lambda: stage_of("grpo", rl, seconds, clock, work, out))
         if model is not None:
             results["grpo"] = attempt("evaluation", clock, lambda: look("grpo", model, data, out, sizes, clock, 8))
