@@ -88,12 +88,30 @@ def prepare(options: argparse.Namespace, work: Path) -> tuple[Path, Path]:
         if not (data / "manifest.json").exists():
             with tarfile.open(options.data) as tar:
                 tar.extractall(data, filter="data")
-    if not (data / "rl" / "corpus.jsonl").exists():
-        rl_collection(data)
+    if not (rl_folder(data, options.quick) / "corpus.jsonl").exists():
+        whole = rl_collection(data)
+        (first_of(whole) if options.quick else whole).save(rl_folder(data, options.quick))
     return base, data
 
 
-def rl_collection(data: Path) -> None:
+def rl_folder(data: Path, quick: bool) -> Path:
+    return data / ("rl-quick" if quick else "rl")
+
+
+def first_of(whole: Collection, queries: int = 10) -> Collection:
+    """A few queries of each split, and the documents that they need."""
+    splits = {name: dict(list(qrels.items())[:queries]) for name, qrels in whole.qrels.items()}
+    documents = {one for qrels in splits.values() for gains in qrels.values() for one in gains}
+    asked = {one for qrels in splits.values() for one in qrels}
+    return Collection(
+        "rl",
+        {one: document for one, document in whole.documents.items() if one in documents},
+        {one: query for one, query in whole.queries.items() if one in asked},
+        splits,
+    )
+
+
+def rl_collection(data: Path) -> Collection:
     """The documents of a few sources, to be ranked as a whole, their train queries, and some dev queries."""
     train = Collection.load(data / "train")
     keep = tuple(f"{name}/" for name in RL_SPLITS if name in train.qrels)
@@ -114,7 +132,7 @@ def rl_collection(data: Path) -> None:
         for query_id, gains in list(own.split("dev").items())[:RL_DEV]:
             queries[f"{name}/{query_id}"] = Query(f"{name}/{query_id}", own.queries[query_id].text)
             dev[f"{name}/{query_id}"] = {f"{name}/{one}": gain for one, gain in gains.items()}
-    Collection("rl", documents, queries, {**splits, "dev": dev}).save(data / "rl")
+    return Collection("rl", documents, queries, {**splits, "dev": dev})
 
 
 def fitted(recipe: Recipe, overrides: list[str], stage: str, seconds: float, clock: Clock, work: Path) -> list[str]:
@@ -269,7 +287,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     results = {"sft": attempt("evaluation", clock, lambda: look("sft", sft, data, out, sizes, clock, 12))}
     left = clock.left() - 25  # to look at it
     if options.quick or left > 40:
-        rl = [f"base={sft}", f"collection={data / 'rl'}", *(QUICK["grpo"] if options.quick else [])]
+        rl = [f"base={sft}", f"collection={rl_folder(data, options.quick)}", *(QUICK["grpo"] if options.quick else [])]
         seconds = None if options.quick else 0.95 * left
         model = attempt("stage 2", clock, lambda: stage_of("grpo", rl, seconds, clock, work, out))
         if model is not None:
