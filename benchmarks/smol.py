@@ -187,7 +187,7 @@ def stage_of(stage: str, overrides: list[str], seconds: float | None, clock: Clo
                 names = ("steps", "warmup_steps", "micro_batch_size")
                 overrides += [f"{stage}.{one}={json.dumps(getattr(section, one))}" for one in names]
             elif seconds is not None:
-                overrides += fitted(recipe, overrides, stage, seconds, clock, work)
+                overrides += fitted(recipe, overrides, stage, min(seconds, clock.left() - 20), clock, work)
             model = train(stage, load_recipe(recipe_of(stage), overrides), folder, clock)
             break
         except torch.cuda.OutOfMemoryError:
