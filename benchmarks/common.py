@@ -187,7 +187,7 @@ def make_model(folder: Path, texts: Iterable[str], shape: Shape, vocabulary: int
     import transformers
 
     from search_r3.model.prompts import PROMPT_SETS
-    from search_r3.model.tokenizer import train_tokenizer
+    from search_r3.pretraining.tokenizer import train_tokenizer
 
     wording = PROMPT_SETS["search-r3"]
     systems = [wording.direct_system, wording.reason_system, wording.document_system, "system user assistant"]

@@ -122,7 +122,7 @@ def report(out: Path, seeds: Sequence[int], names: Sequence[str]) -> dict[str, A
     """Tables on stderr; what goes into the JSON object."""
     import numpy as np
 
-    from search_r3.evaluation.statistics import bootstrap_intervals, holm, paired_p_value
+    from search_r3.evaluation.significance import bootstrap_intervals, holm, paired_p_value
 
     baselines = results_of(out / "baselines")
     by_seed = [results_of(out / f"seed{seed}" / "evaluation") for seed in seeds]

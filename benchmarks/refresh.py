@@ -30,7 +30,7 @@ from scipy.stats import spearmanr
 from search_r3.config import Recipe, RefreshSettings, load_recipe
 from search_r3.data.collection import Collection
 from search_r3.data.load import load_collection
-from search_r3.environment.environment import DocumentEncoder, RetrievalEnvironment, rollout_vectors
+from search_r3.environment.environment import RetrievalEnvironment, rollout_vectors
 from search_r3.environment.refresh import Selective
 from search_r3.evaluation.benchmark import EvaluationOptions, evaluate
 from search_r3.evaluation.systems import EncodedCollections, SearchR3System
@@ -41,6 +41,7 @@ from search_r3.training.engine import load_model, make_engine
 from search_r3.training.grpo import Experience, collect, per_rollout, train_grpo, update
 from search_r3.training.run import Run
 from search_r3.training.sft import train_sft
+from search_r3.types import DocumentEncoder
 
 QUICK = [
     "collection=atlas",

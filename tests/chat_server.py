@@ -16,7 +16,7 @@ from typing import Any
 
 import pytest
 
-from search_r3.data import chat
+from search_r3.data.writing import chat
 
 CERTIFICATES = ssl.create_default_context()
 Answer = tuple[int, dict[str, str], str]

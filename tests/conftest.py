@@ -19,7 +19,7 @@ from search_r3.data.collection import Collection, Document, Query
 from search_r3.model.backbone import Backbone, load_backbone
 from search_r3.model.encoder import SearchR3
 from search_r3.model.prompts import PROMPT_SETS
-from search_r3.model.tokenizer import train_tokenizer
+from search_r3.pretraining.tokenizer import train_tokenizer
 
 transformers.utils.logging.disable_progress_bar()
 torch.set_num_threads(1)  # tiny models are faster so, and results do not depend on the machine

@@ -83,7 +83,7 @@ def main() -> None:
     torch.set_num_threads(1)
     for name in ("_dynamo", "distributed.fsdp", "distributed.checkpoint", "nn.parallel"):
         import_module(f"torch.{name}")
-    for name in ("cli", "console", "evaluation.plots", "training.grpo", "training.sft"):
+    for name in ("cli", "console", "evaluation.report.plots", "training.grpo", "training.sft"):
         import_module(f"search_r3.{name}")
     for name in ("accelerate", "accelerate.utils", "rich.progress", "rich.live", "safetensors.torch", "scipy.stats"):
         import_module(name)
@@ -243,9 +243,9 @@ def impatient(rank: int, seconds: float) -> None:
     """The first process lingers for so long only."""
     from datetime import timedelta
 
-    from search_r3.environment import exchange
+    from search_r3 import parallel
 
-    exchange.LINGER = timedelta(seconds=seconds)
+    parallel.LINGER = timedelta(seconds=seconds)
 
 
 def _wrap(place: str, number: int, act: Callable[[], object]) -> None:

@@ -12,7 +12,7 @@ from example_results import make_result
 from search_r3.config import Recipe, dump_recipe
 from search_r3.evaluation.results import Result, save_result
 from search_r3.evaluation.runner import write_summary
-from search_r3.evaluation.statistics import compare
+from search_r3.evaluation.significance import compare
 from search_r3.files import hash_folder, write_json, write_text
 from search_r3.model.backbone import load_backbone
 

@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from statistics import fmean
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from .files import first_process
+from .parallel import first_process
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -20,8 +20,8 @@ if TYPE_CHECKING:
     from .evaluation.mteb import TaskScore
     from .evaluation.results import Result
     from .evaluation.search import Answer
-    from .evaluation.statistics import Comparison
-    from .training.plan import Plan
+    from .evaluation.significance import Comparison
+    from .planning.plan import MemoryPlan
 
 
 def fail(message: str, status: int) -> NoReturn:
@@ -239,10 +239,10 @@ def show_report(folder: Path) -> None:
     print(f'Next: {sys.argv[0]} search {folder}/model --collection atlas "{query}"')
 
 
-STAGES = {"sft": "stage 1", "grpo": "stage 2"}
+STAGE_NAMES = {"sft": "stage 1", "grpo": "stage 2"}
 
 
-def show_plan(plan: Plan, base: str, gpu_bytes: float, remedy: str) -> None:
+def show_plan(plan: MemoryPlan, base: str, gpu_bytes: float, remedy: str) -> None:
     """Show what a stage takes; `remedy` are the overrides with which it fits, empty where it does or none is known."""
     from rich import print as rich_print
     from rich.box import SIMPLE_HEAD
@@ -252,7 +252,7 @@ def show_plan(plan: Plan, base: str, gpu_bytes: float, remedy: str) -> None:
         return f"{value / 1e9:,.2f}"
 
     weights = ", ".join(f"{name} {value / 1e6:,.1f} M" for name, value in plan.parameters.items() if value)
-    say(f"{STAGES[plan.stage]}, {base}, {plan.gpus} x {gigabytes(gpu_bytes)} GB, {plan.strategy}")
+    say(f"{STAGE_NAMES[plan.stage]}, {base}, {plan.gpus} x {gigabytes(gpu_bytes)} GB, {plan.strategy}")
     say(f"parameters: {weights}")
     shown = Table("GB per GPU", title="", box=SIMPLE_HEAD, show_edge=False, padding=(0, 1))
     for phase in plan.phases:

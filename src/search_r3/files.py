@@ -59,11 +59,6 @@ def remove_leftovers(target: Path) -> None:
             path.unlink()
 
 
-def first_process() -> bool:
-    """Whether this process writes and speaks for all: of several that train together only the first one does."""
-    return os.environ.get("RANK", "0") == "0"
-
-
 def write_text(path: Path, text: str) -> None:
     """Replace the file at `path` by `text` (UTF-8) in one step."""
     path = Path(path)

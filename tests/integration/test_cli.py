@@ -19,7 +19,7 @@ from search_r3 import cli, console
 from search_r3.evaluation.results import load_results
 from search_r3.evaluation.search import Answer
 from search_r3.model.encoder import SearchR3
-from search_r3.retrieval import corpus
+from search_r3.retrieval import encode as encoding
 from search_r3.retrieval.index import ExactIndex
 from tests.conftest import SMALL, call, save_tiny, small_collection
 
@@ -139,11 +139,11 @@ def encoded(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     whole = SearchR3.encode_document
 
     def encode(self: SearchR3, documents: list[str], **options: Any) -> Any:
-        texts.extend(text for text in documents if text != corpus.PROBE)
+        texts.extend(text for text in documents if text != encoding.PROBE)
         return whole(self, documents, **options)
 
     monkeypatch.setattr(SearchR3, "encode_document", encode)
-    monkeypatch.setattr(corpus, "encode_corpus", partial(corpus.encode_corpus, block_size=8))
+    monkeypatch.setattr(encoding, "encode_corpus", partial(encoding.encode_corpus, block_size=8))
     return texts
 
 

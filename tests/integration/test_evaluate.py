@@ -124,7 +124,7 @@ def test_a_stopped_evaluation_goes_on(
     assert list((tmp_path / "indexes").iterdir()), "the vectors stay for the modes that are still to come"
     with monkeypatch.context() as patch:
         patch.setattr(SearchR3, "encode_document", None)
-        patch.setattr("search_r3.retrieval.corpus._vectors", None)
+        patch.setattr("search_r3.retrieval.encode._vectors", None)
         patch.setattr(SearchR3, "encode_document", lambda self, texts, **_: _only_the_probe(self, texts))
         assert call(patch, *args) == 0
     assert kept.read_bytes() == before

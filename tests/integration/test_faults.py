@@ -34,7 +34,7 @@ SETTINGS = [
 STAGES = ("sft", "grpo")
 FORWARD = "search_r3.training.policy:Policy.forward"
 BACKWARD = "search_r3.training.engine:Engine.backward"
-GATHER = "search_r3.environment.exchange:Together.gather"
+GATHER = "search_r3.parallel:ProcessGroup.all_gather"
 SAVE_STATE = "accelerate:Accelerator.save_state"
 LOG = "search_r3.training.run:Run.log"
 

@@ -56,7 +56,7 @@ def test_sampling_sees_the_precision_of_training_and_gives_the_weights_back(tiny
     settings = Recipe(mixed_precision="bf16", run_dir=str(tmp_path))
     engine = make_engine(model, settings, settings.grpo)
     before = {name: value.clone() for name, value in model.backbone.model.state_dict().items()}
-    with engine.whole_weights():
+    with engine.full_params():
         assert model.backbone.dtype == "bfloat16"
         assert model.encode_document(["a red house"]).dtype == "float32"
     after = model.backbone.model.state_dict()

@@ -57,7 +57,7 @@ def data_synthesize(
     Example: search-r3 data synthesize articles.jsonl my-set --endpoint http://localhost:8000/v1 --model Qwen/Qwen3-32B
     """
     from ..data.load import load_articles
-    from ..data.synthetic import synthesize
+    from ..data.writing.synthetic import synthesize
 
     found = load_articles(articles, limit, seed)
     with console.bar("articles", len(found)) as bar:

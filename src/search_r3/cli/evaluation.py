@@ -13,7 +13,7 @@ from .common import DeviceOption, ManyValues, ModeName, WeightDType, app, check_
 
 if TYPE_CHECKING:
     from ..evaluation.results import Result
-    from ..evaluation.runner import Plan
+    from ..evaluation.runner import EvaluationPlan
     from ..model.prompts import Mode
 
 Models = Annotated[
@@ -66,12 +66,12 @@ def evaluate(
     Example: search-r3 evaluate --model runs/quickstart/model --collections atlas --baselines bm25 bm25+reasoning
     """
     from ..evaluation.benchmark import EvaluationOptions
-    from ..evaluation.runner import Plan, label_models, write_summary
+    from ..evaluation.runner import EvaluationPlan, label_models, write_summary
 
     hush()
     sources = label_models(model) if model else {}
     options = EvaluationOptions(depth, keep_identical_ids, latency_queries, bootstrap, seed)
-    plan = Plan(
+    plan = EvaluationPlan(
         sources,
         _modes(modes),
         list(dict.fromkeys(baselines or [])),
@@ -93,7 +93,7 @@ def _modes(asked: list[ModeName] | None) -> list[Mode]:
     return [name.value for name in dict.fromkeys(asked or ModeName)]
 
 
-def _run(plan: Plan, out: Path) -> list[Result]:
+def _run(plan: EvaluationPlan, out: Path) -> list[Result]:
     """Evaluate, and show each split when it is complete."""
     from ..evaluation.runner import run_plan
 
@@ -152,7 +152,7 @@ def report(
     seed: Seed = 0,
 ) -> None:
     """Write one page (HTML) and plots (PNG) of runs: quality, cost, and which queries reasoning helps or hurts."""
-    from ..evaluation.report import write_runs_page
+    from ..evaluation.report.report import write_runs_page
 
     check_new(out)
     page = write_runs_page(runs, out, title, permutations, seed)

@@ -17,10 +17,10 @@ from ..errors import ConfigError
 from .common import ManyValues, ModeName, NewFolder, check_new, data_app, hush, load_encoder
 
 if TYPE_CHECKING:
-    from ..data.asking import Estimate, Prices, Standing
-    from ..data.written import Writer, WrittenReport
-    from ..training.candidates import Judge, Retriever
-    from ..training.mining import MiningReport
+    from ..data.writing.asking import Estimate, Prices, Standing
+    from ..data.writing.written import Writer, WrittenReport
+    from ..mining.candidates import Judge, Retriever
+    from ..mining.mining import MiningReport
 
 BM25_NAME = "bm25"
 
@@ -90,7 +90,7 @@ def data_mine(
     Example: search-r3 data mine my-set mined --with bm25 sentence-transformers:sentence-transformers/all-MiniLM-L6-v2
     """
     from ..data.load import load_collection
-    from ..training.mining import MiningSettings, mine_negatives
+    from ..mining.mining import MiningSettings, mine_negatives
 
     check_new(out)
     settings = MiningSettings(
@@ -146,7 +146,7 @@ def data_triples(
     Example: search-r3 data triples my-set written --endpoint http://localhost:8000/v1 --model Qwen/Qwen3-32B
     """
     from ..data.load import load_articles, load_collection
-    from ..data.written import Writer, write_negatives, write_triples
+    from ..data.writing.written import Writer, write_negatives, write_triples
 
     prices, names = _prices(price_in, price_out), splits or ["train"]
     key = os.environ.get(api_key_variable)
@@ -198,7 +198,7 @@ def data_traces(
     Example: search-r3 data traces my-set traced --endpoint http://localhost:8000/v1 --model Qwen/Qwen3-32B
     """
     from ..data.load import load_collection
-    from ..data.written import Writer, write_traces
+    from ..data.writing.written import Writer, write_traces
 
     prices, key = _prices(price_in, price_out), os.environ.get(api_key_variable)
     writer = Writer(
@@ -222,7 +222,7 @@ def data_traces(
 
 def _retriever(name: str, mode: ModeName) -> Retriever:
     from ..evaluation.systems import SENTENCE_TRANSFORMERS, SentenceTransformersSystem
-    from ..training.candidates import DenseRetriever, LexicalRetriever, Peer
+    from ..mining.candidates import DenseRetriever, LexicalRetriever, Peer
 
     if name == BM25_NAME:
         return LexicalRetriever()
@@ -242,7 +242,7 @@ def _retriever(name: str, mode: ModeName) -> Retriever:
 
 
 def _judge(cross_encoder: str | None, retrievers: dict[str, Retriever]) -> Judge:
-    from ..training.candidates import CrossEncoderJudge
+    from ..mining.candidates import CrossEncoderJudge
 
     if cross_encoder:
         return CrossEncoderJudge(cross_encoder)
@@ -263,7 +263,7 @@ def _show_mined(report: MiningReport, out: Path) -> None:
 
 
 def _prices(price_in: float | None, price_out: float | None) -> Prices | None:
-    from ..data.asking import Prices
+    from ..data.writing.asking import Prices
 
     if price_in is None and price_out is None:
         return None

@@ -20,8 +20,8 @@ def data_mix(
 
     Example: search-r3 data mix recipes/data/paper.yaml paper-data
     """
-    from ..data.mix import mix
-    from ..data.mix_settings import load_mix
+    from ..data.mixing.mix import mix
+    from ..data.mixing.mix_settings import load_mix
 
     check_new(out)
     chosen = load_mix(settings)

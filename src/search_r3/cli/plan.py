@@ -13,7 +13,7 @@ from .. import console
 from .common import Overrides, app
 
 if TYPE_CHECKING:
-    from ..training.footprint import Stage
+    from ..planning.footprint import Stage
 
 
 class StrategyName(StrEnum):
@@ -62,8 +62,8 @@ def plan(
     Example: search-r3 plan recipes/qwen2.5-7b-sft.yaml --gpus 8 --stage sft sft.micro_batch_size=16
     """
     from ..config import load_recipe
-    from ..training import plan as planning
-    from ..training.footprint import Lengths
+    from ..planning import plan as planning
+    from ..planning.footprint import Lengths
 
     settings = load_recipe(recipe, overrides or [])
     gpu_bytes = gpu_memory * 1e9

@@ -32,7 +32,7 @@ def encode(
     dtype: Annotated[IndexDType, typer.Option(help="How vectors are stored.")] = IndexDType.float16,
 ) -> None:
     """Encode a collection of any size into an index folder; after a kill, the same command goes on."""
-    from ..retrieval.corpus import encode_corpus
+    from ..retrieval.encode import encode_corpus
 
     encoder = load_encoder(model)
     with console.bar("documents") as bar:
@@ -76,7 +76,7 @@ def search(
     from ..errors import DataError
     from ..evaluation.search import Searcher
     from ..evaluation.systems import index_documents
-    from ..retrieval.corpus import load_corpus
+    from ..retrieval.encode import load_corpus
 
     if query is not None and not query.strip():
         raise DataError("the query is empty; give a text with at least one visible character")

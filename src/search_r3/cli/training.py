@@ -36,7 +36,7 @@ def quickstart(overrides: Overrides = None, recipe: RecipeOption = None, resume:
 
 def _whole_story(settings: Recipe, run: Any) -> None:
     from ..data.load import load_collection
-    from ..evaluation.report import build_report, evaluate_run, write_report
+    from ..evaluation.report.report import build_report, evaluate_run, write_report
     from ..training.grpo import train_grpo
     from ..training.sft import train_sft
 
@@ -67,7 +67,7 @@ def base(
     ] = None,
 ) -> None:
     """Make a small base model from scratch (section base_model)."""
-    from ..training.base import train_base
+    from ..pretraining.base import train_base
 
     settings = load_settings(recipe, overrides)
     with console.live() as observe:
@@ -97,7 +97,7 @@ def grpo(
     resume: Resume = False,
 ) -> None:
     """Train stage 2 (GRPO with the retrieval reward) into run_dir/model."""
-    from ..evaluation.plots import plot_account
+    from ..evaluation.report.plots import plot_account
     from ..training.grpo import train_grpo
     from ..training.run import Run
 

@@ -23,7 +23,7 @@ from ..errors import DataError
 from .collection import Collection, Document, Qrels, Query
 from .rows import (
     Known,
-    Rows,
+    NamedRows,
     check_documents,
     check_judgements,
     check_lists,
@@ -211,7 +211,7 @@ def _documents(table: Table, columns: Columns, skipped: set[str] | None) -> dict
     return _some({doc_id: Document(doc_id, text, title) for doc_id, title, text in rows}, table)
 
 
-def _queries(rows: Rows, instructions: Mapping[str, str]) -> dict[str, Query]:
+def _queries(rows: NamedRows, instructions: Mapping[str, str]) -> dict[str, Query]:
     """The queries, each with its instruction, which may also be in a config of its own."""
     return {
         query_id: Query(query_id, instructed(text, instructions.get(query_id, "")), bare=bare)

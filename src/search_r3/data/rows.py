@@ -12,7 +12,7 @@ from typing import Any, Literal
 
 from ..errors import DataError
 
-Rows = Iterable[tuple[str, Mapping[str, Any]]]
+NamedRows = Iterable[tuple[str, Mapping[str, Any]]]
 """Pairs of place and row."""
 
 
@@ -48,7 +48,7 @@ class Known:
         raise DataError(f"{place}: document {doc_id!r} is not in {self.documents_in}")
 
 
-def check_documents(rows: Rows, skipped: set[str] | None) -> Iterator[tuple[str, str, str]]:
+def check_documents(rows: NamedRows, skipped: set[str] | None) -> Iterator[tuple[str, str, str]]:
     """Id, title and text of every document; one without any text goes to `skipped`, or raises where that is None."""
     for place, row in _unique(rows):
         doc_id, title, text = row["_id"], string(row, "title", place, ""), string(row, "text", place)
@@ -60,7 +60,7 @@ def check_documents(rows: Rows, skipped: set[str] | None) -> Iterator[tuple[str,
             raise DataError(f"{place}: document {doc_id!r} has no text; remove it or skip_empty_documents")
 
 
-def check_queries(rows: Rows) -> Iterator[tuple[str, str, Mapping[str, Any], str]]:
+def check_queries(rows: NamedRows) -> Iterator[tuple[str, str, Mapping[str, Any], str]]:
     """Id, text, metadata and bare text of every query; its `instruction`, if any, follows its text as in MTEB."""
     for place, row in _unique(rows):
         text = string(row, "text", place)
@@ -99,7 +99,7 @@ def check_judgements(
 
 
 def check_lists(
-    rows: Rows, key: str, known: Known, kind: Literal["excluded", "pools", "changed"]
+    rows: NamedRows, key: str, known: Known, kind: Literal["excluded", "pools", "changed"]
 ) -> dict[str, frozenset[str]]:
     """query_id -> documents, from rows of `query-id` and a list of document ids under `key`.
 
@@ -139,7 +139,7 @@ def strings(row: Mapping[str, Any], key: str, place: str) -> list[str]:
     return value
 
 
-def _unique(rows: Rows) -> Iterator[tuple[str, Mapping[str, Any]]]:
+def _unique(rows: NamedRows) -> Iterator[tuple[str, Mapping[str, Any]]]:
     """The rows, with their `_id` checked."""
     seen: set[str] = set()
     for place, row in rows:

@@ -11,7 +11,7 @@ from statistics import fmean
 
 import numpy as np
 
-from ..retrieval.index import Array
+from ..types import Array
 
 RANK_CAP = 100
 """Ranks beyond this count as this one: whether a document is 1,000th or 2,000th changes no reward."""
@@ -42,7 +42,7 @@ class Audit:
         return {f"audit_{name}": value for name, value in asdict(self).items()}
 
 
-def compare(
+def compare_scores(
     *,
     rewards: Sequence[Sequence[float]],
     ranks: Sequence[Sequence[int]],

@@ -14,9 +14,9 @@ from dataclasses import dataclass
 
 import numpy as np
 import scipy.linalg
-from numpy.typing import NDArray
 
-Array = NDArray[np.float32]
+from ..types import Array
+
 Map = Callable[[Array], Array]
 """Stale vectors `N x D` to corrected ones `N x D`, not normalised."""
 

@@ -11,19 +11,20 @@ from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from math import inf
 from pathlib import Path
-from typing import Protocol, TypeVar
+from typing import TypeVar
 
 import numpy as np
 
 from ..config import RefreshSettings, RewardWeights
 from ..data.collection import Collection, Qrels
 from ..errors import DataError, RewardError
-from ..model.decoding import Rollout
+from ..model.engine.decoding import Rollout
+from ..parallel import Communicator, SingleProcess, divide, encode_sharded
 from ..retrieval.approximate import ApproximateIndex
-from ..retrieval.index import Array, ExactIndex, VectorIndex
-from .account import Audit, compare
+from ..retrieval.index import ExactIndex, VectorIndex
+from ..types import Array, DocumentEncoder
+from .account import Audit, compare_scores
 from .drift import MIN_PAIRS, DriftCorrection, fit_drift
-from .exchange import Alone, Exchange, divide, encode_shares
 from .refresh import RefreshRequest, make_policy, within_budget
 from .reward import RewardParts, score_rollouts
 
@@ -32,18 +33,6 @@ ROWS_AT_A_TIME = 65_536
 """Vectors corrected together, so that a large corpus is never copied whole."""
 UPDATES_PER_INDEX_AUDIT = 20
 """An approximate index checks its own recall after so many updates; a step makes up to two."""
-
-
-class DocumentEncoder(Protocol):
-    """Encodes documents with the current weights; `SearchR3` is one."""
-
-    def encode_document(self, texts: Sequence[str]) -> Array:
-        """Vectors `N x D`, L2-normalised."""
-        ...
-
-    def count_document_tokens(self, texts: Sequence[str]) -> list[int]:
-        """The tokens that each text takes, prompt included."""
-        ...
 
 
 @dataclass(frozen=True)
@@ -96,7 +85,7 @@ class RetrievalEnvironment:
         k: depth of the nDCG in the ranking part.
         max_new_tokens: the reasoning budget, for the length part.
         seed: of the random samples of documents.
-        exchange: the other processes, if there are any.
+        communicator: the other processes, if there are any.
         state: a folder that `save` wrote; by default all documents are encoded now, as version 0.
     """
 
@@ -111,12 +100,12 @@ class RetrievalEnvironment:
         k: int,
         max_new_tokens: int,
         seed: int = 0,
-        exchange: Exchange | None = None,
+        communicator: Communicator | None = None,
         state: Path | None = None,
     ) -> None:
         self.collection, self.qrels, self.encoder, self.refresh = collection, qrels, encoder, refresh
         self.weights, self.k, self.max_new_tokens = weights, k, max_new_tokens
-        self.seed, self.exchange = seed, exchange or Alone()
+        self.seed, self.communicator = seed, communicator or SingleProcess()
         self.policy = make_policy(refresh)
         self._tokens: dict[str, int] = {}
         self.index: ExactIndex | ApproximateIndex
@@ -156,7 +145,7 @@ class RetrievalEnvironment:
             )
         report = self._refresh(rollout_vectors(rollouts), positives, policy_version)
         parts, ranks = self._score(self.index, rollouts, query_ids)
-        self.exchange.meet()
+        self.communicator.barrier()
         return Feedback([part.total(self.weights) for part in parts], parts, ranks, report)
 
     def audit(self, rollouts: Sequence[Rollout], query_ids: Sequence[str], policy_version: int) -> Audit:
@@ -179,8 +168,8 @@ class RetrievalEnvironment:
         live = ExactIndex(doc_ids, self.index.vectors(doc_ids))
         fresh = ExactIndex(doc_ids, self.encoder.encode_document(self._texts(doc_ids)))
         scored = [self._score(index, rollouts, query_ids) for index in (live, fresh)]
-        self.exchange.meet()
-        return compare(
+        self.communicator.barrier()
+        return compare_scores(
             rewards=[[part.total(self.weights) for part in parts] for parts, _ in scored],
             ranks=[ranks for _, ranks in scored],
             top=[index.search(rollout_vectors(rollouts), self.k).doc_ids for index in (live, fresh)],
@@ -219,7 +208,7 @@ class RetrievalEnvironment:
 
     def _refresh(self, vectors: Array, positives: list[list[str]], policy_version: int) -> RefreshReport:
         started = time.perf_counter()
-        everyone = self.exchange.gather((vectors, positives))
+        everyone = self.communicator.all_gather((vectors, positives))
         queries = np.concatenate([own for own, _ in everyone])
         relevant = [doc_ids for _, own in everyone for doc_ids in own]
         first = self._stale({doc_id for doc_ids in relevant for doc_id in doc_ids}, policy_version)
@@ -247,7 +236,7 @@ class RetrievalEnvironment:
 
     def _agreed(self, choice: T) -> T:
         """The first process's choice, for all: searches and fits of other machines may differ in a near tie."""
-        agreed: T = self.exchange.gather(choice)[0]
+        agreed: T = self.communicator.all_gather(choice)[0]
         return agreed
 
     def _stale(self, doc_ids: Iterable[str], policy_version: int) -> list[str]:
@@ -298,12 +287,12 @@ class RetrievalEnvironment:
 
     def _encode(self, doc_ids: Sequence[str]) -> Array:
         """Vectors of these documents, each process encoding its share."""
-        shares = divide(self._count_tokens(doc_ids), self.exchange.world_size)
+        shares = divide(self._count_tokens(doc_ids), self.communicator.world_size)
 
         def encode(places: Sequence[int]) -> Array:
             return self.encoder.encode_document(self._texts([doc_ids[place] for place in places]))
 
-        return encode_shares(self.exchange, shares, encode)
+        return encode_sharded(self.communicator, shares, encode)
 
     def _count_tokens(self, doc_ids: Sequence[str]) -> list[int]:
         unknown = [doc_id for doc_id in doc_ids if doc_id not in self._tokens]

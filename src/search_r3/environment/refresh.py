@@ -16,8 +16,9 @@ from pathlib import Path
 import numpy as np
 
 from ..config import RefreshSettings
-from ..retrieval.graph import NeighbourGraph
-from ..retrieval.index import Array, VectorIndex
+from ..retrieval.index import VectorIndex
+from ..types import Array
+from .neighbours import NeighbourGraph
 
 CLOSE = 0.01
 """A gap of this size between a document's score and a positive's halves the document's urgency."""

@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass
 
 from ..config import RewardWeights
 from ..errors import RewardError
-from ..model.decoding import Rollout
+from ..model.engine.decoding import Rollout
 from ..retrieval.metrics import ndcg_from_ranks
 
 

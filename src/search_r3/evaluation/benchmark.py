@@ -7,7 +7,7 @@ import json
 import os
 import platform
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
@@ -19,12 +19,12 @@ import numpy as np
 
 from ..data.collection import Collection, Qrels
 from ..errors import ConfigError, DataError, ModelError
-from ..model.documents import Progress
 from ..retrieval.lexical import Scored
 from ..retrieval.metrics import MEASURES, measure, p_mrr, relevant_ids
-from .ranking import Request
+from ..retrieval.ranking import RankRequest
+from ..types import Watch
 from .results import FORMAT, UNKNOWN, CollectionInfo, Cost, Result, SystemInfo, find_result, load_result, save_result
-from .statistics import bootstrap_intervals
+from .significance import bootstrap_intervals
 from .systems import Answers, Searchable, System
 
 PACKAGES = (
@@ -44,9 +44,6 @@ SNIPPET = 240
 """Characters of a document that a result keeps."""
 CHANGED_DEPTH = 1000
 """Least depth where a changed instruction is measured: p-MRR compares ranks far down (as mteb does)."""
-
-Watch = Callable[[str, int], Progress]
-"""Told what begins and how many texts it has; returns what is told of the progress."""
 
 
 @dataclass(frozen=True)
@@ -160,7 +157,7 @@ def judged(collection: Collection, split: str) -> Qrels:
     return qrels
 
 
-def make_requests(collection: Collection, qrels: Qrels, keep_identical_ids: bool = False) -> list[Request]:
+def make_requests(collection: Collection, qrels: Qrels, keep_identical_ids: bool = False) -> list[RankRequest]:
     """The queries of these judgements with what must not stand in their rankings."""
     requests = []
     for query_id, gains in qrels.items():
@@ -168,7 +165,7 @@ def make_requests(collection: Collection, qrels: Qrels, keep_identical_ids: bool
         if not keep_identical_ids and query_id in collection.documents and gains.get(query_id, 0) <= 0:
             left_out |= {query_id}
         text = collection.queries[query_id].text
-        requests.append(Request(query_id, text, left_out, collection.pools.get(query_id)))
+        requests.append(RankRequest(query_id, text, left_out, collection.pools.get(query_id)))
     return requests
 
 
@@ -231,7 +228,7 @@ def _measured(
 
 
 def _collection_info(
-    collection: Collection, split: str, source: str, requests: Sequence[Request], qrels: Qrels
+    collection: Collection, split: str, source: str, requests: Sequence[RankRequest], qrels: Qrels
 ) -> CollectionInfo:
     return CollectionInfo(
         name=collection.name,
@@ -261,7 +258,7 @@ def _cost(system: System, answers: Answers, speed: float, latency: float | None,
     )
 
 
-def _latency(index: Searchable, requests: Sequence[Request], depth: int, count: int) -> float | None:
+def _latency(index: Searchable, requests: Sequence[RankRequest], depth: int, count: int) -> float | None:
     """Median milliseconds of queries asked one at a time."""
     if not count:
         return None

@@ -23,9 +23,9 @@ from torch.utils.data import DataLoader
 
 from ..data.collection import Collection
 from ..errors import ConfigError, DataError
-from ..model.documents import Array
 from ..model.encoder import SearchR3
 from ..model.prompts import MODES, Mode
+from ..types import Array
 from .benchmark import judged
 from .systems import short_name
 

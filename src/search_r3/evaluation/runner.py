@@ -12,9 +12,10 @@ from ..errors import ConfigError
 from ..files import write_json, write_text
 from ..model.encoder import SearchR3
 from ..model.prompts import Mode
-from .benchmark import EvaluationOptions, Watch, evaluate, judged, resolve_splits
+from ..types import Watch
+from .benchmark import EvaluationOptions, evaluate, judged, resolve_splits
 from .results import Result
-from .statistics import Comparison, compare
+from .significance import Comparison, compare
 from .systems import (
     SENTENCE_TRANSFORMERS,
     BM25System,
@@ -34,7 +35,7 @@ SUMMARY = "summary.json"
 
 
 @dataclass(frozen=True)
-class Plan:
+class EvaluationPlan:
     """What is evaluated on what.
 
     Attributes:
@@ -81,7 +82,7 @@ def label_models(sources: Sequence[str]) -> dict[str, str]:
     return {"": sources[0]} if list(labels.values()) == list(sources) and len(sources) == 1 else labels
 
 
-def run_plan(plan: Plan, folder: Path, watch: Watch | None = None) -> Iterator[Result]:
+def run_plan(plan: EvaluationPlan, folder: Path, watch: Watch | None = None) -> Iterator[Result]:
     """Evaluate, collection by collection; each result is on the disk before it is given.
 
     Args:
@@ -161,7 +162,7 @@ def write_summary(results: Sequence[Result], folder: Path, permutations: int, se
     return comparisons
 
 
-def _check_baselines(plan: Plan) -> None:
+def _check_baselines(plan: EvaluationPlan) -> None:
     known = [BM25_NAME, REASONING_NAME, SENTENCE_TRANSFORMERS + "NAME"]
     for name in plan.baselines:
         if name not in known[:2] and not (name.startswith(SENTENCE_TRANSFORMERS) and name != SENTENCE_TRANSFORMERS):
@@ -174,7 +175,7 @@ def _check_baselines(plan: Plan) -> None:
         raise ConfigError("nothing to evaluate; give --model, --baselines, or both")
 
 
-def _systems(plan: Plan, models: Mapping[str, EncodedCollections]) -> list[System]:
+def _systems(plan: EvaluationPlan, models: Mapping[str, EncodedCollections]) -> list[System]:
     """All systems but those that wait for another's reasoning, with names that tell them apart."""
     systems: list[System] = [BM25System()] if BM25_NAME in plan.baselines else []
     for name in plan.baselines:

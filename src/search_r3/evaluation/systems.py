@@ -19,13 +19,14 @@ import numpy as np
 from ..data.collection import Collection
 from ..errors import ModelError
 from ..files import hash_folder
-from ..model.documents import Progress, check_finite
+from ..model.documents import check_finite
 from ..model.encoder import SearchR3
 from ..model.prompts import Mode
-from ..retrieval.corpus import encode_corpus
-from ..retrieval.index import Array, ExactIndex
+from ..retrieval.encode import encode_corpus
+from ..retrieval.index import ExactIndex
 from ..retrieval.lexical import BM25, Scored
-from .ranking import Request, ranked, without
+from ..retrieval.ranking import RankRequest, ranked, without
+from ..types import Array, Progress
 from .results import UNKNOWN, Cost, SystemInfo
 
 T = TypeVar("T")
@@ -51,7 +52,7 @@ class Searchable(Protocol):
         """Speed of the indexing; None where nothing had to be indexed."""
         ...
 
-    def answer(self, requests: Sequence[Request], depth: int, progress: Progress | None = None) -> Answers:
+    def answer(self, requests: Sequence[RankRequest], depth: int, progress: Progress | None = None) -> Answers:
         """Rank at most `depth` documents for each request."""
         ...
 
@@ -136,7 +137,7 @@ class _Lexical:
     _texts: Mapping[str, str]
     documents_per_second: float | None
 
-    def answer(self, requests: Sequence[Request], depth: int, progress: Progress | None = None) -> Answers:
+    def answer(self, requests: Sequence[RankRequest], depth: int, progress: Progress | None = None) -> Answers:
         asked = [self._texts.get(request.query_id, "").strip() or request.text for request in requests]
         deepest = depth + max(len(request.left_out) for request in requests)
         found = self._index.search_scored(asked, deepest, [request.pool for request in requests])
@@ -238,7 +239,7 @@ class _Reasoning:
     _index: ExactIndex
     documents_per_second: float | None
 
-    def answer(self, requests: Sequence[Request], depth: int, progress: Progress | None = None) -> Answers:
+    def answer(self, requests: Sequence[RankRequest], depth: int, progress: Progress | None = None) -> Answers:
         encoded = self._model.encode_query(
             [request.text for request in requests], self._mode, batch_size=self._batch_size, progress=progress
         )
@@ -322,7 +323,7 @@ class _Dense:
     _index: ExactIndex
     documents_per_second: float | None
 
-    def answer(self, requests: Sequence[Request], depth: int, progress: Progress | None = None) -> Answers:
+    def answer(self, requests: Sequence[RankRequest], depth: int, progress: Progress | None = None) -> Answers:
         vectors = self._system.encode([request.text for request in requests], "query")
         if progress is not None:
             progress(len(requests), 0)

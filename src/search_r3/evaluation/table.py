@@ -7,7 +7,7 @@ from typing import Any
 
 from ..retrieval.metrics import MAIN
 from .results import Result, mean_scores
-from .statistics import Comparison
+from .significance import Comparison
 
 COLUMNS = {
     MAIN: "nDCG@10 (95 %)",

@@ -5,7 +5,7 @@ Shapes: `N` texts, `D` hidden size.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from itertools import islice
 
 import numpy as np
@@ -13,12 +13,10 @@ import torch
 from numpy.typing import NDArray
 
 from ..errors import ModelError
+from ..types import Array, Progress
 from .backbone import Backbone
-from .forward import Prefix, compute_prefix, length_batches, prefill
+from .engine.forward import Prefix, compute_prefix, length_batches, prefill
 from .prompts import EncodedPrompt, Kind
-
-Array = NDArray[np.float32]
-Progress = Callable[[int, int], None]
 
 # On a CPU a batch should fit into the caches; a GPU wants to be filled (benchmarks/documents.py).
 BATCH_TOKENS = {"cpu": 1024, "cuda": 32768}

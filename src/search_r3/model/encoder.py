@@ -14,10 +14,11 @@ import torch
 from numpy.typing import NDArray
 
 from ..errors import DataError, ModelError
+from ..types import Array, Progress
 from .backbone import Backbone, EmbeddingSettings, load_backbone
-from .decoding import Decoder, Request, Rollout
-from .documents import WINDOW, Array, Progress, check_finite, encode_stream
-from .generation import generate_rollouts
+from .documents import WINDOW, check_finite, encode_stream
+from .engine.decoding import Decoder, DecodeRequest, Rollout
+from .engine.generation import generate_rollouts
 from .prompts import MODES, Kind, Mode
 
 logger = logging.getLogger(__name__)
@@ -171,7 +172,7 @@ class SearchR3:
         budget = self.backbone.settings.max_new_tokens if max_new_tokens is None else max_new_tokens
         budget = budget if mode == "reason" else 0
         decoder = Decoder(self.backbone, slots=1)
-        ticket = decoder.submit(Request(prompt.ids, budget, sampling_temperature, top_p, seed))
+        ticket = decoder.submit(DecodeRequest(prompt.ids, budget, sampling_temperature, top_p, seed))
         shown = ""
         while not (finished := decoder.step()):
             written = encoder.decode(decoder.reply(ticket))

@@ -19,8 +19,9 @@ import torch
 from numpy.typing import NDArray
 
 from ..errors import VectorIndexError
+from ..types import Array, Rows
 from . import storage
-from .index import Array, ExactIndex, Rows, SearchResult
+from .index import ExactIndex, SearchResult
 
 GraphDType = Literal["f32", "f16", "bf16", "i8"]
 

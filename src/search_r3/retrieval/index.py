@@ -22,11 +22,10 @@ from numpy.typing import NDArray
 
 from ..errors import VectorIndexError
 from ..files import write_json
+from ..types import Array, Rows
 from . import storage
 from .selection import Best, Blocks, count_better
 
-Array = NDArray[np.float32]
-Rows = NDArray[np.int64]
 DType = Literal["float32", "float16"]
 
 _DTYPES: dict[str, torch.dtype] = {"float32": torch.float32, "float16": torch.float16}
@@ -296,7 +295,7 @@ class ExactIndex:
         self._tensor = self._tensor.to(device)
         return self
 
-    def writers(self) -> dict[str, storage.Writer]:
+    def writers(self) -> dict[str, storage.FileWriter]:
         """What writes each data file of a saved index."""
         labels = label_writers(self.doc_ids, self.encoded_at_version)
         return {"vectors.npy": storage.write_array(self._tensor, self.block), **labels}
@@ -368,7 +367,7 @@ def descending(doc_ids: Sequence[str]) -> Rows:
     return np.array(sorted(range(len(doc_ids)), key=doc_ids.__getitem__, reverse=True), dtype=np.int64)
 
 
-def label_writers(doc_ids: Sequence[str], versions: NDArray[np.int64]) -> dict[str, storage.Writer]:
+def label_writers(doc_ids: Sequence[str], versions: NDArray[np.int64]) -> dict[str, storage.FileWriter]:
     """What writes each data file of a saved index but the vectors."""
     return {
         "encoded_at_version.npy": storage.write_array(torch.from_numpy(versions), len(versions)),

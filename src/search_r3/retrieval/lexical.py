@@ -13,9 +13,9 @@ from .metrics import rank
 
 Scored = list[tuple[str, float]]
 """Documents with their scores, best first."""
-Rows = npt.NDArray[np.integer[Any]]
 Scores = npt.NDArray[np.float32]
-_Column = tuple[Rows, Scores]
+_Matches = npt.NDArray[np.integer[Any]]
+_Column = tuple[_Matches, Scores]
 
 
 class BM25:
@@ -77,7 +77,7 @@ class BM25:
         found = {self.doc_ids[row]: score for row, score in zip(rows.tolist(), scores.tolist(), strict=True)}
         return [(doc_id, found[doc_id]) for doc_id in rank(found, k)]
 
-    def _chosen(self, doc_ids: Iterable[str]) -> Rows:
+    def _chosen(self, doc_ids: Iterable[str]) -> _Matches:
         return np.array([self._rows[doc_id] for doc_id in doc_ids], dtype=np.int64)
 
     def _columns(self, tokens: list[str]) -> list[_Column]:
@@ -92,7 +92,7 @@ class BM25:
         ]
 
     @staticmethod
-    def _scores(columns: list[_Column], rows: Rows) -> Scores:
+    def _scores(columns: list[_Column], rows: _Matches) -> Scores:
         """The scores of some documents, looked up in the columns, whose rows ascend."""
         scores = np.zeros(len(rows), dtype=np.float32)
         for holds, adds in columns:
@@ -100,7 +100,7 @@ class BM25:
             scores += np.where(holds[at] == rows, adds[at], np.float32(0))
         return scores
 
-    def _near(self, columns: list[_Column], k: int) -> tuple[Rows, Scores]:
+    def _near(self, columns: list[_Column], k: int) -> tuple[_Matches, Scores]:
         """The documents that can be among the `k` best, and their scores.
 
         The `k`-th best of the rarest word that `k` documents hold is no better than the `k`-th best of all; what scores

@@ -34,11 +34,11 @@ _OURS = re.compile(
     r"\.(manifest|unfinished|[a-z0-9_]+-[0-9a-f]{16})\.json\..*"
 )
 
-Writer = Callable[[Path], None]
+FileWriter = Callable[[Path], None]
 
 
 def save_state(
-    folder: Path, writers: Mapping[str, Writer | Path], facts: Mapping[str, Any], name: str = MANIFEST
+    folder: Path, writers: Mapping[str, FileWriter | Path], facts: Mapping[str, Any], name: str = MANIFEST
 ) -> dict[str, Path]:
     """Write a state atomically.
 
@@ -133,7 +133,7 @@ def readable(folder: Path) -> Iterator[None]:
         ) from error
 
 
-def write_array(values: torch.Tensor, rows: int) -> Writer:
+def write_array(values: torch.Tensor, rows: int) -> FileWriter:
     """A writer of `values` as `.npy`, `rows` rows at a time, from whatever device they are on."""
 
     def write(path: Path) -> None:
@@ -145,7 +145,7 @@ def write_array(values: torch.Tensor, rows: int) -> Writer:
     return write
 
 
-def reserve_array(shape: tuple[int, int], dtype: str) -> Writer:
+def reserve_array(shape: tuple[int, int], dtype: str) -> FileWriter:
     """A writer of an `.npy` of zeros for `write_rows` to fill; where the system can, it takes all its space now."""
 
     def write(path: Path) -> None:

@@ -19,12 +19,12 @@ import torch
 from torch import Tensor
 
 from ..config import GRPOSettings, Recipe, SFTSettings
-from ..environment.exchange import Exchange, make_exchange
 from ..errors import ConfigError, ModelError
 from ..model.backbone import Backbone, EmbeddingSettings, load_backbone
 from ..model.encoder import SearchR3, builtin_base_path
-from ..model.forward import is_drivable
+from ..model.engine.forward import is_drivable
 from ..model.prompts import PROMPT_SETS
+from ..parallel import Communicator, make_communicator
 from .policy import Policy, Reference, add_adapters, make_reference
 from .tracking import check_trackers, start_trackers
 
@@ -40,7 +40,7 @@ class Engine:
         policy: the prepared `Policy`; what learns.
         optimizer: prepared.
         scheduler: prepared.
-        exchange: the other processes.
+        communicator: the other processes.
         reference: what the KL term stays close to; None without one.
         adapters: whether only adapters learn; the reference is then the policy without them.
     """
@@ -49,19 +49,19 @@ class Engine:
     policy: Any
     optimizer: Any
     scheduler: Any
-    exchange: Exchange
+    communicator: Communicator
     reference: Reference | None
     adapters: bool
 
     @property
     def rank(self) -> int:
         """This process's number."""
-        return self.exchange.rank
+        return self.communicator.rank
 
     @property
     def world_size(self) -> int:
         """The number of processes."""
-        return self.exchange.world_size
+        return self.communicator.world_size
 
     def share(self, count: int, what: str) -> range:
         """The places of `count` things that are this process's: a run of them, as long as any other's or one shorter.
@@ -78,7 +78,7 @@ class Engine:
 
         A forward pass may be a collective, so that all processes make equally many.
         """
-        most = max(self.exchange.gather(len(chunks)))
+        most = max(self.communicator.all_gather(len(chunks)))
         return [(chunk, True) for chunk in chunks] + [(chunks[-1], False)] * (most - len(chunks))
 
     @contextlib.contextmanager
@@ -120,7 +120,7 @@ class Engine:
 
     def total(self, values: Mapping[str, float]) -> dict[str, float]:
         """Sums over all processes."""
-        everyone = self.exchange.gather(dict(values))
+        everyone = self.communicator.all_gather(dict(values))
         return {name: sum(own[name] for own in everyone) for name in values}
 
     @property
@@ -138,7 +138,7 @@ class Engine:
             tracker.finish()
 
     @contextlib.contextmanager
-    def whole_weights(self) -> Iterator[None]:
+    def full_params(self) -> Iterator[None]:
         """While decoding and encoding: weights whole on this process, in the precision that training computes in."""
         from torch.distributed.fsdp import FSDPModule
 
@@ -165,7 +165,7 @@ def make_engine(model: SearchR3, recipe: Recipe, settings: SFTSettings | GRPOSet
     """AdamW with linear warm-up and cosine decay to 0 over a stage's optimizer steps, on accelerate.
 
     Args:
-        model: what learns; from here on it is driven through the engine's `policy`, and within `whole_weights`.
+        model: what learns; from here on it is driven through the engine's `policy`, and within `full_params`.
         recipe: precision, adapters, seed, trackers.
         settings: of the stage.
 
@@ -214,7 +214,7 @@ def make_engine(model: SearchR3, recipe: Recipe, settings: SFTSettings | GRPOSet
     policy, optimizer, scheduler = accelerator.prepare(policy, optimizer, scheduler)
     reference = make_reference(policy, frozen) if needs_reference else None
     start_trackers(accelerator, recipe, "sft" if isinstance(settings, SFTSettings) else "grpo")
-    return Engine(accelerator, policy, optimizer, scheduler, make_exchange(), reference, recipe.lora.rank > 0)
+    return Engine(accelerator, policy, optimizer, scheduler, make_communicator(), reference, recipe.lora.rank > 0)
 
 
 def _parameter_groups(policy: Policy, learning_rate: float, embed_row_rate: float) -> list[dict[str, Any]]:

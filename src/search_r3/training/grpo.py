@@ -28,14 +28,15 @@ from ..config import GRPOSettings, Recipe
 from ..data.collection import Collection, Qrels
 from ..data.load import load_collection
 from ..environment.environment import Feedback, RetrievalEnvironment
-from ..environment.exchange import Exchange, divide, encode_shares
 from ..errors import DataError, RunError
-from ..model.decoding import Rollout
 from ..model.encoder import SearchR3
-from ..model.generation import sequence_batch
+from ..model.engine.decoding import Rollout
+from ..model.engine.generation import sequence_batch
 from ..model.prompts import MODES, Mode
-from ..retrieval.index import Array, ExactIndex
+from ..parallel import Communicator, divide, encode_sharded
+from ..retrieval.index import ExactIndex
 from ..retrieval.metrics import ndcg
+from ..types import Array
 from . import losses
 from .engine import Engine, load_model, make_engine, step_rng
 from .guard import Guard
@@ -79,14 +80,14 @@ def train_grpo(recipe: Recipe, run: Run, base: Path, observe: Observer = silent)
     guard = Guard(run, stage, engine)
     with closing(engine), guard.watching():
         done, checkpoint = run.restore(stage, engine)
-        with engine.whole_weights():
-            environment = _environment(recipe, collection, qrels, model, checkpoint, engine.exchange)
+        with engine.full_params():
+            environment = _environment(recipe, collection, qrels, model, checkpoint, engine.communicator)
             if done == 0:
                 run.log(stage, 0, evaluate_dev(model, collection, recipe, engine))
         guard.save_extra = lambda folder: environment.save(folder / "environment")
         for step in range(done, settings.steps):
             started = time.perf_counter()
-            with engine.whole_weights():
+            with engine.full_params():
                 experience = collect(model, environment, recipe, step, engine)
                 sampled = time.perf_counter()
                 values = audit(environment, experience, settings, step)
@@ -95,7 +96,7 @@ def train_grpo(recipe: Recipe, run: Run, base: Path, observe: Observer = silent)
             values |= describe(experience, engine) | {"learning_rate": engine.learning_rate}
             values |= {"rollout_seconds": sampled - started, "seconds": time.perf_counter() - started}
             if (step + 1) % settings.evaluate_every == 0 or step + 1 == settings.steps:
-                with engine.whole_weights():
+                with engine.full_params():
                     values |= evaluate_dev(model, collection, recipe, engine)
             run.log(stage, step + 1, values)
             run.log_rollouts(rollout_rows(experience, collection, step + 1, settings.group_size))
@@ -125,7 +126,7 @@ def collect(
         seeds=[seed for place in own for seed in seeds[place]],
         batch_size=settings.rollout_batch_size,
     )
-    if all(engine.exchange.gather(all(rollout.forced for rollout in rollouts))):
+    if all(engine.communicator.all_gather(all(rollout.forced for rollout in rollouts))):
         raise RunError(
             f"none of {len(everyone) * group_size} rollouts at step {step + 1} emitted the embed token within "
             f"{model.backbone.settings.max_new_tokens} tokens; train stage 1 (search-r3 sft) first, "
@@ -133,7 +134,7 @@ def collect(
         )
     feedback = environment.feedback(rollouts, per_rollout(query_ids, group_size), policy_version=step)
     # The scale of the advantages is that of all rollouts, whichever process made them.
-    rewards = [reward for rewards in engine.exchange.gather(feedback.rewards) for reward in rewards]
+    rewards = [reward for rewards in engine.communicator.all_gather(feedback.rewards) for reward in rewards]
     advantages = losses.group_advantages(torch.tensor(rewards).view(-1, group_size), settings.advantage_scale)
     values = advantages.values[own.start : own.stop].flatten()
     return Experience(query_ids, rollouts, feedback, values, advantages.equal_share)
@@ -284,7 +285,8 @@ def queries_of_step(query_ids: Sequence[str], count: int, seed: int, step: int) 
 
 def describe(experience: Experience, engine: Engine) -> dict[str, float]:
     """The metrics of the rollouts of all processes (docs/metrics.md)."""
-    everyone = engine.exchange.gather((experience.feedback.parts, experience.feedback.rewards, experience.rollouts))
+    own = experience.feedback.parts, experience.feedback.rewards, experience.rollouts
+    everyone = engine.communicator.all_gather(own)
     parts = [part for own, _, _ in everyone for part in own]
     rollouts = [rollout for _, _, own in everyone for rollout in own]
     values = {f"reward_{name}": fmean(getattr(part, name) for part in parts) for name in asdict(parts[0])}
@@ -302,10 +304,10 @@ def evaluate_dev(model: SearchR3, collection: Collection, recipe: Recipe, engine
 
     Documents and queries are shared among the processes.
     """
-    settings, exchange = recipe.evaluation, engine.exchange
+    settings, communicator = recipe.evaluation, engine.communicator
     qrels = collection.split(settings.dev_split)
     texts = collection.texts()
-    vectors = _together(exchange, list(texts.values()), model.encode_document)
+    vectors = _together(communicator, list(texts.values()), model.encode_document)
     index = ExactIndex(list(texts), vectors)
     queries = [collection.queries[query_id].text for query_id in qrels]
     values = {}
@@ -314,7 +316,7 @@ def evaluate_dev(model: SearchR3, collection: Collection, recipe: Recipe, engine
         def encode(own: Sequence[str], mode: Mode = mode) -> Array:
             return model.encode_query(own, mode, batch_size=settings.batch_size).vectors
 
-        encoded = _together(exchange, queries, encode)
+        encoded = _together(communicator, queries, encode)
         found = index.search(encoded, 10).doc_ids
         scores = [ndcg(ranking, gains, 10) for ranking, gains in zip(found, qrels.values(), strict=True)]
         values[f"dev_ndcg@10_{mode}"] = fmean(scores)
@@ -322,10 +324,10 @@ def evaluate_dev(model: SearchR3, collection: Collection, recipe: Recipe, engine
     return values
 
 
-def _together(exchange: Exchange, texts: Sequence[str], encode: Callable[[Sequence[str]], Array]) -> Array:
+def _together(communicator: Communicator, texts: Sequence[str], encode: Callable[[Sequence[str]], Array]) -> Array:
     """Vectors `N x D` of texts of which each process encodes its share."""
-    shares = [sorted(share) for share in divide([len(text) for text in texts], exchange.world_size)]
-    return encode_shares(exchange, shares, lambda own: encode([texts[place] for place in own]))
+    shares = [sorted(share) for share in divide([len(text) for text in texts], communicator.world_size)]
+    return encode_sharded(communicator, shares, lambda own: encode([texts[place] for place in own]))
 
 
 def probe_cosine(vectors: Tensor) -> float:
@@ -365,7 +367,7 @@ def _environment(
     qrels: Qrels,
     model: SearchR3,
     checkpoint: Path | None,
-    exchange: Exchange,
+    communicator: Communicator,
 ) -> RetrievalEnvironment:
     settings = recipe.grpo
     return RetrievalEnvironment(
@@ -377,6 +379,6 @@ def _environment(
         k=settings.reward_k,
         max_new_tokens=recipe.max_new_tokens,
         seed=recipe.seed,
-        exchange=exchange,
+        communicator=communicator,
         state=checkpoint / "environment" if checkpoint is not None else None,
     )

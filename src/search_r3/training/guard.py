@@ -15,9 +15,9 @@ from typing import Any
 
 import torch.distributed as dist
 
-from ..environment.exchange import NAMING, Exchange
 from ..errors import ModelError, RewardError, RunError, StoppedError, VectorIndexError
 from ..files import write_json
+from ..parallel import NAMING, Communicator
 from .engine import deepspeed_plugin
 from .run import Run, Trained, agree
 
@@ -54,11 +54,11 @@ class Guard:
         before = signal.signal(signal.SIGTERM, self._ask) if main else None
         try:
             yield self
-            if any(self.trained.exchange.gather(self._asked)):
+            if any(self.trained.communicator.all_gather(self._asked)):
                 raise StoppedError(f"stopped by SIGTERM; {self.stage} is complete: what follows goes on with --resume")
         except RuntimeError as error:
             if _is_of_a_collective(error):
-                name_the_lost(self.trained.exchange)
+                name_the_lost(self.trained.communicator)
             raise
         except (ModelError, RewardError, VectorIndexError) as error:
             if not _are_finite(self.trained.policy):
@@ -83,10 +83,10 @@ class Guard:
             RunError: the checkpoint cannot be written, or the weights are no numbers: they are not saved.
             StoppedError: SIGTERM came; all is saved.
         """
-        exchange = self.trained.exchange
-        asked = any(exchange.gather(self._asked))
+        communicator = self.trained.communicator
+        asked = any(communicator.all_gather(self._asked))
         if asked or step % self.run.recipe.save_every == 0:
-            if not all(exchange.gather(_are_finite(self.trained.policy))):
+            if not all(communicator.all_gather(_are_finite(self.trained.policy))):
                 raise self._spoilt("they are not saved")
             self.save(step)
         if asked:
@@ -109,17 +109,17 @@ class Guard:
         Raises:
             RunError: a value is NaN or infinite; step, batch and what to do are named.
         """
-        exchange, path = self.trained.exchange, self.run.folder / "failed-batch.json"
-        found = exchange.gather({name: value for name, value in values.items() if not math.isfinite(value)})
+        communicator, path = self.trained.communicator, self.run.folder / "failed-batch.json"
+        found = communicator.all_gather({name: value for name, value in values.items() if not math.isfinite(value)})
         wrong = {name: value for own in found for name, value in own.items()}
         if not wrong:
             self._moved = step
             return
-        everyone = exchange.gather(dict(batch))
+        everyone = communicator.all_gather(dict(batch))
         whole = {name: list(dict.fromkeys(item for own in everyone for item in own[name])) for name in batch}
         failed = {"stage": self.stage, "step": step, "not_finite": list(wrong), **whole}
-        agree(exchange, path, lambda: write_json(path, failed) if self.run.first else None)
-        if not all(exchange.gather(_are_finite(self.trained.policy))):
+        agree(communicator, path, lambda: write_json(path, failed) if self.run.first else None)
+        if not all(communicator.all_gather(_are_finite(self.trained.policy))):
             left = "the weights before that step hold NaN or infinity already, and are not saved again"
         elif self._moved == step or deepspeed_plugin(self.trained.accelerator) is not None:  # it steps in backward
             left = "the step had changed the weights already: they stand in the checkpoint before it"
@@ -151,11 +151,11 @@ def _is_of_a_collective(error: RuntimeError) -> bool:
     return isinstance(error, dist.DistError) or "gloo" in str(error)
 
 
-def name_the_lost(exchange: Exchange) -> None:
+def name_the_lost(communicator: Communicator) -> None:
     """After an error of a collective: meet, so that whoever does not come is named.
 
     Raises:
         RunError: a process did not come.
     """
-    if exchange.world_size > 1:
-        exchange.meet(NAMING)
+    if communicator.world_size > 1:
+        communicator.barrier(NAMING)

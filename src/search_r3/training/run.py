@@ -23,10 +23,10 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from ..config import Recipe, dump_recipe, flat_settings, load_recipe
-from ..environment.exchange import Exchange
 from ..errors import ConfigError, RunError
-from ..files import first_process, hash_file, leftovers, remove_leftovers, write_json, write_text
+from ..files import hash_file, leftovers, remove_leftovers, write_json, write_text
 from ..model.backbone import Backbone
+from ..parallel import Communicator, first_process
 from .engine import deepspeed_plugin
 
 logger = logging.getLogger(__name__)
@@ -47,7 +47,7 @@ class Trained(Protocol):
 
     accelerator: Any
     policy: Any
-    exchange: Exchange
+    communicator: Communicator
 
 
 class Run:
@@ -145,13 +145,13 @@ class Run:
             RunError: it could not be written; the checkpoints before it are as they were.
         """
         target = self._checkpoints(stage) / f"step-{step:06d}"
-        if trained.exchange.gather(self.first and target.exists() and find_damage(target) is None)[0]:
+        if trained.communicator.all_gather(self.first and target.exists() and find_damage(target) is None)[0]:
             return
         scratch = target.with_name(f".{target.name}.partial")
         try:
-            agree(trained.exchange, target, lambda: self._begin(scratch))
-            agree(trained.exchange, target, lambda: trained.accelerator.save_state(str(scratch)))
-            agree(trained.exchange, target, lambda: self._complete(scratch, target, stage, step, save_extra))
+            agree(trained.communicator, target, lambda: self._begin(scratch))
+            agree(trained.communicator, target, lambda: trained.accelerator.save_state(str(scratch)))
+            agree(trained.communicator, target, lambda: self._complete(scratch, target, stage, step, save_extra))
         except RunError:
             if self.first:
                 shutil.rmtree(scratch, ignore_errors=True)
@@ -207,7 +207,7 @@ class Run:
         """
         if self.first:
             self._remove_leftovers(stage)
-        checkpoint = trained.exchange.gather(self._newest_whole(stage) if self.first else None)[0]
+        checkpoint = trained.communicator.all_gather(self._newest_whole(stage) if self.first else None)[0]
         step = 0 if checkpoint is None else int(checkpoint.name.removeprefix("step-"))
         if checkpoint is not None:
             # With adapters only what learns was saved; the rest is in the model that they were put into.
@@ -252,7 +252,7 @@ class Run:
             RunError: it could not be written; the checkpoints are as they were.
         """
         path = self.model_path(stage)
-        agree(trained.exchange, path, lambda: save_model(path))
+        agree(trained.communicator, path, lambda: save_model(path))
         if self.first:
             shutil.rmtree(self._checkpoints(stage), ignore_errors=True)
 
@@ -275,7 +275,7 @@ class Run:
                 file.writelines(_line(row) for row in rows)
 
 
-def agree(exchange: Exchange, target: Path, work: Callable[[], None]) -> None:
+def agree(communicator: Communicator, target: Path, work: Callable[[], None]) -> None:
     """Do one part of writing `target` in every process; where one fails, all raise.
 
     Raises:
@@ -286,7 +286,7 @@ def agree(exchange: Exchange, target: Path, work: Callable[[], None]) -> None:
         work()
     except Exception as error:  # of whatever library wrote the file: a full disk has many names
         fault = f"{type(error).__name__}: {' '.join(str(error).split())}"
-    failed = [(rank, text) for rank, text in enumerate(exchange.gather(fault)) if text]
+    failed = [(rank, text) for rank, text in enumerate(communicator.all_gather(fault)) if text]
     if failed:
         raise RunError(
             f"cannot write {target} (rank {failed[0][0]}: {failed[0][1]}); what was saved before is intact: mend that "

@@ -26,10 +26,10 @@ from ..config import Recipe, SFTSettings
 from ..data.collection import Collection
 from ..data.load import load_collection
 from ..data.triples import TrainingExample, training_examples
-from ..environment.exchange import divide
 from ..errors import ConfigError
 from ..model.backbone import Backbone
 from ..model.encoder import SearchR3
+from ..parallel import divide
 from ..retrieval.lexical import BM25
 from . import losses
 from .batches import Batch, Item, Share, collate, make_batch, tokenise

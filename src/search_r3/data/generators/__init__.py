@@ -1,0 +1,1 @@
+"""Collections that are made on the user's machine, without a download."""

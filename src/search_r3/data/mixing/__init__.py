@@ -1,0 +1,1 @@
+"""Public sources, read, cleaned and mixed into one training collection."""

@@ -1,0 +1,1 @@
+"""Queries, negatives and reasoning traces that a language model writes."""

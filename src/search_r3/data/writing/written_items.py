@@ -1,0 +1,258 @@
+"""What a language model is asked to write for training, and what of it can be used: hard negatives, triples, traces."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from ..collection import Document, Query
+from .replies import MENTION, SPECIAL, SURROGATE, copied_share, plain, read_object
+from .synthetic import find_fault
+
+MAX_SHOWN_CHARS = 12_000
+"""How much of the documents a prompt holds; about 3000 tokens of English."""
+MAX_LIKE_WORDS = 200
+"""Longer documents are not imitated in length: a passage of so many words will do."""
+COPIED_RUN, MAX_COPIED = 8, 0.5
+"""A passage is a copy where more than this share of its runs of so many words stand in a positive."""
+TRACE_RUN, MAX_TRACE_COPIED = 5, 0.3
+"""Likewise for a reasoning trace, which has to say things in its own words."""
+MIN_TRACE_WORDS = 8
+
+_NEGATIVE_RULES = """\
+- is on the topic of the query and shares words with it, in the manner of {like} and about as long ({words} words);
+- does not answer it, in whole or in part: who reads it knows the answer no better than before;
+- is sound in itself and could stand in a library: it mentions neither the query nor that it fails to answer it;
+- copies no sentence of {like}.
+"""
+_SHAPE = '{{"title": "...", "text": "..."}}'
+
+NEGATIVES_PROMPT = f"""\
+Below is a search query, and what answers it. Write {{count}} different passage(s) that a search engine could take for
+an answer by mistake.
+
+Each passage
+{_NEGATIVE_RULES}
+Reply with JSON and nothing else: {{{{"negatives": [{_SHAPE}, ...]}}}}
+
+Query: {{query}}
+
+{{shown}}"""
+
+TRIPLE_PROMPT = f"""\
+Write a question that people could type into a search engine and that the article below answers, and {{count}} different
+passage(s) that a search engine could take for an answer by mistake.
+
+The question
+- needs this article: neither common knowledge nor an article on a related topic answers it;
+- stands alone: its reader has not seen the article, so it never says "the article" or "the text";
+- is in your own words, of 5 to 30 of them: it does not repeat the title and copies no sentence.
+
+Each passage
+{_NEGATIVE_RULES}
+Reply with JSON and nothing else: {{{{"query": "...", "negatives": [{_SHAPE}, ...]}}}}
+
+{{shown}}"""
+
+TRACE_PROMPT = """\
+A search engine reasons about a query before it searches: from the words of the query and from what it knows, it works
+out what the relevant documents are about. Write that reasoning for the query below.
+
+The reasoning
+- leads step by step from the query to what the search has to find, in {low} to {high} words of plain sentences;
+- comes from one who has not seen the documents below: they only tell you where the search has to lead. It never
+  mentions them ("the document says", "according to the text");
+- says everything in its own words: it copies no sentence of theirs.
+
+Reply with JSON and nothing else: {{"reasoning": "..."}}
+
+Query: {query}
+
+{shown}"""
+
+
+def show(documents: Sequence[Document]) -> str:
+    """Documents as a prompt shows them, each cut to its part of `MAX_SHOWN_CHARS`."""
+    room = MAX_SHOWN_CHARS // len(documents)
+    titled = [f"Title: {document.title}\n\n" if document.title else "" for document in documents]
+    return "\n\n".join(
+        f"{title}{document.text[:room]}".rstrip() for title, document in zip(titled, documents, strict=True)
+    )
+
+
+def length_like(documents: Sequence[Document]) -> int:
+    """The words that a passage should have beside these documents: their mean, `MAX_LIKE_WORDS` at most."""
+    words = sum(len(document.text.split()) for document in documents) // len(documents)
+    return max(1, min(words, MAX_LIKE_WORDS))
+
+
+def find_passage_fault(passage: object, positives: Sequence[Document], others: Sequence[Document]) -> str | None:
+    """Why a passage is no hard negative beside these positives and the passages `others`; None where it is one.
+
+    What only a reader can see is not checked: whether it answers the query after all.
+    """
+    if not isinstance(passage, dict) or not isinstance(text := passage.get("text"), str):
+        return "a passage had no text"
+    title = passage.get("title") or ""
+    if not isinstance(title, str) or SURROGATE.search(title + text):
+        return "a passage had no text"
+    if any(document.title for document in positives) and not title.strip():
+        return "a passage had no title"
+    like = length_like(positives)
+    low, high = max(1, like // 3), max(30, 3 * like)
+    if not low <= len(text.split()) <= high:
+        return f"a passage had not {low} to {high} words"
+    if SPECIAL.search(title + text):
+        return "a passage held a special token"
+    if copied_share(text, [document.full_text for document in positives], COPIED_RUN) > MAX_COPIED:
+        return "a passage was copied from what answers the query"
+    if plain(text) in {plain(other.text) for other in others}:
+        return "a passage came twice"
+    return None
+
+
+def find_trace_fault(trace: object, positives: Sequence[Document], max_words: int) -> str | None:
+    """Why a text is no reasoning trace for a query with these positives; None where it is one."""
+    if not isinstance(trace, str) or SURROGATE.search(trace):
+        return "the reasoning was not text"
+    if not MIN_TRACE_WORDS <= len(trace.split()) <= max_words:
+        return f"the reasoning had not {MIN_TRACE_WORDS} to {max_words} words"
+    if SPECIAL.search(trace):
+        return "the reasoning held a special token"
+    if MENTION.search(trace):
+        return "the reasoning mentioned the documents, which its reader does not see"
+    if copied_share(trace, [document.full_text for document in positives], TRACE_RUN) > MAX_TRACE_COPIED:
+        return "the reasoning was copied from the documents"
+    return None
+
+
+def _take_passages(found: object, positives: Sequence[Document], wanted: int, taken: list[Document]) -> str:
+    """Add the usable passages of a reply to `taken`, up to `wanted`; returns what was wrong with the others.
+
+    Raises:
+        ValueError: there is no list of them.
+    """
+    if not isinstance(found, list) or not found:
+        raise ValueError("the reply had no list of negatives")
+    titled = any(document.title for document in positives)
+    fault = "the reply had too few negatives"
+    for passage in found:
+        problem = find_passage_fault(passage, positives, taken)
+        if problem:
+            fault = problem
+        elif len(taken) < wanted:
+            # Without titles in the corpus, a title would give the written passages away.
+            title = passage["title"].strip() if titled else ""
+            taken.append(Document("", passage["text"].strip(), title))
+    return fault
+
+
+def _rows(documents: Sequence[Document]) -> list[dict[str, str]]:
+    return [{"title": document.title, "text": document.text} for document in documents]
+
+
+@dataclass
+class NegativesItem:
+    """A query, its positives, and the hard negatives that were taken for it."""
+
+    query: Query
+    positives: Sequence[Document]
+    wanted: int
+    _taken: list[Document] = field(default_factory=list)
+
+    @property
+    def item_id(self) -> str:
+        """The query's id."""
+        return self.query.query_id
+
+    @property
+    def prompt(self) -> str:
+        """What is asked."""
+        return NEGATIVES_PROMPT.format(
+            count=self.wanted,
+            like="what answers it",
+            words=length_like(self.positives),
+            query=self.query.text,
+            shown=show(self.positives),
+        )
+
+    def take(self, reply: str) -> str | None:
+        """Add the usable passages of a reply; None when they are enough."""
+        fault = _take_passages(read_object(reply).get("negatives"), self.positives, self.wanted, self._taken)
+        return None if len(self._taken) == self.wanted else fault
+
+    def answer(self) -> list[dict[str, str]]:
+        """The passages."""
+        return _rows(self._taken)
+
+
+@dataclass
+class TripleItem:
+    """An article, and the query with hard negatives that was taken for it."""
+
+    article: Document
+    wanted: int
+    _query: str = ""
+    _taken: list[Document] = field(default_factory=list)
+
+    @property
+    def item_id(self) -> str:
+        """The article's id."""
+        return self.article.doc_id
+
+    @property
+    def prompt(self) -> str:
+        """What is asked."""
+        return TRIPLE_PROMPT.format(
+            count=self.wanted, like="the article", words=length_like([self.article]), shown=show([self.article])
+        )
+
+    def take(self, reply: str) -> str | None:
+        """Keep the reply with the most usable passages: they belong to its query. None when they are enough."""
+        found = read_object(reply)
+        query, taken = found.get("query"), list[Document]()
+        if problem := find_fault(query, self.article, []):
+            return problem
+        fault = _take_passages(found.get("negatives"), [self.article], self.wanted, taken)
+        if len(taken) > len(self._taken):
+            self._query, self._taken = " ".join(str(query).split()), taken
+        return None if len(self._taken) == self.wanted else fault
+
+    def answer(self) -> dict[str, Any]:
+        """Query and passages; empty where no reply had both."""
+        return {"query": self._query, "negatives": _rows(self._taken)} if self._taken else {}
+
+
+@dataclass
+class TraceItem:
+    """A query, its positives, and the reasoning that was taken for it."""
+
+    query: Query
+    positives: Sequence[Document]
+    max_words: int
+    _trace: str = ""
+
+    @property
+    def item_id(self) -> str:
+        """The query's id."""
+        return self.query.query_id
+
+    @property
+    def prompt(self) -> str:
+        """What is asked."""
+        return TRACE_PROMPT.format(
+            low=MIN_TRACE_WORDS, high=self.max_words, query=self.query.text, shown=show(self.positives)
+        )
+
+    def take(self, reply: str) -> str | None:
+        """Take the reasoning of a reply; None where it can be used."""
+        trace = read_object(reply).get("reasoning")
+        fault = find_trace_fault(trace, self.positives, self.max_words)
+        if fault is None:
+            self._trace = " ".join(str(trace).split())
+        return fault
+
+    def answer(self) -> str:
+        """The reasoning."""
+        return self._trace

@@ -1,0 +1,155 @@
+"""The neighbour graph over the vectors of an index, repaired where documents move.
+
+Shapes: `N` documents, `L` links per document, `R` refreshed documents. Links are rows of the index.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+
+from ..errors import VectorIndexError
+from ..retrieval.index import VectorIndex
+from ..types import Rows
+
+BLOCK = 1024
+CANDIDATES_AT_A_TIME = 100_000
+"""Candidates whose vectors are held together during a repair."""
+REACH = 4
+"""A refreshed document is searched to `REACH` times its links: it may be a neighbour of what is not its own."""
+
+
+class NeighbourGraph:
+    """The nearest neighbours of every document by inner product, best first.
+
+    Args:
+        links: `N x L` rows; -1 where a document has fewer neighbours.
+    """
+
+    def __init__(self, links: Rows) -> None:
+        self.links = links
+
+    @classmethod
+    def build(cls, index: VectorIndex, neighbours: int) -> NeighbourGraph:
+        """Search every document's neighbours in the index."""
+        count = len(index)
+        links = np.empty((count, neighbours), np.int64)
+        for start in range(0, count, BLOCK):
+            rows = np.arange(start, min(start + BLOCK, count))
+            links[rows] = _neighbours(index, rows, neighbours)
+        return cls(links)
+
+    def reach(self, rows: Sequence[int], hops: int) -> list[int]:
+        """The rows within `hops` links of the given ones, these first, each once, nearest hop first."""
+        found = dict.fromkeys(int(row) for row in rows)
+        front = list(found)
+        for _ in range(hops):
+            linked = self.links[front]
+            front = [row for row in dict.fromkeys(linked[linked >= 0].tolist()) if row not in found]
+            found |= dict.fromkeys(front)
+        return list(found)
+
+    def repair(self, index: VectorIndex, rows: Sequence[int]) -> int:
+        """Mend the links around documents whose vectors have changed.
+
+        Their own links are searched again. Every document that linked to one of them, or that their search met,
+        chooses its links anew among its old links, the links of these, and the changed documents that met it. Where
+        more than half of all documents have changed, the graph is built anew.
+
+        Args:
+            index: the index with the new vectors.
+            rows: the changed documents, `R`.
+
+        Returns:
+            How many documents chose anew.
+        """
+        moved = np.unique(np.asarray(rows, dtype=np.int64))
+        neighbours = self.links.shape[1]
+        if 2 * len(moved) > len(index):
+            self.links = NeighbourGraph.build(index, neighbours).links
+            return len(index)
+        offers: dict[int, list[int]] = {}
+        for start in range(0, len(moved), BLOCK):
+            block = moved[start : start + BLOCK]
+            met = _neighbours(index, block, neighbours * REACH)
+            self.links[block] = met[:, :neighbours]
+            for row, others in zip(block.tolist(), met.tolist(), strict=True):
+                for other in others:
+                    offers.setdefault(other, []).append(row)
+        linked = np.flatnonzero(np.isin(self.links, moved).any(axis=1))
+        touched = np.union1d(linked, np.fromiter((row for row in offers if row >= 0), np.int64))
+        touched, chosen, before = np.setdiff1d(touched, moved), 0, self.links.copy()
+        while len(touched):
+            # As many at a time as keep the candidates' vectors within a fixed number of values.
+            widths = np.maximum.accumulate([len(offers.get(row, ())) for row in touched.tolist()])
+            values = (widths + neighbours * (neighbours + 1)) * np.arange(1, len(touched) + 1)
+            fit = max(1, int(np.searchsorted(values, CANDIDATES_AT_A_TIME, side="right")))
+            self._choose_anew(index, touched[:fit], before, offers)
+            chosen += fit
+            touched = touched[fit:]
+        return chosen
+
+    def recall(self, index: VectorIndex, sample: Sequence[int]) -> float:
+        """The share of the true neighbours of the sampled rows, under the index's vectors of now, that are linked."""
+        true = _neighbours(index, np.asarray(sample, dtype=np.int64), self.links.shape[1])
+        hits = [np.isin(links[links >= 0], own).sum() for links, own in zip(true, self.links[sample], strict=True)]
+        return float(np.sum(hits) / max(1, (true >= 0).sum()))
+
+    def save(self, folder: Path) -> None:
+        """Write the links into a folder (`graph.safetensors`)."""
+        from safetensors.numpy import save_file
+
+        folder.mkdir(parents=True, exist_ok=True)
+        save_file({"links": self.links}, folder / "graph.safetensors")
+
+    @classmethod
+    def load(cls, folder: Path, index: VectorIndex) -> NeighbourGraph:
+        """Read what `save` wrote for this index.
+
+        Raises:
+            VectorIndexError: the file is missing or broken, or belongs to an index of another size.
+        """
+        from safetensors import SafetensorError
+        from safetensors.numpy import load_file
+
+        try:
+            links = load_file(folder / "graph.safetensors")["links"]
+        except (OSError, KeyError, SafetensorError) as error:
+            raise VectorIndexError(f"{folder} holds no usable neighbour graph: {error}") from error
+        if len(links) != len(index) or links.max(initial=-1) >= len(index):
+            raise VectorIndexError(
+                f"{folder} holds the graph of {len(links)} documents, the index has {len(index)}: of another run?"
+            )
+        return cls(links)
+
+    def _choose_anew(self, index: VectorIndex, rows: Rows, before: Rows, offers: dict[int, list[int]]) -> None:
+        neighbours = self.links.shape[1]
+        own = before[rows]  # R x L
+        second = np.where(own[:, :, None] >= 0, before[own], -1).reshape(len(rows), -1)  # R x L*L
+        width = max((len(offers.get(row, ())) for row in rows.tolist()), default=0)
+        offered = np.full((len(rows), width), -1, np.int64)
+        for place, row in enumerate(rows.tolist()):
+            given = offers.get(row, ())
+            offered[place, : len(given)] = given
+        candidates = np.sort(np.concatenate([own, second, offered], axis=1), axis=1)  # R x C
+        useless = (candidates < 0) | (candidates == rows[:, None])
+        useless[:, 1:] |= candidates[:, 1:] == candidates[:, :-1]
+        scores = np.einsum("rcd,rd->rc", index.vectors_at(candidates), index.vectors_at(rows))
+        scores[useless] = -np.inf
+        best = np.argsort(-scores, axis=1, kind="stable")[:, :neighbours]
+        chosen = np.take_along_axis(scores, best, axis=1)
+        self.links[rows] = np.where(np.isfinite(chosen), np.take_along_axis(candidates, best, axis=1), -1)
+
+
+def _neighbours(index: VectorIndex, rows: Rows, count: int) -> Rows:
+    """The `count` best other documents of each row, padded with -1: `R x count`."""
+    found, _ = index.search_rows(index.vectors_at(rows), count + 1)
+    other = found != rows[:, None]
+    # A document that is not among its own results (many equal vectors) gives up its last result instead.
+    other[other.all(axis=1), -1] = False
+    width = found.shape[1] - 1
+    links = np.full((len(rows), count), -1, np.int64)
+    links[:, :width] = found[other].reshape(len(rows), width)
+    return links

@@ -1,0 +1,1 @@
+"""The page of results, its plots, and the report of a run."""

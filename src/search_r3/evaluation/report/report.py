@@ -1,0 +1,230 @@
+"""The final evaluation of a run: results, `report.json`, the page and its plots."""
+
+from __future__ import annotations
+
+import json
+import resource
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+import numpy as np
+
+from ...config import Recipe
+from ...data.collection import Collection
+from ...errors import DataError
+from ...files import atomic_directory, read_jsonl, write_json
+from ...model.encoder import SearchR3
+from ...retrieval.index import ExactIndex
+from ...retrieval.metrics import ndcg_from_ranks, relevant_ids
+from ..benchmark import EvaluationOptions, evaluate, judged, package_versions
+from ..results import Result, load_results
+from ..runner import RESULTS, SUMMARY, reasoning_baseline
+from ..significance import compare
+from ..systems import BM25System, EncodedCollections, SearchR3System
+from ..table import summary
+from .page import write_page
+
+REWARDS, METRICS = "rewards.json", "metrics.jsonl"
+STAGES = ("sft", "rl")
+ORDER = ("bm25", "bm25+reasoning", "direct/sft", "reason/sft", "direct/rl", "reason/rl")
+
+Note = Callable[[str], None]
+
+
+def evaluate_run(
+    recipe: Recipe, collection: Collection, models: dict[str, Path], folder: Path, note: Note
+) -> tuple[list[Result], dict[str, list[float]], float]:
+    """All results of the report on the test split, and the rewards of sampled rollouts before and after RL.
+
+    Args:
+        recipe: the run's settings.
+        collection: the run's collection.
+        models: `sft` and `rl` -> model directory.
+        folder: where results are looked up and written.
+        note: told what is being evaluated.
+
+    Returns:
+        The results, `before` / `after` -> ranking rewards, and the share of forced rollouts after RL.
+    """
+    settings, split = recipe.evaluation, recipe.evaluation.test_split
+    options = EvaluationOptions(bootstrap=settings.bootstrap, seed=recipe.seed)
+    results = [evaluate(BM25System(), collection, split, options, source=recipe.collection, folder=folder)]
+    rewards: dict[str, list[float]] = {}
+    forced = 0.0
+    for stage in STAGES:
+        note(f"evaluating the {stage} model on {split}")
+        encoded = EncodedCollections(SearchR3(models[stage], dtype=recipe.dtype))
+        for mode in ("direct", "reason"):
+            system = SearchR3System(encoded, mode, f"{mode}/{stage}", settings.batch_size)
+            results.append(evaluate(system, collection, split, options, source=recipe.collection, folder=folder))
+        rewards["before" if stage == "sft" else "after"], forced = sampled_rewards(
+            encoded.model,
+            collection,
+            split,
+            queries=settings.rollout_queries,
+            group_size=recipe.grpo.group_size,
+            k=recipe.grpo.reward_k,
+            seed=recipe.seed,
+            index=encoded.encode(collection)[0],
+            batch_size=settings.batch_size,
+            sampling_temperature=recipe.grpo.sampling_temperature,
+        )
+    lexical = reasoning_baseline(results[-1], "bm25+reasoning")
+    results.append(evaluate(lexical, collection, split, options, source=recipe.collection, folder=folder))
+    return sorted(results, key=lambda result: ORDER.index(result.system.name)), rewards, forced
+
+
+def sampled_rewards(
+    model: SearchR3,
+    collection: Collection,
+    split: str,
+    *,
+    queries: int,
+    group_size: int,
+    k: int,
+    seed: int,
+    index: ExactIndex,
+    batch_size: int = 128,
+    sampling_temperature: float = 1.0,
+) -> tuple[list[float], float]:
+    """The ranking part of the reward over sampled rollouts, as in training, and the share of forced ones.
+
+    Args:
+        model: the policy.
+        collection: documents and queries.
+        split: judgements.
+        queries: how many queries, evenly spread over the split.
+        group_size: rollouts per query.
+        k: depth of the nDCG.
+        seed: of the sampling.
+        index: the collection encoded by the same model.
+        batch_size: rollouts decoded together.
+        sampling_temperature: as in training.
+    """
+    qrels = judged(collection, split)
+    spread = np.linspace(0, len(qrels) - 1, min(queries, len(qrels))).round().astype(int)
+    chosen = [list(qrels)[i] for i in spread for _ in range(group_size)]
+    encoded = model.encode_query(
+        [collection.queries[query_id].text for query_id in chosen],
+        "reason",
+        batch_size=batch_size,
+        sampling_temperature=sampling_temperature,
+        seed=seed,
+    )
+    positives = [sorted(relevant_ids(qrels[query_id])) for query_id in chosen]
+    ranks = index.ranks(encoded.vectors, positives)
+    rewards = [ndcg_from_ranks(found, qrels[query_id], k) for found, query_id in zip(ranks, chosen, strict=True)]
+    return rewards, fmean(encoded.forced)
+
+
+def build_report(
+    recipe: Recipe,
+    collection: Collection,
+    results: Sequence[Result],
+    rewards: dict[str, list[float]],
+    forced: float,
+) -> dict[str, Any]:
+    """The content of `report.json`, but for the seconds of the whole run."""
+    settings = recipe.evaluation
+    comparisons = compare(results, settings.permutations, recipe.seed)
+    return {
+        "rows": {result.system.name: summary(result, results) for result in results},
+        "comparisons": [one.record() for one in comparisons],
+        "rollouts": {
+            "share_ge_half_before": fmean(reward >= 0.5 for reward in rewards["before"]),
+            "share_ge_half_after": fmean(reward >= 0.5 for reward in rewards["after"]),
+            "forced_share": forced,
+            "count": len(rewards["after"]),
+        },
+        "collection": {
+            "name": collection.name,
+            "split": settings.test_split,
+            "documents": len(collection.documents),
+            "hash": collection.content_hash(),
+        },
+        "seed": recipe.seed,
+        "peak_memory_bytes": peak_memory_bytes(),
+        "versions": package_versions(),
+    }
+
+
+def write_runs_page(runs: Sequence[Path], folder: Path, title: str | None, permutations: int, seed: int) -> Path:
+    """The page of several runs or evaluations together.
+
+    Args:
+        runs: folders that `quickstart` or `evaluate` wrote.
+        folder: made here; gets `report.html` and `plots/`.
+        title: of the page; by default the names of the folders.
+        permutations: of the paired tests.
+        seed: of the paired tests.
+
+    Raises:
+        DataError: a folder holds no result, or a damaged one.
+    """
+    results: list[Result] = []
+    rewards: dict[str, list[float]] = {}
+    metrics: list[dict[str, Any]] = []
+    alike = len({run.name for run in runs}) < len(runs)
+    for run in runs:
+        found = last_results(run)
+        if not found:
+            raise DataError(f"no results in {run / RESULTS}; give a folder that quickstart or evaluate wrote")
+        suffix = f" ({run if alike else run.name})" if len(runs) > 1 else ""
+        taken = {(result.place, result.system.name) for result in results}
+        known = {(result.place, result.key) for result in results}
+        for result in found:
+            if (result.place, result.key) in known:
+                continue
+            if (result.place, result.system.name) in taken:
+                result = result.renamed(result.system.name + suffix)
+            results.append(result)
+        if (run / REWARDS).exists():
+            values = json.loads((run / REWARDS).read_text(encoding="utf-8"))
+            rewards |= {name + suffix: values[name] for name in values}
+        if len(runs) == 1 and (run / METRICS).exists():
+            metrics = [row for _, row in read_jsonl(run / METRICS)]
+    comparisons = [one.record() for one in compare(results, permutations, seed)]
+    title = title or ", ".join(run.name for run in runs)
+    with atomic_directory(folder) as scratch:
+        write_page(results, scratch, title=title, rewards=rewards, metrics=metrics, comparisons=comparisons)
+    return folder / "report.html"
+
+
+def last_results(run: Path) -> list[Result]:
+    """The results in the summary of the last `evaluate` into this folder; all of a run of `quickstart`."""
+    results = load_results(run / RESULTS)
+    path = run / SUMMARY
+    if not path.exists():
+        return results
+    rows = json.loads(path.read_text(encoding="utf-8"))["rows"]
+    wanted = {(row["system"], row["key"]) for row in rows}
+    return [result for result in results if (result.system.name, result.key) in wanted]
+
+
+def peak_memory_bytes() -> int:
+    """The largest resident size of this process so far."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
+
+
+def write_report(
+    folder: Path,
+    report: dict[str, Any],
+    results: Sequence[Result],
+    metrics: Sequence[dict[str, Any]],
+    rewards: dict[str, list[float]],
+) -> None:
+    """Write the page and the plots, then `report.json`: where that stands, the run is complete."""
+    write_json(folder / REWARDS, rewards)
+    write_page(
+        results,
+        folder,
+        title=f"{report['collection']['name']}, seed {report['seed']}",
+        rewards=rewards,
+        metrics=metrics,
+        comparisons=report["comparisons"],
+    )
+    write_json(folder / "report.json", report)

@@ -1,0 +1,1 @@
+"""Hard negatives: who proposes candidates, who judges them."""

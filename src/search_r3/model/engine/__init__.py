@@ -1,0 +1,1 @@
+"""The layers without gradients: forward passes, decoding with continuous batching, sampling, rollouts."""

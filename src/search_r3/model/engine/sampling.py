@@ -1,0 +1,81 @@
+"""The next token of every row, drawn so that a row's choice depends on nothing but its own logits and its own draw.
+
+Shapes: `B` rows, `V` vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F  # noqa: N812 - its usual name
+from torch import Tensor
+
+from ...errors import ModelError
+
+SUM_BLOCK = 256
+
+
+def choose_tokens(
+    logits: Tensor, temperatures: Sequence[float], top_p: Sequence[float], draws: Sequence[float]
+) -> tuple[Tensor, Tensor]:
+    """One token per row: the likeliest where the temperature is 0, else sampled by inverting the distribution.
+
+    Args:
+        logits: `B x V`, float32.
+        temperatures: per row.
+        top_p: per row; the smallest set of likeliest tokens that reaches this probability is sampled from.
+        draws: per row, uniform in [0, 1).
+
+    Returns:
+        Ids and their log-probabilities at the row's temperature (1 where it is 0), before `top_p`, each `B`.
+
+    Raises:
+        ModelError: a logit is NaN or plus infinity.
+    """
+    divisors = torch.tensor([temperature or 1.0 for temperature in temperatures], device=logits.device)
+    scaled = logits / divisors[:, None] if any(t not in (0.0, 1.0) for t in temperatures) else logits
+    largest = scaled.amax(-1, keepdim=True)
+    weights = (scaled - largest).exp_()
+    totals = weights.sum(-1)
+    if not torch.isfinite(totals).all():
+        raise ModelError("the model's logits are not finite; its weights hold NaN or infinity")
+    chosen = logits.argmax(-1)
+    sampled = [row for row, temperature in enumerate(temperatures) if temperature > 0]
+    if sampled:
+        rows = torch.tensor(sampled, device=logits.device)
+        targets = torch.tensor([draws[row] for row in sampled], dtype=torch.float64, device=logits.device)
+        kept = weights if len(sampled) == len(weights) else weights[rows]
+        if any(top_p[row] < 1 for row in sampled):
+            kept = _nucleus(kept, torch.tensor([top_p[row] for row in sampled], device=logits.device))
+        chosen[rows] = _inverse_cdf(kept, targets)
+    picked = scaled.gather(-1, chosen[:, None]) - largest
+    return chosen, picked[:, 0] - totals.log()
+
+
+def _nucleus(weights: Tensor, top_p: Tensor) -> Tensor:
+    """Weights `B x V` with those outside each row's nucleus set to 0."""
+    ordered, places = weights.sort(dim=-1, descending=True)
+    before = ordered.cumsum(-1, dtype=torch.float64) - ordered
+    outside = before >= top_p[:, None] * ordered.sum(-1, keepdim=True, dtype=torch.float64)
+    return torch.zeros_like(weights).scatter(-1, places, ordered.masked_fill(outside, 0.0))
+
+
+def _inverse_cdf(weights: Tensor, draws: Tensor) -> Tensor:
+    """The token at which the cumulative weight first exceeds each draw's share of the whole, `B`.
+
+    First the block of tokens is found and then the token in it, so that only the blocks are summed up in float64.
+    """
+    padded = F.pad(weights, (0, -weights.shape[-1] % SUM_BLOCK))
+    blocks = padded.view(len(weights), -1, SUM_BLOCK)  # B x n x SUM_BLOCK
+    upto = blocks.sum(-1, dtype=torch.float64).cumsum(-1)  # B x n
+    targets = (draws * upto[:, -1])[:, None]
+    block = torch.searchsorted(upto, targets, right=True).clamp(max=upto.shape[-1] - 1)
+    before = torch.where(block > 0, upto.gather(-1, (block - 1).clamp(min=0)), 0.0)
+    rows = torch.arange(len(weights), device=weights.device)
+    within = blocks[rows, block[:, 0]].cumsum(-1, dtype=torch.float64)  # B x SUM_BLOCK
+    place = torch.searchsorted(within, targets - before, right=True)
+    # Rounding may leave a target a hair above the block's last sum: its last token of any weight is meant.
+    inhabited = (within < within[:, -1:]).sum(-1, keepdim=True)
+    chosen: Tensor = (block * SUM_BLOCK + torch.minimum(place, inhabited))[:, 0]
+    return chosen

@@ -1,0 +1,220 @@
+"""What several training processes tell each other about the corpus: what to encode, and the vectors.
+
+Each process searches, fits and mends by itself, on the same data and with the same result; only the encoding is
+divided, by the first process's choice. The vectors travel over a gloo group of their own. Before each exchange, and
+after the last one of a step, the processes meet at a barrier that waits long and names who is missing, so that no
+collective of the gradients (whose watchdog is short) ever waits for another process's work on the index. It is made of
+messages to and from the first process: torch's `monitored_barrier` leaves those who came waiting for those who did not,
+and cannot name a process whose connection was lost before.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import time
+from collections.abc import Callable, Iterator, Sequence
+from datetime import timedelta
+from typing import Any, Protocol
+
+import numpy as np
+
+from .errors import RunError
+from .types import Array
+
+PATIENCE = timedelta(minutes=30)
+NAMING = timedelta(seconds=60)
+"""How long the processes wait for each other, after the error of a collective, to find out which of them has died."""
+LINGER = timedelta(seconds=5)
+"""How long the first process stays, with the store that it may keep, for the others to read who is missing."""
+_LOST = "search-r3/lost"
+
+
+class Communicator(Protocol):
+    """One process's view of all of them."""
+
+    rank: int
+    world_size: int
+
+    def barrier(self, patience: timedelta | None = None) -> None:
+        """Wait until every process is here, for `patience` or as long as is usual."""
+        ...
+
+    def all_gather(self, value: Any) -> list[Any]:
+        """Every process's value, in rank order."""
+        ...
+
+    def all_gather_rows(self, rows: Array, counts: Sequence[int]) -> list[Array]:
+        """Every process's matrix, in rank order; `counts[r]` is the number of rows of rank `r`."""
+        ...
+
+
+class SingleProcess:
+    """A single process."""
+
+    rank, world_size = 0, 1
+
+    def barrier(self, patience: timedelta | None = None) -> None:
+        """There is nobody to wait for."""
+
+    def all_gather(self, value: Any) -> list[Any]:
+        """The value."""
+        return [value]
+
+    def all_gather_rows(self, rows: Array, counts: Sequence[int]) -> list[Array]:
+        """The matrix."""
+        return [rows]
+
+
+class ProcessGroup:
+    """The processes of the default process group, over gloo.
+
+    Args:
+        patience: how long to wait for a process that is still at work.
+
+    Raises:
+        RunError: (by every method) a process did not come; it is named where gloo can tell.
+    """
+
+    def __init__(self, patience: timedelta = PATIENCE) -> None:
+        import torch.distributed as dist
+
+        self.rank, self.world_size, self.patience = dist.get_rank(), dist.get_world_size(), patience
+        self._group = dist.new_group(backend="gloo", timeout=patience)
+
+    def barrier(self, patience: timedelta | None = None) -> None:
+        """Wait for the others, on the CPU and outside every collective."""
+        if self.rank == 0:
+            lost = self._call_roll(patience or self.patience)
+        else:
+            lost = self._answer(patience or self.patience)
+        if lost:
+            raise RunError(
+                f"rank {self.rank} of {self.world_size} lost another process: rank {lost} did not come; look at that "
+                "process's own error, then start again with --resume"
+            )
+
+    def all_gather(self, value: Any) -> list[Any]:
+        """Every process's value, in rank order."""
+        import torch.distributed as dist
+
+        self.barrier()
+        values: list[Any] = [None] * self.world_size
+        with self._naming():
+            dist.all_gather_object(values, value, group=self._group)
+        return values
+
+    def all_gather_rows(self, rows: Array, counts: Sequence[int]) -> list[Array]:
+        """Every process's matrix, in rank order; padded to the largest share on the way."""
+        import torch
+        import torch.distributed as dist
+
+        self.barrier()
+        own = torch.zeros((max(counts), rows.shape[1]))
+        own[: len(rows)] = torch.from_numpy(np.ascontiguousarray(rows))
+        everyone = [torch.empty_like(own) for _ in counts]
+        with self._naming():
+            dist.all_gather(everyone, own, group=self._group)
+        return [share[:count].numpy() for share, count in zip(everyone, counts, strict=True)]
+
+    @contextlib.contextmanager
+    def _naming(self) -> Iterator[None]:
+        """Around a collective: the process that broke it is named, if it is gone."""
+        try:
+            yield
+        except RuntimeError:
+            self.barrier(NAMING)
+            raise
+
+    def _call_roll(self, patience: timedelta) -> str:
+        """The first process hears every other one, then tells all whether to go on; returns the ranks that are lost."""
+        import torch
+        import torch.distributed as dist
+
+        deadline = time.monotonic() + patience.total_seconds()
+        heard: dict[int, Any] = {}
+        lost = []
+        tokens = torch.zeros(self.world_size, 1)
+        for rank in range(1, self.world_size):
+            with contextlib.suppress(RuntimeError):  # its connection is closed
+                heard[rank] = dist.irecv(tokens[rank], group_src=rank, group=self._group)
+        for rank in range(1, self.world_size):
+            try:
+                heard[rank].wait(timedelta(seconds=max(0.001, deadline - time.monotonic())))
+            except (KeyError, RuntimeError):
+                lost.append(rank)
+        named = ", ".join(map(str, lost))
+        if named:
+            dist.distributed_c10d._get_default_store().set(_LOST, named)
+        for rank in set(range(1, self.world_size)) - set(lost):
+            with contextlib.suppress(RuntimeError):  # died since, or gloo has closed all connections as one was late
+                dist.send(torch.tensor([float(bool(lost))]), group_dst=rank, group=self._group)
+        if named:
+            time.sleep(LINGER.total_seconds())
+        return named
+
+    def _answer(self, patience: timedelta) -> str:
+        """Every other process reports to the first one; returns the ranks that are lost."""
+        import torch
+        import torch.distributed as dist
+
+        with contextlib.suppress(RuntimeError):
+            dist.send(torch.ones(1), group_dst=0, group=self._group)
+            said = torch.ones(1)
+            waiting: Any = dist.irecv(said, group_src=0, group=self._group)
+            waiting.wait(patience + NAMING)
+            if not said.item():
+                return ""
+        with contextlib.suppress(RuntimeError):  # nobody answers where the first process has died with the store
+            store = dist.distributed_c10d._get_default_store()
+            store.wait([_LOST], LINGER)
+            return str(store.get(_LOST).decode())
+        return "0"
+
+
+def first_process() -> bool:
+    """Whether this process writes and speaks for all: of several that train together only the first one does."""
+    return os.environ.get("RANK", "0") == "0"
+
+
+def make_communicator() -> Communicator:
+    """`ProcessGroup` where a process group of more than one process is up, else `SingleProcess`."""
+    import torch.distributed as dist
+
+    if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
+        return ProcessGroup()
+    return SingleProcess()
+
+
+def divide(lengths: Sequence[int], world_size: int) -> list[list[int]]:
+    """Deal items to ranks so that the ranks' sums of `lengths` are nearly equal: longest first, to and fro.
+
+    Returns:
+        For every rank the places of its items.
+    """
+    order = sorted(range(len(lengths)), key=lambda place: (-lengths[place], place))
+    shares: list[list[int]] = [[] for _ in range(world_size)]
+    for turn, place in enumerate(order):
+        round_, seat = divmod(turn, world_size)
+        shares[seat if round_ % 2 == 0 else world_size - 1 - seat].append(place)
+    return shares
+
+
+def encode_sharded(
+    communicator: Communicator, shares: Sequence[Sequence[int]], encode: Callable[[Sequence[int]], Array]
+) -> Array:
+    """Vectors `N x D` of `N` things, of which each process encodes its share.
+
+    Args:
+        communicator: the other processes.
+        shares: for every rank the places of its things, each place once.
+        encode: the vectors of the things at some places, `n x D`; it is not asked for none.
+    """
+    own = shares[communicator.rank]
+    vectors = encode(own) if own else np.empty((0, 0), np.float32)
+    dimension = max(communicator.all_gather(vectors.shape[1]))
+    gathered = communicator.all_gather_rows(vectors.reshape(len(own), dimension), [len(share) for share in shares])
+    result = np.empty((sum(map(len, shares)), dimension), np.float32)
+    for share, rows in zip(shares, gathered, strict=True):
+        result[list(share)] = rows
+    return result

@@ -1,0 +1,1 @@
+"""Arithmetic on a recipe: memory and time of a training; loads no model."""

@@ -1,0 +1,206 @@
+"""Bytes of GPU memory that training takes, by part, as arithmetic on shapes.
+
+What autograd keeps is counted operation by operation in transformers' Qwen2 block with SDPA (RMSNorm, projections,
+rotation, attention, gated MLP); `tests/unit/test_memory.py` measures the same operations. Not counted: what CUDA, NCCL
+and the allocator need for themselves.
+
+Shapes: `n` tokens (padding included) in `b` sequences of `T`, `S` positions with logits; others as in `shape`. `c` are
+bytes of a number in matrix products, `r` bytes of one in the residual stream.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from ..config import LoRASettings, Recipe
+from .shape import ModelShape
+
+Strategy = Literal["single", "ddp", "fsdp2", "zero2", "zero3"]
+FULL = 4
+"""Bytes of a float32."""
+HALF = 2
+"""Bytes of a bfloat16."""
+ZERO_BUCKET = 500_000_000
+"""Numbers in a bucket of DeepSpeed's reductions (its default `reduce_bucket_size`)."""
+ZERO_LIVE = 1_000_000_000
+"""Weights that ZeRO-3 keeps whole at most (its default `stage3_max_live_parameters`)."""
+PREFILL_TOKENS = 4096
+"""Tokens of prompts that the decoder computes together (`model/engine/decoding.py`)."""
+
+
+@dataclass(frozen=True)
+class Precision:
+    """In which bytes a step computes.
+
+    Attributes:
+        weights: of a base weight as it is stored.
+        trained: of a weight that learns, and of each of its moments in AdamW.
+        compute: `c`.
+        residual: `r`.
+        casts: whether every linear layer casts its own input and weight (autocast over float32 weights).
+        adapters: of an adapter's weight in the forward pass.
+        copies: whether every adapter casts its own input.
+    """
+
+    weights: int
+    trained: int
+    compute: int
+    residual: int
+    casts: bool
+    adapters: int
+    copies: bool
+
+    @classmethod
+    def of(cls, recipe: Recipe, strategy: Strategy) -> Precision:
+        """What the recipe's `dtype` and `mixed_precision` mean under a strategy.
+
+        One process and DDP run autocast. FSDP2 and DeepSpeed compute with bfloat16 weights instead, and keep float32
+        ones of what learns; peft keeps its adapters in float32.
+        """
+        stored, adapted = FULL if recipe.dtype == "float32" else HALF, recipe.lora.rank > 0
+        if recipe.mixed_precision == "no":
+            return cls(stored, FULL if adapted else stored, stored, stored, False, FULL, copies=stored != FULL)
+        if strategy in ("single", "ddp"):
+            trained = FULL if adapted else stored
+            return cls(stored, trained, HALF, stored, stored == FULL, HALF, copies=True)
+        return cls(stored if adapted else FULL, FULL, HALF, HALF, False, HALF, copies=False)
+
+
+@dataclass(frozen=True)
+class Pass:
+    """One forward pass with gradients: `b` sequences, padded to `T` tokens.
+
+    Attributes:
+        sequences: `b`.
+        length: `T`.
+        padded: whether some sequence is shorter; attention then takes a mask, and keys and values by query head.
+    """
+
+    sequences: int
+    length: int
+    padded: bool = True
+
+    @property
+    def tokens(self) -> int:
+        """`n`."""
+        return self.sequences * self.length
+
+
+def block_activations(shape: ModelShape, size: Pass, precision: Precision, lora: LoRASettings) -> int:
+    """Bytes that one block keeps for its backward pass.
+
+    An RMSNorm keeps its input in float32, the inverse root and, where its weight learns, the normalised values. SDPA
+    keeps queries, keys, values, its output and the log of the sums; with a mask, keys and values repeated for all query
+    heads and the mask in its own type, `b x T x T`. The MLP keeps the gate, SiLU of the gate and the other branch.
+    What the linear layers keep is counted by `_linear_inputs`.
+    """
+    c, learns, hidden = precision.compute, lora.rank == 0, shape.hidden
+    # A single head of keys is not copied for the others but read again.
+    grouped = shape.query_width if size.padded and shape.key_heads > 1 else shape.key_width
+    norms = 2 * (FULL * hidden + FULL + (precision.residual * hidden if learns else 0))
+    if shape.head_norms:
+        width = shape.query_width + shape.key_width
+        norms += FULL * width + FULL * (shape.heads + shape.key_heads) + (c * width if learns else 0)
+    attention = 2 * c * (shape.query_width + grouped) + FULL * shape.heads + (c * size.length if size.padded else 0)
+    return size.tokens * (norms + attention + 3 * c * shape.intermediate + _linear_inputs(shape, precision, lora))
+
+
+def _linear_inputs(shape: ModelShape, precision: Precision, lora: LoRASettings) -> int:
+    """Bytes per token of inputs that linear layers keep beside what others keep anyhow.
+
+    Layers share an input unless each casts it. The output layer of the attention shares SDPA's output. A frozen layer
+    keeps no input; its adapter keeps one, and the `rank` numbers between its two matrices.
+    """
+    groups = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"), ("down_proj",))
+    sizes, c = {name: inputs for name, (inputs, _) in shape.linear.items()}, precision.compute
+    if lora.rank == 0:
+        return sum(c * sizes[group[0]] * (len(group) if precision.casts else 1) for group in groups)
+    inner = precision.adapters * lora.rank * len(lora.target_modules)
+    if precision.copies:
+        return inner + sum(precision.adapters * sizes[name] for name in lora.target_modules)
+    return inner + sum(c * sizes[group[0]] for group in groups if set(group) & set(lora.target_modules))
+
+
+def kept_activations(
+    shape: ModelShape, size: Pass, precision: Precision, lora: LoRASettings, checkpointing: bool
+) -> int:
+    """Bytes alive when the forward pass through all blocks and the final norm has ended, logits apart.
+
+    With checkpointing a block keeps its input alone. Cosines and sines, ids, positions and masks are shared by all
+    blocks.
+    """
+    r = precision.residual
+    block = r * size.tokens * shape.hidden if checkpointing else block_activations(shape, size, precision, lora)
+    final = FULL * shape.hidden + FULL + (r * shape.hidden if lora.rank == 0 else 0)
+    output = r * shape.hidden
+    shared = 2 * r * shape.head_size + 3 * 8 + (size.length if size.padded else 0)
+    return shape.layers * block + size.tokens * (final + output + shared)
+
+
+def cast_weights(shape: ModelShape, precision: Precision, lora: LoRASettings, checkpointing: bool) -> int:
+    """Bytes of the bfloat16 copies that autocast makes of the weights of linear layers.
+
+    Each is held until the forward pass ends and, where its layer is not computed again, until its backward pass.
+    Frozen weights are cast anew at each use.
+    """
+    if not precision.casts or (lora.rank and checkpointing):
+        return 0
+    return precision.compute * (shape.layers * shape.linear_weights + shape.table)
+
+
+def backward_work(shape: ModelShape, size: Pass, precision: Precision, lora: LoRASettings, checkpointing: bool) -> int:
+    """Bytes that the backward pass through one block adds to what was kept.
+
+    Of the MLP's three wide gradients two take the place of values that are freed; the residual stream has two, and one
+    more in float32 where bfloat16 is computed with. An adapter adds a gradient of its input, and its copy of the
+    widest. With checkpointing the block's own activations are computed again first.
+    """
+    per_token = precision.compute * shape.intermediate + 2 * FULL * shape.hidden
+    per_token += FULL * shape.hidden * ((precision.compute == HALF) + (lora.rank > 0))
+    per_token += precision.adapters * shape.intermediate if lora.rank and precision.copies else 0
+    work = size.tokens * per_token
+    return work + (block_activations(shape, size, precision, lora) if checkpointing else 0)
+
+
+def logits_memory(vocabulary: int, replies: int, prompts: int, joined: bool) -> int:
+    """Bytes of stage 1's logits and what the losses on them make, at their peak; all in float32.
+
+    Cross-entropy on `replies` positions: the logits, their concatenation where two passes are `joined`,
+    log-probabilities (and a gradient). The KL on `prompts` positions: both models' logits and log-probabilities, the
+    base's probabilities, the difference and the product.
+    """
+    own = 3 if joined else 2
+    return FULL * vocabulary * (own * replies + 7 * prompts if prompts else (own + 1) * replies)
+
+
+def rollout_logits_memory(vocabulary: int, positions: int, reference: bool) -> int:
+    """Bytes of stage 2's logits at their peak, in float32.
+
+    The logits, those divided by the temperature and the log-probabilities; later two gradients take the place of the
+    first two. With a reference: the logits and log-probabilities of the policy, and all three of the reference.
+    """
+    return FULL * vocabulary * positions * (5 if reference else 3)
+
+
+def cache_memory(shape: ModelShape, slots: int, prompt: int, new_tokens: int, bytes_each: int) -> int:
+    """Bytes of the decoder's keys and values when its room grows for the last time.
+
+    The room (`SlotCache` in `model/engine/forward.py`) grows by a half at least; the old one lives until it is copied.
+    """
+    per_token = 2 * shape.layers * shape.key_width * bytes_each
+    room, before, needed = prompt + 1, 0, prompt + new_tokens
+    while room < needed:
+        room, before = room + max(1, room // 2), room
+    return slots * per_token * (room + before)
+
+
+def sampling_memory(shape: ModelShape, slots: int, bytes_each: int) -> int:
+    """Bytes of choosing a token for every slot: logits, in float32, scaled, exponentiated, padded; and of a prefill."""
+    logits = slots * shape.vocabulary * (bytes_each + 4 * FULL)
+    return max(logits, PREFILL_TOKENS * (4 * shape.layers * shape.key_width + 2 * shape.intermediate) * bytes_each)
+
+
+def encoding_memory(shape: ModelShape, tokens: int, bytes_each: int) -> int:
+    """Bytes of encoding documents without gradients: residual stream, its norm, two wide values of the MLP."""
+    return tokens * bytes_each * 2 * (shape.hidden + shape.intermediate)

@@ -1,0 +1,315 @@
+"""What a recipe takes before anything is loaded: memory per GPU, tokens and FLOP per step, time. Only arithmetic.
+
+Memory: `footprint`. FLOP per token: arXiv 2204.02311, appendix B; here attention is causal, and what is computed more
+than once (cached gradients, checkpointing) or not at all (gradients of frozen weights) is counted so.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from ..config import Recipe
+from .footprint import DIRECT_REPLY, Job, Lengths, Stage
+from .memory import Strategy
+from .shape import read_shape
+
+SPARE = 0.1
+"""Share of a GPU's memory that a plan leaves to CUDA, NCCL, cuBLAS and the allocator's gaps."""
+
+
+@dataclass(frozen=True)
+class Speed:
+    """How fast all GPUs together are: either trained tokens per second, or what one GPU reaches.
+
+    Attributes:
+        tokens_per_second: forward and backward passes; a token of which only the forward pass is computed counts a
+            third.
+        tflops: a GPU's peak in TFLOP/s.
+        utilisation: share of it that is reached.
+        decoded_per_second: tokens of rollouts, of all GPUs; by default at the same FLOP/s as the rest, which decoding
+            seldom reaches.
+    """
+
+    tokens_per_second: float | None = None
+    tflops: float = 990.0
+    utilisation: float = 0.4
+    decoded_per_second: float | None = None
+
+
+@dataclass(frozen=True)
+class MemoryPlan:
+    """The answer.
+
+    Attributes:
+        stage: `sft` or `grpo`.
+        strategy: how the GPUs hold the weights.
+        gpus: how many.
+        parameters: weights by part; `adapters` and `trained` are named too.
+        phases: bytes per GPU by phase and part; the largest sum is the peak.
+        host: bytes of the machine's memory, for all its processes, by part.
+        tokens: of a step, by kind, all GPUs together.
+        flops: of a step, by kind.
+        steps: optimizer steps of the stage.
+        step_seconds: with the given speed.
+    """
+
+    stage: Stage
+    strategy: Strategy
+    gpus: int
+    parameters: dict[str, int]
+    phases: dict[str, dict[str, int]]
+    host: dict[str, int]
+    tokens: dict[str, int]
+    flops: dict[str, float]
+    steps: int
+    step_seconds: float
+
+    @property
+    def peak_phase(self) -> str:
+        """The phase that takes most memory."""
+        return max(self.phases, key=lambda phase: sum(self.phases[phase].values()))
+
+    @property
+    def peak(self) -> int:
+        """Bytes per GPU at the peak."""
+        return sum(self.phases[self.peak_phase].values())
+
+    def fits(self, gpu_bytes: float) -> bool:
+        """Whether the peak leaves `SPARE` of a GPU's memory free."""
+        return self.peak <= (1 - SPARE) * gpu_bytes
+
+    def record(self) -> dict[str, Any]:
+        """As JSON."""
+        own = {"peak_phase": self.peak_phase, "peak_bytes": self.peak}
+        return asdict(self) | own | {"stage_seconds": self.steps * self.step_seconds}
+
+
+def plan(
+    recipe: Recipe,
+    stage: Stage,
+    *,
+    gpus: int = 8,
+    strategy: Strategy | None = None,
+    documents: int = 100_000,
+    lengths: Lengths | None = None,
+    speed: Speed | None = None,
+    config: Path | None = None,
+) -> MemoryPlan:
+    """MemoryPlan one stage of a recipe.
+
+    Args:
+        recipe: settings.
+        stage: `sft` or `grpo`.
+        gpus: processes, one per GPU.
+        strategy: by default FSDP2 on several GPUs.
+        documents: of the corpus.
+        lengths: of its texts.
+        speed: what time is computed from.
+        config: a `config.json` instead of that of `recipe.base`.
+
+    Raises:
+        ConfigError: a batch cannot be shared by so many GPUs, or the model's shape cannot be read.
+        ModelError: the model's architecture is unknown here.
+
+    Example:
+        >>> from search_r3.config import load_recipe
+        >>> plan(load_recipe(None), "sft", gpus=1).parameters["total"]
+        1685056
+    """
+    job = Job(
+        recipe,
+        read_shape(recipe.base, config),
+        stage,
+        gpus,
+        strategy or ("fsdp2" if gpus > 1 else "single"),
+        documents,
+        (lengths or Lengths()).within(recipe),
+    )
+    job.check()
+    work = Work(job)
+    tokens, flops = work.tokens(), work.flops()
+    return MemoryPlan(
+        stage=stage,
+        strategy=job.strategy,
+        gpus=gpus,
+        parameters=job.shape.parameters() | job.counts(),
+        phases=job.phases(),
+        host=job.host(),
+        tokens=tokens,
+        flops=flops,
+        steps=(recipe.sft if stage == "sft" else recipe.grpo).steps,
+        step_seconds=work.seconds(tokens, flops, speed or Speed()),
+    )
+
+
+def suggest(recipe: Recipe, stage: Stage, gpu_bytes: float, **arguments: Any) -> str:
+    """What to change so that a stage fits, as little as possible; empty where nothing known is enough.
+
+    Changes are added until it fits; then each is dropped, or made smaller, where it fits without it.
+
+    Args:
+        recipe: settings that do not fit.
+        stage: `sft` or `grpo`.
+        gpu_bytes: memory of a GPU.
+        arguments: of `plan`.
+    """
+
+    def fits(changes: Iterable[dict[str, Any]]) -> bool:
+        joined = {name: value for change in changes for name, value in change.items()}
+        return plan(_changed(recipe, joined), stage, **arguments).fits(gpu_bytes)
+
+    tried: dict[tuple[str, ...], list[dict[str, Any]]] = {}
+    kept: dict[tuple[str, ...], dict[str, Any]] = {}
+    for change in _changes(recipe, stage):
+        names = tuple(change)
+        tried.setdefault(names, [{}]).append(change)
+        kept[names] = change
+        if fits(kept.values()):
+            break
+    else:
+        return ""
+    for names, options in tried.items():
+        kept[names] = next(option for option in options if fits((kept | {names: option}).values()))
+    return " ".join(f"{name}={str(value).lower()}" for change in kept.values() for name, value in change.items())
+
+
+def _changes(recipe: Recipe, stage: Stage) -> Iterator[dict[str, Any]]:
+    """Overrides, each kept when the next is tried: first what changes no result, then adapters."""
+    if recipe.mixed_precision == "no" and recipe.dtype == "float32":
+        yield {"mixed_precision": "bf16"}
+    if not recipe.gradient_checkpointing:
+        yield {"gradient_checkpointing": True}
+    settings = recipe.sft if stage == "sft" else recipe.grpo
+    size = settings.micro_batch_size or 2 * recipe.sft.batch_size
+    while size > 1:
+        size //= 2
+        yield {f"{stage}.micro_batch_size": size}
+    slots = recipe.grpo.rollout_batch_size if stage == "grpo" else 1
+    while slots > 8:
+        slots //= 2
+        yield {"grpo.rollout_batch_size": slots}
+    if recipe.lora.rank == 0:
+        yield {"lora.rank": 32, "dtype": "bfloat16"}
+
+
+def _changed(recipe: Recipe, changes: Mapping[str, Any]) -> Recipe:
+    values = recipe.model_dump()
+    for name, value in changes.items():
+        *section, leaf = name.split(".")
+        place = values[section[0]] if section else values
+        place[leaf] = value
+    return Recipe.model_validate(values)
+
+
+@dataclass(frozen=True)
+class Work:
+    """What a stage computes in a step.
+
+    Attributes:
+        job: the stage.
+    """
+
+    job: Job
+
+    def tokens(self) -> dict[str, int]:
+        """Tokens of a step by kind, padding apart, all GPUs together."""
+        lengths, template = self.job.lengths, self.job.lengths.template
+        if self.job.stage == "sft":
+            queries = self.job.recipe.sft.batch_size
+            return {
+                "direct": queries * (lengths.query + template),
+                "reasoned": queries * (lengths.query + template + lengths.reasoning),
+                "documents": self.job.batch_documents * (lengths.document + template),
+            }
+        settings = self.job.recipe.grpo
+        rollouts, prompt = settings.queries_per_step * settings.group_size, lengths.query + template
+        return {
+            "prompts": settings.queries_per_step * prompt,
+            "rollouts": rollouts * lengths.reasoning,
+            "refresh": self.refreshed() * (lengths.document + template),
+            "trained": settings.num_iterations * rollouts * (prompt + lengths.reasoning),
+        }
+
+    def refreshed(self) -> int:
+        """Documents encoded per step, at most: by the policy, and the positives (one per query)."""
+        settings = self.job.recipe.grpo.refresh
+        positives = self.job.recipe.grpo.queries_per_step
+        rollouts = positives * self.job.recipe.grpo.group_size
+        sample = settings.drift_sample if settings.correct_drift or settings.policy == "drift" else 0
+        match settings.policy:
+            case "full":
+                return self.job.documents
+            case "periodic":
+                chosen = self.job.documents // settings.every
+            case "shortlist":
+                chosen = rollouts * settings.depth
+            case "selective":
+                reach: int = sum(settings.neighbours**hop for hop in range(settings.hops + 1))
+                chosen = (rollouts * settings.depth + positives) * reach
+            case _:
+                chosen = 0
+        if settings.max_documents is not None:
+            chosen = max(0, min(chosen, settings.max_documents - positives))
+        return min(self.job.documents, positives + chosen + sample)
+
+    def flops(self) -> dict[str, float]:
+        """FLOP of a step by kind: 2 per weight and token forward, twice that backward, and the extra passes."""
+        lengths, tokens, template = self.job.lengths, self.tokens(), self.job.lengths.template
+        prompt = lengths.query + template
+        length = {
+            "direct": prompt,
+            "reasoned": prompt + lengths.reasoning,
+            "documents": lengths.document + template,
+            "prompts": prompt,
+            "rollouts": 2 * prompt + lengths.reasoning,  # a decoded token sees all before it
+            "refresh": lengths.document + template,
+            "trained": prompt + lengths.reasoning,
+        }
+        found = {kind: count * self.forward(length[kind]) * self._times(kind) for kind, count in tokens.items()}
+        found["logits"] = 2.0 * self.job.shape.table * self._logits()
+        if self.job.stage == "sft" and self.job.has_reference:
+            found["reference"] = (
+                self.job.recipe.sft.batch_size * prompt * (self.forward(prompt) + 2.0 * self.job.shape.table)
+            )
+        elif self.job.has_reference:
+            found["reference"] = tokens["trained"] * self.forward(length["trained"])
+        return found
+
+    def forward(self, length: float) -> float:
+        """FLOP of one token's forward pass through all blocks in a sequence of that length.
+
+        Two products with causal attention, of which a token sees half of the sequence on average.
+        """
+        return self.job.shape.layers * (2.0 * self.job.shape.linear_weights + 2.0 * self.job.shape.query_width * length)
+
+    def _times(self, kind: str) -> int:
+        """Forward passes that a kind's work equals; a frozen weight has no gradient of its own to compute."""
+        if kind in ("prompts", "rollouts", "refresh"):
+            return 1
+        times = 2 if self.job.recipe.lora.rank else 3
+        cached = self.job.stage == "sft" and self.job.recipe.sft.micro_batch_size is not None
+        return times + cached + self.job.recipe.gradient_checkpointing
+
+    def _logits(self) -> float:
+        """Positions with logits, weighted by their passes."""
+        times, lengths = 2 if self.job.recipe.lora.rank else 3, self.job.lengths
+        if self.job.stage == "sft":
+            prompt = lengths.query + lengths.template if self.job.has_reference else 0
+            return times * self.job.recipe.sft.batch_size * (lengths.reasoning + DIRECT_REPLY + prompt)
+        replies = self.job.recipe.grpo.queries_per_step * self.job.recipe.grpo.group_size * lengths.reasoning
+        return replies * (1 + times * self.job.recipe.grpo.num_iterations + self.job.has_reference)
+
+    def seconds(self, tokens: Mapping[str, int], flops: Mapping[str, float], speed: Speed) -> float:
+        """Of a step."""
+        rate = self.job.gpus * speed.tflops * 1e12 * speed.utilisation
+        if speed.tokens_per_second is not None:
+            mean = self.job.lengths.query + self.job.lengths.template + self.job.lengths.reasoning
+            rate = speed.tokens_per_second * 3 * self.forward(mean)
+        decoded = 0.0
+        if speed.decoded_per_second is not None and "rollouts" in tokens:
+            decoded = tokens["rollouts"] / speed.decoded_per_second
+            flops = {kind: count for kind, count in flops.items() if kind != "rollouts"}
+        return decoded + sum(flops.values()) / rate

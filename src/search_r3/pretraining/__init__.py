@@ -1,0 +1,1 @@
+"""The small base model of the package: tokenizer, texts, training."""

@@ -1,0 +1,283 @@
+"""What the files on the disk say about one trained model: its settings, its training and its results.
+
+A model is known by the SHA-256 of its files, which every result holds: a result of another model, or of an earlier
+state of this one, is not taken for its own.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import ValidationError
+
+from ..errors import DataError, ModelError, RunError
+from ..evaluation.report.report import METRICS, last_results
+from ..evaluation.results import Result
+from ..evaluation.runner import RESULTS, SUMMARY
+from ..evaluation.significance import Comparison
+from ..files import hash_file, hash_folder
+from ..model.backbone import SETTINGS_FILE, EmbeddingSettings
+
+RECIPE, REPORT = "settings.yaml", "report.json"
+CONFIG, ADAPTER_CONFIG = "config.json", "adapter_config.json"
+BEFORE_RL = "before RL"
+STAGES = ("sft", "grpo")
+_HUB_ID = re.compile(r"(?P<id>[A-Za-z0-9][\w.-]*/[\w.-]+)(:[^@:]+)?(@[^@]+)?")
+
+
+@dataclass(frozen=True)
+class Facts:
+    """What is known of a model; what no file says is empty.
+
+    Attributes:
+        settings: its prompts and limits.
+        config: its config.json, or the adapter_config.json of an adapter.
+        adapter: whether it is an adapter (peft) instead of whole weights.
+        revision: SHA-256 of its files.
+        recipe: the settings of the run that made it.
+        recipe_hash: SHA-256 of the file that holds them.
+        metrics: stage -> rows of metrics.jsonl, for the stages that made this model.
+        report: report.json of the run, where its results are of this model.
+        results: of this model (named by their mode), of its state before RL, and of baselines on the same data.
+        comparisons: paired tests between these results in which this model takes part.
+        places: folders from which a relative path of the run may have been meant.
+    """
+
+    settings: EmbeddingSettings
+    config: dict[str, Any]
+    adapter: bool
+    revision: str
+    recipe: dict[str, Any] = field(default_factory=dict)
+    recipe_hash: str = ""
+    metrics: dict[str, list[dict[str, Any]]] = field(default_factory=dict)
+    report: dict[str, Any] = field(default_factory=dict)
+    results: list[Result] = field(default_factory=list)
+    comparisons: list[Comparison] = field(default_factory=list)
+    places: tuple[Path, ...] = ()
+
+    @property
+    def stage(self) -> str:
+        """The stage that made it: `sft`, `grpo`, or empty where no run is known."""
+        return list(self.metrics)[-1] if self.metrics else ""
+
+    @property
+    def own(self) -> list[Result]:
+        """The results of this model itself."""
+        return [result for result in self.results if is_own(result)]
+
+    @property
+    def base(self) -> str:
+        """What it was trained from, as the adapter or the recipe names it: a directory, a hub id or `builtin`."""
+        return str(
+            (self.config.get("base_model_name_or_path") if self.adapter else None) or self.recipe.get("base", "")
+        )
+
+    def hub_id(self, source: str) -> str | None:
+        """`owner/name` where a source is on the hub; None for a folder and for what is built in."""
+        match = _HUB_ID.fullmatch(source)
+        if match is None or any((place / match["id"]).exists() for place in self.places):
+            return None
+        return match["id"]
+
+
+def is_own(result: Result) -> bool:
+    """Whether a result in `Facts.results` is of the model itself."""
+    return result.system.kind == "search-r3" and BEFORE_RL not in result.system.name
+
+
+def find_model(path: Path) -> Path:
+    """The model directory at a path: the path itself, or the newest model of a run.
+
+    Raises:
+        ModelError: there is neither.
+    """
+    if any((path / name).is_file() for name in (CONFIG, ADAPTER_CONFIG)):
+        return path
+    if (path / RECIPE).is_file():
+        for model in (path / "model", path / "sft" / "model"):
+            if (model / CONFIG).is_file():
+                return model
+        raise ModelError(f"the run {path} has no model yet; end its training first (--resume), or give a checkpoint")
+    raise ModelError(
+        f"{path} is neither a model nor a run: expected {CONFIG}, {ADAPTER_CONFIG} or {RECIPE} in it; give the "
+        "directory of a model or of a run"
+    )
+
+
+def gather_facts(model: Path, folders: Sequence[Path] = ()) -> Facts:
+    """Read all that is known of a model, of the run that it lies in, and of its results.
+
+    Args:
+        model: a model directory or an adapter, as `find_model` gives it.
+        folders: of `evaluate` or of other runs, beside the run's own; each has to hold a result of this model.
+
+    Raises:
+        ModelError: search_r3.json is missing or unusable.
+        RunError: a file of the run is damaged.
+        DataError: a folder holds no result of this model, or a damaged one.
+    """
+    model = model.resolve()
+    adapter = not (model / CONFIG).is_file()
+    revision = hash_folder(model)
+    run, stage = _find_run(model)
+    states = {revision} | {hash_folder(path) for path in _merged(model, run, stage) if adapter and path.is_dir()}
+    before = run / "sft" / "model" if run and stage == "grpo" else None
+    earlier = {hash_folder(before)} - states if before is not None and before.is_dir() else set()
+    results, tests = _Collected(states, earlier).read(run, folders)
+    metrics = _metrics(run / METRICS, STAGES[: STAGES.index(stage) + 1]) if run else {}
+    return Facts(
+        settings=_embedding_settings(model / SETTINGS_FILE),
+        config=_json(model / (ADAPTER_CONFIG if adapter else CONFIG)),
+        adapter=adapter,
+        revision=revision,
+        recipe=_recipe(run / RECIPE) if run else {},
+        recipe_hash=hash_file(run / RECIPE) if run else "",
+        metrics=metrics,
+        report=_report(run, states) if run else {},
+        results=results,
+        comparisons=tests,
+        places=tuple(dict.fromkeys([Path.cwd(), *(run.parents if run else ()), *_parents(folders)])),
+    )
+
+
+def _find_run(model: Path) -> tuple[Path | None, str]:
+    """The run that a model lies in and the stage that made it."""
+    for run, stage in ((model.parent, "grpo"), (model.parent.parent, model.parent.name)):
+        if model.name in ("model", "adapter") and stage in STAGES and (run / RECIPE).is_file():
+            return run, stage
+    return None, ""
+
+
+def _merged(model: Path, run: Path | None, stage: str) -> list[Path]:
+    """Where the same weights as an adapter's may stand whole."""
+    return [model.parent / "model", *([run / "model"] if run and stage == "grpo" else [])]
+
+
+def _parents(folders: Iterable[Path]) -> list[Path]:
+    return [parent for folder in folders for parent in folder.resolve().parents]
+
+
+class _Collected:
+    """Results by what they are of, the newest of each.
+
+    Args:
+        states: what the model is known by.
+        earlier: what its state before RL is known by.
+    """
+
+    def __init__(self, states: set[str], earlier: set[str]) -> None:
+        self._states, self._earlier = states, earlier
+        self._tests: list[tuple[Path, dict[str, Any]]] = []
+        self._found: list[tuple[Path, Result]] = []
+
+    def read(self, run: Path | None, folders: Sequence[Path]) -> tuple[list[Result], list[Comparison]]:
+        """Results under their new names, and the paired tests between them."""
+        if run is not None and (run / RESULTS).is_dir():
+            self._add(run, run / REPORT)
+        for folder in folders:
+            self._add(folder, folder / SUMMARY)
+            if not any(result.system.revision in self._states for place, result in self._found if place == folder):
+                raise DataError(
+                    f"no result in {folder / RESULTS} is of this model as it is now; evaluate it into that folder "
+                    "(search-r3 evaluate --model ...), or leave the folder out"
+                )
+        kept = self._newest()
+        names = {(place, result.place, result.system.name): name for (name, _), (place, result) in kept.items()}
+        renamed = {(name, where): result.renamed(name) for (name, where), (_, result) in kept.items()}
+        comparisons = []
+        for place, row in self._tests:
+            where = row["collection"], row["split"]
+            pair = [names.get((place, where, row[side])) for side in ("first", "second")]
+            if None not in pair and any(is_own(renamed[str(name), where]) for name in pair):
+                comparisons.append(Comparison(**row | {"first": pair[0], "second": pair[1]}))
+        return list(renamed.values()), comparisons
+
+    def _add(self, folder: Path, tests: Path) -> None:
+        self._found += [(folder, result) for result in last_results(folder)]
+        if tests.is_file():
+            self._tests += [(folder, row) for row in _json(tests)["comparisons"]]
+
+    def _newest(self) -> dict[tuple[str, tuple[str, str]], tuple[Path, Result]]:
+        """(Name, split) -> folder and result; of each split only what is on the data of the model's newest result."""
+        dated = sorted(self._found, key=lambda one: str(one[1].provenance.get("date", "")))
+        own = [result for _, result in dated if result.system.revision in self._states]
+        data = {result.place: result.collection.hash for result in own}
+        keys = {result.key for result in own}
+        newest = {}
+        for folder, result in dated:
+            name = self._name(result, keys)
+            if name and data.get(result.place) == result.collection.hash:
+                newest[name, result.place] = folder, result
+        order = [*dict.fromkeys(result.place for _, result in self._found)]
+        return dict(sorted(newest.items(), key=lambda one: order.index(one[0][1])))
+
+    def _name(self, result: Result, own: set[str]) -> str:
+        """What a system is called beside this model; empty where it has nothing to do with it."""
+        system = result.system
+        if system.kind == "search-r3":
+            if system.revision in self._states:
+                return system.mode
+            return f"{system.mode}, {BEFORE_RL}" if system.revision in self._earlier else ""
+        if texts := system.settings.get("texts"):
+            return "bm25+reasoning" if texts in own else ""
+        return system.name
+
+
+def _report(run: Path, states: set[str]) -> dict[str, Any]:
+    """The report of the run; empty where it is of another state of the model."""
+    path = run / REPORT
+    known = path.is_file() and any(result.system.revision in states for result in last_results(run))
+    return _json(path) if known else {}
+
+
+def _metrics(path: Path, stages: Sequence[str]) -> dict[str, list[dict[str, Any]]]:
+    """The rows of each stage, in the order of the stages; a line that is being written is not one of them."""
+    rows: dict[str, list[dict[str, Any]]] = {stage: [] for stage in stages}
+    lines = path.read_text(encoding="utf-8").splitlines(keepends=True) if path.is_file() else []
+    for number, line in enumerate(lines, 1):
+        if not line.endswith("\n"):
+            continue
+        try:
+            row = json.loads(line)
+            rows.setdefault(row["stage"], []).append(row)
+        except (json.JSONDecodeError, KeyError, TypeError) as error:
+            raise RunError(f"{path}:{number}: not a line of metrics; mend or remove the line") from error
+    return {stage: rows[stage] for stage in stages}
+
+
+def _recipe(path: Path) -> dict[str, Any]:
+    # Read as it stands: the run may be of a version with other settings, and a card only repeats them.
+    try:
+        recipe = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise RunError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from error
+    if not isinstance(recipe, dict):
+        raise RunError(f"{path}: expected `key: value` lines, found {type(recipe).__name__}")
+    return recipe
+
+
+def _embedding_settings(path: Path) -> EmbeddingSettings:
+    try:
+        return EmbeddingSettings.model_validate_json(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise ModelError(
+            f"{path} is missing: prompts and limits of the model; save it with SearchR3.save_pretrained"
+        ) from error
+    except (ValidationError, UnicodeDecodeError) as error:
+        raise ModelError(f"{path}: not usable as model settings: {str(error).splitlines()[0]}") from error
+
+
+def _json(path: Path) -> dict[str, Any]:
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise RunError(f"{path} is not valid JSON; write it again, or remove it") from error
+    if not isinstance(value, dict):
+        raise RunError(f"{path}: expected a JSON object, found {type(value).__name__}")
+    return value

@@ -1,0 +1,331 @@
+"""Encoding a corpus that need not fit into memory, into an index folder; what was killed goes on where it was.
+
+The documents are read twice. The first reading finds what is wrong with them before hours are spent on the others,
+and where each of them stands in the index, whose rows are in descending order of doc_id; so the second reading writes
+every vector to its final place, and the vectors are on the disk only once. After each block the file of vectors is
+flushed, and then a manifest of the unfinished state says how many documents are done. The manifest of the index comes
+last. Texts and vectors of one block are in memory, and the doc_ids of all documents.
+
+Shapes: `N` documents, `D` vector size.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from importlib.metadata import version
+from itertools import islice, pairwise
+from pathlib import Path
+from typing import Any, Protocol, runtime_checkable
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from ..errors import DataError, VectorIndexError
+from ..model.backbone import Backbone
+from ..types import Array, DocumentEncoder, Progress, Rows
+from . import storage
+from .index import DType, ExactIndex, descending, label_writers
+
+# A GPU's batches of many tokens need a large block to find texts of like length in: of 1024 texts they would be
+# padded by 40 %, of these by 4 % (of log-normal lengths). A CPU's small batches are full either way, and it is slow.
+BLOCK_SIZES = {"cpu": 1024, "cuda": 16384}
+"""Documents encoded between two records of what is done, by device."""
+PROBE = "What do people pay with in Tashkent? The Uzbekistani Som is the currency of Uzbekistan."
+"""The text whose vector tells one model from another."""
+ALIKE = 0.9999
+"""Least cosine of two vectors of the probe for one model; devices and batches move it by less."""
+
+Documents = Iterable[tuple[str, str]]
+"""Pairs of doc_id and text, the same in every iteration."""
+
+
+class ModelEncoder(DocumentEncoder, Protocol):
+    """What an encoding asks of a Search-R3 model; `SearchR3` is one."""
+
+    @property
+    def backbone(self) -> Backbone:
+        """Where the model came from, where it is, and the settings that its vectors depend on."""
+        ...
+
+
+@runtime_checkable
+class PeerEncoder(Protocol):
+    """What an encoding asks of any other model."""
+
+    @property
+    def origin(self) -> Mapping[str, Any]:
+        """`model`, its name, and `settings`, a mapping of what its vectors depend on."""
+        ...
+
+    @property
+    def dimension(self) -> int:
+        """The size of a vector, `D`."""
+        ...
+
+    def encode_document(self, texts: Sequence[str], *, progress: Progress | None = None) -> Array:
+        """The vectors of these texts, `N x D`."""
+        ...
+
+
+@dataclass(frozen=True)
+class _Survey:
+    """What the first reading of the documents found."""
+
+    doc_ids: list[str]
+    """In descending order."""
+    rows: Rows
+    """The row of each document, in the order of reading, `N`."""
+    digests: list[str]
+    """The hash of all documents up to the end of each block."""
+
+
+def encode_corpus(
+    model: ModelEncoder | PeerEncoder,
+    documents: Documents,
+    folder: str | Path,
+    *,
+    dtype: DType = "float16",
+    block_size: int | None = None,
+    on_start: Callable[[int, int], None] | None = None,
+    progress: Progress | None = None,
+) -> ExactIndex:
+    """Encode documents into an index folder; after a kill the same call goes on after the last complete block.
+
+    Where the folder holds the finished index of the same model and documents, nothing is encoded.
+
+    Args:
+        model: the encoder.
+        documents: doc_ids and texts; they are iterated over twice, so a generator will not do.
+        folder: made if missing.
+        dtype: how vectors are stored.
+        block_size: documents that a kill may cost, by default what suits the device; within a block the model puts
+            texts of like length together.
+        on_start: called once, before anything is encoded, with the numbers of all documents and of those done already.
+        progress: called with the numbers of documents and of tokens done since it was called last.
+
+    Returns:
+        The index, its vectors memory-mapped.
+
+    Raises:
+        DataError: no documents, a doubled doc_id, a text without a visible character, or documents that change while
+            they are read.
+        VectorIndexError: `folder` belongs to another model, other documents or another dtype, or is damaged; a vector
+            is not finite or too large for `dtype`; the disk is full. What is done stays done.
+    """
+    if block_size is None:
+        block_size = BLOCK_SIZES.get(_device_type(model), BLOCK_SIZES["cuda"])
+    elif block_size < 1:
+        raise VectorIndexError(f"a block holds at least 1 document; block_size was {block_size}")
+    folder, survey = Path(folder), _surveyed(documents, block_size)
+    count = len(survey.doc_ids)
+    facts, probe = _identity(model, survey)
+    facts["dtype"] = dtype
+    finished = _recorded(folder, storage.MANIFEST, facts, probe)
+    done, paths = finished or _begun(folder, facts, probe)
+    if on_start is not None:
+        on_start(count, done)
+    if finished:
+        storage.sweep(folder, {path.name for path in paths.values()})
+    else:
+        for start, block in _remaining(documents, survey, block_size, done):
+            vectors = _vectors(model, block, dtype, progress)
+            done = start + len(block)
+            with storage.writable(folder):
+                storage.write_rows(paths["vectors.npy"], survey.rows[start:done].tolist(), vectors)
+            storage.save_state(folder, paths, {**facts, "done": done}, storage.UNFINISHED)
+        labels = label_writers(survey.doc_ids, np.zeros(count, dtype=np.int64))
+        storage.save_state(folder, {**paths, **labels}, facts)
+    return ExactIndex.load(folder, mmap=True)
+
+
+def load_corpus(model: ModelEncoder, documents: Documents, folder: str | Path) -> ExactIndex:
+    """The index that `encode_corpus` made of these documents with this model, its vectors memory-mapped.
+
+    Raises:
+        DataError: as in `encode_corpus`.
+        VectorIndexError: there is none, or it is of another model or of other documents.
+    """
+    folder = Path(folder)
+    facts, probe = _identity(model, _surveyed(documents, BLOCK_SIZES["cpu"]))
+    if _recorded(folder, storage.MANIFEST, facts, probe) is None:
+        begun = (folder / storage.UNFINISHED).exists()
+        what = "an encoding that is not finished" if begun else "no index"
+        raise VectorIndexError(f"{folder} holds {what}; encode the corpus into it (search-r3 encode) first")
+    return ExactIndex.load(folder, mmap=True)
+
+
+def _blocks(documents: Documents, size: int) -> Iterator[tuple[list[tuple[str, str]], str]]:
+    """Each block of documents and the hash of all up to its end."""
+    source, digest = iter(documents), hashlib.sha256()
+    while block := list(islice(source, size)):
+        for doc_id, text in block:
+            if not isinstance(text, str) or not text.strip():
+                raise DataError(f"document {doc_id!r} has the text {text!r}; expected at least one visible character")
+            try:
+                # With the lengths, no two corpora have the same bytes.
+                digest.update(f"{len(doc_id)} {len(text)} {doc_id}{text}".encode())
+            except UnicodeEncodeError as error:
+                raise DataError(
+                    f"document {doc_id!r} holds half a surrogate pair, which is no text; mend or remove it"
+                ) from error
+        yield block, digest.hexdigest()
+
+
+def _surveyed(documents: Documents, block_size: int) -> _Survey:
+    if isinstance(documents, Iterator):
+        raise DataError(
+            "the documents can be read only once, and encoding reads them twice; give a list, or an object whose "
+            "__iter__ begins anew"
+        )
+    doc_ids: list[str] = []
+    digests = []
+    for block, digest in _blocks(documents, block_size):
+        doc_ids += [doc_id for doc_id, _ in block]
+        digests.append(digest)
+    if not doc_ids:
+        raise DataError("an index needs at least one document; the corpus is empty")
+    order = descending(doc_ids)
+    rows = np.empty_like(order)
+    rows[order] = np.arange(len(order))
+    ordered = [doc_ids[place] for place in order]
+    for upper, lower in pairwise(ordered):
+        if upper == lower:
+            raise DataError(f"two documents have the id {upper!r}; ids must be unique")
+    return _Survey(ordered, rows, digests)
+
+
+def _device_type(model: ModelEncoder | PeerEncoder) -> str:
+    if isinstance(model, PeerEncoder):
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    return model.backbone.device.type
+
+
+def _origin(model: ModelEncoder | PeerEncoder) -> Mapping[str, Any]:
+    if isinstance(model, PeerEncoder):
+        return model.origin
+    settings = model.backbone.settings
+    return {
+        "model": model.backbone.source,
+        "settings": {
+            "embed_token": settings.embed_token,
+            "max_length": settings.max_length,
+            "document_system": settings.prompts.document_system,
+            "reply_before": settings.prompts.reply_before,
+        },
+    }
+
+
+def _identity(model: ModelEncoder | PeerEncoder, survey: _Survey) -> tuple[dict[str, Any], Array]:
+    """What a manifest says about model and documents, and the model's vector of the probe, `1 x D`."""
+    origin = {**_origin(model), "documents_sha256": survey.digests[-1], "search_r3": version("search-r3")}
+    facts = {"documents": len(survey.doc_ids), "dimension": model.dimension, "origin": origin}
+    return facts, model.encode_document([PROBE])
+
+
+def _begun(folder: Path, facts: dict[str, Any], probe: Array) -> tuple[int, dict[str, Path]]:
+    """How many documents are done, and the data files; of a new state where there is none."""
+    recorded = _recorded(folder, storage.UNFINISHED, facts, probe)
+    if recorded is not None:
+        return recorded
+    # An index of the probe alone refuses an unknown dtype and a broken model before anything is written.
+    ExactIndex(["probe"], probe, dtype=facts["dtype"])
+    writers = {
+        "vectors.npy": storage.reserve_array((facts["documents"], facts["dimension"]), facts["dtype"]),
+        "probe.npy": storage.write_array(torch.from_numpy(probe), 1),
+    }
+    return 0, storage.save_state(folder, writers, {**facts, "done": 0}, storage.UNFINISHED)
+
+
+def _recorded(folder: Path, name: str, facts: dict[str, Any], probe: Array) -> tuple[int, dict[str, Path]] | None:
+    """How many documents are done, and the data files, as the manifest `name` says; None where there is none.
+
+    Raises:
+        VectorIndexError: the state is damaged, or of another model, other documents or another dtype.
+    """
+    if not (folder / name).exists():
+        return None
+    with storage.readable(folder):
+        manifest, paths = storage.read_manifest(folder, name)
+        if "origin" not in manifest:
+            raise VectorIndexError(
+                f"{folder} holds an index that does not say by which model and from which documents it was encoded; "
+                "nothing in it was changed: choose another folder"
+            )
+        known = storage.read_array(paths["probe.npy"], (1, manifest["dimension"]), "float32")
+        storage.read_array(
+            paths["vectors.npy"], (manifest["documents"], manifest["dimension"]), manifest["dtype"], mmap=True
+        )
+        difference = _difference(manifest, facts, known, probe)
+        done = manifest["documents"] if name == storage.MANIFEST else manifest["done"]
+    if difference:
+        raise VectorIndexError(
+            f"{folder} was encoded {difference}; nothing in it was changed: go on with those, or choose another folder"
+        )
+    return done, paths
+
+
+def _difference(then: dict[str, Any], now: dict[str, Any], known: Array, probe: Array) -> str | None:
+    """In what a recorded state is not the one asked for; `known` is its vector of the probe."""
+    settings, asked = then["origin"]["settings"], now["origin"]["settings"]
+    if then["origin"]["documents_sha256"] != now["origin"]["documents_sha256"]:
+        return (
+            f"from other documents, or from these in another order ({then['documents']} then, {now['documents']} now)"
+        )
+    if then["dtype"] != now.get("dtype", then["dtype"]):
+        return f"as {then['dtype']}, not as {now['dtype']}"
+    if settings != asked:
+        other = [
+            f"{name}={settings.get(name)!r}, not {asked[name]!r}" for name in asked if settings.get(name) != asked[name]
+        ]
+        return f"with {'; '.join(other)}"
+    if known.shape != probe.shape:
+        return (
+            f"by another model, {then['origin']['model']}, with vectors of size {known.shape[1]}, not {probe.shape[1]}"
+        )
+    cosine = float(np.sum(known * probe) / (np.linalg.norm(known) * np.linalg.norm(probe)))
+    if not cosine >= ALIKE:
+        return f"by another model, {then['origin']['model']}: cosine {cosine:.4f} between their vectors of one text"
+    return None
+
+
+def _remaining(
+    documents: Documents, survey: _Survey, block_size: int, done: int
+) -> Iterator[tuple[int, list[tuple[str, str]]]]:
+    """The documents that are not done, in blocks, each with the place of its first document.
+
+    Blocks begin at multiples of `block_size` wherever an encoding stopped, so that it has the batches of an unbroken
+    one, and vectors with the same bytes.
+    """
+    blocks = _blocks(documents, block_size)
+    for start, known in zip(range(0, len(survey.doc_ids), block_size), survey.digests, strict=True):
+        block, digest = next(blocks, ([], ""))
+        if digest != known:
+            raise DataError(
+                f"the documents changed while they were encoded, somewhere between numbers {start} and "
+                f"{start + block_size}; encode them again, unchanged or into another folder"
+            )
+        if fresh := block[max(0, done - start) :]:
+            yield max(done, start), fresh
+
+
+def _vectors(
+    model: ModelEncoder | PeerEncoder, block: list[tuple[str, str]], dtype: DType, progress: Progress | None
+) -> NDArray[Any]:
+    """The vectors of a block in the dtype of the index, each checked."""
+    vectors = np.asarray(model.encode_document([text for _, text in block], progress=progress))
+    if vectors.shape != (len(block), model.dimension):
+        raise VectorIndexError(
+            f"expected {len(block)} vectors of size {model.dimension} from the model, found shape {vectors.shape}"
+        )
+    largest = np.abs(vectors).max(axis=1)
+    # NaN fails every comparison.
+    wrong = ~(largest <= np.finfo(dtype).max)
+    if wrong.any():
+        place = int(wrong.argmax())
+        finite = np.isfinite(largest[place])
+        what = f"more than {dtype} can; encode as float32" if finite else "NaN or infinity; the model is broken"
+        raise VectorIndexError(f"the vector of document {block[place][0]!r} holds {what}")
+    return vectors.astype(dtype)

@@ -1,0 +1,139 @@
+"""Two processes that share the encoding of documents end with the vectors, versions and rewards of one."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from search_r3.parallel import SingleProcess, divide
+
+WORKER = """
+import os, sys
+from datetime import timedelta
+from pathlib import Path
+import numpy as np
+import torch
+import torch.distributed as dist
+from search_r3.config import RefreshSettings, RewardWeights
+from search_r3.data.collection import Collection
+from search_r3.environment.environment import RetrievalEnvironment
+from search_r3.parallel import make_communicator
+from search_r3.model.encoder import SearchR3
+
+model_path, data, out, policy, rank, world_size, meeting = sys.argv[1:]
+rank, world_size = int(rank), int(world_size)
+if world_size > 1:
+    store = dist.FileStore(meeting, world_size)
+    dist.init_process_group("gloo", store=store, rank=rank, world_size=world_size, timeout=timedelta(seconds=60))
+model, collection = SearchR3(model_path, device="cpu"), Collection.load(data)
+settings = {} if policy == "full" else {"depth": 3, "max_documents": 12}
+if policy == "selective":
+    settings |= {"neighbours": 3, "correct_drift": True, "max_documents": 30, "drift_sample": 16}
+texts = []
+encode_document = model.encode_document
+model.encode_document = lambda own, **options: texts.extend(own) or encode_document(own, **options)
+environment = RetrievalEnvironment(
+    collection, collection.split("train"), model, RefreshSettings(policy=policy, **settings), RewardWeights(),
+    k=10, max_new_tokens=8, communicator=make_communicator(),
+)
+everyone = sorted(environment.qrels)
+encoded = []
+for step in range(1, 4):
+    torch.manual_seed(step)  # the same change of the weights in every process
+    for parameter in model.backbone.model.parameters():
+        parameter.data.add_(0.02 * torch.randn_like(parameter))
+    query_ids = everyone[4 * step : 4 * step + 4]
+    own = query_ids[rank * 4 // world_size : (rank + 1) * 4 // world_size]
+    prompts = [model.backbone.prompt_encoder.encode(collection.queries[q].text, "reason").ids for q in own]
+    seeds = [everyone.index(q) for q in own]
+    rollouts = model.rollouts(prompts, max_new_tokens=8, sampling_temperature=1.0, seeds=seeds)
+    feedback = environment.feedback(rollouts, own, step)
+    encoded.append((feedback.refresh.documents_encoded, feedback.refresh.tokens_encoded))
+environment.save(Path(out) / f"state{rank}")
+np.savez(Path(out) / f"rank{rank}.npz", vectors=environment.index.matrix, encoded=encoded,
+         versions=environment.index.encoded_at_version, rewards=feedback.rewards, texts=texts)
+"""
+
+DIES = """
+import os, sys
+from datetime import timedelta
+import torch.distributed as dist
+from search_r3.parallel import ProcessGroup
+meeting, rank = sys.argv[1], int(sys.argv[2])
+dist.init_process_group("gloo", store=dist.FileStore(meeting, 3), rank=rank, world_size=3)
+communicator = ProcessGroup(patience=timedelta(seconds=3))
+assert communicator.all_gather(rank) == [0, 1, 2]
+if rank == 2:
+    os._exit(9)
+communicator.all_gather(rank)
+"""
+
+
+def run(script: str, arguments: list[list[str]], timeout: float = 120) -> list[subprocess.CompletedProcess[str]]:
+    """One process per list of arguments, all at once; every one has ended when this returns."""
+    processes = [
+        subprocess.Popen(
+            [sys.executable, "-c", script, *own], stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        )
+        for own in arguments
+    ]
+    done = []
+    try:
+        for process in processes:
+            out, err = process.communicate(timeout=timeout)
+            done.append(subprocess.CompletedProcess(process.args, process.returncode, out, err))
+    finally:
+        for process in processes:
+            process.kill()
+    return done
+
+
+@pytest.mark.parametrize("policy", ["full", "shortlist", "selective"])
+def test_two_processes_refresh_as_one_does(tmp_path: Path, tiny_path: Path, collection_path: Path, policy: str) -> None:
+    results = {}
+    for world_size in (1, 2):
+        out = tmp_path / str(world_size)
+        out.mkdir()
+        common = [str(tiny_path), str(collection_path), str(out), policy]
+        ended = run(WORKER, [[*common, str(r), str(world_size), str(out / "store")] for r in range(world_size)])
+        assert all(process.returncode == 0 for process in ended), "\n".join(process.stderr for process in ended)
+        results[world_size] = [np.load(out / f"rank{rank}.npz") for rank in range(world_size)]
+    one, two = results[1][0], results[2]
+    for own in two:
+        np.testing.assert_allclose(own["vectors"], one["vectors"], atol=1e-6)
+        np.testing.assert_array_equal(own["versions"], one["versions"])
+        np.testing.assert_array_equal(own["encoded"], one["encoded"])
+    np.testing.assert_array_equal(two[0]["vectors"], two[1]["vectors"])
+    np.testing.assert_allclose(np.concatenate([own["rewards"] for own in two]), one["rewards"], atol=1e-6)
+    assert sorted([*two[0]["texts"], *two[1]["texts"]]) == sorted(one["texts"]), "each document is encoded once"
+    assert abs(len(two[0]["texts"]) - len(two[1]["texts"])) <= 10, "and the work is shared"
+    assert len(set(one["versions"].tolist())) > 1 or policy == "full"
+
+
+def test_a_process_that_dies_is_named_and_the_others_end(tmp_path: Path) -> None:
+    ended = run(DIES, [[str(tmp_path / "store"), str(rank)] for rank in range(3)], timeout=60)
+    assert [process.returncode for process in ended] == [1, 1, 9]
+    for rank, process in enumerate(ended[:2]):
+        assert f"RunError: rank {rank} of 3 lost another process: rank 2 did not come" in process.stderr
+
+
+def test_shares_are_even_in_tokens_and_lose_nothing() -> None:
+    lengths = [5, 90, 10, 10, 40, 45, 7, 3]
+    shares = divide(lengths, 2)
+    assert sorted(shares[0] + shares[1]) == list(range(8))
+    sums = [sum(lengths[place] for place in share) for share in shares]
+    assert abs(sums[0] - sums[1]) <= max(lengths) / 2
+    assert divide([3, 1], 4) == [[0], [1], [], []]
+    assert divide(lengths, 1) == [sorted(range(8), key=lambda i: -lengths[i])]
+
+
+def test_a_single_process_talks_to_itself() -> None:
+    alone = SingleProcess()
+    alone.barrier()
+    assert alone.all_gather("x") == ["x"]
+    rows = np.ones((2, 3), np.float32)
+    assert alone.all_gather_rows(rows, [2])[0] is rows

@@ -1,0 +1,249 @@
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from search_r3 import SearchR3
+from search_r3.errors import ModelError
+from search_r3.model.backbone import Backbone
+from search_r3.model.encoder import QueryEmbeddings
+from search_r3.model.engine.decoding import Decoder, DecodeRequest, Rollout
+from search_r3.model.engine.sampling import choose_tokens
+from tests.conftest import favour
+
+TEXTS = ["where is the red house?", "river", "a black horse and a white chair", "the green lamp"]
+
+
+@pytest.fixture
+def quiet(backbone: Backbone) -> Backbone:
+    """A model that never ends a reply by itself, so that budgets are lengths."""
+    favour(backbone, backbone.embed_token_id, -1e9)
+    backbone.causal_lm.get_output_embeddings().bias.data[backbone.prompt_encoder.end_token_id] = -1e9
+    return backbone
+
+
+def prompt(backbone: Backbone, place: int, kind: str = "reason") -> list[int]:
+    return backbone.prompt_encoder.encode(TEXTS[place % len(TEXTS)], kind).ids  # type: ignore[arg-type]
+
+
+def computed_tokens(backbone: Backbone) -> list[int]:
+    """Fills with the number of tokens of every forward pass from now on."""
+    counts: list[int] = []
+    backbone.causal_lm.base_model.embed_tokens.register_forward_hook(
+        lambda module, inputs, output: counts.append(inputs[0].numel())
+    )
+    return counts
+
+
+def assert_same(one: Rollout, other: Rollout) -> None:
+    assert one.completion_ids == other.completion_ids
+    assert one.completion_mask == other.completion_mask
+    np.testing.assert_allclose(one.logprobs, other.logprobs, atol=1e-5)
+    torch.testing.assert_close(one.vector, other.vector, atol=1e-5, rtol=1e-5)
+
+
+def mixed_requests(backbone: Backbone) -> list[DecodeRequest]:
+    return [
+        DecodeRequest(prompt(backbone, 0), 9),
+        DecodeRequest(prompt(backbone, 1), 3, temperature=1.0, seed=5),
+        DecodeRequest(prompt(backbone, 2, "direct"), 0),
+        DecodeRequest(prompt(backbone, 0), 14, temperature=0.7, top_p=0.8, seed=6),
+        DecodeRequest(prompt(backbone, 3), 1),
+        DecodeRequest(prompt(backbone, 1), 5, temperature=1.0, seed=5),
+        DecodeRequest(prompt(backbone, 1, "direct"), 0),
+        DecodeRequest(prompt(backbone, 2), 2, temperature=2.0, seed=7),
+        DecodeRequest(prompt(backbone, 0), 9, temperature=0.7, top_p=0.1, seed=8),
+    ]
+
+
+@pytest.mark.parametrize("slots", [1, 2, 3, 8, 100])
+def test_every_request_gets_what_it_would_get_alone(backbone: Backbone, slots: int) -> None:
+    favour(backbone, backbone.embed_token_id, 1.0)
+    requests = mixed_requests(backbone)
+    alone = [Decoder(backbone, 1).run([request])[0] for request in requests]
+    for one, other in zip(alone, Decoder(backbone, slots).run(requests), strict=True):
+        assert_same(one, other)
+    for one, other in zip(alone, Decoder(backbone, slots).run(requests[::-1])[::-1], strict=True):
+        assert_same(one, other)
+
+
+def test_a_direct_request_gives_the_vector_of_its_prompt(backbone: Backbone) -> None:
+    ids = prompt(backbone, 2, "direct")
+    [rollout] = Decoder(backbone).run([DecodeRequest(ids, 0)])
+    torch.testing.assert_close(rollout.vector, backbone.embed([ids])[0].detach(), atol=1e-5, rtol=1e-5)
+    assert (rollout.completion_ids, rollout.reasoning, rollout.reasoning_tokens, rollout.forced) == ([], "", 0, False)
+
+
+def test_a_reasoning_prompt_without_a_budget_is_refused(model: SearchR3) -> None:
+    for ask in (model.encode_query, lambda text, **options: list(model.stream_query(text, **options))):
+        with pytest.raises(ValueError, match="max_new_tokens=0 needs a prompt that ends with the embed token"):
+            ask(TEXTS[0], max_new_tokens=0)  # type: ignore[operator]
+
+
+def test_one_long_reply_does_not_hold_up_the_others(quiet: Backbone) -> None:
+    decoder = Decoder(quiet, slots=2)
+    long = decoder.submit(DecodeRequest(prompt(quiet, 0), 40))
+    short = [decoder.submit(DecodeRequest(prompt(quiet, i), 4)) for i in range(6)]
+    ended: list[int] = []
+    steps = 0
+    while len(decoder):
+        ended += [ticket for ticket, _ in decoder.step()]
+        steps += 1
+    assert ended == [*short, long]
+    # One step takes a request in and chooses its first token, then one per further token and one for the vector.
+    assert steps == 41
+
+
+def test_a_token_is_computed_once_and_the_vector_needs_no_second_pass(quiet: Backbone) -> None:
+    counts = computed_tokens(quiet)
+    ids = prompt(quiet, 0)
+    [rollout] = Decoder(quiet).run([DecodeRequest(ids, 7)])
+    assert counts == [len(ids), *[1] * 7]
+    assert len(rollout.completion_ids) == 7
+
+
+@pytest.mark.parametrize("slots", [16, 5])
+def test_what_prompts_share_is_computed_once(quiet: Backbone, slots: int) -> None:
+    """Groups of one prompt, also when a group does not fit into the slots."""
+    counts = computed_tokens(quiet)
+    prompts = [prompt(quiet, place) for place in (0, 1) for _ in range(8)]
+    requests = [DecodeRequest(ids, 3, temperature=1.0, seed=seed) for seed, ids in enumerate(prompts)]
+    rollouts = Decoder(quiet, slots).run(requests)
+    shared = len(quiet.prompt_encoder.prefix_of(prompts[0]))
+    assert shared > 5
+    decoded = sum(len(rollout.completion_ids) for rollout in rollouts)
+    padding = abs(len(prompts[0]) - len(prompts[-1]))
+    assert sum(counts) - decoded <= len(prompts[0]) + len(prompts[-1]) + padding
+    assert len({tuple(rollout.completion_ids) for rollout in rollouts}) > 8, "each of a group goes its own way"
+
+
+def test_cancelling_frees_the_slot_and_leaves_the_others(quiet: Backbone) -> None:
+    requests = [DecodeRequest(prompt(quiet, i), 6, temperature=1.0, seed=i) for i in range(5)]
+    expected = [Decoder(quiet).run([request])[0] for request in requests]
+    decoder = Decoder(quiet, slots=2)
+    tickets = [decoder.submit(request) for request in requests]
+    decoder.step()
+    decoder.step()
+    assert [len(decoder.reply(ticket)) for ticket in tickets] == [2, 2, 0, 0, 0]
+    assert decoder.cancel(tickets[0])
+    assert decoder.cancel(tickets[3])
+    assert not decoder.cancel(tickets[3])
+    decoder.step()
+    assert len(decoder.reply(tickets[2])) == 1, "a waiting request has taken the slot"
+    done: dict[int, Rollout] = {}
+    while len(decoder):
+        done.update(decoder.step())
+    assert sorted(done) == [tickets[i] for i in (1, 2, 4)]
+    for place in (1, 2, 4):
+        assert_same(done[tickets[place]], expected[place])
+    assert not decoder.cancel(tickets[1]), "it has ended"
+    assert decoder.step() == []
+
+
+def test_a_decoder_serves_again_after_it_was_empty(quiet: Backbone) -> None:
+    decoder = Decoder(quiet, slots=2)
+    first = decoder.run([DecodeRequest(prompt(quiet, 0), 3), DecodeRequest(prompt(quiet, 1), 5)])
+    later = decoder.run([DecodeRequest(prompt(quiet, i), 9) for i in (0, 1, 2)])
+    assert_same(later[0], Decoder(quiet).run([DecodeRequest(prompt(quiet, 0), 9)])[0])
+    assert_same(first[1], Decoder(quiet).run([DecodeRequest(prompt(quiet, 1), 5)])[0])
+
+
+def test_progress_counts_requests_and_tokens(quiet: Backbone) -> None:
+    seen: list[tuple[int, int]] = []
+    budgets = [2, 5, 5, 3]
+    Decoder(quiet, slots=2).run(
+        [DecodeRequest(prompt(quiet, i), budget) for i, budget in enumerate(budgets)],
+        lambda *counts: seen.append(counts),
+    )
+    assert (sum(done for done, _ in seen), sum(tokens for _, tokens in seen)) == (4, sum(budgets))
+
+
+def test_streaming_gives_the_same_query_in_pieces(model: SearchR3) -> None:
+    expected = model.encode_query([TEXTS[0]], max_new_tokens=12, sampling_temperature=1.0, seed=3)
+    *pieces, last = model.stream_query(TEXTS[0], max_new_tokens=12, sampling_temperature=1.0, seed=3)
+    assert isinstance(last, QueryEmbeddings)
+    assert len(pieces) > 3
+    assert "".join(map(str, pieces)) == expected.reasoning[0] == last.reasoning[0]
+    np.testing.assert_allclose(last.vectors, expected.vectors, atol=1e-5)
+    assert (last.reasoning_tokens, last.forced) == (expected.reasoning_tokens, expected.forced)
+    [direct] = model.stream_query(TEXTS[0], "direct")
+    np.testing.assert_allclose(np.asarray(direct), model.encode_query(TEXTS[0], "direct").vectors, atol=1e-5)
+
+
+def test_closing_a_stream_stops_the_model(model: SearchR3) -> None:
+    counts = computed_tokens(model.backbone)
+    stream = model.stream_query(TEXTS[0], max_new_tokens=40, sampling_temperature=1.0, seed=3)
+    next(stream)
+    stream.close()  # type: ignore[attr-defined]
+    passes = len(counts)
+    assert passes < 10
+    model.encode_document(["river"])
+    assert len(counts) == passes + 1
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"max_new_tokens": -1}, "max_new_tokens of at least 0"),
+        ({"max_new_tokens": 4, "temperature": 1.0}, "sampling needs a seed"),
+        ({"max_new_tokens": 4, "temperature": -1.0, "seed": 1}, "temperature=-1.0"),
+        ({"max_new_tokens": 4, "temperature": 1.0, "top_p": 0.0, "seed": 1}, "top_p=0.0"),
+    ],
+)
+def test_requests_that_make_no_sense_are_refused(options: dict[str, float], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        DecodeRequest([1, 2], **options)  # type: ignore[arg-type]
+
+
+@settings(deadline=None, max_examples=60)
+@given(
+    size=st.integers(1, 700),
+    draw=st.floats(0, 1, exclude_max=True),
+    temperature=st.sampled_from([0.3, 1.0, 2.0]),
+    top_p=st.sampled_from([1.0, 0.9, 0.3]),
+    seed=st.integers(0, 1000),
+)
+def test_a_draw_picks_the_token_where_the_distribution_passes_it(
+    size: int, draw: float, temperature: float, top_p: float, seed: int
+) -> None:
+    logits = 3 * torch.randn(2, size, generator=torch.Generator().manual_seed(seed))
+    logits[0, torch.rand(size, generator=torch.Generator().manual_seed(seed)) < 0.3] = -1e9
+    chosen, logprobs = choose_tokens(logits, [temperature] * 2, [top_p] * 2, [draw, draw])
+    for row in range(2):
+        probabilities = (logits[row].double() / temperature).softmax(-1)
+        order = probabilities.sort(descending=True)
+        inside = order.indices[(order.values.cumsum(-1) - order.values < top_p) | torch.tensor(top_p == 1)]
+        nucleus = torch.zeros_like(probabilities)
+        nucleus[inside] = probabilities[inside]
+        upto = (nucleus / nucleus.sum()).cumsum(-1)
+        token = int(chosen[row])
+        # float32 weights against float64 ones: a draw at the very edge of two tokens may fall to either.
+        assert (upto[token - 1] if token else 0) <= draw + 1e-5
+        assert upto[token] >= draw - 1e-5
+        assert nucleus[token] > 0 or (probabilities[probabilities > probabilities[token]].sum() - top_p).abs() < 1e-5
+        assert logprobs[row].item() == pytest.approx(probabilities[token].log().item(), abs=1e-4)
+
+
+def test_greedy_rows_take_the_likeliest_and_their_logprob_at_temperature_one() -> None:
+    logits = torch.tensor([[0.0, 2.0, 1.0], [5.0, 0.0, 0.0]])
+    chosen, logprobs = choose_tokens(logits, [0.0, 1.0], [1.0, 1.0], [0.0, 0.9999])
+    assert chosen.tolist() == [1, 2]
+    torch.testing.assert_close(logprobs, logits.log_softmax(-1)[[0, 1], [1, 2]])
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_logits_that_are_not_finite_are_refused(bad: float) -> None:
+    with pytest.raises(ModelError, match="not finite"):
+        choose_tokens(torch.tensor([[0.0, 1.0], [bad, 0.0]]), [0.0, 1.0], [1.0, 1.0], [0.5, 0.5])
+
+
+def test_a_prompt_that_does_not_fit_is_refused_before_anything_is_computed(backbone: Backbone) -> None:
+    counts = computed_tokens(backbone)
+    decoder = Decoder(backbone)
+    with pytest.raises(ModelError, match="exceed the model's context of 256 tokens"):
+        decoder.submit(DecodeRequest(prompt(backbone, 0), 250))
+    assert counts == []
+    assert len(decoder) == 0
