@@ -371,5 +371,5 @@ def test_the_names_are_public() -> None:
 def test_without_mteb_the_error_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delitem(sys.modules, "search_r3.evaluation.mteb")
     monkeypatch.setitem(sys.modules, "mteb", None)
-    with pytest.raises(ConfigError, match=r"pip install search-r3\[mteb\]"):
+    with pytest.raises(ConfigError, match=r"pip install 'search-r3\[mteb\]'"):
         _ = search_r3.SearchR3MTEB
