@@ -193,6 +193,10 @@ def load_backbone(
     embed_token_id = _ensure_embed_token(model, tokenizer, embed_token, embed_start)
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
+    if torch.device(device).type == "cuda":
+        # On Hopper and Blackwell torch prefers cuDNN's attention, which builds a plan for every new shape, some tenths
+        # of a second each (torch 2.11). Here every decoding step and nearly every batch has a new one.
+        torch.backends.cuda.enable_cudnn_sdp(False)
     model.to(device).eval()
     backbone = Backbone(model, tokenizer, settings, embed_token_id, str(source))
     _check_output_layer(backbone)
