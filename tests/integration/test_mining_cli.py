@@ -45,6 +45,7 @@ def test_mine_with_several_models_and_a_cross_encoder(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture,
 ) -> None:
+    pytest.importorskip("sentence_transformers")
     model = SearchR3(tiny_path, device="cpu")
     export_sentence_transformers(model.backbone, tmp_path / "peer")
     config = transformers.BertConfig(

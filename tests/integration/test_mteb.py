@@ -9,11 +9,12 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-import mteb
 import numpy as np
 import pytest
 import pytrec_eval
 from datasets import Dataset
+
+mteb = pytest.importorskip("mteb")
 from mteb._create_dataloaders import create_dataloader
 from mteb.abstasks.aggregate_task_metadata import AggregateTaskMetadata
 from mteb.abstasks.aggregated_task import AbsTaskAggregate
