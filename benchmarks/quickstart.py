@@ -52,7 +52,7 @@ def stage_seconds(folder: Path) -> dict[str, float]:
     seconds: dict[str, float] = {}
     for line in (folder / "metrics.jsonl").read_text().splitlines():
         row = json.loads(line)
-        seconds[row["stage"]] = seconds.get(row["stage"], 0.0) + row["seconds"]
+        seconds[row["stage"]] = seconds.get(row["stage"], 0.0) + row.get("seconds", 0.0)
     return seconds
 
 

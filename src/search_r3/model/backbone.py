@@ -159,27 +159,13 @@ def load_backbone(
     Raises:
         ModelError: files are missing or do not fit together; the message names the remedy. Remote code is never run.
     """
-    import transformers
-
     path = Path(source)
     if not path.is_dir() and (isinstance(source, Path) or source.startswith((".", "/")) or source.count("/") > 1):
         raise ModelError(f"no model directory at {source}; give a directory with config.json, or a hub id")
     if path.is_dir() and not any((path / name).is_file() for name in ("config.json", "adapter_config.json")):
         raise ModelError(f"{source} is no model directory: config.json is missing")
     tokenizer = _load_tokenizer(source, revision)
-    try:
-        if (base := _base_without_the_row(path, tokenizer)) is not None:
-            model, report = transformers.AutoModelForCausalLM.from_pretrained(
-                base, dtype=DTYPES[dtype], output_loading_info=True
-            )
-            model.resize_token_embeddings(len(tokenizer), mean_resizing=False)
-            model.load_adapter(str(source))
-        else:
-            model, report = transformers.AutoModelForCausalLM.from_pretrained(
-                source, dtype=DTYPES[dtype], revision=revision, output_loading_info=True
-            )
-    except (OSError, ValueError) as error:
-        raise ModelError(f"cannot load a causal LM from {source}: {_first_line(error)}") from error
+    model, report = _load_model(source, tokenizer, dtype, revision)
     # Adapters write the embed token's row of tied tables once, and transformers misses it in the other.
     missing = sorted(key for key in report["missing_keys"] if "token_adapter" not in key)
     if missing:
@@ -250,6 +236,23 @@ def _load_tokenizer(source: str | Path, revision: str | None) -> Any:
     if not tokenizer.is_fast:
         raise ModelError(f"the tokenizer of {source} is a slow one; a tokenizer.json (fast tokenizer) is needed")
     return tokenizer
+
+
+def _load_model(source: str | Path, tokenizer: Any, dtype: str, revision: str | None) -> tuple[Any, dict[str, Any]]:
+    """The causal LM and transformers' report; the tables of a base grow first where adapters need it."""
+    import transformers
+
+    load = transformers.AutoModelForCausalLM.from_pretrained
+    try:
+        if (base := _base_without_the_row(Path(source), tokenizer)) is not None:
+            model, report = load(base, dtype=DTYPES[dtype], output_loading_info=True)
+            model.resize_token_embeddings(len(tokenizer), mean_resizing=False)
+            model.load_adapter(str(source))
+        else:
+            model, report = load(source, dtype=DTYPES[dtype], revision=revision, output_loading_info=True)
+    except (OSError, ValueError) as error:
+        raise ModelError(f"cannot load a causal LM from {source}: {_first_line(error)}") from error
+    return model, report
 
 
 def _base_without_the_row(path: Path, tokenizer: Any) -> str | None:
