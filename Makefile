@@ -19,7 +19,7 @@ types: .venv/integrations
 	$(BIN)/mypy
 
 docs: .venv/docs
-	$(BIN)/mkdocs build --strict --quiet --site-dir build/site
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --site-dir build/site # the variable hides an advertisement
 
 wheel: .venv/ready
 	$(BIN)/python -m build --wheel --outdir dist

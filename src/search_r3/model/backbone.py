@@ -157,7 +157,7 @@ def load_backbone(
         embed_start: the row of an embed token that the model lacks: the mean of all rows, or the end of turn's.
 
     Raises:
-        ModelError: files are missing or do not fit together; the message names the remedy. Remote code is never run.
+        ModelError: files are missing or do not fit together; the message names the remedy.
     """
     path = Path(source)
     if not path.is_dir() and (isinstance(source, Path) or source.startswith((".", "/")) or source.count("/") > 1):
