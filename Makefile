@@ -18,8 +18,9 @@ lint: .venv/ready
 types: .venv/integrations
 	$(BIN)/mypy
 
+# The variable hides an advertisement.
 docs: .venv/docs
-	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --site-dir build/site # the variable hides an advertisement
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --site-dir build/site
 
 wheel: .venv/ready
 	$(BIN)/python -m build --wheel --outdir dist
