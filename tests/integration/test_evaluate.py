@@ -270,6 +270,7 @@ def test_report_gathers_runs(
 def test_mteb_runs_on_a_folder_and_names_the_nearest_task(
     run_dir: Path, collection_path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:
+    pytest.importorskip("mteb")
     args = ["mteb", "--model", run_dir / "model", "--out", tmp_path / "mteb"]
     assert call(monkeypatch, *args, "--tasks", "SciFakt", collection_path) == 2
     assert "'SciFakt' is neither a suite nor a task of mteb; nearest: SciFact" in capsys.readouterr().err

@@ -272,6 +272,7 @@ def test_vectors_go_to_a_gpu_that_has_room_for_them(monkeypatch: pytest.MonkeyPa
 def test_a_cross_encoder_that_cannot_be_used_is_named(
     tmp_path: Path, cross_encoder: Path, collection: Collection
 ) -> None:
+    pytest.importorskip("sentence_transformers")
     with pytest.raises(ModelError, match="cannot load the cross-encoder '/nowhere/at/all'"):
         CrossEncoderJudge("/nowhere/at/all")
     judge = CrossEncoderJudge(str(cross_encoder))
