@@ -91,6 +91,8 @@ def test_mine_names_what_it_cannot_use(
         (["--splits", "none"], "has no split 'none'; it has: dev, test, train"),
         (["--cross-encoder", tmp_path / "nowhere"], "cannot load the cross-encoder"),
     ):
+        if "--cross-encoder" in change:
+            pytest.importorskip("sentence_transformers")
         assert call(monkeypatch, *args, *change) == 2
         error = capsys.readouterr().err
         assert message in error and error.startswith("error: ") and error.count("\n") == 1
