@@ -202,7 +202,7 @@ class SearchR3System:
         collections: the model and what it has encoded, shared by its modes.
         mode: `direct` or `reason`.
         name: as in the tables; by default the mode.
-        batch_size: queries reasoned about at once; it changes memory and speed only.
+        batch_size: queries reasoned about at once; it changes results by rounding only.
     """
 
     before: Cost | None = None
