@@ -208,7 +208,7 @@ class GRPOSettings(Section):
     reward: RewardWeights = RewardWeights()
     reward_k: int = Field(10, ge=1, description="k of the nDCG in the ranking part.")
     refresh: RefreshSettings = RefreshSettings()
-    rollout_batch_size: int = Field(256, ge=1, description="Rollouts decoded at once; changes memory and speed only.")
+    rollout_batch_size: int = Field(256, ge=1, description="Rollouts decoded at once; changes results by rounding.")
     micro_batch_size: int = Field(128, ge=1, description="Rollouts per forward and backward pass; changes memory only.")
     evaluate_every: int = Field(10, ge=1, description="Steps between evaluations on `evaluation.dev_split`.")
 
@@ -218,7 +218,7 @@ class EvaluationSettings(Section):
 
     dev_split: str = Field("dev", description="Split looked at during training.")
     test_split: str = Field("test", description="Split read once, by the final evaluation.")
-    batch_size: int = Field(128, ge=1, description="Queries reasoned about at once; changes memory and speed only.")
+    batch_size: int = Field(128, ge=1, description="Queries reasoned about at once; changes results by rounding.")
     rollout_queries: int = Field(
         64, ge=1, description="Test queries whose sampled rollouts are scored before and after RL."
     )

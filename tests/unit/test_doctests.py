@@ -25,6 +25,7 @@ MODULES = (
     "mining.mining",
     "planning.plan",
     "config",
+    "extras",
 )
 
 

@@ -14,6 +14,7 @@ import search_r3
 PACKAGE = Path(search_r3.__file__).parent
 ROOMS = [
     "errors",
+    "extras",
     "files",
     "types",
     "config",

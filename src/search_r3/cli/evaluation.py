@@ -24,7 +24,7 @@ Splits = Annotated[
     typer.Option("--splits", help="Splits of collections, or `all`; by default test, else dev or train."),
 ]
 Modes = Annotated[list[ModeName] | None, typer.Option("--modes", help="`direct`, `reason`; both by default.")]
-BatchSize = Annotated[int, typer.Option(min=1, help="Queries reasoned about at once; changes memory and speed only.")]
+BatchSize = Annotated[int, typer.Option(min=1, help="Queries reasoned about at once; changes results by rounding.")]
 DType = Annotated[WeightDType, typer.Option(help="Precision of the model.")]
 Seed = Annotated[int, typer.Option(min=0, help="Of the intervals and of the tests.")]
 

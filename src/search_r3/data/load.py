@@ -9,6 +9,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from ..errors import DataError
+from ..extras import extra
 from .collection import Collection, Document, iter_documents
 from .generators.atlas import BUILT_IN
 from .hub import load_hub
@@ -111,7 +112,8 @@ def load_articles(source: str, limit: int | None = None, seed: int = 0) -> dict[
 def _stream_articles(
     source: str, subset: str | None, revision: str | None, limit: int | None, seed: int
 ) -> dict[str, Document]:
-    from datasets import load_dataset
+    with extra("train"):
+        from datasets import load_dataset
 
     found: dict[str, Document] = {}
     with Repository(source, revision, "").explained(source):

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import DataError
+from ..extras import extra
 
 PARTS = {
     "corpus": "corpus",
@@ -65,14 +66,16 @@ class Repository:
         """The names of its configs."""
         if folders := _part_folders(Path(self.source)):
             return folders
-        from datasets import get_dataset_config_names
+        with extra("eval"):
+            from datasets import get_dataset_config_names
 
         with self.explained(self.source):
             return list(get_dataset_config_names(self.source, revision=self.revision))
 
     def tables(self, config: str, *, streaming: bool = False) -> dict[str, Table]:
         """Split -> table of one config; with `streaming` only those rows of the hub are downloaded that are read."""
-        from datasets import load_dataset
+        with extra("eval"):
+            from datasets import load_dataset
 
         place = f"{self.source}, config {config!r}"
         options: dict[str, Any] = {"revision": self.revision}

@@ -9,6 +9,7 @@ import copy
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from importlib import import_module
 from pathlib import Path
 from typing import Any, Literal
 
@@ -17,6 +18,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from torch import Tensor
 
 from ..errors import ModelError
+from ..extras import extra
 from ..files import atomic_directory, hash_folder, write_json
 from .prompts import EMBED_TOKEN, PROMPT_SETS, PromptEncoder, PromptSet
 
@@ -155,7 +157,7 @@ def load_backbone(
         embed_start: the row of an embed token that the model lacks: the mean of all rows, or the end of turn's.
 
     Raises:
-        ModelError: files are missing or do not fit together; the message names the remedy. Remote code is never run.
+        ModelError: files are missing or do not fit together; the message names the remedy.
     """
     path = Path(source)
     if not path.is_dir() and (isinstance(source, Path) or source.startswith((".", "/")) or source.count("/") > 1):
@@ -259,6 +261,8 @@ def _base_without_the_row(path: Path, tokenizer: Any) -> str | None:
 
     if not (path / "adapter_config.json").is_file():
         return None
+    with extra("train"):
+        import_module("peft")  # transformers loads adapters with it
     base = str(json.loads((path / "adapter_config.json").read_text(encoding="utf-8"))["base_model_name_or_path"])
     vocabulary = transformers.AutoConfig.from_pretrained(base).get_text_config().vocab_size
     return base if vocabulary < len(tokenizer) else None

@@ -27,6 +27,7 @@ from ..data.generators.atlas import (
 )
 from ..data.generators.atlas_text import OPEN_QUESTIONS
 from ..errors import ConfigError
+from ..extras import extra
 from ..model.backbone import storage_state
 from ..model.prompts import PROMPT_SETS
 from ..training.engine import warmup_cosine
@@ -64,8 +65,9 @@ def train_base(
         ConfigError: the folder exists, or the sizes do not fit together.
         DataError: the texts cannot be read.
     """
-    from accelerate import Accelerator
-    from accelerate.utils import set_seed
+    with extra("train"):
+        from accelerate import Accelerator
+        from accelerate.utils import set_seed
 
     folder = Path(folder)
     if folder.exists():

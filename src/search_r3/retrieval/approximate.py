@@ -19,6 +19,7 @@ import torch
 from numpy.typing import NDArray
 
 from ..errors import VectorIndexError
+from ..extras import extra
 from ..types import Array, Rows
 from . import storage
 from .index import ExactIndex, SearchResult
@@ -285,7 +286,8 @@ class ApproximateIndex:
         self._graph: Any = self._empty_graph()
 
     def _empty_graph(self) -> Any:
-        from usearch.index import Index
+        with extra("train"):
+            from usearch.index import Index
 
         return Index(
             ndim=self.store.dimension,

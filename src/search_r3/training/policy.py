@@ -17,6 +17,7 @@ from torch import Tensor
 
 from ..config import LoRASettings
 from ..errors import ConfigError
+from ..extras import extra
 from ..model.backbone import Backbone, vectors_at
 
 Reference = Callable[[Tensor, Tensor, Tensor], Tensor]
@@ -72,12 +73,11 @@ def add_adapters(backbone: Backbone, settings: LoRASettings) -> None:
     """Put LoRA adapters into the model (peft); from then on only they learn.
 
     Raises:
-        ConfigError: peft is not installed, or the model has no layers of these names.
+        MissingExtraError: peft is not installed.
+        ConfigError: the model has no layers of these names.
     """
-    try:
+    with extra("train"):
         import peft
-    except ImportError as error:
-        raise ConfigError("lora.rank above 0 needs the package peft: pip install 'search-r3[lora]'") from error
 
     # The embed token's row is new in most models: it learns, and is saved with the adapters, in the output table too.
     lm = backbone.causal_lm

@@ -25,6 +25,7 @@ from dataclasses import dataclass
 from datetime import date
 from typing import Any
 
+from ...extras import extra
 from ..collection import Collection, Document, Qrels, Query
 from .atlas_text import (
     OPEN_QUESTIONS,
@@ -80,10 +81,11 @@ class Atlas:
 
 def read_atlas() -> Atlas:
     """Read the facts from the installed `babel` package."""
-    from babel import Locale
-    from babel.core import get_global
-    from babel.languages import get_official_languages
-    from babel.numbers import get_territory_currencies
+    with extra("train"):
+        from babel import Locale
+        from babel.core import get_global
+        from babel.languages import get_official_languages
+        from babel.numbers import get_territory_currencies
 
     english = Locale("en")
     entities: dict[str, Entity] = {}
@@ -199,7 +201,8 @@ def build_atlas_wide(seed: int = 0) -> Collection:
 
     Queries and judgements are those of `atlas`: "Euro, a currency, in Dutch" is no answer to an English query.
     """
-    from babel import Locale
+    with extra("train"):
+        from babel import Locale
 
     narrow = build_atlas(seed)
     documents = dict(narrow.documents)

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from ...errors import DataError
+from ...extras import extra
 from ..collection import Collection
 from ..load import HUB_ID, NAME, load_collection
 from ..rows import string
@@ -134,7 +135,8 @@ def open_table(place: SourcePlace, scratch: str) -> Table:
 def _file_table(path: Path, scratch: str) -> Table:
     if path.suffix not in SUFFIXES:
         raise DataError(f"{path}: expected a file that ends in {', '.join(SUFFIXES)}, or a folder in the hub's format")
-    from datasets import load_dataset
+    with extra("train"):
+        from datasets import load_dataset
 
     repository = Repository(str(path.parent), None, scratch)
     with repository.explained(str(path)):
