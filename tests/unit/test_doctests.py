@@ -17,7 +17,6 @@ MODULES = (
     "data.writing.replies",
     "data.mixing.traces",
     "data.generators.stdlib",
-    "data.writing.synthetic",
     "retrieval.metrics",
     "evaluation.significance",
     "evaluation.systems",
