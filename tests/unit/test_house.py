@@ -16,6 +16,7 @@ ROOMS = [
     "errors",
     "files",
     "types",
+    "loader",
     "config",
     "parallel",
     "data",
