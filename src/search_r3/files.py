@@ -41,8 +41,8 @@ def atomic_directory(target: Path) -> Iterator[Path]:
 
 def leftovers(target: Path) -> list[Path]:
     """Files and folders beside `target` that writers of it had begun, and could not remove since they were killed."""
-    made = re.compile(rf"\.{re.escape(target.name)}(\.old)?\.[a-z0-9_]{{8}}")  # by `tempfile`
-    return [path for path in target.parent.glob(f".{target.name}.*") if made.fullmatch(path.name)]
+    scratch_name = re.compile(rf"\.{re.escape(target.name)}(\.old)?\.[a-z0-9_]{{8}}")  # by `tempfile`
+    return [path for path in target.parent.glob(f".{target.name}.*") if scratch_name.fullmatch(path.name)]
 
 
 def remove_leftovers(target: Path) -> None:

@@ -69,19 +69,19 @@ class ManyValues(TyperCommand):
             if isinstance(param, TyperOption) and param.multiple
             for name in param.opts
         }
-        spread: list[str] = []
+        repeated: list[str] = []
         current: str | None = None
         values = 0
         for arg in args:
             if arg.startswith("-"):
                 current, values = (arg, 0) if arg in many else (None, 0)
-                spread.append(arg)
+                repeated.append(arg)
                 continue
             if current is not None and values:
-                spread.append(current)
-            spread.append(arg)
+                repeated.append(current)
+            repeated.append(arg)
             values += 1
-        return super().parse_args(ctx, spread)
+        return super().parse_args(ctx, repeated)
 
 
 def load_settings(recipe: Path | None, overrides: list[str] | None) -> Recipe:

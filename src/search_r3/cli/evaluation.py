@@ -88,9 +88,9 @@ def evaluate(
     console.say(f"tables: {out}/summary.md; records: {out}/results; a page to look at: search-r3 report {out}")
 
 
-def _modes(asked: list[ModeName] | None) -> list[Mode]:
+def _modes(names: list[ModeName] | None) -> list[Mode]:
     """The modes, each once."""
-    return [name.value for name in dict.fromkeys(asked or ModeName)]
+    return [name.value for name in dict.fromkeys(names or ModeName)]
 
 
 def _run(plan: EvaluationPlan, out: Path) -> list[Result]:
@@ -134,12 +134,12 @@ def mteb(
     folders = [name for name in tasks if Path(name).is_dir()]
     if splits and len(folders) < len(tasks):
         raise ConfigError("--splits is for folders; mteb's own tasks have their splits in mteb: leave it out")
-    chosen = suite_tasks([name for name in tasks if name not in folders])
+    mteb_tasks = suite_tasks([name for name in tasks if name not in folders])
     for folder in folders:
         collection = load_collection(folder, skip_empty_documents=True)
-        chosen += [collection_task(collection, split) for split in resolve_splits(collection, splits or [])]
+        mteb_tasks += [collection_task(collection, split) for split in resolve_splits(collection, splits or [])]
     encoder = load_encoder(model, device=device, dtype=dtype.value)
-    console.show_mteb(run_mteb(encoder, _modes(modes), chosen, out, batch_size=batch_size))
+    console.show_mteb(run_mteb(encoder, _modes(modes), mteb_tasks, out, batch_size=batch_size))
     console.say(f"mteb's result files: {out}/results")
 
 

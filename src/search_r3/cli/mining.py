@@ -157,16 +157,16 @@ def data_triples(
         if len(names) > 1:
             raise ConfigError(f"--splits names {', '.join(names)}; queries that are written go into one split")
         documents = load_articles(collection, limit, seed)
-        with _showing("articles", writer) as shown:
+        with _cost_bar("articles", writer) as writer:
             report = write_triples(
-                documents, out, shown, splits={names[0]: 1.0}, per_query=per_query, per_article=per_article
+                documents, out, writer, splits={names[0]: 1.0}, per_query=per_query, per_article=per_article
             )
     elif per_article > 1:
         raise ConfigError(f"--per-article {per_article} goes with --articles; the queries of a collection are there")
     else:
         data = load_collection(collection)
-        with _showing("queries", replace(writer, limit=limit)) as shown:
-            report = write_negatives(data, out, shown, splits=names, per_query=per_query)
+        with _cost_bar("queries", replace(writer, limit=limit)) as writer:
+            report = write_negatives(data, out, writer, splits=names, per_query=per_query)
     negatives = f"{report.passages:,} hard negatives for " if per_query else ""
     console.say(f"{out}: {negatives}{report.queries:,} queries")
     _show_report(report)
@@ -200,8 +200,8 @@ def data_traces(
     writer = _writer(endpoint, model, api_key_variable, concurrency, max_tokens, temperature, seed, price_in, price_out)
     _check_apart(collection, out)
     data = load_collection(collection)
-    with _showing("queries", replace(writer, limit=limit)) as shown:
-        report = write_traces(data, out, shown, splits=splits or ["train"], style=style, max_words=max_words)
+    with _cost_bar("queries", replace(writer, limit=limit)) as writer:
+        report = write_traces(data, out, writer, splits=splits or ["train"], style=style, max_words=max_words)
     console.say(f"{out}: {report.written:,} reasoning traces")
     _show_report(report)
 
@@ -283,27 +283,27 @@ def _check_apart(collection: str, out: Path) -> None:
 
 
 @contextmanager
-def _showing(what: str, writer: Writer) -> Iterator[Writer]:
+def _cost_bar(what: str, writer: Writer) -> Iterator[Writer]:
     """The writer with a bar that shows its cost."""
-    done = 0
+    position = 0
     with console.bar(what) as bar:
 
         def start(estimate: Estimate) -> None:
-            nonlocal done
-            done = estimate.total - estimate.pending
+            nonlocal position
+            position = estimate.total - estimate.pending
             tokens = f"{estimate.prompt_tokens:,} tokens read, {estimate.completion_tokens:,} written"
             how = "by the mean so far" if estimate.measured else "one reply each, as long as --max-tokens lets it"
             cost = "" if estimate.cost is None else f"; cost {estimate.cost:,.2f}"
             console.say(
                 f"{estimate.pending:,} of {estimate.total:,} {what} to ask about; in all {tokens}{cost} ({how})"
             )
-            bar.begin(estimate.total, done)
+            bar.begin(estimate.total, position)
 
         def advance(standing: Standing) -> None:
-            nonlocal done
+            nonlocal position
             note = "" if standing.cost is None else f", cost {standing.cost:,.2f}"
-            bar.advance(standing.done - done, 0, note)
-            done = standing.done
+            bar.advance(standing.done - position, 0, note)
+            position = standing.done
 
         yield replace(writer, on_start=start, progress=advance)
 

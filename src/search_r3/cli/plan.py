@@ -78,11 +78,11 @@ def plan(
     records = {}
     for name in dict.fromkeys(stage or list(StageName)):
         key: Stage = name.value
-        found = planning.plan(settings, key, **arguments)
-        fits = found.fits(gpu_bytes)
+        memory_plan = planning.plan(settings, key, **arguments)
+        fits = memory_plan.fits(gpu_bytes)
         remedy = "" if fits else planning.suggest(settings, key, gpu_bytes, **arguments)
-        records[name.value] = found.record() | {"fits": fits, "change": remedy}
+        records[name.value] = memory_plan.record() | {"fits": fits, "change": remedy}
         if not as_json:
-            console.show_plan(found, settings.base, gpu_bytes, remedy)
+            console.show_plan(memory_plan, settings.base, gpu_bytes, remedy)
     if as_json:
         console.say(json.dumps(records))

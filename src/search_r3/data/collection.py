@@ -13,7 +13,7 @@ from typing import Any
 
 from ..errors import DataError
 from ..files import atomic_directory, read_jsonl, write_json
-from .rows import Known, check_documents, check_judgements, check_lists, check_queries, string
+from .rows import KnownIds, check_documents, check_judgements, check_lists, check_queries, string
 
 Qrels = dict[str, dict[str, int]]
 """query_id -> doc_id -> relevance (an integer; 0 and below mean not relevant)."""
@@ -136,11 +136,11 @@ class Collection:
         corpus = iter_documents(folder / "corpus.jsonl", empty if skip_empty_documents else None)
         documents = {document.doc_id: document for document in corpus}
         queries = {row[0]: Query(*row) for row in check_queries(_rows(folder / "queries.jsonl"))}
-        known = Known(queries, documents, empty)
+        ids = KnownIds(queries, documents, empty)
         paths = sorted((folder / "qrels").glob("*.tsv"))
         if not paths:
             raise DataError(f"{folder / 'qrels'}: no *.tsv file; a collection needs at least one split of judgements")
-        qrels = {path.stem: check_judgements(_judgements(path), known) for path in paths}
+        qrels = {path.stem: check_judgements(_judgements(path), ids) for path in paths}
         for path in paths:
             if not qrels[path.stem]:
                 raise DataError(f"{path}: the file has no judgements")
@@ -149,9 +149,9 @@ class Collection:
             documents,
             queries,
             qrels,
-            excluded=check_lists(_rows(folder / "excluded.jsonl", optional=True), "excluded", known, "excluded"),
-            pools=check_lists(_pools(folder / "pools.jsonl"), "doc-ids", known, "pools"),
-            changed=check_lists(_rows(folder / "changed.jsonl", optional=True), "doc-ids", known, "changed"),
+            excluded=check_lists(_rows(folder / "excluded.jsonl", optional=True), "excluded", ids, "excluded"),
+            pools=check_lists(_pools(folder / "pools.jsonl"), "doc-ids", ids, "pools"),
+            changed=check_lists(_rows(folder / "changed.jsonl", optional=True), "doc-ids", ids, "changed"),
             without_text=len(empty),
         )
 

@@ -71,15 +71,15 @@ def read_texts(paths: Sequence[Path]) -> Texts:
     Raises:
         DataError: a path is missing, a row holds neither, or nothing was found.
     """
-    found: list[str | Dialogue] = []
+    everything: list[str | Dialogue] = []
     for path in paths:
         for file in _files(Path(path)):
-            found += _read_lines(file) if file.suffix == ".jsonl" else _paragraphs(file)
-    if not found:
+            everything += _read_lines(file) if file.suffix == ".jsonl" else _paragraphs(file)
+    if not everything:
         raise DataError(f"no text in {', '.join(map(str, paths))}; expected {' or '.join(SUFFIXES)} files with text")
-    held_out = [text for text in found if _is_held_out(text)]
-    train = [text for text in found if not _is_held_out(text)]
-    return Texts(train, held_out) if train else Texts(found, [])
+    held_out = [text for text in everything if _is_held_out(text)]
+    train = [text for text in everything if not _is_held_out(text)]
+    return Texts(train, held_out) if train else Texts(everything, [])
 
 
 def encode(tokenizer: Any, text: str | Dialogue) -> list[int]:

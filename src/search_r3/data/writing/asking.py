@@ -167,15 +167,15 @@ class ProgressFile:
                 "file to begin anew, or choose another folder"
             )
 
-    def add(self, item: WritingTask, fault: str, prompt_tokens: int, completion_tokens: int) -> None:
+    def add(self, item: WritingTask, fault: str, replies: Sequence[Reply]) -> None:
         """Write what is known of a finished item through to the disk."""
         answer = item.answer()
         row = {
             "id": item.item_id,
             "answer": answer,
             "failed": None if answer else fault,
-            "prompt_tokens": prompt_tokens,
-            "completion_tokens": completion_tokens,
+            "prompt_tokens": sum(reply.prompt_tokens for reply in replies),
+            "completion_tokens": sum(reply.completion_tokens for reply in replies),
         }
         self._write(row)
         self.rows[item.item_id] = row
@@ -233,11 +233,12 @@ class Asking:
         measured = self.prompt_tokens > 0
         if measured:
             share = len(self.items) / len(self.rows)
-            read, written = round(self.prompt_tokens * share), round(self.completion_tokens * share)
+            prompt_tokens, completion_tokens = round(self.prompt_tokens * share), round(self.completion_tokens * share)
         else:
-            read = sum(len(item.prompt) for item in pending) // CHARS_PER_TOKEN
-            written = len(pending) * self.settings["max_tokens"]
-        return Estimate(len(pending), len(self.items), read, written, self._cost(read, written), measured)
+            prompt_tokens = sum(len(item.prompt) for item in pending) // CHARS_PER_TOKEN
+            completion_tokens = len(pending) * self.settings["max_tokens"]
+        cost = self._cost(prompt_tokens, completion_tokens)
+        return Estimate(len(pending), len(self.items), prompt_tokens, completion_tokens, cost, measured)
 
     def standing(self) -> Standing:
         """How far the call is."""
@@ -309,7 +310,7 @@ class Asking:
 
     async def _ask(self, item: WritingTask) -> None:
         """Ask for one item until its replies can be used or are too many, and write it to the file."""
-        fault, read, written = "", 0, 0
+        fault, replies = "", list[Reply]()
         for attempt in range(REPLIES_PER_ITEM):
             # Not the same seed twice, else a deterministic endpoint would give the same unusable reply again.
             seed = hashlib.sha256(f"{self.settings['seed']}/{item.item_id}/{attempt}".encode()).digest()
@@ -321,13 +322,13 @@ class Asking:
                     "seed": int.from_bytes(seed[:4]) >> 1,
                 }
             )
-            read, written = read + reply.prompt_tokens, written + reply.completion_tokens
+            replies.append(reply)
             self.prompt_tokens += reply.prompt_tokens
             self.completion_tokens += reply.completion_tokens
             fault = _fault_of(item, reply)
             if not fault:
                 break
-        self.file.add(item, fault, read, written)
+        self.file.add(item, fault, replies)
         self.rows[item.item_id] = self.file.rows[item.item_id]
 
     def _cost(self, prompt_tokens: float, completion_tokens: float) -> float | None:

@@ -136,21 +136,21 @@ def write_negatives(
     if per_query < 1:
         raise DataError(f"per_query {per_query}: expected 1 or more")
     positives = _positives(collection, splits)
-    chosen = _sample(list(positives), writer)
+    query_ids = _sample(list(positives), writer)
     old = {
         query_id: listed_negatives(
             collection, collection.queries[query_id], {one.doc_id for one in positives[query_id]}
         )
-        for query_id in chosen
+        for query_id in query_ids
     }
-    items = [NegativesItem(collection.queries[query_id], positives[query_id], per_query) for query_id in chosen]
+    items = [NegativesItem(collection.queries[query_id], positives[query_id], per_query) for query_id in query_ids]
     settings = {"written": "negatives", "per_query": per_query, "collection": collection.content_hash()}
 
     def merge(answers: Mapping[str, Any]) -> tuple[Collection, int, int]:
         documents, queries = dict(collection.documents), dict(collection.queries)
         for query_id, passages in answers.items():
-            listed = dict.fromkeys([*_add_documents(documents, passages), *old[query_id]])
-            queries[query_id] = _with(queries[query_id], negatives=list(listed))
+            doc_ids = dict.fromkeys([*_add_documents(documents, passages), *old[query_id]])
+            queries[query_id] = _with(queries[query_id], negatives=list(doc_ids))
         passages = sum(map(len, answers.values()))
         return replace(collection, documents=documents, queries=queries), len(answers), passages
 
@@ -189,9 +189,9 @@ def write_triples(
             "article, or several without passages (per_query 0)"
         )
     split_of = _divide(articles, splits, writer.seed)
-    chosen = [articles[doc_id] for doc_id in _sample(list(articles), writer)]
+    sample = [articles[doc_id] for doc_id in _sample(list(articles), writer)]
     items: list[WritingTask] = [
-        TripleItem(article, per_query) if per_query else QueriesItem(article, per_article) for article in chosen
+        TripleItem(article, per_query) if per_query else QueriesItem(article, per_article) for article in sample
     ]
 
     def merge(answers: Mapping[str, Any]) -> tuple[Collection, int, int]:
@@ -244,9 +244,9 @@ def write_traces(
     if not style.strip() or max_words < MIN_TRACE_WORDS:
         raise DataError(f"style {style!r}, max_words {max_words}: expected a name, and {MIN_TRACE_WORDS} words or more")
     positives = _positives(collection, splits)
-    chosen = _sample(list(positives), writer)
-    old = {query_id: reasoning_traces(collection.queries[query_id]) for query_id in chosen}
-    items = [TraceItem(collection.queries[query_id], positives[query_id], max_words) for query_id in chosen]
+    query_ids = _sample(list(positives), writer)
+    old = {query_id: reasoning_traces(collection.queries[query_id]) for query_id in query_ids}
+    items = [TraceItem(collection.queries[query_id], positives[query_id], max_words) for query_id in query_ids]
     settings = {"written": "traces", "max_words": max_words, "collection": collection.content_hash()}
 
     def merge(answers: Mapping[str, Any]) -> tuple[Collection, int, int]:
@@ -314,14 +314,16 @@ def _positives(collection: Collection, splits: Sequence[str]) -> dict[str, list[
     Raises:
         DataError: as `judged_queries`, or a text holds half a letter.
     """
-    found = {}
+    positives = {}
     for query_id, relevance in judged_queries(collection, splits).items():
-        best = sorted((doc_id for doc_id in relevance if relevance[doc_id] > 0), key=lambda one: (-relevance[one], one))
-        found[query_id] = [collection.documents[doc_id] for doc_id in best]
-        texts = [collection.queries[query_id].text, *(document.full_text for document in found[query_id])]
+        doc_ids = sorted(
+            (doc_id for doc_id in relevance if relevance[doc_id] > 0), key=lambda one: (-relevance[one], one)
+        )
+        positives[query_id] = [collection.documents[doc_id] for doc_id in doc_ids]
+        texts = [collection.queries[query_id].text, *(document.full_text for document in positives[query_id])]
         if any(SURROGATE.search(text) for text in texts):
             raise DataError(f"query {query_id!r} or a positive of it holds half a letter (a lone surrogate); mend it")
-    return found
+    return positives
 
 
 def _sample(ids: list[T], writer: Writer) -> list[T]:
