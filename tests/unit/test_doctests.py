@@ -15,7 +15,6 @@ MODULES = (
     "data.mixing.contamination",
     "data.mixing.sources_text",
     "data.writing.replies",
-    "data.mixing.traces",
     "data.generators.stdlib",
     "retrieval.metrics",
     "evaluation.significance",
