@@ -12,6 +12,7 @@ MODULES = (
     "model.prompts",
     "data.writing.asking",
     "data.collection",
+    "data.load",
     "data.mixing.contamination",
     "data.mixing.sources_text",
     "data.writing.replies",

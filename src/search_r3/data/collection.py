@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import DataError
-from ..files import atomic_directory, read_jsonl, write_json
+from ..files import atomic_directory, read_jsonl, read_lines, write_json
 from .rows import KnownIds, check_documents, check_judgements, check_lists, check_queries, string
 
 Qrels = dict[str, dict[str, int]]
@@ -241,20 +241,15 @@ def _pools(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
 
 def _judgements(path: Path) -> Iterator[tuple[str, str, str, str]]:
     """Place, query_id, doc_id and score for every line of a qrels file."""
-    try:
-        with path.open(encoding="utf-8") as file:
-            for number, line in enumerate(file, 1):
-                place = f"{path}:{number}"
-                cells = line.rstrip("\r\n").split("\t")
-                if not line.strip() or (number == 1 and cells[-1] == "score"):
-                    continue
-                if len(cells) != 3:
-                    raise DataError(
-                        f"{place}: expected 3 tab-separated columns (query-id, corpus-id, score), found {len(cells)}"
-                    )
-                yield place, cells[0], cells[1], cells[2]
-    except UnicodeDecodeError as error:
-        raise DataError(f"{path}: not UTF-8 text (byte {error.start}); save the file as UTF-8") from error
+    for number, line in read_lines(path):
+        cells = line.rstrip("\r\n").split("\t")
+        if not line.strip() or (number == 1 and cells[-1] == "score"):
+            continue
+        if len(cells) != 3:
+            raise DataError(
+                f"{path}:{number}: expected 3 tab-separated columns (query-id, corpus-id, score), found {len(cells)}"
+            )
+        yield f"{path}:{number}", cells[0], cells[1], cells[2]
 
 
 def _write_rows(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:

@@ -51,15 +51,23 @@ def load_collection(name: str, *, skip_empty_documents: bool = False) -> Collect
         if _is_beir(folder):
             return Collection.load(folder, skip_empty_documents=skip_empty_documents)
         return load_hub(name, skip_empty_documents=skip_empty_documents)
+    if (parts := split_name(name)) is None:
+        raise _unknown(name)
+    source, subset, revision = parts
+    return load_hub(source, revision=revision, skip_empty_documents=skip_empty_documents, subset=subset)
+
+
+def split_name(name: str) -> tuple[str, str | None, str | None] | None:
+    """Source, subset and revision of `SOURCE:SUBSET@REVISION`; None where the source is neither a folder nor a hub id.
+
+    Example:
+        >>> split_name("wikimedia/wikipedia:20231101.en")
+        ('wikimedia/wikipedia', '20231101.en', None)
+    """
     match = NAME.fullmatch(name)
-    if match and (Path(match["source"]).is_dir() or HUB_ID.fullmatch(match["source"])):
-        return load_hub(
-            match["source"],
-            revision=match["revision"],
-            skip_empty_documents=skip_empty_documents,
-            subset=match["subset"],
-        )
-    raise _unknown(name)
+    if match is None or not (Path(match["source"]).is_dir() or HUB_ID.fullmatch(match["source"])):
+        return None
+    return match["source"], match["subset"], match["revision"]
 
 
 def load_articles(source: str, limit: int | None = None, seed: int = 0) -> dict[str, Document]:
@@ -83,8 +91,8 @@ def load_articles(source: str, limit: int | None = None, seed: int = 0) -> dict[
         articles = {one.doc_id: one for one in iter_documents(path / "corpus.jsonl" if path.is_dir() else path, set())}
         if limit is not None and limit < len(articles):
             articles = {doc_id: articles[doc_id] for doc_id in random.Random(seed).sample(sorted(articles), limit)}
-    elif (match := NAME.fullmatch(source)) and HUB_ID.fullmatch(match["source"]):
-        articles = _stream_articles(match["source"], match["subset"], match["revision"], limit, seed)
+    elif parts := split_name(source):
+        articles = _stream_articles(*parts, limit, seed)
     else:
         raise DataError(f"no articles at {source}: expected a JSONL file, a folder with corpus.jsonl, or a hub id")
     if not articles:

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from ..errors import DataError
-from ..files import read_jsonl
+from ..files import read_jsonl, read_lines
 
 Dialogue = tuple[tuple[str, str], ...]
 """Turns: `(role, content)`."""
@@ -121,12 +121,7 @@ def _turn(message: Any, place: str) -> tuple[str, str]:
 
 
 def _paragraphs(path: Path) -> Iterable[str]:
-    try:
-        text = path.read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        raise DataError(f"{path}: not UTF-8 text (byte {error.start}); save the file as UTF-8") from error
-    except OSError as error:
-        raise DataError(f"cannot read {path}: {error.strerror}") from error
+    text = "".join(line for _, line in read_lines(path))
     return [" ".join(block.split()) for block in text.split("\n\n") if block.strip()]
 
 

@@ -7,7 +7,6 @@ state of this one, is not taken for its own.
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,19 +15,19 @@ from typing import Any
 import yaml
 from pydantic import ValidationError
 
+from ..data.load import split_name
 from ..errors import DataError, ModelError, RunError
 from ..evaluation.report.report import METRICS, last_results
 from ..evaluation.results import Result
 from ..evaluation.runner import RESULTS, SUMMARY
 from ..evaluation.significance import Comparison
-from ..files import hash_file, hash_folder
+from ..files import hash_file, hash_folder, read_lines
 from ..model.backbone import SETTINGS_FILE, EmbeddingSettings
 
 RECIPE, REPORT = "settings.yaml", "report.json"
 CONFIG, ADAPTER_CONFIG = "config.json", "adapter_config.json"
 BEFORE_RL = "before RL"
 STAGES = ("sft", "grpo")
-_HUB_ID = re.compile(r"(?P<id>[A-Za-z0-9][\w.-]*/[\w.-]+)(:[^@:]+)?(@[^@]+)?")
 
 
 @dataclass(frozen=True)
@@ -80,10 +79,8 @@ class Facts:
 
     def hub_id(self, source: str) -> str | None:
         """`owner/name` where a source is on the hub; None for a folder and for what is built in."""
-        match = _HUB_ID.fullmatch(source)
-        if match is None or any((place / match["id"]).exists() for place in self.places):
-            return None
-        return match["id"]
+        parts = split_name(source)
+        return None if parts is None or any((place / parts[0]).exists() for place in self.places) else parts[0]
 
 
 def is_own(result: Result) -> bool:
@@ -233,8 +230,7 @@ def _report(run: Path, states: set[str]) -> dict[str, Any]:
 def _metrics(path: Path, stages: Sequence[str]) -> dict[str, list[dict[str, Any]]]:
     """The rows of each stage, in the order of the stages; a line that is being written is not one of them."""
     rows: dict[str, list[dict[str, Any]]] = {stage: [] for stage in stages}
-    lines = path.read_text(encoding="utf-8").splitlines(keepends=True) if path.is_file() else []
-    for number, line in enumerate(lines, 1):
+    for number, line in read_lines(path) if path.is_file() else ():
         if not line.endswith("\n"):
             continue
         try:

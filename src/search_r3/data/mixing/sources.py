@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 
 from ...errors import DataError
 from ..collection import Collection
-from ..load import HUB_ID, NAME, load_collection
+from ..load import load_collection, split_name
 from ..rows import string
 from ..tables import Columns, Repository, Table, quoted
 from ..triples import listed_negatives, reasoning_traces
@@ -73,10 +73,9 @@ class SourcePlace:
         """Source, config and revision."""
         if Path(self.path).exists():
             return self.path, None, None
-        match = NAME.fullmatch(self.path)
-        if match and (Path(match["source"]).is_dir() or HUB_ID.fullmatch(match["source"])):
-            return match["source"], match["subset"], match["revision"]
-        raise DataError(f"no source at {self.path}: expected owner/name, owner/name:config, a folder or a file")
+        if (parts := split_name(self.path)) is None:
+            raise DataError(f"no source at {self.path}: expected owner/name, owner/name:config, a folder or a file")
+        return parts
 
 
 def read_examples(

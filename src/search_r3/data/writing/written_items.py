@@ -192,18 +192,37 @@ def _rows(documents: Sequence[Document]) -> list[dict[str, str]]:
 
 
 @dataclass
-class NegativesItem:
-    """A query, its positives, and the hard negatives that were written for it."""
+class _QueryItem:
+    """A query, its positives, and what was written for it."""
 
     query: Query
     positives: Sequence[Document]
-    wanted: int
-    _passages: list[Document] = field(default_factory=list)
 
     @property
     def item_id(self) -> str:
         """The query's id."""
         return self.query.query_id
+
+
+@dataclass
+class _ArticleItem:
+    """An article, and what was written for it, of which `wanted` pieces are enough."""
+
+    article: Document
+    wanted: int
+
+    @property
+    def item_id(self) -> str:
+        """The article's id."""
+        return self.article.doc_id
+
+
+@dataclass
+class NegativesItem(_QueryItem):
+    """Hard negatives for a query."""
+
+    wanted: int
+    _passages: list[Document] = field(default_factory=list)
 
     @property
     def prompt(self) -> str:
@@ -227,17 +246,10 @@ class NegativesItem:
 
 
 @dataclass
-class QueriesItem:
-    """An article, and the queries that were written for it."""
+class QueriesItem(_ArticleItem):
+    """Queries for an article."""
 
-    article: Document
-    wanted: int
     _queries: list[str] = field(default_factory=list)
-
-    @property
-    def item_id(self) -> str:
-        """The article's id."""
-        return self.article.doc_id
 
     @property
     def prompt(self) -> str:
@@ -261,18 +273,11 @@ class QueriesItem:
 
 
 @dataclass
-class TripleItem:
-    """An article, and the query with hard negatives that was written for it."""
+class TripleItem(_ArticleItem):
+    """A query for an article, with its hard negatives."""
 
-    article: Document
-    wanted: int
     _query: str = ""
     _passages: list[Document] = field(default_factory=list)
-
-    @property
-    def item_id(self) -> str:
-        """The article's id."""
-        return self.article.doc_id
 
     @property
     def prompt(self) -> str:
@@ -298,18 +303,11 @@ class TripleItem:
 
 
 @dataclass
-class TraceItem:
-    """A query, its positives, and the reasoning that was written for it."""
+class TraceItem(_QueryItem):
+    """The reasoning that leads from a query to its positives."""
 
-    query: Query
-    positives: Sequence[Document]
     max_words: int
     _trace: str = ""
-
-    @property
-    def item_id(self) -> str:
-        """The query's id."""
-        return self.query.query_id
 
     @property
     def prompt(self) -> str:
