@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from enum import StrEnum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 from typer.core import TyperCommand, TyperOption
@@ -34,28 +34,15 @@ CollectionOption = Annotated[
 ModelArgument = Annotated[str, typer.Argument(help="Model directory or hub id.")]
 NewFolder = Annotated[Path, typer.Argument(help="Folder to write; it must not exist.")]
 DeviceOption = Annotated[str | None, typer.Option(help="`cpu`, `cuda`, ...; by default a GPU where there is one.")]
+IndexDType = Literal["float16", "float32"]
+WeightDType = Literal["float16", "bfloat16", "float32"]
 
 
 class ModeName(StrEnum):
-    """The two ways to encode a query."""
+    """The two ways to encode a query; an enumeration, since typer takes no list of Literals."""
 
     direct = "direct"
     reason = "reason"
-
-
-class IndexDType(StrEnum):
-    """How the vectors of an index are stored."""
-
-    float16 = "float16"
-    float32 = "float32"
-
-
-class WeightDType(StrEnum):
-    """How weights are stored."""
-
-    float16 = "float16"
-    bfloat16 = "bfloat16"
-    float32 = "float32"
 
 
 class ManyValues(TyperCommand):

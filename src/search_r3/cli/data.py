@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from enum import StrEnum
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
@@ -12,17 +11,9 @@ from ..errors import ConfigError
 from .common import NewFolder, check_new, data_app
 
 
-class BuiltIn(StrEnum):
-    """Collections that are built here."""
-
-    atlas = "atlas"
-    atlas_wide = "atlas-wide"
-    stdlib = "stdlib"
-
-
 @data_app.command("build")
 def data_build(
-    name: Annotated[BuiltIn, typer.Argument(help="Which collection.")],
+    name: Annotated[Literal["atlas", "atlas-wide", "stdlib"], typer.Argument(help="Which collection.")],
     out: NewFolder,
     seed: Annotated[int, typer.Option(help="Seed of the splits.")] = 0,
 ) -> None:
@@ -30,7 +21,7 @@ def data_build(
     from ..data.load import BUILDERS
 
     check_new(out)
-    collection = BUILDERS[name.value](seed)
+    collection = BUILDERS[name](seed)
     collection.save(out)
     console.say(f"{out}: {len(collection.documents)} documents, {len(collection.queries)} queries")
 

@@ -58,7 +58,7 @@ def evaluate(
     bootstrap: Annotated[int, typer.Option(min=100, help="Resamples of the intervals.")] = 1000,
     seed: Seed = 0,
     batch_size: BatchSize = 128,
-    dtype: DType = WeightDType.float32,
+    dtype: DType = "float32",
     device: DeviceOption = None,
 ) -> None:
     """Evaluate models and baselines on collections; a stopped evaluation goes on with the same command.
@@ -80,7 +80,7 @@ def evaluate(
         options,
         batch_size,
         device,
-        dtype.value,
+        dtype,
     )
     results = _run(plan, out)
     comparisons = write_summary(results, out, permutations, seed)
@@ -120,7 +120,7 @@ def mteb(
         "runs/mteb"
     ),
     batch_size: BatchSize = 128,
-    dtype: DType = WeightDType.float32,
+    dtype: DType = "float32",
     device: DeviceOption = None,
 ) -> None:
     """Run tasks of MTEB through the library mteb, each mode as a model of its own.
@@ -138,7 +138,7 @@ def mteb(
     for folder in folders:
         collection = load_collection(folder, skip_empty_documents=True)
         mteb_tasks += [collection_task(collection, split) for split in resolve_splits(collection, splits or [])]
-    encoder = load_encoder(model, device=device, dtype=dtype.value)
+    encoder = load_encoder(model, device=device, dtype=dtype)
     console.show_mteb(run_mteb(encoder, _modes(modes), mteb_tasks, out, batch_size=batch_size))
     console.say(f"mteb's result files: {out}/results")
 

@@ -6,9 +6,8 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
-from enum import StrEnum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
@@ -58,13 +57,6 @@ PriceOut = Annotated[float | None, typer.Option(help="Price of a million tokens 
 KeyVariable = Annotated[str, typer.Option(help="Environment variable that holds the key.")]
 
 
-class Sampling(StrEnum):
-    """How negatives are taken from the candidates."""
-
-    top = "top"
-    random = "random"
-
-
 @data_app.command("mine", cls=ManyValues)
 def data_mine(
     collection: Source,
@@ -78,7 +70,7 @@ def data_mine(
     max_share: MaxShare = 0.95,
     margin: Margin = None,
     unfiltered: Unfiltered = False,
-    sampling: Annotated[Sampling, typer.Option(help="Take the highest scores, or draw.")] = Sampling.top,
+    sampling: Annotated[Literal["top", "random"], typer.Option(help="Take the highest scores, or draw.")] = "top",
     drop_old: DropOld = False,
     mode: QueryMode = ModeName.direct,
     seed: Seed = 0,
@@ -100,7 +92,7 @@ def data_mine(
         skip=skip,
         max_share=None if unfiltered else max_share,
         margin=None if unfiltered else margin,
-        sampling=sampling.value,
+        sampling=sampling,
         seed=seed,
         keep=not drop_old,
     )

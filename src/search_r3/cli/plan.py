@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from enum import StrEnum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
@@ -16,14 +16,7 @@ if TYPE_CHECKING:
     from ..planning.footprint import Stage
 
 
-class StrategyName(StrEnum):
-    """How GPUs hold the weights."""
-
-    single = "single"
-    ddp = "ddp"
-    fsdp2 = "fsdp2"
-    zero2 = "zero2"
-    zero3 = "zero3"
+StrategyName = Literal["single", "ddp", "fsdp2", "zero2", "zero3"]
 
 
 class StageName(StrEnum):
@@ -69,7 +62,7 @@ def plan(
     gpu_bytes = gpu_memory * 1e9
     arguments: dict[str, Any] = {
         "gpus": gpus,
-        "strategy": strategy.value if strategy else None,
+        "strategy": strategy,
         "documents": documents,
         "lengths": Lengths(query_tokens, document_tokens, reasoning_tokens, longest_query),
         "speed": planning.Speed(tokens_per_second, tflops, utilisation, decoded_per_second),
