@@ -222,7 +222,9 @@ class Recipe(Section):
     name: str = Field("quickstart", description="Name of the run.")
     run_dir: str = Field("runs/quickstart", description="Where everything is written.")
     seed: int = Field(0, ge=0, description="Seed of sampling, shuffling and initialisation.")
-    collection: str = Field("atlas", description="`atlas`, `atlas-wide`, or a folder in the BEIR layout.")
+    collection: str = Field(
+        "atlas", description="`atlas`, `atlas-wide` (`:SEED` divides by another seed), or a folder in the BEIR layout."
+    )
     base: str = Field("builtin", description="`builtin` (the small model in the package), a directory or a hub id.")
     prompts: Literal["search-r3", "published"] = Field("search-r3", description="Prompt set, saved with the model.")
     embed_start: Literal["mean", "end_of_turn"] = Field(

@@ -31,16 +31,18 @@ def load_collection(name: str, *, skip_empty_documents: bool = False) -> Collect
     """Load a collection.
 
     Args:
-        name: a built-in collection (`atlas`, `atlas-wide`, `stdlib`), a folder in the BEIR layout or in the hub's
-            format, or a data set of the hub: `owner/name`, `owner/name:subset`, `owner/name@revision` or
-            `owner/name:subset@revision`. A folder in the hub's format may be followed by `:subset` too.
+        name: a built-in collection (`atlas`, `atlas-wide`, `stdlib`; `atlas:SEED` divides its queries by another
+            seed than 0), a folder in the BEIR layout or in the hub's format, or a data set of the hub: `owner/name`,
+            `owner/name:subset`, `owner/name@revision` or `owner/name:subset@revision`. A folder in the hub's format
+            may be followed by `:subset` too.
         skip_empty_documents: as in `Collection.load`.
 
     Raises:
         DataError: the name is none of these, or what it names cannot be read (see `Collection.load`, `load_hub`).
     """
-    if name in BUILDERS:
-        return BUILDERS[name]()
+    if (built_in := parse_built_in(name)) is not None:
+        builder, seed = built_in
+        return BUILDERS[builder](seed)
     folder = Path(name)
     if folder.is_dir():
         if not (folder / "corpus.jsonl").is_file() and not is_hub_folder(folder):
@@ -68,6 +70,20 @@ def split_name(name: str) -> tuple[str, str | None, str | None] | None:
     if match is None or not (Path(match["source"]).is_dir() or HUB_ID.fullmatch(match["source"])):
         return None
     return match["source"], match["subset"], match["revision"]
+
+
+def parse_built_in(name: str) -> tuple[str, int] | None:
+    """The builder and the seed that `atlas` or `atlas:SEED` names; None for what is not built in.
+
+    Raises:
+        DataError: the seed is no whole number from 0 on.
+    """
+    builder, colon, seed = name.partition(":")
+    if builder not in BUILDERS:
+        return None
+    if colon and not (seed.isascii() and seed.isdigit()):
+        raise DataError(f"cannot read the seed of {name!r}: expected {builder}:SEED with a whole number from 0 on")
+    return builder, int(seed or 0)
 
 
 def load_articles(source: str, limit: int | None = None, seed: int = 0) -> dict[str, Document]:
@@ -130,6 +146,6 @@ def _unknown(name: str) -> DataError:
     hint = f"; did you mean {near[0]!r}?" if near else ";"
     return DataError(
         f"no collection {name!r}{hint} expected one that is built in "
-        f"({', '.join(sorted(BUILDERS))}), a folder, or a data set of the hub as owner/name, owner/name:subset, "
-        "owner/name@revision or owner/name:subset@revision"
+        f"({', '.join(sorted(BUILDERS))}; NAME:SEED), a folder, or a data set of the hub as owner/name, "
+        "owner/name:subset, owner/name@revision or owner/name:subset@revision"
     )

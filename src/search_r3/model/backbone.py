@@ -157,27 +157,13 @@ def load_backbone(
     Raises:
         ModelError: files are missing or do not fit together; the message names the remedy. Remote code is never run.
     """
-    import transformers
-
     path = Path(source)
     if not path.is_dir() and (isinstance(source, Path) or source.startswith((".", "/")) or source.count("/") > 1):
         raise ModelError(f"no model directory at {source}; give a directory with config.json, or a hub id")
     if path.is_dir() and not any((path / name).is_file() for name in ("config.json", "adapter_config.json")):
         raise ModelError(f"{source} is no model directory: config.json is missing")
     tokenizer = _load_tokenizer(source, revision)
-    try:
-        if (base := _base_without_the_row(path, tokenizer)) is not None:
-            model, report = transformers.AutoModelForCausalLM.from_pretrained(
-                base, dtype=DTYPES[dtype], output_loading_info=True
-            )
-            model.resize_token_embeddings(len(tokenizer), mean_resizing=False)
-            model.load_adapter(str(source))
-        else:
-            model, report = transformers.AutoModelForCausalLM.from_pretrained(
-                source, dtype=DTYPES[dtype], revision=revision, output_loading_info=True
-            )
-    except (OSError, ValueError) as error:
-        raise ModelError(f"cannot load a causal LM from {source}: {_first_line(error)}") from error
+    model, report = _load_model(source, tokenizer, dtype, revision)
     # Adapters write the embed token's row of tied tables once, and transformers misses it in the other.
     missing = sorted(key for key in report["missing_keys"] if "token_adapter" not in key)
     if missing:
@@ -191,6 +177,10 @@ def load_backbone(
     embed_token_id = _ensure_embed_token(model, tokenizer, embed_token, embed_start)
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
+    if torch.device(device).type == "cuda":
+        # On Hopper and Blackwell torch prefers cuDNN's attention, which builds a plan for every new shape, some tenths
+        # of a second each (torch 2.11). Here every decoding step and nearly every batch has a new one.
+        torch.backends.cuda.enable_cudnn_sdp(False)
     model.to(device).eval()
     backbone = Backbone(model, tokenizer, settings, embed_token_id, str(source))
     _check_output_layer(backbone)
@@ -244,6 +234,23 @@ def _load_tokenizer(source: str | Path, revision: str | None) -> Any:
     if not tokenizer.is_fast:
         raise ModelError(f"the tokenizer of {source} is a slow one; a tokenizer.json (fast tokenizer) is needed")
     return tokenizer
+
+
+def _load_model(source: str | Path, tokenizer: Any, dtype: str, revision: str | None) -> tuple[Any, dict[str, Any]]:
+    """The causal LM and transformers' report; the tables of a base grow first where adapters need it."""
+    import transformers
+
+    load = transformers.AutoModelForCausalLM.from_pretrained
+    try:
+        if (base := _base_without_the_row(Path(source), tokenizer)) is not None:
+            model, report = load(base, dtype=DTYPES[dtype], output_loading_info=True)
+            model.resize_token_embeddings(len(tokenizer), mean_resizing=False)
+            model.load_adapter(str(source))
+        else:
+            model, report = load(source, dtype=DTYPES[dtype], revision=revision, output_loading_info=True)
+    except (OSError, ValueError) as error:
+        raise ModelError(f"cannot load a causal LM from {source}: {_first_line(error)}") from error
+    return model, report
 
 
 def _base_without_the_row(path: Path, tokenizer: Any) -> str | None:

@@ -21,7 +21,7 @@ from ...errors import DataError
 from ...files import atomic_directory, write_json
 from ...types import Watch
 from ..collection import Collection, Document, Qrels, Query
-from ..load import BUILDERS
+from ..load import parse_built_in
 from ..rows import instructed
 from ..tables import Repository
 from ..writing.replies import SURROGATE
@@ -264,7 +264,7 @@ class _Mixer:
 
 def _revision(source: SourceSettings) -> str | None:
     """The commit of a data set on the hub that is read."""
-    if source.path in BUILDERS:
+    if parse_built_in(source.path) is not None:
         return None
     repository = Repository(*_hub_name(source), "")
     if repository.local or Path(repository.source).exists():
