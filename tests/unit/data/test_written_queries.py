@@ -143,7 +143,7 @@ def test_waits_between_retries_grow(server: Server, tmp_path: Path, monkeypatch:
     make(server, tmp_path / "wiki", 1)
     gaps = [later - earlier for earlier, later in zip(server.times, server.times[1:], strict=False)]
     for gap, wait in zip(gaps, (0.1, 0.2, 0.4), strict=True):
-        assert wait <= gap < wait + 0.15
+        assert wait <= gap < wait + 0.5
 
 
 def test_an_article_without_a_reply_is_counted_and_asked_again_by_the_next_call(server: Server, tmp_path: Path) -> None:
@@ -168,12 +168,12 @@ def test_a_request_that_cannot_be_served_is_not_sent_again(server: Server, tmp_p
 
 def test_a_slow_reply_is_given_up(server: Server, tmp_path: Path) -> None:
     def answer(title: str, turn: int) -> Answer:
-        time.sleep(0.6 if title == "amber0" or (title == "birch1" and turn == 0) else 0)
+        time.sleep(2.5 if title == "amber0" or (title == "birch1" and turn == 0) else 0)
         return good(title, turn)
 
     server.answer = answer
-    report = make(server, tmp_path / "wiki", timeout=0.25, retries=1)
-    assert report.failed == {"no reply within 0.25 s": 1}
+    report = make(server, tmp_path / "wiki", timeout=1.0, retries=1)
+    assert report.failed == {"no reply within 1 s": 1}
     assert Counter(server.titles) == {"amber0": 2, "birch1": 2, "cedar2": 1}
     assert report.queries == 2
 
