@@ -156,8 +156,8 @@ class RefreshSettings(Section):
 
     @model_validator(mode="after")
     def _fits_the_policy(self) -> RefreshSettings:
-        chosen = self.policy in ("shortlist", "selective")
-        if self.correct_drift and not chosen:
+        by_shortlist = self.policy in ("shortlist", "selective")
+        if self.correct_drift and not by_shortlist:
             raise ValueError(
                 f"correct_drift=true goes with shortlist or selective, not with policy={self.policy} (the policy drift "
                 "alone corrects all stale vectors)"
@@ -167,7 +167,7 @@ class RefreshSettings(Section):
                 "drift correction moves every vector, and index=approximate would be built anew at every step; "
                 "set index=exact, or correct no drift"
             )
-        if (self.max_documents or self.max_tokens) and not chosen:
+        if (self.max_documents or self.max_tokens) and not by_shortlist:
             raise ValueError(f"a budget goes with shortlist or selective, not with policy={self.policy}")
         return self
 
