@@ -86,7 +86,7 @@ def make_recipe(options: argparse.Namespace, scratch: Path) -> Any:
             *("max_length=512", f"max_new_tokens={48 if small else 256}", "save_every=1000", f"seed={options.seed}"),
             *(f"mixed_precision={'bf16' if options.dtype == 'bfloat16' else 'no'}", "gradient_checkpointing=true"),
             *(f"sft.steps={options.steps + 1}", f"sft.batch_size={4 if small else 64}", "sft.learning_rate=1e-6"),
-            *("sft.splits={train: 1.0}", "sft.random_negatives=1", "sft.bm25_negatives=0"),
+            *("sft.splits={train: 1.0}", "sft.random_negatives=1", "sft.hard_negatives=0"),
             f"sft.micro_batch_size={4 if small else options.micro}",
             *(f"grpo.steps={options.steps + 1}", f"grpo.queries_per_step={4 if small else 32}", "grpo.group_size=8"),
             *("grpo.splits=[train]", "grpo.learning_rate=1e-7", "grpo.evaluate_every=1000"),

@@ -24,7 +24,7 @@ pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(),
 SETTINGS = [
     "max_length=120", "max_new_tokens=16", "save_every=2", "sft.steps=4", "sft.batch_size=4", "sft.warmup_steps=2",
     "sft.splits={train: 1.0}", "sft.reasoning_styles={restate: 1.0}", "sft.random_negatives=3",
-    "sft.bm25_negatives=0", "grpo.steps=4", "grpo.queries_per_step=2", "grpo.group_size=3", "grpo.splits=[train]",
+    "sft.hard_negatives=0", "grpo.steps=4", "grpo.queries_per_step=2", "grpo.group_size=3", "grpo.splits=[train]",
     "grpo.evaluate_every=3", "grpo.embedding_loss_weight=0.1", "grpo.kl_coefficient=0.01", "grpo.learning_rate=2e-3",
 ]  # fmt: skip
 PRECISIONS: dict[str, list[str]] = {

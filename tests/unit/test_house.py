@@ -17,6 +17,7 @@ ROOMS = [
     "extras",
     "files",
     "types",
+    "loader",
     "config",
     "parallel",
     "data",

@@ -92,12 +92,12 @@ def _leave_the_others() -> None:
 
 def _first_of_its_kind() -> Callable[[logging.LogRecord], bool]:
     """A filter that lets a warning through once; of documents cut to max_length every block of a corpus warns."""
-    seen = set()
+    kinds = set()
 
     def first(record: logging.LogRecord) -> bool:
         kind = record.name, record.msg
-        new = kind not in seen
-        seen.add(kind)
+        new = kind not in kinds
+        kinds.add(kind)
         return new
 
     return first

@@ -54,15 +54,23 @@ def load_collection(name: str, *, skip_empty_documents: bool = False) -> Collect
         if _is_beir(folder):
             return Collection.load(folder, skip_empty_documents=skip_empty_documents)
         return load_hub(name, skip_empty_documents=skip_empty_documents)
+    if (parts := split_name(name)) is None:
+        raise _unknown(name)
+    source, subset, revision = parts
+    return load_hub(source, revision=revision, skip_empty_documents=skip_empty_documents, subset=subset)
+
+
+def split_name(name: str) -> tuple[str, str | None, str | None] | None:
+    """Source, subset and revision of `SOURCE:SUBSET@REVISION`; None where the source is neither a folder nor a hub id.
+
+    Example:
+        >>> split_name("wikimedia/wikipedia:20231101.en")
+        ('wikimedia/wikipedia', '20231101.en', None)
+    """
     match = NAME.fullmatch(name)
-    if match and (Path(match["source"]).is_dir() or HUB_ID.fullmatch(match["source"])):
-        return load_hub(
-            match["source"],
-            revision=match["revision"],
-            skip_empty_documents=skip_empty_documents,
-            subset=match["subset"],
-        )
-    raise _unknown(name)
+    if match is None or not (Path(match["source"]).is_dir() or HUB_ID.fullmatch(match["source"])):
+        return None
+    return match["source"], match["subset"], match["revision"]
 
 
 def parse_built_in(name: str) -> tuple[str, int] | None:
@@ -97,16 +105,16 @@ def load_articles(source: str, limit: int | None = None, seed: int = 0) -> dict[
     """
     path = Path(source)
     if path.is_file() or path.is_dir():
-        found = {one.doc_id: one for one in iter_documents(path / "corpus.jsonl" if path.is_dir() else path, set())}
-        if limit is not None and limit < len(found):
-            found = {doc_id: found[doc_id] for doc_id in random.Random(seed).sample(sorted(found), limit)}
-    elif (match := NAME.fullmatch(source)) and HUB_ID.fullmatch(match["source"]):
-        found = _stream_articles(match["source"], match["subset"], match["revision"], limit, seed)
+        articles = {one.doc_id: one for one in iter_documents(path / "corpus.jsonl" if path.is_dir() else path, set())}
+        if limit is not None and limit < len(articles):
+            articles = {doc_id: articles[doc_id] for doc_id in random.Random(seed).sample(sorted(articles), limit)}
+    elif parts := split_name(source):
+        articles = _stream_articles(*parts, limit, seed)
     else:
         raise DataError(f"no articles at {source}: expected a JSONL file, a folder with corpus.jsonl, or a hub id")
-    if not found:
+    if not articles:
         raise DataError(f"{source}: no article with text")
-    return found
+    return articles
 
 
 def _stream_articles(
@@ -115,16 +123,16 @@ def _stream_articles(
     with extra("train"):
         from datasets import load_dataset
 
-    found: dict[str, Document] = {}
-    with Repository(source, revision, "").explained(source):
+    articles: dict[str, Document] = {}
+    with Repository(source, revision, "").errors_at(source):
         rows = load_dataset(source, subset, split="train", revision=revision, streaming=True)
         if limit is not None:
             rows = rows.shuffle(seed=seed, buffer_size=10 * limit).take(limit)
         for row in rows:
             doc_id = str(row["_id"] if "_id" in row else row["id"])
             if row["text"].strip():
-                found[doc_id] = Document(doc_id, row["text"], row.get("title") or "")
-    return found
+                articles[doc_id] = Document(doc_id, row["text"], row.get("title") or "")
+    return articles
 
 
 def _is_beir(folder: Path) -> bool:

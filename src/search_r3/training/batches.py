@@ -148,7 +148,7 @@ def make_batch(
     for example in examples:
         traces.append(_draw_trace(example, settings, rng))
         positives.append(rng.choice(example.positive_ids))
-        negatives.append(draw_negatives(example, doc_ids, settings.random_negatives, settings.bm25_negatives, rng))
+        negatives.append(draw_negatives(example, doc_ids, settings.random_negatives, settings.hard_negatives, rng))
     distinct = list(dict.fromkeys([*positives, *(doc_id for ids in negatives for doc_id in ids)]))
     columns = {doc_id: column for column, doc_id in enumerate(distinct)}
     reasoned = [row for row, trace in enumerate(traces) if trace or settings.untraced == "embed"]

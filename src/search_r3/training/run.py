@@ -22,9 +22,10 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Protocol
 
-from ..config import Recipe, dump_recipe, flat_settings, load_recipe
+from ..config import Recipe, dump_recipe, load_recipe
 from ..errors import ConfigError, RunError
 from ..files import hash_file, leftovers, remove_leftovers, write_json, write_text
+from ..loader import flat_settings
 from ..model.backbone import Backbone
 from ..parallel import Communicator, first_process
 from .engine import deepspeed_plugin
