@@ -18,12 +18,14 @@ import numpy as np
 import torch
 
 from ..data.collection import Collection
+from ..data.restrictions import Restrictions
 from ..errors import DataError, ModelError
 from ..extras import extra
 from ..files import hash_folder, write_json
 from ..retrieval.encode import ModelEncoder, PeerEncoder, encode_corpus
 from ..retrieval.index import DType, ExactIndex
 from ..retrieval.lexical import BM25
+from ..retrieval.ranking import ranked
 from ..types import Array, Progress, Watch
 
 
@@ -43,8 +45,8 @@ class Scoring(Protocol):
 class Searching(Scoring, Protocol):
     """A retriever that holds a collection."""
 
-    def search(self, texts: Sequence[str], k: int) -> list[list[str]]:
-        """The `k` best documents of each text, best first."""
+    def search(self, texts: Sequence[str], k: int, pools: Sequence[frozenset[str] | None]) -> list[list[str]]:
+        """The `k` best documents of each text, of its pool where it has one, best first."""
         ...
 
 
@@ -86,21 +88,18 @@ class _LexicalSearch:
     _index: BM25
     _last: tuple[tuple[str, ...], list[dict[str, float]]] = field(default=((), []))
 
-    def search(self, texts: Sequence[str], k: int) -> list[list[str]]:
-        found = self._index.search_scored(texts, k)
-        self._last = tuple(texts), [dict(line) for line in found]
-        return [[doc_id for doc_id, _ in line] for line in found]
+    def search(self, texts: Sequence[str], k: int, pools: Sequence[frozenset[str] | None]) -> list[list[str]]:
+        rankings = self._index.search_scored(texts, k, pools)
+        self._last = tuple(texts), [dict(ranking) for ranking in rankings]
+        return [[doc_id for doc_id, _ in ranking] for ranking in rankings]
 
     def score(self, texts: Sequence[str], doc_ids: Sequence[Sequence[str]]) -> list[list[float]]:
         """Those of the last search are kept: a retriever that judges too looks up only what it did not find."""
-        known = self._last[1] if self._last[0] == tuple(texts) else [{} for _ in texts]
-        missing = [[one for one in asked if one not in line] for line, asked in zip(known, doc_ids, strict=True)]
-        added = self._index.scores(texts, missing)
-        scores = [
-            line | dict(zip(asked, values, strict=True))
-            for line, asked, values in zip(known, missing, added, strict=True)
-        ]
-        return [[line[doc_id] for doc_id in asked] for line, asked in zip(scores, doc_ids, strict=True)]
+        scores = [dict(line) for line in self._last[1]] if self._last[0] == tuple(texts) else [{} for _ in texts]
+        rest = [[doc_id for doc_id in ids if doc_id not in of] for ids, of in zip(doc_ids, scores, strict=True)]
+        for of, ids, values in zip(scores, rest, self._index.scores(texts, rest), strict=True):
+            of.update(zip(ids, values, strict=True))
+        return [[of[doc_id] for doc_id in ids] for ids, of in zip(doc_ids, scores, strict=True)]
 
 
 class DenseRetriever:
@@ -128,10 +127,10 @@ class DenseRetriever:
         texts = sorted(collection.texts().items())
         progress: Progress | None = None
 
-        def start(total: int, done: int) -> None:
+        def start(total: int, resume_at: int) -> None:
             nonlocal progress
             progress = watch("documents", total)
-            progress(done, 0)
+            progress(resume_at, 0)
 
         folder = cache / f"vectors-{key_hash({'documents': _hash_texts(texts), **self.key})}"
         index = encode_corpus(
@@ -140,12 +139,12 @@ class DenseRetriever:
             folder,
             dtype=self._dtype,
             on_start=start,
-            progress=lambda done, tokens: progress(done, tokens) if progress else None,
+            progress=lambda count, tokens: progress(count, tokens) if progress else None,
         )
-        return _DenseSearch(_placed(index), self._encode_query)
+        return _DenseSearch(_to_gpu(index), self._encode_query)
 
 
-def _placed(index: ExactIndex) -> ExactIndex:
+def _to_gpu(index: ExactIndex) -> ExactIndex:
     """The index on the GPU, where one has twice the room that its vectors take; else as it is, mapped from the disk."""
     if not torch.cuda.is_available():
         return index
@@ -159,14 +158,14 @@ class _DenseSearch:
     _encode_query: Callable[[Sequence[str]], Array]
     _last: tuple[tuple[str, ...], Array] | None = field(default=None)
 
-    def search(self, texts: Sequence[str], k: int) -> list[list[str]]:
-        return self._index.search(self._vectors(texts), k).doc_ids
+    def search(self, texts: Sequence[str], k: int, pools: Sequence[frozenset[str] | None]) -> list[list[str]]:
+        rankings = ranked(self._index, self._vectors(texts), [Restrictions(pool=pool) for pool in pools], k)
+        return [[doc_id for doc_id, _ in ranking] for ranking in rankings]
 
     def score(self, texts: Sequence[str], doc_ids: Sequence[Sequence[str]]) -> list[list[float]]:
-        vectors = self._vectors(texts)
         return [
-            (self._index.vectors(asked) * vector).sum(axis=1).tolist() if asked else []
-            for vector, asked in zip(vectors, doc_ids, strict=True)
+            self._index.scores_at(self._index.rows_of(ids), vector).tolist()
+            for ids, vector in zip(doc_ids, self._vectors(texts), strict=True)
         ]
 
     def _vectors(self, texts: Sequence[str]) -> Array:
@@ -260,7 +259,7 @@ class _Crossing:
     def score(self, texts: Sequence[str], doc_ids: Sequence[Sequence[str]]) -> list[list[float]]:
         documents = self._collection.documents
         pairs = [
-            (text, documents[doc_id].full_text) for text, asked in zip(texts, doc_ids, strict=True) for doc_id in asked
+            (text, documents[doc_id].full_text) for text, ids in zip(texts, doc_ids, strict=True) for doc_id in ids
         ]
         if not pairs:
             return [[] for _ in texts]
@@ -269,7 +268,7 @@ class _Crossing:
         )
         if not np.isfinite(scores).all():
             raise ModelError(f"{self._source} gave NaN or infinity as a score; its weights are broken")
-        ends = np.cumsum([len(asked) for asked in doc_ids])[:-1]
+        ends = np.cumsum([len(ids) for ids in doc_ids])[:-1]
         return [line.tolist() for line in np.split(scores, ends)]
 
 
@@ -284,7 +283,7 @@ class BlockCache:
 
     def __init__(self, folder: Path, kind: str, key: Mapping[str, Any]) -> None:
         self.folder = folder / f"{kind}-{key_hash(key)}"
-        self.found = 0
+        self.hits = 0
         if not (self.folder / "key.json").exists():
             write_json(self.folder / "key.json", dict(key))
 
@@ -309,7 +308,7 @@ class BlockCache:
                 raise ValueError(f"expected a list of {size}")
         except ValueError as error:
             raise DataError(f"{path} is damaged ({error}); remove it and make the same call again") from error
-        self.found += 1
+        self.hits += 1
         return values
 
     def _path(self, number: int) -> Path:

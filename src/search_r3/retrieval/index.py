@@ -8,23 +8,22 @@ Shapes: `Q` queries, `N` documents, `D` vector size, `K` results.
 
 from __future__ import annotations
 
-import json
+from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from itertools import pairwise
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any, Literal
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
 from ..errors import VectorIndexError
-from ..files import write_json
+from ..model.documents import unusable_rows
 from ..types import Array, Rows
 from . import storage
-from .selection import Best, Blocks, count_better
+from .selection import Best, Blocks, count_ahead, count_better
 
 DType = Literal["float32", "float16"]
 
@@ -39,55 +38,62 @@ class SearchResult:
     scores: Array
 
 
-class VectorIndex(Protocol):
-    """What the environment, the evaluation and the server ask of an index."""
+class VectorIndex(ABC):
+    """What ranks and refresh policies ask of an index.
 
-    @property
-    def doc_ids(self) -> Sequence[str]:
-        """The document of each row, in descending order."""
-        ...
+    Attributes:
+        doc_ids: the document of each row, in descending order.
+        rows: the row of each document.
+        encoded_at_version: the policy version that encoded each row, `N`.
+    """
 
-    @property
-    def encoded_at_version(self) -> NDArray[np.int64]:
-        """The policy version that encoded each row, `N`."""
-        ...
+    doc_ids: Sequence[str]
+    rows: Mapping[str, int]
+    encoded_at_version: NDArray[np.int64]
 
-    def __len__(self) -> int: ...
+    def __len__(self) -> int:
+        return len(self.doc_ids)
 
     def row(self, doc_id: str) -> int:
-        """The row of a document; a VectorIndexError if the index does not hold it."""
-        ...
+        """The row of a document.
 
-    def search_rows(self, queries: Array, k: int) -> tuple[Rows, Array]:
-        """Rows and scores, both `Q x K`, of the `k` best documents of each query (all where there are fewer)."""
-        ...
+        Raises:
+            VectorIndexError: the index does not hold it.
+        """
+        try:
+            return self.rows[doc_id]
+        except KeyError:
+            raise VectorIndexError(f"document {doc_id!r} is not in the index of {len(self)} documents") from None
+
+    def rows_of(self, doc_ids: Sequence[str]) -> Rows:
+        """The row of each document, as `row`."""
+        return np.array([self.row(doc_id) for doc_id in doc_ids], dtype=np.int64)
 
     def search(self, queries: Array, k: int) -> SearchResult:
-        """The same with doc_ids instead of rows."""
-        ...
+        """`search_rows` with doc_ids instead of rows."""
+        rows, scores = self.search_rows(queries, k)
+        return SearchResult([[self.doc_ids[row] for row in line] for line in rows.tolist()], scores)
 
-    def ranks(self, queries: Array, doc_ids: Sequence[Sequence[str]]) -> list[dict[str, int]]:
-        """The rank (from 1) of chosen documents for each query."""
-        ...
+    @abstractmethod
+    def search_rows(self, queries: Array, k: int) -> tuple[Rows, Array]:
+        """Rows and scores, both `Q x K`, of the `k` best documents of each query (all where there are fewer)."""
 
-    def vectors(self, doc_ids: Sequence[str]) -> Array:
-        """The vectors held for these documents, `len(doc_ids) x D`."""
-        ...
+    @abstractmethod
+    def ranks(
+        self, queries: Array, rows: Sequence[Sequence[int]], left_out: Sequence[Rows] | None = None
+    ) -> list[list[int]]:
+        """The rank (from 1) of chosen rows for each query, among all but those that are left out for it."""
 
+    @abstractmethod
+    def scores_at(self, rows: Rows, query: Array) -> Array:
+        """The scores of these rows for one query, `len(rows)`; equal vectors have equal ones."""
+
+    @abstractmethod
     def vectors_at(self, rows: Sequence[int] | Rows) -> Array:
-        """The vectors held in these rows, `len(rows) x D`."""
-        ...
-
-    def update(self, doc_ids: Sequence[str], vectors: Array, version: int) -> None:
-        """Replace the vectors of known documents, which are then as old as `version`."""
-        ...
-
-    def save(self, folder: Path) -> None:
-        """Write the index; a process killed at any moment leaves the old state or the new one."""
-        ...
+        """The vectors held in these rows, `len(rows) x D`, as float32."""
 
 
-class ExactIndex:
+class ExactIndex(VectorIndex):
     """Exact search by matrix products of blocks of documents and queries; `Q x N` scores never exist at once.
 
     Args:
@@ -120,15 +126,12 @@ class ExactIndex:
         if dtype not in _DTYPES:
             raise VectorIndexError(f"an index cannot hold {dtype!r}; choose one of {', '.join(_DTYPES)}")
         order = descending(doc_ids)
-        vectors = _shaped(vectors, len(doc_ids), None)
+        vectors = _check_shape(vectors, len(doc_ids), None)
         self._tensor = torch.empty(vectors.shape, dtype=_DTYPES[dtype], device=device)  # N x D
         self._label([doc_ids[i] for i in order], np.full(len(doc_ids), version, dtype=np.int64))
         self._check_values(vectors)
         for start in range(0, len(order), self.block):
             self._tensor[start : start + self.block] = _tensor_of(vectors[order[start : start + self.block]])
-
-    def __len__(self) -> int:
-        return len(self.doc_ids)
 
     @property
     def dtype(self) -> DType:
@@ -146,22 +149,11 @@ class ExactIndex:
         array: Array = self._tensor.float().cpu().numpy()
         return array
 
-    def set_vectors_at(self, rows: Rows, vectors: Array) -> None:
-        """Replace the vectors in these rows, `len(rows) x D`, without touching `encoded_at_version`.
-
-        Raises:
-            VectorIndexError: wrong shape or values that are not finite; nothing is changed.
-        """
-        vectors = _shaped(vectors, len(rows), self.dimension)
-        self._check_values(vectors)
-        chosen = torch.tensor(np.asarray(rows, dtype=np.int64), device=self._tensor.device)
-        self._tensor[chosen] = _tensor_of(vectors).to(self._tensor)
-
     def scores(self, queries: Array) -> Array:
         """Scores of every document, `Q x N`, columns in the order of `doc_ids`; for small indexes."""
-        asked = self._asked(queries)
-        result = np.empty((len(asked), len(self)), dtype=np.float32)
-        for start, scores in self._products(asked):
+        vectors = self._queries(queries)
+        result = np.empty((len(vectors), len(self)), dtype=np.float32)
+        for start, scores in self._products(vectors):
             result[:, start : start + len(scores)] = scores.T.cpu().numpy()
         return result
 
@@ -180,91 +172,96 @@ class ExactIndex:
         """
         if k < 1:
             raise VectorIndexError(f"a search returns at least 1 document; k was {k}")
-        asked, k = self._asked(queries), min(k, len(self))
-        rows, scores = np.empty((len(asked), k), dtype=np.int64), np.empty((len(asked), k), dtype=np.float32)
-        for start in range(0, len(asked), self.query_block):
+        vectors, k = self._queries(queries), min(k, len(self))
+        rows, scores = np.empty((len(vectors), k), dtype=np.int64), np.empty((len(vectors), k), dtype=np.float32)
+        for start in range(0, len(vectors), self.query_block):
             part = slice(start, start + self.query_block)
-            best_rows, best_scores = self._best(asked[part], k)
-            rows[part], scores[part] = best_rows.cpu().numpy(), best_scores.cpu().numpy()
+            best = Best(vectors[part])
+            for first, products in self._products(vectors[part]):
+                best.add(first, products, k)
+            rows[part], scores[part] = best.rows.cpu().numpy(), best.scores.cpu().numpy()
         return rows, scores
 
-    def search(self, queries: Array, k: int) -> SearchResult:
-        """`search_rows` with doc_ids instead of rows."""
-        rows, scores = self.search_rows(queries, k)
-        return SearchResult([[self.doc_ids[row] for row in line] for line in rows.tolist()], scores)
-
-    def ranks(self, queries: Array, doc_ids: Sequence[Sequence[str]]) -> list[dict[str, int]]:
-        """The rank (from 1) of chosen documents for each query, without sorting all scores.
+    def ranks(
+        self, queries: Array, rows: Sequence[Sequence[int]], left_out: Sequence[Rows] | None = None
+    ) -> list[list[int]]:
+        """The rank (from 1) of chosen rows for each query, without sorting all scores.
 
         Args:
             queries: `Q x D`.
-            doc_ids: the documents asked for, for each query.
+            rows: the documents asked for, for each query.
+            left_out: the documents that are not ranked, for each query; none of them is asked for.
 
         Raises:
-            VectorIndexError: an unknown document, or not one list of documents for each query.
+            VectorIndexError: wrong shape, values that are not finite, or not one list of rows for each query.
         """
-        asked, rows = self._asked(queries), self.rows_of(doc_ids, len(queries))
-        found: list[dict[str, int]] = []
-        for start in range(0, len(asked), self.query_block):
-            part = slice(start, start + self.query_block)
-            wanted = torch.tensor(_padded(rows[part]), dtype=torch.long, device=asked.device)
-            better = count_better(partial(self._products, asked[part]), wanted, min(self.block, len(self))).tolist()
-            for ids, counts in zip(doc_ids[part], better, strict=True):
-                found.append({doc_id: count + 1 for doc_id, count in zip(ids, counts, strict=False)})
-        return found
+        if len(rows) != len(queries):
+            raise VectorIndexError(f"{len(queries)} queries need {len(queries)} lists of rows, found {len(rows)}")
+        vectors = self._queries(queries)
+        result: list[list[int]] = [[] for _ in rows]
+        # The longest lists stand together, so that they alone pay for their length.
+        order = sorted(range(len(rows)), key=lambda query: len(rows[query]), reverse=True)
+        for start in range(0, len(order), self.query_block):
+            part = order[start : start + self.query_block]
+            block, lists = vectors[part], [rows[i] for i in part]
+            better = count_better(self._products(block), partial(self._pair_scores, block), lists, block.device)
+            for i, counts in zip(part, better, strict=True):
+                result[i] = [count + 1 for count in counts]
+        for i, rivals in enumerate(left_out or ()):
+            if len(rivals) and result[i]:
+                targets = np.array(rows[i], dtype=np.int64)
+                scores, rival_scores = self.scores_at(targets, queries[i]), self.scores_at(rivals, queries[i])
+                ahead = count_ahead(targets, scores, rivals, rival_scores)
+                result[i] = [rank - count for rank, count in zip(result[i], ahead, strict=True)]
+        return result
 
-    def row(self, doc_id: str) -> int:
-        """The row of a document.
+    def scores_at(self, rows: Rows, query: Array) -> Array:
+        """The scores of these rows for one query, `len(rows)`; equal vectors have equal ones.
 
-        Raises:
-            VectorIndexError: the index does not hold it.
+        Those of a matrix product may differ in the last bit: it sums the edges of a block in another order.
         """
-        try:
-            return self.rows[doc_id]
-        except KeyError:
-            raise VectorIndexError(f"document {doc_id!r} is not in the index of {len(self)} documents") from None
+        vector = self._queries(query[None])
+        places = torch.tensor(rows, dtype=torch.long, device=vector.device)
+        scores: Array = self._pair_scores(vector, places, torch.zeros_like(places)).cpu().numpy()
+        return scores
 
-    def checked(self, queries: Array) -> Array:
+    def _pair_scores(self, queries: torch.Tensor, rows: torch.Tensor, query: torch.Tensor) -> torch.Tensor:
+        """The scores of pairs of a row and a query, each summed by itself."""
+        scores = queries.new_empty(len(rows))
+        for start in range(0, len(rows), self.block):
+            part = slice(start, start + self.block)
+            scores[part] = (self._tensor[rows[part]].to(queries) * queries[query[part]]).sum(1)
+        return scores
+
+    def check_queries(self, queries: Array) -> Array:
         """Queries as float32, `Q x D`.
 
         Raises:
             VectorIndexError: wrong shape or values that are not finite.
         """
-        queries = _shaped(queries, None, self.dimension)
+        queries = _check_shape(queries, None, self.dimension)
         self._check_values(queries)
         return np.ascontiguousarray(queries, dtype=np.float32)
 
-    def rows_of(self, doc_ids: Sequence[Sequence[str]], queries: int) -> list[list[int]]:
-        """The rows of the documents asked for with each of `queries` queries.
-
-        Raises:
-            VectorIndexError: an unknown document, or not one list of documents for each query.
-        """
-        if len(doc_ids) != queries:
-            raise VectorIndexError(f"{queries} queries need {queries} lists of documents, found {len(doc_ids)}")
-        return [[self.row(doc_id) for doc_id in ids] for ids in doc_ids]
-
-    def vectors(self, doc_ids: Sequence[str]) -> Array:
-        """The vectors held for these documents, `len(doc_ids) x D`."""
-        return self.vectors_at([self.row(doc_id) for doc_id in doc_ids])
-
     def vectors_at(self, rows: Sequence[int] | Rows) -> Array:
         """The vectors held in these rows, `len(rows) x D`, as float32."""
-        chosen = torch.tensor(np.asarray(rows, dtype=np.int64), device=self._tensor.device)
-        array: Array = self._tensor[chosen].float().cpu().numpy()
+        places = torch.tensor(np.asarray(rows, dtype=np.int64), device=self._tensor.device)
+        array: Array = self._tensor[places].float().cpu().numpy()
         return array
 
-    def update(self, doc_ids: Sequence[str], vectors: Array, version: int) -> None:
-        """Replace the vectors of known documents; of a document named twice the last one counts.
+    def update(self, rows: Rows, vectors: Array, version: int | None = None) -> None:
+        """Replace the vectors in these rows, each once, `len(rows) x D`; without a version they stay as old as before.
 
         Raises:
-            VectorIndexError: unknown documents, wrong shape or values that are not finite; nothing is changed.
+            VectorIndexError: wrong shape or values that are not finite; nothing is changed.
         """
-        last = {self.row(doc_id): place for place, doc_id in enumerate(doc_ids)}
-        vectors = _shaped(vectors, len(doc_ids), self.dimension)
-        rows = np.array([*last], dtype=np.int64)
-        self.set_vectors_at(rows, vectors[[*last.values()]])
-        self.encoded_at_version[rows] = version
+        vectors = _check_shape(vectors, len(rows), self.dimension)
+        self._check_values(vectors)
+        self._tensor[torch.tensor(rows, dtype=torch.long, device=self._tensor.device)] = _tensor_of(vectors).to(
+            self._tensor
+        )
+        if version is not None:
+            self.encoded_at_version[rows] = version
 
     def save(self, folder: Path) -> None:
         """Write the index; a process killed at any moment leaves the old state or the new one.
@@ -297,7 +294,7 @@ class ExactIndex:
 
     def writers(self) -> dict[str, storage.FileWriter]:
         """What writes each data file of a saved index."""
-        labels = label_writers(self.doc_ids, self.encoded_at_version)
+        labels = storage.label_writers(self.doc_ids, self.encoded_at_version)
         return {"vectors.npy": storage.write_array(self._tensor, self.block), **labels}
 
     def facts(self) -> dict[str, Any]:
@@ -308,13 +305,10 @@ class ExactIndex:
     def from_state(cls, manifest: Mapping[str, Any], paths: Mapping[str, Path], *, mmap: bool) -> ExactIndex:
         """The index that `facts` and `writers` described; to be called within `storage.readable`."""
         count, dimension, dtype = manifest["documents"], manifest["dimension"], manifest["dtype"]
-        doc_ids = json.loads(paths["doc_ids.json"].read_text(encoding="utf-8"))
-        if len(doc_ids) != count or not all(upper > lower for upper, lower in pairwise(doc_ids)):
-            raise ValueError(f"its {len(doc_ids)} doc_ids are not {count} in descending order")
+        doc_ids, versions = storage.read_labels(paths, count)
         if dtype not in _DTYPES:
             raise ValueError(f"unknown dtype {dtype!r}")
         vectors = storage.read_array(paths["vectors.npy"], (count, dimension), dtype, mmap=mmap)
-        versions = storage.read_array(paths["encoded_at_version.npy"], (count,), "int64")
         index = cls.__new__(cls)
         index._tensor = torch.from_numpy(vectors)
         index._label(doc_ids, versions)
@@ -326,19 +320,17 @@ class ExactIndex:
         if len(self.rows) != len(doc_ids):
             raise VectorIndexError("document ids must be unique within an index")
 
-    def _asked(self, queries: Array) -> torch.Tensor:
-        return torch.tensor(self.checked(queries), device=self._tensor.device)
+    def _queries(self, queries: Array) -> torch.Tensor:
+        return torch.tensor(self.check_queries(queries), device=self._tensor.device)
 
     def _check_values(self, vectors: Array) -> None:
-        limit = torch.finfo(self._tensor.dtype).max
         for start in range(0, len(vectors), self.block):
-            # NaN fails every comparison.
-            if not (np.abs(vectors[start : start + self.block]) <= limit).all():
+            if len(unusable_rows(vectors[start : start + self.block], self.dtype)):
                 raise VectorIndexError(
                     f"vectors hold NaN or infinity (or more than {self.dtype} can); the model that made them is broken"
                 )
 
-    def _products(self, queries: torch.Tensor, starts: Sequence[int] | None = None) -> Blocks:
+    def _products(self, queries: torch.Tensor) -> Blocks:
         """The first row and the scores (`rows x Q`) of each block; the next block overwrites the scores.
 
         A document gets the same bits in every pass over the same queries: same shapes, same memory, same order of sums.
@@ -347,19 +339,12 @@ class ExactIndex:
         size = min(self.block, len(self))
         scores = queries.new_empty((size, len(queries)))
         narrow = self._tensor.dtype != queries.dtype
-        widened = queries.new_empty((size, self.dimension)) if narrow else queries
-        for start in range(0, len(self), size) if starts is None else starts:
+        wide = queries.new_empty((size, self.dimension)) if narrow else queries
+        for start in range(0, len(self), size):
             block = self._tensor[start : start + size]
             if narrow:
-                block = widened[: len(block)].copy_(block)
+                block = wide[: len(block)].copy_(block)
             yield start, torch.mm(block, queries.T, out=scores[: len(block)])
-
-    def _best(self, queries: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """Rows and scores, `Q x K`, best first."""
-        best = Best(queries)
-        for start, scores in self._products(queries):
-            best.add(start, scores, k)
-        return best.rows, best.scores
 
 
 def descending(doc_ids: Sequence[str]) -> Rows:
@@ -367,15 +352,7 @@ def descending(doc_ids: Sequence[str]) -> Rows:
     return np.array(sorted(range(len(doc_ids)), key=doc_ids.__getitem__, reverse=True), dtype=np.int64)
 
 
-def label_writers(doc_ids: Sequence[str], versions: NDArray[np.int64]) -> dict[str, storage.FileWriter]:
-    """What writes each data file of a saved index but the vectors."""
-    return {
-        "encoded_at_version.npy": storage.write_array(torch.from_numpy(versions), len(versions)),
-        "doc_ids.json": lambda path: write_json(path, list(doc_ids)),
-    }
-
-
-def _shaped(vectors: Array, rows: int | None, dimension: int | None) -> Array:
+def _check_shape(vectors: Array, rows: int | None, dimension: int | None) -> Array:
     array = np.asarray(vectors)
     if array.ndim != 2 or (rows is not None and len(array) != rows):
         raise VectorIndexError(
@@ -389,9 +366,3 @@ def _shaped(vectors: Array, rows: int | None, dimension: int | None) -> Array:
 def _tensor_of(vectors: Array) -> torch.Tensor:
     """A copy as float32."""
     return torch.tensor(np.asarray(vectors, dtype=np.float32))
-
-
-def _padded(rows: Sequence[Sequence[int]]) -> list[list[int]]:
-    """Lists of one length; what is added at the end of shorter ones is never read."""
-    width = max(map(len, rows))
-    return [[*row, *[0] * (width - len(row))] for row in rows]

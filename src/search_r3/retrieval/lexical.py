@@ -44,14 +44,16 @@ class BM25:
         """The library and its version."""
         return f"bm25s {version('bm25s')}"
 
-    def search(self, texts: Sequence[str], k: int) -> list[list[str]]:
-        """The `k` best documents of each text under the ranking rule; documents that share no word are left out."""
-        return [[doc_id for doc_id, _ in found] for found in self.search_scored(texts, k)]
+    def search(
+        self, texts: Sequence[str], k: int, pools: Sequence[Iterable[str] | None] | None = None
+    ) -> list[list[str]]:
+        """The `k` best documents of each text, of its pool where it has one; those that share no word are left out."""
+        return [[doc_id for doc_id, _ in ranking] for ranking in self.search_scored(texts, k, pools)]
 
     def search_scored(
         self, texts: Sequence[str], k: int, pools: Sequence[Iterable[str] | None] | None = None
     ) -> list[Scored]:
-        """The same with scores; a text with a pool ranks the documents of that pool alone."""
+        """The same with scores."""
         return [
             self._best(tokens, k, pool)
             for tokens, pool in zip(self._tokens(texts), pools or [None] * len(texts), strict=True)
@@ -60,26 +62,26 @@ class BM25:
     def scores(self, texts: Sequence[str], doc_ids: Sequence[Sequence[str]]) -> list[list[float]]:
         """The score of each of these documents for the text at its place; 0 where they share no word."""
         return [
-            self._scores(self._columns(tokens), self._chosen(asked)).tolist()
-            for tokens, asked in zip(self._tokens(texts), doc_ids, strict=True)
+            self._scores(self._columns(tokens), self._rows_of(line)).tolist()
+            for tokens, line in zip(self._tokens(texts), doc_ids, strict=True)
         ]
 
     def _best(self, tokens: list[str], k: int, pool: Iterable[str] | None) -> Scored:
         columns = self._columns(tokens)
         if pool is None:
-            rows, scores = self._near(columns, k)
+            rows, scores = self._candidates(columns, k)
         else:
-            rows = self._chosen(doc_id for doc_id in pool if doc_id in self._rows)
+            rows = self._rows_of(doc_id for doc_id in pool if doc_id in self._rows)
             scores = self._scores(columns, rows)
             rows, scores = rows[scores != 0], scores[scores != 0]
         if len(rows) > k:
             # All that tie with the last place stay, for the ranking rule to choose among.
             best = scores >= np.partition(scores, -k)[-k]
             rows, scores = rows[best], scores[best]
-        found = {self.doc_ids[row]: score for row, score in zip(rows.tolist(), scores.tolist(), strict=True)}
-        return [(doc_id, found[doc_id]) for doc_id in rank(found, k)]
+        score_of = {self.doc_ids[row]: score for row, score in zip(rows.tolist(), scores.tolist(), strict=True)}
+        return [(doc_id, score_of[doc_id]) for doc_id in rank(score_of, k)]
 
-    def _chosen(self, doc_ids: Iterable[str]) -> _Matches:
+    def _rows_of(self, doc_ids: Iterable[str]) -> _Matches:
         return np.array([self._rows[doc_id] for doc_id in doc_ids], dtype=np.int64)
 
     def _columns(self, tokens: list[str]) -> list[_Column]:
@@ -89,8 +91,8 @@ class BM25:
         matrix = self._bm25.scores
         ends = matrix["indptr"]
         return [
-            (matrix["indices"][ends[one] : ends[one + 1]], matrix["data"][ends[one] : ends[one + 1]])
-            for one in self._bm25.get_tokens_ids(tokens)
+            (matrix["indices"][ends[token] : ends[token + 1]], matrix["data"][ends[token] : ends[token + 1]])
+            for token in self._bm25.get_tokens_ids(tokens)
         ]
 
     @staticmethod
@@ -102,7 +104,7 @@ class BM25:
             scores += np.where(holds[at] == rows, adds[at], np.float32(0))
         return scores
 
-    def _near(self, columns: list[_Column], k: int) -> tuple[_Matches, Scores]:
+    def _candidates(self, columns: list[_Column], k: int) -> tuple[_Matches, Scores]:
         """The documents that can be among the `k` best, and their scores.
 
         The `k`-th best of the rarest word that `k` documents hold is no better than the `k`-th best of all; what scores

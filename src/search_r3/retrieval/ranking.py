@@ -1,57 +1,155 @@
-"""Requests and the rankings that they allow: documents left out, pools that alone are ranked, ties of equal vectors."""
+"""The one ranking rule: reward, dev evaluation, hard negatives and benchmarks rank by it.
+
+1. What the collection excludes for a query never stands in its ranking (BRIGHT), nor does the document that bears the
+   query's id unless it is judged relevant (ArguAna).
+2. Where the query has a pool, its documents alone are ranked (babi).
+3. Higher scores first, equal ones by doc_id, the larger string first. Equal vectors have equal scores.
+
+`data.restrictions` makes 1 and 2 of a collection, for all rooms. With vectors there are two ways on. Rankings, as an
+evaluation needs them:
+
+    requests = make_requests(collection, qrels)           # in the order of qrels
+    rankings = ranked(index, vectors, requests, depth=10)
+    ndcg([doc_id for doc_id, _ in rankings[0]], qrels[requests[0].query_id], 10)
+
+And ranks of chosen documents, which cost no sort, as a reward needs them; inside, documents are rows of the index:
+
+    limits = [restricted_rows(index, request) for request in requests]
+    ranks(index, vectors, rows, limits)
+
+Without vectors (BM25) `without` takes what is left out of a ranking; `search_scored` takes pools.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
+from ..data.collection import Collection
+from ..data.restrictions import Restrictions, restrictions
 from ..types import Array, Rows
-from .index import ExactIndex
+from .index import VectorIndex
 from .lexical import Scored
+from .selection import NOISE, count_ahead
 
-MARGIN, NOISE = 32, 1e-5
-"""Documents beyond the depth that are scored once more, since a matrix product may order equal ones wrongly; and the
-difference of scores by which it may. Where the margin is all noise, every document is scored once more."""
+MARGIN = 32
+"""Documents beyond the depth that are scored once more, since a matrix product may order equal ones wrongly. Where the
+margin is all noise, every document is scored once more."""
 
 
 @dataclass(frozen=True)
-class RankRequest:
-    """One query as a system sees it: `left_out` never stand in its ranking, `pool` are the only ones that can."""
+class RankRequest(Restrictions):
+    """One query as a system sees it, with what must not stand in its ranking."""
 
     query_id: str
     text: str
-    left_out: frozenset[str] = frozenset()
-    pool: frozenset[str] | None = None
 
 
-def ranked(index: ExactIndex, vectors: Array, requests: Sequence[RankRequest], depth: int) -> list[Scored]:
+def make_requests(
+    collection: Collection, qrels: Mapping[str, Mapping[str, int]], keep_identical_ids: bool = False
+) -> list[RankRequest]:
+    """The queries of these judgements, in their order."""
+    requests = []
+    for query_id, relevance in qrels.items():
+        limits = restrictions(collection, query_id, relevance, keep_identical_ids=keep_identical_ids)
+        text = collection.queries[query_id].text
+        requests.append(RankRequest(query_id, text, left_out=limits.left_out, pool=limits.pool))
+    return requests
+
+
+def ranked(index: VectorIndex, vectors: Array, requests: Sequence[Restrictions], depth: int) -> list[Scored]:
     """The documents of each request, best first, at most `depth`, under its restrictions."""
-    open_requests = [i for i, request in enumerate(requests) if request.pool is None]
-    found: list[Scored] = [[] for _ in requests]
-    if open_requests:
-        deepest = depth + MARGIN + max(len(requests[i].left_out) for i in open_requests)
-        rows, products = index.search_rows(vectors[open_requests], deepest)
-        for i, line, scores in zip(open_requests, rows, products, strict=True):
-            last = min(depth + len(requests[i].left_out), len(line)) - 1
-            tied = len(line) < len(index) and scores[last] - scores[-1] < NOISE
-            found[i] = without(_scored(index, np.arange(len(index)) if tied else line, vectors[i]), requests[i], depth)
-    for i, request in enumerate(requests):
-        if request.pool is not None:
-            pool = np.array([index.row(doc_id) for doc_id in request.pool - request.left_out], dtype=np.int64)
-            found[i] = _scored(index, pool, vectors[i])[:depth]
-    return found
+    limits = [restricted_rows(index, request) for request in requests]
+    return [
+        [(index.doc_ids[row], score) for row, score in zip(rows, scores.tolist(), strict=True)]
+        for rows, scores in ranked_rows(index, vectors, limits, depth)
+    ]
 
 
-def _scored(index: ExactIndex, rows: Rows, vector: Array) -> Scored:
-    """These documents, best first. Equal vectors get equal scores, which those of a matrix product need not be."""
-    scores = (index.vectors_at(rows) * vector).sum(axis=1)
-    # Rows stand in descending order of doc_id, so the lower row comes first among equals, as the ranking rule says.
-    order = np.lexsort((rows, -scores))
-    return [(index.doc_ids[row], score) for row, score in zip(rows[order], scores[order].tolist(), strict=True)]
+def ranked_rows(
+    index: VectorIndex, vectors: Array, limits: Sequence[RestrictedRows], depth: int
+) -> list[tuple[Rows, Array]]:
+    """The rows of each query `Q x D`, best first, at most `depth`, under its restrictions, and their scores."""
+    candidates = [limit.pool for limit in limits]
+    unpooled = [i for i, pool in enumerate(candidates) if pool is None]
+    if unpooled:
+        deepest = depth + MARGIN + max(len(limits[i].left_out) for i in unpooled)
+        nearest, products = index.search_rows(vectors[unpooled], deepest)
+        for i, rows, scores in zip(unpooled, nearest, products, strict=True):
+            last = min(depth + len(limits[i].left_out), len(rows)) - 1
+            tied = len(rows) < len(index) and scores[last] - scores[-1] < NOISE
+            candidates[i] = np.setdiff1d(np.arange(len(index)) if tied else rows, limits[i].left_out)
+    rankings = []
+    for rows, vector in zip(candidates, vectors, strict=True):
+        assert rows is not None
+        scores = index.scores_at(rows, vector)
+        # Rows stand in descending order of doc_id, so the lower row comes first among equals.
+        order = np.lexsort((rows, -scores))[:depth]
+        rankings.append((rows[order], scores[order]))
+    return rankings
 
 
-def without(scored: Scored, request: RankRequest, depth: int) -> Scored:
+@dataclass(frozen=True)
+class RestrictedRows:
+    """`Restrictions` as rows of an index, ascending; a pool holds nothing that is left out."""
+
+    left_out: Rows
+    pool: Rows | None
+
+    def allow(self, rows: Rows) -> np.ndarray[tuple[int], np.dtype[np.bool_]]:
+        """Which of these rows can be ranked."""
+        return np.isin(rows, self.left_out, invert=True) if self.pool is None else np.isin(rows, self.pool)
+
+    def within(self, rows: Rows) -> RestrictedRows:
+        """The same in an index of these rows alone, which ascend."""
+        left_out, pool = np.isin(rows, self.left_out), None if self.pool is None else np.isin(rows, self.pool)
+        return RestrictedRows(np.flatnonzero(left_out), None if pool is None else np.flatnonzero(pool))
+
+
+def restricted_rows(index: VectorIndex, limits: Restrictions) -> RestrictedRows:
+    """The rows of the documents that the restrictions name, those that the index holds."""
+    if limits.pool is None:
+        return RestrictedRows(_rows(index, limits.left_out), None)
+    return RestrictedRows(_rows(index, frozenset()), _rows(index, limits.pool - limits.left_out))
+
+
+def _rows(index: VectorIndex, doc_ids: frozenset[str]) -> Rows:
+    return np.array(sorted(index.rows[doc_id] for doc_id in doc_ids if doc_id in index.rows), dtype=np.int64)
+
+
+def ranks(
+    index: VectorIndex, vectors: Array, rows: Sequence[Sequence[int] | Rows], limits: Sequence[RestrictedRows]
+) -> list[list[int]]:
+    """The rank (from 1) of chosen documents of each query, among those that its restrictions allow.
+
+    Args:
+        index: what is ranked.
+        vectors: of the queries, `Q x D`.
+        rows: of the documents asked for, `Q` lists.
+        limits: of each query.
+
+    Returns:
+        `Q` lists of ranks; a document that cannot be ranked has the one behind all documents of the index.
+    """
+    numbers = [np.array(line, dtype=np.int64) for line in rows]
+    targets = [line[limit.allow(line)] for line, limit in zip(numbers, limits, strict=True)]
+    unpooled = [i for i, limit in enumerate(limits) if limit.pool is None]
+    whole = index.ranks(
+        vectors[unpooled], [targets[i].tolist() for i in unpooled], [limits[i].left_out for i in unpooled]
+    )
+    rank_lists = dict(zip(unpooled, whole, strict=True))
+    for i, limit in enumerate(limits):
+        if limit.pool is not None:
+            scores, pool_scores = index.scores_at(targets[i], vectors[i]), index.scores_at(limit.pool, vectors[i])
+            rank_lists[i] = [count + 1 for count in count_ahead(targets[i], scores, limit.pool, pool_scores)]
+    result = [np.full(len(line), len(index) + 1) for line in numbers]
+    for i, line in enumerate(result):
+        line[limits[i].allow(numbers[i])] = rank_lists[i]
+    return [line.tolist() for line in result]
+
+
+def without(scored: Scored, request: Restrictions, depth: int) -> Scored:
     """The first `depth` of a ranking but for what is left out of it."""
     return [(doc_id, score) for doc_id, score in scored if doc_id not in request.left_out][:depth]

@@ -11,15 +11,21 @@ from collections.abc import Callable, Iterable, Sequence
 
 import torch
 
+from ..types import Array, Rows
+
 Blocks = Iterable[tuple[int, torch.Tensor]]
 """First row and scores (`rows x Q`) of each block."""
+PairScores = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
+"""Rows and queries (their numbers), pair by pair -> scores."""
+NOISE = 1e-5
+"""By so much the scores of unit vectors in a matrix product may be wrong, and order equal vectors wrongly."""
 
 
 class Best:
     """The best documents of each query among the blocks seen so far, kept in rank order."""
 
     def __init__(self, queries: torch.Tensor) -> None:
-        self.scores = queries.new_empty((len(queries), 0))  # Q x held
+        self.scores = queries.new_empty((len(queries), 0))  # Q x K, or fewer at first
         self.rows = torch.empty((len(queries), 0), dtype=torch.long, device=queries.device)
         self.floor = queries.new_full((len(queries),), -torch.inf)
         self.queries = torch.arange(len(queries), device=queries.device)
@@ -27,14 +33,13 @@ class Best:
     def add(self, start: int, scores: torch.Tensor, k: int) -> None:
         """Take in the scores (`rows x Q`) of the block that begins at row `start`, behind all blocks so far."""
         # An equal score in a later row ranks behind, so a newcomer has to beat the last one of k.
-        passed = scores > self.floor
-        if passed.count_nonzero() > 4 * k * len(self.queries):
-            passed &= scores >= scores.topk(min(k, len(scores)), dim=0).values[-1]
-        row, query = passed.nonzero(as_tuple=True)
+        newcomers = scores > self.floor
+        if newcomers.count_nonzero() > 4 * k * len(self.queries):
+            newcomers &= scores >= scores.topk(min(k, len(scores)), dim=0).values[-1]
+        row, query = newcomers.nonzero(as_tuple=True)
         if not len(row):
             return
-        held = self.rows.shape[1]
-        every_query = torch.cat([self.queries.repeat_interleave(held), query])
+        every_query = torch.cat([self.queries.repeat_interleave(self.rows.shape[1]), query])
         # Adding 0 turns -0 into 0: they are equal, but a sort by bits puts them apart.
         every_score = torch.cat([self.scores.flatten(), scores[row, query]]) + 0.0
         every_row = torch.cat([self.rows.flatten(), row + start])
@@ -43,32 +48,48 @@ class Best:
         order = order[every_query[order].sort(stable=True).indices]
         sizes = every_query.bincount(minlength=len(self.queries))
         places = torch.arange(min(k, start + len(scores)), device=row.device)
-        order = order[(sizes.cumsum(0) - sizes)[:, None] + places]  # Q x held
+        order = order[(sizes.cumsum(0) - sizes)[:, None] + places]  # Q x K
         self.scores, self.rows = every_score[order], every_row[order]
         if len(places) == k:
             self.floor = self.scores[:, -1].contiguous()
 
 
-def count_better(products: Callable[[Sequence[int] | None], Blocks], target: torch.Tensor, size: int) -> torch.Tensor:
-    """How many documents rank before each wanted one.
+def count_better(
+    blocks: Blocks, pair_scores: PairScores, targets: Sequence[Sequence[int]], device: torch.device
+) -> list[list[int]]:
+    """How many documents rank before each target.
+
+    Documents whose score in a block is within `NOISE` of the target's are compared by `pair_scores`.
 
     Args:
-        products: gives the blocks that begin at the rows named, or all of them; the same bits each time.
-        target: rows of the wanted documents, `Q x W`.
-        size: rows of a block.
-
-    Returns:
-        Counts, `Q x W`.
+        blocks: the scores of all documents.
+        pair_scores: the score of each pair of a row and a query; equal vectors get equal scores.
+        targets: rows of the documents asked for, a list for each query, the longest lists first.
+        device: where the scores are.
     """
-    own = torch.zeros(target.shape, device=target.device)
-    for start, scores in products(sorted(set((target // size * size).flatten().tolist()))):
-        query, column = ((target >= start) & (target < start + size)).nonzero(as_tuple=True)
-        own[query, column] = scores[target[query, column] - start, query]
-    better = torch.zeros_like(target)
-    for start, scores in products(None):
-        for slot in range(target.shape[1]):
-            mine, place = own[:, slot], target[:, slot]
-            better[:, slot] += (scores > mine).sum(0)
-            row, query = (scores == mine).nonzero(as_tuple=True)
-            better[:, slot] += query[row + start < place[query]].bincount(minlength=len(target))
-    return better
+    # The slot-th target of every query that has so many: the first columns of a block.
+    slots = [
+        torch.tensor([rows[slot] for rows in targets if len(rows) > slot], device=device)
+        for slot in range(len(targets[0]))
+    ]
+    columns = torch.arange(len(targets), device=device)
+    bars = [pair_scores(slot, columns[: len(slot)]) for slot in slots]
+    counts = [torch.zeros_like(slot) for slot in slots]
+    for start, scores in blocks:
+        for target, bar, count in zip(slots, bars, counts, strict=True):
+            gaps = scores[:, : len(target)] - bar
+            count += (gaps > NOISE).sum(0)
+            row, query = (gaps.abs() <= NOISE).nonzero(as_tuple=True)
+            row += start
+            exact = pair_scores(row, query)
+            ahead = (exact > bar[query]) | ((exact == bar[query]) & (row < target[query]))
+            count += query[ahead].bincount(minlength=len(target))
+    lists = [count.tolist() for count in counts]
+    return [[lists[slot][place] for slot in range(len(rows))] for place, rows in enumerate(targets)]
+
+
+def count_ahead(rows: Rows, scores: Array, rivals: Rows, rival_scores: Array) -> list[int]:
+    """How many of the rivals rank before each of these rows."""
+    higher, equal = rival_scores > scores[:, None], rival_scores == scores[:, None]
+    counts: list[int] = (higher | (equal & (rivals < rows[:, None]))).sum(axis=1).tolist()
+    return counts

@@ -46,10 +46,12 @@ def agrees(index: ApproximateIndex, truth: dict[str, np.ndarray], queries: np.nd
     assert found.doc_ids == [line[:k] for line in order]
     np.testing.assert_allclose(found.scores, -np.sort(-scores, axis=1)[:, :k], atol=1e-5)
     depth = index.settings.rank_depth
-    assert index.ranks(queries, [doc_ids] * len(queries)) == [
-        {doc_id: min(line.index(doc_id) + 1, depth + 1) for doc_id in doc_ids} for line in order
+    assert index.ranks(queries, [range(len(index))] * len(queries)) == [
+        [min(line.index(doc_id) + 1, depth + 1) for doc_id in index.doc_ids] for line in order
     ]
-    np.testing.assert_array_equal(index.vectors(doc_ids), np.stack([truth[doc_id] for doc_id in doc_ids]))
+    np.testing.assert_array_equal(
+        index.vectors_at(index.rows_of(doc_ids)), np.stack([truth[doc_id] for doc_id in doc_ids])
+    )
 
 
 @settings(max_examples=40, deadline=None)
@@ -62,8 +64,9 @@ def test_any_sequence_of_steps_agrees_with_a_dictionary(changes, seed, k, querie
     with tempfile.TemporaryDirectory() as folder:
         for version, (step, argument) in enumerate(changes, 1):
             if step == "update":
+                argument = list(dict.fromkeys(argument))
                 vectors = unit(rng, len(argument))
-                index.update(argument, vectors, version)
+                index.update(index.rows_of(argument), vectors, version)
                 truth |= dict(zip(argument, vectors, strict=True))
                 versions |= dict.fromkeys(argument, version)
             else:
@@ -78,7 +81,7 @@ def test_after_many_updates_every_document_is_found_by_its_own_new_vector() -> N
     index = build(500, 32, GraphSettings(rank_depth=50))
     for version in range(1, 41):
         moved = rng.choice(500, 25, replace=False)
-        index.update([f"d{i}" for i in moved], unit(rng, 25, 32), version)
+        index.update(index.rows_of([f"d{i}" for i in moved]), unit(rng, 25, 32), version)
     vectors = index.vectors_at(range(500))
     found = index.search(vectors, 3)
     assert [ids[0] for ids in found.doc_ids] == list(index.doc_ids)
@@ -104,12 +107,10 @@ def test_equal_vectors_rank_by_id() -> None:
     vectors = np.repeat(unit(np.random.default_rng(0), 20), 5, axis=0)
     index = ApproximateIndex(ExactIndex([f"{i:03}" for i in range(100)], vectors), THOROUGH)
     queries = unit(np.random.default_rng(1), 10)
-    for ids, ranks in zip(
-        index.search(queries, 10).doc_ids, index.ranks(queries, [[f"{i:03}" for i in range(100)]] * 10), strict=True
-    ):
-        groups = [ids[:5], ids[5:]]
-        assert all(group == sorted(group, reverse=True) for group in groups)
-        assert [ranks[doc_id] for doc_id in ids] == list(range(1, 11))
+    for rows, ranks in zip(index.search_rows(queries, 10)[0], index.ranks(queries, [range(100)] * 10), strict=True):
+        groups = [rows[:5].tolist(), rows[5:].tolist()]
+        assert all(group == sorted(group) for group in groups)
+        assert [ranks[row] for row in rows] == list(range(1, 11))
 
 
 def test_missing_proposals_are_ignored_and_a_starved_query_is_searched_exactly(monkeypatch) -> None:
@@ -134,16 +135,16 @@ def test_missing_proposals_are_ignored_and_a_starved_query_is_searched_exactly(m
 def test_a_starved_query_is_ranked_exactly(monkeypatch) -> None:
     index = build(200, graph=GraphSettings(rank_depth=50))
     queries = unit(np.random.default_rng(1), 2)
-    everything = list(index.doc_ids)
-    monkeypatch.setattr(index, "_propose", lambda queries, count: np.array([[3, 5] + [-1] * (count - 2)]))
-    assert index.ranks(queries, [everything] * 2) == index.store.ranks(queries, [everything] * 2)
+    rows = [range(200)] * 2
+    monkeypatch.setattr(index, "_propose", lambda queries, count: np.array([[3, 5] + [-1] * (count - 2)] * 2))
+    assert index.ranks(queries, rows) == index.store.ranks(queries, rows)
 
 
 def test_what_the_audits_found_survives_a_save(tmp_path) -> None:
     index = build(300, audit_every=3)
     assert np.isnan(index.last_recall)
     for loads in range(3):
-        index.update(["d1"], unit(np.random.default_rng(loads), 1), loads)
+        index.update(index.rows_of(["d1"]), unit(np.random.default_rng(loads), 1), loads)
         index.save(tmp_path)
         index = ApproximateIndex.load(tmp_path)
     assert index.last_recall == 1.0, "the third update was audited, whatever was loaded between"
@@ -189,15 +190,15 @@ def test_updates_audit_themselves_at_the_interval_asked_for(monkeypatch) -> None
     audits = []
     monkeypatch.setattr(index, "audit", lambda *_: audits.append(index._updates) or 1.0)
     for version in range(7):
-        index.update(["d1"], unit(np.random.default_rng(version), 1), version)
+        index.update(index.rows_of(["d1"]), unit(np.random.default_rng(version), 1), version)
     assert audits == [3, 6]
 
 
 def test_replacing_most_documents_builds_the_graph_anew() -> None:
     index = build(100)
-    index.update([f"d{i}" for i in range(50)], unit(np.random.default_rng(1), 50), 1)
+    index.update(index.rows_of([f"d{i}" for i in range(50)]), unit(np.random.default_rng(1), 50), 1)
     assert index.rebuilds == 0
-    index.update([f"d{i}" for i in range(51)], unit(np.random.default_rng(1), 51), 1)
+    index.update(index.rows_of([f"d{i}" for i in range(51)]), unit(np.random.default_rng(1), 51), 1)
     assert index.rebuilds == 1
 
 
@@ -260,9 +261,9 @@ def test_unusable_arguments_are_refused_and_change_nothing() -> None:
         (lambda: build(5, audit_every=-1), "audit_every must be 0 or above, found -1"),
         (lambda: index.search(query, 0), "at least 1 document; k was 0"),
         (lambda: index.search(query[:, :2], 1), "vectors have size 2, the index has size 8"),
-        (lambda: index.ranks(query, []), "1 queries need 1 lists of documents, found 0"),
-        (lambda: index.update(["d1", "d2"], np.array([[1.0] * 8, [np.nan] * 8]), 1), "NaN or infinity"),
-        (lambda: index.update(["nope"], query, 1), "'nope' is not in the index of 100 documents"),
+        (lambda: index.ranks(query, []), "1 queries need 1 lists of rows, found 0"),
+        (lambda: index.update(index.rows_of(["d1", "d2"]), np.array([[1.0] * 8, [np.nan] * 8]), 1), "NaN or infinity"),
+        (lambda: index.update(index.rows_of(["nope"]), query, 1), "'nope' is not in the index of 100 documents"),
     ):
         with pytest.raises(VectorIndexError, match=message):
             call()

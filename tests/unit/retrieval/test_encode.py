@@ -217,7 +217,7 @@ def test_vectors_are_on_the_disk_before_they_are_called_done(tmp_path: Path, mon
 
     logged("write_rows", lambda path, rows, values: path.name)
     logged("_flush", lambda path: path.name)
-    logged("write_json", lambda path, value: value.get("done"))
+    logged("write_json", lambda path, value: value.get("done") if isinstance(value, dict) else path.name)
     encode_corpus(FakeEncoder(), DOCUMENTS, tmp_path, block_size=10)
     unflushed, recorded = set(), []
     for name, what in events:
@@ -228,7 +228,7 @@ def test_vectors_are_on_the_disk_before_they_are_called_done(tmp_path: Path, mon
         else:
             assert not unflushed
             recorded.append(what)
-    assert recorded == [0, 10, 20, 23, None]
+    assert [what for what in recorded if what is None or isinstance(what, int)] == [0, 10, 20, 23, None]
 
 
 KILLING = """
@@ -548,7 +548,9 @@ def test_a_real_model_streams_a_file_into_the_index_that_it_gives_in_memory(
     documents = CorpusFile(collection_path / "corpus.jsonl")
     index = encode_corpus(model, documents, tmp_path, dtype="float32", block_size=7)
     texts = collection.texts()
-    np.testing.assert_allclose(index.vectors(list(texts)), model.encode_document(list(texts.values())), atol=1e-6)
+    np.testing.assert_allclose(
+        index.vectors_at(index.rows_of(list(texts))), model.encode_document(list(texts.values())), atol=1e-6
+    )
     assert load_corpus(model, texts.items(), tmp_path).doc_ids == index.doc_ids
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(model.backbone, "settings", model.backbone.settings.model_copy(update={"max_length": 99}))
