@@ -159,15 +159,16 @@ def update(
     settings: GRPOSettings,
     check: Callable[[Mapping[str, float]], None] = lambda values: None,
 ) -> dict[str, float]:
-    """`num_iterations` optimizer steps on one batch of rollouts; returns what the metrics need.
+    """`num_iterations` optimizer steps on one batch of rollouts; returns what the metrics need: means over the passes.
 
-    `check` sees losses and gradient norm before each of the steps, and may refuse.
+    Only `sampler_gap` is that of the first pass, in which the weights are the sampler's. `check` sees losses and
+    gradient norm before each of the steps, and may refuse.
     """
     rollouts = experience.rollouts
     own = {"tokens": sum(sum(rollout.completion_mask) for rollout in rollouts), "rollouts": len(rollouts)}
     totals = engine.total(own)
     batches = engine.padded(_micro_batches(rollouts, settings.micro_batch_size))
-    values: dict[str, float] = {}
+    passes: list[dict[str, float]] = []
     for _ in range(settings.num_iterations):
         sums: dict[str, float] = {}
         for number, (rows, counts) in enumerate(batches):
@@ -177,12 +178,11 @@ def update(
             if counts:
                 for name, value in terms.items():
                     sums[name] = sums.get(name, 0.0) + value
-        sums = engine.total(sums)
-        norm = engine.clip(settings.max_grad_norm)
-        check({**sums, "grad_norm": norm})
+        passes.append(engine.total(sums) | {"grad_norm": engine.clip(settings.max_grad_norm)})
+        check(passes[-1])
         engine.step()
-        values = values or sums
-    return values | {"grad_norm": norm}
+    means = {name: fmean(values[name] for values in passes) for name in passes[0]}
+    return means | {"sampler_gap": passes[0]["sampler_gap"]}
 
 
 def _micro_batches(rollouts: Sequence[Rollout], size: int) -> list[list[int]]:

@@ -238,6 +238,19 @@ def test_micro_batches_change_memory_only(
     assert values["clipped_share"] == 0.0
 
 
+def test_metrics_of_several_passes_are_their_means(model: SearchR3, collection: Collection) -> None:
+    settings = recipe(num_iterations=3, micro_batch_size=5, learning_rate=0.05, warmup_steps=0, kl_coefficient=0.1)
+    environment, batch = experience(model, collection, settings)
+    engine = make_engine(model, settings, settings.grpo)
+    passes: list[dict[str, float]] = []
+    values = grpo.update(model, engine, environment, batch, settings.grpo, lambda one: passes.append(dict(one)))
+    assert len(passes) == 3
+    for name in passes[0].keys() - {"sampler_gap"}:
+        assert values[name] == pytest.approx(sum(one[name] for one in passes) / 3), name
+    assert passes[0]["clipped_share"] == 0 < values["clipped_share"], "in the first pass every ratio is 1"
+    assert values["sampler_gap"] == passes[0]["sampler_gap"] < 1e-5, "later passes have moved the weights on purpose"
+
+
 def test_forced_tokens_are_not_trained_on(model: SearchR3, collection: Collection) -> None:
     settings = recipe()
     _, batch = experience(model, collection, settings)
