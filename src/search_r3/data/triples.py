@@ -32,20 +32,18 @@ def training_examples(
 ) -> list[TrainingExample]:
     """The examples of one split, with the hard negatives that `metadata.negatives` lists, or else up to `mined` others.
 
-    A mined negative is never a document judged for the query, nor one with the text of a positive. Only queries without
-    listed negatives are searched for.
+    What is relevant to a query is what any split says of it. A mined negative is never a document judged for the query,
+    nor one with the text of a positive. Only queries without listed negatives are searched for.
 
     Raises:
         DataError: the split is unknown, a query has no positive document, or `metadata.negatives` cannot be used.
     """
-    qrels = collection.split(split)
+    qrels = judged_queries(collection, [split])
     positives = {
         query_id: tuple(d for d, gain in relevance.items() if gain > 0) for query_id, relevance in qrels.items()
     }
     negatives: dict[str, list[str]] = {}
     for query_id, relevant in positives.items():
-        if not relevant:
-            raise DataError(f"query {query_id!r} of split {split!r} has no document with a score above 0; remove it")
         negatives[query_id] = listed_negatives(collection, collection.queries[query_id], relevant)
     # An empty list says that all candidates were found to be false negatives: they are not brought back.
     bare = [query_id for query_id in negatives if "negatives" not in collection.queries[query_id].metadata]

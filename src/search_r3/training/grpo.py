@@ -27,6 +27,7 @@ from torch import Tensor
 from ..config import GRPOSettings, Recipe
 from ..data.collection import Collection, Qrels
 from ..data.load import load_collection
+from ..data.triples import judged_queries
 from ..environment.environment import Feedback, RetrievalEnvironment
 from ..errors import DataError, RunError
 from ..model.encoder import SearchR3
@@ -65,6 +66,7 @@ def train_grpo(recipe: Recipe, run: Run, base: Path, observe: Observer = silent)
 
     Raises:
         ConfigError: settings do not fit the model, the data or the number of processes.
+        DataError: a split is unknown, a query has no positive document, or there are fewer queries than a step needs.
         RunError: no rollout of a step emitted the embed token, a loss is not finite, a checkpoint cannot be written or
             read, or another process died.
         StoppedError: SIGTERM came.
@@ -73,7 +75,8 @@ def train_grpo(recipe: Recipe, run: Run, base: Path, observe: Observer = silent)
     if run.finished(stage):
         return run.model_path(stage)
     collection = load_collection(recipe.collection)
-    qrels = {query_id: gains for split in settings.splits for query_id, gains in collection.split(split).items()}
+    qrels = judged_queries(collection, settings.splits)
+    queries_of_step(list(qrels), settings.queries_per_step, recipe.seed, 0)  # refuses too few before a model is loaded
     model = load_model(recipe, base)
     run.begin_from(stage, model.backbone)
     engine = make_engine(model, recipe, settings)
