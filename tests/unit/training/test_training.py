@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -236,6 +237,33 @@ def test_micro_batches_change_memory_only(
     assert values["loss"] == pytest.approx(expected["loss"], abs=1e-5)
     assert values["sampler_gap"] < 1e-5, "decoding and training must agree on the log-probabilities"
     assert values["clipped_share"] == 0.0
+
+
+@pytest.mark.parametrize("stage", ["sft", "grpo"])
+def test_a_query_without_a_positive_is_named_before_a_model_is_loaded(
+    stage: str, tmp_path: Path, collection: Collection
+) -> None:
+    qrels = {**collection.qrels, "train": collection.qrels["train"] | {"q00": {"d00": 0}}}
+    folder = tmp_path / "data"
+    replace(collection, qrels=qrels).save(folder)
+    settings = Recipe(
+        collection=str(folder),
+        run_dir=str(tmp_path / "run"),
+        base="no/model/there",
+        sft=SFTSettings(splits={"train": 1.0}),
+        grpo=GRPOSettings(splits=("train",)),
+    )
+    with pytest.raises(DataError, match="query .q00. has no document with a score above 0; remove it"):
+        if stage == "sft":
+            sft.train_sft(settings, Run(settings))
+        else:
+            grpo.train_grpo(settings, Run(settings), tmp_path / "no-model")
+
+
+def test_a_query_of_two_splits_has_the_positives_of_both(collection: Collection) -> None:
+    twice = replace(collection, qrels={"train": {"q00": {"d00": 1}, "q01": {"d01": 1}}, "rl": {"q00": {"d05": 1}}})
+    assert training_examples(twice, "rl")[0].positive_ids == ("d00", "d05")
+    assert training_examples(twice, "train")[0].positive_ids == ("d00", "d05")
 
 
 def test_metrics_of_several_passes_are_their_means(model: SearchR3, collection: Collection) -> None:
