@@ -242,7 +242,9 @@ class Recipe(Section):
     )
     max_length: int = Field(128, ge=8, description="Longest prompt in tokens; longer texts lose their end, counted.")
     max_new_tokens: int = Field(64, ge=1, description="Reasoning budget in tokens, the embed token included.")
-    dtype: Literal["float32", "bfloat16"] = Field("float32", description="Precision of the weights.")
+    dtype: Literal["float32", "bfloat16"] = Field(
+        "float32", description="Precision of the weights; bfloat16 is for frozen ones, under adapters."
+    )
     mixed_precision: Literal["no", "bf16"] = Field(
         "no", description="bf16: compute in bfloat16 while weights and optimizer stay as `dtype` says."
     )
@@ -258,6 +260,16 @@ class Recipe(Section):
     sft: SFTSettings = SFTSettings()
     grpo: GRPOSettings = GRPOSettings()
     evaluation: EvaluationSettings = EvaluationSettings()
+
+    @model_validator(mode="after")
+    def _weights_that_can_learn(self) -> Recipe:
+        if self.dtype == "bfloat16" and self.lora.rank == 0:
+            raise ValueError(
+                "dtype=bfloat16 with lora.rank=0 would train weights in bfloat16, where most updates at the usual rates "
+                "round to nothing; set dtype=float32 and mixed_precision=bf16 (products in bfloat16), or lora.rank=16 "
+                "(adapters over frozen bfloat16 weights)"
+            )
+        return self
 
 
 def load_recipe(path: str | Path | None, overrides: Sequence[str] = ()) -> Recipe:
@@ -349,7 +361,8 @@ def _explain(error: ValidationError, kind: type[Section], path: str | Path | Non
         near = difflib.get_close_matches(str(first["loc"][-1]), section.model_fields, n=1)
         hint = f"; did you mean {near[0]!r}?" if near else f"; known here: {', '.join(section.model_fields)}"
         return f"{where}unknown setting {key!r}{hint}"
-    return f"{where}{key} = {first['input']!r}: {first['msg']}"
+    given = "" if isinstance(first["input"], dict) else f" = {first['input']!r}"
+    return f"{where}{key}{given}: {first['msg']}"
 
 
 def _section(annotation: Any) -> type[Section]:
