@@ -104,7 +104,7 @@ def check_same(found: dict[str, Any], expected: dict[str, Any]) -> None:
 def test_micro_batches_give_the_gradients_of_the_whole_batch(alone: dict[str, dict[str, Any]], name: str) -> None:
     whole = alone[f"{name.rpartition('-')[0].removesuffix('-3')}-whole"]
     check_same(alone[name], whole)
-    assert {"cross_entropy", "kl", "info_nce", "triplet"} <= set(alone["sft-3"]["metrics"][0])
+    assert {"cross_entropy", "kl_to_base", "info_nce", "triplet"} <= set(alone["sft-3"]["metrics"][0])
 
 
 @pytest.mark.parametrize("kind", ["ddp", "fsdp2"])
@@ -135,7 +135,7 @@ def test_shards_that_compute_in_bfloat16_give_losses_in_float32(
     found, expected = torch.load(tmp_path / "bf16" / "sft-0.pt")["metrics"], alone["sft-3"]["metrics"]
     for one, two in zip(found, expected, strict=True):
         assert one["loss"] == pytest.approx(two["loss"], rel=1e-2)
-    assert 0 <= found[0]["kl"] < 2e-4, "of equal models; rounded to bfloat16 it is below 0"
+    assert 0 <= found[0]["kl_to_base"] < 2e-4, "of equal models; rounded to bfloat16 it is below 0"
     assert found[0]["loss"] != expected[0]["loss"], "bfloat16 was used"
     weights = load_file(Path(torch.load(tmp_path / "bf16" / "sft-0.pt")["path"]) / "model.safetensors")
     assert all(value.dtype == torch.float32 for value in weights.values())

@@ -29,7 +29,7 @@ LOGGED = {
     "sft": {
         "loss": "weighted sum of the four",
         "cross_entropy": "nats per reply token",
-        "kl": "nats per prompt token, base to tuned",
+        "kl_to_base": "nats per prompt token, base to tuned",
         "info_nce": "nats",
         "triplet": "cosine",
     },
@@ -40,7 +40,7 @@ LOGGED = {
         "forced_share": "share of rollouts whose embed token was forced",
         "reasoning_tokens": "mean per rollout",
         "equal_reward_share": "share of groups whose rewards are all equal",
-        "kl": "to the stage-1 model, per token",
+        "kl_to_reference": "to the stage-1 model, per token",
     },
 }
 """Stage -> what of metrics.jsonl is shown, with its meaning."""

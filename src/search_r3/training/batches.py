@@ -78,11 +78,11 @@ class Share:
     documents: list[Item]
 
     def counts(self) -> dict[str, int]:
-        """Supervised tokens (`cross_entropy`), and tokens on which the KL is measured (`kl`)."""
+        """Supervised tokens (`cross_entropy`), and tokens on which the KL is measured (`kl_to_base`)."""
         queries = [*self.direct, *self.reasoned]
         return {
             "cross_entropy": sum(len(item.ids) - item.prompt_length for item in queries),
-            "kl": sum(item.prompt_length - 1 for item in queries if item.compared),
+            "kl_to_base": sum(item.prompt_length - 1 for item in queries if item.compared),
         }
 
     def chunks(self, size: int | None) -> tuple[list[list[Item]], list[list[Item]]]:

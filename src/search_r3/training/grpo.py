@@ -225,7 +225,7 @@ def _micro_loss(
     gap = (policy - sampler).abs().sum()
     terms = {
         "clipped_share": grpo.clipped,
-        "kl": grpo.kl,
+        "kl_to_reference": grpo.kl,
         "sampler_gap": gap,
         "entropy_estimate": -policy.sum(),
     }

@@ -139,7 +139,7 @@ def compute_gradients(
         sums = engine.total(_numbers(parts)) | _numbers(contrastive)
     else:
         sums = _cached(engine, backbone, batch, (queries, documents), sizes, totals, settings)
-    return {"loss": sum(getattr(settings, f"{name}_weight") * value for name, value in sums.items()), **sums}
+    return {"loss": sum(weight_of(name, settings) * value for name, value in sums.items()), **sums}
 
 
 def _cached(
@@ -166,7 +166,7 @@ def _cached(
         torch.autograd.backward(total_loss(parts, settings))
         _add(sums, _numbers(parts))
     work = [(*one, leaf.grad) for kind, leaf in zip(padded, leaves, strict=True) for one in kind]
-    own = {"cross_entropy": 0.0} | ({"kl": 0.0} if engine.reference is not None else {})
+    own = {"cross_entropy": 0.0} | ({"kl_to_base": 0.0} if engine.reference is not None else {})
     for number, (chunk, counts, gradients) in enumerate(work):
         with engine.accumulating(last=number + 1 == len(work)):
             output = forward(engine, backbone, chunk, settings)
@@ -241,7 +241,7 @@ def token_losses(outputs: Sequence[Output], totals: Mapping[str, float]) -> dict
         parts["cross_entropy"] = losses.cross_entropy(logits, targets) * (len(targets) / totals["cross_entropy"])
     if prompts := [output.prompts for output in outputs if output.prompts is not None]:
         tuned, frozen = (_joined(side) for side in zip(*prompts, strict=True))
-        parts["kl"] = losses.kl_to_base(tuned, frozen) * (len(tuned) / totals["kl"])
+        parts["kl_to_base"] = losses.kl_to_base(tuned, frozen) * (len(tuned) / totals["kl_to_base"])
     return parts
 
 
@@ -296,11 +296,16 @@ def shorten(vectors: Tensor, size: int) -> Tensor:
     return torch.nn.functional.normalize(vectors[..., :size], dim=-1)
 
 
+def weight_of(name: str, settings: SFTSettings) -> float:
+    """The weight of a loss by its name in the metrics."""
+    return float(getattr(settings, {"kl_to_base": "kl_weight"}.get(name, f"{name}_weight")))
+
+
 def total_loss(parts: Mapping[str, Tensor], settings: SFTSettings) -> Tensor:
     """The weighted sum of the losses; 0 of none."""
     if not parts:
         return torch.zeros(())
-    return torch.stack([getattr(settings, f"{name}_weight") * part for name, part in parts.items()]).sum()
+    return torch.stack([weight_of(name, settings) * part for name, part in parts.items()]).sum()
 
 
 def _numbers(parts: Mapping[str, Tensor]) -> dict[str, float]:

@@ -117,7 +117,7 @@ def test_a_batch_points_at_its_embed_tokens_and_documents(model: SearchR3, colle
         assert share.documents[batch.positives[row]].ids == encoder.encode(text, "document").ids
         assert batch.positives[row] not in batch.negatives[row]
     chunk = collate([*share.direct, *share.reasoned], model.backbone.tokenizer.pad_token_id, torch.device("cpu"))
-    assert share.counts() == {"cross_entropy": int(chunk.replies.sum()), "kl": int(chunk.prompts.sum())}
+    assert share.counts() == {"cross_entropy": int(chunk.replies.sum()), "kl_to_base": int(chunk.prompts.sum())}
     assert chunk.targets.tolist() == [
         token for item in (*share.direct, *share.reasoned) for token in item.ids[item.prompt_length :]
     ]
@@ -141,12 +141,12 @@ def test_each_weight_of_stage_1_reaches_the_total(model: SearchR3, collection: C
         return sft.compute_gradients(engine, model.backbone, batch, share, settings)
 
     whole = values(settings)
-    assert list(whole) == ["loss", "cross_entropy", "kl", "info_nce", "triplet"]
-    assert whole["kl"] > 0, "the tuned model differs from its base"
+    assert list(whole) == ["loss", "cross_entropy", "kl_to_base", "info_nce", "triplet"]
+    assert whole["kl_to_base"] > 0, "the tuned model differs from its base"
     assert whole["loss"] == pytest.approx(sum(whole.values()) - whole["loss"], rel=1e-5)
     gradient = gradients(model)
-    for name in ("cross_entropy", "kl", "info_nce", "triplet"):
-        without = values(settings.model_copy(update={f"{name}_weight": 0.0}))
+    for name in ("cross_entropy", "kl_to_base", "info_nce", "triplet"):
+        without = values(settings.model_copy(update={"kl_weight" if name == "kl_to_base" else f"{name}_weight": 0.0}))
         assert whole["loss"] - without["loss"] == pytest.approx(whole[name], rel=1e-4)
         assert (gradients(model) - gradient).abs().max() > 1e-6, f"{name} has a gradient"
 
