@@ -306,5 +306,5 @@ class RetrievalEnvironment:
 
 
 def rollout_vectors(rollouts: Sequence[Rollout]) -> Array:
-    """The vectors of `B` rollouts, `B x D`, on the CPU."""
-    return np.stack([rollout.vector.cpu().numpy() for rollout in rollouts])
+    """The vectors of `B` rollouts, `B x D`."""
+    return np.stack([rollout.vector.numpy() for rollout in rollouts])

@@ -288,16 +288,15 @@ def queries_of_step(query_ids: Sequence[str], count: int, seed: int, step: int) 
 
 def describe(experience: Experience, engine: Engine) -> dict[str, float]:
     """The metrics of the rollouts of all processes (docs/metrics.md)."""
-    own = experience.feedback.parts, experience.feedback.rewards, experience.rollouts
-    everyone = engine.communicator.all_gather(own)
+    rollouts = [(rollout.forced, rollout.reasoning_tokens) for rollout in experience.rollouts]  # no tensors travel
+    everyone = engine.communicator.all_gather((experience.feedback.parts, experience.feedback.rewards, rollouts))
     parts = [part for own, _, _ in everyone for part in own]
-    rollouts = [rollout for _, _, own in everyone for rollout in own]
+    forced, lengths = zip(*(one for _, _, own in everyone for one in own), strict=True)
     values = {f"reward_{name}": fmean(getattr(part, name) for part in parts) for name in asdict(parts[0])}
     values["reward"] = fmean(reward for _, own, _ in everyone for reward in own)
     values["share_ge_half"] = fmean(part.ranking >= 0.5 for part in parts)
     values["equal_reward_share"] = experience.equal_share
-    values["forced_share"] = fmean(rollout.forced for rollout in rollouts)
-    lengths = [rollout.reasoning_tokens for rollout in rollouts]
+    values["forced_share"] = fmean(forced)
     values |= {"reasoning_tokens": fmean(lengths), "reasoning_tokens_max": max(lengths)}
     return values | experience.feedback.refresh.metrics()
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pickle
 import random
 from dataclasses import replace
 from pathlib import Path
@@ -332,9 +333,22 @@ def test_metrics_of_a_batch_by_hand(model: SearchR3, collection: Collection) -> 
     assert values["forced_share"] == pytest.approx(sum(r.forced for r in batch.rollouts) / 12)
     assert values["reward"] == pytest.approx(sum(batch.feedback.rewards) / 12)
     assert values["share_ge_half"] == pytest.approx(sum(p.ranking >= 0.5 for p in batch.feedback.parts) / 12)
+    assert values["reasoning_tokens_max"] == max(r.reasoning_tokens for r in batch.rollouts)
     rows = grpo.rollout_rows(batch, collection, step=3, group_size=4)
     assert [row["query_id"] for row in rows] == ["q00"] * 4 + ["q01"] * 4
     assert rows[0]["parts"]["ranking"] == batch.feedback.parts[0].ranking
+
+
+def test_no_tensor_is_told_to_another_process(
+    model: SearchR3, collection: Collection, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings = recipe()
+    engine = make_engine(model, settings, settings.grpo)
+    _, batch = experience(model, collection, settings)
+    gathered: list[object] = []
+    monkeypatch.setattr(engine.communicator, "all_gather", lambda value: gathered.append(value) or [value])
+    grpo.describe(batch, engine)
+    assert gathered and b"torch" not in pickle.dumps(gathered), "unpickled on the sender's GPU"
 
 
 # Bookkeeping
