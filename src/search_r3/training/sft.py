@@ -81,12 +81,20 @@ def train_sft(recipe: Recipe, run: Run, observe: Observer = silent) -> Path:
     # The next batch is tokenised while this one is computed.
     with closing(engine), guard.watching(), ThreadPoolExecutor(1) as worker:
         done, _ = run.restore(stage, engine)
+        warned = False
         ahead: Future[tuple[Batch, Share]] | None = None
         for step in range(done, settings.steps):
             started = time.perf_counter()
             batch, share = ahead.result() if ahead is not None else prepare(step)
             ahead = worker.submit(prepare, step + 1) if step + 1 < settings.steps else None
             values = compute_gradients(engine, model.backbone, batch, share, settings)
+            if values["traces_cut"] and not warned:
+                logger.warning(
+                    "%d of %d traces of step %d were longer than max_new_tokens=%d and lost their ends; traces_cut in "
+                    "metrics.jsonl counts them", values["traces_cut"], len(batch.owners) - len(batch.examples), step + 1,
+                    recipe.max_new_tokens,
+                )  # fmt: skip
+                warned = True
             values["grad_norm"] = engine.clip(settings.max_grad_norm)
             guard.check(values, step + 1, batch.names())
             engine.step()
@@ -110,7 +118,8 @@ def take_share(engine: Engine, batch: Batch, collection: Collection, model: Sear
     lengths = [len(collection.documents[doc_id].full_text) for doc_id in batch.doc_ids]
     engine.share(len(lengths), "the number of distinct documents in a batch")
     columns = sorted(divide(lengths, engine.world_size)[engine.rank])
-    return tokenise(batch, collection, model.backbone.prompt_encoder, rows, columns)
+    budget = model.backbone.settings.max_new_tokens
+    return tokenise(batch, collection, model.backbone.prompt_encoder, rows, columns, budget)
 
 
 def compute_gradients(
@@ -123,7 +132,7 @@ def compute_gradients(
     part of them into the weights, so that only one chunk's activations are held.
 
     Returns:
-        The losses of the whole batch: `loss` and its parts.
+        The losses of the whole batch, `loss` and its parts, and the number of its traces that were cut.
     """
     totals = engine.total(share.counts())
     queries, documents = share.chunks(settings.micro_batch_size)
@@ -139,7 +148,11 @@ def compute_gradients(
         sums = engine.total(_numbers(parts)) | _numbers(contrastive)
     else:
         sums = _cached(engine, backbone, batch, (queries, documents), sizes, totals, settings)
-    return {"loss": sum(weight_of(name, settings) * value for name, value in sums.items()), **sums}
+    return {
+        "loss": sum(weight_of(name, settings) * value for name, value in sums.items()),
+        **sums,
+        "traces_cut": totals["traces_cut"],
+    }
 
 
 def _cached(

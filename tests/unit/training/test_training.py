@@ -105,7 +105,7 @@ def test_a_batch_points_at_its_embed_tokens_and_documents(model: SearchR3, colle
     examples = training_examples(collection, "train")[:6]
     batch = make_batch(collection, list(collection.documents), examples, settings, random.Random(0))
     encoder = model.backbone.prompt_encoder
-    share = tokenise(batch, collection, encoder, range(6), range(len(batch.doc_ids)))
+    share = tokenise(batch, collection, encoder, range(6), range(len(batch.doc_ids)), 60)
     for row, (example, direct, reasoned) in enumerate(zip(examples, share.direct, share.reasoned, strict=True)):
         for sequence in (direct, reasoned):
             assert sequence.ids[sequence.embed_position] == model.backbone.embed_token_id
@@ -118,13 +118,31 @@ def test_a_batch_points_at_its_embed_tokens_and_documents(model: SearchR3, colle
         assert share.documents[batch.positives[row]].ids == encoder.encode(text, "document").ids
         assert batch.positives[row] not in batch.negatives[row]
     chunk = collate([*share.direct, *share.reasoned], model.backbone.tokenizer.pad_token_id, torch.device("cpu"))
-    assert share.counts() == {"cross_entropy": int(chunk.replies.sum()), "kl_to_base": int(chunk.prompts.sum())}
+    assert share.counts() == {
+        "cross_entropy": int(chunk.replies.sum()), "kl_to_base": int(chunk.prompts.sum()), "traces_cut": 0
+    }  # fmt: skip
     assert chunk.targets.tolist() == [
         token for item in (*share.direct, *share.reasoned) for token in item.ids[item.prompt_length :]
     ]
-    part = tokenise(batch, collection, encoder, range(2, 4), [1])
+    part = tokenise(batch, collection, encoder, range(2, 4), [1], 60)
     assert part.direct == share.direct[2:4]
     assert part.documents == share.documents[1:2]
+
+
+def test_a_trace_is_cut_to_the_budget_and_counted(model: SearchR3, collection: Collection) -> None:
+    example = training_examples(collection, "train")[0]
+    settings = SFTSettings(reasoning_styles={"chain": 1.0})
+    batch = make_batch(collection, list(collection.documents), [example], settings, random.Random(0))
+    encoder = model.backbone.prompt_encoder
+    whole = encoder.reason_completion(batch.traces[0])
+    length = whole.embed_position
+    assert length > 3
+    for budget, kept in ((length + 1, length), (length, length - 1), (3, 2), (1, 0)):
+        share = tokenise(batch, collection, encoder, [0], [0], budget)
+        [one] = share.reasoned
+        assert one.ids[one.prompt_length :] == [*whole.ids[:kept], *whole.ids[length:]]
+        assert one.ids[one.embed_position] == model.backbone.embed_token_id
+        assert share.counts()["traces_cut"] == (kept < length)
 
 
 def test_each_weight_of_stage_1_reaches_the_total(model: SearchR3, collection: Collection) -> None:
@@ -142,6 +160,7 @@ def test_each_weight_of_stage_1_reaches_the_total(model: SearchR3, collection: C
         return sft.compute_gradients(engine, model.backbone, batch, share, settings)
 
     whole = values(settings)
+    assert whole.pop("traces_cut") == 0
     assert list(whole) == ["loss", "cross_entropy", "kl_to_base", "info_nce", "triplet"]
     assert whole["kl_to_base"] > 0, "the tuned model differs from its base"
     assert whole["loss"] == pytest.approx(sum(whole.values()) - whole["loss"], rel=1e-5)
