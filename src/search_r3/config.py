@@ -46,7 +46,9 @@ class SFTSettings(Section):
     learning_rate: float = Field(1.5e-3, gt=0, description="Peak rate; linear warm-up, cosine to 0.")
     warmup_steps: int = Field(20, ge=0, description="Steps of linear warm-up.")
     max_grad_norm: float = Field(1.0, gt=0, description="Gradients are clipped to this norm.")
-    weight_decay: float = Field(0.01, ge=0, description="AdamW's decoupled weight decay.")
+    weight_decay: float = Field(
+        0.01, ge=0, description="AdamW's decoupled weight decay; norms, biases and token tables are not decayed."
+    )
     splits: dict[str, float] = Field({"facts": 0.5, "sft": 0.5}, description="Share of each batch drawn from a split.")
     batching: Literal["mixed", "homogeneous"] = Field(
         "mixed",
@@ -192,7 +194,7 @@ class GRPOSettings(Section):
     learning_rate: float = Field(3e-4, gt=0, description="Peak rate; linear warm-up, cosine to 0.")
     warmup_steps: int = Field(5, ge=0, description="Steps of linear warm-up.")
     max_grad_norm: float = Field(1.0, gt=0, description="Gradients are clipped to this norm.")
-    weight_decay: float = Field(0.0, ge=0, description="AdamW's decoupled weight decay.")
+    weight_decay: float = Field(0.0, ge=0, description="AdamW's decoupled weight decay, as in stage 1.")
     splits: tuple[str, ...] = Field(("rl",), min_length=1, description="Splits whose queries are rolled out.")
     sampling_temperature: float = Field(1.0, gt=0, description="Temperature of rollouts; log-probabilities use it too.")
     clip_epsilon: float = Field(0.2, gt=0, lt=1, description="PPO clip range of the probability ratio.")

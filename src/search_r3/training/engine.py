@@ -218,14 +218,23 @@ def make_engine(model: SearchR3, recipe: Recipe, settings: SFTSettings | GRPOSet
 
 
 def _parameter_groups(policy: Policy, learning_rate: float, embed_row_rate: float) -> list[dict[str, Any]]:
-    """What learns, all at one rate, or the embed token's row (of adapters) at a multiple of it and undecayed."""
-    learning = [(name, parameter) for name, parameter in policy.named_parameters() if parameter.requires_grad]
-    rows = [parameter for name, parameter in learning if "trainable_tokens" in name and embed_row_rate != 1.0]
-    apart = {id(parameter) for parameter in rows}
-    groups: list[dict[str, Any]] = [{"params": [one for _, one in learning if id(one) not in apart]}]
-    if rows:
-        groups.append({"params": rows, "lr": learning_rate * embed_row_rate, "weight_decay": 0.0})
-    return groups
+    """What learns: matrices; norms, biases and token tables, which are not decayed; the adapters' embed row.
+
+    The row, of the token table too, learns at a multiple of the rate.
+    """
+    tables = {
+        id(table.weight) for table in policy.modules() if isinstance(table, torch.nn.Embedding)
+    }  # and a tied output layer
+    groups: list[dict[str, Any]] = [
+        {"params": []},
+        {"params": [], "weight_decay": 0.0},
+        {"params": [], "weight_decay": 0.0, "lr": learning_rate * embed_row_rate},
+    ]
+    for name, parameter in policy.named_parameters():
+        if parameter.requires_grad:
+            undecayed = parameter.ndim < 2 or id(parameter) in tables
+            groups[2 if "trainable_tokens" in name else int(undecayed)]["params"].append(parameter)
+    return [group for group in groups if group["params"]]
 
 
 def _recompute_activations(backbone: Backbone) -> None:

@@ -274,16 +274,18 @@ def per_rollout(query_ids: Sequence[str], group_size: int) -> list[str]:
 def queries_of_step(query_ids: Sequence[str], count: int, seed: int, step: int) -> list[str]:
     """The queries of a step: whole passes over all queries, each pass in its own seeded order.
 
+    The last step of a pass is filled up with the first queries of the same pass.
+
     Raises:
         DataError: fewer queries than a step needs.
     """
     if len(query_ids) < count:
         raise DataError(f"a step needs {count} queries but the split has {len(query_ids)}; lower grpo.queries_per_step")
-    per_pass = len(query_ids) // count
+    per_pass = -(-len(query_ids) // count)
     order = list(query_ids)
     step_rng(seed, "queries", step // per_pass).shuffle(order)
     start = (step % per_pass) * count
-    return order[start : start + count]
+    return (order + order[:count])[start : start + count]
 
 
 def describe(experience: Experience, engine: Engine) -> dict[str, float]:

@@ -332,6 +332,15 @@ def test_every_query_is_seen_once_a_pass_in_a_seeded_order() -> None:
         grpo.queries_of_step(ids, 13, 0, 0)
 
 
+@pytest.mark.parametrize(("queries", "count"), [(12, 5), (11, 4), (7, 7), (7, 6), (9, 1)])
+def test_a_pass_drops_no_query_and_a_step_repeats_none(queries: int, count: int) -> None:
+    ids, steps = [f"q{i}" for i in range(queries)], -(-queries // count)
+    for number in range(3):
+        batches = [grpo.queries_of_step(ids, count, 0, number * steps + step) for step in range(steps)]
+        assert all(len(set(batch)) == count for batch in batches)
+        assert {query_id for batch in batches for query_id in batch} == set(ids)
+
+
 def test_a_policy_that_never_emits_the_token_is_named(model: SearchR3, collection: Collection) -> None:
     settings = recipe()
     favour(model.backbone, model.backbone.embed_token_id, -1000.0)
