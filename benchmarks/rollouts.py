@@ -234,16 +234,22 @@ class TheirReward:
 
     def __call__(self, completion_ids: list[list[int]], query_id: list[str], **_: Any) -> list[float]:
         """As GRPOTrainer asks for it."""
-        from search_r3.retrieval.metrics import ndcg_from_ranks
+        from search_r3.retrieval.metrics import ndcg
+        from search_r3.retrieval.ranking import make_requests, ranked
 
         assert [len(ids) for ids in completion_ids] == [length + 1 for length in self.lengths]
         sequences = [[*self.prompts[name], *ids] for name, ids in zip(query_id, completion_ids, strict=True)]
         vectors = self.peer.embed(sequences, self.batch_size)
-        ranks = self.index.ranks(vectors, [self.environment.positives(name) for name in query_id])
-        judged = [self.environment.qrels[name] for name in query_id]
-        found = [ndcg_from_ranks(some, gains, self.environment.k) for some, gains in zip(ranks, judged, strict=True)]
-        self.mean = float(np.mean(found))
-        return found
+        qrels = {name: self.environment.qrels[name] for name in query_id}
+        request_of = {one.query_id: one for one in make_requests(self.environment.collection, qrels)}
+        depth = self.environment.k
+        rankings = ranked(self.index, vectors, [request_of[name] for name in query_id], depth)
+        rewards = [
+            ndcg([doc_id for doc_id, _ in ranking], qrels[name], depth)
+            for ranking, name in zip(rankings, query_id, strict=True)
+        ]
+        self.mean = float(np.mean(rewards))
+        return rewards
 
 
 def their_trainer(

@@ -13,7 +13,8 @@ from pathlib import Path
 
 import pytest
 from example_results import HOSTILE, make_results
-from search_r3.evaluation.report.report.page import write_page
+
+from search_r3.evaluation.report.page import write_page
 
 pytestmark = pytest.mark.slow
 

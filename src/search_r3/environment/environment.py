@@ -17,16 +17,18 @@ import numpy as np
 
 from ..config import RefreshSettings, RewardWeights
 from ..data.collection import Collection, Qrels
+from ..data.restrictions import restrictions
 from ..errors import DataError, RewardError
 from ..model.engine.decoding import Rollout
 from ..parallel import Communicator, SingleProcess, divide, encode_sharded
 from ..retrieval.approximate import ApproximateIndex
 from ..retrieval.index import ExactIndex, VectorIndex
+from ..retrieval.ranking import RestrictedRows, ranks, restricted_rows
 from ..types import Array, DocumentEncoder
 from .account import Audit, compare_scores
 from .drift import MIN_PAIRS, DriftCorrection, fit_drift
 from .refresh import RefreshRequest, make_policy, within_budget
-from .reward import RewardParts, score_rollouts
+from .reward import RewardParts, reward_parts
 
 T = TypeVar("T")
 ROWS_AT_A_TIME = 65_536
@@ -71,6 +73,15 @@ class Feedback:
     parts: list[RewardParts]
     best_ranks: list[int]
     refresh: RefreshReport
+
+
+@dataclass(frozen=True)
+class JudgedRows:
+    """The relevant documents of a query as rows of an index, their gains, and what its ranking may hold."""
+
+    positives: list[int]
+    gains: list[int]
+    limits: RestrictedRows
 
 
 class RetrievalEnvironment:
@@ -144,9 +155,9 @@ class RetrievalEnvironment:
                 else "no rollouts were given; every process needs at least one"
             )
         report = self._refresh(rollout_vectors(rollouts), positives, policy_version)
-        parts, ranks = self._score(self.index, rollouts, query_ids)
+        parts, best_ranks = self._score(self.index, rollouts, query_ids)
         self.communicator.barrier()
-        return Feedback([part.total(self.weights) for part in parts], parts, ranks, report)
+        return Feedback([part.total(self.weights) for part in parts], parts, best_ranks, report)
 
     def audit(self, rollouts: Sequence[Rollout], query_ids: Sequence[str], policy_version: int) -> Audit:
         """Score the same rollouts against freshly encoded documents; the index stays as it is.
@@ -171,7 +182,7 @@ class RetrievalEnvironment:
         self.communicator.barrier()
         return compare_scores(
             rewards=[[part.total(self.weights) for part in parts] for parts, _ in scored],
-            ranks=[ranks for _, ranks in scored],
+            ranks=[best_ranks for _, best_ranks in scored],
             top=[index.search(rollout_vectors(rollouts), self.k).doc_ids for index in (live, fresh)],
             sample=[index.vectors(sample) for index in (live, fresh)],
             documents=len(doc_ids),
@@ -191,20 +202,34 @@ class RetrievalEnvironment:
         self, index: VectorIndex, rollouts: Sequence[Rollout], query_ids: Sequence[str]
     ) -> tuple[list[RewardParts], list[int]]:
         """Reward parts and the best rank of a relevant document, per rollout."""
-        vectors, positives = rollout_vectors(rollouts), [self.positives(query_id) for query_id in query_ids]
-        ranks = index.ranks(vectors, positives)
-        cosines = [
-            (index.vectors(doc_ids) @ vector).tolist() for doc_ids, vector in zip(positives, vectors, strict=True)
+        vectors = rollout_vectors(rollouts)
+        # The rollouts of a group share their query.
+        judged = {query_id: self._judged(index, query_id) for query_id in query_ids}
+        owners = [judged[query_id] for query_id in query_ids]
+        positives = [owner.positives for owner in owners]
+        rank_lists = ranks(index, vectors, positives, [owner.limits for owner in owners])
+        parts = [
+            reward_parts(
+                ranks_of,
+                (index.vectors_at(owner.positives) @ vector).tolist(),
+                owner.gains,
+                k=self.k,
+                forced=rollout.forced,
+                reasoning_tokens=rollout.reasoning_tokens,
+                max_new_tokens=self.max_new_tokens,
+            )
+            for rollout, vector, ranks_of, owner in zip(rollouts, vectors, rank_lists, owners, strict=True)
         ]
-        parts = score_rollouts(
-            rollouts,
-            ranks,
-            cosines,
-            [self.qrels[query_id] for query_id in query_ids],
-            k=self.k,
-            max_new_tokens=self.max_new_tokens,
+        return parts, [min(ranks_of) for ranks_of in rank_lists]
+
+    def _judged(self, index: VectorIndex, query_id: str) -> JudgedRows:
+        relevance = self.qrels[query_id]
+        positives = self.positives(query_id)
+        return JudgedRows(
+            [index.row(doc_id) for doc_id in positives],
+            [relevance[doc_id] for doc_id in positives],
+            restricted_rows(index, restrictions(self.collection, query_id, relevance)),
         )
-        return parts, [min(found.values()) for found in ranks]
 
     def _refresh(self, vectors: Array, positives: list[list[str]], policy_version: int) -> RefreshReport:
         started = time.perf_counter()

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 
 from ..config import RewardWeights
 from ..errors import RewardError
-from ..model.engine.decoding import Rollout
 from ..retrieval.metrics import ndcg_from_ranks
 
 
@@ -34,9 +33,9 @@ class RewardParts:
 
 
 def reward_parts(
-    ranks: Mapping[str, int],
+    ranks: Sequence[int],
     cosines: Sequence[float],
-    relevance: Mapping[str, int],
+    gains: Sequence[int],
     *,
     k: int,
     forced: bool,
@@ -48,7 +47,7 @@ def reward_parts(
     Args:
         ranks: rank (from 1) of every relevant document under the rollout's vector.
         cosines: its cosine to each of them.
-        relevance: the query's judgements.
+        gains: the relevance of each of them.
         k: depth of the nDCG.
         forced: whether the embed token was forced.
         reasoning_tokens: tokens before the embed token.
@@ -62,32 +61,8 @@ def reward_parts(
     if not all(math.isfinite(cosine) for cosine in cosines):
         raise RewardError("a rollout's cosine is not finite: the model's vector holds NaN")
     return RewardParts(
-        ranking=ndcg_from_ranks(ranks, relevance, k),
+        ranking=ndcg_from_ranks(ranks, gains, k),
         similarity=(1.0 + sum(cosines) / len(cosines)) / 2.0,
         format=0.0 if forced else 1.0,
         length=-reasoning_tokens / max_new_tokens,
     )
-
-
-def score_rollouts(
-    rollouts: Sequence[Rollout],
-    ranks: Sequence[Mapping[str, int]],
-    cosines: Sequence[Sequence[float]],
-    relevance: Sequence[Mapping[str, int]],
-    *,
-    k: int,
-    max_new_tokens: int,
-) -> list[RewardParts]:
-    """`reward_parts` of each rollout, from its ranks, cosines and judgements."""
-    return [
-        reward_parts(
-            found,
-            near,
-            judged,
-            k=k,
-            forced=rollout.forced,
-            reasoning_tokens=rollout.reasoning_tokens,
-            max_new_tokens=max_new_tokens,
-        )
-        for rollout, found, near, judged in zip(rollouts, ranks, cosines, relevance, strict=True)
-    ]

@@ -21,7 +21,7 @@ from ..data.collection import Collection, Qrels
 from ..errors import ConfigError, DataError, ModelError
 from ..retrieval.lexical import Scored
 from ..retrieval.metrics import MEASURES, measure, p_mrr, relevant_ids
-from ..retrieval.ranking import RankRequest
+from ..retrieval.ranking import RankRequest, make_requests
 from ..types import Watch
 from .results import FORMAT, UNKNOWN, CollectionInfo, Cost, Result, SystemInfo, find_result, load_result, save_result
 from .significance import bootstrap_intervals
@@ -155,18 +155,6 @@ def judged(collection: Collection, split: str) -> Qrels:
     if not qrels:
         raise DataError(f"no query of split {split!r} in {collection.name!r} has a relevant document")
     return qrels
-
-
-def make_requests(collection: Collection, qrels: Qrels, keep_identical_ids: bool = False) -> list[RankRequest]:
-    """The queries of these judgements with what must not stand in their rankings."""
-    requests = []
-    for query_id, gains in qrels.items():
-        left_out = collection.excluded.get(query_id, frozenset())
-        if not keep_identical_ids and query_id in collection.documents and gains.get(query_id, 0) <= 0:
-            left_out |= {query_id}
-        text = collection.queries[query_id].text
-        requests.append(RankRequest(query_id, text, left_out, collection.pools.get(query_id)))
-    return requests
 
 
 def _measured(

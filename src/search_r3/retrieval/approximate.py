@@ -9,7 +9,7 @@ Shapes: `Q` queries, `N` documents, `D` vector size, `K` results, `C` candidates
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -22,6 +22,7 @@ from ..errors import VectorIndexError
 from ..types import Array, Rows
 from . import storage
 from .index import ExactIndex, SearchResult
+from .selection import count_ahead
 
 GraphDType = Literal["f32", "f16", "bf16", "i8"]
 
@@ -105,6 +106,11 @@ class ApproximateIndex:
         """The policy version that encoded each row, `N`."""
         return self.store.encoded_at_version
 
+    @property
+    def rows(self) -> Mapping[str, int]:
+        """The row of each document."""
+        return self.store.rows
+
     def row(self, doc_id: str) -> int:
         """The row of a document.
 
@@ -139,33 +145,40 @@ class ApproximateIndex:
         rows, scores = self.search_rows(queries, k)
         return SearchResult([[self.doc_ids[row] for row in line] for line in rows.tolist()], scores)
 
-    def ranks(self, queries: Array, doc_ids: Sequence[Sequence[str]]) -> list[dict[str, int]]:
-        """The rank (from 1) of chosen documents among the first `rank_depth` that the graph proposes.
+    def ranks(
+        self, queries: Array, rows: Sequence[Sequence[int]], left_out: Sequence[Rows] | None = None
+    ) -> list[list[int]]:
+        """The rank (from 1) of chosen rows among the first `rank_depth` that the graph proposes, but for `left_out`.
 
         A document behind all of them gets `rank_depth + 1`: it ranks there or further down. Where the graph proposes
-        fewer than `rank_depth`, that query is ranked exactly.
+        too few, that query is ranked exactly.
 
         Raises:
-            VectorIndexError: an unknown document, or not one list of documents for each query.
+            VectorIndexError: wrong shape, values that are not finite, or not one list of rows for each query.
         """
-        depth = self.settings.rank_depth
-        if depth >= len(self):
-            return self.store.ranks(queries, doc_ids)
-        queries, wanted = self.store.checked(queries), self.store.rows_of(doc_ids, len(queries))
-        found = []
-        for query, ids, rows in zip(queries, doc_ids, wanted, strict=True):
-            proposed = self._propose(query[None], depth)[0]
-            if proposed[-1] < 0:
-                found += self.store.ranks(query[None], [ids])
-                continue
-            both = np.concatenate([proposed[proposed >= 0], np.array(rows, dtype=np.int64)])[None]  # 1 x C
-            scores = self._score(query[None], both)[0]
-            place = dict(zip(both[0].tolist(), scores.tolist(), strict=True))
-            rivals = np.array([*place], dtype=np.int64), np.array([*place.values()], dtype=np.float32)
-            found.append(
-                {doc_id: min(_rank(rivals, row, place[row]), depth + 1) for doc_id, row in zip(ids, rows, strict=True)}
-            )
-        return found
+        depth, barred = self.settings.rank_depth, left_out or [np.empty(0, np.int64)] * len(rows)
+        depths = [depth + len(line) for line in barred]
+        near = [i for i, deep in enumerate(depths) if deep < len(self)]
+        if not near or len(rows) != len(queries):
+            return self.store.ranks(queries, rows, left_out)
+        queries = self.store.checked(queries)
+        result: list[list[int]] = [[] for _ in rows]
+        proposals = self._propose(queries[near], max(depths[i] for i in near))
+        for i, proposed in zip(near, proposals, strict=True):
+            if proposed[depths[i] - 1] >= 0:
+                targets = np.array(rows[i], dtype=np.int64)
+                rivals = np.union1d(np.setdiff1d(proposed[: depths[i]], barred[i]), targets)
+                own, scores = self.scores_at(targets, queries[i]), self.scores_at(rivals, queries[i])
+                result[i] = [min(count, depth) + 1 for count in count_ahead(targets, own, rivals, scores)]
+        exact = [i for i, line in enumerate(result) if len(line) != len(rows[i])]
+        counted = self.store.ranks(queries[exact], [rows[i] for i in exact], [barred[i] for i in exact])
+        for i, line in zip(exact, counted, strict=True):
+            result[i] = line
+        return result
+
+    def scores_at(self, rows: Rows, query: Array) -> Array:
+        """The scores of these rows for one query, `len(rows)`; equal vectors have equal ones."""
+        return self.store.scores_at(rows, query)
 
     def vectors(self, doc_ids: Sequence[str]) -> Array:
         """The vectors held for these documents, `len(doc_ids) x D`."""
@@ -345,8 +358,3 @@ def _ranking(rows: Rows, scores: Array) -> Rows:
     """The order of candidates, `Q x C`, under the ranking rule."""
     order: Rows = np.lexsort((rows, -scores), axis=1)
     return order
-
-
-def _rank(rivals: tuple[Rows, Array], row: int, score: float) -> int:
-    rows, scores = rivals
-    return int(((scores > score) | ((scores == score) & (rows < row))).sum()) + 1

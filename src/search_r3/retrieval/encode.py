@@ -27,7 +27,7 @@ from ..errors import DataError, VectorIndexError
 from ..model.backbone import Backbone
 from ..types import Array, DocumentEncoder, Progress, Rows
 from . import storage
-from .index import DType, ExactIndex, descending, label_writers
+from .index import DType, ExactIndex, descending
 
 # A GPU's batches of many tokens need a large block to find texts of like length in: of 1024 texts they would be
 # padded by 40 %, of these by 4 % (of log-normal lengths). A CPU's small batches are full either way, and it is slow.
@@ -136,7 +136,7 @@ def encode_corpus(
             with storage.writable(folder):
                 storage.write_rows(paths["vectors.npy"], survey.rows[start:done].tolist(), vectors)
             storage.save_state(folder, paths, {**facts, "done": done}, storage.UNFINISHED)
-        labels = label_writers(survey.doc_ids, np.zeros(count, dtype=np.int64))
+        labels = storage.label_writers(survey.doc_ids, np.zeros(count, dtype=np.int64))
         storage.save_state(folder, {**paths, **labels}, facts)
     return ExactIndex.load(folder, mmap=True)
 

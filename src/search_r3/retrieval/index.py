@@ -8,11 +8,9 @@ Shapes: `Q` queries, `N` documents, `D` vector size, `K` results.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from itertools import pairwise
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
@@ -21,10 +19,9 @@ import torch
 from numpy.typing import NDArray
 
 from ..errors import VectorIndexError
-from ..files import write_json
 from ..types import Array, Rows
 from . import storage
-from .selection import Best, Blocks, count_better
+from .selection import Best, Blocks, count_ahead, count_better
 
 DType = Literal["float32", "float16"]
 
@@ -40,7 +37,7 @@ class SearchResult:
 
 
 class VectorIndex(Protocol):
-    """What the environment, the evaluation and the server ask of an index."""
+    """What ranks and refresh policies ask of an index."""
 
     @property
     def doc_ids(self) -> Sequence[str]:
@@ -54,6 +51,11 @@ class VectorIndex(Protocol):
 
     def __len__(self) -> int: ...
 
+    @property
+    def rows(self) -> Mapping[str, int]:
+        """The row of each document."""
+        ...
+
     def row(self, doc_id: str) -> int:
         """The row of a document; a VectorIndexError if the index does not hold it."""
         ...
@@ -62,12 +64,14 @@ class VectorIndex(Protocol):
         """Rows and scores, both `Q x K`, of the `k` best documents of each query (all where there are fewer)."""
         ...
 
-    def search(self, queries: Array, k: int) -> SearchResult:
-        """The same with doc_ids instead of rows."""
+    def ranks(
+        self, queries: Array, rows: Sequence[Sequence[int]], left_out: Sequence[Rows] | None = None
+    ) -> list[list[int]]:
+        """The rank (from 1) of chosen rows for each query, among all but those that are left out for it."""
         ...
 
-    def ranks(self, queries: Array, doc_ids: Sequence[Sequence[str]]) -> list[dict[str, int]]:
-        """The rank (from 1) of chosen documents for each query."""
+    def scores_at(self, rows: Rows, query: Array) -> Array:
+        """The scores of these rows for one query, `len(rows)`; equal vectors have equal ones."""
         ...
 
     def vectors(self, doc_ids: Sequence[str]) -> Array:
@@ -76,14 +80,6 @@ class VectorIndex(Protocol):
 
     def vectors_at(self, rows: Sequence[int] | Rows) -> Array:
         """The vectors held in these rows, `len(rows) x D`."""
-        ...
-
-    def update(self, doc_ids: Sequence[str], vectors: Array, version: int) -> None:
-        """Replace the vectors of known documents, which are then as old as `version`."""
-        ...
-
-    def save(self, folder: Path) -> None:
-        """Write the index; a process killed at any moment leaves the old state or the new one."""
         ...
 
 
@@ -159,9 +155,9 @@ class ExactIndex:
 
     def scores(self, queries: Array) -> Array:
         """Scores of every document, `Q x N`, columns in the order of `doc_ids`; for small indexes."""
-        asked = self._asked(queries)
-        result = np.empty((len(asked), len(self)), dtype=np.float32)
-        for start, scores in self._products(asked):
+        vectors = self._queries(queries)
+        result = np.empty((len(vectors), len(self)), dtype=np.float32)
+        for start, scores in self._products(vectors):
             result[:, start : start + len(scores)] = scores.T.cpu().numpy()
         return result
 
@@ -180,12 +176,14 @@ class ExactIndex:
         """
         if k < 1:
             raise VectorIndexError(f"a search returns at least 1 document; k was {k}")
-        asked, k = self._asked(queries), min(k, len(self))
-        rows, scores = np.empty((len(asked), k), dtype=np.int64), np.empty((len(asked), k), dtype=np.float32)
-        for start in range(0, len(asked), self.query_block):
+        vectors, k = self._queries(queries), min(k, len(self))
+        rows, scores = np.empty((len(vectors), k), dtype=np.int64), np.empty((len(vectors), k), dtype=np.float32)
+        for start in range(0, len(vectors), self.query_block):
             part = slice(start, start + self.query_block)
-            best_rows, best_scores = self._best(asked[part], k)
-            rows[part], scores[part] = best_rows.cpu().numpy(), best_scores.cpu().numpy()
+            best = Best(vectors[part])
+            for first, products in self._products(vectors[part]):
+                best.add(first, products, k)
+            rows[part], scores[part] = best.rows.cpu().numpy(), best.scores.cpu().numpy()
         return rows, scores
 
     def search(self, queries: Array, k: int) -> SearchResult:
@@ -193,25 +191,57 @@ class ExactIndex:
         rows, scores = self.search_rows(queries, k)
         return SearchResult([[self.doc_ids[row] for row in line] for line in rows.tolist()], scores)
 
-    def ranks(self, queries: Array, doc_ids: Sequence[Sequence[str]]) -> list[dict[str, int]]:
-        """The rank (from 1) of chosen documents for each query, without sorting all scores.
+    def ranks(
+        self, queries: Array, rows: Sequence[Sequence[int]], left_out: Sequence[Rows] | None = None
+    ) -> list[list[int]]:
+        """The rank (from 1) of chosen rows for each query, without sorting all scores.
 
         Args:
             queries: `Q x D`.
-            doc_ids: the documents asked for, for each query.
+            rows: the documents asked for, for each query.
+            left_out: the documents that are not ranked, for each query; none of them is asked for.
 
         Raises:
-            VectorIndexError: an unknown document, or not one list of documents for each query.
+            VectorIndexError: wrong shape, values that are not finite, or not one list of rows for each query.
         """
-        asked, rows = self._asked(queries), self.rows_of(doc_ids, len(queries))
-        found: list[dict[str, int]] = []
-        for start in range(0, len(asked), self.query_block):
-            part = slice(start, start + self.query_block)
-            wanted = torch.tensor(_padded(rows[part]), dtype=torch.long, device=asked.device)
-            better = count_better(partial(self._products, asked[part]), wanted, min(self.block, len(self))).tolist()
-            for ids, counts in zip(doc_ids[part], better, strict=True):
-                found.append({doc_id: count + 1 for doc_id, count in zip(ids, counts, strict=False)})
-        return found
+        if len(rows) != len(queries):
+            raise VectorIndexError(f"{len(queries)} queries need {len(queries)} lists of rows, found {len(rows)}")
+        vectors = self._queries(queries)
+        result: list[list[int]] = [[] for _ in rows]
+        # The longest lists stand together, so that they alone pay for their length.
+        order = sorted(range(len(rows)), key=lambda query: len(rows[query]), reverse=True)
+        for start in range(0, len(order), self.query_block):
+            part = order[start : start + self.query_block]
+            own = vectors[part]
+            targets = [rows[i] for i in part]
+            better = count_better(self._products(own), partial(self._pair_scores, own), targets, own.device)
+            for i, counts in zip(part, better, strict=True):
+                result[i] = [count + 1 for count in counts]
+        for i, barred in enumerate(left_out or ()):
+            if len(barred) and result[i]:
+                own_rows = np.array(rows[i], dtype=np.int64)
+                scores = self.scores_at(own_rows, queries[i]), self.scores_at(barred, queries[i])
+                ahead = count_ahead(own_rows, scores[0], barred, scores[1])
+                result[i] = [rank - count for rank, count in zip(result[i], ahead, strict=True)]
+        return result
+
+    def scores_at(self, rows: Rows, query: Array) -> Array:
+        """The scores of these rows for one query, `len(rows)`; equal vectors have equal ones.
+
+        Those of a matrix product may differ in the last bit: it sums the edges of a block in another order.
+        """
+        vector = self._queries(query[None])
+        chosen = torch.tensor(rows, dtype=torch.long, device=vector.device)
+        scores: Array = self._pair_scores(vector, chosen, torch.zeros_like(chosen)).cpu().numpy()
+        return scores
+
+    def _pair_scores(self, queries: torch.Tensor, rows: torch.Tensor, query: torch.Tensor) -> torch.Tensor:
+        """The scores of pairs of a row and a query, each summed by itself."""
+        scores = queries.new_empty(len(rows))
+        for start in range(0, len(rows), self.block):
+            part = slice(start, start + self.block)
+            scores[part] = (self._tensor[rows[part]].to(queries) * queries[query[part]]).sum(1)
+        return scores
 
     def row(self, doc_id: str) -> int:
         """The row of a document.
@@ -233,16 +263,6 @@ class ExactIndex:
         queries = _shaped(queries, None, self.dimension)
         self._check_values(queries)
         return np.ascontiguousarray(queries, dtype=np.float32)
-
-    def rows_of(self, doc_ids: Sequence[Sequence[str]], queries: int) -> list[list[int]]:
-        """The rows of the documents asked for with each of `queries` queries.
-
-        Raises:
-            VectorIndexError: an unknown document, or not one list of documents for each query.
-        """
-        if len(doc_ids) != queries:
-            raise VectorIndexError(f"{queries} queries need {queries} lists of documents, found {len(doc_ids)}")
-        return [[self.row(doc_id) for doc_id in ids] for ids in doc_ids]
 
     def vectors(self, doc_ids: Sequence[str]) -> Array:
         """The vectors held for these documents, `len(doc_ids) x D`."""
@@ -297,7 +317,7 @@ class ExactIndex:
 
     def writers(self) -> dict[str, storage.FileWriter]:
         """What writes each data file of a saved index."""
-        labels = label_writers(self.doc_ids, self.encoded_at_version)
+        labels = storage.label_writers(self.doc_ids, self.encoded_at_version)
         return {"vectors.npy": storage.write_array(self._tensor, self.block), **labels}
 
     def facts(self) -> dict[str, Any]:
@@ -308,13 +328,10 @@ class ExactIndex:
     def from_state(cls, manifest: Mapping[str, Any], paths: Mapping[str, Path], *, mmap: bool) -> ExactIndex:
         """The index that `facts` and `writers` described; to be called within `storage.readable`."""
         count, dimension, dtype = manifest["documents"], manifest["dimension"], manifest["dtype"]
-        doc_ids = json.loads(paths["doc_ids.json"].read_text(encoding="utf-8"))
-        if len(doc_ids) != count or not all(upper > lower for upper, lower in pairwise(doc_ids)):
-            raise ValueError(f"its {len(doc_ids)} doc_ids are not {count} in descending order")
+        doc_ids, versions = storage.read_labels(paths, count)
         if dtype not in _DTYPES:
             raise ValueError(f"unknown dtype {dtype!r}")
         vectors = storage.read_array(paths["vectors.npy"], (count, dimension), dtype, mmap=mmap)
-        versions = storage.read_array(paths["encoded_at_version.npy"], (count,), "int64")
         index = cls.__new__(cls)
         index._tensor = torch.from_numpy(vectors)
         index._label(doc_ids, versions)
@@ -326,7 +343,7 @@ class ExactIndex:
         if len(self.rows) != len(doc_ids):
             raise VectorIndexError("document ids must be unique within an index")
 
-    def _asked(self, queries: Array) -> torch.Tensor:
+    def _queries(self, queries: Array) -> torch.Tensor:
         return torch.tensor(self.checked(queries), device=self._tensor.device)
 
     def _check_values(self, vectors: Array) -> None:
@@ -338,7 +355,7 @@ class ExactIndex:
                     f"vectors hold NaN or infinity (or more than {self.dtype} can); the model that made them is broken"
                 )
 
-    def _products(self, queries: torch.Tensor, starts: Sequence[int] | None = None) -> Blocks:
+    def _products(self, queries: torch.Tensor) -> Blocks:
         """The first row and the scores (`rows x Q`) of each block; the next block overwrites the scores.
 
         A document gets the same bits in every pass over the same queries: same shapes, same memory, same order of sums.
@@ -348,31 +365,16 @@ class ExactIndex:
         scores = queries.new_empty((size, len(queries)))
         narrow = self._tensor.dtype != queries.dtype
         widened = queries.new_empty((size, self.dimension)) if narrow else queries
-        for start in range(0, len(self), size) if starts is None else starts:
+        for start in range(0, len(self), size):
             block = self._tensor[start : start + size]
             if narrow:
                 block = widened[: len(block)].copy_(block)
             yield start, torch.mm(block, queries.T, out=scores[: len(block)])
 
-    def _best(self, queries: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """Rows and scores, `Q x K`, best first."""
-        best = Best(queries)
-        for start, scores in self._products(queries):
-            best.add(start, scores, k)
-        return best.rows, best.scores
-
 
 def descending(doc_ids: Sequence[str]) -> Rows:
     """The place in `doc_ids` of each row of an index, `N`."""
     return np.array(sorted(range(len(doc_ids)), key=doc_ids.__getitem__, reverse=True), dtype=np.int64)
-
-
-def label_writers(doc_ids: Sequence[str], versions: NDArray[np.int64]) -> dict[str, storage.FileWriter]:
-    """What writes each data file of a saved index but the vectors."""
-    return {
-        "encoded_at_version.npy": storage.write_array(torch.from_numpy(versions), len(versions)),
-        "doc_ids.json": lambda path: write_json(path, list(doc_ids)),
-    }
 
 
 def _shaped(vectors: Array, rows: int | None, dimension: int | None) -> Array:
@@ -389,9 +391,3 @@ def _shaped(vectors: Array, rows: int | None, dimension: int | None) -> Array:
 def _tensor_of(vectors: Array) -> torch.Tensor:
     """A copy as float32."""
     return torch.tensor(np.asarray(vectors, dtype=np.float32))
-
-
-def _padded(rows: Sequence[Sequence[int]]) -> list[list[int]]:
-    """Lists of one length; what is added at the end of shorter ones is never read."""
-    width = max(map(len, rows))
-    return [[*row, *[0] * (width - len(row))] for row in rows]

@@ -57,13 +57,11 @@ def ndcg(ranking: Sequence[str], relevance: Mapping[str, int], k: int) -> float:
     return found / ideal if ideal > 0 else 0.0
 
 
-def ndcg_from_ranks(ranks: Mapping[str, int], relevance: Mapping[str, int], k: int) -> float:
-    """nDCG@k when only the ranks (from 1) of the relevant documents are known."""
-    ideal = ideal_dcg(relevance, k)
-    found = sum(
-        max(relevance[doc_id], 0) / math.log2(position + 1) for doc_id, position in ranks.items() if position <= k
-    )
-    return found / ideal if ideal > 0 else 0.0
+def ndcg_from_ranks(ranks: Sequence[int], gains: Sequence[int], k: int) -> float:
+    """nDCG@k of the ranks (from 1) and the gains of all relevant documents."""
+    ideal = dcg(sorted(gains, reverse=True)[:k])
+    reached = sum(gain / math.log2(rank + 1) for rank, gain in zip(ranks, gains, strict=True) if rank <= k)
+    return reached / ideal if ideal > 0 else 0.0
 
 
 def recall(ranking: Sequence[str], relevance: Mapping[str, int], k: int) -> float:

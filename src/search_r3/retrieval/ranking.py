@@ -1,57 +1,144 @@
-"""Requests and the rankings that they allow: documents left out, pools that alone are ranked, ties of equal vectors."""
+"""The one ranking rule: reward, dev evaluation, hard negatives and benchmarks rank by it.
+
+1. What the collection excludes for a query never stands in its ranking (BRIGHT), nor does the document that bears the
+   query's id unless it is judged relevant (ArguAna).
+2. Where the query has a pool, its documents alone are ranked (babi).
+3. Higher scores first, equal ones by doc_id, the larger string first. Equal vectors have equal scores.
+
+`data.restrictions` makes 1 and 2 of a collection, for all rooms. With vectors there are two ways on. Rankings, as an
+evaluation needs them:
+
+    requests = make_requests(collection, qrels)           # in the order of qrels
+    rankings = ranked(index, vectors, requests, depth=10)
+    ndcg([doc_id for doc_id, _ in rankings[0]], qrels[requests[0].query_id], 10)
+
+And ranks of chosen documents, which cost no sort, as a reward needs them; inside, documents are rows of the index:
+
+    limits = [restricted_rows(index, request) for request in requests]
+    ranks(index, vectors, rows, limits)
+
+Without vectors (BM25) `without` takes what is left out of a ranking; `search_scored` takes pools.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
+from ..data.collection import Collection
+from ..data.restrictions import Restrictions, restrictions
 from ..types import Array, Rows
-from .index import ExactIndex
+from .index import VectorIndex
 from .lexical import Scored
+from .selection import NOISE, count_ahead
 
-MARGIN, NOISE = 32, 1e-5
-"""Documents beyond the depth that are scored once more, since a matrix product may order equal ones wrongly; and the
-difference of scores by which it may. Where the margin is all noise, every document is scored once more."""
+MARGIN = 32
+"""Documents beyond the depth that are scored once more, since a matrix product may order equal ones wrongly. Where the
+margin is all noise, every document is scored once more."""
 
 
 @dataclass(frozen=True)
-class RankRequest:
-    """One query as a system sees it: `left_out` never stand in its ranking, `pool` are the only ones that can."""
+class RankRequest(Restrictions):
+    """One query as a system sees it, with what must not stand in its ranking."""
 
     query_id: str
     text: str
-    left_out: frozenset[str] = frozenset()
-    pool: frozenset[str] | None = None
 
 
-def ranked(index: ExactIndex, vectors: Array, requests: Sequence[RankRequest], depth: int) -> list[Scored]:
+def make_requests(
+    collection: Collection, qrels: Mapping[str, Mapping[str, int]], keep_identical_ids: bool = False
+) -> list[RankRequest]:
+    """The queries of these judgements, in their order."""
+    requests = []
+    for query_id, relevance in qrels.items():
+        limits = restrictions(collection, query_id, relevance, keep_identical_ids=keep_identical_ids)
+        text = collection.queries[query_id].text
+        requests.append(RankRequest(query_id, text, left_out=limits.left_out, pool=limits.pool))
+    return requests
+
+
+def ranked(index: VectorIndex, vectors: Array, requests: Sequence[Restrictions], depth: int) -> list[Scored]:
     """The documents of each request, best first, at most `depth`, under its restrictions."""
-    open_requests = [i for i, request in enumerate(requests) if request.pool is None]
-    found: list[Scored] = [[] for _ in requests]
-    if open_requests:
-        deepest = depth + MARGIN + max(len(requests[i].left_out) for i in open_requests)
-        rows, products = index.search_rows(vectors[open_requests], deepest)
-        for i, line, scores in zip(open_requests, rows, products, strict=True):
-            last = min(depth + len(requests[i].left_out), len(line)) - 1
+    limits = [restricted_rows(index, request) for request in requests]
+    rankings: list[Scored] = [[] for _ in requests]
+    unpooled = [i for i, limit in enumerate(limits) if limit.pool is None]
+    if unpooled:
+        deepest = depth + MARGIN + max(len(limits[i].left_out) for i in unpooled)
+        rows, products = index.search_rows(vectors[unpooled], deepest)
+        for i, line, scores in zip(unpooled, rows, products, strict=True):
+            last = min(depth + len(limits[i].left_out), len(line)) - 1
             tied = len(line) < len(index) and scores[last] - scores[-1] < NOISE
-            found[i] = without(_scored(index, np.arange(len(index)) if tied else line, vectors[i]), requests[i], depth)
-    for i, request in enumerate(requests):
-        if request.pool is not None:
-            pool = np.array([index.row(doc_id) for doc_id in request.pool - request.left_out], dtype=np.int64)
-            found[i] = _scored(index, pool, vectors[i])[:depth]
-    return found
+            candidates = np.setdiff1d(np.arange(len(index)) if tied else line, limits[i].left_out)
+            rankings[i] = _ranking(index, candidates, vectors[i], depth)
+    for i, limit in enumerate(limits):
+        if limit.pool is not None:
+            rankings[i] = _ranking(index, limit.pool, vectors[i], depth)
+    return rankings
 
 
-def _scored(index: ExactIndex, rows: Rows, vector: Array) -> Scored:
-    """These documents, best first. Equal vectors get equal scores, which those of a matrix product need not be."""
-    scores = (index.vectors_at(rows) * vector).sum(axis=1)
-    # Rows stand in descending order of doc_id, so the lower row comes first among equals, as the ranking rule says.
-    order = np.lexsort((rows, -scores))
+def _ranking(index: VectorIndex, rows: Rows, vector: Array, depth: int) -> Scored:
+    scores = index.scores_at(rows, vector)
+    # Rows stand in descending order of doc_id, so the lower row comes first among equals.
+    order = np.lexsort((rows, -scores))[:depth]
     return [(index.doc_ids[row], score) for row, score in zip(rows[order], scores[order].tolist(), strict=True)]
 
 
-def without(scored: Scored, request: RankRequest, depth: int) -> Scored:
+@dataclass(frozen=True)
+class RestrictedRows:
+    """`Restrictions` as rows of an index, ascending; a pool holds nothing that is left out."""
+
+    left_out: Rows
+    pool: Rows | None
+
+    def allow(self, rows: Rows) -> np.ndarray[tuple[int], np.dtype[np.bool_]]:
+        """Which of these rows can be ranked."""
+        return np.isin(rows, self.left_out, invert=True) if self.pool is None else np.isin(rows, self.pool)
+
+
+def restricted_rows(index: VectorIndex, limits: Restrictions) -> RestrictedRows:
+    """The rows of the documents that the restrictions name, those that the index holds."""
+    if limits.pool is None:
+        return RestrictedRows(_rows(index, limits.left_out), None)
+    return RestrictedRows(_rows(index, frozenset()), _rows(index, limits.pool - limits.left_out))
+
+
+def _rows(index: VectorIndex, doc_ids: frozenset[str]) -> Rows:
+    return np.array(sorted(index.rows[doc_id] for doc_id in doc_ids if doc_id in index.rows), dtype=np.int64)
+
+
+def ranks(
+    index: VectorIndex, vectors: Array, rows: Sequence[Sequence[int]], limits: Sequence[RestrictedRows]
+) -> list[list[int]]:
+    """The rank (from 1) of chosen documents of each query, among those that its restrictions allow.
+
+    Args:
+        index: what is ranked.
+        vectors: of the queries, `Q x D`.
+        rows: of the documents asked for, `Q` lists.
+        limits: of each query.
+
+    Returns:
+        `Q` lists of ranks; a document that cannot be ranked has the one behind all documents of the index.
+    """
+    numbers = [np.array(line, dtype=np.int64) for line in rows]
+    targets = [line[limit.allow(line)] for line, limit in zip(numbers, limits, strict=True)]
+    unpooled = [i for i, limit in enumerate(limits) if limit.pool is None]
+    counted = index.ranks(
+        vectors[unpooled], [targets[i].tolist() for i in unpooled], [limits[i].left_out for i in unpooled]
+    )
+    rank_of = [dict[int, int]() for _ in limits]
+    for i, line in zip(unpooled, counted, strict=True):
+        rank_of[i] = dict(zip(targets[i].tolist(), line, strict=True))
+    for i, limit in enumerate(limits):
+        if limit.pool is not None:
+            own, scores = (index.scores_at(some, vectors[i]) for some in (targets[i], limit.pool))
+            ahead = count_ahead(targets[i], own, limit.pool, scores)
+            rank_of[i] = {row: count + 1 for row, count in zip(targets[i].tolist(), ahead, strict=True)}
+    return [[ranks_of.get(row, len(index) + 1) for row in line] for line, ranks_of in zip(rows, rank_of, strict=True)]
+
+
+def without(scored: Scored, request: Restrictions, depth: int) -> Scored:
     """The first `depth` of a ranking but for what is left out of it."""
     return [(doc_id, score) for doc_id, score in scored if doc_id not in request.left_out][:depth]

@@ -11,8 +11,14 @@ from collections.abc import Callable, Iterable, Sequence
 
 import torch
 
+from ..types import Array, Rows
+
 Blocks = Iterable[tuple[int, torch.Tensor]]
 """First row and scores (`rows x Q`) of each block."""
+PairScores = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
+"""Rows and queries (their numbers), pair by pair -> scores."""
+NOISE = 1e-5
+"""By so much the scores of unit vectors in a matrix product may be wrong, and order equal vectors wrongly."""
 
 
 class Best:
@@ -49,26 +55,41 @@ class Best:
             self.floor = self.scores[:, -1].contiguous()
 
 
-def count_better(products: Callable[[Sequence[int] | None], Blocks], target: torch.Tensor, size: int) -> torch.Tensor:
-    """How many documents rank before each wanted one.
+def count_better(
+    blocks: Blocks, pair_scores: PairScores, targets: Sequence[Sequence[int]], device: torch.device
+) -> list[list[int]]:
+    """How many documents rank before each target.
+
+    Documents whose score in a block is within `NOISE` of the target's are compared by `pair_scores`.
 
     Args:
-        products: gives the blocks that begin at the rows named, or all of them; the same bits each time.
-        target: rows of the wanted documents, `Q x W`.
-        size: rows of a block.
-
-    Returns:
-        Counts, `Q x W`.
+        blocks: the scores of all documents.
+        pair_scores: the score of each pair of a row and a query; equal vectors get equal scores.
+        targets: rows of the documents asked for, a list for each query, the longest lists first.
+        device: where the scores are.
     """
-    own = torch.zeros(target.shape, device=target.device)
-    for start, scores in products(sorted(set((target // size * size).flatten().tolist()))):
-        query, column = ((target >= start) & (target < start + size)).nonzero(as_tuple=True)
-        own[query, column] = scores[target[query, column] - start, query]
-    better = torch.zeros_like(target)
-    for start, scores in products(None):
-        for slot in range(target.shape[1]):
-            mine, place = own[:, slot], target[:, slot]
-            better[:, slot] += (scores > mine).sum(0)
-            row, query = (scores == mine).nonzero(as_tuple=True)
-            better[:, slot] += query[row + start < place[query]].bincount(minlength=len(target))
-    return better
+    # The slot-th target of every query that has so many: the first columns of a block.
+    slots = [
+        torch.tensor([rows[slot] for rows in targets if len(rows) > slot], device=device)
+        for slot in range(len(targets[0]))
+    ]
+    columns = torch.arange(len(targets), device=device)
+    own = [pair_scores(slot, columns[: len(slot)]) for slot in slots]
+    better = [torch.zeros_like(slot) for slot in slots]
+    for start, scores in blocks:
+        for target, mine, count in zip(slots, own, better, strict=True):
+            gaps = scores[:, : len(target)] - mine
+            count += (gaps > NOISE).sum(0)
+            row, query = (gaps.abs() <= NOISE).nonzero(as_tuple=True)
+            exact, row = pair_scores(row + start, query), row + start
+            ahead = (exact > mine[query]) | ((exact == mine[query]) & (row < target[query]))
+            count += query[ahead].bincount(minlength=len(target))
+    lists = [count.tolist() for count in better]
+    return [[lists[slot][place] for slot in range(len(rows))] for place, rows in enumerate(targets)]
+
+
+def count_ahead(rows: Rows, scores: Array, rivals: Rows, rival_scores: Array) -> list[int]:
+    """How many of the rivals rank before each of these rows."""
+    higher, equal = rival_scores > scores[:, None], rival_scores == scores[:, None]
+    counts: list[int] = (higher | (equal & (rivals < rows[:, None]))).sum(axis=1).tolist()
+    return counts

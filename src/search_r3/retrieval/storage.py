@@ -14,6 +14,7 @@ import re
 import secrets
 from collections.abc import Callable, Iterator, Mapping, Sequence, Set
 from contextlib import contextmanager, suppress
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -183,6 +184,22 @@ def read_array(path: Path, shape: tuple[int, ...], dtype: str, *, mmap: bool = F
     if array.shape != shape or array.dtype != np.dtype(dtype):
         raise ValueError(f"{path.name} holds {array.dtype} of shape {array.shape}, not {dtype} of shape {shape}")
     return array
+
+
+def label_writers(doc_ids: Sequence[str], versions: NDArray[np.int64]) -> dict[str, FileWriter]:
+    """What writes each data file of a saved index but the vectors."""
+    return {
+        "encoded_at_version.npy": write_array(torch.from_numpy(versions), len(versions)),
+        "doc_ids.json": lambda path: write_json(path, list(doc_ids)),
+    }
+
+
+def read_labels(paths: Mapping[str, Path], count: int) -> tuple[list[str], NDArray[np.int64]]:
+    """The doc_ids and versions that `label_writers` wrote for so many documents; call it within `readable`."""
+    doc_ids = json.loads(paths["doc_ids.json"].read_text(encoding="utf-8"))
+    if len(doc_ids) != count or not all(upper > lower for upper, lower in pairwise(doc_ids)):
+        raise ValueError(f"its {len(doc_ids)} doc_ids are not {count} in descending order")
+    return doc_ids, read_array(paths["encoded_at_version.npy"], (count,), "int64")
 
 
 def _write_header(file: BinaryIO, dtype: np.dtype[Any], shape: tuple[int, ...]) -> None:

@@ -57,9 +57,7 @@ def versions_of(world: RetrievalEnvironment, doc_ids: Sequence[str]) -> list[int
 
 
 def test_reward_parts_by_hand() -> None:
-    parts = reward_parts(
-        {"a": 2, "b": 40}, [0.5, -0.5], {"a": 1, "b": 1}, k=10, forced=False, reasoning_tokens=4, max_new_tokens=16
-    )
+    parts = reward_parts([2, 40], [0.5, -0.5], [1, 1], k=10, forced=False, reasoning_tokens=4, max_new_tokens=16)
     ideal = 1 + 1 / np.log2(3)
     assert parts.ranking == pytest.approx((1 / np.log2(3)) / ideal)
     assert (parts.similarity, parts.format, parts.length) == (0.5, 1.0, -0.25)
@@ -69,9 +67,9 @@ def test_reward_parts_by_hand() -> None:
 
 def test_a_reward_that_cannot_be_computed_is_an_error_never_zero() -> None:
     with pytest.raises(RewardError, match="without a relevant document"):
-        reward_parts({}, [], {"a": 0}, k=10, forced=False, reasoning_tokens=1, max_new_tokens=4)
+        reward_parts([], [], [], k=10, forced=False, reasoning_tokens=1, max_new_tokens=4)
     with pytest.raises(RewardError, match="not finite"):
-        reward_parts({"a": 1}, [float("nan")], {"a": 1}, k=10, forced=False, reasoning_tokens=1, max_new_tokens=4)
+        reward_parts([1], [float("nan")], [1], k=10, forced=False, reasoning_tokens=1, max_new_tokens=4)
 
 
 def test_the_vector_that_ranks_the_right_document_first_earns_more(collection: Collection) -> None:

@@ -8,11 +8,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from search_r3.evaluation.report.report.report import sampled_rewards
 
 from search_r3.data.collection import Collection, Document, Query
 from search_r3.errors import ConfigError, DataError, ModelError
 from search_r3.evaluation.benchmark import EvaluationOptions, evaluate, resolve_splits
+from search_r3.evaluation.report.report import sampled_rewards
 from search_r3.evaluation.results import Result, load_result, load_results
 from search_r3.evaluation.runner import reasoning_baseline
 from search_r3.evaluation.search import Searcher

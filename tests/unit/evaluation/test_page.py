@@ -16,10 +16,10 @@ from typing import Any
 import matplotlib
 import pytest
 from example_results import HOSTILE, SYSTEMS, make_result, make_results
-from search_r3.evaluation.report.report.page import SHOWN_QUERIES, choose_queries, default_pair, embed_json, write_page
 
 from search_r3.errors import DataError
-from search_r3.evaluation.report.report import page, plots
+from search_r3.evaluation.report import page, plots
+from search_r3.evaluation.report.page import SHOWN_QUERIES, choose_queries, default_pair, embed_json, write_page
 from search_r3.evaluation.significance import compare
 
 STEPS = [

@@ -46,8 +46,8 @@ def agrees(index: ApproximateIndex, truth: dict[str, np.ndarray], queries: np.nd
     assert found.doc_ids == [line[:k] for line in order]
     np.testing.assert_allclose(found.scores, -np.sort(-scores, axis=1)[:, :k], atol=1e-5)
     depth = index.settings.rank_depth
-    assert index.ranks(queries, [doc_ids] * len(queries)) == [
-        {doc_id: min(line.index(doc_id) + 1, depth + 1) for doc_id in doc_ids} for line in order
+    assert index.ranks(queries, [range(len(index))] * len(queries)) == [
+        [min(line.index(doc_id) + 1, depth + 1) for doc_id in index.doc_ids] for line in order
     ]
     np.testing.assert_array_equal(index.vectors(doc_ids), np.stack([truth[doc_id] for doc_id in doc_ids]))
 
@@ -104,12 +104,10 @@ def test_equal_vectors_rank_by_id() -> None:
     vectors = np.repeat(unit(np.random.default_rng(0), 20), 5, axis=0)
     index = ApproximateIndex(ExactIndex([f"{i:03}" for i in range(100)], vectors), THOROUGH)
     queries = unit(np.random.default_rng(1), 10)
-    for ids, ranks in zip(
-        index.search(queries, 10).doc_ids, index.ranks(queries, [[f"{i:03}" for i in range(100)]] * 10), strict=True
-    ):
-        groups = [ids[:5], ids[5:]]
-        assert all(group == sorted(group, reverse=True) for group in groups)
-        assert [ranks[doc_id] for doc_id in ids] == list(range(1, 11))
+    for rows, ranks in zip(index.search_rows(queries, 10)[0], index.ranks(queries, [range(100)] * 10), strict=True):
+        groups = [rows[:5].tolist(), rows[5:].tolist()]
+        assert all(group == sorted(group) for group in groups)
+        assert [ranks[row] for row in rows] == list(range(1, 11))
 
 
 def test_missing_proposals_are_ignored_and_a_starved_query_is_searched_exactly(monkeypatch) -> None:
@@ -134,9 +132,9 @@ def test_missing_proposals_are_ignored_and_a_starved_query_is_searched_exactly(m
 def test_a_starved_query_is_ranked_exactly(monkeypatch) -> None:
     index = build(200, graph=GraphSettings(rank_depth=50))
     queries = unit(np.random.default_rng(1), 2)
-    everything = list(index.doc_ids)
-    monkeypatch.setattr(index, "_propose", lambda queries, count: np.array([[3, 5] + [-1] * (count - 2)]))
-    assert index.ranks(queries, [everything] * 2) == index.store.ranks(queries, [everything] * 2)
+    rows = [range(200)] * 2
+    monkeypatch.setattr(index, "_propose", lambda queries, count: np.array([[3, 5] + [-1] * (count - 2)] * 2))
+    assert index.ranks(queries, rows) == index.store.ranks(queries, rows)
 
 
 def test_what_the_audits_found_survives_a_save(tmp_path) -> None:
@@ -260,7 +258,7 @@ def test_unusable_arguments_are_refused_and_change_nothing() -> None:
         (lambda: build(5, audit_every=-1), "audit_every must be 0 or above, found -1"),
         (lambda: index.search(query, 0), "at least 1 document; k was 0"),
         (lambda: index.search(query[:, :2], 1), "vectors have size 2, the index has size 8"),
-        (lambda: index.ranks(query, []), "1 queries need 1 lists of documents, found 0"),
+        (lambda: index.ranks(query, []), "1 queries need 1 lists of rows, found 0"),
         (lambda: index.update(["d1", "d2"], np.array([[1.0] * 8, [np.nan] * 8]), 1), "NaN or infinity"),
         (lambda: index.update(["nope"], query, 1), "'nope' is not in the index of 100 documents"),
     ):

@@ -217,7 +217,7 @@ def test_vectors_are_on_the_disk_before_they_are_called_done(tmp_path: Path, mon
 
     logged("write_rows", lambda path, rows, values: path.name)
     logged("_flush", lambda path: path.name)
-    logged("write_json", lambda path, value: value.get("done"))
+    logged("write_json", lambda path, value: value.get("done") if isinstance(value, dict) else path.name)
     encode_corpus(FakeEncoder(), DOCUMENTS, tmp_path, block_size=10)
     unflushed, recorded = set(), []
     for name, what in events:
@@ -228,7 +228,7 @@ def test_vectors_are_on_the_disk_before_they_are_called_done(tmp_path: Path, mon
         else:
             assert not unflushed
             recorded.append(what)
-    assert recorded == [0, 10, 20, 23, None]
+    assert [what for what in recorded if what is None or isinstance(what, int)] == [0, 10, 20, 23, None]
 
 
 KILLING = """

@@ -90,8 +90,8 @@ def test_ties_rank_by_id_and_not_by_insertion() -> None:
     st.permutations([f"d{i}" for i in range(12)]), st.dictionaries(doc_ids, st.integers(1, 3), min_size=1, max_size=5)
 )
 def test_ndcg_from_ranks_equals_ndcg_of_the_ranking(ranking: list[str], qrels: dict[str, int]) -> None:
-    ranks = {doc_id: ranking.index(doc_id) + 1 for doc_id in qrels if doc_id in ranking}
-    assert ndcg_from_ranks(ranks, qrels, 10) == pytest.approx(ndcg(ranking, qrels, 10))
+    ranks = [ranking.index(doc_id) + 1 if doc_id in ranking else 13 for doc_id in qrels]
+    assert ndcg_from_ranks(ranks, list(qrels.values()), 10) == pytest.approx(ndcg(ranking, qrels, 10))
 
 
 def test_nothing_relevant_scores_zero() -> None:

@@ -18,7 +18,8 @@ from ...errors import DataError
 from ...files import atomic_directory, read_jsonl, write_json
 from ...model.encoder import SearchR3
 from ...retrieval.index import ExactIndex
-from ...retrieval.metrics import ndcg_from_ranks, relevant_ids
+from ...retrieval.metrics import ndcg
+from ...retrieval.ranking import make_requests, ranked
 from ..benchmark import EvaluationOptions, evaluate, judged, package_versions
 from ..results import Result, load_results
 from ..runner import RESULTS, SUMMARY, reasoning_baseline
@@ -114,9 +115,12 @@ def sampled_rewards(
         sampling_temperature=sampling_temperature,
         seed=seed,
     )
-    positives = [sorted(relevant_ids(qrels[query_id])) for query_id in chosen]
-    ranks = index.ranks(encoded.vectors, positives)
-    rewards = [ndcg_from_ranks(found, qrels[query_id], k) for found, query_id in zip(ranks, chosen, strict=True)]
+    request_of = {request.query_id: request for request in make_requests(collection, qrels)}
+    rankings = ranked(index, encoded.vectors, [request_of[query_id] for query_id in chosen], k)
+    rewards = [
+        ndcg([doc_id for doc_id, _ in ranking], qrels[query_id], k)
+        for ranking, query_id in zip(rankings, chosen, strict=True)
+    ]
     return rewards, fmean(encoded.forced)
 
 
