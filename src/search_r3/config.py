@@ -38,7 +38,32 @@ class BaseModelSettings(Section):
     intermediate_size: int = Field(768, ge=32, description="Width of the MLP.")
 
 
-class SFTSettings(Section):
+class DevSettings(Section):
+    """Evaluation on `evaluation.dev_split` while a stage trains."""
+
+    evaluate_every: int = Field(0, ge=0, description="Steps between evaluations on `evaluation.dev_split`; 0: none.")
+    keep: Literal["last", "best"] = Field(
+        "last",
+        description="The model that the stage leaves: of the last step, or of the evaluation with the best nDCG@10 in "
+        "reason mode.",
+    )
+    patience: int | None = Field(
+        None,
+        ge=1,
+        description="Evaluations without a better one after which the stage stops; null: it never does.",
+    )
+
+    @model_validator(mode="after")
+    def _need_evaluations(self) -> DevSettings:
+        if self.evaluate_every == 0 and (self.keep == "best" or self.patience is not None):
+            raise ValueError(
+                f"keep={self.keep}, patience={self.patience} with evaluate_every=0: nothing would say which model is "
+                "the best; set evaluate_every"
+            )
+        return self
+
+
+class SFTSettings(DevSettings):
     """Stage 1: `L = L_SFT + L_KL + L_InfoNCE + L_TripletMargin`."""
 
     steps: int = Field(600, ge=1, description="Optimizer steps.")
@@ -184,7 +209,7 @@ class RefreshSettings(Section):
         return self
 
 
-class GRPOSettings(Section):
+class GRPOSettings(DevSettings):
     """Stage 2: GRPO with the retrieval reward."""
 
     steps: int = Field(60, ge=1, description="Optimizer steps (with num_iterations=1, one per batch of rollouts).")
@@ -212,7 +237,7 @@ class GRPOSettings(Section):
     refresh: RefreshSettings = RefreshSettings()
     rollout_batch_size: int = Field(256, ge=1, description="Rollouts decoded at once; changes memory and speed only.")
     micro_batch_size: int = Field(128, ge=1, description="Rollouts per forward and backward pass; changes memory only.")
-    evaluate_every: int = Field(10, ge=1, description="Steps between evaluations on `evaluation.dev_split`.")
+    evaluate_every: int = Field(10, ge=0, description="Steps between evaluations on `evaluation.dev_split`; 0: none.")
 
 
 class EvaluationSettings(Section):
@@ -267,7 +292,7 @@ class Recipe(Section):
     def _weights_that_can_learn(self) -> Recipe:
         if self.dtype == "bfloat16" and self.lora.rank == 0:
             raise ValueError(
-                "dtype=bfloat16 with lora.rank=0 would train weights in bfloat16, where most updates at the usual rates "
+                "dtype=bfloat16 with lora.rank=0 would train weights in bfloat16, where most updates at usual rates "
                 "round to nothing; set dtype=float32 and mixed_precision=bf16 (products in bfloat16), or lora.rank=16 "
                 "(adapters over frozen bfloat16 weights)"
             )

@@ -133,6 +133,11 @@ class RetrievalEnvironment:
             raise DataError(f"the saved index and collection {collection.name!r} hold different documents")
         self.policy.restore(state / "policy", self.index)
 
+    @property
+    def exact_index(self) -> ExactIndex:
+        """The vectors as they are held, for an exact search."""
+        return self.index.store if isinstance(self.index, ApproximateIndex) else self.index
+
     def feedback(self, rollouts: Sequence[Rollout], query_ids: Sequence[str], policy_version: int) -> Feedback:
         """Refresh the index, rank every rollout's vector in it and score the ranks.
 

@@ -33,18 +33,13 @@ from ..errors import DataError, RunError
 from ..model.encoder import SearchR3
 from ..model.engine.decoding import Rollout
 from ..model.engine.generation import sequence_batch
-from ..model.prompts import MODES, Mode
-from ..parallel import Communicator, divide, encode_sharded
-from ..retrieval.index import ExactIndex
-from ..retrieval.metrics import ndcg
-from ..types import Array
+from ..parallel import Communicator
 from . import losses
+from .dev import DevSplit, Evaluations
 from .engine import Engine, load_model, make_engine, step_rng
 from .guard import Guard
 from .run import Observer, Run, silent
-from .saving import save_trained
 
-PROBE_DOCUMENTS = 64
 LOGGED_GROUPS = 2
 
 
@@ -76,6 +71,7 @@ def train_grpo(recipe: Recipe, run: Run, base: Path, observe: Observer = silent)
         return run.model_path(stage)
     collection = load_collection(recipe.collection)
     qrels = judged_queries(collection, settings.splits)
+    dev = DevSplit(collection, recipe.evaluation) if settings.evaluate_every else None
     queries_of_step(list(qrels), settings.queries_per_step, recipe.seed, 0)  # refuses too few before a model is loaded
     model = load_model(recipe, base)
     run.begin_from(stage, model.backbone)
@@ -85,10 +81,15 @@ def train_grpo(recipe: Recipe, run: Run, base: Path, observe: Observer = silent)
         done, checkpoint = run.restore(stage, engine)
         with engine.full_params():
             environment = _environment(recipe, collection, qrels, model, checkpoint, engine.communicator)
-            if done == 0:
-                run.log(stage, 0, evaluate_dev(model, collection, recipe, engine))
         guard.save_extra = lambda folder: environment.save(folder / "environment")
+        evaluations = Evaluations(run, stage, recipe, engine, model, done)
+        if done == 0 and dev is not None:
+            values = dev.evaluate(model, engine, environment.exact_index)
+            run.log(stage, 0, values)
+            evaluations.add(0, values)
         for step in range(done, settings.steps):
+            if evaluations.stopped:
+                break
             started = time.perf_counter()
             with engine.full_params():
                 experience = collect(model, environment, recipe, step, engine)
@@ -98,16 +99,15 @@ def train_grpo(recipe: Recipe, run: Run, base: Path, observe: Observer = silent)
             values |= update(model, engine, environment, experience, settings, check)
             values |= describe(experience, engine) | {"learning_rate": engine.learning_rate}
             values |= {"rollout_seconds": sampled - started, "seconds": time.perf_counter() - started}
-            if (step + 1) % settings.evaluate_every == 0 or step + 1 == settings.steps:
-                with engine.full_params():
-                    values |= evaluate_dev(model, collection, recipe, engine)
+            if dev is not None and evaluations.due(step + 1, settings.steps):
+                values |= dev.evaluate(model, engine)
             run.log(stage, step + 1, values)
             run.log_rollouts(rollout_rows(experience, collection, step + 1, settings.group_size))
             engine.track(stage, step + 1, values)
+            evaluations.add(step + 1, values)
             observe(stage, step + 1, settings.steps, values)
             guard.after(step + 1)
-        adapter = run.adapter_path(stage)
-        run.finish(stage, engine, lambda folder: save_trained(engine, model, recipe, folder, adapter))
+        evaluations.finish()
     return run.model_path(stage)
 
 
@@ -301,45 +301,6 @@ def describe(experience: Experience, engine: Engine) -> dict[str, float]:
     values["forced_share"] = fmean(forced)
     values |= {"reasoning_tokens": fmean(lengths), "reasoning_tokens_max": max(lengths)}
     return values | experience.feedback.refresh.metrics()
-
-
-def evaluate_dev(model: SearchR3, collection: Collection, recipe: Recipe, engine: Engine) -> dict[str, float]:
-    """nDCG@10 on the dev split in both modes over a freshly encoded corpus, and the collapse alarm.
-
-    Documents and queries are shared among the processes.
-    """
-    settings, communicator = recipe.evaluation, engine.communicator
-    qrels = collection.split(settings.dev_split)
-    texts = collection.texts()
-    vectors = _together(communicator, list(texts.values()), model.encode_document)
-    index = ExactIndex(list(texts), vectors)
-    queries = [collection.queries[query_id].text for query_id in qrels]
-    values = {}
-    for mode in MODES:
-
-        def encode(own: Sequence[str], mode: Mode = mode) -> Array:
-            return model.encode_query(own, mode, batch_size=settings.batch_size).vectors
-
-        encoded = _together(communicator, queries, encode)
-        found = index.search(encoded, 10).doc_ids
-        scores = [ndcg(ranking, gains, 10) for ranking, gains in zip(found, qrels.values(), strict=True)]
-        values[f"dev_ndcg@10_{mode}"] = fmean(scores)
-    values["probe_cosine"] = probe_cosine(torch.from_numpy(vectors[:: max(1, len(vectors) // PROBE_DOCUMENTS)]))
-    return values
-
-
-def _together(communicator: Communicator, texts: Sequence[str], encode: Callable[[Sequence[str]], Array]) -> Array:
-    """Vectors `N x D` of texts of which each process encodes its share."""
-    shares = [sorted(share) for share in divide([len(text) for text in texts], communicator.world_size)]
-    return encode_sharded(communicator, shares, lambda own: encode([texts[place] for place in own]))
-
-
-def probe_cosine(vectors: Tensor) -> float:
-    """Mean cosine between different vectors of a probe set, `P x D`: near 1 means that the vectors have collapsed."""
-    count = len(vectors)
-    if count < 2:
-        return 0.0
-    return float(((vectors @ vectors.T).sum() - vectors.pow(2).sum()) / (count * (count - 1)))
 
 
 def rollout_rows(experience: Experience, collection: Collection, step: int, group_size: int) -> list[dict[str, Any]]:

@@ -13,7 +13,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import closing
 from dataclasses import dataclass
 from functools import cache
@@ -33,11 +33,11 @@ from ..parallel import divide
 from ..retrieval.lexical import BM25
 from . import losses
 from .batches import Batch, Item, Share, collate, make_batch, tokenise
+from .dev import DevSplit, Evaluations
 from .draws import Draws, Keys
 from .engine import Engine, load_model, make_engine, step_rng
 from .guard import Guard
 from .run import Observer, Run, silent
-from .saving import save_trained
 
 logger = logging.getLogger(__name__)
 
@@ -66,6 +66,7 @@ def train_sft(recipe: Recipe, run: Run, observe: Observer = silent) -> Path:
             "has them written",
             recipe.collection,
         )
+    dev = DevSplit(collection, recipe.evaluation) if settings.evaluate_every else None
     model = load_model(recipe, recipe.base)
     _check_dimensions(model.dimension, settings)
     run.begin_from(stage, model.backbone)
@@ -81,30 +82,37 @@ def train_sft(recipe: Recipe, run: Run, observe: Observer = silent) -> Path:
     # The next batch is tokenised while this one is computed.
     with closing(engine), guard.watching(), ThreadPoolExecutor(1) as worker:
         done, _ = run.restore(stage, engine)
+        evaluations = Evaluations(run, stage, recipe, engine, model, done)
         warned = False
         ahead: Future[tuple[Batch, Share]] | None = None
         for step in range(done, settings.steps):
+            if evaluations.stopped:
+                break
             started = time.perf_counter()
             batch, share = ahead.result() if ahead is not None else prepare(step)
             ahead = worker.submit(prepare, step + 1) if step + 1 < settings.steps else None
             values = compute_gradients(engine, model.backbone, batch, share, settings)
             if values["traces_cut"] and not warned:
-                logger.warning(
-                    "%d of %d traces of step %d were longer than max_new_tokens=%d and lost their ends; traces_cut in "
-                    "metrics.jsonl counts them", values["traces_cut"], len(batch.owners) - len(batch.examples), step + 1,
-                    recipe.max_new_tokens,
-                )  # fmt: skip
                 warned = True
+                logger.warning(
+                    "traces of step %d (%d of them) exceed max_new_tokens=%d and lose their ends; traces_cut in "
+                    "metrics.jsonl counts them",
+                    *(step + 1, values["traces_cut"], recipe.max_new_tokens),
+                )
             values["grad_norm"] = engine.clip(settings.max_grad_norm)
             guard.check(values, step + 1, batch.names())
             engine.step()
             values |= {"learning_rate": engine.learning_rate, "seconds": time.perf_counter() - started}
+            if dev is not None and evaluations.due(step + 1, settings.steps):
+                if ahead is not None:
+                    wait([ahead])  # two threads would share the tokenizer
+                values |= dev.evaluate(model, engine)
             run.log(stage, step + 1, values)
             engine.track(stage, step + 1, values)
+            evaluations.add(step + 1, values)
             observe(stage, step + 1, settings.steps, values)
             guard.after(step + 1)
-        adapter = run.adapter_path(stage)
-        run.finish(stage, engine, lambda folder: save_trained(engine, model, recipe, folder, adapter))
+        evaluations.finish()
     return run.model_path(stage)
 
 

@@ -7,6 +7,7 @@ import random
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -19,6 +20,7 @@ from search_r3.model.encoder import SearchR3
 from search_r3.retrieval.lexical import BM25
 from search_r3.training import grpo, sft
 from search_r3.training.batches import collate, find_false_negatives, make_batch, tokenise
+from search_r3.training.dev import probe_cosine
 from search_r3.training.engine import Engine, make_engine, warmup_cosine
 from search_r3.training.run import Run
 from tests.conftest import favour
@@ -273,7 +275,7 @@ def test_a_query_without_a_positive_is_named_before_a_model_is_loaded(
         sft=SFTSettings(splits={"train": 1.0}),
         grpo=GRPOSettings(splits=("train",)),
     )
-    with pytest.raises(DataError, match="query .q00. has no document with a score above 0; remove it"):
+    with pytest.raises(DataError, match="query 'q00' has no document with a score above 0; remove it"):
         if stage == "sft":
             sft.train_sft(settings, Run(settings))
         else:
@@ -350,8 +352,8 @@ def test_a_policy_that_never_emits_the_token_is_named(model: SearchR3, collectio
 
 
 def test_the_collapse_alarm_tells_spread_from_collapsed_vectors() -> None:
-    assert grpo.probe_cosine(torch.eye(4)) == pytest.approx(0.0)
-    assert grpo.probe_cosine(torch.tensor([[1.0, 0.0]] * 4)) == pytest.approx(1.0)
+    assert probe_cosine(np.eye(4)) == pytest.approx(0.0)
+    assert probe_cosine(np.array([[1.0, 0.0]] * 4)) == pytest.approx(1.0)
 
 
 def test_metrics_of_a_batch_by_hand(model: SearchR3, collection: Collection) -> None:
