@@ -212,7 +212,7 @@ def make_engine(model: SearchR3, recipe: Recipe, settings: SFTSettings | GRPOSet
         optimizer, lambda step: warmup_cosine(step, settings.warmup_steps, steps)
     )
     policy, optimizer, scheduler = accelerator.prepare(policy, optimizer, scheduler)
-    reference = make_reference(policy, frozen) if needs_reference else None
+    reference = make_reference(policy, Policy(frozen) if frozen else None) if needs_reference else None
     start_trackers(accelerator, recipe, "sft" if isinstance(settings, SFTSettings) else "grpo")
     return Engine(accelerator, policy, optimizer, scheduler, make_communicator(), reference, recipe.lora.rank > 0)
 
