@@ -109,7 +109,7 @@ class Ours:
 
     def update(self, rows: np.ndarray, vectors: np.ndarray) -> None:
         """Replace some rows."""
-        self.index.update([self.index.doc_ids[row] for row in rows], vectors, 1)
+        self.index.update(rows, vectors, 1)
 
 
 class Usearch:

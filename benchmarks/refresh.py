@@ -84,7 +84,7 @@ class FromTheTruth:
 
     def encode_document(self, texts: Sequence[str]) -> Any:
         """Vectors of the full index."""
-        return self.truth.index.vectors([self.doc_ids[text] for text in texts])
+        return self.truth.index.vectors_at(self.truth.index.rows_of([self.doc_ids[text] for text in texts]))
 
     def count_document_tokens(self, texts: Sequence[str]) -> list[int]:
         """As the model counts, each text once."""

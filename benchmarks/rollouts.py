@@ -224,7 +224,7 @@ class TheirReward:
         from search_r3.retrieval.index import ExactIndex
 
         doc_ids = list(environment.index.doc_ids)
-        self.index = ExactIndex(doc_ids, environment.index.vectors(doc_ids))
+        self.index = ExactIndex(doc_ids, environment.index.vectors_at(environment.index.rows_of(doc_ids)))
         self.environment, self.batch_size, self.peer = environment, batch_size, peer_of(backbone, model)
         queries = environment.collection.queries
         encode = backbone.prompt_encoder.encode

@@ -23,7 +23,7 @@ def test_an_index_on_the_gpu_answers_as_on_the_cpu(tmp_path: Path, dtype: Any) -
     doc_ids = [f"d{i:05d}" for i in range(len(vectors))]
     on_cpu, on_gpu = (ExactIndex(doc_ids, vectors, dtype=dtype, device=device) for device in ("cpu", "cuda"))
     for index in (on_cpu, on_gpu):
-        index.update(doc_ids[:100], -vectors[:100], version=3)
+        index.update(index.rows_of(doc_ids[:100]), -vectors[:100], version=3)
     for found, expected in zip(on_gpu.search_rows(queries, 20), on_cpu.search_rows(queries, 20), strict=True):
         np.testing.assert_array_equal(found, expected)
     wanted = [range(i, i + 3) for i in range(50)]

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable, Container, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from ..errors import DataError
 from .collection import Collection, Query
+from .restrictions import Restrictions, restrictions
 
-LexicalSearch = Callable[[Sequence[str], int], list[list[str]]]
-"""`(texts, k) -> doc_ids of the k best documents of each text`; a BM25 or a dense retriever."""
+LexicalSearch = Callable[[Sequence[str], int, Sequence[frozenset[str] | None]], list[list[str]]]
+"""`(texts, k, pools) -> doc_ids of the k best documents of each text`, of its pool where it has one; `BM25.search`."""
 
 
 @dataclass(frozen=True)
@@ -18,13 +19,14 @@ class TrainingExample:
     """One query with what stage 1 needs.
 
     `reasoning` maps a style to a trace; `negative_ids` lists hard negatives, best first: those that the data set names,
-    else mined ones.
+    else mined ones. `limits` is what a ranking of the query may hold; nothing that it leaves out is a negative.
     """
 
     query: Query
     positive_ids: tuple[str, ...]
     negative_ids: tuple[str, ...]
     reasoning: Mapping[str, str]
+    limits: Restrictions = field(default_factory=Restrictions)
 
 
 def training_examples(
@@ -33,7 +35,8 @@ def training_examples(
     """The examples of one split, with the hard negatives that `metadata.negatives` lists, or else up to `mined` others.
 
     What is relevant to a query is what any split says of it. A mined negative is never a document judged for the query,
-    nor one with the text of a positive. Only queries without listed negatives are searched for.
+    nor one with the text of a positive. No negative is a document that a ranking of the query cannot hold
+    (`restrictions`). Only queries without listed negatives are searched for.
 
     Raises:
         DataError: the split is unknown, a query has no positive document, or `metadata.negatives` cannot be used.
@@ -42,20 +45,25 @@ def training_examples(
     positives = {
         query_id: tuple(d for d, gain in relevance.items() if gain > 0) for query_id, relevance in qrels.items()
     }
+    limits = {query_id: restrictions(collection, query_id, relevance) for query_id, relevance in qrels.items()}
     negatives: dict[str, list[str]] = {}
     for query_id, relevant in positives.items():
-        negatives[query_id] = listed_negatives(collection, collection.queries[query_id], relevant)
+        listed = listed_negatives(collection, collection.queries[query_id], relevant)
+        negatives[query_id] = [doc_id for doc_id in listed if limits[query_id].allow(doc_id)]
     # An empty list says that all candidates were found to be false negatives: they are not brought back.
     bare = [query_id for query_id in negatives if "negatives" not in collection.queries[query_id].metadata]
     if search is not None and mined > 0 and bare:
-        deepest = max(len(relevance) for relevance in qrels.values())
-        found = search([collection.queries[query_id].text for query_id in bare], mined + deepest + 8)
-        for query_id, candidates in zip(bare, found, strict=True):
-            texts = {collection.documents[doc_id].full_text for doc_id in positives[query_id]}
+        useless = max(len(qrels[query_id]) + len(limits[query_id].left_out) for query_id in bare)
+        texts = [collection.queries[query_id].text for query_id in bare]
+        rankings = search(texts, mined + useless + 8, [limits[query_id].pool for query_id in bare])
+        for query_id, ranking in zip(bare, rankings, strict=True):
+            same = {collection.documents[doc_id].full_text for doc_id in positives[query_id]}
             negatives[query_id] = [
                 doc_id
-                for doc_id in candidates
-                if doc_id not in qrels[query_id] and collection.documents[doc_id].full_text not in texts
+                for doc_id in ranking
+                if doc_id not in qrels[query_id]
+                and limits[query_id].allow(doc_id)
+                and collection.documents[doc_id].full_text not in same
             ][:mined]
     return [
         TrainingExample(
@@ -63,6 +71,7 @@ def training_examples(
             relevant,
             tuple(negatives[query_id]),
             reasoning_traces(collection.queries[query_id]),
+            limits[query_id],
         )
         for query_id, relevant in positives.items()
     ]
@@ -118,13 +127,18 @@ def draw_negatives(
 ) -> list[str]:
     """Negatives for one use of an example: mined ones first, the rest random documents that are not its positives.
 
-    Where fewer were mined than asked for, random ones fill the place, so that every example has the same number.
+    Where fewer were mined than asked for, random ones fill the place, so that every example has the same number. None
+    is left out of the query's rankings; where it has a pool, others come after the pool is used up.
     """
-    mined = rng.sample(example.negative_ids, min(mined_count, len(example.negative_ids)))
-    chosen, taken = list(mined), {*mined, *example.positive_ids}
-    if len(doc_ids) - len(taken) < random_count + mined_count - len(mined):
+    chosen = rng.sample(example.negative_ids, min(mined_count, len(example.negative_ids)))
+    taken, count = {*chosen, *example.positive_ids, *example.limits.left_out}, random_count + mined_count
+    if example.limits.pool is not None:
+        pool = sorted(example.limits.pool - taken)
+        chosen += rng.sample(pool, min(len(pool), count - len(chosen)))
+        taken.update(chosen)
+    if len(doc_ids) - len(taken) < count - len(chosen):
         raise DataError(f"the corpus of {len(doc_ids)} documents is too small for the negatives asked for")
-    while len(chosen) < random_count + mined_count:
+    while len(chosen) < count:
         doc_id = rng.choice(doc_ids)
         if doc_id not in taken:
             taken.add(doc_id)

@@ -46,14 +46,14 @@ def compare_scores(
     *,
     rewards: Sequence[Sequence[float]],
     ranks: Sequence[Sequence[int]],
-    top: Sequence[Sequence[Sequence[str]]],
+    top: Sequence[Sequence[Sequence[int]]],
     sample: Sequence[Array],
     documents: int,
     seconds: float,
 ) -> Audit:
     """Build the audit from what live and fresh vectors gave for the same rollouts."""
     capped = np.minimum(np.asarray(ranks, dtype=np.float64), RANK_CAP)
-    overlaps = [len(set(live) & set(fresh)) / len(live) for live, fresh in zip(*top, strict=True)]
+    overlaps = [len(set(live) & set(fresh)) / max(1, len(live)) for live, fresh in zip(*top, strict=True)]
     return Audit(
         reward_error=float(np.abs(np.subtract(*np.asarray(rewards, dtype=np.float64))).mean()),
         rank_error=float(np.abs(np.subtract(*capped)).mean()),

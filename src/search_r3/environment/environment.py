@@ -7,13 +7,13 @@ from __future__ import annotations
 
 import random
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from math import inf
 from pathlib import Path
 from typing import TypeVar
 
 import numpy as np
+from numpy.typing import NDArray
 
 from ..config import RefreshSettings, RewardWeights
 from ..data.collection import Collection, Qrels
@@ -22,12 +22,12 @@ from ..errors import DataError, RewardError
 from ..model.engine.decoding import Rollout
 from ..parallel import Communicator, SingleProcess, divide, encode_sharded
 from ..retrieval.approximate import ApproximateIndex
-from ..retrieval.index import ExactIndex, VectorIndex
-from ..retrieval.ranking import RestrictedRows, ranks, restricted_rows
-from ..types import Array, DocumentEncoder
+from ..retrieval.index import ExactIndex, VectorIndex, descending
+from ..retrieval.ranking import RestrictedRows, ranked_rows, ranks, restricted_rows
+from ..types import Array, DocumentEncoder, Rows
 from .account import Audit, compare_scores
 from .drift import MIN_PAIRS, DriftCorrection, fit_drift
-from .refresh import RefreshRequest, make_policy, within_budget
+from .refresh import RefreshRequest, make_policy
 from .reward import RewardParts, reward_parts
 
 T = TypeVar("T")
@@ -77,11 +77,15 @@ class Feedback:
 
 @dataclass(frozen=True)
 class JudgedRows:
-    """The relevant documents of a query as rows of an index, their gains, and what its ranking may hold."""
+    """A query's relevant documents as rows of an index, the gain of each, and what its ranking may hold."""
 
-    positives: list[int]
+    positives: Rows
     gains: list[int]
     limits: RestrictedRows
+
+    def within(self, rows: Rows) -> JudgedRows:
+        """The same in an index of these rows alone, which ascend; the positives are among them."""
+        return JudgedRows(np.searchsorted(rows, self.positives), self.gains, self.limits.within(rows))
 
 
 class RetrievalEnvironment:
@@ -118,18 +122,20 @@ class RetrievalEnvironment:
         self.weights, self.k, self.max_new_tokens = weights, k, max_new_tokens
         self.seed, self.communicator = seed, communicator or SingleProcess()
         self.policy = make_policy(refresh)
-        self._tokens: dict[str, int] = {}
+        self._judged: dict[str, JudgedRows] = {}
+        self._tokens = np.full(len(collection.documents), -1, dtype=np.int64)  # N, -1 where they were never counted
+        self._doc_ids = sorted(collection.documents, reverse=True)  # as the rows of the index
         self.index: ExactIndex | ApproximateIndex
         if state is None:
             doc_ids = list(collection.documents)
-            self.index = ExactIndex(doc_ids, self._encode(doc_ids))
+            self.index = ExactIndex(doc_ids, self._encode(np.argsort(descending(doc_ids))))
             if refresh.index == "approximate":
                 self.index = ApproximateIndex(self.index, audit_every=UPDATES_PER_INDEX_AUDIT)
                 self.index.maintain()
             return
         kind = ApproximateIndex if refresh.index == "approximate" else ExactIndex
         self.index = kind.load(state / "index")
-        if set(self.index.doc_ids) != set(collection.documents):
+        if list(self.index.doc_ids) != self._doc_ids:
             raise DataError(f"the saved index and collection {collection.name!r} hold different documents")
         self.policy.restore(state / "policy", self.index)
 
@@ -151,16 +157,16 @@ class RetrievalEnvironment:
         Raises:
             RewardError: no rollouts, or a query without a relevant document.
         """
-        positives = [self.positives(query_id) for query_id in query_ids]
-        if not rollouts or not all(positives):
-            lacking = [query_id for query_id, doc_ids in zip(query_ids, positives, strict=True) if not doc_ids]
+        lacking = [query_id for query_id in query_ids if not self.positives(query_id)]
+        if not rollouts or lacking:
             raise RewardError(
                 f"query {lacking[0]!r} has no relevant document and so no reward; remove it from the training split"
                 if lacking
                 else "no rollouts were given; every process needs at least one"
             )
-        report = self._refresh(rollout_vectors(rollouts), positives, policy_version)
-        parts, best_ranks = self._score(self.index, rollouts, query_ids)
+        vectors, judged = rollout_vectors(rollouts), [self._judged_rows(query_id) for query_id in query_ids]
+        report = self._refresh(vectors, query_ids, policy_version)
+        parts, best_ranks = self._score(self.index, rollouts, vectors, judged)
         self.communicator.barrier()
         return Feedback([part.total(self.weights) for part in parts], parts, best_ranks, report)
 
@@ -172,25 +178,26 @@ class RetrievalEnvironment:
         exact search. With several processes each audits its own rollouts.
         """
         started = time.perf_counter()
-        size, doc_ids = self.refresh.audit_documents, list(self.index.doc_ids)
-        if size and size < len(doc_ids):
-            found = self.index.search(rollout_vectors(rollouts), 2 * self.k).doc_ids
-            best = dict.fromkeys(doc_id for ids in found for doc_id in ids)
-            best |= dict.fromkeys(doc_id for query_id in query_ids for doc_id in self.positives(query_id))
-            sample = random.Random(f"{self.seed}/audit/{policy_version}").sample(doc_ids, size)
-            doc_ids = list(best | dict.fromkeys(sample))
-        else:
-            sample = doc_ids
-        live = ExactIndex(doc_ids, self.index.vectors(doc_ids))
-        fresh = ExactIndex(doc_ids, self.encoder.encode_document(self._texts(doc_ids)))
-        scored = [self._score(index, rollouts, query_ids) for index in (live, fresh)]
+        vectors, judged = rollout_vectors(rollouts), [self._judged_rows(query_id) for query_id in query_ids]
+        size, rows = self.refresh.audit_documents, np.arange(len(self.index))
+        sample = rows
+        if size and size < len(rows):
+            best = ranked_rows(self.index, vectors, [query.limits for query in judged], 2 * self.k)
+            sample = np.array(random.Random(f"{self.seed}/audit/{policy_version}").sample(range(len(rows)), size))
+            rows = np.unique(np.concatenate([*(r for r, _ in best), *(query.positives for query in judged), sample]))
+        doc_ids, judged = [self._doc_ids[row] for row in rows], [query.within(rows) for query in judged]
+        limits = [query.limits for query in judged]
+        live = ExactIndex(doc_ids, self.index.vectors_at(rows))
+        fresh = ExactIndex(doc_ids, self.encoder.encode_document(self._texts(rows)))
+        scored = [self._score(index, rollouts, vectors, judged) for index in (live, fresh)]
+        tops = [ranked_rows(index, vectors, limits, self.k) for index in (live, fresh)]
         self.communicator.barrier()
         return compare_scores(
             rewards=[[part.total(self.weights) for part in parts] for parts, _ in scored],
             ranks=[best_ranks for _, best_ranks in scored],
-            top=[index.search(rollout_vectors(rollouts), self.k).doc_ids for index in (live, fresh)],
-            sample=[index.vectors(sample) for index in (live, fresh)],
-            documents=len(doc_ids),
+            top=[[ranking.tolist() for ranking, _ in top] for top in tops],
+            sample=[index.vectors_at(np.searchsorted(rows, sample)) for index in (live, fresh)],
+            documents=len(rows),
             seconds=time.perf_counter() - started,
         )
 
@@ -203,60 +210,58 @@ class RetrievalEnvironment:
         self.index.save(folder / "index")
         self.policy.save(folder / "policy")
 
+    def _judged_rows(self, query_id: str) -> JudgedRows:
+        if query_id not in self._judged:
+            relevance, positives = self.qrels[query_id], self.positives(query_id)
+            self._judged[query_id] = JudgedRows(
+                self.index.rows_of(positives),
+                [relevance[doc_id] for doc_id in positives],
+                restricted_rows(self.index, restrictions(self.collection, query_id, relevance)),
+            )
+        return self._judged[query_id]
+
     def _score(
-        self, index: VectorIndex, rollouts: Sequence[Rollout], query_ids: Sequence[str]
+        self, index: VectorIndex, rollouts: Sequence[Rollout], vectors: Array, judged: Sequence[JudgedRows]
     ) -> tuple[list[RewardParts], list[int]]:
         """Reward parts and the best rank of a relevant document, per rollout."""
-        vectors = rollout_vectors(rollouts)
-        # The rollouts of a group share their query.
-        judged = {query_id: self._judged(index, query_id) for query_id in query_ids}
-        owners = [judged[query_id] for query_id in query_ids]
-        positives = [owner.positives for owner in owners]
-        rank_lists = ranks(index, vectors, positives, [owner.limits for owner in owners])
+        rank_lists = ranks(index, vectors, [query.positives for query in judged], [query.limits for query in judged])
         parts = [
             reward_parts(
-                ranks_of,
-                (index.vectors_at(owner.positives) @ vector).tolist(),
-                owner.gains,
+                own,
+                (index.vectors_at(query.positives) @ vector).tolist(),
+                query.gains,
                 k=self.k,
                 forced=rollout.forced,
                 reasoning_tokens=rollout.reasoning_tokens,
                 max_new_tokens=self.max_new_tokens,
             )
-            for rollout, vector, ranks_of, owner in zip(rollouts, vectors, rank_lists, owners, strict=True)
+            for rollout, vector, own, query in zip(rollouts, vectors, rank_lists, judged, strict=True)
         ]
-        return parts, [min(ranks_of) for ranks_of in rank_lists]
+        return parts, [min(own) for own in rank_lists]
 
-    def _judged(self, index: VectorIndex, query_id: str) -> JudgedRows:
-        relevance = self.qrels[query_id]
-        positives = self.positives(query_id)
-        return JudgedRows(
-            [index.row(doc_id) for doc_id in positives],
-            [relevance[doc_id] for doc_id in positives],
-            restricted_rows(index, restrictions(self.collection, query_id, relevance)),
-        )
-
-    def _refresh(self, vectors: Array, positives: list[list[str]], policy_version: int) -> RefreshReport:
+    def _refresh(self, vectors: Array, query_ids: Sequence[str], policy_version: int) -> RefreshReport:
         started = time.perf_counter()
-        everyone = self.communicator.all_gather((vectors, positives))
-        queries = np.concatenate([own for own, _ in everyone])
-        relevant = [doc_ids for _, own in everyone for doc_ids in own]
-        first = self._stale({doc_id for doc_ids in relevant for doc_id in doc_ids}, policy_version)
+        shares = self.communicator.all_gather((vectors, query_ids))
+        queries = np.concatenate([own for own, _ in shares])
+        judged = [self._judged_rows(query_id) for _, own in shares for query_id in own]
+        positives = [query.positives for query in judged]
+        first = self._stale(_by_doc_id(np.concatenate(positives)), policy_version)
         corrected = self.refresh.policy == "drift" or self.refresh.correct_drift
         if corrected:
             # At most half of what the positives leave of the budget, so that the policy has its share too.
             sample = self._affordable(self._drift_sample(first, policy_version), first, 0.5)
             if len(first) + len(sample) >= MIN_PAIRS:  # fewer would buy no map
-                first += sample
+                first = np.concatenate([first, sample])
         gain = self._encode_again(first, policy_version, correct=corrected)
-        wanted = self.policy.choose(RefreshRequest(self.index, policy_version, queries, relevant))
-        chosen = self._agreed(self._affordable(self._stale(wanted, policy_version), first))
+        request = RefreshRequest(self.index, policy_version, queries, positives, [query.limits for query in judged])
+        urgent = self._stale(self.policy.choose(request), policy_version)
+        chosen = self._agreed(self._affordable(urgent, first))
         self._encode_again(chosen, policy_version, correct=False)
-        encoded = first + chosen
+        encoded = np.concatenate([first, chosen])
         staleness = policy_version - self.index.encoded_at_version
         return RefreshReport(
             documents_encoded=len(encoded),
-            tokens_encoded=sum(self._count_tokens(encoded)),
+            tokens_encoded=int(self._count_tokens(encoded).sum()),
             seconds=time.perf_counter() - started,
             staleness_mean=float(staleness.mean()),
             staleness_max=int(staleness.max()),
@@ -269,70 +274,67 @@ class RetrievalEnvironment:
         agreed: T = self.communicator.all_gather(choice)[0]
         return agreed
 
-    def _stale(self, doc_ids: Iterable[str], policy_version: int) -> list[str]:
-        """Those of the documents that other weights encoded; a set comes back sorted."""
-        ordered = sorted(doc_ids) if isinstance(doc_ids, set) else doc_ids
-        versions = self.index.encoded_at_version
-        return [doc_id for doc_id in ordered if versions[self.index.row(doc_id)] != policy_version]
+    def _stale(self, rows: Rows, policy_version: int) -> Rows:
+        """Those of the rows that other weights encoded, in their order."""
+        stale: Rows = rows[self.index.encoded_at_version[rows] != policy_version]
+        return stale
 
-    def _drift_sample(self, but: Sequence[str], policy_version: int) -> list[str]:
-        """Random stale documents, other than `but`."""
-        others = sorted(set(self._stale(self.index.doc_ids, policy_version)).difference(but))
+    def _drift_sample(self, but: Rows, policy_version: int) -> Rows:
+        """Random stale rows, other than `but`."""
+        others = np.setdiff1d(self._stale(np.arange(len(self.index)), policy_version), but)[::-1]
         rng = random.Random(f"{self.seed}/drift/{policy_version}")
-        return rng.sample(others, min(self.refresh.drift_sample, len(others)))
+        return others[rng.sample(range(len(others)), min(self.refresh.drift_sample, len(others)))]
 
-    def _affordable(self, doc_ids: Sequence[str], spent: Sequence[str], share: float = 1.0) -> list[str]:
-        """The head of `doc_ids` that fits a share of the budget that the documents in `spent` leave."""
+    def _affordable(self, rows: Rows, spent: Rows, share: float = 1.0) -> Rows:
+        """The head of `rows` that fits a share of the budget that the rows in `spent` leave."""
         documents, tokens = self.refresh.max_documents, self.refresh.max_tokens
-        if documents is None and tokens is None:
-            return list(doc_ids)
-        doc_ids = doc_ids[:documents]
-        return within_budget(
-            doc_ids,
-            self._count_tokens(doc_ids),
-            inf if documents is None else share * (documents - len(spent)),
-            inf if tokens is None else share * (tokens - sum(self._count_tokens(spent))),
-        )
+        if documents is not None:
+            rows = rows[: max(0, int(share * (documents - len(spent))))]
+        if tokens is not None:
+            left = share * (tokens - self._count_tokens(spent).sum())
+            rows = rows[: np.searchsorted(np.cumsum(self._count_tokens(rows)), left, side="right")]
+        return rows
 
-    def _encode_again(self, doc_ids: Sequence[str], policy_version: int, *, correct: bool) -> float:
+    def _encode_again(self, rows: Rows, policy_version: int, *, correct: bool) -> float:
         """Encode these documents and, if asked, correct all others; returns the gain of the correction."""
-        if not doc_ids:
+        if not len(rows):
             return 0.0
-        before, after, gain = self.index.vectors(doc_ids), self._encode(doc_ids), 0.0
+        before, after, gain = self.index.vectors_at(rows), self._encode(rows), 0.0
         if correct:
             gain = self._correct(fit_drift(before, after, self._agreed), policy_version)
-        self.index.update(doc_ids, after, policy_version)
-        self.policy.moved(self.index, [self.index.row(doc_id) for doc_id in doc_ids])
+        self.index.update(rows, after, policy_version)
+        self.policy.moved(self.index, rows)
         return gain
 
     def _correct(self, correction: DriftCorrection, policy_version: int) -> float:
         """Apply a map to every stale vector; returns its gain."""
         if correction.name != "identity":
-            assert isinstance(self.index, ExactIndex), "the settings refuse corrections of an approximate index"
-            stale = np.flatnonzero(self.index.encoded_at_version != policy_version)
+            stale = self._stale(np.arange(len(self.index)), policy_version)
             for start in range(0, len(stale), ROWS_AT_A_TIME):
                 rows = stale[start : start + ROWS_AT_A_TIME]
-                self.index.set_vectors_at(rows, correction.apply(self.index.vectors_at(rows)))
+                self.index.update(rows, correction.apply(self.index.vectors_at(rows)))
         return correction.gain
 
-    def _encode(self, doc_ids: Sequence[str]) -> Array:
+    def _encode(self, rows: Rows) -> Array:
         """Vectors of these documents, each process encoding its share."""
-        shares = divide(self._count_tokens(doc_ids), self.communicator.world_size)
+        shares = divide(self._count_tokens(rows).tolist(), self.communicator.world_size)
+        return encode_sharded(
+            self.communicator, shares, lambda own: self.encoder.encode_document(self._texts(rows[list(own)]))
+        )
 
-        def encode(places: Sequence[int]) -> Array:
-            return self.encoder.encode_document(self._texts([doc_ids[place] for place in places]))
+    def _count_tokens(self, rows: Rows) -> NDArray[np.int64]:
+        uncounted = rows[self._tokens[rows] < 0]
+        if len(uncounted):
+            self._tokens[uncounted] = self.encoder.count_document_tokens(self._texts(uncounted))
+        return self._tokens[rows]
 
-        return encode_sharded(self.communicator, shares, encode)
+    def _texts(self, rows: Rows) -> list[str]:
+        return [self.collection.documents[self._doc_ids[row]].full_text for row in rows]
 
-    def _count_tokens(self, doc_ids: Sequence[str]) -> list[int]:
-        unknown = [doc_id for doc_id in doc_ids if doc_id not in self._tokens]
-        if unknown:
-            counts = self.encoder.count_document_tokens(self._texts(unknown))
-            self._tokens.update(zip(unknown, counts, strict=True))
-        return [self._tokens[doc_id] for doc_id in doc_ids]
 
-    def _texts(self, doc_ids: Sequence[str]) -> list[str]:
-        return [self.collection.documents[doc_id].full_text for doc_id in doc_ids]
+def _by_doc_id(rows: Rows) -> Rows:
+    """Each of the rows once, in the order of doc_ids."""
+    return np.unique(rows)[::-1]
 
 
 def rollout_vectors(rollouts: Sequence[Rollout]) -> Array:

@@ -51,7 +51,7 @@ class NeighbourGraph:
             found |= dict.fromkeys(front)
         return list(found)
 
-    def repair(self, index: VectorIndex, rows: Sequence[int]) -> int:
+    def repair(self, index: VectorIndex, rows: Rows) -> int:
         """Mend the links around documents whose vectors have changed.
 
         Their own links are searched again. Every document that linked to one of them, or that their search met,
@@ -65,7 +65,7 @@ class NeighbourGraph:
         Returns:
             How many documents chose anew.
         """
-        moved = np.unique(np.asarray(rows, dtype=np.int64))
+        moved = np.unique(rows)
         neighbours = self.links.shape[1]
         if 2 * len(moved) > len(index):
             self.links = NeighbourGraph.build(index, neighbours).links
@@ -91,9 +91,9 @@ class NeighbourGraph:
             touched = touched[fit:]
         return chosen
 
-    def recall(self, index: VectorIndex, sample: Sequence[int]) -> float:
+    def recall(self, index: VectorIndex, sample: Rows) -> float:
         """The share of the true neighbours of the sampled rows, under the index's vectors of now, that are linked."""
-        true = _neighbours(index, np.asarray(sample, dtype=np.int64), self.links.shape[1])
+        true = _neighbours(index, sample, self.links.shape[1])
         hits = [np.isin(links[links >= 0], own).sum() for links, own in zip(true, self.links[sample], strict=True)]
         return float(np.sum(hits) / max(1, (true >= 0).sum()))
 

@@ -17,7 +17,8 @@ import numpy as np
 
 from ..config import RefreshSettings
 from ..retrieval.index import VectorIndex
-from ..types import Array
+from ..retrieval.ranking import RestrictedRows, ranked_rows
+from ..types import Array, Rows
 from .neighbours import NeighbourGraph
 
 CLOSE = 0.01
@@ -32,23 +33,25 @@ class RefreshRequest:
         index: the live index with its `encoded_at_version`.
         policy_version: the version of the weights that made the queries.
         queries: the vectors about to be ranked, `B x D`.
-        positives: the relevant documents (doc_ids) of each, `B` lists.
+        positives: the rows of the relevant documents of each, `B` lists.
+        limits: what the ranking of each may hold.
     """
 
     index: VectorIndex
     policy_version: int
     queries: Array
-    positives: Sequence[Sequence[str]]
+    positives: Sequence[Rows]
+    limits: Sequence[RestrictedRows]
 
 
 class RefreshPolicy(ABC):
     """A rung of the ladder in docs/method.md."""
 
     @abstractmethod
-    def choose(self, request: RefreshRequest) -> Sequence[str]:
-        """The doc_ids to encode again, the most urgent first; the environment skips those that are fresh."""
+    def choose(self, request: RefreshRequest) -> Rows:
+        """The rows to encode again, the most urgent first; the environment skips those that are fresh."""
 
-    def moved(self, index: VectorIndex, rows: Sequence[int]) -> None:  # noqa: B027 - most policies keep no state
+    def moved(self, index: VectorIndex, rows: Rows) -> None:  # noqa: B027 - most policies keep no state
         """Told which rows of the index have new vectors."""
 
     def save(self, folder: Path) -> None:  # noqa: B027
@@ -61,17 +64,17 @@ class RefreshPolicy(ABC):
 class Never(RefreshPolicy):
     """No document but the batch's positives (and the sample of the drift correction) is ever encoded again."""
 
-    def choose(self, request: RefreshRequest) -> Sequence[str]:
+    def choose(self, request: RefreshRequest) -> Rows:
         """Nothing."""
-        return []
+        return np.arange(0)
 
 
 class Full(RefreshPolicy):
     """Every document is encoded again at every step: the truth, at full price."""
 
-    def choose(self, request: RefreshRequest) -> Sequence[str]:
+    def choose(self, request: RefreshRequest) -> Rows:
         """Everything."""
-        return request.index.doc_ids
+        return np.arange(len(request.index))
 
 
 class Periodic(RefreshPolicy):
@@ -80,9 +83,9 @@ class Periodic(RefreshPolicy):
     def __init__(self, every: int) -> None:
         self.every = every
 
-    def choose(self, request: RefreshRequest) -> Sequence[str]:
+    def choose(self, request: RefreshRequest) -> Rows:
         """Everything, or nothing."""
-        return request.index.doc_ids if request.policy_version % self.every == 0 else []
+        return np.arange(len(request.index) if request.policy_version % self.every == 0 else 0)
 
 
 class Shortlist(RefreshPolicy):
@@ -91,15 +94,13 @@ class Shortlist(RefreshPolicy):
     def __init__(self, depth: int) -> None:
         self.depth = depth
 
-    def choose(self, request: RefreshRequest) -> Sequence[str]:
+    def choose(self, request: RefreshRequest) -> Rows:
         """The union of the shortlists; a document's urgency is its best rank, then its best score."""
-        rows, scores = request.index.search_rows(request.queries, self.depth)  # B x L
         urgency: dict[int, tuple[int, float]] = {}
-        for rank in range(rows.shape[1]):
-            for row, score in zip(rows[:, rank].tolist(), scores[:, rank].tolist(), strict=True):
-                place = (rank, -score)
-                urgency[row] = min(urgency.get(row, place), place)
-        return [request.index.doc_ids[row] for row in sorted(urgency, key=lambda row: (*urgency[row], row))]
+        for rows, scores in ranked_rows(request.index, request.queries, request.limits, self.depth):
+            for place, (row, score) in enumerate(zip(rows.tolist(), scores.tolist(), strict=True)):
+                urgency[row] = min(urgency.get(row, (place, -score)), (place, -score))
+        return np.array(sorted(urgency, key=lambda row: (*urgency[row], row)), dtype=np.int64)
 
 
 class Selective(RefreshPolicy):
@@ -114,25 +115,26 @@ class Selective(RefreshPolicy):
         self.depth, self.hops, self.neighbours = depth, hops, neighbours
         self.graph: NeighbourGraph | None = None
 
-    def choose(self, request: RefreshRequest) -> Sequence[str]:
+    def choose(self, request: RefreshRequest) -> Rows:
         """Candidates by urgency."""
         index = request.index
         if self.graph is None:
             self.graph = NeighbourGraph.build(index, self.neighbours)
-        shortlist, _ = index.search_rows(request.queries, self.depth)  # B x L
-        positives = sorted({index.row(doc_id) for doc_ids in request.positives for doc_id in doc_ids})
-        reached = self.graph.reach([*positives, *dict.fromkeys(shortlist.flatten().tolist())], self.hops)
+        shortlists = ranked_rows(index, request.queries, request.limits, self.depth)
+        positives = np.unique(np.concatenate(request.positives))
+        nearest = dict.fromkeys(row for rows, _ in shortlists for row in rows.tolist())
+        reached = np.array(self.graph.reach([*positives.tolist(), *nearest], self.hops))
         staleness = request.policy_version - index.encoded_at_version[reached]
-        rows = np.array(reached, dtype=np.int64)[staleness > 0]  # R
+        rows, staleness = reached[staleness > 0], staleness[staleness > 0]  # R
         scores = request.queries @ index.vectors_at(rows).T  # B x R
-        gaps = np.full(scores.shape, np.inf, dtype=np.float32)
-        for place, doc_ids in enumerate(request.positives):
-            own = index.vectors(doc_ids) @ request.queries[place]  # the query's positives
-            gaps[place] = np.abs(scores[place][:, None] - own).min(axis=1)
-        urgency = staleness[staleness > 0] / (gaps.min(axis=0) + CLOSE)
-        return [index.doc_ids[row] for row in rows[np.argsort(-urgency, kind="stable")]]
+        gaps = np.full(len(rows), np.inf, dtype=np.float32)
+        for query, own, own_positives in zip(request.queries, scores, request.positives, strict=True):
+            bars = index.vectors_at(own_positives) @ query
+            gaps = np.minimum(gaps, np.abs(own[:, None] - bars).min(axis=1))
+        urgent: Rows = rows[np.argsort(-staleness / (gaps + CLOSE), kind="stable")]
+        return urgent
 
-    def moved(self, index: VectorIndex, rows: Sequence[int]) -> None:
+    def moved(self, index: VectorIndex, rows: Rows) -> None:
         """Mend the graph around the documents that moved."""
         if self.graph is not None:
             self.graph.repair(index, rows)
@@ -161,16 +163,3 @@ def make_policy(settings: RefreshSettings) -> RefreshPolicy:
             return Selective(settings.depth, settings.hops, settings.neighbours)
         case "full":
             return Full()
-
-
-def within_budget(
-    doc_ids: Sequence[str], tokens: Sequence[int], documents_left: float, tokens_left: float
-) -> list[str]:
-    """The longest head of `doc_ids` that fits both what is left of the documents and of the tokens."""
-    kept: list[str] = []
-    for doc_id, length in zip(doc_ids, tokens, strict=True):
-        tokens_left -= length
-        if len(kept) + 1 > documents_left or tokens_left < 0:
-            break
-        kept.append(doc_id)
-    return kept

@@ -18,11 +18,13 @@ import numpy as np
 import torch
 
 from ..data.collection import Collection
+from ..data.restrictions import Restrictions
 from ..errors import DataError, ModelError
 from ..files import hash_folder, write_json
 from ..retrieval.encode import ModelEncoder, PeerEncoder, encode_corpus
 from ..retrieval.index import DType, ExactIndex
 from ..retrieval.lexical import BM25
+from ..retrieval.ranking import ranked
 from ..types import Array, Progress, Watch
 
 
@@ -42,8 +44,8 @@ class Scoring(Protocol):
 class Searching(Scoring, Protocol):
     """A retriever that holds a collection."""
 
-    def search(self, texts: Sequence[str], k: int) -> list[list[str]]:
-        """The `k` best documents of each text, best first."""
+    def search(self, texts: Sequence[str], k: int, pools: Sequence[frozenset[str] | None]) -> list[list[str]]:
+        """The `k` best documents of each text, of its pool where it has one, best first."""
         ...
 
 
@@ -85,10 +87,10 @@ class _LexicalSearch:
     _index: BM25
     _last: tuple[tuple[str, ...], list[dict[str, float]]] = field(default=((), []))
 
-    def search(self, texts: Sequence[str], k: int) -> list[list[str]]:
-        found = self._index.search_scored(texts, k)
-        self._last = tuple(texts), [dict(line) for line in found]
-        return [[doc_id for doc_id, _ in line] for line in found]
+    def search(self, texts: Sequence[str], k: int, pools: Sequence[frozenset[str] | None]) -> list[list[str]]:
+        rankings = self._index.search_scored(texts, k, pools)
+        self._last = tuple(texts), [dict(ranking) for ranking in rankings]
+        return [[doc_id for doc_id, _ in ranking] for ranking in rankings]
 
     def score(self, texts: Sequence[str], doc_ids: Sequence[Sequence[str]]) -> list[list[float]]:
         """Those of the last search are kept: a retriever that judges too looks up only what it did not find."""
@@ -158,13 +160,14 @@ class _DenseSearch:
     _encode_query: Callable[[Sequence[str]], Array]
     _last: tuple[tuple[str, ...], Array] | None = field(default=None)
 
-    def search(self, texts: Sequence[str], k: int) -> list[list[str]]:
-        return self._index.search(self._vectors(texts), k).doc_ids
+    def search(self, texts: Sequence[str], k: int, pools: Sequence[frozenset[str] | None]) -> list[list[str]]:
+        rankings = ranked(self._index, self._vectors(texts), [Restrictions(pool=pool) for pool in pools], k)
+        return [[doc_id for doc_id, _ in ranking] for ranking in rankings]
 
     def score(self, texts: Sequence[str], doc_ids: Sequence[Sequence[str]]) -> list[list[float]]:
         vectors = self._vectors(texts)
         return [
-            (self._index.vectors(asked) * vector).sum(axis=1).tolist() if asked else []
+            self._index.scores_at(self._index.rows_of(asked), vector).tolist()
             for vector, asked in zip(vectors, doc_ids, strict=True)
         ]
 

@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from ..data.collection import Collection, Query
+from ..data.restrictions import restrictions
 from ..data.triples import judged_queries, listed_negatives
 from ..data.writing.asking import check_output
 from ..errors import DataError
@@ -105,12 +106,12 @@ class MiningReport:
         queries: of these splits.
         candidates: different documents that the retrievers found, over all queries.
         dropped: reason -> candidates dropped for it: `judged` (for the query, in any split), `excluded` (by the
-            collection), `out_of_range` (skipped), `listed` (a negative already), `same_text` (as the query or a
-            positive), `false_negative` (a score too near the positive's or above it), `repeated_text` (as a candidate
-            with a higher score).
+            collection, or since its id is that of the query), `out_of_range` (skipped), `listed` (a negative already),
+            `same_text` (as the query or a positive), `false_negative` (a score too near the positive's or above it),
+            `repeated_text` (as a candidate with a higher score).
         usable: candidates left, of which `per_query` were taken.
         listed: negatives that queries had already; 0 where they are not kept.
-        listed_dropped: of them, those that were dropped as `false_negative` or `same_text`.
+        listed_dropped: of them, those that were dropped as `false_negative`, `same_text` or `excluded`.
         mined: negatives taken.
         fewer: queries with fewer mined negatives than wanted; those with none are among them.
         none: queries without any mined negative.
@@ -251,13 +252,15 @@ def choose(
         settings: which candidates become negatives.
         listed: negatives that the query has already.
     """
-    documents, excluded = collection.documents, collection.excluded.get(query.query_id, frozenset())
-    open_lists = [[one for one in line if one not in relevance and one not in excluded] for line in found]
+    documents, limits = collection.documents, restrictions(collection, query.query_id, relevance)
+    open_lists = [[one for one in line if one not in relevance and limits.allow(one)] for line in found]
     in_range = {doc_id for line in open_lists for doc_id in line[settings.skip : settings.depth]}
     positives = [doc_id for doc_id, gain in relevance.items() if gain > 0]
     taken = {query.text, *(documents[doc_id].full_text for doc_id in positives)}
     bound = settings.bound(max(scores[doc_id] for doc_id in positives))
-    kept = [one for one in listed if scores[one] <= bound and documents[one].full_text not in taken]
+    kept = [
+        one for one in listed if limits.allow(one) and scores[one] <= bound and documents[one].full_text not in taken
+    ]
     usable: list[str] = []
     dropped = Counter[str]()
     texts: set[str] = set()
@@ -266,7 +269,7 @@ def choose(
         text = documents[doc_id].full_text
         reasons = {
             "judged": doc_id in relevance,
-            "excluded": doc_id in excluded,
+            "excluded": not limits.allow(doc_id),
             "out_of_range": doc_id not in in_range,
             "listed": doc_id in listed,
             "same_text": text in taken,
@@ -308,6 +311,7 @@ class _Work:
             "queries": key_hash({"ids": list(judged)}),
             "depth": depth,
             "block": BLOCK,
+            **({"pools": "ranked alone"} if collection.pools else {}),  # caches made before that rule hold others
         }
         self._searches = [
             (retriever, BlockCache(cache, "candidates", {**asked, "retriever": dict(retriever.key)}))
@@ -355,7 +359,8 @@ class _Work:
     def _search(self, retriever: Retriever, block: Sequence[str]) -> list[list[str]]:
         """As many candidates as leave `depth` of them when judged and excluded documents are taken out."""
         room = [self.depth + len(self._never(query_id)) for query_id in block]
-        found = self._searching[id(retriever)].search(self._texts(block), max(room))
+        pools = [self.collection.pools.get(query_id) for query_id in block]
+        found = self._searching[id(retriever)].search(self._texts(block), max(room), pools)
         return [line[:k] for line, k in zip(found, room, strict=True)]
 
     def _score(self, block: Sequence[str], asked: Sequence[Sequence[str]]) -> list[list[float]]:
@@ -370,7 +375,8 @@ class _Work:
         return list(dict.fromkeys([*positives, *self.listed[query_id], *candidates]))
 
     def _never(self, query_id: str) -> set[str]:
-        return {*self.judged[query_id], *self.collection.excluded.get(query_id, ())}
+        judged = self.judged[query_id]
+        return {*judged, *restrictions(self.collection, query_id, judged).left_out}
 
     def _texts(self, block: Sequence[str]) -> list[str]:
         return [self.collection.queries[query_id].text for query_id in block]

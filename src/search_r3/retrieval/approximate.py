@@ -112,12 +112,12 @@ class ApproximateIndex:
         return self.store.rows
 
     def row(self, doc_id: str) -> int:
-        """The row of a document.
-
-        Raises:
-            VectorIndexError: the index does not hold it.
-        """
+        """The row of a document; a VectorIndexError if the index does not hold it."""
         return self.store.row(doc_id)
+
+    def rows_of(self, doc_ids: Sequence[str]) -> Rows:
+        """The row of each document, as `row`."""
+        return self.store.rows_of(doc_ids)
 
     def search_rows(self, queries: Array, k: int) -> tuple[Rows, Array]:
         """Rows and exact scores, both `Q x K`, of the best documents among those that the graph proposes.
@@ -180,27 +180,23 @@ class ApproximateIndex:
         """The scores of these rows for one query, `len(rows)`; equal vectors have equal ones."""
         return self.store.scores_at(rows, query)
 
-    def vectors(self, doc_ids: Sequence[str]) -> Array:
-        """The vectors held for these documents, `len(doc_ids) x D`."""
-        return self.store.vectors(doc_ids)
-
     def vectors_at(self, rows: Sequence[int] | Rows) -> Array:
         """The vectors held in these rows, `len(rows) x D`."""
         return self.store.vectors_at(rows)
 
-    def update(self, doc_ids: Sequence[str], vectors: Array, version: int) -> None:
-        """Replace the vectors of known documents; of a document named twice the last one counts.
+    def update(self, rows: Rows, vectors: Array, version: int | None = None) -> None:
+        """Replace the vectors in these rows, each once, `len(rows) x D`; without a version they stay as old as before.
 
         Where more than half of all documents change, the graph is built anew, which is faster and better.
 
         Raises:
-            VectorIndexError: unknown documents, wrong shape or values that are not finite; nothing is changed.
+            VectorIndexError: wrong shape or values that are not finite; nothing is changed.
         """
-        self.store.update(doc_ids, vectors, version)
-        rows = np.unique([self.row(doc_id) for doc_id in doc_ids]).astype(np.int64)
+        self.store.update(rows, vectors, version)
         if 2 * len(rows) > len(self):
             self.rebuild()
         elif len(rows):
+            rows = np.sort(rows)
             self._graph.remove(rows.astype(np.uint64), threads=torch.get_num_threads())
             self._add(rows)
         self._updates += 1

@@ -56,10 +56,6 @@ class VectorIndex(Protocol):
         """The row of each document."""
         ...
 
-    def row(self, doc_id: str) -> int:
-        """The row of a document; a VectorIndexError if the index does not hold it."""
-        ...
-
     def search_rows(self, queries: Array, k: int) -> tuple[Rows, Array]:
         """Rows and scores, both `Q x K`, of the `k` best documents of each query (all where there are fewer)."""
         ...
@@ -72,10 +68,6 @@ class VectorIndex(Protocol):
 
     def scores_at(self, rows: Rows, query: Array) -> Array:
         """The scores of these rows for one query, `len(rows)`; equal vectors have equal ones."""
-        ...
-
-    def vectors(self, doc_ids: Sequence[str]) -> Array:
-        """The vectors held for these documents, `len(doc_ids) x D`."""
         ...
 
     def vectors_at(self, rows: Sequence[int] | Rows) -> Array:
@@ -141,17 +133,6 @@ class ExactIndex:
         """All vectors, `N x D`, in the order of `doc_ids`: a view (do not write) of float32 on the CPU, else a copy."""
         array: Array = self._tensor.float().cpu().numpy()
         return array
-
-    def set_vectors_at(self, rows: Rows, vectors: Array) -> None:
-        """Replace the vectors in these rows, `len(rows) x D`, without touching `encoded_at_version`.
-
-        Raises:
-            VectorIndexError: wrong shape or values that are not finite; nothing is changed.
-        """
-        vectors = _shaped(vectors, len(rows), self.dimension)
-        self._check_values(vectors)
-        chosen = torch.tensor(np.asarray(rows, dtype=np.int64), device=self._tensor.device)
-        self._tensor[chosen] = _tensor_of(vectors).to(self._tensor)
 
     def scores(self, queries: Array) -> Array:
         """Scores of every document, `Q x N`, columns in the order of `doc_ids`; for small indexes."""
@@ -254,6 +235,10 @@ class ExactIndex:
         except KeyError:
             raise VectorIndexError(f"document {doc_id!r} is not in the index of {len(self)} documents") from None
 
+    def rows_of(self, doc_ids: Sequence[str]) -> Rows:
+        """The row of each document, as `row`."""
+        return np.array([self.row(doc_id) for doc_id in doc_ids], dtype=np.int64)
+
     def checked(self, queries: Array) -> Array:
         """Queries as float32, `Q x D`.
 
@@ -264,27 +249,25 @@ class ExactIndex:
         self._check_values(queries)
         return np.ascontiguousarray(queries, dtype=np.float32)
 
-    def vectors(self, doc_ids: Sequence[str]) -> Array:
-        """The vectors held for these documents, `len(doc_ids) x D`."""
-        return self.vectors_at([self.row(doc_id) for doc_id in doc_ids])
-
     def vectors_at(self, rows: Sequence[int] | Rows) -> Array:
         """The vectors held in these rows, `len(rows) x D`, as float32."""
         chosen = torch.tensor(np.asarray(rows, dtype=np.int64), device=self._tensor.device)
         array: Array = self._tensor[chosen].float().cpu().numpy()
         return array
 
-    def update(self, doc_ids: Sequence[str], vectors: Array, version: int) -> None:
-        """Replace the vectors of known documents; of a document named twice the last one counts.
+    def update(self, rows: Rows, vectors: Array, version: int | None = None) -> None:
+        """Replace the vectors in these rows, each once, `len(rows) x D`; without a version they stay as old as before.
 
         Raises:
-            VectorIndexError: unknown documents, wrong shape or values that are not finite; nothing is changed.
+            VectorIndexError: wrong shape or values that are not finite; nothing is changed.
         """
-        last = {self.row(doc_id): place for place, doc_id in enumerate(doc_ids)}
-        vectors = _shaped(vectors, len(doc_ids), self.dimension)
-        rows = np.array([*last], dtype=np.int64)
-        self.set_vectors_at(rows, vectors[[*last.values()]])
-        self.encoded_at_version[rows] = version
+        vectors = _shaped(vectors, len(rows), self.dimension)
+        self._check_values(vectors)
+        self._tensor[torch.tensor(rows, dtype=torch.long, device=self._tensor.device)] = _tensor_of(vectors).to(
+            self._tensor
+        )
+        if version is not None:
+            self.encoded_at_version[rows] = version
 
     def save(self, folder: Path) -> None:
         """Write the index; a process killed at any moment leaves the old state or the new one.

@@ -42,14 +42,16 @@ class BM25:
         """The library and its version."""
         return f"bm25s {version('bm25s')}"
 
-    def search(self, texts: Sequence[str], k: int) -> list[list[str]]:
-        """The `k` best documents of each text under the ranking rule; documents that share no word are left out."""
-        return [[doc_id for doc_id, _ in found] for found in self.search_scored(texts, k)]
+    def search(
+        self, texts: Sequence[str], k: int, pools: Sequence[Iterable[str] | None] | None = None
+    ) -> list[list[str]]:
+        """The `k` best documents of each text, of its pool where it has one; those that share no word are left out."""
+        return [[doc_id for doc_id, _ in ranking] for ranking in self.search_scored(texts, k, pools)]
 
     def search_scored(
         self, texts: Sequence[str], k: int, pools: Sequence[Iterable[str] | None] | None = None
     ) -> list[Scored]:
-        """The same with scores; a text with a pool ranks the documents of that pool alone."""
+        """The same with scores."""
         return [
             self._best(tokens, k, pool)
             for tokens, pool in zip(self._tokens(texts), pools or [None] * len(texts), strict=True)

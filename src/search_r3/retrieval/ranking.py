@@ -62,27 +62,33 @@ def make_requests(
 def ranked(index: VectorIndex, vectors: Array, requests: Sequence[Restrictions], depth: int) -> list[Scored]:
     """The documents of each request, best first, at most `depth`, under its restrictions."""
     limits = [restricted_rows(index, request) for request in requests]
-    rankings: list[Scored] = [[] for _ in requests]
-    unpooled = [i for i, limit in enumerate(limits) if limit.pool is None]
+    return [
+        [(index.doc_ids[row], score) for row, score in zip(rows, scores.tolist(), strict=True)]
+        for rows, scores in ranked_rows(index, vectors, limits, depth)
+    ]
+
+
+def ranked_rows(
+    index: VectorIndex, vectors: Array, limits: Sequence[RestrictedRows], depth: int
+) -> list[tuple[Rows, Array]]:
+    """The rows of each query `Q x D`, best first, at most `depth`, under its restrictions, and their scores."""
+    candidates = [limit.pool for limit in limits]
+    unpooled = [i for i, pool in enumerate(candidates) if pool is None]
     if unpooled:
         deepest = depth + MARGIN + max(len(limits[i].left_out) for i in unpooled)
-        rows, products = index.search_rows(vectors[unpooled], deepest)
-        for i, line, scores in zip(unpooled, rows, products, strict=True):
-            last = min(depth + len(limits[i].left_out), len(line)) - 1
-            tied = len(line) < len(index) and scores[last] - scores[-1] < NOISE
-            candidates = np.setdiff1d(np.arange(len(index)) if tied else line, limits[i].left_out)
-            rankings[i] = _ranking(index, candidates, vectors[i], depth)
-    for i, limit in enumerate(limits):
-        if limit.pool is not None:
-            rankings[i] = _ranking(index, limit.pool, vectors[i], depth)
+        nearest, products = index.search_rows(vectors[unpooled], deepest)
+        for i, rows, scores in zip(unpooled, nearest, products, strict=True):
+            last = min(depth + len(limits[i].left_out), len(rows)) - 1
+            tied = len(rows) < len(index) and scores[last] - scores[-1] < NOISE
+            candidates[i] = np.setdiff1d(np.arange(len(index)) if tied else rows, limits[i].left_out)
+    rankings = []
+    for rows, vector in zip(candidates, vectors, strict=True):
+        assert rows is not None
+        scores = index.scores_at(rows, vector)
+        # Rows stand in descending order of doc_id, so the lower row comes first among equals.
+        order = np.lexsort((rows, -scores))[:depth]
+        rankings.append((rows[order], scores[order]))
     return rankings
-
-
-def _ranking(index: VectorIndex, rows: Rows, vector: Array, depth: int) -> Scored:
-    scores = index.scores_at(rows, vector)
-    # Rows stand in descending order of doc_id, so the lower row comes first among equals.
-    order = np.lexsort((rows, -scores))[:depth]
-    return [(index.doc_ids[row], score) for row, score in zip(rows[order], scores[order].tolist(), strict=True)]
 
 
 @dataclass(frozen=True)
@@ -95,6 +101,11 @@ class RestrictedRows:
     def allow(self, rows: Rows) -> np.ndarray[tuple[int], np.dtype[np.bool_]]:
         """Which of these rows can be ranked."""
         return np.isin(rows, self.left_out, invert=True) if self.pool is None else np.isin(rows, self.pool)
+
+    def within(self, rows: Rows) -> RestrictedRows:
+        """The same in an index of these rows alone, which ascend."""
+        left_out, pool = np.isin(rows, self.left_out), None if self.pool is None else np.isin(rows, self.pool)
+        return RestrictedRows(np.flatnonzero(left_out), None if pool is None else np.flatnonzero(pool))
 
 
 def restricted_rows(index: VectorIndex, limits: Restrictions) -> RestrictedRows:
@@ -109,7 +120,7 @@ def _rows(index: VectorIndex, doc_ids: frozenset[str]) -> Rows:
 
 
 def ranks(
-    index: VectorIndex, vectors: Array, rows: Sequence[Sequence[int]], limits: Sequence[RestrictedRows]
+    index: VectorIndex, vectors: Array, rows: Sequence[Sequence[int] | Rows], limits: Sequence[RestrictedRows]
 ) -> list[list[int]]:
     """The rank (from 1) of chosen documents of each query, among those that its restrictions allow.
 

@@ -355,7 +355,7 @@ def _examples(collection: Collection, settings: SFTSettings) -> dict[str, list[T
 
     mined = 4 * settings.bm25_negatives
     return {
-        split: training_examples(collection, split, lambda texts, count: bm25().search(texts, count), mined)
+        split: training_examples(collection, split, lambda *query: bm25().search(*query), mined)
         for split in settings.splits
     }
 

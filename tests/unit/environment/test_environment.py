@@ -10,13 +10,19 @@ import pytest
 import torch
 
 from search_r3.config import RefreshSettings, RewardWeights
-from search_r3.data.collection import Collection
+from search_r3.data.collection import Collection, Document, Query
 from search_r3.environment.environment import RetrievalEnvironment
 from search_r3.environment.refresh import Selective
 from search_r3.environment.reward import RewardParts, reward_parts
 from search_r3.errors import DataError, RewardError
+from search_r3.evaluation.benchmark import EvaluationOptions, evaluate
+from search_r3.evaluation.results import SystemInfo
+from search_r3.evaluation.systems import Answers, System
 from search_r3.model.engine.generation import Rollout
 from search_r3.retrieval.approximate import ApproximateIndex, GraphSettings
+from search_r3.retrieval.index import ExactIndex
+from search_r3.retrieval.metrics import ndcg, rank
+from search_r3.retrieval.ranking import RankRequest, ranked
 
 WEIGHTS = RewardWeights(ranking=1.0, similarity=0.5, format=0.25, length=0.1)
 
@@ -121,7 +127,7 @@ def test_full_encodes_everything_at_every_version(collection: Collection) -> Non
     assert (report.documents_encoded, report.staleness_max) == (40, 0)
     assert report.tokens_encoded == sum(10 + i for i in range(40))
     fresh = encode.encode_document([document.full_text for document in collection.documents.values()])
-    np.testing.assert_array_equal(world.index.vectors(list(collection.documents)), fresh)
+    np.testing.assert_array_equal(world.index.vectors_at(world.index.rows_of(list(collection.documents))), fresh)
 
 
 def test_periodic_encodes_everything_at_every_nth_version_only(collection: Collection) -> None:
@@ -189,7 +195,7 @@ def test_drift_corrects_what_it_does_not_encode(collection: Collection) -> None:
         encode.shift = 0.4
         report = world.feedback([rollout(0.4)], ["q00"], policy_version=1).refresh
         fresh = encode.encode_document([document.full_text for document in collection.documents.values()])
-        cosines = (world.index.vectors(list(collection.documents)) * fresh).sum(axis=1)
+        cosines = (world.index.vectors_at(world.index.rows_of(list(collection.documents))) * fresh).sum(axis=1)
         held[policy] = cosines[[v == 0 for v in versions_of(world, list(collection.documents))]].mean()
         assert (report.drift_gain > 0.9) == (policy == "drift")
         assert report.documents_encoded == (21 if policy == "drift" else 1)
@@ -294,7 +300,7 @@ def test_an_approximate_index_gives_the_same_rewards(
         state=tmp_path,
     )
     assert isinstance(again.index, ApproximateIndex)
-    assert again.feedback(rollouts, owners, 1).rewards == pytest.approx(answers[0].rewards)
+    assert again.feedback(rollouts, owners, 1).rewards == pytest.approx(worlds[0].feedback(rollouts, owners, 1).rewards)
 
 
 @pytest.mark.parametrize("policy", ["never", "selective"])
@@ -315,3 +321,86 @@ def test_the_state_is_saved_and_another_corpus_is_refused(tmp_path: Path, collec
     smaller = Collection("less", {"d00": collection.documents["d00"]}, collection.queries, collection.qrels)
     with pytest.raises(DataError, match="hold different documents"):
         RetrievalEnvironment(smaller, {}, *arguments, k=10, max_new_tokens=4, state=tmp_path)
+
+
+# The ranking rule
+
+
+def toy(kind: str) -> Collection:
+    """Documents on a line of angles, ever further from query `q`; what `kind` says must not be ranked stands first."""
+    doc_ids = [f"d{i}" for i in range(9)]
+    documents = {doc_id: Document(doc_id, f"text {doc_id}") for doc_id in doc_ids}
+    documents |= {"q": Document("q", "the query itself")} if kind == "arguana" else {}
+    documents = dict(sorted(documents.items(), key=lambda item: item[0] != "q"))
+    return Collection(
+        kind,
+        documents,
+        {"q": Query("q", "where?"), "r": Query("r", "who?")},
+        {"train": {"q": {"d3": 2, "d6": 1, "d8": 0}, "r": {"d1": 1}}},
+        excluded={"q": frozenset({"d0", "d1", "d4"})} if kind == "bright" else {},
+        pools={"q": frozenset({"d2", "d3", "d5", "d6"})} if kind == "babi" else {},
+    )
+
+
+class Told(System):
+    """A system whose queries have these vectors."""
+
+    info = SystemInfo(name="told", kind="search-r3", model="told", revision="1", settings={})
+    before = None
+
+    def __init__(self, index: ExactIndex, vectors: dict[str, np.ndarray]) -> None:
+        self.told, self.vectors, self.documents_per_second = index, vectors, None
+
+    def index(self, collection: Collection, progress: Any = None) -> Any:
+        return self
+
+    def answer(self, requests: Sequence[RankRequest], depth: int, progress: Any = None) -> Answers:
+        vectors = np.stack([self.vectors[request.query_id] for request in requests])
+        return Answers(ranked(self.told, vectors, requests, depth))
+
+
+def brute_force_ndcg(collection: Collection, world: RetrievalEnvironment, query_id: str, vector: np.ndarray) -> float:
+    """nDCG@10 of a sort of all documents, by the rule as the README words it."""
+    gains = collection.qrels["train"][query_id]
+    scores = dict(zip(world.index.doc_ids, world.index.vectors_at(range(len(world.index))) @ vector, strict=True))
+    for doc_id in list(scores):
+        out = doc_id in collection.excluded.get(query_id, ()) or doc_id not in collection.pools.get(query_id, scores)
+        if out or (doc_id == query_id and gains.get(doc_id, 0) <= 0):
+            del scores[doc_id]
+    return ndcg(rank(scores), gains, 10)
+
+
+@pytest.mark.parametrize("index", ["exact", "approximate"])
+@pytest.mark.parametrize("kind", ["bright", "arguana", "babi", "plain"])
+def test_the_reward_is_the_measure_of_the_evaluation(kind: str, index: str) -> None:
+    collection = toy(kind)
+    world = environment(collection, MovingEncoder(collection), "shortlist", index=index)
+    vectors = {"q": rollout(0.0).vector.numpy(), "r": rollout(0.1).vector.numpy()}
+    feedback = world.feedback([rollout(0.0), rollout(0.1)], ["q", "r"], policy_version=0)
+    rewards = [part.ranking for part in feedback.parts]
+    store = world.index if isinstance(world.index, ExactIndex) else world.index.store
+    result = evaluate(Told(store, vectors), collection, "train", EvaluationOptions(latency_queries=0, bootstrap=10))
+    assert rewards == pytest.approx(result.per_query["ndcg@10"])
+    assert rewards == pytest.approx([brute_force_ndcg(collection, world, name, vectors[name]) for name in "qr"])
+    assert feedback.best_ranks[0] == {"bright": 2, "arguana": 4, "babi": 2, "plain": 4}[kind]
+
+
+def test_an_audit_follows_the_rule_too(collection: Collection) -> None:
+    for kind in ("bright", "babi"):
+        data = toy(kind)
+        world = environment(data, MovingEncoder(data), "never", audit_documents=0)
+        world.feedback([rollout(0.0)], ["q"], policy_version=1)
+        for size in (0, 2):
+            world.refresh = world.refresh.model_copy(update={"audit_documents": size})
+            audit = world.audit([rollout(0.0)], ["q"], policy_version=1)
+            assert (audit.reward_error, audit.rank_error, audit.top10_overlap) == (0.0, 0.0, 1.0)
+
+
+def test_a_shortlist_holds_what_can_be_ranked_and_nothing_else() -> None:
+    for kind, expected in (("bright", {"d2", "d3", "d5", "d6"}), ("babi", {"d2", "d3", "d5", "d6"})):
+        data = toy(kind)
+        encode = MovingEncoder(data)
+        world = environment(data, encode, "shortlist", depth=3)
+        encode.encoded.clear()
+        world.feedback([rollout(0.0)], ["q"], policy_version=1)
+        assert {text.removeprefix("text ") for text in encode.encoded} == expected

@@ -43,7 +43,7 @@ def test_a_built_graph_is_exact_and_in_order() -> None:
     index = index_of(clustered(np.random.default_rng(0)))
     graph = NeighbourGraph.build(index, 5)
     assert recall(graph, index) == 1.0
-    assert graph.recall(index, range(600)) == 1.0
+    assert graph.recall(index, np.arange(600)) == 1.0
     assert not (graph.links == np.arange(600)[:, None]).any(), "no document is its own neighbour"
     scores = np.einsum("nld,nd->nl", index.matrix[graph.links], index.matrix)
     assert (np.diff(scores, axis=1) <= 1e-6).all(), "best first"
@@ -56,10 +56,10 @@ def test_repairs_keep_the_graph_near_exact_while_documents_move() -> None:
     for version in range(1, 21):
         rows = rng.choice(600, size=30, replace=False)
         moved = unit(index.vectors_at(rows) + 0.25 * rng.normal(size=(30, 16)))
-        index.update([index.doc_ids[row] for row in rows], moved, version)
-        assert repaired.repair(index, rows.tolist()) > 0
+        index.update(rows, moved, version)
+        assert repaired.repair(index, rows) > 0
     assert recall(repaired, index) > 0.93
-    assert recall(repaired, index) == pytest.approx(repaired.recall(index, range(600)))
+    assert recall(repaired, index) == pytest.approx(repaired.recall(index, np.arange(600)))
     assert recall(left_alone, index) < 0.6, "the repairs are what keeps it"
 
 
@@ -68,8 +68,8 @@ def test_the_moved_documents_own_links_and_those_to_them_are_exact() -> None:
     index = index_of(clustered(rng))
     graph = NeighbourGraph.build(index, 5)
     old = index.doc_ids[7]
-    index.update([old], index.vectors([index.doc_ids[300]]), 1)  # now a twin of row 300
-    graph.repair(index, [7])
+    index.update(np.array([index.row(old)]), index.vectors_at([300]), 1)  # now a twin of row 300
+    graph.repair(index, np.array([7]))
     assert set(graph.links[7].tolist()) == exact_links(index, 5)[7]
     assert 7 in graph.links[300]
     untouched = exact_links(index, 5)
@@ -80,8 +80,8 @@ def test_a_graph_of_which_most_has_moved_is_built_anew() -> None:
     rng = np.random.default_rng(3)
     index = index_of(clustered(rng))
     graph = NeighbourGraph.build(index, 5)
-    index.set_vectors_at(np.arange(600), clustered(rng))
-    assert graph.repair(index, range(400)) == 600
+    index.update(np.arange(600), clustered(rng))
+    assert graph.repair(index, np.arange(400)) == 600
     assert recall(graph, index) == 1.0
 
 
@@ -99,7 +99,7 @@ def test_equal_vectors_and_fewer_documents_than_links_are_no_trouble() -> None:
     graph = NeighbourGraph.build(index, 6)
     for row in range(4):
         assert sorted(graph.links[row].tolist()) == sorted([*({0, 1, 2, 3} - {row}), -1, -1, -1])
-    graph.repair(index, [0])
+    graph.repair(index, np.array([0]))
     assert (graph.links >= 0).sum() == 12
 
 
@@ -110,8 +110,8 @@ def test_a_small_allowance_repairs_to_the_same_links(monkeypatch: pytest.MonkeyP
         rng = np.random.default_rng(5)
         index = index_of(clustered(rng))
         graph = NeighbourGraph.build(index, 5)
-        index.update(index.doc_ids[:60], clustered(rng)[:60], 1)
-        graph.repair(index, range(60))
+        index.update(np.arange(60), clustered(rng)[:60], 1)
+        graph.repair(index, np.arange(60))
         links.append(graph.links)
     np.testing.assert_array_equal(*links)
 

@@ -295,7 +295,7 @@ def test_bm25_as_judge_looks_up_only_what_its_search_did_not_find(
     monkeypatch.setattr(BM25, "scores", look)
     held = LexicalRetriever().prepare(collection, tmp_path, candidates.quiet)
     texts = [query.text for query in collection.queries.values()]
-    found = held.search(texts, 3)
+    found = held.search(texts, 3, [None] * len(texts))
     wanted = [[*line, "d39"] for line in found]
     again = LexicalRetriever().prepare(collection, tmp_path, candidates.quiet).score(texts, wanted)
     assert held.score(texts, wanted) == again and any(again[0])
@@ -349,9 +349,9 @@ def test_a_call_ended_by_sigkill_goes_on(tmp_path: Path, blocks_of_three: None) 
         "        held = super().prepare(*given)\n"
         "        class Held:\n"
         "            score = staticmethod(held.score)\n"
-        "            def search(self, texts, k):\n"
+        "            def search(self, texts, k, pools):\n"
         "                time.sleep(0.2)\n"
-        "                return held.search(texts, k)\n"
+        "                return held.search(texts, k, pools)\n"
         "        return Held()\n"
         "mining.BLOCK = 3\n"
         f"folder = Path({str(tmp_path)!r})\n"

@@ -548,7 +548,9 @@ def test_a_real_model_streams_a_file_into_the_index_that_it_gives_in_memory(
     documents = CorpusFile(collection_path / "corpus.jsonl")
     index = encode_corpus(model, documents, tmp_path, dtype="float32", block_size=7)
     texts = collection.texts()
-    np.testing.assert_allclose(index.vectors(list(texts)), model.encode_document(list(texts.values())), atol=1e-6)
+    np.testing.assert_allclose(
+        index.vectors_at(index.rows_of(list(texts))), model.encode_document(list(texts.values())), atol=1e-6
+    )
     assert load_corpus(model, texts.items(), tmp_path).doc_ids == index.doc_ids
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(model.backbone, "settings", model.backbone.settings.model_copy(update={"max_length": 99}))

@@ -52,7 +52,7 @@ def agrees(index: ExactIndex, truth: dict[str, list[float]], query: list[float],
     rows, _ = index.search_rows(matrix([query]), k)
     assert [index.doc_ids[row] for row in rows[0]] == order[:k]
     assert index.ranks(matrix([query]), [range(7)])[0] == [order.index(doc_id) + 1 for doc_id in index.doc_ids]
-    np.testing.assert_array_equal(index.vectors(IDS), matrix([truth[doc_id] for doc_id in IDS]))
+    np.testing.assert_array_equal(index.vectors_at(index.rows_of(IDS)), matrix([truth[doc_id] for doc_id in IDS]))
     np.testing.assert_array_equal(index.matrix, matrix([truth[doc_id] for doc_id in index.doc_ids]))
 
 
@@ -71,12 +71,12 @@ def test_any_sequence_of_steps_agrees_with_a_dictionary(start, changes, query, k
     with tempfile.TemporaryDirectory() as folder:
         for version, (step, argument) in enumerate(changes, 1):
             if step == "update":
-                vectors = np.array([vector for _, vector in argument]).reshape(-1, 3)
-                index.update([doc_id for doc_id, _ in argument], vectors, version)
-                truth |= dict(argument)
-                versions |= {doc_id: version for doc_id, _ in argument}
+                moved = dict(argument)
+                index.update(index.rows_of(list(moved)), np.array(list(moved.values())).reshape(-1, 3), version)
+                truth |= moved
+                versions |= dict.fromkeys(moved, version)
             elif step == "set":
-                index.set_vectors_at(np.arange(7), matrix(argument))
+                index.update(np.arange(7), matrix(argument))
                 truth = dict(zip(index.doc_ids, argument, strict=True))
             else:
                 index.save(Path(folder))
@@ -126,27 +126,29 @@ def test_float16_halves_the_bytes_and_scores_in_float32() -> None:
     rng = np.random.default_rng(0)
     vectors = rng.normal(size=(40, 16)).astype(np.float32)
     index = ExactIndex([f"{i:02}" for i in range(40)], vectors, dtype="float16")
-    np.testing.assert_array_equal(index.vectors(["07"]), vectors[7:8].astype(np.float16).astype(np.float32))
+    np.testing.assert_array_equal(
+        index.vectors_at(index.rows_of(["07"])), vectors[7:8].astype(np.float16).astype(np.float32)
+    )
     query = rng.normal(size=(1, 16)).astype(np.float32)
     expected = vectors.astype(np.float16).astype(np.float32)[::-1] @ query[0]
     np.testing.assert_allclose(index.scores(query)[0], expected, rtol=1e-6, atol=1e-6)
     assert index.search_rows(query, 3)[1].dtype == index.matrix.dtype == np.float32
     with pytest.raises(VectorIndexError, match="more than float16 can"):
-        index.update(["07"], np.full((1, 16), 1e5, dtype=np.float32), 1)
+        index.update(index.rows_of(["07"]), np.full((1, 16), 1e5, dtype=np.float32), 1)
 
 
 def test_the_index_neither_changes_nor_follows_the_arrays_given_to_it() -> None:
     vectors = matrix([[float(i), 1.0, 0.0] for i in range(7)])
     vectors.setflags(write=False)
     index = ExactIndex(sorted(IDS, reverse=True), vectors)
-    index.update(["d1"], matrix([[9.0, 9.0, 9.0]]), 1)
+    index.update(index.rows_of(["d1"]), matrix([[9.0, 9.0, 9.0]]), 1)
     assert vectors.max() == 6
     np.testing.assert_array_equal(index.search_rows(vectors[:1], 1)[0], [[index.row("d1")]])
 
 
 def test_a_saved_index_loads_as_it_was_and_mapped_files_are_never_written(tmp_path: Path) -> None:
     index = ExactIndex(IDS, matrix([[float(i), 1.0, 0.0] for i in range(7)]))
-    index.update(["d7"], matrix([[9.0, 9.0, 9.0]]), version=4)
+    index.update(index.rows_of(["d7"]), matrix([[9.0, 9.0, 9.0]]), version=4)
     index.save(tmp_path)
     before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
     for mmap in (False, True):
@@ -156,7 +158,7 @@ def test_a_saved_index_loads_as_it_was_and_mapped_files_are_never_written(tmp_pa
         np.testing.assert_array_equal(loaded.encoded_at_version, index.encoded_at_version)
         if sys.platform == "linux":
             assert (f"{tmp_path}/vectors-" in Path("/proc/self/maps").read_text()) == mmap
-        loaded.update(["d1"], matrix([[0.0, 0.0, 5.0]]), version=5)
+        loaded.update(loaded.rows_of(["d1"]), matrix([[0.0, 0.0, 5.0]]), version=5)
         assert loaded.search(matrix([[0.0, 0.0, 1.0]]), 2).doc_ids == [["d7", "d1"]]
         assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
     loaded.save(tmp_path)  # onto the files that it is mapped from
@@ -199,7 +201,7 @@ def test_a_save_stopped_before_any_of_its_steps_leaves_the_old_or_the_new_state(
             return run
 
         old = ExactIndex.load(tmp_path).encoded_at_version[0]
-        index.update(["d0"], np.full((1, 8), last), version=last)
+        index.update(index.rows_of(["d0"]), np.full((1, 8), last), version=last)
         with monkeypatch.context() as patch:
             patch.setattr(storage, "write_json", counted(storage.write_json))
             patch.setattr(storage, "_flush", counted(storage._flush))
@@ -214,7 +216,7 @@ def test_a_save_stopped_before_any_of_its_steps_leaves_the_old_or_the_new_state(
         loaded = ExactIndex.load(tmp_path)
         version = loaded.encoded_at_version[loaded.row("d0")]
         assert version in (old, last)
-        assert version == 0 or loaded.vectors(["d0"]).tolist() == [[float(version)] * 8]
+        assert version == 0 or loaded.vectors_at(loaded.rows_of(["d0"])).tolist() == [[float(version)] * 8]
     assert 8 < stopped == last
     assert len(list(tmp_path.iterdir())) == 4, "the first save that was not stopped cleans up"
 
@@ -265,7 +267,7 @@ def test_a_full_disk_keeps_the_old_state_and_leaves_no_files(full, tmp_path: Pat
     index = random_index(5)
     index.save(tmp_path)
     before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
-    index.update(["d0"], np.ones((1, 8)), version=3)
+    index.update(index.rows_of(["d0"]), np.ones((1, 8)), version=3)
 
     def refuse(*_: object) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
@@ -331,14 +333,14 @@ def test_refused_writes_change_nothing() -> None:
         (["d1", "d2"], matrix([[1, 1, 1]]), "expected 2 vectors"),
     ):
         with pytest.raises(VectorIndexError, match=message):
-            index.update(ids, vectors, 1)
+            index.update(index.rows_of(ids), vectors, 1)
     for vectors, message in (
         (matrix([[1, 1, 1]] * 6), "expected 7 vectors"),
         (matrix([[1, 1]] * 7), "size 2"),
         (matrix([[1, 1, 1]] * 6 + [[1, 1, float("inf")]]), "NaN or infinity"),
     ):
         with pytest.raises(VectorIndexError, match=message):
-            index.set_vectors_at(np.arange(7), vectors)
+            index.update(np.arange(7), vectors)
     np.testing.assert_array_equal(index.matrix, before)
     assert (index.encoded_at_version == 0).all()
 

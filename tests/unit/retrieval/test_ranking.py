@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+import torch
 
 from search_r3.data.collection import Collection, Document, Query
 from search_r3.data.restrictions import Restrictions, restrictions
@@ -95,3 +96,16 @@ def test_the_restrictions_are_what_the_collection_excludes_the_pool_and_the_iden
         ("q", "q", frozenset({"d03"}), None),
         ("d01", "d01", own.left_out, own.pool),
     ]
+
+
+def test_a_query_with_many_targets_does_not_make_the_others_pay(monkeypatch: pytest.MonkeyPatch) -> None:
+    index, compared = ExactIndex(IDS, documents()), []
+    nonzero = torch.Tensor.nonzero
+
+    def counting(tensor: torch.Tensor, **options: bool) -> object:
+        compared.append(tensor.numel())
+        return nonzero(tensor, **options)
+
+    monkeypatch.setattr(torch.Tensor, "nonzero", counting)
+    index.ranks(unit(np.random.default_rng(4), 30), [[5], *([[1, 2]] * 9), list(range(COUNT)), *([[3]] * 19)])
+    assert sum(compared) == COUNT * (1 + 9 * 2 + COUNT + 19), "every target against every document, and no more"

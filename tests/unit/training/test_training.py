@@ -67,7 +67,7 @@ def test_negatives_that_mining_dropped_are_not_brought_back(collection: Collecti
     }
     mined = Collection("mined", collection.documents, queries, {"train": {"q00": {"d00": 1}, "q01": {"d01": 1}}})
 
-    def search(texts: object, count: int) -> list[list[str]]:
+    def search(texts: object, count: int, pools: object) -> list[list[str]]:
         raise AssertionError("every query has been mined for")
 
     assert [example.negative_ids for example in training_examples(mined, "train", search, 3)] == [(), ("d09",)]
