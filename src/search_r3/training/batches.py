@@ -79,11 +79,12 @@ class Share:
     cut: int = 0
 
     def counts(self) -> dict[str, int]:
-        """Supervised tokens (`cross_entropy`), tokens on which the KL is measured (`kl_to_base`), and cut traces."""
+        """Supervised tokens (`cross_entropy`), those of the KL (`kl_to_base`), all; and cut traces."""
         queries = [*self.direct, *self.reasoned]
         return {
             "cross_entropy": sum(len(item.ids) - item.prompt_length for item in queries),
             "kl_to_base": sum(item.prompt_length - 1 for item in queries if item.compared),
+            "tokens": sum(len(item.ids) for item in (*queries, *self.documents)),
             "traces_cut": self.cut,
         }
 

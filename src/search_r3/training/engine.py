@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import math
 import random
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -309,6 +310,12 @@ def warmup_cosine(step: int, warmup_steps: int, steps: int, floor: float = 0.0) 
         return (step + 1) / (warmup_steps + 1)
     progress = min(1.0, (step - warmup_steps) / max(1, steps - warmup_steps))
     return floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * progress))
+
+
+def rates(tokens: float, started: float, ready: float) -> dict[str, float]:
+    """Times of a step that ends now, and its speed: all processes' `tokens` over the update, which began at `ready`."""
+    now = time.perf_counter()
+    return {"tokens_per_second": tokens / (now - ready), "update_seconds": now - ready, "seconds": now - started}
 
 
 def step_rng(seed: int, stage: str, step: int) -> random.Random:

@@ -36,7 +36,7 @@ from ..model.engine.generation import sequence_batch
 from ..parallel import Communicator
 from . import losses
 from .dev import DevSplit, Evaluations
-from .engine import Engine, load_model, make_engine, step_rng
+from .engine import Engine, load_model, make_engine, rates, step_rng
 from .guard import Guard
 from .run import Observer, Run, silent
 
@@ -52,6 +52,7 @@ class Experience:
     feedback: Feedback
     advantages: Tensor  # Q*G
     equal_share: float
+    rollout_seconds: float = 0.0
 
 
 def train_grpo(recipe: Recipe, run: Run, base: Path, observe: Observer = silent) -> Path:
@@ -93,12 +94,13 @@ def train_grpo(recipe: Recipe, run: Run, base: Path, observe: Observer = silent)
             started = time.perf_counter()
             with engine.full_params():
                 experience = collect(model, environment, recipe, step, engine)
-                sampled = time.perf_counter()
                 values = audit(environment, experience, settings, step)
+            ready = time.perf_counter()
             check = partial(guard.check, step=step + 1, batch={"query_ids": experience.query_ids})
             values |= update(model, engine, environment, experience, settings, check)
             values |= describe(experience, engine) | {"learning_rate": engine.learning_rate}
-            values |= {"rollout_seconds": sampled - started, "seconds": time.perf_counter() - started}
+            values["tokens"] *= settings.num_iterations
+            values |= rates(values["tokens"], started, ready)
             if dev is not None and evaluations.due(step + 1, settings.steps):
                 values |= dev.evaluate(model, engine)
             run.log(stage, step + 1, values)
@@ -123,12 +125,14 @@ def collect(
     query_ids = [everyone[place] for place in own]
     texts = [environment.collection.queries[query_id].text for query_id in query_ids]
     prompts = [model.backbone.prompt_encoder.encode(text, "reason").ids for text in texts]
+    started = time.perf_counter()
     rollouts = model.rollouts(
         [prompt for prompt in prompts for _ in range(group_size)],
         sampling_temperature=settings.sampling_temperature,
         seeds=[seed for place in own for seed in seeds[place]],
         batch_size=settings.rollout_batch_size,
     )
+    seconds = time.perf_counter() - started
     if all(engine.communicator.all_gather(all(rollout.forced for rollout in rollouts))):
         raise RunError(
             f"none of {len(everyone) * group_size} rollouts at step {step + 1} emitted the embed token within "
@@ -140,7 +144,7 @@ def collect(
     rewards = [reward for rewards in engine.communicator.all_gather(feedback.rewards) for reward in rewards]
     advantages = losses.group_advantages(torch.tensor(rewards).view(-1, group_size), settings.advantage_scale)
     values = advantages.values[own.start : own.stop].flatten()
-    return Experience(query_ids, rollouts, feedback, values, advantages.equal_share)
+    return Experience(query_ids, rollouts, feedback, values, advantages.equal_share, seconds)
 
 
 def audit(
@@ -290,17 +294,20 @@ def queries_of_step(query_ids: Sequence[str], count: int, seed: int, step: int) 
 
 def describe(experience: Experience, engine: Engine) -> dict[str, float]:
     """The metrics of the rollouts of all processes (docs/metrics.md)."""
-    rollouts = [(rollout.forced, rollout.reasoning_tokens) for rollout in experience.rollouts]  # no tensors travel
+    rollouts = [(one.forced, one.reasoning_tokens, len(one.prompt_ids)) for one in experience.rollouts]  # and no tensor
     everyone = engine.communicator.all_gather((experience.feedback.parts, experience.feedback.rewards, rollouts))
     parts = [part for own, _, _ in everyone for part in own]
-    forced, lengths = zip(*(one for _, _, own in everyone for one in own), strict=True)
+    forced, lengths, prompts = zip(*(one for _, _, own in everyone for one in own), strict=True)
     values = {f"reward_{name}": fmean(getattr(part, name) for part in parts) for name in asdict(parts[0])}
     values["reward"] = fmean(reward for _, own, _ in everyone for reward in own)
     values["share_ge_half"] = fmean(part.ranking >= 0.5 for part in parts)
     values["equal_reward_share"] = experience.equal_share
     values["forced_share"] = fmean(forced)
     values |= {"reasoning_tokens": fmean(lengths), "reasoning_tokens_max": max(lengths)}
-    return values | experience.feedback.refresh.metrics()
+    decoded = sum(lengths) + len(lengths)  # the embed tokens
+    speed = decoded / experience.rollout_seconds if experience.rollout_seconds else 0.0
+    values |= {"tokens": decoded + sum(prompts), "decoded_tokens_per_second": speed}
+    return values | {"rollout_seconds": experience.rollout_seconds} | experience.feedback.refresh.metrics()
 
 
 def rollout_rows(experience: Experience, collection: Collection, step: int, group_size: int) -> list[dict[str, Any]]:

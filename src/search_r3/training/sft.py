@@ -35,7 +35,7 @@ from . import losses
 from .batches import Batch, Item, Share, collate, make_batch, tokenise
 from .dev import DevSplit, Evaluations
 from .draws import Draws, Keys
-from .engine import Engine, load_model, make_engine, step_rng
+from .engine import Engine, load_model, make_engine, rates, step_rng
 from .guard import Guard
 from .run import Observer, Run, silent
 
@@ -90,6 +90,7 @@ def train_sft(recipe: Recipe, run: Run, observe: Observer = silent) -> Path:
                 break
             started = time.perf_counter()
             batch, share = ahead.result() if ahead is not None else prepare(step)
+            ready = time.perf_counter()
             ahead = worker.submit(prepare, step + 1) if step + 1 < settings.steps else None
             values = compute_gradients(engine, model.backbone, batch, share, settings)
             if values["traces_cut"] and not warned:
@@ -102,7 +103,8 @@ def train_sft(recipe: Recipe, run: Run, observe: Observer = silent) -> Path:
             values["grad_norm"] = engine.clip(settings.max_grad_norm)
             guard.check(values, step + 1, batch.names())
             engine.step()
-            values |= {"learning_rate": engine.learning_rate, "seconds": time.perf_counter() - started}
+            values |= {"learning_rate": engine.learning_rate, "wait_seconds": ready - started}
+            values |= rates(values["tokens"], started, ready)
             if dev is not None and evaluations.due(step + 1, settings.steps):
                 if ahead is not None:
                     wait([ahead])  # two threads would share the tokenizer
@@ -140,7 +142,7 @@ def compute_gradients(
     part of them into the weights, so that only one chunk's activations are held.
 
     Returns:
-        The losses of the whole batch, `loss` and its parts, and the number of its traces that were cut.
+        The losses of the whole batch, `loss` and its parts; the numbers of its tokens and of traces that were cut.
     """
     totals = engine.total(share.counts())
     queries, documents = share.chunks(settings.micro_batch_size)
@@ -159,6 +161,7 @@ def compute_gradients(
     return {
         "loss": sum(weight_of(name, settings) * value for name, value in sums.items()),
         **sums,
+        "tokens": totals["tokens"],
         "traces_cut": totals["traces_cut"],
     }
 

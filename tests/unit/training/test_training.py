@@ -120,8 +120,10 @@ def test_a_batch_points_at_its_embed_tokens_and_documents(model: SearchR3, colle
         assert share.documents[batch.positives[row]].ids == encoder.encode(text, "document").ids
         assert batch.positives[row] not in batch.negatives[row]
     chunk = collate([*share.direct, *share.reasoned], model.backbone.tokenizer.pad_token_id, torch.device("cpu"))
+    documents = sum(len(one.ids) for one in share.documents)
     assert share.counts() == {
-        "cross_entropy": int(chunk.replies.sum()), "kl_to_base": int(chunk.prompts.sum()), "traces_cut": 0
+        "cross_entropy": int(chunk.replies.sum()), "kl_to_base": int(chunk.prompts.sum()),
+        "tokens": int(chunk.mask.sum()) + documents, "traces_cut": 0,
     }  # fmt: skip
     assert chunk.targets.tolist() == [
         token for item in (*share.direct, *share.reasoned) for token in item.ids[item.prompt_length :]
@@ -163,6 +165,7 @@ def test_each_weight_of_stage_1_reaches_the_total(model: SearchR3, collection: C
 
     whole = values(settings)
     assert whole.pop("traces_cut") == 0
+    assert whole.pop("tokens") == sum(len(one.ids) for one in (*share.direct, *share.reasoned, *share.documents))
     assert list(whole) == ["loss", "cross_entropy", "kl_to_base", "info_nce", "triplet"]
     assert whole["kl_to_base"] > 0, "the tuned model differs from its base"
     assert whole["loss"] == pytest.approx(sum(whole.values()) - whole["loss"], rel=1e-5)
@@ -359,11 +362,15 @@ def test_the_collapse_alarm_tells_spread_from_collapsed_vectors() -> None:
 def test_metrics_of_a_batch_by_hand(model: SearchR3, collection: Collection) -> None:
     settings = recipe()
     _, batch = experience(model, collection, settings)
+    batch = replace(batch, rollout_seconds=2.0)
     values = grpo.describe(batch, make_engine(model, settings, settings.grpo))
     assert values["forced_share"] == pytest.approx(sum(r.forced for r in batch.rollouts) / 12)
     assert values["reward"] == pytest.approx(sum(batch.feedback.rewards) / 12)
     assert values["share_ge_half"] == pytest.approx(sum(p.ranking >= 0.5 for p in batch.feedback.parts) / 12)
     assert values["reasoning_tokens_max"] == max(r.reasoning_tokens for r in batch.rollouts)
+    sequences = sum(len(r.prompt_ids) + len(r.completion_ids) for r in batch.rollouts)
+    decoded = sum(len(r.completion_ids) for r in batch.rollouts)
+    assert values["tokens"] == sequences and values["decoded_tokens_per_second"] == pytest.approx(decoded / 2.0)
     rows = grpo.rollout_rows(batch, collection, step=3, group_size=4)
     assert [row["query_id"] for row in rows] == ["q00"] * 4 + ["q01"] * 4
     assert rows[0]["parts"]["ranking"] == batch.feedback.parts[0].ranking
