@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import math
-import random
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -316,11 +315,6 @@ def rates(tokens: float, started: float, ready: float) -> dict[str, float]:
     """Times of a step that ends now, and its speed: all processes' `tokens` over the update, which began at `ready`."""
     now = time.perf_counter()
     return {"tokens_per_second": tokens / (now - ready), "update_seconds": now - ready, "seconds": now - started}
-
-
-def step_rng(seed: int, stage: str, step: int) -> random.Random:
-    """The random numbers of one step: a resumed run draws the same ones without a saved state."""
-    return random.Random(f"{seed}/{stage}/{step}")
 
 
 def load_model(recipe: Recipe, source: str | Path) -> SearchR3:

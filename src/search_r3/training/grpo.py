@@ -26,6 +26,7 @@ from torch import Tensor
 
 from ..config import GRPOSettings, Recipe
 from ..data.collection import Collection, Qrels
+from ..data.draws import step_rng
 from ..data.load import load_collection
 from ..data.triples import judged_queries
 from ..environment.environment import Feedback, RetrievalEnvironment
@@ -36,7 +37,7 @@ from ..model.engine.generation import sequence_batch
 from ..parallel import Communicator
 from . import losses
 from .dev import DevSplit, Evaluations
-from .engine import Engine, load_model, make_engine, rates, step_rng
+from .engine import Engine, load_model, make_engine, rates
 from .guard import Guard
 from .run import Observer, Run, silent
 

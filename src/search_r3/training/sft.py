@@ -24,6 +24,7 @@ from torch import Tensor
 
 from ..config import Recipe, SFTSettings
 from ..data.collection import Collection
+from ..data.draws import Draws, step_rng, text_keys
 from ..data.load import load_collection
 from ..data.triples import TrainingExample, training_examples
 from ..errors import ConfigError
@@ -34,8 +35,7 @@ from ..retrieval.lexical import BM25
 from . import losses
 from .batches import Batch, Item, Share, collate, make_batch, tokenise
 from .dev import DevSplit, Evaluations
-from .draws import Draws, Keys
-from .engine import Engine, load_model, make_engine, rates, step_rng
+from .engine import Engine, load_model, make_engine, rates
 from .guard import Guard
 from .run import Observer, Run, silent
 
@@ -72,7 +72,7 @@ def train_sft(recipe: Recipe, run: Run, observe: Observer = silent) -> Path:
     run.begin_from(stage, model.backbone)
     engine = make_engine(model, recipe, settings)
     guard = Guard(run, stage, engine)
-    draws = Draws(examples, settings, recipe.seed, _keys(collection))
+    draws = Draws(examples, settings, recipe.seed, text_keys(collection), engine.world_size)
 
     def prepare(step: int) -> tuple[Batch, Share]:
         rng = step_rng(recipe.seed, stage, step)
@@ -361,13 +361,3 @@ def _examples(collection: Collection, settings: SFTSettings) -> dict[str, list[T
         split: training_examples(collection, split, lambda *query: bm25().search(*query), mined)
         for split in settings.splits
     }
-
-
-def _keys(collection: Collection) -> Keys:
-    """What two examples of a homogeneous batch may not share."""
-
-    @cache
-    def keys(query_id: str, positive_ids: tuple[str, ...], text: str) -> frozenset[str]:
-        return frozenset({f"query {text.casefold()}", *(collection.documents[one].full_text for one in positive_ids)})
-
-    return lambda example: keys(example.query.query_id, example.positive_ids, example.query.text)
