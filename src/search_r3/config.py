@@ -28,7 +28,32 @@ class BaseModelSettings(Section):
     intermediate_size: int = Field(768, ge=32, description="Width of the MLP.")
 
 
-class SFTSettings(Section):
+class DevSettings(Section):
+    """Evaluation on `evaluation.dev_split` while a stage trains."""
+
+    evaluate_every: int = Field(0, ge=0, description="Steps between evaluations on `evaluation.dev_split`; 0: none.")
+    keep: Literal["last", "best"] = Field(
+        "last",
+        description="The model that the stage leaves: of the last step, or of the evaluation with the best nDCG@10 in "
+        "reason mode.",
+    )
+    patience: int | None = Field(
+        None,
+        ge=1,
+        description="Evaluations without a better one after which the stage stops; null: it never does.",
+    )
+
+    @model_validator(mode="after")
+    def _need_evaluations(self) -> DevSettings:
+        if self.evaluate_every == 0 and (self.keep == "best" or self.patience is not None):
+            raise ValueError(
+                f"keep={self.keep}, patience={self.patience} with evaluate_every=0: nothing would say which model is "
+                "the best; set evaluate_every"
+            )
+        return self
+
+
+class SFTSettings(DevSettings):
     """Stage 1: `L = L_SFT + L_KL + L_InfoNCE + L_TripletMargin`."""
 
     steps: int = Field(600, ge=1, description="Optimizer steps.")
@@ -36,7 +61,9 @@ class SFTSettings(Section):
     learning_rate: float = Field(1.5e-3, gt=0, description="Peak rate; linear warm-up, cosine to 0.")
     warmup_steps: int = Field(20, ge=0, description="Steps of linear warm-up.")
     max_grad_norm: float = Field(1.0, gt=0, description="Gradients are clipped to this norm.")
-    weight_decay: float = Field(0.01, ge=0, description="AdamW's decoupled weight decay.")
+    weight_decay: float = Field(
+        0.01, ge=0, description="AdamW's decoupled weight decay; norms, biases and token tables are not decayed."
+    )
     splits: dict[str, float] = Field({"facts": 0.5, "sft": 0.5}, description="Share of each batch drawn from a split.")
     batching: Literal["mixed", "homogeneous"] = Field(
         "mixed",
@@ -172,7 +199,7 @@ class RefreshSettings(Section):
         return self
 
 
-class GRPOSettings(Section):
+class GRPOSettings(DevSettings):
     """Stage 2: GRPO with the retrieval reward."""
 
     steps: int = Field(60, ge=1, description="Optimizer steps (with num_iterations=1, one per batch of rollouts).")
@@ -182,7 +209,7 @@ class GRPOSettings(Section):
     learning_rate: float = Field(3e-4, gt=0, description="Peak rate; linear warm-up, cosine to 0.")
     warmup_steps: int = Field(5, ge=0, description="Steps of linear warm-up.")
     max_grad_norm: float = Field(1.0, gt=0, description="Gradients are clipped to this norm.")
-    weight_decay: float = Field(0.0, ge=0, description="AdamW's decoupled weight decay.")
+    weight_decay: float = Field(0.0, ge=0, description="AdamW's decoupled weight decay, as in stage 1.")
     splits: tuple[str, ...] = Field(("rl",), min_length=1, description="Splits whose queries are rolled out.")
     sampling_temperature: float = Field(1.0, gt=0, description="Temperature of rollouts; log-probabilities use it too.")
     clip_epsilon: float = Field(0.2, gt=0, lt=1, description="PPO clip range of the probability ratio.")
@@ -200,7 +227,7 @@ class GRPOSettings(Section):
     refresh: RefreshSettings = RefreshSettings()
     rollout_batch_size: int = Field(256, ge=1, description="Rollouts decoded at once; changes results by rounding.")
     micro_batch_size: int = Field(128, ge=1, description="Rollouts per forward and backward pass; changes memory only.")
-    evaluate_every: int = Field(10, ge=1, description="Steps between evaluations on `evaluation.dev_split`.")
+    evaluate_every: int = Field(10, ge=0, description="Steps between evaluations on `evaluation.dev_split`; 0: none.")
 
 
 class EvaluationSettings(Section):
@@ -234,7 +261,9 @@ class Recipe(Section):
     )
     max_length: int = Field(128, ge=8, description="Longest prompt in tokens; longer texts lose their end, counted.")
     max_new_tokens: int = Field(64, ge=1, description="Reasoning budget in tokens, the embed token included.")
-    dtype: Literal["float32", "bfloat16"] = Field("float32", description="Precision of the weights.")
+    dtype: Literal["float32", "bfloat16"] = Field(
+        "float32", description="Precision of the weights; bfloat16 is for frozen ones, under adapters."
+    )
     mixed_precision: Literal["no", "bf16"] = Field(
         "no", description="bf16: compute in bfloat16 while weights and optimizer stay as `dtype` says."
     )
@@ -250,6 +279,16 @@ class Recipe(Section):
     sft: SFTSettings = SFTSettings()
     grpo: GRPOSettings = GRPOSettings()
     evaluation: EvaluationSettings = EvaluationSettings()
+
+    @model_validator(mode="after")
+    def _weights_that_can_learn(self) -> Recipe:
+        if self.dtype == "bfloat16" and self.lora.rank == 0:
+            raise ValueError(
+                "dtype=bfloat16 with lora.rank=0 would train weights in bfloat16, where most updates at usual rates "
+                "round to nothing; set dtype=float32 and mixed_precision=bf16 (products in bfloat16), or lora.rank=16 "
+                "(adapters over frozen bfloat16 weights)"
+            )
+        return self
 
 
 def load_recipe(path: str | Path | None, overrides: Sequence[str] = ()) -> Recipe:

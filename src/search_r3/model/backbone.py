@@ -89,13 +89,24 @@ class Backbone:
         """The longest sequence the model was made for, in tokens."""
         return int(self.model.config.get_text_config().max_position_embeddings)
 
-    def hidden_states(self, ids: Tensor, mask: Tensor) -> Tensor:
-        """Output of the final norm, `B x T x D`, where the output layer reads. Padding on either side is allowed."""
-        output = self.causal_lm.base_model(
-            input_ids=ids, attention_mask=mask, position_ids=position_ids(mask), use_cache=False
-        )
+    def hidden_states(self, ids: Tensor, mask: Tensor | None) -> Tensor:
+        """Output of the final norm, `B x T x D`, where the output layer reads.
+
+        Padding on either side is allowed. None for the mask is right where padding stands on the right and the model
+        `looks_back_only`: then no real token sees it, and attention needs no mask.
+        """
+        positions = None if mask is None else position_ids(mask)
+        output = self.causal_lm.base_model(input_ids=ids, attention_mask=mask, position_ids=positions, use_cache=False)
         hidden: Tensor = output.last_hidden_state
         return hidden
+
+    @torch.no_grad()
+    def looks_back_only(self) -> bool:
+        """Whether no token's state depends on later ones, found out from two sequences with one beginning."""
+        token = self.embed_token_id
+        ids = torch.tensor([[token] * 6, [token] * 2 + [token - 1, 0, 1, token - 2]], device=self.device)
+        one, other = self.hidden_states(ids, None)[:, :2].float()
+        return bool((one - other).abs().max() <= 1e-3 * one.abs().max())
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Next-token logits `... x V` for hidden states `... x D`, in float32."""

@@ -294,7 +294,7 @@ class SearchR3:
         return shortened
 
     def _embeddings(self, rollouts: Sequence[Rollout], texts: Sequence[str], truncated: list[bool]) -> QueryEmbeddings:
-        vectors = torch.stack([rollout.vector for rollout in rollouts]).cpu().numpy()
+        vectors = torch.stack([rollout.vector for rollout in rollouts]).numpy()
         check_finite(vectors, texts, self.backbone.source)
         return QueryEmbeddings(
             self._shortened(vectors),
