@@ -131,7 +131,8 @@ def _explain(
         near = difflib.get_close_matches(names[-1], section.model_fields, n=1)
         hint = f"; did you mean {near[0]!r}?" if near else f"; known here: {', '.join(section.model_fields)}"
         return f"{where}unknown setting {key!r}{hint}"
-    return f"{where}{key} = {first['input']!r}: {first['msg']}"
+    value = "" if isinstance(first["input"], dict) else f" = {first['input']!r}"
+    return f"{where}{key}{value}: {first['msg']}"
 
 
 def _section(annotation: Any) -> type[Section] | None:

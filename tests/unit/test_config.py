@@ -90,7 +90,7 @@ def test_a_recipe_has_the_values_of_those_that_it_extends_except_for_its_own(cha
         ("a.yaml", "sft: {batch_size: 1}", "{a}: sft.batch_size = 1: Input should be greater than or equal to 2"),
         ("more/b.yaml", "extends: ../a.yaml\nsft: 5", "{b}: sft = 5: "),
         ("a.yaml", "sft: {bm25_negatives: 1}", "{a}: the setting 'sft.bm25_negatives' is called 'sft.hard_negatives'"),
-        ("a.yaml", "sft: {random_negatives: 0, hard_negatives: 0}", "{c}: sft = "),
+        ("a.yaml", "sft: {random_negatives: 0, hard_negatives: 0}", "{c}: sft: Value error, triplet_weight"),
         ("a.yaml", "a: [1", "{a} is not valid YAML"),
         ("a.yaml", "extends: c.yaml", "{a} extends "),
         ("a.yaml", "extends: [c.yaml]", "{a}: extends = ['c.yaml']: expected the path of one recipe"),
