@@ -38,7 +38,7 @@ SENTENCE_TRANSFORMERS = "sentence-transformers:"
 class Answers:
     """What a system says about requests, in their order; the last four are empty for systems that do not reason."""
 
-    found: list[Scored]
+    rankings: list[Scored]
     reasoning: list[str] = field(default_factory=list)
     reasoning_tokens: list[int] = field(default_factory=list)
     forced: list[bool] = field(default_factory=list)
@@ -76,30 +76,30 @@ class System(Protocol):
         ...
 
 
-class _Keeper(Generic[T]):
-    """Keeps what it made of the last collection, for its other splits and for other systems that share it."""
+class _PerCollection(Generic[T]):
+    """Keeps the index of the last collection, for its other splits and for other systems that share it."""
 
-    _held: tuple[str, T] | None = None
+    _last: tuple[str, T] | None = None
 
-    def _kept(self, collection: Collection, progress: Progress | None) -> T:
+    def _index_of(self, collection: Collection, progress: Progress | None) -> T:
         key = collection.content_hash()
-        if self._held is None or self._held[0] != key:
-            self._held = None  # what is held is let go before the next is made
-            self._held = key, self._indexed(collection, progress)
-        return self._held[1]
+        if self._last is None or self._last[0] != key:
+            self._last = None  # the old index is let go before the next is made
+            self._last = key, self._make_index(collection, progress)
+        return self._last[1]
 
-    def _indexed(self, collection: Collection, progress: Progress | None) -> T:
+    def _make_index(self, collection: Collection, progress: Progress | None) -> T:
         raise NotImplementedError
 
 
-class _Indexing(_Keeper[Searchable]):
+class _Indexing(_PerCollection[Searchable]):
     """A system that indexes by itself."""
 
     before: Cost | None = None
 
     def index(self, collection: Collection, progress: Progress | None = None) -> Searchable:
         """Index all documents, unless they are those of the last call."""
-        return self._kept(collection, progress)
+        return self._index_of(collection, progress)
 
 
 class BM25System(_Indexing):
@@ -123,7 +123,7 @@ class BM25System(_Indexing):
         settings = {"stop_words": "en", "stemming": "none", **({"texts": origin} if texts is not None else {})}
         self.info = SystemInfo(name=name, kind="bm25", model="bm25s", revision=BM25.release(), settings=settings)
 
-    def _indexed(self, collection: Collection, progress: Progress | None) -> Searchable:
+    def _make_index(self, collection: Collection, progress: Progress | None) -> Searchable:
         started = time.perf_counter()
         index = BM25(list(collection.documents), list(collection.texts().values()))
         seconds = time.perf_counter() - started
@@ -139,15 +139,15 @@ class _Lexical:
     documents_per_second: float | None
 
     def answer(self, requests: Sequence[RankRequest], depth: int, progress: Progress | None = None) -> Answers:
-        asked = [self._texts.get(request.query_id, "").strip() or request.text for request in requests]
+        texts = [self._texts.get(request.query_id, "").strip() or request.text for request in requests]
         deepest = depth + max(len(request.left_out) for request in requests)
-        found = self._index.search_scored(asked, deepest, [request.pool for request in requests])
+        rankings = self._index.search_scored(texts, deepest, [request.pool for request in requests])
         if progress is not None:
             progress(len(requests), 0)
-        return Answers([without(scored, request, depth) for scored, request in zip(found, requests, strict=True)])
+        return Answers([without(ranking, request, depth) for ranking, request in zip(rankings, requests, strict=True)])
 
 
-class EncodedCollections(_Keeper[tuple[ExactIndex, float | None]]):
+class EncodedCollections(_PerCollection[tuple[ExactIndex, float | None]]):
     """The collections that one Search-R3 model has encoded; both of its modes search the same vectors.
 
     Args:
@@ -162,17 +162,17 @@ class EncodedCollections(_Keeper[tuple[ExactIndex, float | None]]):
 
     def encode(self, collection: Collection, progress: Progress | None = None) -> tuple[ExactIndex, float | None]:
         """The index, and documents encoded per second; the collection of the last call is not encoded again."""
-        return self._kept(collection, progress)
+        return self._index_of(collection, progress)
 
-    def _indexed(self, collection: Collection, progress: Progress | None) -> tuple[ExactIndex, float | None]:
-        started, fresh = time.perf_counter(), len(collection.documents)
+    def _make_index(self, collection: Collection, progress: Progress | None) -> tuple[ExactIndex, float | None]:
+        started, count = time.perf_counter(), len(collection.documents)
         if self._folder is None:
             index = index_documents(self.model, collection, progress=progress)
-            return index, fresh / (time.perf_counter() - started)
+            return index, count / (time.perf_counter() - started)
 
-        def begin(total: int, done: int) -> None:
-            nonlocal started, fresh
-            started, fresh = time.perf_counter(), total - done
+        def begin(total: int, resume_at: int) -> None:
+            nonlocal started, count
+            started, count = time.perf_counter(), total - resume_at
 
         index = encode_corpus(
             self.model,
@@ -182,11 +182,11 @@ class EncodedCollections(_Keeper[tuple[ExactIndex, float | None]]):
             on_start=begin,
             progress=progress,
         )
-        return index, fresh / (time.perf_counter() - started) if fresh else None
+        return index, count / (time.perf_counter() - started) if count else None
 
     def forget(self, collection: Collection) -> None:
         """Remove what is on the disk of a collection whose results are complete."""
-        self._held = None
+        self._last = None
         if self._folder is not None:
             shutil.rmtree(self._path(collection), ignore_errors=True)
 
@@ -241,13 +241,13 @@ class _Reasoning:
     documents_per_second: float | None
 
     def answer(self, requests: Sequence[RankRequest], depth: int, progress: Progress | None = None) -> Answers:
-        encoded = self._model.encode_query(
+        queries = self._model.encode_query(
             [request.text for request in requests], self._mode, batch_size=self._batch_size, progress=progress
         )
-        found = ranked(self._index, encoded.vectors, requests, depth)
+        rankings, truncated = ranked(self._index, queries.vectors, requests, depth), sum(queries.truncated)
         if self._mode == "direct":
-            return Answers(found, truncated=sum(encoded.truncated))
-        return Answers(found, encoded.reasoning, encoded.reasoning_tokens, encoded.forced, sum(encoded.truncated))
+            return Answers(rankings, truncated=truncated)
+        return Answers(rankings, queries.reasoning, queries.reasoning_tokens, queries.forced, truncated)
 
 
 class SentenceTransformersSystem(_Indexing):
@@ -265,7 +265,7 @@ class SentenceTransformersSystem(_Indexing):
     def __init__(self, source: str, batch_size: int = 32) -> None:
         with extra("integrations"):
             from sentence_transformers import SentenceTransformer
-        path = _packaged(source) or Path(source)
+        path = _package_folder(source) or Path(source)
         try:
             self._model: Any = SentenceTransformer(str(path) if path.is_dir() else source)
         except Exception as error:  # it raises whatever the library beneath it raises
@@ -291,7 +291,7 @@ class SentenceTransformersSystem(_Indexing):
             },
         )
 
-    def _indexed(self, collection: Collection, progress: Progress | None) -> Searchable:
+    def _make_index(self, collection: Collection, progress: Progress | None) -> Searchable:
         texts = collection.texts()
         started = time.perf_counter()
         vectors = self.encode(list(texts.values()), "document")
@@ -347,7 +347,7 @@ def index_documents(model: SearchR3, collection: Collection, *, progress: Progre
     return ExactIndex(list(texts), model.encode_document(list(texts.values()), progress=progress))
 
 
-def _packaged(source: str) -> Path | None:
+def _package_folder(source: str) -> Path | None:
     """The directory of the model that an installed package of this name carries."""
     try:
         files = metadata.files(source) or []

@@ -101,7 +101,7 @@ def test_splits_share_what_a_baseline_has_indexed(collection: Collection) -> Non
     assert system.index(replace(collection, name="same")) is first
     other = Collection("other", {"x": Document("x", "an apple")}, {}, {})
     assert system.index(other) is not first
-    found = system.index(other).answer([RankRequest("q", "apple")], 10).found
+    found = system.index(other).answer([RankRequest("q", "apple")], 10).rankings
     assert [[doc_id for doc_id, _ in scored] for scored in found] == [["x"]]
 
 
@@ -225,7 +225,7 @@ def test_excluding_does_not_shorten_a_deep_ranking(model: SearchR3, collection: 
     out = frozenset(list(documents)[:200])
     for system in (BM25System(), SearchR3System(EncodedCollections(model), "direct")):
         index = system.index(Collection("many", documents, {}, {}))
-        [found] = index.answer([RankRequest("q", "this one is about a house", left_out=out)], 100).found
+        [found] = index.answer([RankRequest("q", "this one is about a house", left_out=out)], 100).rankings
         assert len(found) == 100
         assert not out.intersection(doc_id for doc_id, _ in found)
 
