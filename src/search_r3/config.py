@@ -1,28 +1,18 @@
-"""Typed settings: YAML recipes and `key=value` overrides. An unknown key is an error.
+"""The settings of a training, and recipes: YAML files of them, with `key=value` overrides.
 
 Defaults are common values of the field; the recipes set what the experiments in `docs/log.md` chose.
 """
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal, TypeVar, get_args
+from typing import Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import Field, model_validator
 
-from .errors import ConfigError
-
-
-class Section(BaseModel):
-    """A frozen group of settings that refuses keys it does not know."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-
-S = TypeVar("S", bound=Section)
+from .loader import Section, load_settings
 
 
 class BaseModelSettings(Section):
@@ -38,7 +28,32 @@ class BaseModelSettings(Section):
     intermediate_size: int = Field(768, ge=32, description="Width of the MLP.")
 
 
-class SFTSettings(Section):
+class DevSettings(Section):
+    """Evaluation on `evaluation.dev_split` while a stage trains."""
+
+    evaluate_every: int = Field(0, ge=0, description="Steps between evaluations on `evaluation.dev_split`; 0: none.")
+    keep: Literal["last", "best"] = Field(
+        "last",
+        description="The model that the stage leaves: of the last step, or of the evaluation with the best nDCG@10 in "
+        "reason mode.",
+    )
+    patience: int | None = Field(
+        None,
+        ge=1,
+        description="Evaluations without a better one after which the stage stops; null: it never does.",
+    )
+
+    @model_validator(mode="after")
+    def _need_evaluations(self) -> DevSettings:
+        if self.evaluate_every == 0 and (self.keep == "best" or self.patience is not None):
+            raise ValueError(
+                f"keep={self.keep}, patience={self.patience} with evaluate_every=0: nothing would say which model is "
+                "the best; set evaluate_every"
+            )
+        return self
+
+
+class SFTSettings(DevSettings):
     """Stage 1: `L = L_SFT + L_KL + L_InfoNCE + L_TripletMargin`."""
 
     steps: int = Field(600, ge=1, description="Optimizer steps.")
@@ -46,7 +61,9 @@ class SFTSettings(Section):
     learning_rate: float = Field(1.5e-3, gt=0, description="Peak rate; linear warm-up, cosine to 0.")
     warmup_steps: int = Field(20, ge=0, description="Steps of linear warm-up.")
     max_grad_norm: float = Field(1.0, gt=0, description="Gradients are clipped to this norm.")
-    weight_decay: float = Field(0.01, ge=0, description="AdamW's decoupled weight decay.")
+    weight_decay: float = Field(
+        0.01, ge=0, description="AdamW's decoupled weight decay; norms, biases and token tables are not decayed."
+    )
     splits: dict[str, float] = Field({"facts": 0.5, "sft": 0.5}, description="Share of each batch drawn from a split.")
     batching: Literal["mixed", "homogeneous"] = Field(
         "mixed",
@@ -70,7 +87,7 @@ class SFTSettings(Section):
         description="Sampling weight of each style of reasoning trace; a query that has one trace uses it.",
     )
     random_negatives: int = Field(1, ge=0, description="Random negatives per query.")
-    bm25_negatives: int = Field(
+    hard_negatives: int = Field(
         1,
         ge=0,
         description="Hard negatives per query: those that its metadata names (`search-r3 data mine`), else those that "
@@ -97,9 +114,9 @@ class SFTSettings(Section):
 
     @model_validator(mode="after")
     def _need_negatives(self) -> SFTSettings:
-        if self.triplet_weight > 0 and self.random_negatives + self.bm25_negatives == 0:
+        if self.triplet_weight > 0 and self.random_negatives + self.hard_negatives == 0:
             raise ValueError(
-                f"triplet_weight={self.triplet_weight} needs negatives, but random_negatives=0 and bm25_negatives=0; "
+                f"triplet_weight={self.triplet_weight} needs negatives, but random_negatives=0 and hard_negatives=0; "
                 "set triplet_weight=0 or ask for negatives"
             )
         return self
@@ -166,8 +183,8 @@ class RefreshSettings(Section):
 
     @model_validator(mode="after")
     def _fits_the_policy(self) -> RefreshSettings:
-        chosen = self.policy in ("shortlist", "selective")
-        if self.correct_drift and not chosen:
+        by_shortlist = self.policy in ("shortlist", "selective")
+        if self.correct_drift and not by_shortlist:
             raise ValueError(
                 f"correct_drift=true goes with shortlist or selective, not with policy={self.policy} (the policy drift "
                 "alone corrects all stale vectors)"
@@ -177,12 +194,12 @@ class RefreshSettings(Section):
                 "drift correction moves every vector, and index=approximate would be built anew at every step; "
                 "set index=exact, or correct no drift"
             )
-        if (self.max_documents or self.max_tokens) and not chosen:
+        if (self.max_documents or self.max_tokens) and not by_shortlist:
             raise ValueError(f"a budget goes with shortlist or selective, not with policy={self.policy}")
         return self
 
 
-class GRPOSettings(Section):
+class GRPOSettings(DevSettings):
     """Stage 2: GRPO with the retrieval reward."""
 
     steps: int = Field(60, ge=1, description="Optimizer steps (with num_iterations=1, one per batch of rollouts).")
@@ -192,7 +209,7 @@ class GRPOSettings(Section):
     learning_rate: float = Field(3e-4, gt=0, description="Peak rate; linear warm-up, cosine to 0.")
     warmup_steps: int = Field(5, ge=0, description="Steps of linear warm-up.")
     max_grad_norm: float = Field(1.0, gt=0, description="Gradients are clipped to this norm.")
-    weight_decay: float = Field(0.0, ge=0, description="AdamW's decoupled weight decay.")
+    weight_decay: float = Field(0.0, ge=0, description="AdamW's decoupled weight decay, as in stage 1.")
     splits: tuple[str, ...] = Field(("rl",), min_length=1, description="Splits whose queries are rolled out.")
     sampling_temperature: float = Field(1.0, gt=0, description="Temperature of rollouts; log-probabilities use it too.")
     clip_epsilon: float = Field(0.2, gt=0, lt=1, description="PPO clip range of the probability ratio.")
@@ -208,9 +225,9 @@ class GRPOSettings(Section):
     reward: RewardWeights = RewardWeights()
     reward_k: int = Field(10, ge=1, description="k of the nDCG in the ranking part.")
     refresh: RefreshSettings = RefreshSettings()
-    rollout_batch_size: int = Field(256, ge=1, description="Rollouts decoded at once; changes memory and speed only.")
+    rollout_batch_size: int = Field(256, ge=1, description="Rollouts decoded at once; changes results by rounding.")
     micro_batch_size: int = Field(128, ge=1, description="Rollouts per forward and backward pass; changes memory only.")
-    evaluate_every: int = Field(10, ge=1, description="Steps between evaluations on `evaluation.dev_split`.")
+    evaluate_every: int = Field(10, ge=0, description="Steps between evaluations on `evaluation.dev_split`; 0: none.")
 
 
 class EvaluationSettings(Section):
@@ -218,7 +235,7 @@ class EvaluationSettings(Section):
 
     dev_split: str = Field("dev", description="Split looked at during training.")
     test_split: str = Field("test", description="Split read once, by the final evaluation.")
-    batch_size: int = Field(128, ge=1, description="Queries reasoned about at once; changes memory and speed only.")
+    batch_size: int = Field(128, ge=1, description="Queries reasoned about at once; changes results by rounding.")
     rollout_queries: int = Field(
         64, ge=1, description="Test queries whose sampled rollouts are scored before and after RL."
     )
@@ -232,7 +249,9 @@ class Recipe(Section):
     name: str = Field("quickstart", description="Name of the run.")
     run_dir: str = Field("runs/quickstart", description="Where everything is written.")
     seed: int = Field(0, ge=0, description="Seed of sampling, shuffling and initialisation.")
-    collection: str = Field("atlas", description="`atlas`, `atlas-wide`, or a folder in the BEIR layout.")
+    collection: str = Field(
+        "atlas", description="`atlas`, `atlas-wide` (`:SEED` divides by another seed), or a folder in the BEIR layout."
+    )
     base: str = Field("builtin", description="`builtin` (the small model in the package), a directory or a hub id.")
     prompts: Literal["search-r3", "published"] = Field("search-r3", description="Prompt set, saved with the model.")
     embed_start: Literal["mean", "end_of_turn"] = Field(
@@ -242,7 +261,9 @@ class Recipe(Section):
     )
     max_length: int = Field(128, ge=8, description="Longest prompt in tokens; longer texts lose their end, counted.")
     max_new_tokens: int = Field(64, ge=1, description="Reasoning budget in tokens, the embed token included.")
-    dtype: Literal["float32", "bfloat16"] = Field("float32", description="Precision of the weights.")
+    dtype: Literal["float32", "bfloat16"] = Field(
+        "float32", description="Precision of the weights; bfloat16 is for frozen ones, under adapters."
+    )
     mixed_precision: Literal["no", "bf16"] = Field(
         "no", description="bf16: compute in bfloat16 while weights and optimizer stay as `dtype` says."
     )
@@ -259,101 +280,34 @@ class Recipe(Section):
     grpo: GRPOSettings = GRPOSettings()
     evaluation: EvaluationSettings = EvaluationSettings()
 
+    @model_validator(mode="after")
+    def _weights_that_can_learn(self) -> Recipe:
+        if self.dtype == "bfloat16" and self.lora.rank == 0:
+            raise ValueError(
+                "dtype=bfloat16 with lora.rank=0 would train weights in bfloat16, where most updates at usual rates "
+                "round to nothing; set dtype=float32 and mixed_precision=bf16 (products in bfloat16), or lora.rank=16 "
+                "(adapters over frozen bfloat16 weights)"
+            )
+        return self
+
 
 def load_recipe(path: str | Path | None, overrides: Sequence[str] = ()) -> Recipe:
     """Read a YAML recipe and apply `key=value` overrides (`grpo.steps=10`); values are read as YAML.
+
+    Where a recipe says `extends: other.yaml` (a path relative to its own folder), it has the values of that one, which
+    may extend a third, except for those that it sets itself. Sections are merged, all else is replaced.
 
     Example:
         >>> load_recipe(None, ["grpo.steps=10"]).grpo.steps
         10
 
     Raises:
-        ConfigError: the file cannot be read, a key is unknown (the nearest known one is named) or a value does not fit.
+        ConfigError: a file cannot be read or extends itself, a key is unknown (the nearest known one is named) or a
+            value does not fit; the message names the file that holds it.
     """
     return load_settings(Recipe, path, overrides)
-
-
-def load_settings(kind: type[S], path: str | Path | None, overrides: Sequence[str] = ()) -> S:
-    """Read settings of any kind from YAML, as `load_recipe` does.
-
-    Raises:
-        ConfigError: as `load_recipe`.
-    """
-    values: Any = {}
-    if path is not None:
-        try:
-            values = yaml.safe_load(Path(path).read_text(encoding="utf-8")) or {}
-        except OSError as error:
-            raise ConfigError(f"cannot read the recipe {path}: {error.strerror}") from error
-        except yaml.YAMLError as error:
-            raise ConfigError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from error
-        if not isinstance(values, dict):
-            raise ConfigError(f"{path}: expected `key: value` lines, found {type(values).__name__}")
-    for override in overrides:
-        _apply(values, override)
-    try:
-        return kind.model_validate(values)
-    except ValidationError as error:
-        raise ConfigError(_explain(error, kind, path)) from error
 
 
 def dump_recipe(recipe: Recipe) -> str:
     """The resolved settings as YAML, readable by `load_recipe`."""
     return yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False)
-
-
-def flat_settings(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Settings of all sections under names such as `grpo.refresh.policy`."""
-    flat: dict[str, Any] = {}
-    for key, value in values.items():
-        name = f"{prefix}{key}"
-        if isinstance(value, dict) and value:
-            flat.update(flat_settings(value, f"{name}."))
-        else:
-            flat[name] = value
-    return flat
-
-
-def _apply(values: dict[str, Any], override: str) -> None:
-    key, found, text = override.partition("=")
-    if not found or not key:
-        raise ConfigError(f"cannot read the override {override!r}; expected key=value, for instance grpo.steps=10")
-    *parents, leaf = key.split(".")
-    place = values
-    for parent in parents:
-        child = place.setdefault(parent, {})
-        if not isinstance(child, dict):
-            raise ConfigError(f"cannot set {key!r}: {parent!r} is a single value, not a section")
-        place = child
-    try:
-        place[leaf] = yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        raise ConfigError(f"cannot read the value of {override!r} as YAML") from error
-    # YAML 1.1 reads 1e-3 (no dot) as a string; people write learning rates so.
-    if isinstance(place[leaf], str):
-        try:
-            place[leaf] = float(place[leaf])
-        except ValueError:
-            return
-
-
-def _explain(error: ValidationError, kind: type[Section], path: str | Path | None) -> str:
-    """One line for the first of pydantic's errors, an unknown key before others, with the nearest known one."""
-    first = min(error.errors(), key=lambda one: one["type"] != "extra_forbidden")
-    key = ".".join(str(part) for part in first["loc"]) or "recipe"
-    where = f"{path}: " if path is not None else ""
-    if first["type"] == "extra_forbidden":
-        section = kind
-        for part in first["loc"][:-1]:
-            section = section if isinstance(part, int) else _section(section.model_fields[part].annotation)
-        near = difflib.get_close_matches(str(first["loc"][-1]), section.model_fields, n=1)
-        hint = f"; did you mean {near[0]!r}?" if near else f"; known here: {', '.join(section.model_fields)}"
-        return f"{where}unknown setting {key!r}{hint}"
-    return f"{where}{key} = {first['input']!r}: {first['msg']}"
-
-
-def _section(annotation: Any) -> type[Section]:
-    """The section that a field holds: itself, or one of several."""
-    if isinstance(annotation, type) and issubclass(annotation, Section):
-        return annotation
-    return next(_section(inner) for inner in get_args(annotation) if inner is not Ellipsis)

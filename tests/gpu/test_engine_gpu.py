@@ -16,11 +16,12 @@ TEXTS = [f"the {colour} {thing} is here" for colour in ("red", "green", "blue") 
 
 
 def test_documents_and_queries_are_those_of_the_cpu(tiny_path: Path) -> None:
-    torch.backends.cuda.matmul.allow_tf32 = False
     here, there = SearchR3(tiny_path, device="cpu"), SearchR3(tiny_path, device="cuda")
     np.testing.assert_allclose(there.encode_document(TEXTS), here.encode_document(TEXTS), atol=1e-4)
     options = {"max_new_tokens": 12, "sampling_temperature": 1.0, "batch_size": 4}
     expected, found = here.encode_query(TEXTS, **options), there.encode_query(TEXTS, **options)
+    prompt = there.backbone.prompt_encoder.encode(TEXTS[0], "reason").ids
+    assert there.rollouts([prompt], max_new_tokens=4)[0].vector.device.type == "cpu"
     assert found.reasoning == expected.reasoning
     np.testing.assert_allclose(found.vectors, expected.vectors, atol=1e-4)
 

@@ -32,6 +32,7 @@ SETTINGS = [
     "grpo.refresh={policy: selective, depth: 3, neighbours: 3, max_documents: 8}",
 ]  # fmt: skip
 STAGES = ("sft", "grpo")
+EVALUATE = "search_r3.training.dev:DevSplit.evaluate"
 FORWARD = "search_r3.training.policy:Policy.forward"
 BACKWARD = "search_r3.training.engine:Engine.backward"
 GATHER = "search_r3.parallel:ProcessGroup.all_gather"
@@ -110,7 +111,7 @@ def timeless(run_dir: Path, name: str) -> list[dict[str, Any]]:
     path = run_dir / name
     rows = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
     return [
-        {key: value for key, value in row.items() if "seconds" not in key} for row in rows if row["stage"] != "padding"
+        {key: value for key, value in row.items() if "second" not in key} for row in rows if row["stage"] != "padding"
     ]
 
 
@@ -515,9 +516,9 @@ def test_sigterm_to_the_command_saves_and_says_how_to_go_on(lab: Lab, tmp_path: 
     [
         ("sft", "search_r3.training.sft:load_model", 1, 1, -15, "", []),
         ("sft", FORWARD, 5, 2, 143, "after step 2 of sft", ["step-000001", "step-000002"]),
-        ("sft", "search_r3.training.sft:save_trained", 1, 1, 143, "sft is complete", []),
-        ("grpo", "search_r3.training.grpo:evaluate_dev", 1, 1, 143, "after step 1 of grpo", ["step-000001"]),
-        ("grpo", "search_r3.training.grpo:evaluate_dev", 2, 1, 143, "step 3 of grpo", ["step-000002", "step-000003"]),
+        ("sft", "search_r3.training.dev:save_trained", 1, 1, 143, "sft is complete", []),
+        ("grpo", EVALUATE, 1, 1, 143, "after step 1 of grpo", ["step-000001"]),
+        ("grpo", EVALUATE, 2, 1, 143, "step 3 of grpo", ["step-000002", "step-000003"]),
     ],
     ids=["loading", "twice at once", "saving the model", "first evaluation", "evaluation"],
 )  # fmt: skip

@@ -49,6 +49,12 @@ def steps_logged(run: Run, stage: str) -> list[int]:
     return [row["step"] for row in run.metrics(stage)]
 
 
+def check_described(run: Run, stage: str) -> None:
+    described = (Path(__file__).parents[2] / "docs" / "metrics.md").read_text()
+    for name in {name for row in run.metrics(stage) for name in row} - {"stage", "step"}:
+        assert f"`{name}`" in described, name
+
+
 @pytest.mark.parametrize("stopped_at", [1, 2, 5])
 def test_a_resumed_stage_1_equals_an_unbroken_one(
     tmp_path: Path, tiny_path: Path, collection_path: Path, stopped_at: int
@@ -63,6 +69,7 @@ def test_a_resumed_stage_1_equals_an_unbroken_one(
     assert same_weights(train_sft(broken, run), expected)
     assert steps_logged(run, "sft") == list(range(1, 8))
     assert not same_weights(expected, tiny_path), "seven steps must change the weights"
+    check_described(run, "sft")
 
 
 @pytest.fixture(scope="module")
@@ -98,9 +105,11 @@ def test_a_resumed_stage_2_equals_an_unbroken_one(
     assert same_weights(train_grpo(broken, run, stage_1), expected)
     assert steps_logged(run, "grpo") == list(range(8))
     assert not same_weights(expected, stage_1)
-    timed = ("seconds", "rollout_seconds", "refresh_seconds", "audit_seconds")
     for one, two in zip(run.metrics("grpo"), Run(whole).metrics("grpo"), strict=True):
-        assert {k: v for k, v in one.items() if k not in timed} == {k: v for k, v in two.items() if k not in timed}
+        assert {k: v for k, v in one.items() if "second" not in k} == {
+            k: v for k, v in two.items() if "second" not in k
+        }
+    check_described(run, "grpo")
     rows = [json.loads(line) for line in run.rollouts_path.read_text().splitlines()]
     assert [row["step"] for row in rows] == [step for step in range(1, 8) for _ in range(6)]
 

@@ -34,22 +34,20 @@ def training_examples(
 ) -> list[TrainingExample]:
     """The examples of one split, with the hard negatives that `metadata.negatives` lists, or else up to `mined` others.
 
-    A mined negative is never a document judged for the query, nor one with the text of a positive. No negative is a
-    document that a ranking of the query cannot hold (`restrictions`). Only queries without listed negatives are
-    searched for.
+    What is relevant to a query is what any split says of it. A mined negative is never a document judged for the query,
+    nor one with the text of a positive. No negative is a document that a ranking of the query cannot hold
+    (`restrictions`). Only queries without listed negatives are searched for.
 
     Raises:
         DataError: the split is unknown, a query has no positive document, or `metadata.negatives` cannot be used.
     """
-    qrels = collection.split(split)
+    qrels = judged_queries(collection, [split])
     positives = {
         query_id: tuple(d for d, gain in relevance.items() if gain > 0) for query_id, relevance in qrels.items()
     }
     limits = {query_id: restrictions(collection, query_id, relevance) for query_id, relevance in qrels.items()}
     negatives: dict[str, list[str]] = {}
     for query_id, relevant in positives.items():
-        if not relevant:
-            raise DataError(f"query {query_id!r} of split {split!r} has no document with a score above 0; remove it")
         listed = listed_negatives(collection, collection.queries[query_id], relevant)
         negatives[query_id] = [doc_id for doc_id in listed if limits[query_id].allow(doc_id)]
     # An empty list says that all candidates were found to be false negatives: they are not brought back.

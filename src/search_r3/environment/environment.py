@@ -139,6 +139,11 @@ class RetrievalEnvironment:
             raise DataError(f"the saved index and collection {collection.name!r} hold different documents")
         self.policy.restore(state / "policy", self.index)
 
+    @property
+    def exact_index(self) -> ExactIndex:
+        """The vectors as they are held, for an exact search."""
+        return self.index.store if isinstance(self.index, ApproximateIndex) else self.index
+
     def feedback(self, rollouts: Sequence[Rollout], query_ids: Sequence[str], policy_version: int) -> Feedback:
         """Refresh the index, rank every rollout's vector in it and score the ranks.
 
@@ -333,5 +338,5 @@ def _by_doc_id(rows: Rows) -> Rows:
 
 
 def rollout_vectors(rollouts: Sequence[Rollout]) -> Array:
-    """The vectors of `B` rollouts, `B x D`, on the CPU."""
-    return np.stack([rollout.vector.cpu().numpy() for rollout in rollouts])
+    """The vectors of `B` rollouts, `B x D`."""
+    return np.stack([rollout.vector.numpy() for rollout in rollouts])

@@ -24,13 +24,14 @@ from torch.utils.data import DataLoader
 from ..data.collection import Collection
 from ..data.restrictions import Restrictions, restrictions
 from ..errors import ConfigError, DataError
+from ..extras import extra
 from ..model.encoder import SearchR3
 from ..model.prompts import MODES, Mode
 from ..types import Array
 from .benchmark import judged
 from .systems import short_name
 
-try:
+with extra("mteb"):
     import mteb
     from datasets import Dataset, are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
     from mteb import AbsTask, ResultCache, TaskMetadata
@@ -39,8 +40,6 @@ try:
     from mteb.models import ModelMeta
     from mteb.models.model_meta import ScoringFunction
     from mteb.types import BatchedInput, PromptType
-except ModuleNotFoundError as error:
-    raise ConfigError("mteb is not installed, and its tasks need it: pip install search-r3[mteb]") from error
 
 logger = logging.getLogger(__name__)
 

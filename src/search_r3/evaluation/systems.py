@@ -18,6 +18,7 @@ import numpy as np
 
 from ..data.collection import Collection
 from ..errors import ModelError
+from ..extras import extra
 from ..files import hash_folder
 from ..model.documents import check_finite
 from ..model.encoder import SearchR3
@@ -191,7 +192,7 @@ class SearchR3System:
         collections: the model and what it has encoded, shared by its modes.
         mode: `direct` or `reason`.
         name: as in the tables; by default the mode.
-        batch_size: queries reasoned about at once; it changes memory and speed only.
+        batch_size: queries reasoned about at once; it changes results by rounding only.
     """
 
     before: Cost | None = None
@@ -247,14 +248,13 @@ class SentenceTransformersSystem(_PerCollection[Searchable]):
         batch_size: texts encoded together.
 
     Raises:
-        ModelError: sentence-transformers is not installed, or there is no such model.
+        MissingExtraError: sentence-transformers is not installed.
+        ModelError: there is no such model.
     """
 
     def __init__(self, source: str, batch_size: int = 32) -> None:
-        try:
+        with extra("integrations"):
             from sentence_transformers import SentenceTransformer
-        except ImportError as error:
-            raise ModelError("the baseline needs sentence-transformers; pip install 'search-r3[benchmarks]'") from error
         path = _package_folder(source) or Path(source)
         try:
             self._model: Any = SentenceTransformer(str(path) if path.is_dir() else source)

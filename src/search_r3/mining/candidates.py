@@ -19,6 +19,7 @@ import torch
 from ..data.collection import Collection
 from ..data.restrictions import Restrictions
 from ..errors import DataError, ModelError
+from ..extras import extra
 from ..files import hash_folder, write_json
 from ..model.encoder import SearchR3
 from ..retrieval.encode import Peer, encode_corpus
@@ -182,16 +183,13 @@ class CrossEncoderJudge:
         batch_size: pairs read together.
 
     Raises:
-        ModelError: sentence-transformers is not installed, or there is no such model with one score a pair.
+        MissingExtraError: sentence-transformers is not installed.
+        ModelError: there is no such model with one score a pair.
     """
 
     def __init__(self, source: str, batch_size: int = 32) -> None:
-        try:
+        with extra("integrations"):
             from sentence_transformers import CrossEncoder
-        except ImportError as error:
-            raise ModelError(
-                "a cross-encoder needs sentence-transformers; pip install 'search-r3[benchmarks]'"
-            ) from error
         path = Path(source)
         try:
             self._model: Any = CrossEncoder(source)

@@ -9,6 +9,7 @@ import copy
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from importlib import import_module
 from pathlib import Path
 from typing import Any, Literal
 
@@ -17,6 +18,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from torch import Tensor
 
 from ..errors import ModelError
+from ..extras import extra
 from ..files import atomic_directory, hash_folder, write_json
 from .prompts import EMBED_TOKEN, PROMPT_SETS, PromptEncoder, PromptSet
 
@@ -87,13 +89,24 @@ class Backbone:
         """The longest sequence the model was made for, in tokens."""
         return int(self.model.config.get_text_config().max_position_embeddings)
 
-    def hidden_states(self, ids: Tensor, mask: Tensor) -> Tensor:
-        """Output of the final norm, `B x T x D`, where the output layer reads. Padding on either side is allowed."""
-        output = self.causal_lm.base_model(
-            input_ids=ids, attention_mask=mask, position_ids=position_ids(mask), use_cache=False
-        )
+    def hidden_states(self, ids: Tensor, mask: Tensor | None) -> Tensor:
+        """Output of the final norm, `B x T x D`, where the output layer reads.
+
+        Padding on either side is allowed. None for the mask is right where padding stands on the right and the model
+        `looks_back_only`: then no real token sees it, and attention needs no mask.
+        """
+        positions = None if mask is None else position_ids(mask)
+        output = self.causal_lm.base_model(input_ids=ids, attention_mask=mask, position_ids=positions, use_cache=False)
         hidden: Tensor = output.last_hidden_state
         return hidden
+
+    @torch.no_grad()
+    def looks_back_only(self) -> bool:
+        """Whether no token's state depends on later ones, found out from two sequences with one beginning."""
+        token = self.embed_token_id
+        ids = torch.tensor([[token] * 6, [token] * 2 + [token - 1, 0, 1, token - 2]], device=self.device)
+        one, other = self.hidden_states(ids, None)[:, :2].float()
+        return bool((one - other).abs().max() <= 1e-3 * one.abs().max())
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Next-token logits `... x V` for hidden states `... x D`, in float32."""
@@ -155,29 +168,15 @@ def load_backbone(
         embed_start: the row of an embed token that the model lacks: the mean of all rows, or the end of turn's.
 
     Raises:
-        ModelError: files are missing or do not fit together; the message names the remedy. Remote code is never run.
+        ModelError: files are missing or do not fit together; the message names the remedy.
     """
-    import transformers
-
     path = Path(source)
     if not path.is_dir() and (isinstance(source, Path) or source.startswith((".", "/")) or source.count("/") > 1):
         raise ModelError(f"no model directory at {source}; give a directory with config.json, or a hub id")
     if path.is_dir() and not any((path / name).is_file() for name in ("config.json", "adapter_config.json")):
         raise ModelError(f"{source} is no model directory: config.json is missing")
     tokenizer = _load_tokenizer(source, revision)
-    try:
-        if (base := _base_without_the_row(path, tokenizer)) is not None:
-            model, report = transformers.AutoModelForCausalLM.from_pretrained(
-                base, dtype=DTYPES[dtype], output_loading_info=True
-            )
-            model.resize_token_embeddings(len(tokenizer), mean_resizing=False)
-            model.load_adapter(str(source))
-        else:
-            model, report = transformers.AutoModelForCausalLM.from_pretrained(
-                source, dtype=DTYPES[dtype], revision=revision, output_loading_info=True
-            )
-    except (OSError, ValueError) as error:
-        raise ModelError(f"cannot load a causal LM from {source}: {_first_line(error)}") from error
+    model, report = _load_model(source, tokenizer, dtype, revision)
     # Adapters write the embed token's row of tied tables once, and transformers misses it in the other.
     absent = sorted(key for key in report["missing_keys"] if "token_adapter" not in key)
     if absent:
@@ -189,6 +188,10 @@ def load_backbone(
     embed_token_id = _ensure_embed_token(model, tokenizer, embed_token, embed_start)
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
+    if torch.device(device).type == "cuda":
+        # On Hopper and Blackwell torch prefers cuDNN's attention, which builds a plan for every new shape, some tenths
+        # of a second each (torch 2.11). Here every decoding step and nearly every batch has a new one.
+        torch.backends.cuda.enable_cudnn_sdp(False)
     model.to(device).eval()
     backbone = Backbone(model, tokenizer, settings, embed_token_id, str(source))
     _check_output_layer(backbone)
@@ -244,12 +247,31 @@ def _load_tokenizer(source: str | Path, revision: str | None) -> Any:
     return tokenizer
 
 
+def _load_model(source: str | Path, tokenizer: Any, dtype: str, revision: str | None) -> tuple[Any, dict[str, Any]]:
+    """The causal LM and transformers' report; the tables of a base grow first where adapters need it."""
+    import transformers
+
+    load = transformers.AutoModelForCausalLM.from_pretrained
+    try:
+        if (base := _base_without_the_row(Path(source), tokenizer)) is not None:
+            model, report = load(base, dtype=DTYPES[dtype], output_loading_info=True)
+            model.resize_token_embeddings(len(tokenizer), mean_resizing=False)
+            model.load_adapter(str(source))
+        else:
+            model, report = load(source, dtype=DTYPES[dtype], revision=revision, output_loading_info=True)
+    except (OSError, ValueError) as error:
+        raise ModelError(f"cannot load a causal LM from {source}: {_first_line(error)}") from error
+    return model, report
+
+
 def _base_without_the_row(path: Path, tokenizer: Any) -> str | None:
     """The base of a directory of adapters where its tables lack the rows of their tokenizer's new tokens, else None."""
     import transformers
 
     if not (path / "adapter_config.json").is_file():
         return None
+    with extra("train"):
+        import_module("peft")  # transformers loads adapters with it
     base = str(json.loads((path / "adapter_config.json").read_text(encoding="utf-8"))["base_model_name_or_path"])
     vocabulary = transformers.AutoConfig.from_pretrained(base).get_text_config().vocab_size
     return base if vocabulary < len(tokenizer) else None

@@ -38,7 +38,7 @@ def encode_stream(
         backbone: the model.
         texts: read as far as the next block needs.
         kind: `direct` or `document`.
-        batch_tokens: tokens computed together, padding included; it does not change the vectors.
+        batch_tokens: tokens computed together, padding included; it changes vectors by rounding only.
         window: texts per block; within it texts of like length share a batch.
         progress: called after each batch with the numbers of texts and of their tokens.
 

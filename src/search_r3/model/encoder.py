@@ -117,7 +117,8 @@ class SearchR3:
         Args:
             texts: queries; a single string counts as one.
             mode: `reason` or `direct`.
-            batch_size: queries reasoned about at once; it does not change the vectors.
+            batch_size: queries reasoned about at once; it changes vectors by rounding, which can tip a near tie between
+                tokens (rarely in float32).
             max_new_tokens: reasoning budget; by default the model's own.
             sampling_temperature: 0 reasons greedily.
             top_p: sample among the likeliest tokens that together reach this probability.
@@ -198,7 +199,8 @@ class SearchR3:
 
         Args:
             texts: documents; a single string counts as one.
-            batch_tokens: tokens computed together; by default what suits the device. It does not change the vectors.
+            batch_tokens: tokens computed together; by default what suits the device. It changes vectors by
+                rounding only.
             progress: called after each batch with the numbers of documents and of their tokens.
 
         Raises:
@@ -307,7 +309,7 @@ class SearchR3:
         return result
 
     def _embeddings(self, rollouts: Sequence[Rollout], texts: Sequence[str], truncated: list[bool]) -> QueryEmbeddings:
-        vectors = torch.stack([rollout.vector for rollout in rollouts]).cpu().numpy()
+        vectors = torch.stack([rollout.vector for rollout in rollouts]).numpy()
         check_finite(vectors, texts, self.backbone.source)
         return QueryEmbeddings(
             self._shorten(vectors),

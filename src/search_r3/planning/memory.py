@@ -74,12 +74,12 @@ class Pass:
     Attributes:
         sequences: `b`.
         length: `T`.
-        padded: whether some sequence is shorter; attention then takes a mask, and keys and values by query head.
+        padded: whether attention takes a mask, and keys and values by query head; training gives none.
     """
 
     sequences: int
     length: int
-    padded: bool = True
+    padded: bool = False
 
     @property
     def tokens(self) -> int:

@@ -18,6 +18,7 @@ import numpy as np
 import torch
 
 from ..errors import VectorIndexError
+from ..extras import extra
 from ..types import Array, Rows
 from . import storage
 from .index import ExactIndex, VectorIndex
@@ -263,7 +264,8 @@ class ApproximateIndex(VectorIndex):
         self._graph: Any = self._empty_graph()
 
     def _empty_graph(self) -> Any:
-        from usearch.index import Index
+        with extra("train"):
+            from usearch.index import Index
 
         return Index(
             ndim=self.store.dimension,

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from ..extras import extra
 from .metrics import rank
 
 Scored = list[tuple[str, float]]
@@ -27,7 +28,8 @@ class BM25:
     """
 
     def __init__(self, doc_ids: Sequence[str], texts: Sequence[str]) -> None:
-        import bm25s
+        with extra("eval"):
+            import bm25s
 
         self.doc_ids = list(doc_ids)
         self._rows = {doc_id: row for row, doc_id in enumerate(self.doc_ids)}
@@ -120,7 +122,8 @@ class BM25:
         return rows, scores[rows]
 
     def _tokens(self, texts: Sequence[str]) -> list[list[str]]:
-        import bm25s
+        with extra("eval"):
+            import bm25s
 
         tokenize: Any = bm25s.tokenize
         tokens: list[list[str]] = tokenize(

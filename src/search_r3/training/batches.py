@@ -72,18 +72,21 @@ class Item:
 
 @dataclass(frozen=True)
 class Share:
-    """The sequences of a batch that one process computes."""
+    """The sequences of a batch that one process computes; of `reasoned`, `cut` have lost the end of their trace."""
 
     direct: list[Item]
     reasoned: list[Item]
     documents: list[Item]
+    cut: int = 0
 
     def counts(self) -> dict[str, int]:
-        """Supervised tokens (`cross_entropy`), and tokens on which the KL is measured (`kl`)."""
+        """Supervised tokens (`cross_entropy`), those of the KL (`kl_to_base`), all; and cut traces."""
         queries = [*self.direct, *self.reasoned]
         return {
             "cross_entropy": sum(len(item.ids) - item.prompt_length for item in queries),
-            "kl": sum(item.prompt_length - 1 for item in queries if item.compared),
+            "kl_to_base": sum(item.prompt_length - 1 for item in queries if item.compared),
+            "tokens": sum(len(item.ids) for item in (*queries, *self.documents)),
+            "traces_cut": self.cut,
         }
 
     def chunks(self, size: int | None) -> tuple[list[list[Item]], list[list[Item]]]:
@@ -149,7 +152,7 @@ def make_batch(
     for example in examples:
         traces.append(_draw_trace(example, settings, rng))
         positives.append(rng.choice(example.positive_ids))
-        negatives.append(draw_negatives(example, doc_ids, settings.random_negatives, settings.bm25_negatives, rng))
+        negatives.append(draw_negatives(example, doc_ids, settings.random_negatives, settings.hard_negatives, rng))
     distinct = list(dict.fromkeys([*positives, *(doc_id for ids in negatives for doc_id in ids)]))
     columns = {doc_id: column for column, doc_id in enumerate(distinct)}
     reasoned = [row for row, trace in enumerate(traces) if trace or settings.untraced == "embed"]
@@ -183,12 +186,20 @@ def find_false_negatives(
 
 
 def tokenise(
-    batch: Batch, collection: Collection, encoder: PromptEncoder, rows: Sequence[int], columns: Sequence[int]
+    batch: Batch,
+    collection: Collection,
+    encoder: PromptEncoder,
+    rows: Sequence[int],
+    columns: Sequence[int],
+    max_new_tokens: int,
 ) -> Share:
-    """The sequences of some of a batch's queries (`rows`) and documents (`columns`)."""
+    """The sequences of some of a batch's queries (`rows`) and documents (`columns`).
+
+    A trace that does not fit into `max_new_tokens`, the embed token included, loses its end: no reply will be longer.
+    """
     texts = [batch.examples[row].query.text for row in rows]
     place_of = {row: place for place, row in enumerate(batch.owners) if place >= len(batch.examples)}
-    direct, reasoned = [], []
+    direct, reasoned, cut = [], [], 0
     completion = encoder.direct_completion()
     for row, encoded in zip(rows, encoder.encode_batch(texts, "direct"), strict=True):
         prompt = encoded.ids[: -completion.embed_position - 1]
@@ -197,7 +208,10 @@ def tokenise(
     texts = [batch.examples[row].query.text for row in thought]
     for row, encoded in zip(thought, encoder.encode_batch(texts, "reason"), strict=True):
         prompt, completion = encoded.ids, encoder.reason_completion(batch.traces[row])
-        ids, position = prompt + completion.ids, len(prompt) + completion.embed_position
+        length = min(completion.embed_position, max_new_tokens - 1)
+        cut += length < completion.embed_position
+        ids, position = prompt + completion.ids[:length], len(prompt) + length
+        ids += completion.ids[completion.embed_position :]
         supervised_from = len(ids) if row in batch.swapped else len(prompt)
         # Direct and reasoned prompts hold the same queries; one of them is enough for the KL.
         reasoned.append(Item(ids, position, place_of[row], supervised_from, compared=row not in batch.swapped))
@@ -206,7 +220,7 @@ def tokenise(
         Item(encoded.ids, len(encoded.ids) - 1, column, len(encoded.ids))
         for column, encoded in zip(columns, encoder.encode_batch(texts, "document"), strict=True)
     ]
-    return Share(direct, reasoned, documents)
+    return Share(direct, reasoned, documents, cut)
 
 
 def collate(items: Sequence[Item], pad_id: int, device: torch.device) -> Chunk:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import math
-import random
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +20,7 @@ from torch import Tensor
 
 from ..config import GRPOSettings, Recipe, SFTSettings
 from ..errors import ConfigError, ModelError
+from ..extras import extra
 from ..model.backbone import Backbone, EmbeddingSettings, load_backbone
 from ..model.encoder import SearchR3, builtin_base_path
 from ..model.engine.forward import is_drivable
@@ -150,7 +151,8 @@ class Engine:
                     module.unshard()
                     stack.callback(module.reshard)
             elif (plugin := deepspeed_plugin(self.accelerator)) is not None and plugin.zero_stage == 3:
-                import deepspeed
+                with extra("deepspeed"):
+                    import deepspeed
 
                 # It takes the hooks away too, which would shard a layer again after its first call.
                 stack.enter_context(deepspeed.zero.unwrap_model_for_generation(self.policy))
@@ -172,8 +174,9 @@ def make_engine(model: SearchR3, recipe: Recipe, settings: SFTSettings | GRPOSet
     Raises:
         ConfigError: the settings do not fit the machine or how the processes were launched.
     """
-    from accelerate import Accelerator, DataLoaderConfiguration
-    from accelerate.utils import set_seed
+    with extra("train"):
+        from accelerate import Accelerator, DataLoaderConfiguration
+        from accelerate.utils import set_seed
 
     set_seed(recipe.seed)  # before the adapters are drawn
     backbone = model.backbone
@@ -212,20 +215,29 @@ def make_engine(model: SearchR3, recipe: Recipe, settings: SFTSettings | GRPOSet
         optimizer, lambda step: warmup_cosine(step, settings.warmup_steps, steps)
     )
     policy, optimizer, scheduler = accelerator.prepare(policy, optimizer, scheduler)
-    reference = make_reference(policy, frozen) if needs_reference else None
+    reference = make_reference(policy, Policy(frozen) if frozen else None) if needs_reference else None
     start_trackers(accelerator, recipe, "sft" if isinstance(settings, SFTSettings) else "grpo")
     return Engine(accelerator, policy, optimizer, scheduler, make_communicator(), reference, recipe.lora.rank > 0)
 
 
 def _parameter_groups(policy: Policy, learning_rate: float, embed_row_rate: float) -> list[dict[str, Any]]:
-    """What learns, all at one rate, or the embed token's row (of adapters) at a multiple of it and undecayed."""
-    learning = [(name, parameter) for name, parameter in policy.named_parameters() if parameter.requires_grad]
-    rows = [parameter for name, parameter in learning if "trainable_tokens" in name and embed_row_rate != 1.0]
-    apart = {id(parameter) for parameter in rows}
-    groups: list[dict[str, Any]] = [{"params": [one for _, one in learning if id(one) not in apart]}]
-    if rows:
-        groups.append({"params": rows, "lr": learning_rate * embed_row_rate, "weight_decay": 0.0})
-    return groups
+    """What learns: matrices; norms, biases and token tables, which are not decayed; the adapters' embed row.
+
+    The row, of the token table too, learns at a multiple of the rate.
+    """
+    tables = {
+        id(table.weight) for table in policy.modules() if isinstance(table, torch.nn.Embedding)
+    }  # and a tied output layer
+    groups: list[dict[str, Any]] = [
+        {"params": []},
+        {"params": [], "weight_decay": 0.0},
+        {"params": [], "weight_decay": 0.0, "lr": learning_rate * embed_row_rate},
+    ]
+    for name, parameter in policy.named_parameters():
+        if parameter.requires_grad:
+            undecayed = parameter.ndim < 2 or id(parameter) in tables
+            groups[2 if "trainable_tokens" in name else int(undecayed)]["params"].append(parameter)
+    return [group for group in groups if group["params"]]
 
 
 def _recompute_activations(backbone: Backbone) -> None:
@@ -237,7 +249,8 @@ def _recompute_activations(backbone: Backbone) -> None:
 
 
 def _check_precision(recipe: Recipe) -> None:
-    from accelerate.state import AcceleratorState
+    with extra("train"):
+        from accelerate.state import AcceleratorState
 
     begun = AcceleratorState().mixed_precision if AcceleratorState._shared_state else recipe.mixed_precision
     if begun != recipe.mixed_precision:
@@ -302,14 +315,16 @@ def warmup_cosine(step: int, warmup_steps: int, steps: int, floor: float = 0.0) 
     return floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * progress))
 
 
-def step_rng(seed: int, stage: str, step: int) -> random.Random:
-    """The random numbers of one step: a resumed run draws the same ones without a saved state."""
-    return random.Random(f"{seed}/{stage}/{step}")
+def rates(tokens: float, started: float, ready: float) -> dict[str, float]:
+    """Times of a step that ends now, and its speed: all processes' `tokens` over the update, which began at `ready`."""
+    now = time.perf_counter()
+    return {"tokens_per_second": tokens / (now - ready), "update_seconds": now - ready, "seconds": now - started}
 
 
 def load_model(recipe: Recipe, source: str | Path) -> SearchR3:
     """A model for training, with the recipe's prompts and limits, on this process's device."""
-    from accelerate import PartialState
+    with extra("train"):
+        from accelerate import PartialState
 
     settings = EmbeddingSettings(
         prompts=PROMPT_SETS[recipe.prompts],

@@ -26,24 +26,21 @@ from torch import Tensor
 
 from ..config import GRPOSettings, Recipe
 from ..data.collection import Collection, Qrels
+from ..data.draws import step_rng
 from ..data.load import load_collection
+from ..data.triples import judged_queries
 from ..environment.environment import Feedback, RetrievalEnvironment
 from ..errors import DataError, RunError
 from ..model.encoder import SearchR3
 from ..model.engine.decoding import Rollout
 from ..model.engine.generation import sequence_batch
-from ..model.prompts import MODES, Mode
-from ..parallel import Communicator, divide, encode_sharded
-from ..retrieval.index import ExactIndex
-from ..retrieval.metrics import ndcg
-from ..types import Array
+from ..parallel import Communicator
 from . import losses
-from .engine import Engine, load_model, make_engine, step_rng
+from .dev import DevSplit, Evaluations
+from .engine import Engine, load_model, make_engine, rates
 from .guard import Guard
 from .run import Observer, Run, silent
-from .saving import save_trained
 
-PROBE_DOCUMENTS = 64
 LOGGED_GROUPS = 2
 
 
@@ -56,6 +53,7 @@ class Experience:
     feedback: Feedback
     advantages: Tensor  # Q*G
     equal_share: float
+    rollout_seconds: float = 0.0
 
 
 def train_grpo(recipe: Recipe, run: Run, base: Path, observe: Observer = silent) -> Path:
@@ -65,6 +63,7 @@ def train_grpo(recipe: Recipe, run: Run, base: Path, observe: Observer = silent)
 
     Raises:
         ConfigError: settings do not fit the model, the data or the number of processes.
+        DataError: a split is unknown, a query has no positive document, or there are fewer queries than a step needs.
         RunError: no rollout of a step emitted the embed token, a loss is not finite, a checkpoint cannot be written or
             read, or another process died.
         StoppedError: SIGTERM came.
@@ -73,7 +72,9 @@ def train_grpo(recipe: Recipe, run: Run, base: Path, observe: Observer = silent)
     if run.finished(stage):
         return run.model_path(stage)
     collection = load_collection(recipe.collection)
-    qrels = {query_id: gains for split in settings.splits for query_id, gains in collection.split(split).items()}
+    qrels = judged_queries(collection, settings.splits)
+    dev = DevSplit(collection, recipe.evaluation) if settings.evaluate_every else None
+    queries_of_step(list(qrels), settings.queries_per_step, recipe.seed, 0)  # refuses too few before a model is loaded
     model = load_model(recipe, base)
     run.begin_from(stage, model.backbone)
     engine = make_engine(model, recipe, settings)
@@ -82,29 +83,34 @@ def train_grpo(recipe: Recipe, run: Run, base: Path, observe: Observer = silent)
         done, checkpoint = run.restore(stage, engine)
         with engine.full_params():
             environment = _environment(recipe, collection, qrels, model, checkpoint, engine.communicator)
-            if done == 0:
-                run.log(stage, 0, evaluate_dev(model, collection, recipe, engine))
         guard.save_extra = lambda folder: environment.save(folder / "environment")
+        evaluations = Evaluations(run, stage, recipe, engine, model, done)
+        if done == 0 and dev is not None:
+            values = dev.evaluate(model, engine, environment.exact_index)
+            run.log(stage, 0, values)
+            evaluations.add(0, values)
         for step in range(done, settings.steps):
+            if evaluations.stopped:
+                break
             started = time.perf_counter()
             with engine.full_params():
                 experience = collect(model, environment, recipe, step, engine)
-                sampled = time.perf_counter()
                 values = audit(environment, experience, settings, step)
+            ready = time.perf_counter()
             check = partial(guard.check, step=step + 1, batch={"query_ids": experience.query_ids})
             values |= update(model, engine, environment, experience, settings, check)
             values |= describe(experience, engine) | {"learning_rate": engine.learning_rate}
-            values |= {"rollout_seconds": sampled - started, "seconds": time.perf_counter() - started}
-            if (step + 1) % settings.evaluate_every == 0 or step + 1 == settings.steps:
-                with engine.full_params():
-                    values |= evaluate_dev(model, collection, recipe, engine)
+            values["tokens"] *= settings.num_iterations
+            values |= rates(values["tokens"], started, ready)
+            if dev is not None and evaluations.due(step + 1, settings.steps):
+                values |= dev.evaluate(model, engine)
             run.log(stage, step + 1, values)
             run.log_rollouts(rollout_rows(experience, collection, step + 1, settings.group_size))
             engine.track(stage, step + 1, values)
+            evaluations.add(step + 1, values)
             observe(stage, step + 1, settings.steps, values)
             guard.after(step + 1)
-        adapter = run.adapter_path(stage)
-        run.finish(stage, engine, lambda folder: save_trained(engine, model, recipe, folder, adapter))
+        evaluations.finish()
     return run.model_path(stage)
 
 
@@ -120,12 +126,14 @@ def collect(
     query_ids = [everyone[place] for place in own]
     texts = [environment.collection.queries[query_id].text for query_id in query_ids]
     prompts = [model.backbone.prompt_encoder.encode(text, "reason").ids for text in texts]
+    started = time.perf_counter()
     rollouts = model.rollouts(
         [prompt for prompt in prompts for _ in range(group_size)],
         sampling_temperature=settings.sampling_temperature,
         seeds=[seed for place in own for seed in seeds[place]],
         batch_size=settings.rollout_batch_size,
     )
+    seconds = time.perf_counter() - started
     if all(engine.communicator.all_gather(all(rollout.forced for rollout in rollouts))):
         raise RunError(
             f"none of {len(everyone) * group_size} rollouts at step {step + 1} emitted the embed token within "
@@ -137,7 +145,7 @@ def collect(
     rewards = [reward for rewards in engine.communicator.all_gather(feedback.rewards) for reward in rewards]
     advantages = losses.group_advantages(torch.tensor(rewards).view(-1, group_size), settings.advantage_scale)
     values = advantages.values[own.start : own.stop].flatten()
-    return Experience(query_ids, rollouts, feedback, values, advantages.equal_share)
+    return Experience(query_ids, rollouts, feedback, values, advantages.equal_share, seconds)
 
 
 def audit(
@@ -159,15 +167,16 @@ def update(
     settings: GRPOSettings,
     check: Callable[[Mapping[str, float]], None] = lambda values: None,
 ) -> dict[str, float]:
-    """`num_iterations` optimizer steps on one batch of rollouts; returns what the metrics need.
+    """`num_iterations` optimizer steps on one batch of rollouts; returns what the metrics need: means over the passes.
 
-    `check` sees losses and gradient norm before each of the steps, and may refuse.
+    Only `sampler_gap` is that of the first pass, in which the weights are the sampler's. `check` sees losses and
+    gradient norm before each of the steps, and may refuse.
     """
     rollouts = experience.rollouts
     own = {"tokens": sum(sum(rollout.completion_mask) for rollout in rollouts), "rollouts": len(rollouts)}
     totals = engine.total(own)
     batches = engine.padded(_micro_batches(rollouts, settings.micro_batch_size))
-    values: dict[str, float] = {}
+    passes: list[dict[str, float]] = []
     for _ in range(settings.num_iterations):
         sums: dict[str, float] = {}
         for number, (rows, counts) in enumerate(batches):
@@ -177,12 +186,11 @@ def update(
             if counts:
                 for name, value in terms.items():
                     sums[name] = sums.get(name, 0.0) + value
-        sums = engine.total(sums)
-        norm = engine.clip(settings.max_grad_norm)
-        check({**sums, "grad_norm": norm})
+        passes.append(engine.total(sums) | {"grad_norm": engine.clip(settings.max_grad_norm)})
+        check(passes[-1])
         engine.step()
-        values = values or sums
-    return values | {"grad_norm": norm}
+    means = {name: fmean(values[name] for values in passes) for name in passes[0]}
+    return means | {"sampler_gap": passes[0]["sampler_gap"]}
 
 
 def _micro_batches(rollouts: Sequence[Rollout], size: int) -> list[list[int]]:
@@ -222,7 +230,7 @@ def _micro_loss(
     gap = (policy - sampler).abs().sum()
     terms = {
         "clipped_share": grpo.clipped,
-        "kl": grpo.kl,
+        "kl_to_reference": grpo.kl,
         "sampler_gap": gap,
         "entropy_estimate": -policy.sum(),
     }
@@ -271,71 +279,36 @@ def per_rollout(query_ids: Sequence[str], group_size: int) -> list[str]:
 def queries_of_step(query_ids: Sequence[str], count: int, seed: int, step: int) -> list[str]:
     """The queries of a step: whole passes over all queries, each pass in its own seeded order.
 
+    The last step of a pass is filled up with the first queries of the same pass.
+
     Raises:
         DataError: fewer queries than a step needs.
     """
     if len(query_ids) < count:
         raise DataError(f"a step needs {count} queries but the split has {len(query_ids)}; lower grpo.queries_per_step")
-    per_pass = len(query_ids) // count
+    per_pass = -(-len(query_ids) // count)
     order = list(query_ids)
     step_rng(seed, "queries", step // per_pass).shuffle(order)
     start = (step % per_pass) * count
-    return order[start : start + count]
+    return (order + order[:count])[start : start + count]
 
 
 def describe(experience: Experience, engine: Engine) -> dict[str, float]:
     """The metrics of the rollouts of all processes (docs/metrics.md)."""
-    own = experience.feedback.parts, experience.feedback.rewards, experience.rollouts
-    everyone = engine.communicator.all_gather(own)
+    rollouts = [(one.forced, one.reasoning_tokens, len(one.prompt_ids)) for one in experience.rollouts]  # and no tensor
+    everyone = engine.communicator.all_gather((experience.feedback.parts, experience.feedback.rewards, rollouts))
     parts = [part for own, _, _ in everyone for part in own]
-    rollouts = [rollout for _, _, own in everyone for rollout in own]
+    forced, lengths, prompts = zip(*(one for _, _, own in everyone for one in own), strict=True)
     values = {f"reward_{name}": fmean(getattr(part, name) for part in parts) for name in asdict(parts[0])}
     values["reward"] = fmean(reward for _, own, _ in everyone for reward in own)
     values["share_ge_half"] = fmean(part.ranking >= 0.5 for part in parts)
     values["equal_reward_share"] = experience.equal_share
-    values["forced_share"] = fmean(rollout.forced for rollout in rollouts)
-    lengths = [rollout.reasoning_tokens for rollout in rollouts]
+    values["forced_share"] = fmean(forced)
     values |= {"reasoning_tokens": fmean(lengths), "reasoning_tokens_max": max(lengths)}
-    return values | experience.feedback.refresh.metrics()
-
-
-def evaluate_dev(model: SearchR3, collection: Collection, recipe: Recipe, engine: Engine) -> dict[str, float]:
-    """nDCG@10 on the dev split in both modes over a freshly encoded corpus, and the collapse alarm.
-
-    Documents and queries are shared among the processes.
-    """
-    settings, communicator = recipe.evaluation, engine.communicator
-    qrels = collection.split(settings.dev_split)
-    texts = collection.texts()
-    vectors = _together(communicator, list(texts.values()), model.encode_document)
-    index = ExactIndex(list(texts), vectors)
-    queries = [collection.queries[query_id].text for query_id in qrels]
-    values = {}
-    for mode in MODES:
-
-        def encode(own: Sequence[str], mode: Mode = mode) -> Array:
-            return model.encode_query(own, mode, batch_size=settings.batch_size).vectors
-
-        encoded = _together(communicator, queries, encode)
-        found = index.search(encoded, 10).doc_ids
-        scores = [ndcg(ranking, gains, 10) for ranking, gains in zip(found, qrels.values(), strict=True)]
-        values[f"dev_ndcg@10_{mode}"] = fmean(scores)
-    values["probe_cosine"] = probe_cosine(torch.from_numpy(vectors[:: max(1, len(vectors) // PROBE_DOCUMENTS)]))
-    return values
-
-
-def _together(communicator: Communicator, texts: Sequence[str], encode: Callable[[Sequence[str]], Array]) -> Array:
-    """Vectors `N x D` of texts of which each process encodes its share."""
-    shares = [sorted(share) for share in divide([len(text) for text in texts], communicator.world_size)]
-    return encode_sharded(communicator, shares, lambda own: encode([texts[place] for place in own]))
-
-
-def probe_cosine(vectors: Tensor) -> float:
-    """Mean cosine between different vectors of a probe set, `P x D`: near 1 means that the vectors have collapsed."""
-    count = len(vectors)
-    if count < 2:
-        return 0.0
-    return float(((vectors @ vectors.T).sum() - vectors.pow(2).sum()) / (count * (count - 1)))
+    decoded = sum(lengths) + len(lengths)  # the embed tokens
+    speed = decoded / experience.rollout_seconds if experience.rollout_seconds else 0.0
+    values |= {"tokens": decoded + sum(prompts), "decoded_tokens_per_second": speed}
+    return values | {"rollout_seconds": experience.rollout_seconds} | experience.feedback.refresh.metrics()
 
 
 def rollout_rows(experience: Experience, collection: Collection, step: int, group_size: int) -> list[dict[str, Any]]:

@@ -115,7 +115,9 @@ def grpo_loss(
     """Clipped policy-gradient loss of GRPO, summed over sampled tokens.
 
     `-min(r A, clip(r, 1 - eps, 1 + eps) A) + beta (exp(d) - d - 1)` with `r = exp(policy - sampler)` and
-    `d = reference - policy` (the k3 estimate of the KL to the reference).
+    `d = reference - policy`. The last term is the k3 estimate of KL(policy || reference); its gradient, `1 - exp(d)`
+    times that of the log-probability, is however that of KL(reference || policy) in expectation over the policy's
+    samples, as everywhere where k3 serves as a loss.
 
     Args:
         policy_logprobs: `S`, log-probabilities under the weights being trained, of tokens that the model chose.

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from ..config import LoRASettings
 from ..errors import ConfigError
+from ..extras import extra
 from ..model.backbone import Backbone, vectors_at
 
 Reference = Callable[[Tensor, Tensor, Tensor], Tensor]
@@ -33,6 +34,7 @@ class Policy(torch.nn.Module):
     def __init__(self, backbone: Backbone) -> None:
         super().__init__()
         self.backbone, self.model = backbone, backbone.model
+        self.needs_mask = not backbone.looks_back_only()
 
     def forward(
         self,
@@ -46,8 +48,8 @@ class Policy(torch.nn.Module):
         """Compute sequences.
 
         Args:
-            ids: `B x T`, padded.
-            mask: `B x T`.
+            ids: `B x T`, padded on the right.
+            mask: `B x T`; it goes to the model only where that looks ahead, since any mask costs SDPA its flash kernel.
             embed: `B`, the position of the embed token in each sequence.
             places: masks `B x T` (bool) of the positions whose next-token logits are wanted.
             adapters: False computes with the frozen weights alone.
@@ -57,7 +59,7 @@ class Policy(torch.nn.Module):
             `S x V` (float32), row by row.
         """
         with contextlib.nullcontext() if adapters else self.model.disable_adapter():
-            hidden = self.backbone.hidden_states(ids, mask)
+            hidden = self.backbone.hidden_states(ids, mask if self.needs_mask else None)
             logits = [self.backbone.logits(hidden[chosen]) for chosen in places[:1]]
             vectors = None if embed is None else vectors_at(hidden, embed)
             logits += [self.backbone.logits(hidden[chosen]) for chosen in places[1:]]
@@ -72,12 +74,11 @@ def add_adapters(backbone: Backbone, settings: LoRASettings) -> None:
     """Put LoRA adapters into the model (peft); from then on only they learn.
 
     Raises:
-        ConfigError: peft is not installed, or the model has no layers of these names.
+        MissingExtraError: peft is not installed.
+        ConfigError: the model has no layers of these names.
     """
-    try:
+    with extra("train"):
         import peft
-    except ImportError as error:
-        raise ConfigError("lora.rank above 0 needs the package peft: pip install 'search-r3[lora]'") from error
 
     # The embed token's row is new in most models: it learns, and is saved with the adapters, in the output table too.
     lm = backbone.causal_lm
@@ -96,14 +97,14 @@ def add_adapters(backbone: Backbone, settings: LoRASettings) -> None:
         raise ConfigError(f"lora.target_modules={list(settings.target_modules)}: {error}") from error
 
 
-def make_reference(policy: Any, frozen: Backbone | None) -> Reference:
+def make_reference(policy: Any, frozen: Policy | None) -> Reference:
     """The reference of a KL term: a frozen copy, or, where adapters learn, the policy without them."""
 
     @torch.no_grad()
     def reference(ids: Tensor, mask: Tensor, places: Tensor) -> Tensor:
-        if frozen is not None:
-            return frozen.logits(frozen.hidden_states(ids, mask)[places])
-        _, [logits] = policy(ids, mask, places=[places], adapters=False)
+        _, [logits] = (
+            policy(ids, mask, places=[places], adapters=False) if frozen is None else frozen(ids, mask, places=[places])
+        )
         return torch.as_tensor(logits)
 
     return reference

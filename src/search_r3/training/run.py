@@ -3,7 +3,7 @@
 settings.yaml            the resolved recipe
 metrics.jsonl            one object per step: stage, step, values (docs/metrics.md)
 rollouts.jsonl           sampled rollouts with their reward parts
-<stage>/checkpoints/     step-000050/ ..., the newest two
+<stage>/checkpoints/     step-000050/ ..., the newest two; with keep=best best-000040/, the best model
 <stage>/model/           the stage's model
 <stage>/begun-from.json  the model that the stage learns from
 <stage>/adapter/         with lora.rank above 0: the adapters alone, as peft writes them
@@ -22,9 +22,10 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Protocol
 
-from ..config import Recipe, dump_recipe, flat_settings, load_recipe
+from ..config import Recipe, dump_recipe, load_recipe
 from ..errors import ConfigError, RunError
 from ..files import hash_file, leftovers, remove_leftovers, write_json, write_text
+from ..loader import flat_settings
 from ..model.backbone import Backbone
 from ..parallel import Communicator, first_process
 from .engine import deepspeed_plugin
@@ -88,7 +89,7 @@ class Run:
                 f"{self.folder} holds the stage {stage!r} already; add --resume to go on, or set run_dir=ANOTHER"
             )
         if self.finished(stage):  # by a process that was killed before it had removed them
-            shutil.rmtree(self._checkpoints(stage), ignore_errors=True)
+            shutil.rmtree(self.checkpoints_path(stage), ignore_errors=True)
 
     @property
     def metrics_path(self) -> Path:
@@ -107,6 +108,14 @@ class Run:
     def adapter_path(self, stage: str) -> Path:
         """The directory of a stage's adapters."""
         return self.folder / stage / "adapter"
+
+    def checkpoints_path(self, stage: str) -> Path:
+        """The directory of a stage's checkpoints; it is gone when the stage is finished."""
+        return self.folder / stage / "checkpoints"
+
+    def checkpoint_steps(self, stage: str) -> list[int]:
+        """The steps of a stage's checkpoints, ascending."""
+        return [int(path.name.removeprefix("step-")) for path in self._saved(stage)]
 
     def log(self, stage: str, step: int, values: dict[str, float]) -> None:
         """Append one line to `metrics.jsonl`.
@@ -144,7 +153,7 @@ class Run:
         Raises:
             RunError: it could not be written; the checkpoints before it are as they were.
         """
-        target = self._checkpoints(stage) / f"step-{step:06d}"
+        target = self.checkpoints_path(stage) / f"step-{step:06d}"
         if trained.communicator.all_gather(self.first and target.exists() and find_damage(target) is None)[0]:
             return
         scratch = target.with_name(f".{target.name}.partial")
@@ -203,7 +212,8 @@ class Run:
             The step that the weights stand at (0 without a checkpoint) and the checkpoint's directory.
 
         Raises:
-            RunError: there are checkpoints, and all are broken; or the logs cannot be read or written.
+            RunError: there are checkpoints, and all are broken or the newest is of another version; or the logs cannot
+                be read or written.
         """
         if self.first:
             self._remove_leftovers(stage)
@@ -212,7 +222,13 @@ class Run:
         if checkpoint is not None:
             # With adapters only what learns was saved; the rest is in the model that they were put into.
             partial = self.recipe.lora.rank > 0 and deepspeed_plugin(trained.accelerator) is None  # it saves all
-            trained.accelerator.load_state(str(checkpoint), **({"strict": False} if partial else {}))
+            try:
+                trained.accelerator.load_state(str(checkpoint), **({"strict": False} if partial else {}))
+            except (ValueError, RuntimeError, KeyError) as error:  # as torch says that a state does not fit
+                raise RunError(
+                    f"{checkpoint} does not fit this training ({str(error).splitlines()[0]}): another version of "
+                    f"search-r3 wrote it; go on with that one, or remove {checkpoint.parent} and the stage begins anew"
+                ) from error
         if self.first:
             for path in (self.metrics_path, self.rollouts_path):
                 if path.exists():
@@ -225,7 +241,7 @@ class Run:
         """What killed processes had begun to write: a run directory belongs to one run, so nobody else is at it."""
         for target in (self.model_path(stage), self.adapter_path(stage), self.metrics_path, self.rollouts_path):
             remove_leftovers(target)
-        for left in self._checkpoints(stage).glob(".step-*"):
+        for left in self.checkpoints_path(stage).glob(".step-*"):
             shutil.rmtree(left)
 
     def _newest_whole(self, stage: str) -> Path | None:
@@ -254,17 +270,14 @@ class Run:
         path = self.model_path(stage)
         agree(trained.communicator, path, lambda: save_model(path))
         if self.first:
-            shutil.rmtree(self._checkpoints(stage), ignore_errors=True)
+            shutil.rmtree(self.checkpoints_path(stage), ignore_errors=True)
 
     def finished(self, stage: str) -> bool:
         """Whether the stage's model has been written."""
         return (self.model_path(stage) / "config.json").exists()
 
-    def _checkpoints(self, stage: str) -> Path:
-        return self.folder / stage / "checkpoints"
-
     def _saved(self, stage: str) -> list[Path]:
-        return sorted(self._checkpoints(stage).glob("step-*"))
+        return sorted(self.checkpoints_path(stage).glob("step-*"))
 
     def _append(self, path: Path, rows: Iterable[dict[str, Any]]) -> None:
         if not self.first:

@@ -8,6 +8,7 @@ from typing import Any
 from torch import Tensor
 
 from ..config import Recipe
+from ..extras import extra
 from ..files import atomic_directory
 from ..model.backbone import Backbone, load_backbone
 from ..model.encoder import SearchR3
@@ -55,7 +56,8 @@ def _save_adapter(backbone: Backbone, state: dict[str, Tensor], folder: Path) ->
 
 def _merged(backbone: Backbone, recipe: Recipe, adapter: Path) -> Backbone:
     """The model that the adapters were put into, loaded anew, with them in its weights."""
-    import peft
+    with extra("train"):
+        import peft
 
     base = load_backbone(backbone.source, settings=backbone.settings, dtype=recipe.dtype)
     tuned: Any = peft.PeftModel.from_pretrained(base.model, str(adapter))

@@ -13,7 +13,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import closing
 from dataclasses import dataclass
 from functools import cache
@@ -24,6 +24,7 @@ from torch import Tensor
 
 from ..config import Recipe, SFTSettings
 from ..data.collection import Collection
+from ..data.draws import Draws, step_rng, text_keys
 from ..data.load import load_collection
 from ..data.triples import TrainingExample, training_examples
 from ..errors import ConfigError
@@ -33,11 +34,10 @@ from ..parallel import divide
 from ..retrieval.lexical import BM25
 from . import losses
 from .batches import Batch, Item, Share, collate, make_batch, tokenise
-from .draws import Draws, Keys
-from .engine import Engine, load_model, make_engine, step_rng
+from .dev import DevSplit, Evaluations
+from .engine import Engine, load_model, make_engine, rates
 from .guard import Guard
 from .run import Observer, Run, silent
-from .saving import save_trained
 
 logger = logging.getLogger(__name__)
 
@@ -66,12 +66,13 @@ def train_sft(recipe: Recipe, run: Run, observe: Observer = silent) -> Path:
             "has them written",
             recipe.collection,
         )
+    dev = DevSplit(collection, recipe.evaluation) if settings.evaluate_every else None
     model = load_model(recipe, recipe.base)
     _check_dimensions(model.dimension, settings)
     run.begin_from(stage, model.backbone)
     engine = make_engine(model, recipe, settings)
     guard = Guard(run, stage, engine)
-    draws = Draws(examples, settings, recipe.seed, _keys(collection))
+    draws = Draws(examples, settings, recipe.seed, text_keys(collection), engine.world_size)
 
     def prepare(step: int) -> tuple[Batch, Share]:
         rng = step_rng(recipe.seed, stage, step)
@@ -81,22 +82,39 @@ def train_sft(recipe: Recipe, run: Run, observe: Observer = silent) -> Path:
     # The next batch is tokenised while this one is computed.
     with closing(engine), guard.watching(), ThreadPoolExecutor(1) as worker:
         done, _ = run.restore(stage, engine)
+        evaluations = Evaluations(run, stage, recipe, engine, model, done)
+        warned = False
         ahead: Future[tuple[Batch, Share]] | None = None
         for step in range(done, settings.steps):
+            if evaluations.stopped:
+                break
             started = time.perf_counter()
             batch, share = ahead.result() if ahead is not None else prepare(step)
+            ready = time.perf_counter()
             ahead = worker.submit(prepare, step + 1) if step + 1 < settings.steps else None
             values = compute_gradients(engine, model.backbone, batch, share, settings)
+            if values["traces_cut"] and not warned:
+                warned = True
+                logger.warning(
+                    "traces of step %d (%d of them) exceed max_new_tokens=%d and lose their ends; traces_cut in "
+                    "metrics.jsonl counts them",
+                    *(step + 1, values["traces_cut"], recipe.max_new_tokens),
+                )
             values["grad_norm"] = engine.clip(settings.max_grad_norm)
             guard.check(values, step + 1, batch.names())
             engine.step()
-            values |= {"learning_rate": engine.learning_rate, "seconds": time.perf_counter() - started}
+            values |= {"learning_rate": engine.learning_rate, "wait_seconds": ready - started}
+            values |= rates(values["tokens"], started, ready)
+            if dev is not None and evaluations.due(step + 1, settings.steps):
+                if ahead is not None:
+                    wait([ahead])  # two threads would share the tokenizer
+                values |= dev.evaluate(model, engine)
             run.log(stage, step + 1, values)
             engine.track(stage, step + 1, values)
+            evaluations.add(step + 1, values)
             observe(stage, step + 1, settings.steps, values)
             guard.after(step + 1)
-        adapter = run.adapter_path(stage)
-        run.finish(stage, engine, lambda folder: save_trained(engine, model, recipe, folder, adapter))
+        evaluations.finish()
     return run.model_path(stage)
 
 
@@ -110,7 +128,8 @@ def take_share(engine: Engine, batch: Batch, collection: Collection, model: Sear
     lengths = [len(collection.documents[doc_id].full_text) for doc_id in batch.doc_ids]
     engine.share(len(lengths), "the number of distinct documents in a batch")
     columns = sorted(divide(lengths, engine.world_size)[engine.rank])
-    return tokenise(batch, collection, model.backbone.prompt_encoder, rows, columns)
+    budget = model.backbone.settings.max_new_tokens
+    return tokenise(batch, collection, model.backbone.prompt_encoder, rows, columns, budget)
 
 
 def compute_gradients(
@@ -123,7 +142,7 @@ def compute_gradients(
     part of them into the weights, so that only one chunk's activations are held.
 
     Returns:
-        The losses of the whole batch: `loss` and its parts.
+        The losses of the whole batch, `loss` and its parts; the numbers of its tokens and of traces that were cut.
     """
     totals = engine.total(share.counts())
     queries, documents = share.chunks(settings.micro_batch_size)
@@ -139,7 +158,12 @@ def compute_gradients(
         sums = engine.total(_numbers(parts)) | _numbers(contrastive)
     else:
         sums = _cached(engine, backbone, batch, (queries, documents), sizes, totals, settings)
-    return {"loss": sum(getattr(settings, f"{name}_weight") * value for name, value in sums.items()), **sums}
+    return {
+        "loss": sum(weight_of(name, settings) * value for name, value in sums.items()),
+        **sums,
+        "tokens": totals["tokens"],
+        "traces_cut": totals["traces_cut"],
+    }
 
 
 def _cached(
@@ -166,7 +190,7 @@ def _cached(
         torch.autograd.backward(total_loss(parts, settings))
         _add(sums, _numbers(parts))
     work = [(*one, leaf.grad) for kind, leaf in zip(padded, leaves, strict=True) for one in kind]
-    own = {"cross_entropy": 0.0} | ({"kl": 0.0} if engine.reference is not None else {})
+    own = {"cross_entropy": 0.0} | ({"kl_to_base": 0.0} if engine.reference is not None else {})
     for number, (chunk, counts, gradients) in enumerate(work):
         with engine.accumulating(last=number + 1 == len(work)):
             output = forward(engine, backbone, chunk, settings)
@@ -241,7 +265,7 @@ def token_losses(outputs: Sequence[Output], totals: Mapping[str, float]) -> dict
         parts["cross_entropy"] = losses.cross_entropy(logits, targets) * (len(targets) / totals["cross_entropy"])
     if prompts := [output.prompts for output in outputs if output.prompts is not None]:
         tuned, frozen = (_joined(side) for side in zip(*prompts, strict=True))
-        parts["kl"] = losses.kl_to_base(tuned, frozen) * (len(tuned) / totals["kl"])
+        parts["kl_to_base"] = losses.kl_to_base(tuned, frozen) * (len(tuned) / totals["kl_to_base"])
     return parts
 
 
@@ -296,11 +320,16 @@ def shorten(vectors: Tensor, size: int) -> Tensor:
     return torch.nn.functional.normalize(vectors[..., :size], dim=-1)
 
 
+def weight_of(name: str, settings: SFTSettings) -> float:
+    """The weight of a loss by its name in the metrics."""
+    return float(getattr(settings, {"kl_to_base": "kl_weight"}.get(name, f"{name}_weight")))
+
+
 def total_loss(parts: Mapping[str, Tensor], settings: SFTSettings) -> Tensor:
     """The weighted sum of the losses; 0 of none."""
     if not parts:
         return torch.zeros(())
-    return torch.stack([getattr(settings, f"{name}_weight") * part for name, part in parts.items()]).sum()
+    return torch.stack([weight_of(name, settings) * part for name, part in parts.items()]).sum()
 
 
 def _numbers(parts: Mapping[str, Tensor]) -> dict[str, float]:
@@ -327,18 +356,8 @@ def _examples(collection: Collection, settings: SFTSettings) -> dict[str, list[T
     def bm25() -> BM25:
         return BM25(list(documents), [document.full_text for document in documents.values()])
 
-    mined = 4 * settings.bm25_negatives
+    mined = 4 * settings.hard_negatives
     return {
         split: training_examples(collection, split, lambda *query: bm25().search(*query), mined)
         for split in settings.splits
     }
-
-
-def _keys(collection: Collection) -> Keys:
-    """What two examples of a homogeneous batch may not share."""
-
-    @cache
-    def keys(query_id: str, positive_ids: tuple[str, ...], text: str) -> frozenset[str]:
-        return frozenset({f"query {text.casefold()}", *(collection.documents[one].full_text for one in positive_ids)})
-
-    return lambda example: keys(example.query.query_id, example.positive_ids, example.query.text)

@@ -239,11 +239,10 @@ def cross_encoder(tmp_path_factory: pytest.TempPathFactory, tokenizer: Any) -> P
 def test_the_scores_of_a_cross_encoder_can_be_the_filter(
     tmp_path: Path, collection: Collection, cross_encoder: Path
 ) -> None:
-    from sentence_transformers import CrossEncoder
-
+    peer = pytest.importorskip("sentence_transformers").CrossEncoder(str(cross_encoder))
     judge = CrossEncoderJudge(str(cross_encoder), batch_size=7)
     _, report = mine(collection, tmp_path, LexicalRetriever(), judge=judge, depth=11, max_share=None, margin=0.0)
-    loaded, texts, oracle = Collection.load(tmp_path / "out"), collection.texts(), CrossEncoder(str(cross_encoder))
+    loaded, texts, oracle = Collection.load(tmp_path / "out"), collection.texts(), peer
     bm25, dropped = BM25(list(texts), list(texts.values())), 0
     for query_id, relevance in collection.split("train").items():
         query, [positive] = loaded.queries[query_id], relevance
@@ -274,6 +273,7 @@ def test_vectors_go_to_a_gpu_that_has_room_for_them(monkeypatch: pytest.MonkeyPa
 def test_a_cross_encoder_that_cannot_be_used_is_named(
     tmp_path: Path, cross_encoder: Path, collection: Collection
 ) -> None:
+    pytest.importorskip("sentence_transformers")
     with pytest.raises(ModelError, match="cannot load the cross-encoder '/nowhere/at/all'"):
         CrossEncoderJudge("/nowhere/at/all")
     judge = CrossEncoderJudge(str(cross_encoder))

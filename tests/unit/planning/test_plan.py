@@ -129,7 +129,7 @@ def test_the_cache_grows_by_halves_and_its_copy_counts() -> None:
 
 def test_precision_follows_recipe_and_strategy() -> None:
     assert Precision.of(LARGE, "ddp").casts and not Precision.of(LARGE, "fsdp2").casts
-    half = Recipe(dtype="bfloat16")
+    half = Recipe().model_copy(update={"dtype": "bfloat16"})  # refused by trainings
     assert (Precision.of(half, "single").weights, Precision.of(half, "single").trained) == (2, 2)
     assert Precision.of(half.model_copy(update={"mixed_precision": "bf16"}), "fsdp2").weights == 4
 
@@ -137,7 +137,7 @@ def test_precision_follows_recipe_and_strategy() -> None:
 def test_tokens_and_time_of_a_step() -> None:
     lengths = Lengths(query=20, document=100, reasoning=50, template=10)
     speed = Speed(tokens_per_second=1000.0)
-    settings = {"steps": 10, "batch_size": 16, "random_negatives": 1, "bm25_negatives": 0}
+    settings = {"steps": 10, "batch_size": 16, "random_negatives": 1, "hard_negatives": 0}
     recipe = LARGE.model_copy(
         update={"max_length": 512, "gradient_checkpointing": False, "sft": LARGE.sft.model_copy(update=settings)}
     )

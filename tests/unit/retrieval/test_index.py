@@ -233,7 +233,9 @@ def at(version):
     return ExactIndex(ids, np.full((300, 64), version, dtype=np.float32), version)
 
 at(0).save(folder)
-for _ in range(12):
+done, kills, deadline = 0, 0, time.monotonic() + 90
+while kills < 12 or done < 4:
+    kills += 1
     version = int(ExactIndex.load(folder).encoded_at_version[0])
     reader, writer = os.pipe()
     child = os.fork()
@@ -244,6 +246,7 @@ for _ in range(12):
             os.write(writer, f"{version}\\n".encode())
     os.close(writer)
     time.sleep(dice.uniform(0.005, 0.05))
+    assert time.monotonic() < deadline, f"only {done} saves were complete"
     os.kill(child, signal.SIGKILL)
     os.waitpid(child, 0)
     with os.fdopen(reader) as lines:
@@ -251,7 +254,6 @@ for _ in range(12):
     index = ExactIndex.load(folder, mmap=True)
     found = set(index.encoded_at_version.tolist()) | set(index.matrix.ravel().tolist())
     assert found in ({done}, {done + 1}), (found, done)
-print(done)
 """
 
 
@@ -259,7 +261,6 @@ print(done)
 def test_an_index_killed_at_random_moments_of_a_save_loads_the_last_state_or_the_next(tmp_path: Path) -> None:
     done = subprocess.run([sys.executable, "-c", KILLING, str(tmp_path)], capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
-    assert int(done.stdout) > 3, "some saves were complete"
 
 
 @pytest.mark.parametrize("full", ["vectors", "doc_ids", "manifest"])

@@ -3,14 +3,16 @@ from __future__ import annotations
 import random
 from collections import Counter
 from dataclasses import replace
+from typing import Any
 
 import pytest
 
 from search_r3.config import SFTSettings
 from search_r3.data.collection import Collection, Document, Query
+from search_r3.data.draws import Draws, split_without_conflicts, text_keys
 from search_r3.data.triples import TrainingExample, training_examples
+from search_r3.errors import ConfigError, DataError
 from search_r3.training.batches import make_batch
-from search_r3.training.draws import Draws, split_without_conflicts
 
 
 def example(name: str, text: str, positives: tuple[str, ...] = ("d",), trace: str = "") -> TrainingExample:
@@ -63,6 +65,47 @@ def test_a_short_rest_is_left_out_unless_it_is_all() -> None:
     assert [len(batch) for batch in split_without_conflicts(order[:3], 8, keys)] == [3]
 
 
+def test_examples_that_wait_for_one_document_do_not_end_the_pass() -> None:
+    """Half of the queries have the same positive; in one list they would be looked at again and again."""
+    calls = 0
+
+    def counted(one: TrainingExample) -> frozenset[str]:
+        nonlocal calls
+        calls += 1
+        return frozenset({one.query.text, *one.positive_ids})
+
+    order = [example(f"q{i}", f"text {i}", ("same",) if i % 2 else (f"d{i}",)) for i in range(4000)]
+    batches = split_without_conflicts(order, 8, counted)
+    assert all(sum("same" in one.positive_ids for one in batch) <= 1 for batch in batches)
+    assert len({one.query.query_id for batch in batches for one in batch}) == sum(map(len, batches)) >= 2000 + 200
+    assert calls < 4 * len(order)
+
+
+def test_keys_are_short_and_see_equal_texts(collection: Collection) -> None:
+    documents = collection.documents | {"twin": replace(collection.documents["d1"], doc_id="twin")}
+    keys = text_keys(replace(collection, documents=documents))
+    one, other = example("a", "Who?", ("d1",)), example("b", "who?", ("d2",))
+    assert len(keys(one) & keys(other)) == 1 and len(keys(example("c", "how?", ("twin",))) & keys(one)) == 1
+    assert not keys(example("c", "how?", ("d3",))) & keys(one)
+    assert all(len(key) == 16 for key in keys(one))
+
+
+def test_batches_too_small_for_the_processes_are_refused_at_the_start(caplog: pytest.LogCaptureFixture) -> None:
+    few = {"a": EXAMPLES["a"], "b": EXAMPLES["b"][:3]}
+    with pytest.raises(ConfigError, match=r"batches of 3 of sft.batch_size=8 queries in split 'b', too few for 4 proc"):
+        Draws(few, SETTINGS, 0, keys, 4)
+    with pytest.raises(ConfigError, match=r"batches of 4 of sft.batch_size=8 queries in split 'a', too few for 5 proc"):
+        Draws(EXAMPLES, SETTINGS, 0, keys, 5)
+    assert Draws(few, SETTINGS, 0, keys, 3).batch(0, random.Random(0))
+    assert "split 'b': no more than 3 of sft.batch_size=8 queries share no text" in caplog.text
+
+
+@pytest.mark.parametrize("batching", ["mixed", "homogeneous"])
+def test_an_empty_split_is_refused_at_the_start(batching: Any) -> None:
+    with pytest.raises(DataError, match=r"split 'b' holds no query; leave it out of sft.splits"):
+        Draws({**EXAMPLES, "b": []}, SETTINGS.model_copy(update={"batching": batching}), 0, keys)
+
+
 @pytest.fixture
 def collection() -> Collection:
     documents = {f"d{i}": Document(f"d{i}", f"document {i}") for i in range(8)}
@@ -75,14 +118,14 @@ def collection() -> Collection:
 def test_queries_without_a_trace_are_not_reasoned_about_if_so_set(collection: Collection) -> None:
     examples = training_examples(collection, "sft")
     for untraced, expected in (("embed", [*range(8), *range(8)]), ("direct", [*range(8), 0, 2, 4, 6])):
-        settings = SFTSettings(untraced=untraced, bm25_negatives=0)
+        settings = SFTSettings(untraced=untraced, hard_negatives=0)
         batch = make_batch(collection, list(collection.documents), examples, settings, random.Random(0))
         assert batch.owners == expected
 
 
 def test_swapped_traces_are_another_querys_and_known(collection: Collection) -> None:
     examples = training_examples(collection, "sft")
-    settings = SFTSettings(untraced="direct", swapped_traces=0.999, bm25_negatives=0)
+    settings = SFTSettings(untraced="direct", swapped_traces=0.999, hard_negatives=0)
     batch = make_batch(collection, list(collection.documents), examples, settings, random.Random(0))
     assert batch.swapped == {0, 2, 4, 6}
     assert sorted(trace for trace in batch.traces if trace) == [f"trace {i}" for i in range(0, 8, 2)]

@@ -36,11 +36,23 @@ def test_a_new_row_starts_where_it_is_told(base: Path) -> None:
 def test_the_row_learns_at_its_own_rate(base: Path) -> None:
     backbone = load_backbone(base)
     add_adapters(backbone, LoRASettings(rank=2))
-    assert len(_parameter_groups(Policy(backbone), 0.1, 1.0)) == 1
+    assert _parameter_groups(Policy(backbone), 0.1, 1.0)[1]["lr"] == pytest.approx(0.1)
     adapters, row = _parameter_groups(Policy(backbone), 0.1, 5.0)
     assert row["lr"] == pytest.approx(0.5) and "lr" not in adapters
     assert [one.shape[0] for one in row["params"]] == [1]
     assert len(adapters["params"]) + 1 == sum(one.requires_grad for one in backbone.model.parameters())
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_norms_biases_and_token_tables_are_not_decayed(tmp_path: Path, tokenizer: Any, tied: bool) -> None:
+    policy = Policy(load_backbone(save_tiny(tmp_path / "tied", tokenizer, tied=tied)))
+    decayed, kept = _parameter_groups(policy, 0.1, 3.0)
+    names = {id(parameter): name for name, parameter in policy.named_parameters()}
+    assert kept["weight_decay"] == 0.0 and "weight_decay" not in decayed
+    assert len(decayed["params"]) + len(kept["params"]) == len(names), "each once, a tied table too"
+    matrices = ("_proj.weight",) if tied else ("_proj.weight", "lm_head.weight")
+    assert all(names[id(one)].endswith(matrices) for one in decayed["params"])
+    assert all(names[id(one)].endswith(("norm.weight", "bias", "embed_tokens.weight")) for one in kept["params"])
 
 
 def test_adapters_load_on_a_base_without_the_row_and_hold_no_table(base: Path, tmp_path: Path) -> None:

@@ -93,3 +93,21 @@ def test_chosen_logprobs_use_the_sampling_temperature() -> None:
     logits = torch.tensor([[2.0, 0.0]])
     expected = math.log(math.exp(4.0) / (math.exp(4.0) + 1))
     assert losses.chosen_logprobs(logits, torch.tensor([0]), 0.5).item() == pytest.approx(expected, abs=1e-6)
+
+
+def test_k3_as_a_loss_has_the_gradient_of_the_other_direction() -> None:
+    generator = torch.Generator().manual_seed(3)
+    logits = torch.randn(6, generator=generator, requires_grad=True)
+    policy, reference = logits.log_softmax(-1), torch.randn(6, generator=generator).log_softmax(-1)
+    weights, zeros = policy.detach().exp(), torch.zeros(6)  # an exact expectation over samples of the policy
+    losses_of = [
+        losses.grpo_loss(policy[i : i + 1], policy[i : i + 1].detach(), zeros[:1], 0.2, reference[i : i + 1], 1.0).total
+        for i in range(6)
+    ]
+    expected_k3 = (weights * torch.stack(losses_of)).sum()
+    [gradient] = torch.autograd.grad(expected_k3, logits, retain_graph=True)
+    [to_policy] = torch.autograd.grad((reference.exp() * (reference - policy)).sum(), logits, retain_graph=True)
+    [to_reference] = torch.autograd.grad((policy.exp() * (policy - reference)).sum(), logits)
+    assert torch.allclose(gradient, to_policy, atol=1e-6), "KL(reference || policy)"
+    assert not torch.allclose(gradient, to_reference, atol=1e-3)
+    assert expected_k3.item() == pytest.approx((weights * (policy - reference)).sum().item(), abs=1e-5), "its value"

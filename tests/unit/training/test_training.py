@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import pickle
 import random
+from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -17,6 +20,7 @@ from search_r3.model.encoder import SearchR3
 from search_r3.retrieval.lexical import BM25
 from search_r3.training import grpo, sft
 from search_r3.training.batches import collate, find_false_negatives, make_batch, tokenise
+from search_r3.training.dev import probe_cosine
 from search_r3.training.engine import Engine, make_engine, warmup_cosine
 from search_r3.training.run import Run
 from tests.conftest import favour
@@ -103,7 +107,7 @@ def test_a_batch_points_at_its_embed_tokens_and_documents(model: SearchR3, colle
     examples = training_examples(collection, "train")[:6]
     batch = make_batch(collection, list(collection.documents), examples, settings, random.Random(0))
     encoder = model.backbone.prompt_encoder
-    share = tokenise(batch, collection, encoder, range(6), range(len(batch.doc_ids)))
+    share = tokenise(batch, collection, encoder, range(6), range(len(batch.doc_ids)), 60)
     for row, (example, direct, reasoned) in enumerate(zip(examples, share.direct, share.reasoned, strict=True)):
         for sequence in (direct, reasoned):
             assert sequence.ids[sequence.embed_position] == model.backbone.embed_token_id
@@ -116,13 +120,33 @@ def test_a_batch_points_at_its_embed_tokens_and_documents(model: SearchR3, colle
         assert share.documents[batch.positives[row]].ids == encoder.encode(text, "document").ids
         assert batch.positives[row] not in batch.negatives[row]
     chunk = collate([*share.direct, *share.reasoned], model.backbone.tokenizer.pad_token_id, torch.device("cpu"))
-    assert share.counts() == {"cross_entropy": int(chunk.replies.sum()), "kl": int(chunk.prompts.sum())}
+    documents = sum(len(one.ids) for one in share.documents)
+    assert share.counts() == {
+        "cross_entropy": int(chunk.replies.sum()), "kl_to_base": int(chunk.prompts.sum()),
+        "tokens": int(chunk.mask.sum()) + documents, "traces_cut": 0,
+    }  # fmt: skip
     assert chunk.targets.tolist() == [
         token for item in (*share.direct, *share.reasoned) for token in item.ids[item.prompt_length :]
     ]
-    part = tokenise(batch, collection, encoder, range(2, 4), [1])
+    part = tokenise(batch, collection, encoder, range(2, 4), [1], 60)
     assert part.direct == share.direct[2:4]
     assert part.documents == share.documents[1:2]
+
+
+def test_a_trace_is_cut_to_the_budget_and_counted(model: SearchR3, collection: Collection) -> None:
+    example = training_examples(collection, "train")[0]
+    settings = SFTSettings(reasoning_styles={"chain": 1.0})
+    batch = make_batch(collection, list(collection.documents), [example], settings, random.Random(0))
+    encoder = model.backbone.prompt_encoder
+    whole = encoder.reason_completion(batch.traces[0])
+    length = whole.embed_position
+    assert length > 3
+    for budget, kept in ((length + 1, length), (length, length - 1), (3, 2), (1, 0)):
+        share = tokenise(batch, collection, encoder, [0], [0], budget)
+        [one] = share.reasoned
+        assert one.ids[one.prompt_length :] == [*whole.ids[:kept], *whole.ids[length:]]
+        assert one.ids[one.embed_position] == model.backbone.embed_token_id
+        assert share.counts()["traces_cut"] == (kept < length)
 
 
 def test_each_weight_of_stage_1_reaches_the_total(model: SearchR3, collection: Collection) -> None:
@@ -140,12 +164,14 @@ def test_each_weight_of_stage_1_reaches_the_total(model: SearchR3, collection: C
         return sft.compute_gradients(engine, model.backbone, batch, share, settings)
 
     whole = values(settings)
-    assert list(whole) == ["loss", "cross_entropy", "kl", "info_nce", "triplet"]
-    assert whole["kl"] > 0, "the tuned model differs from its base"
+    assert whole.pop("traces_cut") == 0
+    assert whole.pop("tokens") == sum(len(one.ids) for one in (*share.direct, *share.reasoned, *share.documents))
+    assert list(whole) == ["loss", "cross_entropy", "kl_to_base", "info_nce", "triplet"]
+    assert whole["kl_to_base"] > 0, "the tuned model differs from its base"
     assert whole["loss"] == pytest.approx(sum(whole.values()) - whole["loss"], rel=1e-5)
     gradient = gradients(model)
-    for name in ("cross_entropy", "kl", "info_nce", "triplet"):
-        without = values(settings.model_copy(update={f"{name}_weight": 0.0}))
+    for name in ("cross_entropy", "kl_to_base", "info_nce", "triplet"):
+        without = values(settings.model_copy(update={"kl_weight" if name == "kl_to_base" else f"{name}_weight": 0.0}))
         assert whole["loss"] - without["loss"] == pytest.approx(whole[name], rel=1e-4)
         assert (gradients(model) - gradient).abs().max() > 1e-6, f"{name} has a gradient"
 
@@ -238,6 +264,46 @@ def test_micro_batches_change_memory_only(
     assert values["clipped_share"] == 0.0
 
 
+@pytest.mark.parametrize("stage", ["sft", "grpo"])
+def test_a_query_without_a_positive_is_named_before_a_model_is_loaded(
+    stage: str, tmp_path: Path, collection: Collection
+) -> None:
+    qrels = {**collection.qrels, "train": collection.qrels["train"] | {"q00": {"d00": 0}}}
+    folder = tmp_path / "data"
+    replace(collection, qrels=qrels).save(folder)
+    settings = Recipe(
+        collection=str(folder),
+        run_dir=str(tmp_path / "run"),
+        base="no/model/there",
+        sft=SFTSettings(splits={"train": 1.0}),
+        grpo=GRPOSettings(splits=("train",)),
+    )
+    with pytest.raises(DataError, match="query 'q00' has no document with a score above 0; remove it"):
+        if stage == "sft":
+            sft.train_sft(settings, Run(settings))
+        else:
+            grpo.train_grpo(settings, Run(settings), tmp_path / "no-model")
+
+
+def test_a_query_of_two_splits_has_the_positives_of_both(collection: Collection) -> None:
+    twice = replace(collection, qrels={"train": {"q00": {"d00": 1}, "q01": {"d01": 1}}, "rl": {"q00": {"d05": 1}}})
+    assert training_examples(twice, "rl")[0].positive_ids == ("d00", "d05")
+    assert training_examples(twice, "train")[0].positive_ids == ("d00", "d05")
+
+
+def test_metrics_of_several_passes_are_their_means(model: SearchR3, collection: Collection) -> None:
+    settings = recipe(num_iterations=3, micro_batch_size=5, learning_rate=0.05, warmup_steps=0, kl_coefficient=0.1)
+    environment, batch = experience(model, collection, settings)
+    engine = make_engine(model, settings, settings.grpo)
+    passes: list[dict[str, float]] = []
+    values = grpo.update(model, engine, environment, batch, settings.grpo, lambda one: passes.append(dict(one)))
+    assert len(passes) == 3
+    for name in passes[0].keys() - {"sampler_gap"}:
+        assert values[name] == pytest.approx(sum(one[name] for one in passes) / 3), name
+    assert passes[0]["clipped_share"] == 0 < values["clipped_share"], "in the first pass every ratio is 1"
+    assert values["sampler_gap"] == passes[0]["sampler_gap"] < 1e-5, "later passes have moved the weights on purpose"
+
+
 def test_forced_tokens_are_not_trained_on(model: SearchR3, collection: Collection) -> None:
     settings = recipe()
     _, batch = experience(model, collection, settings)
@@ -271,6 +337,15 @@ def test_every_query_is_seen_once_a_pass_in_a_seeded_order() -> None:
         grpo.queries_of_step(ids, 13, 0, 0)
 
 
+@pytest.mark.parametrize(("queries", "count"), [(12, 5), (11, 4), (7, 7), (7, 6), (9, 1)])
+def test_a_pass_drops_no_query_and_a_step_repeats_none(queries: int, count: int) -> None:
+    ids, steps = [f"q{i}" for i in range(queries)], -(-queries // count)
+    for number in range(3):
+        batches = [grpo.queries_of_step(ids, count, 0, number * steps + step) for step in range(steps)]
+        assert all(len(set(batch)) == count for batch in batches)
+        assert {query_id for batch in batches for query_id in batch} == set(ids)
+
+
 def test_a_policy_that_never_emits_the_token_is_named(model: SearchR3, collection: Collection) -> None:
     settings = recipe()
     favour(model.backbone, model.backbone.embed_token_id, -1000.0)
@@ -280,20 +355,37 @@ def test_a_policy_that_never_emits_the_token_is_named(model: SearchR3, collectio
 
 
 def test_the_collapse_alarm_tells_spread_from_collapsed_vectors() -> None:
-    assert grpo.probe_cosine(torch.eye(4)) == pytest.approx(0.0)
-    assert grpo.probe_cosine(torch.tensor([[1.0, 0.0]] * 4)) == pytest.approx(1.0)
+    assert probe_cosine(np.eye(4)) == pytest.approx(0.0)
+    assert probe_cosine(np.array([[1.0, 0.0]] * 4)) == pytest.approx(1.0)
 
 
 def test_metrics_of_a_batch_by_hand(model: SearchR3, collection: Collection) -> None:
     settings = recipe()
     _, batch = experience(model, collection, settings)
+    batch = replace(batch, rollout_seconds=2.0)
     values = grpo.describe(batch, make_engine(model, settings, settings.grpo))
     assert values["forced_share"] == pytest.approx(sum(r.forced for r in batch.rollouts) / 12)
     assert values["reward"] == pytest.approx(sum(batch.feedback.rewards) / 12)
     assert values["share_ge_half"] == pytest.approx(sum(p.ranking >= 0.5 for p in batch.feedback.parts) / 12)
+    assert values["reasoning_tokens_max"] == max(r.reasoning_tokens for r in batch.rollouts)
+    sequences = sum(len(r.prompt_ids) + len(r.completion_ids) for r in batch.rollouts)
+    decoded = sum(len(r.completion_ids) for r in batch.rollouts)
+    assert values["tokens"] == sequences and values["decoded_tokens_per_second"] == pytest.approx(decoded / 2.0)
     rows = grpo.rollout_rows(batch, collection, step=3, group_size=4)
     assert [row["query_id"] for row in rows] == ["q00"] * 4 + ["q01"] * 4
     assert rows[0]["parts"]["ranking"] == batch.feedback.parts[0].ranking
+
+
+def test_no_tensor_is_told_to_another_process(
+    model: SearchR3, collection: Collection, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings = recipe()
+    engine = make_engine(model, settings, settings.grpo)
+    _, batch = experience(model, collection, settings)
+    gathered: list[object] = []
+    monkeypatch.setattr(engine.communicator, "all_gather", lambda value: gathered.append(value) or [value])
+    grpo.describe(batch, engine)
+    assert gathered and b"torch" not in pickle.dumps(gathered), "unpickled on the sender's GPU"
 
 
 # Bookkeeping

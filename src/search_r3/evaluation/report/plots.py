@@ -16,6 +16,7 @@ from statistics import fmean
 from textwrap import fill
 from typing import TYPE_CHECKING, Any
 
+from ...extras import extra
 from ...retrieval.metrics import MAIN
 from ..results import Result
 
@@ -51,7 +52,8 @@ def system_colours(results: Sequence[Result]) -> dict[str, str]:
 @contextmanager
 def dark_theme() -> Iterator[None]:
     """Plots drawn inside have light ink on dark ground."""
-    from matplotlib import rc_context
+    with extra("eval"):
+        from matplotlib import rc_context
 
     ink = {"text.color", "axes.labelcolor", "axes.edgecolor", "xtick.color", "ytick.color"}
     ground = {"figure.facecolor", "axes.facecolor", "savefig.facecolor", "legend.facecolor"}
@@ -227,7 +229,8 @@ def plot_rewards(rewards: Mapping[str, Sequence[float]], path: Path) -> bool:
 def _figure(rows: int, columns: int, width: float = 7.5, height: float = 4.0) -> tuple[Figure, list[Axes]]:
     """A figure and its fields, row by row; `width` in all, `height` of each row, in inches."""
     # The object interface: no global pyplot state, no display needed.
-    from matplotlib.figure import Figure
+    with extra("eval"):
+        from matplotlib.figure import Figure
 
     figure = Figure(figsize=(width, 0.6 * (rows > 1) + height * rows), layout="constrained")
     grid = [axes for line in figure.subplots(rows, columns, squeeze=False) for axes in line]
@@ -243,14 +246,16 @@ def _figure(rows: int, columns: int, width: float = 7.5, height: float = 4.0) ->
 
 
 def _ink() -> Any:
-    from matplotlib import rcParams
+    with extra("eval"):
+        from matplotlib import rcParams
 
     return rcParams["text.color"]
 
 
 def _legend(figure: Figure, colours: Mapping[str, str]) -> None:
     """Systems and their colours above all fields, in as many columns as the width has room for."""
-    from matplotlib.patches import Patch
+    with extra("eval"):
+        from matplotlib.patches import Patch
 
     handles = [Patch(color=colour, label=name) for name, colour in colours.items()]
     inches = 0.08 * max(map(len, colours)) + 0.7

@@ -66,7 +66,7 @@ class Rollout:
         completion_mask: 1 for a token that the model chose, 0 for a forced embed token.
         logprobs: log-probability of each completion token at the request's temperature, over the whole vocabulary (0
             where the mask is 0).
-        vector: the search embedding, `D`, float32, L2-normalised.
+        vector: the search embedding, `D`, float32, L2-normalised, on the CPU.
         reasoning: the reply's text without special tokens.
     """
 
@@ -326,7 +326,7 @@ class Decoder:
             row.logprobs.append(0.0 if forced else logprob)
 
     def _finish(self, rows: list[_Row], hidden: Tensor) -> list[tuple[int, Rollout]]:
-        vectors = F.normalize(hidden.float(), dim=-1)
+        vectors = F.normalize(hidden.float(), dim=-1).cpu()  # all at once
         decode = self.backbone.prompt_encoder.decode
         return [
             (
