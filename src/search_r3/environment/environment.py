@@ -76,16 +76,16 @@ class Feedback:
 
 
 @dataclass(frozen=True)
-class JudgedRows:
+class QueryRows:
     """A query's relevant documents as rows of an index, the gain of each, and what its ranking may hold."""
 
     positives: Rows
     gains: list[int]
     limits: RestrictedRows
 
-    def within(self, rows: Rows) -> JudgedRows:
+    def within(self, rows: Rows) -> QueryRows:
         """The same in an index of these rows alone, which ascend; the positives are among them."""
-        return JudgedRows(np.searchsorted(rows, self.positives), self.gains, self.limits.within(rows))
+        return QueryRows(np.searchsorted(rows, self.positives), self.gains, self.limits.within(rows))
 
 
 class RetrievalEnvironment:
@@ -122,7 +122,7 @@ class RetrievalEnvironment:
         self.weights, self.k, self.max_new_tokens = weights, k, max_new_tokens
         self.seed, self.communicator = seed, communicator or SingleProcess()
         self.policy = make_policy(refresh)
-        self._judged: dict[str, JudgedRows] = {}
+        self._rows_by_query: dict[str, QueryRows] = {}
         self._tokens = np.full(len(collection.documents), -1, dtype=np.int64)  # N, -1 where they were never counted
         self._doc_ids = sorted(collection.documents, reverse=True)  # as the rows of the index
         self.index: ExactIndex | ApproximateIndex
@@ -164,9 +164,9 @@ class RetrievalEnvironment:
                 if lacking
                 else "no rollouts were given; every process needs at least one"
             )
-        vectors, judged = rollout_vectors(rollouts), [self._judged_rows(query_id) for query_id in query_ids]
+        vectors, targets = rollout_vectors(rollouts), [self.query_rows(query_id) for query_id in query_ids]
         report = self._refresh(vectors, query_ids, policy_version)
-        parts, best_ranks = self._score(self.index, rollouts, vectors, judged)
+        parts, best_ranks = self._score(self.index, rollouts, vectors, targets)
         self.communicator.barrier()
         return Feedback([part.total(self.weights) for part in parts], parts, best_ranks, report)
 
@@ -178,23 +178,23 @@ class RetrievalEnvironment:
         exact search. With several processes each audits its own rollouts.
         """
         started = time.perf_counter()
-        vectors, judged = rollout_vectors(rollouts), [self._judged_rows(query_id) for query_id in query_ids]
+        vectors, targets = rollout_vectors(rollouts), [self.query_rows(query_id) for query_id in query_ids]
         size, rows = self.refresh.audit_documents, np.arange(len(self.index))
         sample = rows
         if size and size < len(rows):
-            best = ranked_rows(self.index, vectors, [query.limits for query in judged], 2 * self.k)
+            best = ranked_rows(self.index, vectors, [query.limits for query in targets], 2 * self.k)
             sample = np.array(random.Random(f"{self.seed}/audit/{policy_version}").sample(range(len(rows)), size))
-            rows = np.unique(np.concatenate([*(r for r, _ in best), *(query.positives for query in judged), sample]))
-        doc_ids, judged = [self._doc_ids[row] for row in rows], [query.within(rows) for query in judged]
-        limits = [query.limits for query in judged]
+            rows = np.unique(np.concatenate([*(r for r, _ in best), *(query.positives for query in targets), sample]))
+        doc_ids, targets = [self._doc_ids[row] for row in rows], [query.within(rows) for query in targets]
+        limits = [query.limits for query in targets]
         live = ExactIndex(doc_ids, self.index.vectors_at(rows))
         fresh = ExactIndex(doc_ids, self.encoder.encode_document(self._texts(rows)))
-        scored = [self._score(index, rollouts, vectors, judged) for index in (live, fresh)]
+        scores = [self._score(index, rollouts, vectors, targets) for index in (live, fresh)]
         tops = [ranked_rows(index, vectors, limits, self.k) for index in (live, fresh)]
         self.communicator.barrier()
         return compare_scores(
-            rewards=[[part.total(self.weights) for part in parts] for parts, _ in scored],
-            ranks=[best_ranks for _, best_ranks in scored],
+            rewards=[[part.total(self.weights) for part in parts] for parts, _ in scores],
+            ranks=[best_ranks for _, best_ranks in scores],
             top=[[ranking.tolist() for ranking, _ in top] for top in tops],
             sample=[index.vectors_at(np.searchsorted(rows, sample)) for index in (live, fresh)],
             documents=len(rows),
@@ -205,26 +205,27 @@ class RetrievalEnvironment:
         """The relevant documents of a query."""
         return [doc_id for doc_id, gain in self.qrels[query_id].items() if gain > 0]
 
+    def query_rows(self, query_id: str) -> QueryRows:
+        """The rows that a query's ranking is about: its relevant documents, and what its ranking may hold."""
+        if query_id not in self._rows_by_query:
+            relevance, positives = self.qrels[query_id], self.positives(query_id)
+            self._rows_by_query[query_id] = QueryRows(
+                self.index.rows_of(positives),
+                [relevance[doc_id] for doc_id in positives],
+                restricted_rows(self.index, restrictions(self.collection, query_id, relevance)),
+            )
+        return self._rows_by_query[query_id]
+
     def save(self, folder: Path) -> None:
         """Write the environment's state: the index with its versions, and what the policy keeps."""
         self.index.save(folder / "index")
         self.policy.save(folder / "policy")
 
-    def _judged_rows(self, query_id: str) -> JudgedRows:
-        if query_id not in self._judged:
-            relevance, positives = self.qrels[query_id], self.positives(query_id)
-            self._judged[query_id] = JudgedRows(
-                self.index.rows_of(positives),
-                [relevance[doc_id] for doc_id in positives],
-                restricted_rows(self.index, restrictions(self.collection, query_id, relevance)),
-            )
-        return self._judged[query_id]
-
     def _score(
-        self, index: VectorIndex, rollouts: Sequence[Rollout], vectors: Array, judged: Sequence[JudgedRows]
+        self, index: VectorIndex, rollouts: Sequence[Rollout], vectors: Array, targets: Sequence[QueryRows]
     ) -> tuple[list[RewardParts], list[int]]:
         """Reward parts and the best rank of a relevant document, per rollout."""
-        rank_lists = ranks(index, vectors, [query.positives for query in judged], [query.limits for query in judged])
+        rank_lists = ranks(index, vectors, [query.positives for query in targets], [query.limits for query in targets])
         parts = [
             reward_parts(
                 own,
@@ -235,7 +236,7 @@ class RetrievalEnvironment:
                 reasoning_tokens=rollout.reasoning_tokens,
                 max_new_tokens=self.max_new_tokens,
             )
-            for rollout, vector, own, query in zip(rollouts, vectors, rank_lists, judged, strict=True)
+            for rollout, vector, own, query in zip(rollouts, vectors, rank_lists, targets, strict=True)
         ]
         return parts, [min(own) for own in rank_lists]
 
@@ -243,25 +244,25 @@ class RetrievalEnvironment:
         started = time.perf_counter()
         shares = self.communicator.all_gather((vectors, query_ids))
         queries = np.concatenate([own for own, _ in shares])
-        judged = [self._judged_rows(query_id) for _, own in shares for query_id in own]
-        positives = [query.positives for query in judged]
+        targets = [self.query_rows(query_id) for _, own in shares for query_id in own]
+        positives = [query.positives for query in targets]
         first = self._stale(_by_doc_id(np.concatenate(positives)), policy_version)
-        corrected = self.refresh.policy == "drift" or self.refresh.correct_drift
-        if corrected:
+        correct = self.refresh.policy == "drift" or self.refresh.correct_drift
+        if correct:
             # At most half of what the positives leave of the budget, so that the policy has its share too.
             sample = self._affordable(self._drift_sample(first, policy_version), first, 0.5)
             if len(first) + len(sample) >= MIN_PAIRS:  # fewer would buy no map
                 first = np.concatenate([first, sample])
-        gain = self._encode_again(first, policy_version, correct=corrected)
-        request = RefreshRequest(self.index, policy_version, queries, positives, [query.limits for query in judged])
+        gain = self._encode_again(first, policy_version, correct=correct)
+        request = RefreshRequest(self.index, policy_version, queries, positives, [query.limits for query in targets])
         urgent = self._stale(self.policy.choose(request), policy_version)
-        chosen = self._agreed(self._affordable(urgent, first))
-        self._encode_again(chosen, policy_version, correct=False)
-        encoded = np.concatenate([first, chosen])
+        second = self._agree(self._affordable(urgent, first))
+        self._encode_again(second, policy_version, correct=False)
+        rows = np.concatenate([first, second])
         staleness = policy_version - self.index.encoded_at_version
         return RefreshReport(
-            documents_encoded=len(encoded),
-            tokens_encoded=int(self._count_tokens(encoded).sum()),
+            documents_encoded=len(rows),
+            tokens_encoded=int(self._count_tokens(rows).sum()),
             seconds=time.perf_counter() - started,
             staleness_mean=float(staleness.mean()),
             staleness_max=int(staleness.max()),
@@ -269,10 +270,10 @@ class RetrievalEnvironment:
             index_recall=self.index.last_recall if isinstance(self.index, ApproximateIndex) else 1.0,
         )
 
-    def _agreed(self, choice: T) -> T:
+    def _agree(self, choice: T) -> T:
         """The first process's choice, for all: searches and fits of other machines may differ in a near tie."""
-        agreed: T = self.communicator.all_gather(choice)[0]
-        return agreed
+        first: T = self.communicator.all_gather(choice)[0]
+        return first
 
     def _stale(self, rows: Rows, policy_version: int) -> Rows:
         """Those of the rows that other weights encoded, in their order."""
@@ -301,7 +302,7 @@ class RetrievalEnvironment:
             return 0.0
         before, after, gain = self.index.vectors_at(rows), self._encode(rows), 0.0
         if correct:
-            gain = self._correct(fit_drift(before, after, self._agreed), policy_version)
+            gain = self._correct(fit_drift(before, after, self._agree), policy_version)
         self.index.update(rows, after, policy_version)
         self.policy.moved(self.index, rows)
         return gain
@@ -323,9 +324,9 @@ class RetrievalEnvironment:
         )
 
     def _count_tokens(self, rows: Rows) -> NDArray[np.int64]:
-        uncounted = rows[self._tokens[rows] < 0]
-        if len(uncounted):
-            self._tokens[uncounted] = self.encoder.count_document_tokens(self._texts(uncounted))
+        new = rows[self._tokens[rows] < 0]
+        if len(new):
+            self._tokens[new] = self.encoder.count_document_tokens(self._texts(new))
         return self._tokens[rows]
 
     def _texts(self, rows: Rows) -> list[str]:
