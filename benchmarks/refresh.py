@@ -124,7 +124,7 @@ class Shadow:
                 "staleness": paid.staleness_mean,
                 "drift": float((1 - (own.index.matrix * truth.index.matrix).sum(axis=1)).mean()),
                 "drift_gain": paid.drift_gain,
-                "graph_recall": graph.recall(own.index, range(0, count, max(1, count // 200))) if graph else None,
+                "graph_recall": graph.recall(own.index, np.arange(0, count, max(1, count // 200))) if graph else None,
             }
         )
 
