@@ -106,7 +106,8 @@ class ApproximateIndex(VectorIndex):
             return self.store.search_rows(queries, k)
         queries = self.store.check_queries(queries)
         candidates = self._propose(queries, count)  # Q x C
-        scores = self._score(queries, candidates)
+        scores = self.store.candidate_scores(queries, np.maximum(candidates, 0))
+        scores[candidates < 0] = -np.inf
         order = np.lexsort((candidates, -scores), axis=1)[:, :k]
         rows, scores = np.take_along_axis(candidates, order, 1), np.take_along_axis(scores, order, 1)
         gaps = np.flatnonzero(rows[:, -1] < 0)
@@ -295,18 +296,6 @@ class ApproximateIndex(VectorIndex):
             valid = np.arange(keys.shape[1]) < counts[:, None]
             candidates[:, : keys.shape[1]][valid] = keys[valid]
         return candidates
-
-    def _score(self, queries: Array, rows: Rows) -> Array:
-        """Exact scores of candidates, `Q x C`; -inf for row -1."""
-        scores = np.full(rows.shape, -np.inf, dtype=np.float32)
-        step = max(1, self.store.block // rows.shape[1])
-        for start in range(0, len(rows), step):
-            part = rows[start : start + step]
-            vectors = self.store.vectors_at(part.ravel()).reshape(*part.shape, -1)  # Q x C x D
-            product = torch.from_numpy(vectors) @ torch.tensor(queries[start : start + step, :, None])
-            scores[start : start + step] = product[..., 0].numpy()
-        scores[rows < 0] = -np.inf
-        return scores
 
     def _write_graph(self, path: Path) -> None:
         try:

@@ -212,9 +212,14 @@ class ExactIndex(VectorIndex):
 
         Those of a matrix product may differ in the last bit: it sums the edges of a block in another order.
         """
-        vector = self._queries(query[None])
-        places = torch.tensor(rows, dtype=torch.long, device=vector.device)
-        scores: Array = self._pair_scores(vector, places, torch.zeros_like(places)).cpu().numpy()
+        scores: Array = self.candidate_scores(query[None], rows[None])[0]
+        return scores
+
+    def candidate_scores(self, queries: Array, rows: Rows) -> Array:
+        """The same for the rows `Q x C` of queries `Q x D`."""
+        vectors, places = self._queries(queries), torch.tensor(rows, dtype=torch.long).to(self._tensor.device)
+        owners = torch.arange(len(places), device=places.device).repeat_interleave(places.shape[1])
+        scores: Array = self._pair_scores(vectors, places.flatten(), owners).view(places.shape).cpu().numpy()
         return scores
 
     def _pair_scores(self, queries: torch.Tensor, rows: torch.Tensor, query: torch.Tensor) -> torch.Tensor:
