@@ -1,4 +1,4 @@
-"""Writing to disk so that a reader sees either the old content or the new, never half of it."""
+"""Writing to disk so that a reader sees the old content or the new, never half of it; logs and manifests."""
 
 from __future__ import annotations
 
@@ -8,12 +8,12 @@ import os
 import re
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from .errors import DataError
+from .errors import DataError, RunError
 
 
 @contextmanager
@@ -128,3 +128,52 @@ def read_lines(path: Path) -> Iterator[tuple[int, str]]:
         raise DataError(f"cannot read {path}: {error.strerror}") from error
     except UnicodeDecodeError as error:
         raise DataError(f"{path}: not UTF-8 text (byte {error.start}); save the file as UTF-8") from error
+
+
+def jsonl_line(row: Mapping[str, Any]) -> str:
+    """One line of a JSON Lines file; NaN and infinity are refused."""
+    return json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n"
+
+
+def read_log(path: Path) -> list[dict[str, Any]]:
+    """The rows of a log; a last line that a killed process left unfinished is not one of them.
+
+    Raises:
+        RunError: a whole line is not JSON.
+    """
+    if not path.exists():
+        return []
+    rows = []
+    for number, line in enumerate(path.read_bytes().splitlines(keepends=True), 1):
+        if line.endswith(b"\n"):
+            try:
+                rows.append(json.loads(line))
+            except ValueError as error:
+                raise RunError(f"{path}:{number}: not valid JSON; mend or remove the line") from error
+    return rows
+
+
+def write_manifest(folder: Path, name: str, **facts: Any) -> None:
+    """Write the digests of all files in a folder, and some facts, to the file `name` in it."""
+    paths = sorted(path for path in folder.rglob("*") if path.is_file())
+    write_json(
+        folder / name, facts | {"files": {path.relative_to(folder).as_posix(): hash_file(path) for path in paths}}
+    )
+
+
+def find_damage(folder: Path, manifest: str) -> str | None:
+    """What is wrong with a folder's files, compared with its manifest; None where all is well."""
+    try:
+        files = dict(json.loads((folder / manifest).read_text(encoding="utf-8"))["files"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return f"{manifest} cannot be read"
+    for name, digest in files.items():
+        path = folder / name
+        try:
+            if hash_file(path) != digest:
+                return f"{name} is not what was written"
+        except FileNotFoundError:
+            return f"{name} is missing"
+        except OSError as error:
+            return f"{name} cannot be read: {error.strerror}"
+    return None

@@ -19,7 +19,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from search_r3.training.run import MANIFEST, find_damage
+from search_r3.files import find_damage
+from search_r3.training.run import MANIFEST
 from tests.faults import Forker
 
 logger = logging.getLogger(__name__)
@@ -241,7 +242,7 @@ def test_a_full_disk_while_a_checkpoint_is_written(lab: Lab, disk: Path, stage: 
     assert f"error: cannot write {run_dir}/{stage}/checkpoints/step-000002" in said and "make room" in said
     assert "--resume" in said and "Traceback" not in said
     [left] = (run_dir / stage / "checkpoints").iterdir()
-    assert left.name == "step-000001" and find_damage(left) is None, "and no scratch takes room"
+    assert left.name == "step-000001" and find_damage(left, MANIFEST) is None, "and no scratch takes room"
     (disk / "filler").unlink()
     assert lab.run(stage, run_dir, "--resume")[0] == [0]
     lab.check(stage, run_dir)
@@ -256,7 +257,7 @@ def test_a_full_disk_while_the_model_is_written(lab: Lab, disk: Path, stage: str
     assert f"error: cannot write {model_path(stage, run_dir)}" in said and "make room" in said
     assert "Traceback" not in said
     assert not list(model_path(stage, run_dir).parent.glob(".model*")), "no scratch takes room"
-    assert find_damage(checkpoints(stage, run_dir)[-1]) is None
+    assert find_damage(checkpoints(stage, run_dir)[-1], MANIFEST) is None
     (disk / "filler").unlink()
     assert lab.run(stage, run_dir, "--resume")[0] == [0]
     lab.check(stage, run_dir)
@@ -274,7 +275,7 @@ def test_a_full_disk_in_the_middle_of_a_line_of_metrics(lab: Lab, disk: Path) ->
     assert statuses == [2]
     assert f"error: cannot write {metrics}: No space left on device" in said and "make room" in said
     assert not metrics.read_text().endswith("\n"), "half a line is there"
-    assert [find_damage(path) for path in checkpoints("sft", run_dir)] == [None, None]
+    assert [find_damage(path, MANIFEST) for path in checkpoints("sft", run_dir)] == [None, None]
     (disk / "filler").unlink()
     assert lab.run("sft", run_dir, "--resume")[0] == [0]
     lab.check("sft", run_dir)
@@ -390,7 +391,7 @@ def test_a_loss_that_is_no_number_is_named_with_its_batch(
     asked = 4 if stage == "sft" else 2
     assert 0 < len(failed["query_ids"]) <= asked and (stage == "sft" or len(failed["query_ids"]) == asked)
     [saved] = checkpoints(stage, run_dir)
-    assert saved.name == "step-000002" and find_damage(saved) is None
+    assert saved.name == "step-000002" and find_damage(saved, MANIFEST) is None
     assert all(bool(part.isfinite().all()) for part in load_file(saved / "model.safetensors").values())
     first = 1 if stage == "sft" else 0
     assert [row["step"] for row in timeless(run_dir, "metrics.jsonl")] == list(range(first, 3))

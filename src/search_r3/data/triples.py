@@ -6,7 +6,7 @@ import random
 from collections.abc import Callable, Container, Mapping, Sequence
 from dataclasses import dataclass, field
 
-from ..errors import DataError
+from ..errors import ConfigError, DataError
 from .collection import Collection, Query
 from .restrictions import Restrictions, restrictions
 
@@ -144,3 +144,33 @@ def draw_negatives(
             taken.add(doc_id)
             chosen.append(doc_id)
     return chosen
+
+
+def draw_trace(example: TrainingExample, styles: Mapping[str, float], rng: random.Random) -> str:
+    """One reasoning trace by the weight of its style; a query without traces is supervised with none.
+
+    Raises:
+        ConfigError: no style of a query with several traces has a weight.
+    """
+    traces = example.reasoning
+    if len(traces) <= 1:
+        return next(iter(traces.values()), "")
+    weighted = [style for style in traces if styles.get(style, 0) > 0]
+    if not weighted:
+        raise ConfigError(
+            f"query {example.query.query_id!r} has reasoning styles {', '.join(traces)}, none of which has a weight in "
+            f"sft.reasoning_styles ({', '.join(styles)})"
+        )
+    return traces[rng.choices(weighted, [styles[style] for style in weighted])[0]]
+
+
+def swap_traces(traces: list[str], rows: Sequence[int], share: float, rng: random.Random) -> frozenset[int]:
+    """Give a share of these rows, where they have a trace, another one's, in a ring; returns which."""
+    chosen = [row for row in rows if traces[row] and share and rng.random() < share]
+    if len({traces[row] for row in chosen}) < 2:
+        return frozenset()
+    others = [traces[row] for row in (*chosen[1:], chosen[0])]
+    swapped = [row for row, other in zip(chosen, others, strict=True) if traces[row] != other]
+    for row, other in zip(chosen, others, strict=True):
+        traces[row] = other
+    return frozenset(swapped)

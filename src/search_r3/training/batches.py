@@ -15,8 +15,7 @@ from torch import Tensor
 
 from ..config import SFTSettings
 from ..data.collection import Collection
-from ..data.triples import TrainingExample, draw_negatives
-from ..errors import ConfigError
+from ..data.triples import TrainingExample, draw_negatives, draw_trace, swap_traces
 from ..model.backbone import pad
 from ..model.prompts import PromptEncoder
 
@@ -150,13 +149,13 @@ def make_batch(
     """
     traces, positives, negatives = [], [], []
     for example in examples:
-        traces.append(_draw_trace(example, settings, rng))
+        traces.append(draw_trace(example, settings.reasoning_styles, rng))
         positives.append(rng.choice(example.positive_ids))
         negatives.append(draw_negatives(example, doc_ids, settings.random_negatives, settings.hard_negatives, rng))
     distinct = list(dict.fromkeys([*positives, *(doc_id for ids in negatives for doc_id in ids)]))
     columns = {doc_id: column for column, doc_id in enumerate(distinct)}
     reasoned = [row for row, trace in enumerate(traces) if trace or settings.untraced == "embed"]
-    swapped = _swap(traces, reasoned, settings.swapped_traces, rng)
+    swapped = swap_traces(traces, reasoned, settings.swapped_traces, rng)
     return Batch(
         examples,
         traces,
@@ -240,29 +239,3 @@ def collate(items: Sequence[Item], pad_id: int, device: torch.device) -> Chunk:
         torch.roll(ids, -1, dims=1)[replies],
         (positions < lengths[:, None] - 1) & compared[:, None],
     )
-
-
-def _draw_trace(example: TrainingExample, settings: SFTSettings, rng: random.Random) -> str:
-    """One reasoning trace by the weight of its style; a query without traces is supervised with none."""
-    traces = example.reasoning
-    if len(traces) <= 1:
-        return next(iter(traces.values()), "")
-    known = [style for style in traces if settings.reasoning_styles.get(style, 0) > 0]
-    if not known:
-        raise ConfigError(
-            f"query {example.query.query_id!r} has reasoning styles {', '.join(traces)}, none of which has a weight in "
-            f"sft.reasoning_styles ({', '.join(settings.reasoning_styles)})"
-        )
-    return traces[rng.choices(known, [settings.reasoning_styles[style] for style in known])[0]]
-
-
-def _swap(traces: list[str], reasoned: Sequence[int], share: float, rng: random.Random) -> frozenset[int]:
-    """Give a share of the queries that have a trace another one's, in a ring; returns which."""
-    chosen = [row for row in reasoned if traces[row] and share and rng.random() < share]
-    if len({traces[row] for row in chosen}) < 2:
-        return frozenset()
-    others = [traces[row] for row in (*chosen[1:], chosen[0])]
-    swapped = [row for row, other in zip(chosen, others, strict=True) if traces[row] != other]
-    for row, other in zip(chosen, others, strict=True):
-        traces[row] = other
-    return frozenset(swapped)

@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 
 from ..config import GRPOSettings, Recipe
-from ..data.collection import Collection, Qrels
+from ..data.collection import Collection
 from ..data.draws import step_rng
 from ..data.load import load_collection
 from ..data.triples import judged_queries
@@ -34,7 +34,6 @@ from ..errors import DataError, RunError
 from ..model.encoder import SearchR3
 from ..model.engine.decoding import Rollout
 from ..model.engine.generation import sequence_batch
-from ..parallel import Communicator
 from . import losses
 from .dev import DevSplit, Evaluations
 from .engine import Engine, load_model, make_engine, rates
@@ -82,7 +81,14 @@ def train_grpo(recipe: Recipe, run: Run, base: Path, observe: Observer = silent)
     with closing(engine), guard.watching():
         done, checkpoint = run.restore(stage, engine)
         with engine.full_params():
-            environment = _environment(recipe, collection, qrels, model, checkpoint, engine.communicator)
+            environment = RetrievalEnvironment(
+                *(collection, qrels, model, settings.refresh, settings.reward),
+                k=settings.reward_k,
+                max_new_tokens=recipe.max_new_tokens,
+                seed=recipe.seed,
+                communicator=engine.communicator,
+                state=None if checkpoint is None else checkpoint / "environment",
+            )
         guard.save_extra = lambda folder: environment.save(folder / "environment")
         evaluations = Evaluations(run, stage, recipe, engine, model, done)
         if done == 0 and dev is not None:
@@ -332,26 +338,3 @@ def rollout_rows(experience: Experience, collection: Collection, step: int, grou
             }
         )
     return rows
-
-
-def _environment(
-    recipe: Recipe,
-    collection: Collection,
-    qrels: Qrels,
-    model: SearchR3,
-    checkpoint: Path | None,
-    communicator: Communicator,
-) -> RetrievalEnvironment:
-    settings = recipe.grpo
-    return RetrievalEnvironment(
-        collection,
-        qrels,
-        model,
-        settings.refresh,
-        settings.reward,
-        k=settings.reward_k,
-        max_new_tokens=recipe.max_new_tokens,
-        seed=recipe.seed,
-        communicator=communicator,
-        state=checkpoint / "environment" if checkpoint is not None else None,
-    )

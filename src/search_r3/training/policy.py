@@ -15,9 +15,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..config import LoRASettings
-from ..errors import ConfigError
-from ..extras import extra
 from ..model.backbone import Backbone, vectors_at
 
 Reference = Callable[[Tensor, Tensor, Tensor], Tensor]
@@ -68,33 +65,6 @@ class Policy(torch.nn.Module):
     def tie_weights(self) -> None:
         """Make tied tables one tensor again, after a wrapper has moved them."""
         self.backbone.causal_lm.tie_weights()
-
-
-def add_adapters(backbone: Backbone, settings: LoRASettings) -> None:
-    """Put LoRA adapters into the model (peft); from then on only they learn.
-
-    Raises:
-        MissingExtraError: peft is not installed.
-        ConfigError: the model has no layers of these names.
-    """
-    with extra("train"):
-        import peft
-
-    # The embed token's row is new in most models: it learns, and is saved with the adapters, in the output table too.
-    lm = backbone.causal_lm
-    tables = ["embed_tokens"] if lm.config.get_text_config().tie_word_embeddings else ["embed_tokens", "lm_head"]
-    config = peft.LoraConfig(
-        r=settings.rank,
-        lora_alpha=settings.alpha,
-        lora_dropout=0.0,
-        target_modules=list(settings.target_modules),
-        trainable_token_indices={table: [backbone.embed_token_id] for table in tables},
-        task_type="CAUSAL_LM",
-    )
-    try:
-        backbone.model = peft.get_peft_model(backbone.model, config)
-    except ValueError as error:
-        raise ConfigError(f"lora.target_modules={list(settings.target_modules)}: {error}") from error
 
 
 def make_reference(policy: Any, frozen: Policy | None) -> Reference:

@@ -24,7 +24,16 @@ from typing import Any, Protocol
 
 from ..config import Recipe, dump_recipe, load_recipe
 from ..errors import ConfigError, RunError
-from ..files import hash_file, leftovers, remove_leftovers, write_json, write_text
+from ..files import (
+    find_damage,
+    jsonl_line,
+    leftovers,
+    read_log,
+    remove_leftovers,
+    write_json,
+    write_manifest,
+    write_text,
+)
 from ..loader import flat_settings
 from ..model.backbone import Backbone
 from ..parallel import Communicator, first_process
@@ -141,7 +150,7 @@ class Run:
 
     def metrics(self, stage: str) -> list[dict[str, Any]]:
         """The lines of one stage so far."""
-        return [row for row in _rows(self.metrics_path) if row["stage"] == stage]
+        return [row for row in read_log(self.metrics_path) if row["stage"] == stage]
 
     def save_checkpoint(
         self, stage: str, step: int, trained: Trained, save_extra: Callable[[Path], None] = lambda folder: None
@@ -154,7 +163,7 @@ class Run:
             RunError: it could not be written; the checkpoints before it are as they were.
         """
         target = self.checkpoints_path(stage) / f"step-{step:06d}"
-        if trained.communicator.all_gather(self.first and target.exists() and find_damage(target) is None)[0]:
+        if trained.communicator.all_gather(self.first and target.exists() and find_damage(target, MANIFEST) is None)[0]:
             return
         scratch = target.with_name(f".{target.name}.partial")
         try:
@@ -176,8 +185,7 @@ class Run:
         if not self.first:
             return
         save_extra(scratch)
-        files = {path.relative_to(scratch).as_posix(): hash_file(path) for path in _files(scratch)}
-        write_json(scratch / MANIFEST, {"stage": stage, "step": step, "files": files})
+        write_manifest(scratch, MANIFEST, stage=stage, step=step)
         if target.exists():
             _discard(target)  # it is broken
         scratch.replace(target)
@@ -232,9 +240,9 @@ class Run:
         if self.first:
             for path in (self.metrics_path, self.rollouts_path):
                 if path.exists():
-                    kept = [row for row in _rows(path) if row["stage"] != stage or (step and row["step"] <= step)]
+                    kept = [row for row in read_log(path) if row["stage"] != stage or (step and row["step"] <= step)]
                     with _explained(path):
-                        write_text(path, "".join(_line(row) for row in kept))
+                        write_text(path, "".join(map(jsonl_line, kept)))
         return step, checkpoint
 
     def _remove_leftovers(self, stage: str) -> None:
@@ -248,7 +256,7 @@ class Run:
         saved = self._saved(stage)
         broken: list[str] = []
         for checkpoint in reversed(saved):
-            fault = find_damage(checkpoint)
+            fault = find_damage(checkpoint, MANIFEST)
             if fault is None:
                 if broken:
                     logger.warning("broken: %s; the checkpoint before, %s, is used", ", ".join(broken), checkpoint)
@@ -285,7 +293,7 @@ class Run:
         with _explained(path):
             path.parent.mkdir(parents=True, exist_ok=True)
             with path.open("a", encoding="utf-8") as file:
-                file.writelines(_line(row) for row in rows)
+                file.writelines(map(jsonl_line, rows))
 
 
 def agree(communicator: Communicator, target: Path, work: Callable[[], None]) -> None:
@@ -305,42 +313,6 @@ def agree(communicator: Communicator, target: Path, work: Callable[[], None]) ->
             f"cannot write {target} (rank {failed[0][0]}: {failed[0][1]}); what was saved before is intact: mend that "
             "(of a full disk: make room), then go on with --resume"
         )
-
-
-def find_damage(checkpoint: Path) -> str | None:
-    """What is wrong with a checkpoint's files, compared with its manifest; None where all is well."""
-    try:
-        files = dict(json.loads((checkpoint / MANIFEST).read_text(encoding="utf-8"))["files"])
-    except (OSError, ValueError, KeyError, TypeError):
-        return f"{MANIFEST} cannot be read"
-    for name, digest in files.items():
-        path = checkpoint / name
-        try:
-            if hash_file(path) != digest:
-                return f"{name} is not what was written"
-        except FileNotFoundError:
-            return f"{name} is missing"
-        except OSError as error:
-            return f"{name} cannot be read: {error.strerror}"
-    return None
-
-
-def _files(folder: Path) -> list[Path]:
-    return sorted(path for path in folder.rglob("*") if path.is_file())
-
-
-def _rows(path: Path) -> list[dict[str, Any]]:
-    """The rows of a log; a last line that a killed process left unfinished is not one of them."""
-    if not path.exists():
-        return []
-    rows = []
-    for number, line in enumerate(path.read_bytes().splitlines(keepends=True), 1):
-        if line.endswith(b"\n"):
-            try:
-                rows.append(json.loads(line))
-            except ValueError as error:
-                raise RunError(f"{path}:{number}: not valid JSON; mend or remove the line") from error
-    return rows
 
 
 @contextmanager
@@ -364,10 +336,6 @@ def _discard(checkpoint: Path) -> None:
 def _only_leftovers(folder: Path, settings: Path) -> bool:
     """Whether a folder holds nothing but settings that a killed process had begun to write."""
     return folder.is_dir() and set(folder.iterdir()) <= set(leftovers(settings))
-
-
-def _line(row: dict[str, Any]) -> str:
-    return json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n"
 
 
 def _check_same(saved: Recipe, given: Recipe, path: Path) -> None:

@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 from torch import Tensor
 
 from ..config import Recipe
-from ..extras import extra
-from ..files import atomic_directory
-from ..model.backbone import Backbone, load_backbone
+from ..model.adapters import merge_adapters, save_adapters
+from ..model.backbone import Backbone
 from ..model.encoder import SearchR3
 from .engine import Engine
 
@@ -31,8 +29,8 @@ def save_trained(engine: Engine, model: SearchR3, recipe: Recipe, folder: Path, 
     state = _state(engine, backbone)
     if engine.rank == 0:
         if recipe.lora.rank:
-            _save_adapter(backbone, state, adapter)
-            _merged(backbone, recipe, adapter).save(folder)
+            save_adapters(backbone, state, adapter)
+            merge_adapters(backbone, adapter, recipe.dtype).save(folder)
         else:
             backbone.save(folder, state=state)
 
@@ -46,20 +44,3 @@ def _state(engine: Engine, backbone: Backbone) -> dict[str, Tensor]:
         tied: dict[str, str] = backbone.causal_lm._tied_weights_keys
         state |= {name: state[source] for name, source in tied.items() if source in state}
     return state
-
-
-def _save_adapter(backbone: Backbone, state: dict[str, Tensor], folder: Path) -> None:
-    with atomic_directory(folder) as out:
-        backbone.model.save_pretrained(out, state_dict=state, save_embedding_layers=False)
-        backbone.save_companions(out)
-
-
-def _merged(backbone: Backbone, recipe: Recipe, adapter: Path) -> Backbone:
-    """The model that the adapters were put into, loaded anew, with them in its weights."""
-    with extra("train"):
-        import peft
-
-    base = load_backbone(backbone.source, settings=backbone.settings, dtype=recipe.dtype)
-    tuned: Any = peft.PeftModel.from_pretrained(base.model, str(adapter))
-    base.model = tuned.merge_and_unload()
-    return base

@@ -50,7 +50,7 @@ def test_weights_are_counted_as_transformers_makes_them(kind: str, tied: bool) -
 
 
 def test_adapters_are_counted_as_peft_makes_them(tiny_path: Path) -> None:
-    from search_r3.training.policy import add_adapters
+    from search_r3.model.adapters import add_adapters
 
     for settings in (LoRASettings(rank=4), LoRASettings(rank=2, target_modules=("q_proj", "down_proj"))):
         backbone = load_backbone(tiny_path)

@@ -10,10 +10,11 @@ import pytest
 import torch
 
 from search_r3.config import LoRASettings
+from search_r3.model.adapters import add_adapters
 from search_r3.model.backbone import load_backbone
 from search_r3.model.encoder import SearchR3
 from search_r3.training.engine import _parameter_groups
-from search_r3.training.policy import Policy, add_adapters
+from search_r3.training.policy import Policy
 from tests.conftest import save_tiny
 
 TEXTS = ["hello there", "where is the town"]

@@ -17,10 +17,10 @@ import pytest
 
 from search_r3.config import Recipe
 from search_r3.errors import ConfigError, RunError, StoppedError
-from search_r3.files import atomic_directory, leftovers, remove_leftovers, write_json
+from search_r3.files import atomic_directory, find_damage, leftovers, remove_leftovers, write_json, write_manifest
 from search_r3.parallel import SingleProcess
 from search_r3.training import guard
-from search_r3.training.run import MANIFEST, Run, agree, find_damage
+from search_r3.training.run import MANIFEST, Run, agree
 
 KILLED = """
 import os, signal, sys
@@ -43,19 +43,19 @@ def killed(target: Path, kind: str) -> None:
 
 
 def checkpoint(folder: Path) -> Path:
-    from search_r3.training import run
-
     (folder / "environment").mkdir(parents=True)
     (folder / "model.safetensors").write_bytes(bytes(range(256)))
     (folder / "environment" / "state.json").write_text("{}")
-    names = ["model.safetensors", "environment/state.json"]
-    files = {name: run.hash_file(folder / name) for name in names}
-    write_json(folder / MANIFEST, {"stage": "sft", "step": 1, "files": files})
+    write_manifest(folder, MANIFEST, stage="sft", step=1)
+    assert json.loads((folder / MANIFEST).read_text())["files"].keys() == {
+        "model.safetensors",
+        "environment/state.json",
+    }
     return folder
 
 
 def test_a_whole_checkpoint_has_no_damage(tmp_path: Path) -> None:
-    assert find_damage(checkpoint(tmp_path / "step-000001")) is None
+    assert find_damage(checkpoint(tmp_path / "step-000001"), MANIFEST) is None
 
 
 @pytest.mark.parametrize("name", ["model.safetensors", "environment/state.json"])
@@ -63,25 +63,25 @@ def test_damage_is_found_and_the_file_named(tmp_path: Path, name: str) -> None:
     folder = checkpoint(tmp_path / "step-000001")
     content = (folder / name).read_bytes()
     (folder / name).write_bytes(bytes([content[0] ^ 1]) + content[1:])
-    assert find_damage(folder) == f"{name} is not what was written"
+    assert find_damage(folder, MANIFEST) == f"{name} is not what was written"
     (folder / name).write_bytes(content[:-1])
-    assert find_damage(folder) == f"{name} is not what was written"
+    assert find_damage(folder, MANIFEST) == f"{name} is not what was written"
     (folder / name).unlink()
-    assert find_damage(folder) == f"{name} is missing"
+    assert find_damage(folder, MANIFEST) == f"{name} is missing"
     (folder / name).mkdir()
-    assert find_damage(folder) == f"{name} cannot be read: Is a directory"
+    assert find_damage(folder, MANIFEST) == f"{name} cannot be read: Is a directory"
     (folder / name).rmdir()
     (folder / name).write_bytes(content)
-    assert find_damage(folder) is None
+    assert find_damage(folder, MANIFEST) is None
 
 
 @pytest.mark.parametrize("text", ["", "{", "[]", "7", "{}", '{"files": "none"}', '{"files": [1]}', "\udce4"])
 def test_a_manifest_that_cannot_be_read_is_damage(tmp_path: Path, text: str) -> None:
     folder = checkpoint(tmp_path / "step-000001")
     (folder / MANIFEST).write_bytes(text.encode(errors="surrogateescape"))
-    assert find_damage(folder) == f"{MANIFEST} cannot be read"
+    assert find_damage(folder, MANIFEST) == f"{MANIFEST} cannot be read"
     (folder / MANIFEST).unlink()
-    assert find_damage(folder) == f"{MANIFEST} cannot be read"
+    assert find_damage(folder, MANIFEST) == f"{MANIFEST} cannot be read"
 
 
 class Two(SingleProcess):

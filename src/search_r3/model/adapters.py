@@ -1,0 +1,60 @@
+"""LoRA adapters (peft) around a backbone: put in, written by themselves, merged."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from ..config import LoRASettings
+from ..errors import ConfigError
+from ..extras import extra
+from ..files import atomic_directory
+from .backbone import Backbone, load_backbone
+
+
+def add_adapters(backbone: Backbone, settings: LoRASettings) -> None:
+    """Put LoRA adapters into the model (peft); from then on only they learn.
+
+    Raises:
+        MissingExtraError: peft is not installed.
+        ConfigError: the model has no layers of these names.
+    """
+    with extra("train"):
+        import peft
+
+    # The embed token's row is new in most models: it learns, and is saved with the adapters, in the output table too.
+    lm = backbone.causal_lm
+    tables = ["embed_tokens"] if lm.config.get_text_config().tie_word_embeddings else ["embed_tokens", "lm_head"]
+    config = peft.LoraConfig(
+        r=settings.rank,
+        lora_alpha=settings.alpha,
+        lora_dropout=0.0,
+        target_modules=list(settings.target_modules),
+        trainable_token_indices={table: [backbone.embed_token_id] for table in tables},
+        task_type="CAUSAL_LM",
+    )
+    try:
+        backbone.model = peft.get_peft_model(backbone.model, config)
+    except ValueError as error:
+        raise ConfigError(f"lora.target_modules={list(settings.target_modules)}: {error}") from error
+
+
+def save_adapters(backbone: Backbone, state: Mapping[str, Tensor], folder: Path) -> None:
+    """Write adapters and tokenizer as peft and transformers load them; an existing folder is replaced."""
+    with atomic_directory(folder) as out:
+        backbone.model.save_pretrained(out, state_dict=state, save_embedding_layers=False)
+        backbone.save_companions(out)
+
+
+def merge_adapters(backbone: Backbone, folder: Path, dtype: str) -> Backbone:
+    """The model that the adapters in `folder` were put into, loaded anew, with them in its weights."""
+    with extra("train"):
+        import peft
+
+    base = load_backbone(backbone.source, settings=backbone.settings, dtype=dtype)
+    tuned: Any = peft.PeftModel.from_pretrained(base.model, str(folder))
+    base.model = tuned.merge_and_unload()
+    return base
