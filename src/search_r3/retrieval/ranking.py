@@ -73,11 +73,14 @@ def ranked_rows(
 ) -> list[tuple[Rows, Array]]:
     """The rows of each query `Q x D`, best first, at most `depth`, under its restrictions, and their scores."""
     candidates = [limit.pool for limit in limits]
-    unpooled = [i for i, pool in enumerate(candidates) if pool is None]
-    if unpooled:
-        deepest = depth + MARGIN + max(len(limits[i].left_out) for i in unpooled)
-        nearest, products = index.search_rows(vectors[unpooled], deepest)
-        for i, rows, scores in zip(unpooled, nearest, products, strict=True):
+    groups: dict[int, list[int]] = {}  # of like numbers of left-out documents, so that none makes all search deep
+    for i, limit in enumerate(limits):
+        if limit.pool is None:
+            groups.setdefault((len(limit.left_out) // 64).bit_length(), []).append(i)
+    for group in groups.values():
+        deepest = depth + MARGIN + max(len(limits[i].left_out) for i in group)
+        nearest, products = index.search_rows(vectors[group], deepest)
+        for i, rows, scores in zip(group, nearest, products, strict=True):
             last = min(depth + len(limits[i].left_out), len(rows)) - 1
             tied = len(rows) < len(index) and scores[last] - scores[-1] < NOISE
             candidates[i] = np.setdiff1d(np.arange(len(index)) if tied else rows, limits[i].left_out)

@@ -109,3 +109,23 @@ def test_a_query_with_many_targets_does_not_make_the_others_pay(monkeypatch: pyt
     monkeypatch.setattr(torch.Tensor, "nonzero", counting)
     index.ranks(unit(np.random.default_rng(4), 30), [[5], *([[1, 2]] * 9), list(range(COUNT)), *([[3]] * 19)])
     assert sum(compared) == COUNT * (1 + 9 * 2 + COUNT + 19), "every target against every document, and no more"
+
+
+def test_a_query_that_leaves_many_documents_out_does_not_make_the_others_search_deep(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    vectors, queries = unit(np.random.default_rng(5), 2000), unit(np.random.default_rng(6), 5)
+    index = ExactIndex([f"{row:04}" for row in range(2000)], vectors)
+    limits = [Restrictions(left_out=frozenset(index.doc_ids[:count])) for count in (0, 900, 1, 63, 1000)]
+    searches, search = [], ExactIndex.search_rows
+
+    def recording(self: ExactIndex, own: np.ndarray, k: int) -> object:
+        searches.append((len(own), k))
+        return search(self, own, k)
+
+    monkeypatch.setattr(ExactIndex, "search_rows", recording)
+    rankings = ranked(index, queries, limits, 10)
+    assert searches == [(3, 10 + 32 + 63), (2, 10 + 32 + 1000)]
+    for query, limit, ranking in zip(queries, limits, rankings, strict=True):
+        order = [index.doc_ids[row] for row in np.argsort(-(index.matrix @ query))]
+        assert [doc_id for doc_id, _ in ranking] == [doc_id for doc_id in order if limit.allow(doc_id)][:10]
