@@ -233,11 +233,11 @@ def stage_1(
 @pytest.mark.parametrize(
     "settings",
     [
-        {"sft": {"micro_batch_size": 6}},
+        {"sft": {"micro_batch_size": 6, "kl_weight": 1.0}},
         {"sft": {"micro_batch_size": None, "kl_weight": 0.0}},
-        {"sft": {"micro_batch_size": 6}, "mixed_precision": "bf16"},
+        {"sft": {"micro_batch_size": 6, "kl_weight": 1.0}, "mixed_precision": "bf16"},
         {"sft": {"micro_batch_size": 6, "kl_weight": 0.0}, "gradient_checkpointing": True},
-        {"sft": {"micro_batch_size": 6}, "lora": {"rank": 4}, "dtype": "bfloat16"},
+        {"sft": {"micro_batch_size": 6, "kl_weight": 1.0}, "lora": {"rank": 4}, "dtype": "bfloat16"},
     ],
 )
 def test_a_step_of_stage_1_takes_what_the_plan_says(

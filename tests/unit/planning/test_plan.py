@@ -14,7 +14,7 @@ from accelerate.commands.config.config_args import ClusterConfig, load_config_fr
 from accelerate.commands.launch import _validate_launch_command, launch_command_parser
 from accelerate.utils.launch import prepare_multi_gpu_env
 
-from search_r3.config import LoRASettings, Recipe, RefreshSettings, load_recipe
+from search_r3.config import LoRASettings, Recipe, RefreshSettings, SFTSettings, load_recipe
 from search_r3.errors import ConfigError, ModelError
 from search_r3.model.backbone import load_backbone
 from search_r3.planning.footprint import Lengths
@@ -26,7 +26,12 @@ from tests.conftest import call
 ROOT = Path(__file__).parents[3]
 RECIPES = sorted((ROOT / "recipes").glob("qwen2.5-*.yaml"))
 LAUNCHES = sorted((ROOT / "recipes" / "accelerate").glob("*.yaml"))
-LARGE = Recipe(base="Qwen/Qwen2.5-1.5B-Instruct", mixed_precision="bf16", gradient_checkpointing=True)
+LARGE = Recipe(
+    base="Qwen/Qwen2.5-1.5B-Instruct",
+    mixed_precision="bf16",
+    gradient_checkpointing=True,
+    sft=SFTSettings(kl_weight=1.0),
+)
 WEIGHTS = 1_543_714_304
 
 
@@ -260,7 +265,20 @@ def test_changes_without_which_it_still_fits_are_not_named() -> None:
 
 def test_the_command_shows_the_plan(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     where = ROOT / "recipes" / "qwen2.5-1.5b-sft.yaml"
-    assert call(monkeypatch, "plan", where, "sft.batch_size=512", "--stage", "sft", "--tokens-per-second", "60000") == 0
+    assert (
+        call(
+            monkeypatch,
+            "plan",
+            where,
+            "sft.batch_size=512",
+            "sft.kl_weight=1",
+            "--stage",
+            "sft",
+            "--tokens-per-second",
+            "60000",
+        )
+        == 0
+    )
     shown = capsys.readouterr().out
     assert "total 1,543.7 M" in shown and "\nfits: " in shown and "frozen base" in shown
     assert all(len(line) <= 160 for line in shown.splitlines())

@@ -150,7 +150,7 @@ def test_a_trace_is_cut_to_the_budget_and_counted(model: SearchR3, collection: C
 
 
 def test_each_weight_of_stage_1_reaches_the_total(model: SearchR3, collection: Collection) -> None:
-    settings = SFTSettings(batch_size=4)
+    settings = SFTSettings(batch_size=4, kl_weight=1.0)
     engine = make_engine(model, Recipe(sft=settings), settings)
     with torch.no_grad():
         for parameter in model.backbone.model.parameters():
