@@ -51,7 +51,8 @@ class DevSettings(Section):
     def _need_evaluations(self) -> DevSettings:
         if self.evaluate_every == 0 and (self.keep == "best" or self.patience is not None):
             raise ValueError(
-                f"keep={self.keep}, patience={self.patience}, evaluate_every=0: nothing says what is best; raise evaluate_every"
+                f"keep={self.keep}, patience={self.patience}, evaluate_every=0: nothing says what is best; raise "
+                "evaluate_every"
             )
         return self
 
