@@ -1,9 +1,10 @@
 PYTHON ?= python3.11
 BIN := .venv/bin
+INSTALL := $(BIN)/python -m pip install --quiet --constraint constraints.txt
 
-.PHONY: quickstart test lint types
+.PHONY: quickstart test lint types docs wheel
 
-quickstart: .venv/ready
+quickstart: .venv/quickstart
 	$(BIN)/search-r3 quickstart --recipe recipes/quickstart.yaml --resume
 
 test: .venv/ready
@@ -13,12 +14,36 @@ lint: .venv/ready
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 
-types: .venv/ready
+# The frameworks' own types are checked, too.
+types: .venv/integrations
 	$(BIN)/mypy
 
-# torch first and alone: constraints.txt pins a version of it that needs no CUDA packages on a CPU.
-.venv/ready: pyproject.toml constraints.txt
+# The variable hides an advertisement.
+docs: .venv/docs
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --site-dir build/site
+
+wheel: .venv/ready
+	$(BIN)/python -m build --wheel --outdir dist
+
+# The environment grows by what is asked for. Each of these files stands for an extra that is installed, so that nothing
+# is installed twice; a change of the dependencies makes all of them anew.
+.venv/bin/python:
 	$(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt torch
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
+
+# torch first and alone: constraints.txt pins a version of it that needs no CUDA packages on a CPU.
+.venv/quickstart: pyproject.toml constraints.txt | .venv/bin/python
+	$(INSTALL) torch
+	$(INSTALL) --editable '.[train,eval]'
+	touch $@
+
+.venv/ready: .venv/quickstart
+	$(INSTALL) 'search-r3[dev]'
+	touch $@
+
+.venv/integrations: .venv/ready
+	$(INSTALL) 'search-r3[integrations]'
+	touch $@
+
+.venv/docs: .venv/quickstart
+	$(INSTALL) 'search-r3[docs]'
 	touch $@

@@ -1,42 +1,31 @@
-"""The encoding engine on a GPU, in one call of under eight minutes: speed, memory and parity.
+"""The encoding engine on a GPU, in two minutes: speed, memory and parity.
 
     pip install search-r3[benchmarks]
     python benchmarks/gpu.py --out gpu.json          # Qwen2.5-1.5B's shape, random weights, bfloat16
     python benchmarks/gpu.py --quick --device cpu    # the same code at a tiny size, to try it
 
-In this order, so that what matters most is there if time runs out: CUDA against the CPU (a small model in float32);
-documents: tokens/s as a share of the device's measured matrix-product rate, and against sentence-transformers;
-reasoning queries against `transformers.generate` with a second forward pass; peak memory of each. A part that would
-start after --budget seconds is left out and named in `left_out`. Each part's record is printed as soon as it is there;
-the last line is one JSON object of all of them.
+Documents: tokens/s as a share of the device's measured matrix-product rate, and against sentence-transformers at its
+best batch size; reasoning queries against `transformers.generate` with a second forward pass; peak memory of each; CUDA
+against the CPU (a small model in float32); what torch's kernels of attention cost.
+
+A part that would start after --budget seconds is left out and named in `left_out`; runs are repeated while a part's own
+seconds last, once at least. Each part's record is printed, and written to --out, as soon as it is there; Ctrl-C ends
+with what there is. The last line is one JSON object of all of them.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 import random
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from statistics import median
 from typing import Any
 
-from common import (
-    GenerateThenEmbed,
-    Shape,
-    atlas_texts,
-    finish,
-    machine,
-    make_model,
-    need,
-    never_ending,
-    prepare,
-    reasoning_lengths,
-    say,
-    versions,
-)
+from common import GenerateThenEmbed, Shape, make_model, need, never_ending, prepare, reasoning_lengths, say
+from gpu_record import Record, default_threads, made_up_texts, made_up_words, synchronize
 
 QWEN_1_5B = {"layers": 28, "hidden": 1536, "heads": 12, "key_heads": 2, "intermediate": 8960, "vocabulary": 151936}
 TINY = {"layers": 2, "hidden": 64, "heads": 4, "key_heads": 2, "intermediate": 128, "vocabulary": 2048}
@@ -46,30 +35,37 @@ def timed(device: str, work: Callable[[], Any]) -> tuple[float, int]:
     """Seconds of one run, and the peak of the device's memory meanwhile (0 on a CPU)."""
     import torch
 
-    if device.startswith("cuda"):
-        torch.cuda.synchronize()
+    on_gpu = device.startswith("cuda")
+    if on_gpu:
+        synchronize(device)
         torch.cuda.reset_peak_memory_stats()
     started = time.perf_counter()
     work()
-    if device.startswith("cuda"):
-        torch.cuda.synchronize()
-        return time.perf_counter() - started, torch.cuda.max_memory_allocated()
-    return time.perf_counter() - started, 0
+    synchronize(device)
+    return time.perf_counter() - started, torch.cuda.max_memory_allocated() if on_gpu else 0
 
 
-def against(device: str, runs: int, ours: Callable[[], Any], peer: Callable[[], Any]) -> dict[str, Any]:
-    """Alternating runs after one warm-up each; the ratio of the medians."""
-    ours(), peer()
-    found: dict[str, list[tuple[float, int]]] = {"ours": [], "peer": []}
-    for _ in range(runs):
-        found["ours"].append(timed(device, ours))
-        found["peer"].append(timed(device, peer))
-    spent = {side: [seconds for seconds, _ in values] for side, values in found.items()}
-    return {
-        "ratio": median(spent["peer"]) / median(spent["ours"]),
-        "seconds": spent,
-        "peak_bytes": {side: max(peak for _, peak in values) for side, values in found.items()},
-    }
+def against(
+    options: argparse.Namespace,
+    found: dict[str, Any],
+    seconds: float,
+    ours: Callable[[], Any],
+    peer: Callable[[], Any],
+) -> None:
+    """Alternating runs, as many as `--runs` and these seconds allow, one at least; the ratio of the medians."""
+    spent: dict[str, list[float]] = {"ours": [], "peer": []}
+    peaks = {"ours": 0, "peer": 0}
+    started = time.perf_counter()
+    for run in range(options.runs):
+        if run and (time.perf_counter() - started) * (run + 1) / run > seconds:
+            break
+        for side, work in (("ours", ours), ("peer", peer))[:: 1 if run % 2 == 0 else -1]:
+            took, peak = timed(options.device, work)
+            spent[side].append(took)
+            peaks[side] = max(peaks[side], peak)
+            say(f"run {run + 1}, {side}: {took:.2f} s")
+        found["ratio"] = median(spent["peer"]) / median(spent["ours"])
+        found |= {"seconds": spent, "peak_bytes": peaks}
 
 
 def product_rate(options: argparse.Namespace) -> float:
@@ -97,8 +93,9 @@ def build(options: argparse.Namespace, scratch: Path) -> Any:
 
     from search_r3.model.backbone import Backbone, EmbeddingSettings, load_backbone
 
-    vocabulary = 2000 if options.quick else 16_000
-    small = load_backbone(make_model(scratch / "small", atlas_texts(), Shape(2, 128), vocabulary, 4096, options.seed))
+    vocabulary = 2000 if options.quick else 8000
+    texts = made_up_texts(options.seed)
+    small = load_backbone(make_model(scratch / "small", texts, Shape(2, 128), vocabulary, 4096, options.seed))
     size, config = options.size, small.model.config
     config = transformers.Qwen2Config(
         vocab_size=size["vocabulary"],
@@ -114,6 +111,7 @@ def build(options: argparse.Namespace, scratch: Path) -> Any:
         pad_token_id=config.pad_token_id,
     )
     torch.manual_seed(options.seed)
+    torch.backends.cuda.enable_cudnn_sdp(False)  # as `load_backbone` does, and so for the peers too
     with torch.device(options.device):
         model = transformers.AutoModelForCausalLM.from_config(config, dtype=getattr(torch, options.dtype)).eval()
     limits = EmbeddingSettings(max_length=1024, max_new_tokens=512)
@@ -123,26 +121,24 @@ def build(options: argparse.Namespace, scratch: Path) -> Any:
 def texts_of(count: int, median_words: int, seed: int) -> list[str]:
     """Texts of the tokenizer's own words, their lengths spread log-normally."""
     rng = random.Random(f"texts/{seed}")
-    words = " ".join(atlas_texts()[:4000]).split()
+    words = made_up_words(seed)
     lengths = [int(min(700, max(8, rng.lognormvariate(0, 0.7) * median_words))) for _ in range(count)]
     return [" ".join(rng.choices(words, k=length)) for length in lengths]
 
 
-def parity(options: argparse.Namespace, scratch: Path) -> dict[str, Any]:
+def parity(options: argparse.Namespace, scratch: Path, found: dict[str, Any]) -> None:
     """The same small model in float32 on the CPU and on the device, and in the half type on the device."""
     import numpy as np
 
     from search_r3 import SearchR3
 
-    folder = make_model(scratch / "parity", atlas_texts()[:3000], Shape(4, 128), 2000, 2048, options.seed)
-    texts = texts_of(64, 30, options.seed)
+    folder = make_model(scratch / "parity", made_up_texts(options.seed), Shape(4, 128), 2000, 2048, options.seed)
+    texts = texts_of(32, 30, options.seed)
     exact = SearchR3(folder, device="cpu")
-    found = {}
+    expected, here = exact.encode_document(texts), exact.encode_query(texts[:16], max_new_tokens=24)
     for name, dtype in (("float32", "float32"), ("half", options.dtype)):
         other = SearchR3(folder, device=options.device, dtype=dtype)
         documents = other.encode_document(texts)
-        expected = exact.encode_document(texts)
-        here = exact.encode_query(texts[:16], max_new_tokens=24)
         there = other.encode_query(texts[:16], max_new_tokens=24)
         same = [i for i in range(16) if here.reasoning[i] == there.reasoning[i]]
         found[name] = {
@@ -151,84 +147,173 @@ def parity(options: argparse.Namespace, scratch: Path) -> dict[str, Any]:
             "same_reasoning": len(same) / 16,
             "queries_largest_difference": float(np.abs(here.vectors - there.vectors)[same].max()) if same else None,
         }
-    return found
 
 
-def documents(options: argparse.Namespace, backbone: Any, scratch: Path) -> dict[str, Any]:
-    """Documents of 20 to 700 words against sentence-transformers."""
+def attention(options: argparse.Namespace, found: dict[str, Any]) -> None:
+    """Milliseconds of torch's attention: shapes that are new with cuDNN's allowed, and grouped heads in float32.
+
+    The first is why `load_backbone` forbids cuDNN's; the second tells what the engine's way costs in float32, where no
+    fast kernel takes fewer heads of keys than of queries.
+    """
+    import torch
+
+    heads, groups, size = options.size["heads"], options.size["key_heads"], 128
+    attend = torch.nn.functional.scaled_dot_product_attention
+
+    def tensors(batch: int, queries: int, keys: int, dtype: str) -> list[Any]:
+        shapes = (batch, heads, queries, size), (batch, groups, keys, size), (batch, groups, keys, size)
+        return [torch.randn(shape, device=options.device, dtype=getattr(torch, dtype)) for shape in shapes]
+
+    def decode(keys: int) -> None:
+        query, key, value = tensors(64, 1, keys, options.dtype)
+        grouped = query.view(64, groups, heads // groups, size)
+        mask = (torch.arange(keys, device=options.device) < keys - 1).expand(64, 1, heads // groups, keys)
+        attend(grouped, key, value, attn_mask=mask)
+
+    def causal(batch: int, length: int, dtype: str, repeat: bool = False) -> None:
+        query, key, value = tensors(batch, length, length, dtype)
+        if repeat:
+            key, value = (part.repeat_interleave(heads // groups, 1) for part in (key, value))
+        attend(query, key, value, is_causal=True, enable_gqa=not repeat)
+
+    shapes: dict[str, Callable[[int], None]] = {
+        "decoding": lambda run: decode(200 + run),
+        "prefill": lambda run: causal(4, 300 + run, options.dtype),
+    }
+    for allowed in (False, True):
+        torch.backends.cuda.enable_cudnn_sdp(allowed)
+        name = "cudnn_allowed" if allowed else "cudnn_forbidden"
+        found[name] = {}
+        try:
+            for kind, work in shapes.items():
+                work(0)
+                spent = [timed(options.device, lambda run=run, work=work: work(run))[0] for run in range(1, 5)]
+                found[name][kind] = 1000 * median(spent)
+        finally:
+            torch.backends.cuda.enable_cudnn_sdp(False)
+    batch, length = (2, 64) if options.quick else (32, 512)
+    for name, dtype, repeat in (
+        ("causal", options.dtype, False),
+        ("float32_grouped", "float32", False),
+        ("float32_repeated", "float32", True),
+    ):
+        causal(batch, length, dtype, repeat)
+        spent = [
+            timed(options.device, lambda dtype=dtype, repeat=repeat: causal(batch, length, dtype, repeat))[0]
+            for _ in range(3)
+        ]
+        found[name] = 1000 * median(spent)
+
+
+def documents(options: argparse.Namespace, backbone: Any, scratch: Path, found: dict[str, Any]) -> None:
+    """Documents of 8 to 700 words against sentence-transformers.
+
+    `share_of_rate` counts the tokens that are computed: the template before the text is computed once for all.
+    """
     from sentence_transformers import SentenceTransformer
 
     from search_r3 import SearchR3
     from search_r3.model.export import export_sentence_transformers
 
-    count = 64 if options.quick else 2048
+    count = 48 if options.quick else 1536
     texts, model = texts_of(count, 120, options.seed), SearchR3(backbone)
-    tokens = sum(model.count_document_tokens(texts))
+    lengths = model.count_document_tokens(texts)
+    tokens = sum(lengths)
+    computed = tokens - count * len(backbone.prompt_encoder.frame("document")[0])
+    rate = product_rate(options)
+    flop = 2 * sum(weight.numel() for weight in backbone.causal_lm.base_model.layers.parameters()) * computed
+    found |= {"documents": count, "tokens": tokens, "tokens_computed": computed, "longest": max(lengths)}
+    found |= {"product_rate": rate, "by_batch_tokens": {}, "peer_by_batch_size": {}}
+    say(f"{rate / 1e12:.3g} TFLOP/s in matrix products; {tokens} tokens")
+    begun = time.perf_counter()
+    backbone.prompt_encoder.encode_batch(texts, "document")
+    found["tokenise_seconds"] = time.perf_counter() - begun
+    kept: dict[str, Any] = {}
+    for batch_tokens in (2048,) if options.quick else (16384, 32768, 65536):
+        model.encode_document(texts[: count // 8], batch_tokens=batch_tokens)
+        spent, _ = timed(
+            options.device,
+            lambda size=batch_tokens: kept.update(ours=model.encode_document(texts, batch_tokens=size)),
+        )
+        speed = {"seconds": spent, "tokens_per_second": tokens / spent, "share_of_rate": flop / spent / rate}
+        found["by_batch_tokens"][str(batch_tokens)] = speed
+        say(f"ours, {batch_tokens} tokens a batch: {spent:.2f} s, {flop / spent / rate:.3f} of the rate")
+    best = max(found["by_batch_tokens"], key=lambda size: found["by_batch_tokens"][size]["tokens_per_second"])
+    found |= {"batch_tokens": int(best), **found["by_batch_tokens"][best]}
     export_sentence_transformers(backbone, scratch / "sentence-transformers")
     peer = SentenceTransformer(
         str(scratch / "sentence-transformers"), device=options.device, model_kwargs={"dtype": options.dtype}
     )
-    rate = product_rate(options)
-    parameters = sum(weight.numel() for weight in backbone.causal_lm.base_model.layers.parameters())
-    found: dict[str, Any] = {"tokens": tokens, "documents": count, "product_rate": rate, "by_batch_tokens": {}}
-    for batch_tokens in (2048,) if options.quick else (16384, 32768, 65536):
-        model.encode_document(texts, batch_tokens=batch_tokens)
-        spent, _ = timed(options.device, lambda size=batch_tokens: model.encode_document(texts, batch_tokens=size))
-        found["by_batch_tokens"][batch_tokens] = {
-            "tokens_per_second": tokens / spent,
-            "share_of_rate": 2 * parameters * tokens / spent / rate,
-        }
-    best = max(found["by_batch_tokens"], key=lambda size: found["by_batch_tokens"][size]["tokens_per_second"])
-    sizes = {}
-    for size in (16,) if options.quick else (32, 64, 128):
-        peer.encode_document(texts, batch_size=size)
-        sizes[size], _ = timed(options.device, lambda size=size: peer.encode_document(texts, batch_size=size))
-    fastest = min(sizes, key=lambda size: sizes[size])
-    compared = against(
-        options.device,
-        options.runs,
-        lambda: model.encode_document(texts, batch_tokens=best),
-        lambda: peer.encode_document(texts, batch_size=fastest),
+    for size in (16,) if options.quick else (32, 128):
+        peer.encode_document(texts[: count // 8], batch_size=size)
+        spent, _ = timed(
+            options.device, lambda size=size: kept.update(peer=peer.encode_document(texts, batch_size=size))
+        )
+        found["peer_by_batch_size"][str(size)] = spent
+        say(f"sentence-transformers, {size} documents a batch: {spent:.2f} s")
+    found["least_cosine_to_peer"] = float((kept["ours"] * kept["peer"]).sum(-1).min())
+    fastest = min(found["peer_by_batch_size"], key=lambda size: found["peer_by_batch_size"][size])
+    found["peer_batch_size"] = int(fastest)
+    against(
+        options,
+        found,
+        12.0,
+        lambda: model.encode_document(texts, batch_tokens=int(best)),
+        lambda: peer.encode_document(texts, batch_size=int(fastest)),
     )
-    share = 2 * parameters * tokens / median(compared["seconds"]["ours"]) / rate
-    return found | compared | {"batch_tokens": best, "peer_batch_size": fastest, "share_of_rate": share}
+    spent = median(found["seconds"]["ours"])
+    found |= {"tokens_per_second": tokens / spent, "share_of_rate": flop / spent / rate}
 
 
-def queries(options: argparse.Namespace, backbone: Any) -> dict[str, Any]:
-    """Reasoning of 20 to 300 tokens against `generate` and a second forward pass."""
+def queries(options: argparse.Namespace, backbone: Any, found: dict[str, Any]) -> None:
+    """Reasoning of 20 to 300 tokens against `generate` and a second forward pass, each side at its best batch size."""
     from search_r3 import SearchR3
 
-    count, longest = (12, 40) if options.quick else (256, 300)
     never_ending(backbone)
-    lengths = reasoning_lengths(count, options.seed, longest)
-    prompts = [prompt.ids for prompt in backbone.prompt_encoder.encode_batch(texts_of(count, 12, 1), "reason")]
     model = SearchR3(backbone)
     peer = GenerateThenEmbed(backbone.model, backbone.tokenizer.pad_token_id, backbone.embed_token_id, 0.0)
-    found: dict[str, Any] = {}
-    for size in (8,) if options.quick else (64, 256):
-        compared = against(
-            options.device,
-            1 if options.quick else 2,
-            lambda size=size: model.rollouts(prompts, max_new_tokens=[n + 1 for n in lengths], batch_size=size),
-            lambda size=size: peer(prompts, lengths, size),
+    count, longest = (12, 40) if options.quick else (256, 300)
+    lengths = reasoning_lengths(count, options.seed, longest)
+    prompts = [prompt.ids for prompt in backbone.prompt_encoder.encode_batch(texts_of(count, 12, 1), "reason")]
+    found["by_batch_size"] = {}
+    for size, rows, seconds in ((8, 12, 20.0),) if options.quick else ((256, 256, 20.0), (64, 128, 5.0)):
+        asked, budgets = prompts[:rows], lengths[:rows]
+        model.rollouts(asked[:size], max_new_tokens=9, batch_size=size)
+        peer(asked[:size], [8] * min(size, rows), size)
+        here: dict[str, Any] = {"queries": rows, "tokens": sum(budgets)}
+        found["by_batch_size"][str(size)] = here
+        against(
+            options,
+            here,
+            seconds,
+            lambda size=size, asked=asked, budgets=budgets: model.rollouts(
+                asked, max_new_tokens=[n + 1 for n in budgets], batch_size=size
+            ),
+            lambda size=size, asked=asked, budgets=budgets: peer(asked, budgets, size),
         )
-        compared["tokens_per_second"] = sum(lengths) / median(compared["seconds"]["ours"])
-        found[f"batch {size}"] = compared
-    spent = {side: min(median(part["seconds"][side]) for part in found.values()) for side in ("ours", "peer")}
-    return {"ratio": spent["peer"] / spent["ours"], "queries": count, **found}  # each side at its best
+        here["tokens_per_second"] = {side: sum(budgets) / median(spent) for side, spent in here["seconds"].items()}
+        speeds = [part["tokens_per_second"] for part in found["by_batch_size"].values()]
+        best = {side: max(speed[side] for speed in speeds) for side in ("ours", "peer")}
+        found |= {"ratio": best["ours"] / best["peer"], "tokens_per_second": best["ours"]}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--dtype", default="bfloat16", choices=["bfloat16", "float16", "float32"])
-    parser.add_argument("--budget", type=float, default=420.0, help="seconds after which no further part starts")
+    parser.add_argument("--budget", type=float, default=105.0, help="seconds after which no further part starts")
     parser.add_argument("--runs", type=int, default=3)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--threads", type=int, default=default_threads())
     parser.add_argument("--out", type=Path, help="write the JSON object here too")
     parser.add_argument("--quick", action="store_true", help="a tiny model, within a minute")
     options = parser.parse_args()
+    record = Record(
+        {"benchmark": "gpu", "peer": "sentence-transformers; transformers generate", "unit": "times the peer's speed"},
+        options.out,
+        options.budget,
+        options.device,
+    )
     need("torch", "transformers", "sentence_transformers")
     prepare(options)
     import torch
@@ -236,30 +321,23 @@ def main() -> None:
     if options.device.startswith("cuda") and not torch.cuda.is_available():
         parser.error("this process sees no CUDA device; --quick --device cpu tries the script without one")
     options.size = TINY if options.quick else QWEN_1_5B
-    started = time.perf_counter()
-    record: dict[str, Any] = {"benchmark": "gpu", "peer": "sentence-transformers; transformers generate", "parts": {}}
-    left_out: list[str] = []
+    record.values["settings"] = {
+        "shape": options.size, "dtype": options.dtype, "runs": options.runs, "seed": options.seed,
+        "threads": options.threads, "quick": options.quick,
+    }  # fmt: skip
     with tempfile.TemporaryDirectory() as name:
         scratch = Path(name)
         backbone = build(options, scratch)
-        parts: Sequence[tuple[str, Callable[[], dict[str, Any]]]] = (
-            ("parity", lambda: parity(options, scratch)),
-            ("documents", lambda: documents(options, backbone, scratch)),
-            ("queries", lambda: queries(options, backbone)),
+        say(f"model built, {record.left:.0f} s are left")
+        record.measure(
+            [
+                ("attention", lambda found: attention(options, found)),
+                ("documents", lambda found: documents(options, backbone, scratch, found)),
+                ("queries", lambda found: queries(options, backbone, found)),
+                ("parity", lambda found: parity(options, scratch, found)),
+            ]
         )
-        for part, measure in parts:
-            if time.perf_counter() - started > options.budget:
-                left_out.append(part)
-                continue
-            record["parts"][part] = measure()
-            print(json.dumps({part: record["parts"][part]}), flush=True)
-            say(f"{part} done after {time.perf_counter() - started:.0f} s")
-    device = torch.cuda.get_device_name() if options.device.startswith("cuda") else "cpu"
-    settings = {"shape": options.size, "dtype": options.dtype, "seed": options.seed, "quick": options.quick}
-    record |= {"unit": "times the peer's speed", "runs": options.runs, "left_out": left_out, "settings": settings}
-    record["ratio"] = {name: part["ratio"] for name, part in record["parts"].items() if "ratio" in part}
-    record |= {"seconds": time.perf_counter() - started, "machine": machine() | {"device": device}}
-    finish(record | {"versions": versions("torch", "transformers", "sentence-transformers")}, options.out)
+    record.finish("torch", "transformers", "sentence-transformers")
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 #!/bin/sh
-# The small real model on one GPU, in two calls of a machine that takes files of limited size (docs/training.md):
-#   first:  sh benchmarks/gpu_smol.sh keep FOLDER...        folders that travel now are needed later: base, part 1
-#   second: sh benchmarks/gpu_smol.sh train OUT SECONDS      with part 2 and the data in .gpu/second
+# The small real model on one GPU, in two calls where only so much can be copied at a time:
+#   first:  sh benchmarks/gpu_smol.sh keep FOLDER...   what travels now and is needed later: part 1 of the base, wheels
+#   second: sh benchmarks/gpu_smol.sh train OUT SECONDS [OPTION...]   with part 2 and the data in .gpu/second
 # The machine needs torch, transformers, peft, accelerate, pydantic (wheels in .whl are unpacked, nothing is fetched).
 set -eu
 kept=${SMOL_KEPT:-/tmp/smol-kept}
@@ -14,7 +14,9 @@ keep)
     ;;
 train)
     started=$(date +%s)
-    mkdir -p "$2" "$kept/wheels"
+    out=$2 seconds=$3
+    shift 3
+    mkdir -p "$out" "$kept/wheels"
     for wheel in .whl/*.whl "$kept"/.whl/*.whl; do
         if [ -e "$wheel" ]; then python3 -m zipfile -e "$wheel" "$kept/wheels"; fi
     done
@@ -22,7 +24,8 @@ train)
     if [ ! -e "$first" ]; then first=.gpu/first; fi
     PYTHONPATH=src:benchmarks:$kept/wheels TOKENIZERS_PARALLELISM=true python3 -u benchmarks/smol.py \
         --base "$first/part1.safetensors" .gpu/second/part2.safetensors --data .gpu/second/smol-data.tar.xz \
-        --work "${SMOL_WORK:-/tmp/smol-work}" --out "$2" --seconds "$3" --started "$started" 2>&1 | tee "$2/log.txt"
+        --work "${SMOL_WORK:-/tmp/smol-work}" --out "$out" --seconds "$seconds" --started "$started" "$@" \
+        2>&1 | tee "$out/log.txt"
     ;;
 *)
     echo "keep FOLDER... or train OUT SECONDS" >&2

@@ -1,4 +1,4 @@
-"""Training on a GPU, in one call of under eight minutes: tokens/s, share of the matrix-product rate, peak memory.
+"""Training on a GPU, in a minute and a half: tokens/s, share of the matrix-product rate, peak memory.
 
     python benchmarks/gpu_training.py --out gpu_training.json   # Qwen2.5-1.5B's shape, random weights
     python benchmarks/gpu_training.py --quick --device cpu      # the same code at a tiny size, to try it
@@ -9,24 +9,26 @@ spread little, so that the longest batch is no matter of luck. `tokens_per_secon
 passes, padding apart; `share_of_rate` is their FLOP (6 per weight of the blocks, a third of it in passes without
 gradients; what checkpointing computes again does not count) against the device's measured matrix products.
 `peak_bytes` is the peak of torch's allocator after the first step, and `over_plan` that of `search-r3 plan` over it.
-The first step of a stage warms up; medians are over the others.
+The first step of a stage warms up; medians are over the others. A stage ends after its steps, or after the first of
+them that its share of --budget is over at; no model is written at its end. Ctrl-C ends with what there is.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
+import contextlib
 import math
 import random
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Iterator
 from pathlib import Path
 from statistics import median
 from typing import Any
 
-from common import atlas_texts, finish, machine, need, prepare, say, versions
+from common import need, prepare, say
 from gpu import QWEN_1_5B, TINY, build, product_rate
+from gpu_record import Record, default_threads, free_memory, made_up_words
 
 WORDS = {"query": (10, 14), "document": (180, 220), "reasoning": (80, 100)}
 """Words of a text, from the least to the most."""
@@ -40,15 +42,16 @@ def write_model(options: argparse.Namespace, folder: Path, scratch: Path) -> Pat
 
     backbone = build(argparse.Namespace(**{**vars(options), "dtype": "float32"}), scratch)
     with torch.no_grad():
-        # One number is the same in every row of the table, so that every hidden state points there; a larger one in the
-        # embed token's row adds to its logit.
+        # One number is the same in every row of the table, so that all hidden states have much in common; their mean in
+        # the embed token's row adds to its logit, by about as much everywhere.
         table = backbone.model.get_input_embeddings().weight
         table[:, 0] = 1.0
         ids = torch.randint(0, len(backbone.tokenizer), (4, 64), device=options.device)
         hidden = backbone.hidden_states(ids, torch.ones_like(ids))
         missing = backbone.logits(hidden).logsumexp(-1).mean() - math.log(REPLY_TOKENS)
         missing -= backbone.logits(hidden)[..., backbone.embed_token_id].mean()
-        table[backbone.embed_token_id, 0] += missing / hidden[..., 0].mean()
+        common = hidden.flatten(0, 1).mean(0)  # D
+        table[backbone.embed_token_id] += missing / common.square().sum() * common
     backbone.save(folder, "bfloat16")
     return folder
 
@@ -58,12 +61,12 @@ def write_collection(options: argparse.Namespace, folder: Path) -> Path:
     from search_r3.data.collection import Collection, Document, Query
 
     rng = random.Random(f"training/{options.seed}")
-    words = " ".join(atlas_texts()[:4000]).split()
+    words = made_up_words(options.seed)
 
     def text(kind: str) -> str:
         return " ".join(rng.choices(words, k=rng.randint(*WORDS[kind]) // (4 if options.quick else 1)))
 
-    count = 24 if options.quick else 512
+    count = 24 if options.quick else 256
     documents = {f"d{i}": Document(f"d{i}", text("document"), "") for i in range(2 * count)}
     queries = {f"q{i}": Query(f"q{i}", text("query"), {"reasoning": text("reasoning")}) for i in range(count)}
     judged = {f"q{i}": {f"d{i}": 1} for i in range(count)}
@@ -82,33 +85,41 @@ def make_recipe(options: argparse.Namespace, scratch: Path) -> Any:
             *(f"run_dir={scratch / 'run'}", f"base={scratch / 'model'}", f"collection={scratch / 'collection'}"),
             *("max_length=512", f"max_new_tokens={48 if small else 256}", "save_every=1000", f"seed={options.seed}"),
             *(f"mixed_precision={'bf16' if options.dtype == 'bfloat16' else 'no'}", "gradient_checkpointing=true"),
-            *(f"sft.steps={options.steps}", f"sft.batch_size={4 if small else 128}", "sft.learning_rate=1e-6"),
-            *("sft.splits={train: 1.0}", "sft.random_negatives=1", "sft.bm25_negatives=0"),
+            *(f"sft.steps={options.steps + 1}", f"sft.batch_size={4 if small else 64}", "sft.learning_rate=1e-6"),
+            *("sft.splits={train: 1.0}", "sft.random_negatives=1", "sft.hard_negatives=0"),
             f"sft.micro_batch_size={4 if small else options.micro}",
-            *(f"grpo.steps={options.steps}", f"grpo.queries_per_step={4 if small else 32}", "grpo.group_size=8"),
+            *(f"grpo.steps={options.steps + 1}", f"grpo.queries_per_step={4 if small else 32}", "grpo.group_size=8"),
             *("grpo.splits=[train]", "grpo.learning_rate=1e-7", "grpo.evaluate_every=1000"),
             *(f"grpo.micro_batch_size={8 if small else options.micro}", "grpo.rollout_batch_size=256"),
         ],
     )
 
 
-class Passes:
-    """Counts tokens of the policy's forward passes, with and without gradients, and the memory at its peak."""
+class EnoughError(Exception):
+    """The steps that were to be measured are done; the evaluation and the model of the last one are not wanted."""
 
-    def __init__(self, device: str) -> None:
-        self.device, self.steps = device, []
+
+class Passes:
+    """Counts tokens of the policy's forward passes, with and without gradients, and ends a stage after its steps.
+
+    Args:
+        device: where it trains.
+        steps: how many are measured, the first one included.
+        until: the reading of `time.perf_counter` after which two are enough.
+    """
+
+    def __init__(self, device: str, steps: int, until: float) -> None:
+        self.device, self.wanted, self.until = device, steps, until
+        self.steps: list[dict[str, float]] = []
         self.counted: dict[bool, list[Any]] = {True: [], False: []}
         self.sequences = self.tokens = 0
 
-    def hook(self, module: Any, inputs: tuple[Any, ...]) -> None:
+    def count(self, mask: Any) -> None:
         """Before every forward pass."""
         import torch
 
-        from search_r3.training.policy import Policy
-
-        if isinstance(module, Policy):
-            self.counted[torch.is_grad_enabled()].append(inputs[1].sum())
-            self.sequences += inputs[1].shape[0]
+        self.counted[torch.is_grad_enabled()].append(mask.sum())
+        self.sequences += mask.shape[0]
 
     def observe(self, stage: str, step: int, steps: int, values: dict[str, float]) -> None:
         """After every step."""
@@ -118,8 +129,29 @@ class Passes:
         self.counted = {True: [], False: []}
         self.tokens += sum(tokens.values())
         self.steps.append({"trained": tokens[True], "forward": tokens[False], **values})
+        say(f"{stage}, step {step}: {values['seconds']:.2f} s")
+        if len(self.steps) == self.wanted or (len(self.steps) > 1 and time.perf_counter() > self.until):
+            raise EnoughError
         if step == 1 and self.device.startswith("cuda"):
             torch.cuda.reset_peak_memory_stats()
+
+
+@contextlib.contextmanager
+def counting(passes: Passes) -> Iterator[None]:
+    """While a stage trains: every forward pass of the policy is counted."""
+    from search_r3.training.policy import Policy
+
+    forward = Policy.forward
+
+    def counted(policy: Any, ids: Any, mask: Any, **arguments: Any) -> Any:
+        passes.count(mask)
+        return forward(policy, ids, mask, **arguments)
+
+    Policy.forward = counted
+    try:
+        yield
+    finally:
+        Policy.forward = forward
 
 
 def longest(recipe: Any, stage: str) -> Any:
@@ -147,8 +179,10 @@ def longest(recipe: Any, stage: str) -> Any:
     )
 
 
-def run_stage(options: argparse.Namespace, recipe: Any, stage: str, rate: float) -> dict[str, Any]:
-    """Train a stage and compare."""
+def run_stage(
+    options: argparse.Namespace, recipe: Any, stage: str, rate: float, seconds: float, record: dict[str, Any]
+) -> None:
+    """Train a stage, for about these seconds, and compare."""
     import torch
 
     from search_r3.data.load import load_collection
@@ -159,16 +193,18 @@ def run_stage(options: argparse.Namespace, recipe: Any, stage: str, rate: float)
     from search_r3.training.run import Run
     from search_r3.training.sft import train_sft
 
-    passes = Passes(options.device)
-    handle = torch.nn.modules.module.register_module_forward_pre_hook(passes.hook)
-    try:
+    on_gpu = options.device == "cuda"
+    free_memory(options.device)
+    record["held_before_bytes"] = torch.cuda.memory_allocated() if on_gpu else 0
+    passes = Passes(options.device, options.steps, time.perf_counter() + seconds)
+    record["steps"] = passes.steps
+    with contextlib.suppress(EnoughError), counting(passes):
         if stage == "sft":
             train_sft(recipe, Run(recipe), passes.observe)
         else:
             train_grpo(recipe, Run(recipe), Path(recipe.base), passes.observe)
-    finally:
-        handle.remove()
-    peak = torch.cuda.max_memory_allocated() if options.device.startswith("cuda") else None
+    peak = torch.cuda.max_memory_allocated() if on_gpu else None
+    free_memory(options.device)
     lengths = longest(recipe, stage)
     documents = len(load_collection(recipe.collection).documents)
     found = plan(recipe, stage, gpus=1, documents=documents, lengths=lengths)
@@ -178,7 +214,7 @@ def run_stage(options: argparse.Namespace, recipe: Any, stage: str, rate: float)
     per_token = work.forward(passes.tokens / passes.sequences)
     flop = [(3 * step["trained"] + step["forward"]) * per_token for step in steps]
     expected = max(sum(parts.values()) for phase, parts in found.phases.items() if phase != "load")
-    record = {
+    record |= {
         "seconds": [step["seconds"] for step in steps],
         "training_seconds": spent,
         "tokens_trained": [step["trained"] for step in steps],
@@ -186,6 +222,7 @@ def run_stage(options: argparse.Namespace, recipe: Any, stage: str, rate: float)
         "tokens_per_second": median(s["trained"] / t for s, t in zip(steps, spent, strict=True)),
         "share_of_rate": median(count / t for count, t in zip(flop, spent, strict=True)) / rate,
         "peak_bytes": peak,
+        "tokens_per_sequence": passes.tokens / passes.sequences,
         "plan_bytes": expected,
         "over_plan": expected / peak if peak else None,
         "plan": {phase: parts for phase, parts in found.phases.items() if phase != "load"},
@@ -198,21 +235,28 @@ def run_stage(options: argparse.Namespace, recipe: Any, stage: str, rate: float)
         )
         record |= {name: median(step[name] for step in steps) for name in ("reasoning_tokens", "forced_share")}
         record["refresh_tokens_per_second"] = median(s["tokens_encoded"] / s["refresh_seconds"] for s in steps)
-    return record
+    if peak:
+        record["ratio"] = expected / peak
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", default="cuda", choices=["cuda", "cpu"])
     parser.add_argument("--dtype", default="bfloat16", choices=["bfloat16", "float32"], help="of the products")
-    parser.add_argument("--steps", type=int, default=4, help="steps of each stage, the first one to warm up")
+    parser.add_argument("--steps", type=int, default=3, help="steps of each stage, the first one to warm up")
     parser.add_argument("--micro", type=int, default=16, help="sequences per forward and backward pass")
-    parser.add_argument("--budget", type=float, default=300.0, help="seconds after which no further stage starts")
+    parser.add_argument("--budget", type=float, default=80.0, help="seconds after which no further stage starts")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--threads", type=int, default=default_threads())
     parser.add_argument("--out", type=Path, help="write the JSON object here too")
     parser.add_argument("--quick", action="store_true", help="a tiny model, within two minutes")
     options = parser.parse_args()
+    record = Record(
+        {"benchmark": "gpu_training", "peer": "search-r3 plan", "unit": "plan over measured peak"},
+        options.out,
+        options.budget,
+        options.device,
+    )
     need("torch", "transformers", "accelerate")
     prepare(options)
     import torch
@@ -222,34 +266,25 @@ def main() -> None:
     if options.device == "cpu" and torch.cuda.is_available():
         parser.error("training takes the GPU that it sees; hide it with CUDA_VISIBLE_DEVICES= to try the CPU")
     options.size = TINY if options.quick else QWEN_1_5B
-    started = time.perf_counter()
-    record: dict[str, Any] = {"benchmark": "gpu_training", "peer": "search-r3 plan", "unit": "plan over measured peak"}
-    parts: dict[str, Any] = {}
-    left_out = []
+    record.values["settings"] = {
+        "shape": options.size, "dtype": options.dtype, "micro": options.micro, "steps": options.steps,
+        "seed": options.seed, "threads": options.threads, "quick": options.quick,
+    }  # fmt: skip
     with tempfile.TemporaryDirectory() as name:
         scratch = Path(name)
         write_model(options, scratch / "model", scratch)
         write_collection(options, scratch / "collection")
         recipe, rate = make_recipe(options, scratch), product_rate(options)
-        if options.device == "cuda":
-            torch.cuda.empty_cache()
-        say(f"model and collection written after {time.perf_counter() - started:.0f} s; {rate / 1e12:.3g} TFLOP/s")
-        stages: dict[str, Callable[[], dict[str, Any]]] = {
-            stage: lambda stage=stage: run_stage(options, recipe, stage, rate) for stage in ("sft", "grpo")
-        }
-        for stage, measure in stages.items():
-            if time.perf_counter() - started > options.budget:
-                left_out.append(stage)
-                continue
-            parts[stage] = measure()
-            print(json.dumps({stage: parts[stage]}), flush=True)
-            say(f"{stage} done after {time.perf_counter() - started:.0f} s")
-    settings = {"shape": options.size, "dtype": options.dtype, "micro": options.micro, "quick": options.quick}
-    record |= {"ratio": {stage: part["over_plan"] for stage, part in parts.items()}, "product_rate": rate}
-    record |= {"parts": parts, "left_out": left_out, "runs": options.steps - 1, "settings": settings}
-    device = torch.cuda.get_device_name() if options.device == "cuda" else "cpu"
-    record |= {"seconds": time.perf_counter() - started, "machine": machine() | {"device": device}}
-    finish(record | {"versions": versions("torch", "transformers", "accelerate")}, options.out)
+        record.values["product_rate"] = rate
+        free_memory(options.device)
+        say(f"model and collection written, {record.left:.0f} s are left; {rate / 1e12:.3g} TFLOP/s")
+        record.measure(
+            [
+                ("sft", lambda found: run_stage(options, recipe, "sft", rate, record.left / 2, found)),
+                ("grpo", lambda found: run_stage(options, recipe, "grpo", rate, record.left, found)),
+            ]
+        )
+    record.finish("torch", "transformers", "accelerate")
 
 
 if __name__ == "__main__":

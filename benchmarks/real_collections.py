@@ -14,8 +14,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from traces import join_sentences, pair_query, query_traces
+
 from search_r3.data.collection import Collection, Document, Qrels, Query
-from search_r3.data.mixing.traces import join_sentences, pair_query, query_traces
 from search_r3.files import atomic_directory, write_text
 from search_r3.model.prompts import PROMPT_SETS
 

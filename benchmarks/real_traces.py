@@ -38,8 +38,9 @@ def forced_vectors(model: Any, queries: Sequence[str], texts: Sequence[str]) -> 
 
 def score(root: Path, out: Path, name: str, seed: int) -> dict[str, float]:
     """nDCG@10 on dev of one collection, by what was written."""
+    from traces import query_traces
+
     from search_r3.data.collection import Collection
-    from search_r3.data.mixing.traces import query_traces
     from search_r3.model.encoder import SearchR3
     from search_r3.retrieval.index import ExactIndex
     from search_r3.retrieval.metrics import ndcg

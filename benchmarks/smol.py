@@ -43,7 +43,7 @@ from search_r3.training.run import Run
 from search_r3.training.sft import train_sft
 
 RECIPES = Path(__file__).parent.parent / "recipes"
-PROBE = {"sft": 16, "grpo": 3}
+PROBE = {"sft": 24, "grpo": 3}
 """Steps whose speed decides how many are made."""
 QUICK = {
     "sft": [
@@ -88,12 +88,30 @@ def prepare(options: argparse.Namespace, work: Path) -> tuple[Path, Path]:
         if not (data / "manifest.json").exists():
             with tarfile.open(options.data) as tar:
                 tar.extractall(data, filter="data")
-    if not (data / "rl" / "corpus.jsonl").exists():
-        rl_collection(data)
+    if not (rl_folder(data, options.quick) / "corpus.jsonl").exists():
+        whole = rl_collection(data)
+        (first_of(whole) if options.quick else whole).save(rl_folder(data, options.quick))
     return base, data
 
 
-def rl_collection(data: Path) -> None:
+def rl_folder(data: Path, quick: bool) -> Path:
+    return data / ("rl-quick" if quick else "rl")
+
+
+def first_of(whole: Collection, queries: int = 10) -> Collection:
+    """A few queries of each split, and the documents that they need."""
+    splits = {name: dict(list(qrels.items())[:queries]) for name, qrels in whole.qrels.items()}
+    documents = {one for qrels in splits.values() for gains in qrels.values() for one in gains}
+    asked = {one for qrels in splits.values() for one in qrels}
+    return Collection(
+        "rl",
+        {one: document for one, document in whole.documents.items() if one in documents},
+        {one: query for one, query in whole.queries.items() if one in asked},
+        splits,
+    )
+
+
+def rl_collection(data: Path) -> Collection:
     """The documents of a few sources, to be ranked as a whole, their train queries, and some dev queries."""
     train = Collection.load(data / "train")
     keep = tuple(f"{name}/" for name in RL_SPLITS if name in train.qrels)
@@ -114,19 +132,26 @@ def rl_collection(data: Path) -> None:
         for query_id, gains in list(own.split("dev").items())[:RL_DEV]:
             queries[f"{name}/{query_id}"] = Query(f"{name}/{query_id}", own.queries[query_id].text)
             dev[f"{name}/{query_id}"] = {f"{name}/{one}": gain for one, gain in gains.items()}
-    Collection("rl", documents, queries, {**splits, "dev": dev}).save(data / "rl")
+    return Collection("rl", documents, queries, {**splits, "dev": dev})
 
 
 def fitted(recipe: Recipe, overrides: list[str], stage: str, seconds: float, clock: Clock, work: Path) -> list[str]:
-    """More overrides: how many steps take `seconds`, measured on a run of a few that is thrown away."""
+    """More overrides: how many steps fill `seconds`, by a run of a few, which is part of them and thrown away."""
+    began = time.monotonic()
     probe = work / f"probe-{stage}"
     shutil.rmtree(probe, ignore_errors=True)
     few = [*overrides, f"{stage}.steps={PROBE[stage]}", f"run_dir={probe}", f"{stage}.warmup_steps=1"]
     train(stage, load_recipe(recipe_of(stage), few), probe, clock)
-    rows = [row for row in metrics_of(probe) if row.get("stage") == stage and row["step"] > PROBE[stage] // 4]
-    each = statistics.mean(row["seconds"] for row in rows)
-    steps = max(10, int(seconds / each))
-    clock.say(f"{stage}: {each:.3f} s a step, so {steps} steps in {seconds:.0f} s{memory()}")
+    spent = time.monotonic() - began
+    rows = [row for row in metrics_of(probe) if row["step"] > 0]
+    around = spent - sum(row["seconds"] for row in rows)  # to load, to look at dev, to save
+    each = statistics.mean(row["seconds"] for row in rows if row["step"] > PROBE[stage] // 4)
+    steps = int((seconds - spent - around) / each)
+    clock.say(
+        f"{stage}: {each:.3f} s a step, {around:.0f} s around them, so {steps} steps in {seconds:.0f} s{memory()}"
+    )
+    if steps < 5:
+        raise RuntimeError(f"{seconds:.0f} s are too few for {stage}")
     shutil.rmtree(probe, ignore_errors=True)
     return [f"{stage}.steps={steps}", f"{stage}.warmup_steps={max(2, min(40, steps // 12))}"]
 
@@ -140,7 +165,7 @@ def train(stage: str, recipe: Recipe, folder: Path, clock: Clock) -> Path:
     run = Run(recipe)
 
     def observe(stage: str, step: int, steps: int, values: Any) -> None:
-        if step <= 3 or step % max(1, steps // 12) == 0 or step == steps:
+        if step in (1, steps) or step % max(10, steps // 10) == 0 or (stage == "grpo" and step % 3 == 0):
             shown = ("loss", "info_nce", "cross_entropy", "reward", "forced_share", "reasoning_tokens", "seconds")
             clock.say(f"{stage} {step}/{steps} " + " ".join(f"{k}={values[k]:.3f}" for k in shown if k in values))
 
@@ -162,7 +187,7 @@ def stage_of(stage: str, overrides: list[str], seconds: float | None, clock: Clo
                 names = ("steps", "warmup_steps", "micro_batch_size")
                 overrides += [f"{stage}.{one}={json.dumps(getattr(section, one))}" for one in names]
             elif seconds is not None:
-                overrides += fitted(recipe, overrides, stage, seconds, clock, work)
+                overrides += fitted(recipe, overrides, stage, min(seconds, clock.left() - 20), clock, work)
             model = train(stage, load_recipe(recipe_of(stage), overrides), folder, clock)
             break
         except torch.cuda.OutOfMemoryError:
@@ -238,7 +263,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, default=Path("runs/smol/out"))
     parser.add_argument("--seconds", type=float, default=420, help="for all stages together")
     parser.add_argument("--started", type=float, help="when the clock began, in seconds since 1970; default: now")
-    parser.add_argument("--sft-seconds", type=float, help="default: 55 %% of --seconds")
+    parser.add_argument("--sft-seconds", type=float, help="default: 60 %% of --seconds")
     parser.add_argument("--queries", type=int, default=200, help="dev queries of each collection")
     parser.add_argument("--set", nargs="*", default=[], help="key=value for stage 1")
     parser.add_argument("--quick", action="store_true")
@@ -255,15 +280,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     where = [f"base={base}", f"collection={data / 'train'}"]
     if torch.cuda.is_available() and torch.cuda.get_device_properties(0).total_memory < 60 * 2**30:
         where.append("sft.micro_batch_size=64")
-    seconds = None if options.quick else options.sft_seconds or 0.55 * options.seconds
+    seconds = None if options.quick else options.sft_seconds or 0.6 * options.seconds
     where += [*(QUICK["sft"] if options.quick else []), *options.set]
     sft = stage_of("sft", where, seconds, clock, work, out)
     clock.say("stage 1 saved")
     results = {"sft": attempt("evaluation", clock, lambda: look("sft", sft, data, out, sizes, clock, 12))}
-    left = clock.left() - 45  # to load, to save, to look
-    if options.quick or left > 30:
-        rl = [f"base={sft}", f"collection={data / 'rl'}", *(QUICK["grpo"] if options.quick else [])]
-        seconds = None if options.quick else 0.7 * left
+    left = clock.left() - 25  # to look at it
+    if options.quick or left > 40:
+        rl = [f"base={sft}", f"collection={rl_folder(data, options.quick)}", *(QUICK["grpo"] if options.quick else [])]
+        seconds = None if options.quick else 0.95 * left
         model = attempt("stage 2", clock, lambda: stage_of("grpo", rl, seconds, clock, work, out))
         if model is not None:
             results["grpo"] = attempt("evaluation", clock, lambda: look("grpo", model, data, out, sizes, clock, 8))

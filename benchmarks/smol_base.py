@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import argparse
 import json
-import shutil
+import lzma
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -58,6 +58,7 @@ NAMES = {
 }
 """Layer of the GGUF file -> layer of transformers."""
 BLOCK = 32
+TOKENIZER = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
 
 
 def pack(gguf_file: Path, tokenizer: Path, out: Path) -> None:
@@ -77,8 +78,8 @@ def pack(gguf_file: Path, tokenizer: Path, out: Path) -> None:
         facts[part][tensor.name] = json.dumps([tensor.tensor_type.name, [int(size) for size in tensor.shape[::-1]]])
     for number, (tensors, kinds) in enumerate(zip(parts, facts, strict=True), 1):
         save_file(tensors, out / f"part{number}.safetensors", metadata=kinds)
-    for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
-        shutil.copy(tokenizer / name, out / name)
+    for name in TOKENIZER:
+        (out / f"{name}.xz").write_bytes(lzma.compress((tokenizer / name).read_bytes()))
 
 
 def unpack(parts: Sequence[Path], out: Path) -> None:
@@ -92,8 +93,9 @@ def unpack(parts: Sequence[Path], out: Path) -> None:
     out.mkdir(parents=True, exist_ok=True)
     save_file(weights, out / "model.safetensors", metadata={"format": "pt"})
     (out / "config.json").write_text(json.dumps(CONFIG, indent=2), encoding="utf-8")
-    for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
-        shutil.copy(next(path.parent / name for path in parts if (path.parent / name).exists()), out / name)
+    folder = next(path.parent for path in parts if (path.parent / f"{TOKENIZER[0]}.xz").exists())
+    for name in TOKENIZER:
+        (out / name).write_bytes(lzma.decompress((folder / f"{name}.xz").read_bytes()))
 
 
 def dequantised(data: Any, kind: str, shape: Sequence[int]) -> Any:

@@ -11,7 +11,7 @@ from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from itertools import pairwise, permutations
 
-from search_r3.data.mixing.traces import join_sentences, proof_conclusions
+from traces import join_sentences, proof_conclusions
 
 WORDS = 40
 STOP = frozenset(

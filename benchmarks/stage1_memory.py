@@ -74,7 +74,7 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
                     *(f"run_dir={run_dir}/run", f"base={folder / 'model'}", f"collection={folder / 'collection'}"),
                     *("max_length=256", "max_new_tokens=128", "save_every=1000", f"seed={options.seed}"),
                     *(f"sft.steps={steps}", f"sft.batch_size={batch}", "sft.splits={train: 1.0}"),
-                    *("sft.random_negatives=1", "sft.bm25_negatives=0", "sft.kl_weight=1.0"),
+                    *("sft.random_negatives=1", "sft.hard_negatives=0", "sft.kl_weight=1.0"),
                     f"sft.micro_batch_size={micro or 'null'}",
                 ],
             )

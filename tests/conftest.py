@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+from collections.abc import Iterator
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 
@@ -23,6 +24,30 @@ from search_r3.pretraining.tokenizer import train_tokenizer
 
 transformers.utils.logging.disable_progress_bar()
 torch.set_num_threads(1)  # tiny models are faster so, and results do not depend on the machine
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--no-skips", action="store_true", help="A skipped test fails: here everything is installed.")
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item: pytest.Item) -> Iterator[None]:
+    report = yield
+    return unskipped(report) if item.config.getoption("--no-skips") else report
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_make_collect_report(collector: pytest.Collector) -> Iterator[None]:
+    report = yield
+    return unskipped(report) if collector.config.getoption("--no-skips") else report
+
+
+def unskipped(report: Any) -> Any:
+    """A report as it is, or that of a failure where it says that something was skipped."""
+    if report.outcome == "skipped" and not hasattr(report, "wasxfail"):
+        report.outcome, report.longrepr = "failed", f"skipped, and --no-skips allows none: {report.longrepr[2]}"
+    return report
+
 
 COLOURS = ("red", "green", "blue", "black", "white")
 THINGS = ("house", "boat", "horse", "stone", "lamp", "river", "apple", "chair")

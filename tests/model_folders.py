@@ -86,12 +86,17 @@ def make_evaluation(folder: Path, results: list[Result]) -> Path:
 
 
 def make_adapter(folder: Path, base: Path, names: str | None = None) -> Path:
-    """A LoRA adapter in peft's layout beside its tokenizer and search_r3.json; `names`: what it calls its base."""
+    """A LoRA adapter with the embed token's row, as `sft` writes it; `names`: what it calls its base."""
     import peft
 
     backbone = load_backbone(base)
     torch.manual_seed(3)
-    config = peft.LoraConfig(r=2, target_modules=["q_proj", "v_proj"], init_lora_weights=False)
+    config = peft.LoraConfig(
+        r=2,
+        target_modules=["q_proj", "v_proj"],
+        init_lora_weights=False,
+        trainable_token_indices={"embed_tokens": [backbone.embed_token_id]},  # as `lora` of a recipe has it
+    )
     adapted = peft.get_peft_model(backbone.model, config)
     adapted.peft_config["default"].base_model_name_or_path = names or str(base)
     adapted.save_pretrained(folder, save_embedding_layers=False)  # else peft asks the hub about the base

@@ -1,28 +1,18 @@
-"""Typed settings: YAML recipes and `key=value` overrides. An unknown key is an error.
+"""The settings of a training, and recipes: YAML files of them, with `key=value` overrides.
 
 Defaults are common values of the field; the recipes set what the experiments in `docs/log.md` chose.
 """
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal, TypeVar, get_args
+from typing import Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import Field, model_validator
 
-from .errors import ConfigError
-
-
-class Section(BaseModel):
-    """A frozen group of settings that refuses keys it does not know."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-
-S = TypeVar("S", bound=Section)
+from .loader import Section, load_settings
 
 
 class BaseModelSettings(Section):
@@ -89,7 +79,7 @@ class SFTSettings(DevSettings):
         description="Sampling weight of each style of reasoning trace; a query that has one trace uses it.",
     )
     random_negatives: int = Field(1, ge=0, description="Random negatives per query.")
-    bm25_negatives: int = Field(
+    hard_negatives: int = Field(
         1,
         ge=0,
         description="Hard negatives per query: those that its metadata names (`search-r3 data mine`), else those that "
@@ -116,9 +106,9 @@ class SFTSettings(DevSettings):
 
     @model_validator(mode="after")
     def _need_negatives(self) -> SFTSettings:
-        if self.triplet_weight > 0 and self.random_negatives + self.bm25_negatives == 0:
+        if self.triplet_weight > 0 and self.random_negatives + self.hard_negatives == 0:
             raise ValueError(
-                f"triplet_weight={self.triplet_weight} needs negatives, but random_negatives=0 and bm25_negatives=0; "
+                f"triplet_weight={self.triplet_weight} needs negatives, but random_negatives=0 and hard_negatives=0; "
                 "set triplet_weight=0 or ask for negatives"
             )
         return self
@@ -185,8 +175,8 @@ class RefreshSettings(Section):
 
     @model_validator(mode="after")
     def _fits_the_policy(self) -> RefreshSettings:
-        chosen = self.policy in ("shortlist", "selective")
-        if self.correct_drift and not chosen:
+        by_shortlist = self.policy in ("shortlist", "selective")
+        if self.correct_drift and not by_shortlist:
             raise ValueError(
                 f"correct_drift=true goes with shortlist or selective, not with policy={self.policy} (the policy drift "
                 "alone corrects all stale vectors)"
@@ -196,7 +186,7 @@ class RefreshSettings(Section):
                 "drift correction moves every vector, and index=approximate would be built anew at every step; "
                 "set index=exact, or correct no drift"
             )
-        if (self.max_documents or self.max_tokens) and not chosen:
+        if (self.max_documents or self.max_tokens) and not by_shortlist:
             raise ValueError(f"a budget goes with shortlist or selective, not with policy={self.policy}")
         return self
 
@@ -227,7 +217,7 @@ class GRPOSettings(DevSettings):
     reward: RewardWeights = RewardWeights()
     reward_k: int = Field(10, ge=1, description="k of the nDCG in the ranking part.")
     refresh: RefreshSettings = RefreshSettings()
-    rollout_batch_size: int = Field(256, ge=1, description="Rollouts decoded at once; changes memory and speed only.")
+    rollout_batch_size: int = Field(256, ge=1, description="Rollouts decoded at once; changes results by rounding.")
     micro_batch_size: int = Field(128, ge=1, description="Rollouts per forward and backward pass; changes memory only.")
     evaluate_every: int = Field(10, ge=0, description="Steps between evaluations on `evaluation.dev_split`; 0: none.")
 
@@ -237,7 +227,7 @@ class EvaluationSettings(Section):
 
     dev_split: str = Field("dev", description="Split looked at during training.")
     test_split: str = Field("test", description="Split read once, by the final evaluation.")
-    batch_size: int = Field(128, ge=1, description="Queries reasoned about at once; changes memory and speed only.")
+    batch_size: int = Field(128, ge=1, description="Queries reasoned about at once; changes results by rounding.")
     rollout_queries: int = Field(
         64, ge=1, description="Test queries whose sampled rollouts are scored before and after RL."
     )
@@ -251,7 +241,9 @@ class Recipe(Section):
     name: str = Field("quickstart", description="Name of the run.")
     run_dir: str = Field("runs/quickstart", description="Where everything is written.")
     seed: int = Field(0, ge=0, description="Seed of sampling, shuffling and initialisation.")
-    collection: str = Field("atlas", description="`atlas`, `atlas-wide`, or a folder in the BEIR layout.")
+    collection: str = Field(
+        "atlas", description="`atlas`, `atlas-wide` (`:SEED` divides by another seed), or a folder in the BEIR layout."
+    )
     base: str = Field("builtin", description="`builtin` (the small model in the package), a directory or a hub id.")
     prompts: Literal["search-r3", "published"] = Field("search-r3", description="Prompt set, saved with the model.")
     embed_start: Literal["mean", "end_of_turn"] = Field(
@@ -292,98 +284,20 @@ class Recipe(Section):
 def load_recipe(path: str | Path | None, overrides: Sequence[str] = ()) -> Recipe:
     """Read a YAML recipe and apply `key=value` overrides (`grpo.steps=10`); values are read as YAML.
 
+    Where a recipe says `extends: other.yaml` (a path relative to its own folder), it has the values of that one, which
+    may extend a third, except for those that it sets itself. Sections are merged, all else is replaced.
+
     Example:
         >>> load_recipe(None, ["grpo.steps=10"]).grpo.steps
         10
 
     Raises:
-        ConfigError: the file cannot be read, a key is unknown (the nearest known one is named) or a value does not fit.
+        ConfigError: a file cannot be read or extends itself, a key is unknown (the nearest known one is named) or a
+            value does not fit; the message names the file that holds it.
     """
     return load_settings(Recipe, path, overrides)
-
-
-def load_settings(kind: type[S], path: str | Path | None, overrides: Sequence[str] = ()) -> S:
-    """Read settings of any kind from YAML, as `load_recipe` does.
-
-    Raises:
-        ConfigError: as `load_recipe`.
-    """
-    values: Any = {}
-    if path is not None:
-        try:
-            values = yaml.safe_load(Path(path).read_text(encoding="utf-8")) or {}
-        except OSError as error:
-            raise ConfigError(f"cannot read the recipe {path}: {error.strerror}") from error
-        except yaml.YAMLError as error:
-            raise ConfigError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from error
-        if not isinstance(values, dict):
-            raise ConfigError(f"{path}: expected `key: value` lines, found {type(values).__name__}")
-    for override in overrides:
-        _apply(values, override)
-    try:
-        return kind.model_validate(values)
-    except ValidationError as error:
-        raise ConfigError(_explain(error, kind, path)) from error
 
 
 def dump_recipe(recipe: Recipe) -> str:
     """The resolved settings as YAML, readable by `load_recipe`."""
     return yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False)
-
-
-def flat_settings(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Settings of all sections under names such as `grpo.refresh.policy`."""
-    flat: dict[str, Any] = {}
-    for key, value in values.items():
-        name = f"{prefix}{key}"
-        if isinstance(value, dict) and value:
-            flat.update(flat_settings(value, f"{name}."))
-        else:
-            flat[name] = value
-    return flat
-
-
-def _apply(values: dict[str, Any], override: str) -> None:
-    key, found, text = override.partition("=")
-    if not found or not key:
-        raise ConfigError(f"cannot read the override {override!r}; expected key=value, for instance grpo.steps=10")
-    *parents, leaf = key.split(".")
-    place = values
-    for parent in parents:
-        child = place.setdefault(parent, {})
-        if not isinstance(child, dict):
-            raise ConfigError(f"cannot set {key!r}: {parent!r} is a single value, not a section")
-        place = child
-    try:
-        place[leaf] = yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        raise ConfigError(f"cannot read the value of {override!r} as YAML") from error
-    # YAML 1.1 reads 1e-3 (no dot) as a string; people write learning rates so.
-    if isinstance(place[leaf], str):
-        try:
-            place[leaf] = float(place[leaf])
-        except ValueError:
-            return
-
-
-def _explain(error: ValidationError, kind: type[Section], path: str | Path | None) -> str:
-    """One line for the first of pydantic's errors, an unknown key before others, with the nearest known one."""
-    first = min(error.errors(), key=lambda one: one["type"] != "extra_forbidden")
-    key = ".".join(str(part) for part in first["loc"]) or "recipe"
-    where = f"{path}: " if path is not None else ""
-    if first["type"] == "extra_forbidden":
-        section = kind
-        for part in first["loc"][:-1]:
-            section = section if isinstance(part, int) else _section(section.model_fields[part].annotation)
-        near = difflib.get_close_matches(str(first["loc"][-1]), section.model_fields, n=1)
-        hint = f"; did you mean {near[0]!r}?" if near else f"; known here: {', '.join(section.model_fields)}"
-        return f"{where}unknown setting {key!r}{hint}"
-    given = "" if isinstance(first["input"], dict) else f" = {first['input']!r}"
-    return f"{where}{key}{given}: {first['msg']}"
-
-
-def _section(annotation: Any) -> type[Section]:
-    """The section that a field holds: itself, or one of several."""
-    if isinstance(annotation, type) and issubclass(annotation, Section):
-        return annotation
-    return next(_section(inner) for inner in get_args(annotation) if inner is not Ellipsis)

@@ -86,7 +86,7 @@ def _progress() -> Progress:
     return Progress(*columns, TextColumn("{task.fields[speed]}"), transient=True)
 
 
-SHOWN = ("loss", "info_nce", "reward", "share_ge_half", "dev_ndcg@10_direct", "dev_ndcg@10_reason")
+LIVE_VALUES = ("loss", "info_nce", "reward", "share_ge_half", "dev_ndcg@10_direct", "dev_ndcg@10_reason")
 
 
 @contextmanager
@@ -104,7 +104,7 @@ def live() -> Iterator[Callable[[str, int, int, dict[str, float]], None]]:
             if stage not in tasks:
                 latest.clear()
                 tasks[stage] = progress.add_task(names.get(stage, stage), total=steps, line="")
-            latest.update({name: values[name] for name in SHOWN if name in values})
+            latest.update({name: values[name] for name in LIVE_VALUES if name in values})
             line = "  ".join(f"{name} {value:.3f}" for name, value in latest.items())
             progress.update(tasks[stage], completed=step, line=line)
 
@@ -158,28 +158,28 @@ def table(title: str, rows: Mapping[str, dict[str, Any]]) -> None:
 
     from .evaluation.table import shorten
 
-    shown = Table(title=title, box=SIMPLE_HEAD, show_edge=False, padding=0)
-    shown.add_column("", overflow="fold")
+    grid = Table(title=title, box=SIMPLE_HEAD, show_edge=False, padding=0)
+    grid.add_column("", overflow="fold")
     for name in ("nDCG@10", "95 %", "R@100", "MRR@10"):
-        shown.add_column(name, no_wrap=True)
+        grid.add_column(name, no_wrap=True)
     for name in ("tok", "ms", "q/s", "docs/s", "gain"):
-        shown.add_column(name, no_wrap=True, justify="right")
+        grid.add_column(name, no_wrap=True, justify="right")
     for name, row in rows.items():
         low, high = row["ndcg@10_interval"]
         cells = [f"{row['ndcg@10']:.3f}", f"{low:.2f}-{high:.2f}", f"{row['recall@100']:.3f}", f"{row['mrr@10']:.3f}"]
         cost = [row[key] for key in ("ms_per_query", "queries_per_second", "documents_per_second")]
         gain = row["gain_per_100_tokens"]
-        shown.add_row(
+        grid.add_row(
             name,
             *cells,
             f"{row['tokens_per_query']:.1f}",
             *map(shorten, cost),
             "" if gain is None else f"{gain:+.3f}",
         )
-    rich_print(shown)
+    rich_print(grid)
 
 
-MOST_SHOWN = 20
+MOST_TESTS = 20
 
 
 def show_comparisons(results: Sequence[Result], comparisons: Sequence[Comparison]) -> None:
@@ -191,16 +191,16 @@ def show_comparisons(results: Sequence[Result], comparisons: Sequence[Comparison
 
     if means := averages(results):
         splits = len({result.place for result in results})
-        shown = Table("", *AVERAGED, title=f"mean over {splits} splits")
+        grid = Table("", *AVERAGED, title=f"mean over {splits} splits")
         for name, row in means.items():
-            shown.add_row(name, *(f"{row[key]:.3f}" for key in AVERAGED))
-        rich_print(shown)
-    if 0 < len(comparisons) <= MOST_SHOWN:
-        shown = Table("nDCG@10 of", "minus that of", "", "p", "p (Holm)", title="paired randomisation tests")
+            grid.add_row(name, *(f"{row[key]:.3f}" for key in AVERAGED))
+        rich_print(grid)
+    if 0 < len(comparisons) <= MOST_TESTS:
+        grid = Table("nDCG@10 of", "minus that of", "", "p", "p (Holm)", title="paired randomisation tests")
         for one in comparisons:
             numbers = f"{one.difference:+.3f}", f"{one.p:.4f}", f"{one.p_holm:.4f}"
-            shown.add_row(f"{one.collection}, {one.split}: {one.first}", one.second, *numbers)
-        rich_print(shown)
+            grid.add_row(f"{one.collection}, {one.split}: {one.first}", one.second, *numbers)
+        rich_print(grid)
     elif comparisons:
         sure = sum(one.p_holm < 0.05 for one in comparisons)
         say(f"{len(comparisons)} paired tests, {sure} with p < 0.05 after Holm's correction: see summary.md")
@@ -211,11 +211,11 @@ def show_mteb(scores: Sequence[TaskScore]) -> None:
     from rich import print as rich_print
     from rich.table import Table
 
-    shown = Table("task", "mode", "measure", "score", "tokens/query", title="mteb")
+    grid = Table("task", "mode", "measure", "score", "tokens/query", title="mteb")
     for one in scores:
         tokens = f"{fmean(one.tokens_per_query.values()):.1f}" if one.tokens_per_query else ""
-        shown.add_row(one.task, one.mode, one.measure, f"{one.score:.4f}", tokens)
-    rich_print(shown)
+        grid.add_row(one.task, one.mode, one.measure, f"{one.score:.4f}", tokens)
+    rich_print(grid)
 
 
 def show_report(folder: Path) -> None:
@@ -254,14 +254,14 @@ def show_plan(plan: MemoryPlan, base: str, gpu_bytes: float, remedy: str) -> Non
     weights = ", ".join(f"{name} {value / 1e6:,.1f} M" for name, value in plan.parameters.items() if value)
     say(f"{STAGE_NAMES[plan.stage]}, {base}, {plan.gpus} x {gigabytes(gpu_bytes)} GB, {plan.strategy}")
     say(f"parameters: {weights}")
-    shown = Table("GB per GPU", title="", box=SIMPLE_HEAD, show_edge=False, padding=(0, 1))
+    grid = Table("GB per GPU", title="", box=SIMPLE_HEAD, show_edge=False, padding=(0, 1))
     for phase in plan.phases:
-        shown.add_column(phase, justify="right")
+        grid.add_column(phase, justify="right")
     for part in dict.fromkeys(part for parts in plan.phases.values() for part in parts):
-        shown.add_row(part, *(gigabytes(parts[part]) if part in parts else "" for parts in plan.phases.values()))
-    shown.add_section()
-    shown.add_row("sum", *(gigabytes(sum(parts.values())) for parts in plan.phases.values()))
-    rich_print(shown)
+        grid.add_row(part, *(gigabytes(parts[part]) if part in parts else "" for parts in plan.phases.values()))
+    grid.add_section()
+    grid.add_row("sum", *(gigabytes(sum(parts.values())) for parts in plan.phases.values()))
+    rich_print(grid)
     say("memory of the machine: " + ", ".join(f"{name} {gigabytes(value)} GB" for name, value in plan.host.items()))
     tokens = ", ".join(f"{name} {value:,}" for name, value in plan.tokens.items())
     say(f"tokens per step: {sum(plan.tokens.values()):,} ({tokens}); {sum(plan.flops.values()) / 1e15:,.2f} PFLOP")
@@ -295,7 +295,7 @@ def show_answer(pieces: Iterable[str | Answer]) -> None:
             console.print("[yellow]the query was longer than the model's max_length and lost its end[/]")
         if piece.forced:
             console.print("[yellow]the model did not emit the embed token; it was forced[/]")
-        shown = Table("score", "id", "document", box=None)
+        grid = Table("score", "id", "document", box=None)
         for document, score in piece.documents:
-            shown.add_row(f"{score:.3f}", escape(document.doc_id), escape(document.full_text))
-        console.print(shown)
+            grid.add_row(f"{score:.3f}", escape(document.doc_id), escape(document.full_text))
+        console.print(grid)

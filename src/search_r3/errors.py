@@ -15,6 +15,10 @@ class ConfigError(SearchR3Error):
     """A setting, a recipe or an override that cannot be used."""
 
 
+class MissingExtraError(ConfigError):
+    """What was asked for needs packages that are not installed."""
+
+
 class DataError(SearchR3Error):
     """A collection, a query or a document that cannot be used."""
 

@@ -41,8 +41,8 @@ def atomic_directory(target: Path) -> Iterator[Path]:
 
 def leftovers(target: Path) -> list[Path]:
     """Files and folders beside `target` that writers of it had begun, and could not remove since they were killed."""
-    made = re.compile(rf"\.{re.escape(target.name)}(\.old)?\.[a-z0-9_]{{8}}")  # by `tempfile`
-    return [path for path in target.parent.glob(f".{target.name}.*") if made.fullmatch(path.name)]
+    scratch_name = re.compile(rf"\.{re.escape(target.name)}(\.old)?\.[a-z0-9_]{{8}}")  # by `tempfile`
+    return [path for path in target.parent.glob(f".{target.name}.*") if scratch_name.fullmatch(path.name)]
 
 
 def remove_leftovers(target: Path) -> None:
@@ -100,23 +100,30 @@ def read_jsonl(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
     """Yield `(line number, object)` for every non-blank line of a JSON Lines file.
 
     Raises:
-        DataError: a line is not a JSON object; the message names file and line.
+        DataError: as `read_lines`, or a line is not a JSON object; the message names file and line.
+    """
+    for number, line in read_lines(path):
+        if not line.strip():
+            continue
+        try:
+            value = json.loads(line)
+        except json.JSONDecodeError as error:
+            raise DataError(f"{path}:{number}: not valid JSON ({error.msg}); mend or remove the line") from error
+        if not isinstance(value, dict):
+            raise DataError(f"{path}:{number}: expected a JSON object, found {type(value).__name__}")
+        yield number, value
+
+
+def read_lines(path: Path) -> Iterator[tuple[int, str]]:
+    """Yield `(line number, line)` for every line of a text file.
+
+    Raises:
+        DataError: the file cannot be read, or is not UTF-8.
     """
     path = Path(path)
     try:
         with path.open(encoding="utf-8") as file:
-            for number, line in enumerate(file, 1):
-                if not line.strip():
-                    continue
-                try:
-                    value = json.loads(line)
-                except json.JSONDecodeError as error:
-                    raise DataError(
-                        f"{path}:{number}: not valid JSON ({error.msg}); mend or remove the line"
-                    ) from error
-                if not isinstance(value, dict):
-                    raise DataError(f"{path}:{number}: expected a JSON object, found {type(value).__name__}")
-                yield number, value
+            yield from enumerate(file, 1)
     except OSError as error:
         raise DataError(f"cannot read {path}: {error.strerror}") from error
     except UnicodeDecodeError as error:

@@ -16,7 +16,6 @@ TEXTS = [f"the {colour} {thing} is here" for colour in ("red", "green", "blue") 
 
 
 def test_documents_and_queries_are_those_of_the_cpu(tiny_path: Path) -> None:
-    torch.backends.cuda.matmul.allow_tf32 = False
     here, there = SearchR3(tiny_path, device="cpu"), SearchR3(tiny_path, device="cuda")
     np.testing.assert_allclose(there.encode_document(TEXTS), here.encode_document(TEXTS), atol=1e-4)
     options = {"max_new_tokens": 12, "sampling_temperature": 1.0, "batch_size": 4}

@@ -198,7 +198,7 @@ def test_encode_goes_on_where_it_was_stopped(
 def test_encode_reads_the_built_in_collection(
     tiny_path: Path, tmp_path: Path, encoded: list[str], monkeypatch: Any
 ) -> None:
-    monkeypatch.setattr("search_r3.data.load.BUILDERS", {"atlas": small_collection})
+    monkeypatch.setattr("search_r3.data.load.BUILDERS", {"atlas": lambda seed: small_collection()})
     assert call(monkeypatch, "encode", tiny_path, tmp_path / "index") == 0
     assert len(encoded) == 40
 

@@ -45,6 +45,7 @@ def test_mine_with_several_models_and_a_cross_encoder(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture,
 ) -> None:
+    pytest.importorskip("sentence_transformers")
     model = SearchR3(tiny_path, device="cpu")
     export_sentence_transformers(model.backbone, tmp_path / "peer")
     config = transformers.BertConfig(
@@ -90,6 +91,8 @@ def test_mine_names_what_it_cannot_use(
         (["--splits", "none"], "has no split 'none'; it has: dev, test, train"),
         (["--cross-encoder", tmp_path / "nowhere"], "cannot load the cross-encoder"),
     ):
+        if "--cross-encoder" in change:
+            pytest.importorskip("sentence_transformers")
         assert call(monkeypatch, *args, *change) == 2
         error = capsys.readouterr().err
         assert message in error and error.startswith("error: ") and error.count("\n") == 1

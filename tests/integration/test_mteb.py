@@ -9,11 +9,12 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-import mteb
 import numpy as np
 import pytest
 import pytrec_eval
 from datasets import Dataset
+
+mteb = pytest.importorskip("mteb")
 from mteb._create_dataloaders import create_dataloader
 from mteb.abstasks.aggregate_task_metadata import AggregateTaskMetadata
 from mteb.abstasks.aggregated_task import AbsTaskAggregate
@@ -371,5 +372,5 @@ def test_the_names_are_public() -> None:
 def test_without_mteb_the_error_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delitem(sys.modules, "search_r3.evaluation.mteb")
     monkeypatch.setitem(sys.modules, "mteb", None)
-    with pytest.raises(ConfigError, match=r"pip install search-r3\[mteb\]"):
+    with pytest.raises(ConfigError, match=r"pip install 'search-r3\[mteb\]'"):
         _ = search_r3.SearchR3MTEB

@@ -12,12 +12,11 @@ MODULES = (
     "model.prompts",
     "data.writing.asking",
     "data.collection",
+    "data.load",
     "data.mixing.contamination",
     "data.mixing.sources_text",
     "data.writing.replies",
-    "data.mixing.traces",
     "data.generators.stdlib",
-    "data.writing.synthetic",
     "retrieval.metrics",
     "evaluation.significance",
     "evaluation.systems",
@@ -25,6 +24,7 @@ MODULES = (
     "mining.mining",
     "planning.plan",
     "config",
+    "extras",
 )
 
 

@@ -14,8 +14,10 @@ import search_r3
 PACKAGE = Path(search_r3.__file__).parent
 ROOMS = [
     "errors",
+    "extras",
     "files",
     "types",
+    "loader",
     "config",
     "parallel",
     "data",

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import logging
 import sys
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Annotated
 
-from .. import console
+import typer
+
+from .. import __version__, console
 from ..errors import SearchR3Error, StoppedError
 from . import data, evaluation, mining, mix, plan, push, search, training
 from .common import app
@@ -37,7 +39,23 @@ ORDER = (
 )
 """How `--help` lists the commands."""
 
+
+def _show_version(asked: bool) -> None:
+    if asked:
+        console.say(f"search-r3 {__version__}")
+        raise typer.Exit
+
+
 app.registered_commands.sort(key=lambda command: ORDER.index(getattr(command.callback, "__name__", "")))
+
+
+@app.callback()
+def _every_command(
+    version: Annotated[
+        bool, typer.Option("--version", is_eager=True, callback=_show_version, help="Show the version and end.")
+    ] = False,
+) -> None:
+    pass
 
 
 def main() -> None:
@@ -74,12 +92,12 @@ def _leave_the_others() -> None:
 
 def _first_of_its_kind() -> Callable[[logging.LogRecord], bool]:
     """A filter that lets a warning through once; of documents cut to max_length every block of a corpus warns."""
-    seen = set()
+    kinds = set()
 
     def first(record: logging.LogRecord) -> bool:
         kind = record.name, record.msg
-        new = kind not in seen
-        seen.add(kind)
+        new = kind not in kinds
+        kinds.add(kind)
         return new
 
     return first

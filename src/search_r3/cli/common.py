@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from enum import StrEnum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 from typer.core import TyperCommand, TyperOption
@@ -34,28 +34,15 @@ CollectionOption = Annotated[
 ModelArgument = Annotated[str, typer.Argument(help="Model directory or hub id.")]
 NewFolder = Annotated[Path, typer.Argument(help="Folder to write; it must not exist.")]
 DeviceOption = Annotated[str | None, typer.Option(help="`cpu`, `cuda`, ...; by default a GPU where there is one.")]
+IndexDType = Literal["float16", "float32"]
+WeightDType = Literal["float16", "bfloat16", "float32"]
 
 
 class ModeName(StrEnum):
-    """The two ways to encode a query."""
+    """The two ways to encode a query; an enumeration, since typer takes no list of Literals."""
 
     direct = "direct"
     reason = "reason"
-
-
-class IndexDType(StrEnum):
-    """How the vectors of an index are stored."""
-
-    float16 = "float16"
-    float32 = "float32"
-
-
-class WeightDType(StrEnum):
-    """How weights are stored."""
-
-    float16 = "float16"
-    bfloat16 = "bfloat16"
-    float32 = "float32"
 
 
 class ManyValues(TyperCommand):
@@ -69,19 +56,19 @@ class ManyValues(TyperCommand):
             if isinstance(param, TyperOption) and param.multiple
             for name in param.opts
         }
-        spread: list[str] = []
+        repeated: list[str] = []
         current: str | None = None
         values = 0
         for arg in args:
             if arg.startswith("-"):
                 current, values = (arg, 0) if arg in many else (None, 0)
-                spread.append(arg)
+                repeated.append(arg)
                 continue
             if current is not None and values:
-                spread.append(current)
-            spread.append(arg)
+                repeated.append(current)
+            repeated.append(arg)
             values += 1
-        return super().parse_args(ctx, spread)
+        return super().parse_args(ctx, repeated)
 
 
 def load_settings(recipe: Path | None, overrides: list[str] | None) -> Recipe:

@@ -24,7 +24,7 @@ Splits = Annotated[
     typer.Option("--splits", help="Splits of collections, or `all`; by default test, else dev or train."),
 ]
 Modes = Annotated[list[ModeName] | None, typer.Option("--modes", help="`direct`, `reason`; both by default.")]
-BatchSize = Annotated[int, typer.Option(min=1, help="Queries reasoned about at once; changes memory and speed only.")]
+BatchSize = Annotated[int, typer.Option(min=1, help="Queries reasoned about at once; changes results by rounding.")]
 DType = Annotated[WeightDType, typer.Option(help="Precision of the model.")]
 Seed = Annotated[int, typer.Option(min=0, help="Of the intervals and of the tests.")]
 
@@ -58,7 +58,7 @@ def evaluate(
     bootstrap: Annotated[int, typer.Option(min=100, help="Resamples of the intervals.")] = 1000,
     seed: Seed = 0,
     batch_size: BatchSize = 128,
-    dtype: DType = WeightDType.float32,
+    dtype: DType = "float32",
     device: DeviceOption = None,
 ) -> None:
     """Evaluate models and baselines on collections; a stopped evaluation goes on with the same command.
@@ -80,7 +80,7 @@ def evaluate(
         options,
         batch_size,
         device,
-        dtype.value,
+        dtype,
     )
     results = _run(plan, out)
     comparisons = write_summary(results, out, permutations, seed)
@@ -88,9 +88,9 @@ def evaluate(
     console.say(f"tables: {out}/summary.md; records: {out}/results; a page to look at: search-r3 report {out}")
 
 
-def _modes(asked: list[ModeName] | None) -> list[Mode]:
+def _modes(names: list[ModeName] | None) -> list[Mode]:
     """The modes, each once."""
-    return [name.value for name in dict.fromkeys(asked or ModeName)]
+    return [name.value for name in dict.fromkeys(names or ModeName)]
 
 
 def _run(plan: EvaluationPlan, out: Path) -> list[Result]:
@@ -120,7 +120,7 @@ def mteb(
         "runs/mteb"
     ),
     batch_size: BatchSize = 128,
-    dtype: DType = WeightDType.float32,
+    dtype: DType = "float32",
     device: DeviceOption = None,
 ) -> None:
     """Run tasks of MTEB through the library mteb, each mode as a model of its own.
@@ -134,12 +134,12 @@ def mteb(
     folders = [name for name in tasks if Path(name).is_dir()]
     if splits and len(folders) < len(tasks):
         raise ConfigError("--splits is for folders; mteb's own tasks have their splits in mteb: leave it out")
-    chosen = suite_tasks([name for name in tasks if name not in folders])
+    mteb_tasks = suite_tasks([name for name in tasks if name not in folders])
     for folder in folders:
         collection = load_collection(folder, skip_empty_documents=True)
-        chosen += [collection_task(collection, split) for split in resolve_splits(collection, splits or [])]
-    encoder = load_encoder(model, device=device, dtype=dtype.value)
-    console.show_mteb(run_mteb(encoder, _modes(modes), chosen, out, batch_size=batch_size))
+        mteb_tasks += [collection_task(collection, split) for split in resolve_splits(collection, splits or [])]
+    encoder = load_encoder(model, device=device, dtype=dtype)
+    console.show_mteb(run_mteb(encoder, _modes(modes), mteb_tasks, out, batch_size=batch_size))
     console.say(f"mteb's result files: {out}/results")
 
 

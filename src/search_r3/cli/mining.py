@@ -6,9 +6,8 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
-from enum import StrEnum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
@@ -17,7 +16,7 @@ from ..errors import ConfigError
 from .common import ManyValues, ModeName, NewFolder, check_new, data_app, hush, load_encoder
 
 if TYPE_CHECKING:
-    from ..data.writing.asking import Estimate, Prices, Standing
+    from ..data.writing.asking import Estimate, Standing
     from ..data.writing.written import Writer, WrittenReport
     from ..mining.candidates import Judge, Retriever
     from ..mining.mining import MiningReport
@@ -46,7 +45,8 @@ Cache = Annotated[Path | None, typer.Option(help="Folder for vectors and scores;
 
 Endpoint = Annotated[str, typer.Option(help="OpenAI-compatible address, usually ending in /v1.")]
 ModelName = Annotated[str, typer.Option(help="The model's name there.")]
-PerQuery = Annotated[int, typer.Option(min=1, help="Hard negatives to write for each query.")]
+PerQuery = Annotated[int, typer.Option(min=0, help="Hard negatives for each query; 0 with --articles: queries alone.")]
+PerArticle = Annotated[int, typer.Option(min=1, help="Queries for each article; several with --per-query 0.")]
 Limit = Annotated[int | None, typer.Option(min=1, help="Size of a random sample of the queries or articles.")]
 Concurrency = Annotated[int, typer.Option(min=1, help="Requests under way at once.")]
 MaxTokens = Annotated[int, typer.Option(min=1, help="Length of a reply; more for models that reason.")]
@@ -55,13 +55,6 @@ Seed = Annotated[int, typer.Option(min=0, help="Of what is drawn, and of the rep
 PriceIn = Annotated[float | None, typer.Option(help="Price of a million tokens read.")]
 PriceOut = Annotated[float | None, typer.Option(help="Price of a million tokens written.")]
 KeyVariable = Annotated[str, typer.Option(help="Environment variable that holds the key.")]
-
-
-class Sampling(StrEnum):
-    """How negatives are taken from the candidates."""
-
-    top = "top"
-    random = "random"
 
 
 @data_app.command("mine", cls=ManyValues)
@@ -77,7 +70,7 @@ def data_mine(
     max_share: MaxShare = 0.95,
     margin: Margin = None,
     unfiltered: Unfiltered = False,
-    sampling: Annotated[Sampling, typer.Option(help="Take the highest scores, or draw.")] = Sampling.top,
+    sampling: Annotated[Literal["top", "random"], typer.Option(help="Take the highest scores, or draw.")] = "top",
     drop_old: DropOld = False,
     mode: QueryMode = ModeName.direct,
     seed: Seed = 0,
@@ -99,7 +92,7 @@ def data_mine(
         skip=skip,
         max_share=None if unfiltered else max_share,
         margin=None if unfiltered else margin,
-        sampling=sampling.value,
+        sampling=sampling,
         seed=seed,
         keep=not drop_old,
     )
@@ -132,6 +125,7 @@ def data_triples(
     ] = False,
     splits: Splits = None,
     per_query: PerQuery = 1,
+    per_article: PerArticle = 1,
     limit: Limit = None,
     concurrency: Concurrency = 8,
     max_tokens: MaxTokens = 1024,
@@ -141,37 +135,32 @@ def data_triples(
     price_out: PriceOut = None,
     api_key_variable: KeyVariable = "OPENAI_API_KEY",
 ) -> None:
-    """Have a language model write hard negatives for queries, or whole triples for articles.
+    """Have a language model write hard negatives for queries, or queries with or without them for articles.
 
     Example: search-r3 data triples my-set written --endpoint http://localhost:8000/v1 --model Qwen/Qwen3-32B
     """
     from ..data.load import load_articles, load_collection
-    from ..data.writing.written import Writer, write_negatives, write_triples
+    from ..data.writing.written import write_negatives, write_triples
 
-    prices, names = _prices(price_in, price_out), splits or ["train"]
-    key = os.environ.get(api_key_variable)
-    writer = Writer(
-        endpoint,
-        model,
-        key,
-        concurrency,
-        max_tokens=max_tokens,
-        temperature=temperature,
-        seed=seed,
-        prices=prices,
-    )
+    names = splits or ["train"]
+    writer = _writer(endpoint, model, api_key_variable, concurrency, max_tokens, temperature, seed, price_in, price_out)
     _check_apart(collection, out)
     if articles:
         if len(names) > 1:
             raise ConfigError(f"--splits names {', '.join(names)}; queries that are written go into one split")
-        found = load_articles(collection, limit, seed)
-        with _showing("articles", writer) as shown:
-            report = write_triples(found, out, shown, split=names[0], per_query=per_query)
+        documents = load_articles(collection, limit, seed)
+        with _cost_bar("articles", writer) as writer:
+            report = write_triples(
+                documents, out, writer, splits={names[0]: 1.0}, per_query=per_query, per_article=per_article
+            )
+    elif per_article > 1:
+        raise ConfigError(f"--per-article {per_article} goes with --articles; the queries of a collection are there")
     else:
         data = load_collection(collection)
-        with _showing("queries", replace(writer, limit=limit)) as shown:
-            report = write_negatives(data, out, shown, splits=names, per_query=per_query)
-    console.say(f"{out}: {report.passages:,} hard negatives for {report.written:,} queries")
+        with _cost_bar("queries", replace(writer, limit=limit)) as writer:
+            report = write_negatives(data, out, writer, splits=names, per_query=per_query)
+    negatives = f"{report.passages:,} hard negatives for " if per_query else ""
+    console.say(f"{out}: {negatives}{report.queries:,} queries")
     _show_report(report)
 
 
@@ -198,31 +187,21 @@ def data_traces(
     Example: search-r3 data traces my-set traced --endpoint http://localhost:8000/v1 --model Qwen/Qwen3-32B
     """
     from ..data.load import load_collection
-    from ..data.writing.written import Writer, write_traces
+    from ..data.writing.written import write_traces
 
-    prices, key = _prices(price_in, price_out), os.environ.get(api_key_variable)
-    writer = Writer(
-        endpoint,
-        model,
-        key,
-        concurrency,
-        max_tokens=max_tokens,
-        temperature=temperature,
-        seed=seed,
-        prices=prices,
-        limit=limit,
-    )
+    writer = _writer(endpoint, model, api_key_variable, concurrency, max_tokens, temperature, seed, price_in, price_out)
     _check_apart(collection, out)
     data = load_collection(collection)
-    with _showing("queries", writer) as shown:
-        report = write_traces(data, out, shown, splits=splits or ["train"], style=style, max_words=max_words)
+    with _cost_bar("queries", replace(writer, limit=limit)) as writer:
+        report = write_traces(data, out, writer, splits=splits or ["train"], style=style, max_words=max_words)
     console.say(f"{out}: {report.written:,} reasoning traces")
     _show_report(report)
 
 
 def _retriever(name: str, mode: ModeName) -> Retriever:
     from ..evaluation.systems import SENTENCE_TRANSFORMERS, SentenceTransformersSystem
-    from ..mining.candidates import DenseRetriever, LexicalRetriever, Peer
+    from ..mining.candidates import DenseRetriever, LexicalRetriever
+    from ..retrieval.encode import Peer
 
     if name == BM25_NAME:
         return LexicalRetriever()
@@ -262,14 +241,32 @@ def _show_mined(report: MiningReport, out: Path) -> None:
         )
 
 
-def _prices(price_in: float | None, price_out: float | None) -> Prices | None:
+def _writer(
+    endpoint: str,
+    model: str,
+    api_key_variable: str,
+    concurrency: int,
+    max_tokens: int,
+    temperature: float,
+    seed: int,
+    price_in: float | None,
+    price_out: float | None,
+) -> Writer:
     from ..data.writing.asking import Prices
+    from ..data.writing.written import Writer
 
-    if price_in is None and price_out is None:
-        return None
-    if price_in is None or price_out is None:
+    if (price_in is None) != (price_out is None):
         raise ConfigError("the cost needs both prices; give --price-in and --price-out (0 where nothing is paid)")
-    return Prices(price_in, price_out)
+    return Writer(
+        endpoint,
+        model,
+        os.environ.get(api_key_variable),
+        concurrency,
+        max_tokens=max_tokens,
+        temperature=temperature,
+        seed=seed,
+        prices=None if price_in is None or price_out is None else Prices(price_in, price_out),
+    )
 
 
 def _check_apart(collection: str, out: Path) -> None:
@@ -279,27 +276,27 @@ def _check_apart(collection: str, out: Path) -> None:
 
 
 @contextmanager
-def _showing(what: str, writer: Writer) -> Iterator[Writer]:
+def _cost_bar(what: str, writer: Writer) -> Iterator[Writer]:
     """The writer with a bar that shows its cost."""
-    done = 0
+    position = 0
     with console.bar(what) as bar:
 
         def start(estimate: Estimate) -> None:
-            nonlocal done
-            done = estimate.total - estimate.pending
+            nonlocal position
+            position = estimate.total - estimate.pending
             tokens = f"{estimate.prompt_tokens:,} tokens read, {estimate.completion_tokens:,} written"
             how = "by the mean so far" if estimate.measured else "one reply each, as long as --max-tokens lets it"
             cost = "" if estimate.cost is None else f"; cost {estimate.cost:,.2f}"
             console.say(
                 f"{estimate.pending:,} of {estimate.total:,} {what} to ask about; in all {tokens}{cost} ({how})"
             )
-            bar.begin(estimate.total, done)
+            bar.begin(estimate.total, position)
 
         def advance(standing: Standing) -> None:
-            nonlocal done
+            nonlocal position
             note = "" if standing.cost is None else f", cost {standing.cost:,.2f}"
-            bar.advance(standing.done - done, 0, note)
-            done = standing.done
+            bar.advance(standing.done - position, 0, note)
+            position = standing.done
 
         yield replace(writer, on_start=start, progress=advance)
 

@@ -24,11 +24,11 @@ def data_mix(
     from ..data.mixing.mix_settings import load_mix
 
     check_new(out)
-    chosen = load_mix(settings)
+    mix_settings = load_mix(settings)
     with console.watching() as watch:
-        reports = mix(chosen, out, watch)
+        reports = mix(mix_settings, out, watch)
     for name, report in reports.items():
-        lost = "".join(f", {count:,} dropped: {reason}" for reason, count in report.dropped.items())
-        console.say(f"{name}: {report.queries:,} queries ({report.dev:,} in dev) of {report.read:,} rows{lost}")
+        losses = "".join(f", {count:,} dropped: {reason}" for reason, count in report.dropped.items())
+        console.say(f"{name}: {report.queries:,} queries ({report.dev:,} in dev) of {report.read:,} rows{losses}")
     total = sum(report.queries for report in reports.values())
     console.say(f"{out}: {total:,} queries; what became of each row: {out / 'mix.json'}")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from enum import StrEnum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
@@ -16,14 +16,7 @@ if TYPE_CHECKING:
     from ..planning.footprint import Stage
 
 
-class StrategyName(StrEnum):
-    """How GPUs hold the weights."""
-
-    single = "single"
-    ddp = "ddp"
-    fsdp2 = "fsdp2"
-    zero2 = "zero2"
-    zero3 = "zero3"
+StrategyName = Literal["single", "ddp", "fsdp2", "zero2", "zero3"]
 
 
 class StageName(StrEnum):
@@ -69,7 +62,7 @@ def plan(
     gpu_bytes = gpu_memory * 1e9
     arguments: dict[str, Any] = {
         "gpus": gpus,
-        "strategy": strategy.value if strategy else None,
+        "strategy": strategy,
         "documents": documents,
         "lengths": Lengths(query_tokens, document_tokens, reasoning_tokens, longest_query),
         "speed": planning.Speed(tokens_per_second, tflops, utilisation, decoded_per_second),
@@ -78,11 +71,11 @@ def plan(
     records = {}
     for name in dict.fromkeys(stage or list(StageName)):
         key: Stage = name.value
-        found = planning.plan(settings, key, **arguments)
-        fits = found.fits(gpu_bytes)
+        memory_plan = planning.plan(settings, key, **arguments)
+        fits = memory_plan.fits(gpu_bytes)
         remedy = "" if fits else planning.suggest(settings, key, gpu_bytes, **arguments)
-        records[name.value] = found.record() | {"fits": fits, "change": remedy}
+        records[name.value] = memory_plan.record() | {"fits": fits, "change": remedy}
         if not as_json:
-            console.show_plan(found, settings.base, gpu_bytes, remedy)
+            console.show_plan(memory_plan, settings.base, gpu_bytes, remedy)
     if as_json:
         console.say(json.dumps(records))

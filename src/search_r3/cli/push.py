@@ -38,7 +38,7 @@ def push(
     """
     from ..publishing.card import model_card
     from ..publishing.facts import find_model, gather_facts
-    from ..publishing.hub import CARD, check_files, check_repo_id, explained, upload
+    from ..publishing.hub import CARD, check_files, check_repo_id, hub_errors, upload
 
     check_repo_id(repo_id)
     folder = find_model(model)
@@ -57,8 +57,8 @@ def push(
         console.say(f"{len(card.encode()):>14,}  {CARD} (of {len(facts.own)} results)\n\n{card}")
         console.say(f"nothing was uploaded: {len(files) + 1} files, {size:,.1f} MB, for {repo_id}, branch {revision}")
         return
-    with explained(repo_id):
-        done = upload(files, card, repo_id, private, revision, message, replace_card)
-    for note in done.notes:
+    with hub_errors(repo_id):
+        commit = upload(files, card, repo_id, private, revision, message, replace_card)
+    for note in commit.notes:
         console.say(note)
-    console.say(f"{done.url}: {len(files)} files of {folder}, {size:,.1f} MB, {len(facts.own)} results in the card")
+    console.say(f"{commit.url}: {len(files)} files of {folder}, {size:,.1f} MB, {len(facts.own)} results in the card")

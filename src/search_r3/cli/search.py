@@ -29,7 +29,7 @@ def encode(
     model: ModelArgument,
     out: Annotated[Path, typer.Argument(help="Index folder; an encoding that was begun there goes on.")],
     collection: CollectionOption = "atlas",
-    dtype: Annotated[IndexDType, typer.Option(help="How vectors are stored.")] = IndexDType.float16,
+    dtype: Annotated[IndexDType, typer.Option(help="How vectors are stored.")] = "float16",
 ) -> None:
     """Encode a collection of any size into an index folder; after a kill, the same command goes on."""
     from ..retrieval.encode import encode_corpus
@@ -43,7 +43,7 @@ def encode(
             bar.begin(total, done)
 
         documents = _documents(collection)
-        index = encode_corpus(encoder, documents, out, dtype=dtype.value, on_start=start, progress=bar.advance)
+        index = encode_corpus(encoder, documents, out, dtype=dtype, on_start=start, progress=bar.advance)
     speed = f"; {bar.speed}" if bar.texts else ""
     console.say(f"{out}: {len(index):,} vectors of size {index.dimension} as {index.dtype}{speed}")
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from .. import console
-from ..errors import ConfigError
+from ..errors import ConfigError, MissingExtraError
 from .common import ManyValues, NewFolder, Overrides, RecipeOption, Resume, app, load_settings
 
 if TYPE_CHECKING:
@@ -108,5 +108,8 @@ def grpo(
         path = train_grpo(settings, run, model or run.model_path("sft"), observe)
     console.say(f"stage-2 model: {path}")
     account = run.folder / "plots" / "account.png"
-    if plot_account(run.metrics("grpo"), account):
-        console.say(f"account of the live index: {account}")
+    try:
+        if plot_account(run.metrics("grpo"), account):
+            console.say(f"account of the live index: {account}")
+    except MissingExtraError as error:  # the training is done and saved
+        console.say(f"no plot of the account: {error}")

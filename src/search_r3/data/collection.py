@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import DataError
-from ..files import atomic_directory, read_jsonl, write_json
-from .rows import Known, check_documents, check_judgements, check_lists, check_queries, string
+from ..files import atomic_directory, read_jsonl, read_lines, write_json
+from .rows import KnownIds, check_documents, check_judgements, check_lists, check_queries, string
 
 Qrels = dict[str, dict[str, int]]
 """query_id -> doc_id -> relevance (an integer; 0 and below mean not relevant)."""
@@ -136,11 +136,11 @@ class Collection:
         corpus = iter_documents(folder / "corpus.jsonl", empty if skip_empty_documents else None)
         documents = {document.doc_id: document for document in corpus}
         queries = {row[0]: Query(*row) for row in check_queries(_rows(folder / "queries.jsonl"))}
-        known = Known(queries, documents, empty)
+        ids = KnownIds(queries, documents, empty)
         paths = sorted((folder / "qrels").glob("*.tsv"))
         if not paths:
             raise DataError(f"{folder / 'qrels'}: no *.tsv file; a collection needs at least one split of judgements")
-        qrels = {path.stem: check_judgements(_judgements(path), known) for path in paths}
+        qrels = {path.stem: check_judgements(_judgements(path), ids) for path in paths}
         for path in paths:
             if not qrels[path.stem]:
                 raise DataError(f"{path}: the file has no judgements")
@@ -149,9 +149,9 @@ class Collection:
             documents,
             queries,
             qrels,
-            excluded=check_lists(_rows(folder / "excluded.jsonl", optional=True), "excluded", known, "excluded"),
-            pools=check_lists(_pools(folder / "pools.jsonl"), "doc-ids", known, "pools"),
-            changed=check_lists(_rows(folder / "changed.jsonl", optional=True), "doc-ids", known, "changed"),
+            excluded=check_lists(_rows(folder / "excluded.jsonl", optional=True), "excluded", ids, "excluded"),
+            pools=check_lists(_pools(folder / "pools.jsonl"), "doc-ids", ids, "pools"),
+            changed=check_lists(_rows(folder / "changed.jsonl", optional=True), "doc-ids", ids, "changed"),
             without_text=len(empty),
         )
 
@@ -241,20 +241,15 @@ def _pools(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
 
 def _judgements(path: Path) -> Iterator[tuple[str, str, str, str]]:
     """Place, query_id, doc_id and score for every line of a qrels file."""
-    try:
-        with path.open(encoding="utf-8") as file:
-            for number, line in enumerate(file, 1):
-                place = f"{path}:{number}"
-                cells = line.rstrip("\r\n").split("\t")
-                if not line.strip() or (number == 1 and cells[-1] == "score"):
-                    continue
-                if len(cells) != 3:
-                    raise DataError(
-                        f"{place}: expected 3 tab-separated columns (query-id, corpus-id, score), found {len(cells)}"
-                    )
-                yield place, cells[0], cells[1], cells[2]
-    except UnicodeDecodeError as error:
-        raise DataError(f"{path}: not UTF-8 text (byte {error.start}); save the file as UTF-8") from error
+    for number, line in read_lines(path):
+        cells = line.rstrip("\r\n").split("\t")
+        if not line.strip() or (number == 1 and cells[-1] == "score"):
+            continue
+        if len(cells) != 3:
+            raise DataError(
+                f"{path}:{number}: expected 3 tab-separated columns (query-id, corpus-id, score), found {len(cells)}"
+            )
+        yield f"{path}:{number}", cells[0], cells[1], cells[2]
 
 
 def _write_rows(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:

@@ -22,7 +22,7 @@ from typing import Any, TypeVar
 from ..errors import DataError
 from .collection import Collection, Document, Qrels, Query
 from .rows import (
-    Known,
+    KnownIds,
     NamedRows,
     check_documents,
     check_judgements,
@@ -32,7 +32,7 @@ from .rows import (
     string,
     strings,
 )
-from .tables import Columns, Repository, Table, find_layouts, is_bright, listed
+from .tables import Columns, Repository, Table, find_layouts, is_bright, quoted
 
 EXPECTED = (
     "the configs 'corpus' and 'queries' with judgements in 'default', in 'qrels' or in a data set NAME-qrels (BEIR, "
@@ -80,7 +80,7 @@ def load_hub(
             return _Reader(repository, layouts[name], name, split, skipped).read(_name(repository, subset))
         if is_bright(configs):
             return _read_bright(repository, subset, skipped)
-    raise DataError(f"{source}: no known layout; it has the configs {listed(configs)}; expected {EXPECTED}")
+    raise DataError(f"{source}: no known layout; it has the configs {quoted(configs)}; expected {EXPECTED}")
 
 
 @dataclass(frozen=True)
@@ -102,32 +102,31 @@ class _Reader:
     skipped: set[str] | None
 
     def read(self, name: str) -> Collection:
-        judged = self._judgement_tables()
-        if self.split is not None and self.split not in judged:
+        judgements = self._judgement_tables()
+        if self.split is not None and self.split not in judgements:
             raise DataError(
-                f"{self.repository.source}: no subset or split {self.split!r}; the splits are {listed(judged)}"
+                f"{self.repository.source}: no subset or split {self.split!r}; the splits are {quoted(judgements)}"
             )
-        splits = list(judged) if self.split is None else [self.split]
-        documents = self._joined("corpus", splits, lambda table: _documents(table, DOCUMENT, self.skipped), whole=True)
-        instructions = self._joined("instruction", splits, _instructions)
-        queries = self._joined(
+        splits = list(judgements) if self.split is None else [self.split]
+        documents = self._part("corpus", splits, lambda table: _documents(table, DOCUMENT, self.skipped), whole=True)
+        instructions = self._part("instruction", splits, _instructions)
+        queries = self._part(
             "queries", splits, lambda table: _queries(table.rows(QUERY, optional=("instruction",)), instructions)
         )
-        known = _known(documents, queries, self.skipped, self.layout["corpus"], self.layout["queries"])
-        qrels = {split: self._qrels(judged[split], known) for split in splits}
-        asked = {query_id for judgements in qrels.values() for query_id in judgements}
-        if instructions and (bare := sorted(asked - instructions.keys())):
+        ids = _ids_of(documents, queries, self.skipped, self.layout["corpus"], self.layout["queries"])
+        qrels = {split: self._qrels(judgements[split], ids) for split in splits}
+        query_ids = {query_id for relevance_of in qrels.values() for query_id in relevance_of}
+        if instructions and (missing := sorted(query_ids - instructions.keys())):
             place = f"{self.repository.source}, config {self.layout['instruction']!r}"
-            raise DataError(f"{place}: no instruction for the judged query {bare[0]!r} (and {len(bare) - 1} more)")
+            more = f" (and {len(missing) - 1} more)"
+            raise DataError(f"{place}: no instruction for the judged query {missing[0]!r}{more}")
         return Collection(
             name,
             documents,
             queries,
             qrels,
-            pools=self._joined("top_ranked", splits, lambda t: check_lists(t.rows(LIST), "corpus-ids", known, "pools")),
-            changed=self._joined(
-                "qrel_diff", splits, lambda t: check_lists(t.rows(LIST), "corpus-ids", known, "changed")
-            ),
+            pools=self._part("top_ranked", splits, lambda t: check_lists(t.rows(LIST), "corpus-ids", ids, "pools")),
+            changed=self._part("qrel_diff", splits, lambda t: check_lists(t.rows(LIST), "corpus-ids", ids, "changed")),
             without_text=len(self.skipped or ()),
         )
 
@@ -146,7 +145,7 @@ class _Reader:
         except DataError as error:
             raise DataError(f"{source}: no judgements, neither in a config nor beside it: {error}") from error
 
-    def _joined(
+    def _part(
         self, part: str, splits: Iterable[str], read: Callable[[Table], Mapping[str, T]], *, whole: bool = False
     ) -> dict[str, T]:
         """A part over all splits; `whole` where its splits must be the same, else they may only not contradict."""
@@ -154,33 +153,33 @@ class _Reader:
             return {}
         tables = self.repository.tables(self.layout[part])
         place = f"{self.repository.source}, config {self.layout[part]!r}"
-        joined: dict[str, T] = {}
-        done: list[Table] = []
+        values: dict[str, T] = {}
+        tables_read: list[Table] = []
         for split in splits:
             if split not in tables and len(tables) > 1:
-                raise DataError(f"{place}: no split {split!r}, which has judgements; it has {listed(tables)}")
+                raise DataError(f"{place}: no split {split!r}, which has judgements; it has {quoted(tables)}")
             table = tables[split] if split in tables else next(iter(tables.values()))
-            if table in done:
+            if table in tables_read:
                 continue
             new = read(table)
-            if done and (
-                new != joined if whole else any(joined.get(key, value) != value for key, value in new.items())
+            if tables_read and (
+                new != values if whole else any(values.get(key, value) != value for key, value in new.items())
             ):
-                choices = listed(f"{self.subset}/{one}" if self.subset else one for one in splits)
+                choices = quoted(f"{self.subset}/{one}" if self.subset else one for one in splits)
                 raise DataError(
                     f"{place}: split {split!r} contradicts an earlier one; each split is a collection of its own, so "
                     f"ask for one of them as the subset: {choices}"
                 )
-            joined.update(new)
-            done.append(table)
-        return joined
+            values.update(new)
+            tables_read.append(table)
+        return values
 
-    def _qrels(self, table: Table, known: Known) -> Qrels:
+    def _qrels(self, table: Table, ids: KnownIds) -> Qrels:
         rows = (
             (place, string(row, "query-id", place), string(row, "corpus-id", place), row["score"])
             for place, row in table.rows(JUDGEMENT)
         )
-        return _some(check_judgements(rows, known, repeats=True), table)
+        return _not_empty(check_judgements(rows, ids, repeats=True), table)
 
 
 def _read_bright(repository: Repository, subset: str | None, skipped: set[str] | None) -> Collection:
@@ -189,18 +188,18 @@ def _read_bright(repository: Repository, subset: str | None, skipped: set[str] |
     examples, documents_in = repository.tables("examples"), f"{prefix}documents"
     corpora = repository.tables(documents_in) if domain in examples and kind in ("", "long") else {}
     if domain not in corpora:
-        given = "it has several domains" if subset is None else f"no domain {subset!r}"
-        raise DataError(f"{repository.source}: {given}; ask for one as the subset: {listed(examples)}; or DOMAIN/long")
+        fault = "it has several domains" if subset is None else f"no domain {subset!r}"
+        raise DataError(f"{repository.source}: {fault}; ask for one as the subset: {quoted(examples)}; or DOMAIN/long")
     columns = {"_id": ("id",), "text": ("query",), "gold-ids": (f"gold_ids{suffix}",), "excluded": ("excluded_ids",)}
     rows = list(examples[domain].rows(columns))
     documents = _documents(corpora[domain], BRIGHT_DOCUMENT, skipped)
     queries = _queries(rows, {})
-    known = _known(documents, queries, skipped, documents_in, "examples")
+    ids = _ids_of(documents, queries, skipped, documents_in, "examples")
     gold = ((place, row["_id"], doc_id, 1) for place, row in rows for doc_id in strings(row, "gold-ids", place))
-    qrels = _some(check_judgements(gold, known, repeats=True), examples[domain])
+    qrels = _not_empty(check_judgements(gold, ids, repeats=True), examples[domain])
     # Without excluded documents a row lists "N/A", which is none.
     excluded = check_lists(
-        ((place, {**row, "query-id": row["_id"]}) for place, row in rows), "excluded", known, "excluded"
+        ((place, {**row, "query-id": row["_id"]}) for place, row in rows), "excluded", ids, "excluded"
     )
     name, without_text = _name(repository, subset), len(skipped or ())
     return Collection(name, documents, queries, {"test": qrels}, excluded=excluded, without_text=without_text)
@@ -208,7 +207,7 @@ def _read_bright(repository: Repository, subset: str | None, skipped: set[str] |
 
 def _documents(table: Table, columns: Columns, skipped: set[str] | None) -> dict[str, Document]:
     rows = check_documents(table.rows(columns, optional=("title",)), skipped)
-    return _some({doc_id: Document(doc_id, text, title) for doc_id, title, text in rows}, table)
+    return _not_empty({doc_id: Document(doc_id, text, title) for doc_id, title, text in rows}, table)
 
 
 def _queries(rows: NamedRows, instructions: Mapping[str, str]) -> dict[str, Query]:
@@ -226,16 +225,18 @@ def _instructions(table: Table) -> dict[str, str]:
     }
 
 
-def _known(
-    documents: Mapping[str, Document], queries: Mapping[str, Query], skipped: set[str] | None, corpus: str, asked: str
-) -> Known:
-    return Known(queries, documents, skipped or frozenset(), f"config {asked!r}", f"config {corpus!r}")
+def _ids_of(
+    documents: Mapping[str, Document], queries: Mapping[str, Query], skipped: set[str] | None, *configs: str
+) -> KnownIds:
+    """The ids of documents and queries, which are in these two configs."""
+    corpus_config, queries_config = (f"config {config!r}" for config in configs)
+    return KnownIds(queries, documents, skipped or frozenset(), queries_config, corpus_config)
 
 
-def _some(found: dict[str, T], table: Table) -> dict[str, T]:
-    if not found:
+def _not_empty(parts: dict[str, T], table: Table) -> dict[str, T]:
+    if not parts:
         raise DataError(f"{table.place}: nothing is left of its rows; they name or are documents without text")
-    return found
+    return parts
 
 
 def _choose(source: str, layouts: Mapping[str, Any], subset: str | None) -> tuple[str, str | None]:
@@ -247,8 +248,8 @@ def _choose(source: str, layouts: Mapping[str, Any], subset: str | None) -> tupl
         return subset, None
     if subset is not None and name in layouts:
         return name, split
-    given = "it has several subsets" if subset is None else f"no subset {subset!r}"
-    raise DataError(f"{source}: {given}; ask for one of {listed(filter(None, layouts))}")
+    fault = "it has several subsets" if subset is None else f"no subset {subset!r}"
+    raise DataError(f"{source}: {fault}; ask for one of {quoted(filter(None, layouts))}")
 
 
 def _name(repository: Repository, subset: str | None) -> str:

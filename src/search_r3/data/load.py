@@ -9,6 +9,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from ..errors import DataError
+from ..extras import extra
 from .collection import Collection, Document, iter_documents
 from .generators.atlas import BUILT_IN
 from .hub import load_hub
@@ -31,16 +32,18 @@ def load_collection(name: str, *, skip_empty_documents: bool = False) -> Collect
     """Load a collection.
 
     Args:
-        name: a built-in collection (`atlas`, `atlas-wide`, `stdlib`), a folder in the BEIR layout or in the hub's
-            format, or a data set of the hub: `owner/name`, `owner/name:subset`, `owner/name@revision` or
-            `owner/name:subset@revision`. A folder in the hub's format may be followed by `:subset` too.
+        name: a built-in collection (`atlas`, `atlas-wide`, `stdlib`; `atlas:SEED` divides its queries by another
+            seed than 0), a folder in the BEIR layout or in the hub's format, or a data set of the hub: `owner/name`,
+            `owner/name:subset`, `owner/name@revision` or `owner/name:subset@revision`. A folder in the hub's format
+            may be followed by `:subset` too.
         skip_empty_documents: as in `Collection.load`.
 
     Raises:
         DataError: the name is none of these, or what it names cannot be read (see `Collection.load`, `load_hub`).
     """
-    if name in BUILDERS:
-        return BUILDERS[name]()
+    if (built_in := parse_built_in(name)) is not None:
+        builder, seed = built_in
+        return BUILDERS[builder](seed)
     folder = Path(name)
     if folder.is_dir():
         if not (folder / "corpus.jsonl").is_file() and not is_hub_folder(folder):
@@ -51,15 +54,37 @@ def load_collection(name: str, *, skip_empty_documents: bool = False) -> Collect
         if _is_beir(folder):
             return Collection.load(folder, skip_empty_documents=skip_empty_documents)
         return load_hub(name, skip_empty_documents=skip_empty_documents)
+    if (parts := split_name(name)) is None:
+        raise _unknown(name)
+    source, subset, revision = parts
+    return load_hub(source, revision=revision, skip_empty_documents=skip_empty_documents, subset=subset)
+
+
+def split_name(name: str) -> tuple[str, str | None, str | None] | None:
+    """Source, subset and revision of `SOURCE:SUBSET@REVISION`; None where the source is neither a folder nor a hub id.
+
+    Example:
+        >>> split_name("wikimedia/wikipedia:20231101.en")
+        ('wikimedia/wikipedia', '20231101.en', None)
+    """
     match = NAME.fullmatch(name)
-    if match and (Path(match["source"]).is_dir() or HUB_ID.fullmatch(match["source"])):
-        return load_hub(
-            match["source"],
-            revision=match["revision"],
-            skip_empty_documents=skip_empty_documents,
-            subset=match["subset"],
-        )
-    raise _unknown(name)
+    if match is None or not (Path(match["source"]).is_dir() or HUB_ID.fullmatch(match["source"])):
+        return None
+    return match["source"], match["subset"], match["revision"]
+
+
+def parse_built_in(name: str) -> tuple[str, int] | None:
+    """The builder and the seed that `atlas` or `atlas:SEED` names; None for what is not built in.
+
+    Raises:
+        DataError: the seed is no whole number from 0 on.
+    """
+    builder, colon, seed = name.partition(":")
+    if builder not in BUILDERS:
+        return None
+    if colon and not (seed.isascii() and seed.isdigit()):
+        raise DataError(f"cannot read the seed of {name!r}: expected {builder}:SEED with a whole number from 0 on")
+    return builder, int(seed or 0)
 
 
 def load_articles(source: str, limit: int | None = None, seed: int = 0) -> dict[str, Document]:
@@ -80,33 +105,34 @@ def load_articles(source: str, limit: int | None = None, seed: int = 0) -> dict[
     """
     path = Path(source)
     if path.is_file() or path.is_dir():
-        found = {one.doc_id: one for one in iter_documents(path / "corpus.jsonl" if path.is_dir() else path, set())}
-        if limit is not None and limit < len(found):
-            found = {doc_id: found[doc_id] for doc_id in random.Random(seed).sample(sorted(found), limit)}
-    elif (match := NAME.fullmatch(source)) and HUB_ID.fullmatch(match["source"]):
-        found = _stream_articles(match["source"], match["subset"], match["revision"], limit, seed)
+        articles = {one.doc_id: one for one in iter_documents(path / "corpus.jsonl" if path.is_dir() else path, set())}
+        if limit is not None and limit < len(articles):
+            articles = {doc_id: articles[doc_id] for doc_id in random.Random(seed).sample(sorted(articles), limit)}
+    elif parts := split_name(source):
+        articles = _stream_articles(*parts, limit, seed)
     else:
         raise DataError(f"no articles at {source}: expected a JSONL file, a folder with corpus.jsonl, or a hub id")
-    if not found:
+    if not articles:
         raise DataError(f"{source}: no article with text")
-    return found
+    return articles
 
 
 def _stream_articles(
     source: str, subset: str | None, revision: str | None, limit: int | None, seed: int
 ) -> dict[str, Document]:
-    from datasets import load_dataset
+    with extra("train"):
+        from datasets import load_dataset
 
-    found: dict[str, Document] = {}
-    with Repository(source, revision, "").explained(source):
+    articles: dict[str, Document] = {}
+    with Repository(source, revision, "").errors_at(source):
         rows = load_dataset(source, subset, split="train", revision=revision, streaming=True)
         if limit is not None:
             rows = rows.shuffle(seed=seed, buffer_size=10 * limit).take(limit)
         for row in rows:
             doc_id = str(row["_id"] if "_id" in row else row["id"])
             if row["text"].strip():
-                found[doc_id] = Document(doc_id, row["text"], row.get("title") or "")
-    return found
+                articles[doc_id] = Document(doc_id, row["text"], row.get("title") or "")
+    return articles
 
 
 def _is_beir(folder: Path) -> bool:
@@ -122,6 +148,6 @@ def _unknown(name: str) -> DataError:
     hint = f"; did you mean {near[0]!r}?" if near else ";"
     return DataError(
         f"no collection {name!r}{hint} expected one that is built in "
-        f"({', '.join(sorted(BUILDERS))}), a folder, or a data set of the hub as owner/name, owner/name:subset, "
-        "owner/name@revision or owner/name:subset@revision"
+        f"({', '.join(sorted(BUILDERS))}; NAME:SEED), a folder, or a data set of the hub as owner/name, "
+        "owner/name:subset, owner/name@revision or owner/name:subset@revision"
     )

@@ -17,7 +17,7 @@ NamedRows = Iterable[tuple[str, Mapping[str, Any]]]
 
 
 @dataclass(frozen=True)
-class Known:
+class KnownIds:
     """The ids that judgements and lists may name.
 
     Attributes:
@@ -76,58 +76,58 @@ def instructed(text: str, instruction: str) -> str:
 
 
 def check_judgements(
-    rows: Iterable[tuple[str, str, str, Any]], known: Known, *, repeats: bool = False
+    rows: Iterable[tuple[str, str, str, Any]], ids: KnownIds, *, repeats: bool = False
 ) -> dict[str, dict[str, int]]:
     """query_id -> doc_id -> relevance, from place, query_id, doc_id and score.
 
     Args:
         rows: the judgements.
-        known: the ids that they may name.
+        ids: what they may name.
         repeats: accept a pair that is judged again with the same score.
     """
     qrels: dict[str, dict[str, int]] = {}
     for place, query_id, doc_id, score in rows:
         relevance = _integer(score, place)
-        known.check_query(query_id, place)
-        if not known.keeps(doc_id, place):
+        ids.check_query(query_id, place)
+        if not ids.keeps(doc_id, place):
             continue
-        judged = qrels.setdefault(query_id, {})
-        if doc_id in judged and not (repeats and judged[doc_id] == relevance):
+        relevance_of = qrels.setdefault(query_id, {})
+        if doc_id in relevance_of and not (repeats and relevance_of[doc_id] == relevance):
             raise DataError(f"{place}: the pair {query_id!r}, {doc_id!r} is judged in an earlier row too")
-        judged[doc_id] = relevance
+        relevance_of[doc_id] = relevance
     return qrels
 
 
 def check_lists(
-    rows: NamedRows, key: str, known: Known, kind: Literal["excluded", "pools", "changed"]
+    rows: NamedRows, key: str, ids: KnownIds, kind: Literal["excluded", "pools", "changed"]
 ) -> dict[str, frozenset[str]]:
     """query_id -> documents, from rows of `query-id` and a list of document ids under `key`.
 
     Excluded documents may be unknown, since BRIGHT's lists name some: they cannot be ranked and are left out. A pool
     holds at least one document. A changed query is named without `-og` and `-changed`; both must be there.
     """
-    found: dict[str, frozenset[str]] = {}
+    documents_of: dict[str, frozenset[str]] = {}
     for place, row in rows:
         query_id = string(row, "query-id", place)
-        if query_id in found:
+        if query_id in documents_of:
             raise DataError(f"{place}: query {query_id!r} has a list in an earlier row too; join the two")
-        for asked in (f"{query_id}-og", f"{query_id}-changed") if kind == "changed" else (query_id,):
-            known.check_query(asked, place)
-        listed = strings(row, key, place)
+        for name in (f"{query_id}-og", f"{query_id}-changed") if kind == "changed" else (query_id,):
+            ids.check_query(name, place)
+        doc_ids = strings(row, key, place)
         if kind == "excluded":
-            found[query_id] = frozenset(doc_id for doc_id in listed if doc_id in known.documents)
+            documents_of[query_id] = frozenset(doc_id for doc_id in doc_ids if doc_id in ids.documents)
         else:
-            found[query_id] = frozenset(doc_id for doc_id in listed if known.keeps(doc_id, place))
-        if kind == "pools" and not found[query_id]:
+            documents_of[query_id] = frozenset(doc_id for doc_id in doc_ids if ids.keeps(doc_id, place))
+        if kind == "pools" and not documents_of[query_id]:
             raise DataError(f"{place}: the pool of query {query_id!r} has no document to rank; remove the row")
-    return {query_id: doc_ids for query_id, doc_ids in found.items() if doc_ids or kind != "excluded"}
+    return {query_id: doc_ids for query_id, doc_ids in documents_of.items() if doc_ids or kind != "excluded"}
 
 
 def string(row: Mapping[str, Any], key: str, place: str, default: str | None = None) -> str:
     """The string under `key`, or a DataError."""
     value = row.get(key, default)
     if not isinstance(value, str):
-        raise DataError(f"{place}: the field {key!r} {_found(row, key)}; expected a string")
+        raise DataError(f"{place}: the field {key!r} {_value_text(row, key)}; expected a string")
     return value
 
 
@@ -135,20 +135,20 @@ def strings(row: Mapping[str, Any], key: str, place: str) -> list[str]:
     """The list of document ids under `key`, or a DataError."""
     value = row.get(key)
     if not isinstance(value, list) or not all(isinstance(doc_id, str) for doc_id in value):
-        raise DataError(f"{place}: the field {key!r} {_found(row, key)}; expected a list of document ids")
+        raise DataError(f"{place}: the field {key!r} {_value_text(row, key)}; expected a list of document ids")
     return value
 
 
 def _unique(rows: NamedRows) -> Iterator[tuple[str, Mapping[str, Any]]]:
     """The rows, with their `_id` checked."""
-    seen: set[str] = set()
+    row_ids: set[str] = set()
     for place, row in rows:
         row_id = string(row, "_id", place)
         if not row_id or any(c in row_id for c in "\t\r\n"):
             raise DataError(f"{place}: the _id {row_id!r} is empty or holds a tab or a line break")
-        if row_id in seen:
+        if row_id in row_ids:
             raise DataError(f"{place}: the _id {row_id!r} stands in an earlier row too; ids must be unique")
-        seen.add(row_id)
+        row_ids.add(row_id)
         yield place, row
 
 
@@ -163,5 +163,5 @@ def _integer(score: Any, place: str) -> int:
     raise DataError(f"{place}: the score {score!r} is not an integer")
 
 
-def _found(row: Mapping[str, Any], key: str) -> str:
+def _value_text(row: Mapping[str, Any], key: str) -> str:
     return f"is {reprlib.repr(row[key])}" if key in row else "is missing"

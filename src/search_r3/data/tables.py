@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import DataError
+from ..extras import extra
 
 PARTS = {
     "corpus": "corpus",
@@ -65,14 +66,16 @@ class Repository:
         """The names of its configs."""
         if folders := _part_folders(Path(self.source)):
             return folders
-        from datasets import get_dataset_config_names
+        with extra("eval"):
+            from datasets import get_dataset_config_names
 
-        with self.explained(self.source):
+        with self.errors_at(self.source):
             return list(get_dataset_config_names(self.source, revision=self.revision))
 
     def tables(self, config: str, *, streaming: bool = False) -> dict[str, Table]:
         """Split -> table of one config; with `streaming` only those rows of the hub are downloaded that are read."""
-        from datasets import load_dataset
+        with extra("eval"):
+            from datasets import load_dataset
 
         place = f"{self.source}, config {config!r}"
         options: dict[str, Any] = {"revision": self.revision}
@@ -82,12 +85,12 @@ class Repository:
         elif streaming:
             options["streaming"] = True
         options["data_dir" if _part_folders(Path(self.source)) else "name"] = config
-        with self.explained(place):
-            found = load_dataset(self.source, **options)
-        return {str(split): Table(self, f"{place}, split {split!s}", data) for split, data in found.items()}
+        with self.errors_at(place):
+            splits = load_dataset(self.source, **options)
+        return {str(split): Table(self, f"{place}, split {split!s}", data) for split, data in splits.items()}
 
     @contextmanager
-    def explained(self, place: str) -> Iterator[None]:
+    def errors_at(self, place: str) -> Iterator[None]:
         """Turn whatever the libraries raise into a DataError; they have no common base class."""
         try:
             yield
@@ -113,31 +116,31 @@ class Table:
             columns: the fields.
             optional: those that may have no column.
         """
-        with self.repository.explained(self.place):
+        with self.repository.errors_at(self.place):
             batches = self.data.iter(batch_size=BATCH)
-        chosen: dict[str, str] = {}
+        column_of: dict[str, str] = {}
         number = 0
         while True:
-            with self.repository.explained(self.place):
+            with self.repository.errors_at(self.place):
                 batch = next(batches, None)
             if batch is None:
                 break
-            chosen = chosen or self._choose(columns, optional, list(batch))
-            for values in zip(*(batch[column] for column in chosen.values()), strict=True):
-                row = {name: _clean(name, value) for name, value in zip(chosen, values, strict=True)}
+            column_of = column_of or self._choose(columns, optional, list(batch))
+            for values in zip(*(batch[column] for column in column_of.values()), strict=True):
+                row = {name: _clean(name, value) for name, value in zip(column_of, values, strict=True)}
                 yield f"{self.place}, row {number}", row
                 number += 1
         if not number:
             raise DataError(f"{self.place}: no rows")
 
     def _choose(self, columns: Columns, optional: tuple[str, ...], present: list[str]) -> dict[str, str]:
-        chosen = {}
+        column_of = {}
         for field, names in columns.items():
-            if found := [name for name in names if name in present]:
-                chosen[field] = found[0]
+            if matches := [name for name in names if name in present]:
+                column_of[field] = matches[0]
             elif field not in optional:
-                raise DataError(f"{self.place}: no column {' or '.join(map(repr, names))}; it has {listed(present)}")
-        return chosen
+                raise DataError(f"{self.place}: no column {' or '.join(map(repr, names))}; it has {quoted(present)}")
+        return column_of
 
 
 def find_layouts(configs: Iterable[str]) -> dict[str, dict[str, str]]:
@@ -186,6 +189,6 @@ def _clean(field: str, value: Any) -> Any:
     return str(value) if field.endswith("id") and type(value) is int else value
 
 
-def listed(names: Iterable[str]) -> str:
+def quoted(names: Iterable[str]) -> str:
     """Names for a message."""
     return ", ".join(map(repr, sorted(names)))

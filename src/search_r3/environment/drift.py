@@ -13,8 +13,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
-import scipy.linalg
 
+from ..extras import extra
 from ..types import Array
 
 Map = Callable[[Array], Array]
@@ -53,6 +53,9 @@ def procrustes(before: Array, after: Array, ridge: float = 0.3) -> Map:
     There are fewer pairs than dimensions as a rule; the pull keeps the directions that no pair shows where they are.
     `lambda` is `ridge` times the mean squared singular value of `B`, `P / D`.
     """
+    with extra("train"):
+        import scipy.linalg
+
     pairs, dimension = before.shape
     cross = before.T @ after + ridge * pairs / dimension * np.eye(dimension, dtype=np.float32)  # D x D
     left, _, right = scipy.linalg.svd(cross, full_matrices=False, check_finite=False)
@@ -62,6 +65,9 @@ def procrustes(before: Array, after: Array, ridge: float = 0.3) -> Map:
 
 def low_rank_affine(before: Array, after: Array, ridge: float = 0.3, rank: int = 64) -> Map:
     """Ridge regression of the drift on the vector, with an intercept, cut to the `rank` best directions of drift."""
+    with extra("train"):
+        import scipy.linalg
+
     centre, drift = before.mean(axis=0), after - before
     offset = drift.mean(axis=0)
     inputs, outputs = before - centre, drift - offset

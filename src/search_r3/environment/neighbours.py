@@ -6,6 +6,7 @@ Shapes: `N` documents, `L` links per document, `R` refreshed documents. Links ar
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import zip_longest
 from pathlib import Path
 
 import numpy as np
@@ -43,13 +44,13 @@ class NeighbourGraph:
 
     def reach(self, rows: Sequence[int], hops: int) -> list[int]:
         """The rows within `hops` links of the given ones, these first, each once, nearest hop first."""
-        found = dict.fromkeys(int(row) for row in rows)
-        front = list(found)
+        ball = dict.fromkeys(int(row) for row in rows)
+        front = list(ball)
         for _ in range(hops):
-            linked = self.links[front]
-            front = [row for row in dict.fromkeys(linked[linked >= 0].tolist()) if row not in found]
-            found |= dict.fromkeys(front)
-        return list(found)
+            links = self.links[front]
+            front = [row for row in dict.fromkeys(links[links >= 0].tolist()) if row not in ball]
+            ball |= dict.fromkeys(front)
+        return list(ball)
 
     def repair(self, index: VectorIndex, rows: Rows) -> int:
         """Mend the links around documents whose vectors have changed.
@@ -65,36 +66,36 @@ class NeighbourGraph:
         Returns:
             How many documents chose anew.
         """
-        moved = np.unique(rows)
+        rows = np.unique(rows)
         neighbours = self.links.shape[1]
-        if 2 * len(moved) > len(index):
+        if 2 * len(rows) > len(index):
             self.links = NeighbourGraph.build(index, neighbours).links
             return len(index)
         offers: dict[int, list[int]] = {}
-        for start in range(0, len(moved), BLOCK):
-            block = moved[start : start + BLOCK]
-            met = _neighbours(index, block, neighbours * REACH)
-            self.links[block] = met[:, :neighbours]
-            for row, others in zip(block.tolist(), met.tolist(), strict=True):
+        for start in range(0, len(rows), BLOCK):
+            block = rows[start : start + BLOCK]
+            nearest = _neighbours(index, block, neighbours * REACH)
+            self.links[block] = nearest[:, :neighbours]
+            for row, others in zip(block.tolist(), nearest.tolist(), strict=True):
                 for other in others:
                     offers.setdefault(other, []).append(row)
-        linked = np.flatnonzero(np.isin(self.links, moved).any(axis=1))
-        touched = np.union1d(linked, np.fromiter((row for row in offers if row >= 0), np.int64))
-        touched, chosen, before = np.setdiff1d(touched, moved), 0, self.links.copy()
-        while len(touched):
+        sources = np.flatnonzero(np.isin(self.links, rows).any(axis=1))
+        hosts = np.union1d(sources, np.fromiter((row for row in offers if row >= 0), np.int64))
+        hosts, before = np.setdiff1d(hosts, rows), self.links.copy()
+        count = len(hosts)
+        while len(hosts):
             # As many at a time as keep the candidates' vectors within a fixed number of values.
-            widths = np.maximum.accumulate([len(offers.get(row, ())) for row in touched.tolist()])
-            values = (widths + neighbours * (neighbours + 1)) * np.arange(1, len(touched) + 1)
+            widths = np.maximum.accumulate([len(offers.get(row, ())) for row in hosts.tolist()])
+            values = (widths + neighbours * (neighbours + 1)) * np.arange(1, len(hosts) + 1)
             fit = max(1, int(np.searchsorted(values, CANDIDATES_AT_A_TIME, side="right")))
-            self._choose_anew(index, touched[:fit], before, offers)
-            chosen += fit
-            touched = touched[fit:]
-        return chosen
+            self._choose_anew(index, hosts[:fit], before, offers)
+            hosts = hosts[fit:]
+        return count
 
     def recall(self, index: VectorIndex, sample: Rows) -> float:
         """The share of the true neighbours of the sampled rows, under the index's vectors of now, that are linked."""
         true = _neighbours(index, sample, self.links.shape[1])
-        hits = [np.isin(links[links >= 0], own).sum() for links, own in zip(true, self.links[sample], strict=True)]
+        hits = [np.isin(near[near >= 0], links).sum() for near, links in zip(true, self.links[sample], strict=True)]
         return float(np.sum(hits) / max(1, (true >= 0).sum()))
 
     def save(self, folder: Path) -> None:
@@ -126,30 +127,27 @@ class NeighbourGraph:
 
     def _choose_anew(self, index: VectorIndex, rows: Rows, before: Rows, offers: dict[int, list[int]]) -> None:
         neighbours = self.links.shape[1]
-        own = before[rows]  # R x L
-        second = np.where(own[:, :, None] >= 0, before[own], -1).reshape(len(rows), -1)  # R x L*L
-        width = max((len(offers.get(row, ())) for row in rows.tolist()), default=0)
-        offered = np.full((len(rows), width), -1, np.int64)
-        for place, row in enumerate(rows.tolist()):
-            given = offers.get(row, ())
-            offered[place, : len(given)] = given
-        candidates = np.sort(np.concatenate([own, second, offered], axis=1), axis=1)  # R x C
+        first = before[rows]  # R x L
+        second = np.where(first[:, :, None] >= 0, before[first], -1).reshape(len(rows), -1)  # R x L*L
+        newcomers = np.array(list(zip_longest(*(offers.get(row, ()) for row in rows.tolist()), fillvalue=-1)))
+        newcomers = newcomers.reshape(-1, len(rows)).T.astype(np.int64)
+        candidates = np.sort(np.concatenate([first, second, newcomers], axis=1), axis=1)  # R x C
         useless = (candidates < 0) | (candidates == rows[:, None])
         useless[:, 1:] |= candidates[:, 1:] == candidates[:, :-1]
         scores = np.einsum("rcd,rd->rc", index.vectors_at(candidates), index.vectors_at(rows))
         scores[useless] = -np.inf
         best = np.argsort(-scores, axis=1, kind="stable")[:, :neighbours]
-        chosen = np.take_along_axis(scores, best, axis=1)
-        self.links[rows] = np.where(np.isfinite(chosen), np.take_along_axis(candidates, best, axis=1), -1)
+        candidates[~np.isfinite(scores)] = -1
+        self.links[rows] = np.take_along_axis(candidates, best, axis=1)
 
 
 def _neighbours(index: VectorIndex, rows: Rows, count: int) -> Rows:
     """The `count` best other documents of each row, padded with -1: `R x count`."""
-    found, _ = index.search_rows(index.vectors_at(rows), count + 1)
-    other = found != rows[:, None]
+    hits, _ = index.search_rows(index.vectors_at(rows), count + 1)
+    other = hits != rows[:, None]
     # A document that is not among its own results (many equal vectors) gives up its last result instead.
     other[other.all(axis=1), -1] = False
-    width = found.shape[1] - 1
+    width = hits.shape[1] - 1
     links = np.full((len(rows), count), -1, np.int64)
-    links[:, :width] = found[other].reshape(len(rows), width)
+    links[:, :width] = hits[other].reshape(len(rows), width)
     return links

@@ -69,16 +69,8 @@ class Never(RefreshPolicy):
         return np.arange(0)
 
 
-class Full(RefreshPolicy):
-    """Every document is encoded again at every step: the truth, at full price."""
-
-    def choose(self, request: RefreshRequest) -> Rows:
-        """Everything."""
-        return np.arange(len(request.index))
-
-
 class Periodic(RefreshPolicy):
-    """Every document is encoded again at every `every`-th version, none between."""
+    """Every document is encoded again at every `every`-th version, none between; at every one: the truth, in full."""
 
     def __init__(self, every: int) -> None:
         self.every = every
@@ -162,4 +154,4 @@ def make_policy(settings: RefreshSettings) -> RefreshPolicy:
         case "selective":
             return Selective(settings.depth, settings.hops, settings.neighbours)
         case "full":
-            return Full()
+            return Periodic(every=1)

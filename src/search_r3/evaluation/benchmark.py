@@ -8,6 +8,7 @@ import os
 import platform
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
@@ -70,18 +71,18 @@ class EvaluationOptions:
             raise ConfigError(f"depth={self.depth}: the measures look at 100 documents")
 
 
-def resolve_splits(collection: Collection, asked: Sequence[str]) -> list[str]:
+def resolve_splits(collection: Collection, names: Sequence[str]) -> list[str]:
     """The splits to evaluate: those named, all with `all`, or `test`, else `dev`, `validation` or `train` for none.
 
     Raises:
         DataError: the collection has no such split.
     """
-    if list(asked) == ["all"]:
+    if list(names) == ["all"]:
         return sorted(collection.qrels)
-    if asked:
-        for name in asked:
+    if names:
+        for name in names:
             collection.split(name)
-        return list(dict.fromkeys(asked))
+        return list(dict.fromkeys(names))
     for name in ("test", "dev", "validation", "train"):
         if name in collection.qrels:
             return [name]
@@ -121,14 +122,14 @@ def evaluate(
     name = system.info.name
     path = find_result(folder, collection.name, split, name, key) if folder is not None else None
     if path is not None:
-        known = load_result(path)
-        if known.key != key:
+        result = load_result(path)
+        if result.key != key:
             raise DataError(f"{path} holds a result of another evaluation; remove it and evaluate again")
-        if known.system.name == name:
-            return known
-        result = known.renamed(name)
+        if result.system.name == name:
+            return result
+        result = result.renamed(name)
     else:
-        result = _measured(system, collection, split, options, source or collection.name, key, watch)
+        result = _measure_system(system, collection, split, options, source or collection.name, key, watch)
     if folder is not None:
         save_result(result, folder)
     return result
@@ -157,7 +158,7 @@ def judged(collection: Collection, split: str) -> Qrels:
     return qrels
 
 
-def _measured(
+def _measure_system(
     system: System,
     collection: Collection,
     split: str,
@@ -169,12 +170,12 @@ def _measured(
     qrels = judged(collection, split)
     requests = make_requests(collection, qrels, options.keep_identical_ids)
     depth = max(options.depth, CHANGED_DEPTH) if collection.changed else options.depth
-    name = system.info.name
+    label = system.info.name
     started = time.perf_counter()
-    index = system.index(collection, watch(f"{name}: documents", len(collection.documents)) if watch else None)
-    asked = time.perf_counter()
-    answers = index.answer(requests, depth, watch(f"{name}: queries", len(requests)) if watch else None)
-    answered = time.perf_counter()
+    index = system.index(collection, watch(f"{label}: documents", len(collection.documents)) if watch else None)
+    ready = time.perf_counter()
+    answers = index.answer(requests, depth, watch(f"{label}: queries", len(requests)) if watch else None)
+    end = time.perf_counter()
     if answers.forced and all(answers.forced):
         settings = system.info.settings
         raise ModelError(
@@ -182,18 +183,18 @@ def _measured(
             f"{settings['max_new_tokens']} tokens; train stage 1 (search-r3 sft) first, or evaluate the mode direct"
         )
     rankings = {
-        request.query_id: [doc_id for doc_id, _ in found]
-        for request, found in zip(requests, answers.found, strict=True)
+        request.query_id: [doc_id for doc_id, _ in ranking]
+        for request, ranking in zip(requests, answers.rankings, strict=True)
     }
     rows = [measure(rankings[query_id], gains) for query_id, gains in qrels.items()]
-    per_query = {measured: [row[measured] for row in rows] for measured in MEASURES}
-    scores = {measured: fmean(values) for measured, values in per_query.items()}
+    per_query = {name: [row[name] for row in rows] for name in MEASURES}
+    scores = {name: fmean(values) for name, values in per_query.items()}
     intervals = bootstrap_intervals(per_query, options.bootstrap, options.seed)
-    if followed := _p_mrr(collection, split, index, rankings, depth, options.keep_identical_ids):
-        scores["p-mrr"] = fmean(followed)
-        intervals |= bootstrap_intervals({"p-mrr": followed}, options.bootstrap, options.seed)
+    if p_mrrs := _p_mrr(collection, split, index, rankings, depth, options.keep_identical_ids):
+        scores["p-mrr"] = fmean(p_mrrs)
+        intervals |= bootstrap_intervals({"p-mrr": p_mrrs}, options.bootstrap, options.seed)
     latency = _latency(index, requests, depth, options.latency_queries)
-    top = [found[:TOP] for found in answers.found]
+    top = [ranking[:TOP] for ranking in answers.rankings]
     relevant = [{doc_id: gain for doc_id, gain in gains.items() if gain > 0} for gains in qrels.values()]
     return Result(
         key=key,
@@ -202,7 +203,7 @@ def _measured(
         settings=asdict(options) | {"depth": depth},
         scores=scores,
         intervals=intervals,
-        cost=_cost(system, answers, len(requests) / (answered - asked), latency, index.documents_per_second),
+        cost=_cost(system, answers, len(requests) / (end - ready), latency, index.documents_per_second),
         query_ids=list(qrels),
         queries=[request.text for request in requests],
         per_query=per_query,
@@ -211,7 +212,7 @@ def _measured(
         snippets=_snippets(collection, top, relevant),
         reasoning=answers.reasoning,
         reasoning_tokens=answers.reasoning_tokens,
-        provenance=provenance() | {"seconds": {"documents": asked - started, "queries": answered - asked}},
+        provenance=provenance() | {"seconds": {"documents": ready - started, "queries": end - ready}},
     )
 
 
@@ -270,31 +271,24 @@ def _p_mrr(
 
     Where the changed instruction leaves no relevant document, the query has no nDCG, but its ranking counts here.
     """
-    asked = collection.split(split)
+    qrels = collection.split(split)
     lost = {
         query: doc_ids
         for query, doc_ids in collection.changed.items()
-        if f"{query}-og" in asked and f"{query}-changed" in asked
+        if f"{query}-og" in qrels and f"{query}-changed" in qrels
     }
-    both = [f"{query}-{kind}" for query in lost for kind in ("og", "changed")]
-    missing = make_requests(
-        collection, {query_id: {} for query_id in both if query_id not in rankings}, keep_identical_ids
-    )
-    further = index.answer(missing, depth).found if missing else []
-    found = dict(rankings)
-    for request, scored in zip(missing, further, strict=True):
-        found[request.query_id] = [doc_id for doc_id, _ in scored]
-    return list(
-        p_mrr(
-            {query: found[f"{query}-og"] for query in lost},
-            {query: found[f"{query}-changed"] for query in lost},
-            lost,
-        ).values()
-    )
+    pairs = [f"{query}-{kind}" for query in lost for kind in ("og", "changed")]
+    unranked: Qrels = {query_id: {} for query_id in pairs if query_id not in rankings}
+    if unranked:
+        answers = index.answer(make_requests(collection, unranked, keep_identical_ids), depth)
+        doc_ids = ([doc_id for doc_id, _ in ranking] for ranking in answers.rankings)
+        rankings = {**rankings, **dict(zip(unranked, doc_ids, strict=True))}
+    before, after = ({query: rankings[f"{query}-{kind}"] for query in lost} for kind in ("og", "changed"))
+    return list(p_mrr(before, after, lost).values())
 
 
 def _snippets(collection: Collection, top: Sequence[Scored], relevant: Sequence[Mapping[str, int]]) -> dict[str, str]:
-    doc_ids = {doc_id for found in top for doc_id, _ in found}.union(*relevant)
+    doc_ids = {doc_id for ranking in top for doc_id, _ in ranking}.union(*relevant)
     return {doc_id: collection.documents[doc_id].full_text[:SNIPPET] for doc_id in sorted(doc_ids)}
 
 
@@ -314,10 +308,8 @@ def provenance() -> dict[str, Any]:
 
 def package_versions() -> dict[str, str]:
     """Python and the packages that results depend on, those that are installed."""
-    found = {"python": platform.python_version()}
+    versions = {"python": platform.python_version()}
     for name in PACKAGES:
-        try:
-            found[name] = version(name)
-        except PackageNotFoundError:
-            continue
-    return found
+        with suppress(PackageNotFoundError):
+            versions[name] = version(name)
+    return versions

@@ -22,14 +22,16 @@ import torch
 from torch.utils.data import DataLoader
 
 from ..data.collection import Collection
+from ..data.restrictions import Restrictions, restrictions
 from ..errors import ConfigError, DataError
+from ..extras import extra
 from ..model.encoder import SearchR3
 from ..model.prompts import MODES, Mode
 from ..types import Array
 from .benchmark import judged
 from .systems import short_name
 
-try:
+with extra("mteb"):
     import mteb
     from datasets import Dataset, are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
     from mteb import AbsTask, ResultCache, TaskMetadata
@@ -38,8 +40,6 @@ try:
     from mteb.models import ModelMeta
     from mteb.models.model_meta import ScoringFunction
     from mteb.types import BatchedInput, PromptType
-except ModuleNotFoundError as error:
-    raise ConfigError("mteb is not installed, and its tasks need it: pip install search-r3[mteb]") from error
 
 logger = logging.getLogger(__name__)
 
@@ -132,7 +132,7 @@ class SearchR3MTEB:
         self.max_new_tokens = max_new_tokens
         self.mteb_model_meta = _model_meta(model, mode, max_new_tokens)
         self.tokens_per_query: dict[str, float] = {}
-        self._kept: dict[str, Array] | None = None  # hash of texts -> vectors, shared between modes by run_mteb
+        self._cache: dict[str, Array] | None = None  # hash of texts -> vectors, shared between modes by run_mteb
 
     def encode(
         self,
@@ -156,15 +156,15 @@ class SearchR3MTEB:
             raise ConfigError(f"precision={kwargs['precision']!r}: the vectors are float32; leave the precision out")
         texts = [text for batch in cast("Iterable[Mapping[str, list[str]]]", inputs) for text in batch["text"]]
         place = f"{task_metadata.name}/{hf_split}/{hf_subset}"
-        filled = [row for row, text in enumerate(texts) if text.strip()]
-        if empty := len(texts) - len(filled):
+        visible = [row for row, text in enumerate(texts) if text.strip()]
+        if empty := len(texts) - len(visible):
             logger.warning("%s: %d of %d texts are empty and get the zero vector", place, empty, len(texts))
         vectors = np.zeros((len(texts), self.model.dimension), dtype=np.float32)
-        if filled and prompt_type == PromptType.query:
+        if visible and prompt_type == PromptType.query:
             batch_size = self.batch_size or kwargs.get("batch_size") or 128
-            vectors[filled] = self._queries([texts[row] for row in filled], place, batch_size)
-        elif filled:
-            vectors[filled] = self._documents([texts[row] for row in filled])
+            vectors[visible] = self._queries([texts[row] for row in visible], place, batch_size)
+        elif visible:
+            vectors[visible] = self._documents([texts[row] for row in visible])
         return vectors
 
     def similarity(self, embeddings1: Any, embeddings2: Any) -> torch.Tensor:
@@ -177,18 +177,18 @@ class SearchR3MTEB:
         return (torch.as_tensor(embeddings1).float() * torch.as_tensor(embeddings2).float()).sum(-1)
 
     def _queries(self, texts: list[str], place: str, batch_size: int) -> Array:
-        encoded = self.model.encode_query(texts, self.mode, batch_size=batch_size, max_new_tokens=self.max_new_tokens)
-        self.tokens_per_query[place] = fmean(encoded.reasoning_tokens)
-        if all(encoded.forced):
+        queries = self.model.encode_query(texts, self.mode, batch_size=batch_size, max_new_tokens=self.max_new_tokens)
+        self.tokens_per_query[place] = fmean(queries.reasoning_tokens)
+        if all(queries.forced):
             logger.warning("%s: the model emitted its embed token for none of %d queries", place, len(texts))
-        return encoded.vectors
+        return queries.vectors
 
     def _documents(self, texts: list[str]) -> Array:
-        kept = {} if self._kept is None else self._kept
+        cache = {} if self._cache is None else self._cache
         key = hashlib.sha256(json.dumps(texts).encode()).hexdigest()
-        if key not in kept:
-            kept[key] = np.concatenate(list(self.model.stream_document(texts)))
-        return kept[key]
+        if key not in cache:
+            cache[key] = np.concatenate(list(self.model.stream_document(texts)))
+        return cache[key]
 
 
 def suite_tasks(names: str | Sequence[str]) -> list[AbsTask]:
@@ -200,16 +200,16 @@ def suite_tasks(names: str | Sequence[str]) -> list[AbsTask]:
     Raises:
         DataError: unknown names; all of them are in the message, with the nearest known ones.
     """
-    listed = [names] if isinstance(names, str) else names
+    names = [names] if isinstance(names, str) else names
     tasks, unknown = [], []
-    for name in dict.fromkeys(task for listed_name in listed for task in SUITES.get(listed_name, (listed_name,))):
+    for name in dict.fromkeys(task for suite in names for task in SUITES.get(suite, (suite,))):
         try:
             tasks.append(mteb.get_task(name))
         except KeyError:
             unknown.append(name)
     if unknown:
-        known = [*SUITES, *(task.metadata.name for task in mteb.get_tasks(exclude_superseded=False))]
-        raise DataError("; ".join(_nearest(name, known) for name in unknown))
+        choices = [*SUITES, *(task.metadata.name for task in mteb.get_tasks(exclude_superseded=False))]
+        raise DataError("; ".join(_nearest(name, choices) for name in unknown))
     return tasks
 
 
@@ -280,17 +280,17 @@ def run_mteb(
         DataError: an unknown task, suite or mode, or a task whose data cannot be had; what was measured before is kept.
         ModelError: the model cannot be loaded or gives no usable vectors.
     """
-    listed = [tasks] if isinstance(tasks, str | AbsTask) else list(tasks)
-    chosen = suite_tasks([task for task in listed if isinstance(task, str)])
-    chosen += [task for task in listed if isinstance(task, AbsTask)]
-    loaded = model if isinstance(model, SearchR3) else SearchR3(model)
-    encoders = [SearchR3MTEB(loaded, mode=mode, max_new_tokens=max_new_tokens) for mode in modes]
+    items = [tasks] if isinstance(tasks, str | AbsTask) else list(tasks)
+    queue = suite_tasks([item for item in items if isinstance(item, str)])
+    queue += [item for item in items if isinstance(item, AbsTask)]
+    model = model if isinstance(model, SearchR3) else SearchR3(model)
+    encoders = [SearchR3MTEB(model, mode=mode, max_new_tokens=max_new_tokens) for mode in modes]
     cache = ResultCache(out_folder)
     scores = []
-    for task in chosen:
-        kept: dict[str, Array] | None = {} if len(encoders) > 1 else None
+    for task in queue:
+        vectors: dict[str, Array] | None = {} if len(encoders) > 1 else None
         for encoder in encoders:
-            encoder._kept = kept
+            encoder._cache = vectors
             scores.append(_run(encoder, task, cache, batch_size, save_predictions))
     return scores
 
@@ -316,7 +316,7 @@ def _run(encoder: SearchR3MTEB, task: AbsTask, cache: ResultCache, batch_size: i
     finally:
         if bars_shown:
             enable_progress_bars()
-    subsets = ((split, subset) for split, found in result.scores.items() for subset in found)
+    subsets = ((split, subset) for split, subsets in result.scores.items() for subset in subsets)
     scores = {f"{split}/{subset['hf_subset']}": round(float(subset["main_score"]), 6) for split, subset in subsets}
     mean, measure, tokens = fmean(scores.values()), task.metadata.main_score, encoder.tokens_per_query
     return TaskScore(name, encoder.mode, str(meta.name), measure, mean, scores, tokens, path)
@@ -351,14 +351,16 @@ class _CollectionTask(AbsTaskRetrieval):
 
 def _top_ranked(collection: Collection, query_ids: Iterable[str]) -> dict[str, list[str]] | None:
     """The documents to rank for each query; mteb skips a query that is not listed, so it is all queries or none."""
-    pools, excluded = collection.pools, collection.excluded
-    if not any(query_id in pools or excluded.get(query_id) for query_id in query_ids):
+    limits = {name: restrictions(collection, name, {}, keep_identical_ids=True) for name in query_ids}
+    if all(limit == Restrictions() for limit in limits.values()):
         return None
-    everything, ranked = list(collection.documents), {}
-    for query_id in query_ids:
-        pool, left_out = sorted(pools[query_id]) if query_id in pools else everything, excluded.get(query_id)
-        ranked[query_id] = [doc_id for doc_id in pool if doc_id not in left_out] if left_out else pool
-    return ranked
+    everything = list(collection.documents)
+    return {
+        query_id: [
+            doc_id for doc_id in (everything if limit.pool is None else sorted(limit.pool)) if limit.allow(doc_id)
+        ]
+        for query_id, limit in limits.items()
+    }
 
 
 def _model_meta(model: SearchR3, mode: Mode, max_new_tokens: int | None) -> ModelMeta:
@@ -366,20 +368,12 @@ def _model_meta(model: SearchR3, mode: Mode, max_new_tokens: int | None) -> Mode
     on_hub = "/" in source and not Path(source).is_dir()
     name = source if on_hub else f"local/{short_name(str(Path(source).resolve()))}"
     dtype = model.backbone.dtype
-    apart: dict[str, Any] = {} if dtype == "float32" else {"dtype": dtype}
+    experiment: dict[str, Any] = {} if dtype == "float32" else {"dtype": dtype}
     if mode == "reason" and max_new_tokens is not None:
-        apart["max_new_tokens"] = max_new_tokens
-    unknown = (
-        "loader",
-        "reference",
-        "release_date",
-        "languages",
-        "license",
-        "public_training_code",
-        "public_training_data",
-    )
+        experiment["max_new_tokens"] = max_new_tokens
+    unknown = ("loader", "reference", "release_date", "languages", "license", "training_datasets")
     return ModelMeta(
-        **dict.fromkeys((*unknown, "training_datasets")),
+        **dict.fromkeys((*unknown, "public_training_code", "public_training_data")),
         name=f"{name}-{mode}",
         revision=model.backbone.revision,
         n_parameters=sum(weight.numel() for weight in weights),
@@ -390,11 +384,11 @@ def _model_meta(model: SearchR3, mode: Mode, max_new_tokens: int | None) -> Mode
         framework=["PyTorch", "Transformers"],
         similarity_fn_name=ScoringFunction.COSINE,
         use_instructions=True,
-        experiment_kwargs=apart or None,
+        experiment_kwargs=experiment or None,
     )
 
 
-def _nearest(name: str, known: Sequence[str]) -> str:
-    folded = {other.lower(): other for other in known}
-    near = ", ".join(folded[other] for other in get_close_matches(name.lower(), folded, n=3))
-    return f"{name!r} is neither a suite nor a task of mteb" + (f"; nearest: {near}" if near else "")
+def _nearest(name: str, choices: Sequence[str]) -> str:
+    lower = {choice.lower(): choice for choice in choices}
+    nearest = ", ".join(lower[choice] for choice in get_close_matches(name.lower(), lower, n=3))
+    return f"{name!r} is neither a suite nor a task of mteb" + (f"; nearest: {nearest}" if nearest else "")

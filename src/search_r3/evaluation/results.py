@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Sequence
 from pathlib import Path
-from statistics import fmean
 from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
@@ -101,11 +99,10 @@ def result_name(collection: str, split: str, system: str, key: str) -> str:
 
 def find_result(folder: Path, collection: str, split: str, system: str, key: str) -> Path | None:
     """The file of the result with this key: that of the system's name, else of another name that it had."""
-    own = folder / result_name(collection, split, system, key)
-    if own.exists():
-        return own
-    found = sorted(folder.glob(f"{_plain(collection)}.{_plain(split)}.*.{key[:KEY_SHOWN]}.json"))
-    return found[0] if found else None
+    path = folder / result_name(collection, split, system, key)
+    if path.exists():
+        return path
+    return min(folder.glob(f"{_plain(collection)}.{_plain(split)}.*.{key[:KEY_SHOWN]}.json"), default=None)
 
 
 def _plain(part: str) -> str:
@@ -130,18 +127,13 @@ def load_result(path: Path) -> Result:
     except OSError as error:
         raise DataError(f"cannot read {path}: {error.strerror}") from error
     except (ValidationError, UnicodeDecodeError) as error:
-        found = error.errors()[0] if isinstance(error, ValidationError) else {"loc": (), "msg": str(error)}
-        where = ".".join(str(part) for part in found["loc"])
+        fault = error.errors()[0] if isinstance(error, ValidationError) else {"loc": (), "msg": str(error)}
+        where = ".".join(str(part) for part in fault["loc"])
         raise DataError(
-            f"{path} is no result of this version ({where}: {found['msg']}); remove it and evaluate again"
+            f"{path} is no result of this version ({where}: {fault['msg']}); remove it and evaluate again"
         ) from error
 
 
 def load_results(folder: Path) -> list[Result]:
     """All results of a folder, in the order of their names."""
     return [load_result(path) for path in sorted(folder.glob("*.*.*.*.json"))]
-
-
-def mean_scores(results: Sequence[Result], measures: Iterable[str]) -> dict[str, float]:
-    """Plain means of measures over several results, as leaderboards give them."""
-    return {name: fmean(result.scores[name] for result in results) for name in measures}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 from ..data.load import load_collection
@@ -72,10 +73,10 @@ def label_models(sources: Sequence[str]) -> dict[str, str]:
         ConfigError: two models with one label.
     """
     labels: dict[str, str] = {}
-    for given in sources:
-        label, found, source = given.partition("=")
-        if not found or "/" in label or Path(given).exists():
-            label, source = short_name(given), given
+    for model in sources:
+        label, equals, source = model.partition("=")
+        if not equals or "/" in label or Path(model).exists():
+            label, source = short_name(model), model
         if label in labels:
             raise ConfigError(f"two models are called {label!r}; name them: --model NAME={source}")
         labels[label] = source
@@ -96,13 +97,13 @@ def run_plan(plan: EvaluationPlan, folder: Path, watch: Watch | None = None) -> 
         DataError: a collection that cannot be read, or lacks a split; before anything is computed.
     """
     _check_baselines(plan)
-    named: dict[str, str] = {}
+    source_of: dict[str, str] = {}
     for source in plan.collections:
         collection = load_collection(source, skip_empty_documents=True)
-        if collection.name in named:
-            both = f"{named[collection.name]} and {source}"
-            raise ConfigError(f"two collections are called {collection.name!r}: {both}; evaluate them into two folders")
-        named[collection.name] = source
+        if collection.name in source_of:
+            pair = f"{source_of[collection.name]} and {source}"
+            raise ConfigError(f"two collections are called {collection.name!r}: {pair}; evaluate them into two folders")
+        source_of[collection.name] = source
         for split in resolve_splits(collection, plan.splits):
             judged(collection, split)
     models = {
@@ -110,25 +111,16 @@ def run_plan(plan: EvaluationPlan, folder: Path, watch: Watch | None = None) -> 
         for label, source in plan.models.items()
     }
     systems = _systems(plan, models)
-    stored = folder / RESULTS
     for source in plan.collections:
         collection = load_collection(source, skip_empty_documents=True)
+        run = partial(evaluate, options=plan.options, source=source, folder=folder / RESULTS, watch=watch)
         for split in resolve_splits(collection, plan.splits):
             for system in systems:
-                result = evaluate(system, collection, split, plan.options, source=source, folder=stored, watch=watch)
-                yield result
+                yield (result := run(system, collection, split))
                 if REASONING_NAME in plan.baselines and result.system.mode == "reason":
-                    yield evaluate(
-                        reasoning_baseline(result),
-                        collection,
-                        split,
-                        plan.options,
-                        source=source,
-                        folder=stored,
-                        watch=watch,
-                    )
-        for encoded in models.values():
-            encoded.forget(collection)
+                    yield run(reasoning_baseline(result), collection, split)
+        for collections in models.values():
+            collections.forget(collection)
 
 
 def reasoning_baseline(result: Result, name: str | None = None) -> BM25System:
@@ -155,7 +147,7 @@ def write_summary(results: Sequence[Result], folder: Path, permutations: int, se
     record = {
         "rows": rows,
         "means": averages(results),
-        "comparisons": [one.record() for one in comparisons],
+        "comparisons": [comparison.record() for comparison in comparisons],
     }
     write_json(folder / SUMMARY, record)
     write_text(folder / "summary.md", markdown(results, comparisons))
@@ -163,11 +155,11 @@ def write_summary(results: Sequence[Result], folder: Path, permutations: int, se
 
 
 def _check_baselines(plan: EvaluationPlan) -> None:
-    known = [BM25_NAME, REASONING_NAME, SENTENCE_TRANSFORMERS + "NAME"]
+    choices = [BM25_NAME, REASONING_NAME, SENTENCE_TRANSFORMERS + "NAME"]
     for name in plan.baselines:
-        if name not in known[:2] and not (name.startswith(SENTENCE_TRANSFORMERS) and name != SENTENCE_TRANSFORMERS):
-            near = difflib.get_close_matches(name, known, n=1)
-            hint = f"did you mean {near[0]!r}?" if near else f"known: {', '.join(known)}"
+        if name not in choices[:2] and not (name.startswith(SENTENCE_TRANSFORMERS) and name != SENTENCE_TRANSFORMERS):
+            nearest = difflib.get_close_matches(name, choices, n=1)
+            hint = f"did you mean {nearest[0]!r}?" if nearest else f"known: {', '.join(choices)}"
             raise ConfigError(f"unknown baseline {name!r}; {hint}")
     if REASONING_NAME in plan.baselines and not (plan.models and "reason" in plan.modes):
         raise ConfigError(f"{REASONING_NAME} searches what a model wrote; add --model and --modes reason")
@@ -181,12 +173,12 @@ def _systems(plan: EvaluationPlan, models: Mapping[str, EncodedCollections]) -> 
     for name in plan.baselines:
         if name.startswith(SENTENCE_TRANSFORMERS):
             systems.append(SentenceTransformersSystem(name.removeprefix(SENTENCE_TRANSFORMERS)))
-    for label, encoded in models.items():
+    for label, collections in models.items():
         for mode in plan.modes:
-            systems.append(SearchR3System(encoded, mode, f"{mode}/{label}" if label else mode, plan.batch_size))
+            systems.append(SearchR3System(collections, mode, f"{mode}/{label}" if label else mode, plan.batch_size))
     sources = {system.info.name: system.info.model for system in systems}
     for system in systems:
         if sources[system.info.name] != system.info.model:
-            both = f"{system.info.model} and {sources[system.info.name]}"
-            raise ConfigError(f"two systems are called {system.info.name!r}: {both}; rename a folder, or leave one out")
+            pair = f"{system.info.model} and {sources[system.info.name]}"
+            raise ConfigError(f"two systems are called {system.info.name!r}: {pair}; rename a folder, or leave one out")
     return systems

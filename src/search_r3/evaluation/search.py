@@ -53,16 +53,10 @@ class Searcher:
         for piece in self.model.stream_query(query, mode):
             yield piece if isinstance(piece, str) else self._answer(piece, k)
 
-    def _answer(self, encoded: QueryEmbeddings, k: int) -> Answer:
-        found = self.index.search(encoded.vectors, k)
+    def _answer(self, query: QueryEmbeddings, k: int) -> Answer:
+        hits = self.index.search(query.vectors, k)
         documents = [
-            (self.collection.documents[doc_id], float(score))
-            for doc_id, score in zip(found.doc_ids[0], found.scores[0], strict=True)
+            (self.collection.documents[doc_id], score)
+            for doc_id, score in zip(hits.doc_ids[0], hits.scores[0].tolist(), strict=True)
         ]
-        return Answer(
-            encoded.reasoning[0],
-            encoded.reasoning_tokens[0],
-            encoded.forced[0],
-            encoded.truncated[0],
-            documents,
-        )
+        return Answer(query.reasoning[0], query.reasoning_tokens[0], query.forced[0], query.truncated[0], documents)

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from ..errors import DataError
+from ..extras import extra
 from ..retrieval.metrics import MAIN
 from .results import Result
 
@@ -51,7 +52,8 @@ def bootstrap_intervals(
         resamples: how many times queries are drawn with replacement.
         seed: of the drawing.
     """
-    from scipy.stats import bootstrap
+    with extra("eval"):
+        from scipy.stats import bootstrap
 
     table = np.array([values[name] for name in values], dtype=float)  # measures x queries
     if table.shape[1] == 1:
@@ -78,7 +80,8 @@ def paired_p_value(first: Sequence[float], second: Sequence[float], permutations
     """
     if len(first) != len(second):
         raise DataError(f"a paired test needs the same queries on both sides, found {len(first)} and {len(second)}")
-    from scipy.stats import permutation_test
+    with extra("eval"):
+        from scipy.stats import permutation_test
 
     differences = np.asarray(first, dtype=float) - np.asarray(second, dtype=float)
     # A query on which both are equal adds nothing, whichever its sign.

@@ -18,6 +18,7 @@ import numpy as np
 
 from ..data.collection import Collection
 from ..errors import ModelError
+from ..extras import extra
 from ..files import hash_folder
 from ..model.documents import check_finite
 from ..model.encoder import SearchR3
@@ -37,7 +38,7 @@ SENTENCE_TRANSFORMERS = "sentence-transformers:"
 class Answers:
     """What a system says about requests, in their order; the last four are empty for systems that do not reason."""
 
-    found: list[Scored]
+    rankings: list[Scored]
     reasoning: list[str] = field(default_factory=list)
     reasoning_tokens: list[int] = field(default_factory=list)
     forced: list[bool] = field(default_factory=list)
@@ -75,33 +76,25 @@ class System(Protocol):
         ...
 
 
-class _Keeper(Generic[T]):
-    """Keeps what it made of the last collection, for its other splits and for other systems that share it."""
+class _PerCollection(Generic[T]):
+    """Keeps the index of the last collection, for its other splits and for other systems that share it."""
 
-    _held: tuple[str, T] | None = None
+    before: Cost | None = None
+    _last: tuple[str, T] | None = None
 
-    def _kept(self, collection: Collection, progress: Progress | None) -> T:
+    def index(self, collection: Collection, progress: Progress | None = None) -> T:
+        """Index all documents, unless they are those of the last call."""
         key = collection.content_hash()
-        if self._held is None or self._held[0] != key:
-            self._held = None  # what is held is let go before the next is made
-            self._held = key, self._indexed(collection, progress)
-        return self._held[1]
+        if self._last is None or self._last[0] != key:
+            self._last = None  # the old index is let go before the next is made
+            self._last = key, self._make_index(collection, progress)
+        return self._last[1]
 
-    def _indexed(self, collection: Collection, progress: Progress | None) -> T:
+    def _make_index(self, collection: Collection, progress: Progress | None) -> T:
         raise NotImplementedError
 
 
-class _Indexing(_Keeper[Searchable]):
-    """A system that indexes by itself."""
-
-    before: Cost | None = None
-
-    def index(self, collection: Collection, progress: Progress | None = None) -> Searchable:
-        """Index all documents, unless they are those of the last call."""
-        return self._kept(collection, progress)
-
-
-class BM25System(_Indexing):
+class BM25System(_PerCollection[Searchable]):
     """BM25 on the queries, or on other `texts` by query_id.
 
     Args:
@@ -122,7 +115,7 @@ class BM25System(_Indexing):
         settings = {"stop_words": "en", "stemming": "none", **({"texts": origin} if texts is not None else {})}
         self.info = SystemInfo(name=name, kind="bm25", model="bm25s", revision=BM25.release(), settings=settings)
 
-    def _indexed(self, collection: Collection, progress: Progress | None) -> Searchable:
+    def _make_index(self, collection: Collection, progress: Progress | None) -> Searchable:
         started = time.perf_counter()
         index = BM25(list(collection.documents), list(collection.texts().values()))
         seconds = time.perf_counter() - started
@@ -138,16 +131,18 @@ class _Lexical:
     documents_per_second: float | None
 
     def answer(self, requests: Sequence[RankRequest], depth: int, progress: Progress | None = None) -> Answers:
-        asked = [self._texts.get(request.query_id, "").strip() or request.text for request in requests]
+        texts = [self._texts.get(request.query_id, "").strip() or request.text for request in requests]
         deepest = depth + max(len(request.left_out) for request in requests)
-        found = self._index.search_scored(asked, deepest, [request.pool for request in requests])
+        rankings = self._index.search_scored(texts, deepest, [request.pool for request in requests])
         if progress is not None:
             progress(len(requests), 0)
-        return Answers([without(scored, request, depth) for scored, request in zip(found, requests, strict=True)])
+        return Answers([without(ranking, request, depth) for ranking, request in zip(rankings, requests, strict=True)])
 
 
-class EncodedCollections(_Keeper[tuple[ExactIndex, float | None]]):
+class EncodedCollections(_PerCollection[tuple[ExactIndex, float | None]]):
     """The collections that one Search-R3 model has encoded; both of its modes search the same vectors.
+
+    `index` gives the index and the documents encoded per second (None where it was on the disk).
 
     Args:
         model: the encoder.
@@ -159,19 +154,15 @@ class EncodedCollections(_Keeper[tuple[ExactIndex, float | None]]):
         self.revision = model.backbone.revision
         self._folder = folder
 
-    def encode(self, collection: Collection, progress: Progress | None = None) -> tuple[ExactIndex, float | None]:
-        """The index, and documents encoded per second; the collection of the last call is not encoded again."""
-        return self._kept(collection, progress)
-
-    def _indexed(self, collection: Collection, progress: Progress | None) -> tuple[ExactIndex, float | None]:
-        started, fresh = time.perf_counter(), len(collection.documents)
+    def _make_index(self, collection: Collection, progress: Progress | None) -> tuple[ExactIndex, float | None]:
+        started, count = time.perf_counter(), len(collection.documents)
         if self._folder is None:
             index = index_documents(self.model, collection, progress=progress)
-            return index, fresh / (time.perf_counter() - started)
+            return index, count / (time.perf_counter() - started)
 
-        def begin(total: int, done: int) -> None:
-            nonlocal started, fresh
-            started, fresh = time.perf_counter(), total - done
+        def begin(total: int, resume_at: int) -> None:
+            nonlocal started, count
+            started, count = time.perf_counter(), total - resume_at
 
         index = encode_corpus(
             self.model,
@@ -181,11 +172,11 @@ class EncodedCollections(_Keeper[tuple[ExactIndex, float | None]]):
             on_start=begin,
             progress=progress,
         )
-        return index, fresh / (time.perf_counter() - started) if fresh else None
+        return index, count / (time.perf_counter() - started) if count else None
 
     def forget(self, collection: Collection) -> None:
         """Remove what is on the disk of a collection whose results are complete."""
-        self._held = None
+        self._last = None
         if self._folder is not None:
             shutil.rmtree(self._path(collection), ignore_errors=True)
 
@@ -201,7 +192,7 @@ class SearchR3System:
         collections: the model and what it has encoded, shared by its modes.
         mode: `direct` or `reason`.
         name: as in the tables; by default the mode.
-        batch_size: queries reasoned about at once; it changes memory and speed only.
+        batch_size: queries reasoned about at once; it changes results by rounding only.
     """
 
     before: Cost | None = None
@@ -227,7 +218,7 @@ class SearchR3System:
 
     def index(self, collection: Collection, progress: Progress | None = None) -> Searchable:
         """Encode all documents, unless the other mode has."""
-        index, speed = self.collections.encode(collection, progress)
+        index, speed = self.collections.index(collection, progress)
         return _Reasoning(self.collections.model, self.mode, self.batch_size, index, speed)
 
 
@@ -240,16 +231,16 @@ class _Reasoning:
     documents_per_second: float | None
 
     def answer(self, requests: Sequence[RankRequest], depth: int, progress: Progress | None = None) -> Answers:
-        encoded = self._model.encode_query(
+        queries = self._model.encode_query(
             [request.text for request in requests], self._mode, batch_size=self._batch_size, progress=progress
         )
-        found = ranked(self._index, encoded.vectors, requests, depth)
+        rankings, truncated = ranked(self._index, queries.vectors, requests, depth), sum(queries.truncated)
         if self._mode == "direct":
-            return Answers(found, truncated=sum(encoded.truncated))
-        return Answers(found, encoded.reasoning, encoded.reasoning_tokens, encoded.forced, sum(encoded.truncated))
+            return Answers(rankings, truncated=truncated)
+        return Answers(rankings, queries.reasoning, queries.reasoning_tokens, queries.forced, truncated)
 
 
-class SentenceTransformersSystem(_Indexing):
+class SentenceTransformersSystem(_PerCollection[Searchable]):
     """A dense peer.
 
     Args:
@@ -257,15 +248,14 @@ class SentenceTransformersSystem(_Indexing):
         batch_size: texts encoded together.
 
     Raises:
-        ModelError: sentence-transformers is not installed, or there is no such model.
+        MissingExtraError: sentence-transformers is not installed.
+        ModelError: there is no such model.
     """
 
     def __init__(self, source: str, batch_size: int = 32) -> None:
-        try:
+        with extra("integrations"):
             from sentence_transformers import SentenceTransformer
-        except ImportError as error:
-            raise ModelError("the baseline needs sentence-transformers; pip install 'search-r3[benchmarks]'") from error
-        path = _packaged(source) or Path(source)
+        path = _package_folder(source) or Path(source)
         try:
             self._model: Any = SentenceTransformer(str(path) if path.is_dir() else source)
         except Exception as error:  # it raises whatever the library beneath it raises
@@ -291,7 +281,7 @@ class SentenceTransformersSystem(_Indexing):
             },
         )
 
-    def _indexed(self, collection: Collection, progress: Progress | None) -> Searchable:
+    def _make_index(self, collection: Collection, progress: Progress | None) -> Searchable:
         texts = collection.texts()
         started = time.perf_counter()
         vectors = self.encode(list(texts.values()), "document")
@@ -347,7 +337,7 @@ def index_documents(model: SearchR3, collection: Collection, *, progress: Progre
     return ExactIndex(list(texts), model.encode_document(list(texts.values()), progress=progress))
 
 
-def _packaged(source: str) -> Path | None:
+def _package_folder(source: str) -> Path | None:
     """The directory of the model that an installed package of this name carries."""
     try:
         files = metadata.files(source) or []

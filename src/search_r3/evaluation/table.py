@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from statistics import fmean
 from typing import Any
 
 from ..retrieval.metrics import MAIN
-from .results import Result, mean_scores
+from .results import Result
 from .significance import Comparison
 
 COLUMNS = {
@@ -70,8 +71,8 @@ def _model_and_place(result: Result) -> tuple[Any, ...]:
 
 def columns(results: Sequence[Result]) -> dict[str, str]:
     """Those of `COLUMNS` that say something: p-MRR only where instructions change."""
-    followed = any("p-mrr" in result.scores for result in results)
-    return {key: heading for key, heading in COLUMNS.items() if key != "p-mrr" or followed}
+    p_mrr = any("p-mrr" in result.scores for result in results)
+    return {key: heading for key, heading in COLUMNS.items() if key != "p-mrr" or p_mrr}
 
 
 def cell(row: dict[str, Any], key: str) -> str:
@@ -93,22 +94,22 @@ def averages(results: Sequence[Result]) -> dict[str, dict[str, float]]:
     """System -> mean scores over splits, for systems that stand on every one of several splits."""
     places = {result.place for result in results}
     names = dict.fromkeys(result.system.name for result in results)
-    found = {}
+    means = {}
     for name in names:
-        own = [result for result in results if result.system.name == name]
-        if len(places) > 1 and {result.place for result in own} == places:
-            found[name] = mean_scores(own, AVERAGED)
-    return found
+        rows = [result for result in results if result.system.name == name]
+        if len(places) > 1 and {result.place for result in rows} == places:
+            means[name] = {key: fmean(row.scores[key] for row in rows) for key in AVERAGED}
+    return means
 
 
 def markdown(results: Sequence[Result], comparisons: Sequence[Comparison]) -> str:
     """Tables of results, of means over splits, and of comparisons."""
-    shown = columns(results)
-    lines = [_line("collection", "split", "queries", "system", *shown.values()), _rule(4 + len(shown))]
+    headings = columns(results)
+    lines = [_line("collection", "split", "queries", "system", *headings.values()), _rule(4 + len(headings))]
     for result in results:
         row = summary(result, results)
         lines.append(
-            _line(*result.place, str(row["queries"]), f"`{result.system.name}`", *(cell(row, key) for key in shown))
+            _line(*result.place, str(row["queries"]), f"`{result.system.name}`", *(cell(row, key) for key in headings))
         )
     if means := averages(results):
         splits = len({result.place for result in results})

@@ -9,7 +9,6 @@ import hashlib
 import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Protocol
@@ -20,8 +19,10 @@ import torch
 from ..data.collection import Collection
 from ..data.restrictions import Restrictions
 from ..errors import DataError, ModelError
+from ..extras import extra
 from ..files import hash_folder, write_json
-from ..retrieval.encode import ModelEncoder, PeerEncoder, encode_corpus
+from ..model.encoder import SearchR3
+from ..retrieval.encode import Peer, encode_corpus
 from ..retrieval.index import DType, ExactIndex
 from ..retrieval.lexical import BM25
 from ..retrieval.ranking import ranked
@@ -94,14 +95,11 @@ class _LexicalSearch:
 
     def score(self, texts: Sequence[str], doc_ids: Sequence[Sequence[str]]) -> list[list[float]]:
         """Those of the last search are kept: a retriever that judges too looks up only what it did not find."""
-        known = self._last[1] if self._last[0] == tuple(texts) else [{} for _ in texts]
-        missing = [[one for one in asked if one not in line] for line, asked in zip(known, doc_ids, strict=True)]
-        added = self._index.scores(texts, missing)
-        scores = [
-            line | dict(zip(asked, values, strict=True))
-            for line, asked, values in zip(known, missing, added, strict=True)
-        ]
-        return [[line[doc_id] for doc_id in asked] for line, asked in zip(scores, doc_ids, strict=True)]
+        scores = [dict(line) for line in self._last[1]] if self._last[0] == tuple(texts) else [{} for _ in texts]
+        rest = [[doc_id for doc_id in ids if doc_id not in of] for ids, of in zip(doc_ids, scores, strict=True)]
+        for of, ids, values in zip(scores, rest, self._index.scores(texts, rest), strict=True):
+            of.update(zip(ids, values, strict=True))
+        return [[of[doc_id] for doc_id in ids] for ids, of in zip(doc_ids, scores, strict=True)]
 
 
 class DenseRetriever:
@@ -116,7 +114,7 @@ class DenseRetriever:
 
     def __init__(
         self,
-        documents: ModelEncoder | PeerEncoder,
+        documents: SearchR3 | Peer,
         encode_query: Callable[[Sequence[str]], Array],
         key: Mapping[str, Any],
         dtype: DType = "float16",
@@ -129,10 +127,10 @@ class DenseRetriever:
         texts = sorted(collection.texts().items())
         progress: Progress | None = None
 
-        def start(total: int, done: int) -> None:
+        def start(total: int, resume_at: int) -> None:
             nonlocal progress
             progress = watch("documents", total)
-            progress(done, 0)
+            progress(resume_at, 0)
 
         folder = cache / f"vectors-{key_hash({'documents': _hash_texts(texts), **self.key})}"
         index = encode_corpus(
@@ -141,12 +139,12 @@ class DenseRetriever:
             folder,
             dtype=self._dtype,
             on_start=start,
-            progress=lambda done, tokens: progress(done, tokens) if progress else None,
+            progress=lambda count, tokens: progress(count, tokens) if progress else None,
         )
-        return _DenseSearch(_placed(index), self._encode_query)
+        return _DenseSearch(_to_gpu(index), self._encode_query)
 
 
-def _placed(index: ExactIndex) -> ExactIndex:
+def _to_gpu(index: ExactIndex) -> ExactIndex:
     """The index on the GPU, where one has twice the room that its vectors take; else as it is, mapped from the disk."""
     if not torch.cuda.is_available():
         return index
@@ -165,10 +163,9 @@ class _DenseSearch:
         return [[doc_id for doc_id, _ in ranking] for ranking in rankings]
 
     def score(self, texts: Sequence[str], doc_ids: Sequence[Sequence[str]]) -> list[list[float]]:
-        vectors = self._vectors(texts)
         return [
-            self._index.scores_at(self._index.rows_of(asked), vector).tolist()
-            for vector, asked in zip(vectors, doc_ids, strict=True)
+            self._index.scores_at(self._index.rows_of(ids), vector).tolist()
+            for ids, vector in zip(doc_ids, self._vectors(texts), strict=True)
         ]
 
     def _vectors(self, texts: Sequence[str]) -> Array:
@@ -176,42 +173,6 @@ class _DenseSearch:
         if self._last is None or self._last[0] != tuple(texts):
             self._last = tuple(texts), self._encode_query(texts)
         return self._last[1]
-
-
-@dataclass(frozen=True)
-class Peer:
-    """An encoder that is no Search-R3 model.
-
-    Attributes:
-        model: its name.
-        settings: what its vectors depend on, for JSON.
-        encode: `(texts, "query" or "document") -> vectors`.
-    """
-
-    model: str
-    settings: Mapping[str, Any]
-    encode: Callable[[Sequence[str], str], Array]
-
-    @property
-    def origin(self) -> Mapping[str, Any]:
-        """`model` and `settings`."""
-        return {"model": self.model, "settings": dict(self.settings)}
-
-    @cached_property
-    def dimension(self) -> int:
-        """The size of a vector, `D`."""
-        return int(self.encode(["size"], "document").shape[1])
-
-    def encode_document(self, texts: Sequence[str], *, progress: Progress | None = None) -> Array:
-        """The vectors of these texts, `N x D`."""
-        vectors = self.encode(texts, "document")
-        if progress is not None:
-            progress(len(texts), 0)
-        return vectors
-
-    def encode_query(self, texts: Sequence[str]) -> Array:
-        """The vectors of these texts, `Q x D`."""
-        return self.encode(texts, "query")
 
 
 class CrossEncoderJudge:
@@ -222,16 +183,13 @@ class CrossEncoderJudge:
         batch_size: pairs read together.
 
     Raises:
-        ModelError: sentence-transformers is not installed, or there is no such model with one score a pair.
+        MissingExtraError: sentence-transformers is not installed.
+        ModelError: there is no such model with one score a pair.
     """
 
     def __init__(self, source: str, batch_size: int = 32) -> None:
-        try:
+        with extra("integrations"):
             from sentence_transformers import CrossEncoder
-        except ImportError as error:
-            raise ModelError(
-                "a cross-encoder needs sentence-transformers; pip install 'search-r3[benchmarks]'"
-            ) from error
         path = Path(source)
         try:
             self._model: Any = CrossEncoder(source)
@@ -265,7 +223,7 @@ class _Crossing:
     def score(self, texts: Sequence[str], doc_ids: Sequence[Sequence[str]]) -> list[list[float]]:
         documents = self._collection.documents
         pairs = [
-            (text, documents[doc_id].full_text) for text, asked in zip(texts, doc_ids, strict=True) for doc_id in asked
+            (text, documents[doc_id].full_text) for text, ids in zip(texts, doc_ids, strict=True) for doc_id in ids
         ]
         if not pairs:
             return [[] for _ in texts]
@@ -274,7 +232,7 @@ class _Crossing:
         )
         if not np.isfinite(scores).all():
             raise ModelError(f"{self._source} gave NaN or infinity as a score; its weights are broken")
-        ends = np.cumsum([len(asked) for asked in doc_ids])[:-1]
+        ends = np.cumsum([len(ids) for ids in doc_ids])[:-1]
         return [line.tolist() for line in np.split(scores, ends)]
 
 
@@ -289,7 +247,7 @@ class BlockCache:
 
     def __init__(self, folder: Path, kind: str, key: Mapping[str, Any]) -> None:
         self.folder = folder / f"{kind}-{key_hash(key)}"
-        self.found = 0
+        self.hits = 0
         if not (self.folder / "key.json").exists():
             write_json(self.folder / "key.json", dict(key))
 
@@ -314,7 +272,7 @@ class BlockCache:
                 raise ValueError(f"expected a list of {size}")
         except ValueError as error:
             raise DataError(f"{path} is damaged ({error}); remove it and make the same call again") from error
-        self.found += 1
+        self.hits += 1
         return values
 
     def _path(self, number: int) -> Path:

@@ -28,7 +28,7 @@ from ..data.restrictions import restrictions
 from ..data.triples import judged_queries, listed_negatives
 from ..data.writing.asking import check_output
 from ..errors import DataError
-from ..retrieval.metrics import rank
+from ..retrieval.metrics import rank, relevant_ids
 from ..types import Watch
 from .candidates import BlockCache, Judge, Retriever, Scoring, Searching, key_hash, quiet
 
@@ -141,11 +141,11 @@ class MiningReport:
 
 
 @dataclass(frozen=True)
-class Chosen:
-    """The mined negatives of one query, hardest first, those it had that stay, and what became of its candidates."""
+class QueryNegatives:
+    """The mined negatives of one query, hardest first, those listed that stay, and what became of its candidates."""
 
-    negatives: list[str]
-    kept: list[str]
+    mined: list[str]
+    listed: list[str]
     usable: int
     dropped: Counter[str]
 
@@ -185,31 +185,30 @@ def mine_negatives(
     if not retrievers:
         raise DataError("nothing to mine with; give BM25, a model, or several of them")
     check_output(out)
-    judged = judged_queries(collection, splits)
-    positives = {query_id: {one for one, gain in judged[query_id].items() if gain > 0} for query_id in judged}
+    qrels = judged_queries(collection, splits)
     listed = {
-        query_id: listed_negatives(collection, collection.queries[query_id], positives[query_id]) for query_id in judged
+        query_id: listed_negatives(collection, collection.queries[query_id], relevant_ids(relevance))
+        for query_id, relevance in qrels.items()
     }
     if not settings.keep:
-        listed = {query_id: [] for query_id in judged}
-    work = _Work(collection, judged, listed, retrievers, judge or retrievers[0], settings.depth, Path(cache), watch)
-    queries, results = dict(collection.queries), list[Chosen]()
-    for query_id, found, scores in work.results():
+        listed = {query_id: [] for query_id in qrels}
+    work = _Work(collection, qrels, listed, retrievers, judge or retrievers[0], settings.depth, Path(cache), watch)
+    queries, results = dict(collection.queries), list[QueryNegatives]()
+    for query_id, rankings, scores in work.results():
         query = queries[query_id]
-        chosen = choose(collection, query, judged[query_id], found, scores, settings, listed[query_id])
-        negatives = [*chosen.kept, *chosen.negatives]
-        queries[query_id] = replace(query, metadata={**query.metadata, "negatives": negatives})
-        results.append(chosen)
+        result = choose(collection, query, qrels[query_id], rankings, scores, settings, listed[query_id])
+        queries[query_id] = replace(query, metadata={**query.metadata, "negatives": [*result.listed, *result.mined]})
+        results.append(result)
     report = _report(work, splits, settings, results, started)
     replace(collection, queries=queries).save(out, reports={REPORT: asdict(report)})
     return report
 
 
 def _report(
-    work: _Work, splits: Sequence[str], settings: MiningSettings, results: Sequence[Chosen], started: float
+    work: _Work, splits: Sequence[str], settings: MiningSettings, results: Sequence[QueryNegatives], started: float
 ) -> MiningReport:
-    dropped = sum((chosen.dropped for chosen in results), Counter[str]())
-    usable = sum(chosen.usable for chosen in results)
+    dropped = sum((result.dropped for result in results), Counter[str]())
+    usable = sum(result.usable for result in results)
     return MiningReport(
         collection=work.collection.name,
         content_hash=work.collection.content_hash(),
@@ -222,10 +221,10 @@ def _report(
         dropped=dict(sorted(dropped.items())),
         usable=usable,
         listed=(listed := sum(map(len, work.listed.values()))),
-        listed_dropped=listed - sum(len(chosen.kept) for chosen in results),
-        mined=sum(len(chosen.negatives) for chosen in results),
-        fewer=sum(len(chosen.negatives) < settings.per_query for chosen in results),
-        none=sum(not chosen.negatives for chosen in results),
+        listed_dropped=listed - sum(len(result.listed) for result in results),
+        mined=sum(len(result.mined) for result in results),
+        fewer=sum(len(result.mined) < settings.per_query for result in results),
+        none=sum(not result.mined for result in results),
         blocks=work.blocks,
         resumed=work.resumed,
         seconds=time.monotonic() - started,
@@ -236,35 +235,39 @@ def choose(
     collection: Collection,
     query: Query,
     relevance: Mapping[str, int],
-    found: Sequence[Sequence[str]],
+    rankings: Sequence[Sequence[str]],
     scores: Mapping[str, float],
     settings: MiningSettings,
     listed: Sequence[str] = (),
-) -> Chosen:
+) -> QueryNegatives:
     """The negatives of one query.
 
     Args:
         collection: holds the texts.
         query: whose negatives.
         relevance: doc_id -> judgement.
-        found: the candidates of each retriever, best first; judged documents may be among them.
+        rankings: the candidates of each retriever, best first; judged documents may be among them.
         scores: the judge's, of candidates, positives and `listed`.
         settings: which candidates become negatives.
         listed: negatives that the query has already.
     """
     documents, limits = collection.documents, restrictions(collection, query.query_id, relevance)
-    open_lists = [[one for one in line if one not in relevance and limits.allow(one)] for line in found]
+    open_lists = [
+        [doc_id for doc_id in ranking if doc_id not in relevance and limits.allow(doc_id)] for ranking in rankings
+    ]
     in_range = {doc_id for line in open_lists for doc_id in line[settings.skip : settings.depth]}
-    positives = [doc_id for doc_id, gain in relevance.items() if gain > 0]
-    taken = {query.text, *(documents[doc_id].full_text for doc_id in positives)}
+    positives = relevant_ids(relevance)
+    answers = {query.text, *(documents[doc_id].full_text for doc_id in positives)}
     bound = settings.bound(max(scores[doc_id] for doc_id in positives))
-    kept = [
-        one for one in listed if limits.allow(one) and scores[one] <= bound and documents[one].full_text not in taken
+    old = [
+        doc_id
+        for doc_id in listed
+        if limits.allow(doc_id) and scores[doc_id] <= bound and documents[doc_id].full_text not in answers
     ]
     usable: list[str] = []
     dropped = Counter[str]()
     texts: set[str] = set()
-    candidates = {doc_id: scores.get(doc_id, 0.0) for line in found for doc_id in line}
+    candidates = {doc_id: scores.get(doc_id, 0.0) for ranking in rankings for doc_id in ranking}
     for doc_id in rank(candidates):
         text = documents[doc_id].full_text
         reasons = {
@@ -272,7 +275,7 @@ def choose(
             "excluded": not limits.allow(doc_id),
             "out_of_range": doc_id not in in_range,
             "listed": doc_id in listed,
-            "same_text": text in taken,
+            "same_text": text in answers,
             "false_negative": candidates[doc_id] > bound,
             "repeated_text": text in texts,
         }
@@ -286,7 +289,7 @@ def choose(
     if settings.sampling == "random" and len(usable) > settings.per_query:
         places = random.Random(f"{settings.seed}/{query.query_id}").sample(range(len(usable)), settings.per_query)
         negatives = [usable[place] for place in sorted(places)]
-    return Chosen(negatives, kept, len(usable), dropped)
+    return QueryNegatives(negatives, old, len(usable), dropped)
 
 
 class _Work:
@@ -295,7 +298,7 @@ class _Work:
     def __init__(
         self,
         collection: Collection,
-        judged: Mapping[str, Mapping[str, int]],
+        qrels: Mapping[str, Mapping[str, int]],
         listed: Mapping[str, Sequence[str]],
         retrievers: Sequence[Retriever],
         judge: Judge,
@@ -303,80 +306,79 @@ class _Work:
         cache: Path,
         watch: Watch,
     ) -> None:
-        self.collection, self.judged, self.judge, self.depth = collection, judged, judge, depth
+        self.collection, self.qrels, self.judge, self.depth = collection, qrels, judge, depth
         self.listed, self.retrievers, self.cache, self.watch = listed, retrievers, cache, watch
         # What is to be searched for; depth and judgements decide how many documents are kept of each search.
-        asked = {
+        key = {
             "collection": collection.content_hash(),
-            "queries": key_hash({"ids": list(judged)}),
+            "queries": key_hash({"ids": list(qrels)}),
             "depth": depth,
             "block": BLOCK,
             **({"pools": "ranked alone"} if collection.pools else {}),  # caches made before that rule hold others
         }
         self._searches = [
-            (retriever, BlockCache(cache, "candidates", {**asked, "retriever": dict(retriever.key)}))
+            (retriever, BlockCache(cache, "candidates", {**key, "retriever": dict(retriever.key)}))
             for retriever in retrievers
         ]
-        asked |= {"retrievers": [dict(retriever.key) for retriever in retrievers], "listed": key_hash(listed)}
-        self._scores = BlockCache(cache, "scores", {**asked, "judge": dict(judge.key)})
-        self.blocks = -(-len(judged) // BLOCK)
+        key |= {"retrievers": [dict(retriever.key) for retriever in retrievers], "listed": key_hash(listed)}
+        self._scores = BlockCache(cache, "scores", {**key, "judge": dict(judge.key)})
+        self.blocks = -(-len(qrels) // BLOCK)
         self._searching: dict[int, Searching] = {}
         self._scoring: Scoring | None = None
 
     @property
     def resumed(self) -> int:
         """Blocks whose scores stood in the cache."""
-        return self._scores.found
+        return self._scores.hits
 
     def results(self) -> Iterator[tuple[str, list[list[str]], dict[str, float]]]:
         """For each query its id, the candidates of each retriever and the judge's scores."""
         self._prepare()
-        progress = self.watch("queries", len(self.judged))
-        source = iter(self.judged)
+        progress = self.watch("queries", len(self.qrels))
+        source = iter(self.qrels)
         for number in range(self.blocks):
             block = list(islice(source, BLOCK))
-            found = [
+            searches = [
                 store.block(number, len(block), partial(self._search, retriever, block))
                 for retriever, store in self._searches
             ]
-            lines = [[store[place] for store in found] for place in range(len(block))]
-            asked = [self._to_score(query_id, line) for query_id, line in zip(block, lines, strict=True)]
-            scores = self._scores.block(number, len(block), partial(self._score, block, asked))
+            rankings = [[search[place] for search in searches] for place in range(len(block))]
+            pairs = [self._to_score(query_id, lists) for query_id, lists in zip(block, rankings, strict=True)]
+            scores = self._scores.block(number, len(block), partial(self._score, block, pairs))
             progress(len(block), 0)
-            for query_id, line, doc_ids, values in zip(block, lines, asked, scores, strict=True):
-                yield query_id, line, dict(zip(doc_ids, values, strict=True))
+            for query_id, lists, doc_ids, values in zip(block, rankings, pairs, scores, strict=True):
+                yield query_id, lists, dict(zip(doc_ids, values, strict=True))
 
     def _prepare(self) -> None:
         """Have the retrievers and the judge take in the documents, those for which the cache lacks something."""
-        given = self.collection, self.cache, self.watch
+        arguments = self.collection, self.cache, self.watch
         judging = not self._scores.holds(self.blocks)
         for retriever, store in self._searches:
             if not store.holds(self.blocks) or (judging and retriever is self.judge):
-                self._searching[id(retriever)] = retriever.prepare(*given)
+                self._searching[id(retriever)] = retriever.prepare(*arguments)
         if judging:
-            self._scoring = self._searching.get(id(self.judge)) or self.judge.prepare(*given)
+            self._scoring = self._searching.get(id(self.judge)) or self.judge.prepare(*arguments)
 
     def _search(self, retriever: Retriever, block: Sequence[str]) -> list[list[str]]:
         """As many candidates as leave `depth` of them when judged and excluded documents are taken out."""
         room = [self.depth + len(self._never(query_id)) for query_id in block]
         pools = [self.collection.pools.get(query_id) for query_id in block]
-        found = self._searching[id(retriever)].search(self._texts(block), max(room), pools)
-        return [line[:k] for line, k in zip(found, room, strict=True)]
+        rankings = self._searching[id(retriever)].search(self._texts(block), max(room), pools)
+        return [ranking[:k] for ranking, k in zip(rankings, room, strict=True)]
 
-    def _score(self, block: Sequence[str], asked: Sequence[Sequence[str]]) -> list[list[float]]:
+    def _score(self, block: Sequence[str], doc_ids: Sequence[Sequence[str]]) -> list[list[float]]:
         assert self._scoring is not None
-        return self._scoring.score(self._texts(block), asked)
+        return self._scoring.score(self._texts(block), doc_ids)
 
-    def _to_score(self, query_id: str, found: Sequence[Sequence[str]]) -> list[str]:
+    def _to_score(self, query_id: str, rankings: Sequence[Sequence[str]]) -> list[str]:
         """The positives, the negatives that are there, and all candidates that can become some, skipped ones too."""
-        never = self._never(query_id)
-        positives = [doc_id for doc_id, gain in self.judged[query_id].items() if gain > 0]
-        candidates = dict.fromkeys(doc_id for line in found for doc_id in line if doc_id not in never)
+        never, positives = self._never(query_id), [one for one, gain in self.qrels[query_id].items() if gain > 0]
+        candidates = (doc_id for ranking in rankings for doc_id in ranking if doc_id not in never)
         return list(dict.fromkeys([*positives, *self.listed[query_id], *candidates]))
 
     def _never(self, query_id: str) -> set[str]:
-        judged = self.judged[query_id]
-        return {*judged, *restrictions(self.collection, query_id, judged).left_out}
+        relevance = self.qrels[query_id]
+        return {*relevance, *restrictions(self.collection, query_id, relevance).left_out}
 
     def _texts(self, block: Sequence[str]) -> list[str]:
         return [self.collection.queries[query_id].text for query_id in block]

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from ..config import LoRASettings
 from ..errors import ConfigError
+from ..extras import extra
 from ..files import atomic_directory
 from .backbone import Backbone, load_backbone
 
@@ -18,12 +19,11 @@ def add_adapters(backbone: Backbone, settings: LoRASettings) -> None:
     """Put LoRA adapters into the model (peft); from then on only they learn.
 
     Raises:
-        ConfigError: peft is not installed, or the model has no layers of these names.
+        MissingExtraError: peft is not installed.
+        ConfigError: the model has no layers of these names.
     """
-    try:
+    with extra("train"):
         import peft
-    except ImportError as error:
-        raise ConfigError("lora.rank above 0 needs the package peft: pip install 'search-r3[lora]'") from error
 
     # The embed token's row is new in most models: it learns, and is saved with the adapters, in the output table too.
     lm = backbone.causal_lm
@@ -51,7 +51,8 @@ def save_adapters(backbone: Backbone, state: Mapping[str, Tensor], folder: Path)
 
 def merge_adapters(backbone: Backbone, folder: Path, dtype: str) -> Backbone:
     """The model that the adapters in `folder` were put into, loaded anew, with them in its weights."""
-    import peft
+    with extra("train"):
+        import peft
 
     base = load_backbone(backbone.source, settings=backbone.settings, dtype=dtype)
     tuned: Any = peft.PeftModel.from_pretrained(base.model, str(folder))

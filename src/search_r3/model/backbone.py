@@ -9,6 +9,7 @@ import copy
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from importlib import import_module
 from pathlib import Path
 from typing import Any, Literal
 
@@ -17,6 +18,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from torch import Tensor
 
 from ..errors import ModelError
+from ..extras import extra
 from ..files import atomic_directory, hash_folder, write_json
 from .prompts import EMBED_TOKEN, PROMPT_SETS, PromptEncoder, PromptSet
 
@@ -166,35 +168,19 @@ def load_backbone(
         embed_start: the row of an embed token that the model lacks: the mean of all rows, or the end of turn's.
 
     Raises:
-        ModelError: files are missing or do not fit together; the message names the remedy. Remote code is never run.
+        ModelError: files are missing or do not fit together; the message names the remedy.
     """
-    import transformers
-
     path = Path(source)
     if not path.is_dir() and (isinstance(source, Path) or source.startswith((".", "/")) or source.count("/") > 1):
         raise ModelError(f"no model directory at {source}; give a directory with config.json, or a hub id")
     if path.is_dir() and not any((path / name).is_file() for name in ("config.json", "adapter_config.json")):
         raise ModelError(f"{source} is no model directory: config.json is missing")
     tokenizer = _load_tokenizer(source, revision)
-    try:
-        if (base := _base_without_the_row(path, tokenizer)) is not None:
-            model, report = transformers.AutoModelForCausalLM.from_pretrained(
-                base, dtype=DTYPES[dtype], output_loading_info=True
-            )
-            model.resize_token_embeddings(len(tokenizer), mean_resizing=False)
-            model.load_adapter(str(source))
-        else:
-            model, report = transformers.AutoModelForCausalLM.from_pretrained(
-                source, dtype=DTYPES[dtype], revision=revision, output_loading_info=True
-            )
-    except (OSError, ValueError) as error:
-        raise ModelError(f"cannot load a causal LM from {source}: {_first_line(error)}") from error
+    model, report = _load_model(source, tokenizer, dtype, revision)
     # Adapters write the embed token's row of tied tables once, and transformers misses it in the other.
-    missing = sorted(key for key in report["missing_keys"] if "token_adapter" not in key)
-    if missing:
-        raise ModelError(
-            f"{source} lacks {len(missing)} weights of its architecture (first: {missing[0]}); wrong files?"
-        )
+    absent = sorted(key for key in report["missing_keys"] if "token_adapter" not in key)
+    if absent:
+        raise ModelError(f"{source} lacks {len(absent)} weights of its architecture (first: {absent[0]}); wrong files?")
     embed_token = (settings or EmbeddingSettings()).embed_token
     if settings is None:
         settings = _saved_settings(source, model, revision)
@@ -202,6 +188,10 @@ def load_backbone(
     embed_token_id = _ensure_embed_token(model, tokenizer, embed_token, embed_start)
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
+    if torch.device(device).type == "cuda":
+        # On Hopper and Blackwell torch prefers cuDNN's attention, which builds a plan for every new shape, some tenths
+        # of a second each (torch 2.11). Here every decoding step and nearly every batch has a new one.
+        torch.backends.cuda.enable_cudnn_sdp(False)
     model.to(device).eval()
     backbone = Backbone(model, tokenizer, settings, embed_token_id, str(source))
     _check_output_layer(backbone)
@@ -210,9 +200,9 @@ def load_backbone(
 
 def storage_state(model: Any, dtype: str | None, state: Mapping[str, Tensor] | None = None) -> dict[str, Tensor]:
     """The weights in their storage type; tied ones stay one tensor, so that they are written once."""
-    converted: dict[int, Tensor] = {}
+    by_address: dict[int, Tensor] = {}
     return {
-        name: converted.setdefault(value.data_ptr(), value if dtype is None else value.to(DTYPES[dtype]))
+        name: by_address.setdefault(value.data_ptr(), value if dtype is None else value.to(DTYPES[dtype]))
         for name, value in (model.state_dict() if state is None else state).items()
     }
 
@@ -257,12 +247,31 @@ def _load_tokenizer(source: str | Path, revision: str | None) -> Any:
     return tokenizer
 
 
+def _load_model(source: str | Path, tokenizer: Any, dtype: str, revision: str | None) -> tuple[Any, dict[str, Any]]:
+    """The causal LM and transformers' report; the tables of a base grow first where adapters need it."""
+    import transformers
+
+    load = transformers.AutoModelForCausalLM.from_pretrained
+    try:
+        if (base := _base_without_the_row(Path(source), tokenizer)) is not None:
+            model, report = load(base, dtype=DTYPES[dtype], output_loading_info=True)
+            model.resize_token_embeddings(len(tokenizer), mean_resizing=False)
+            model.load_adapter(str(source))
+        else:
+            model, report = load(source, dtype=DTYPES[dtype], revision=revision, output_loading_info=True)
+    except (OSError, ValueError) as error:
+        raise ModelError(f"cannot load a causal LM from {source}: {_first_line(error)}") from error
+    return model, report
+
+
 def _base_without_the_row(path: Path, tokenizer: Any) -> str | None:
     """The base of a directory of adapters where its tables lack the rows of their tokenizer's new tokens, else None."""
     import transformers
 
     if not (path / "adapter_config.json").is_file():
         return None
+    with extra("train"):
+        import_module("peft")  # transformers loads adapters with it
     base = str(json.loads((path / "adapter_config.json").read_text(encoding="utf-8"))["base_model_name_or_path"])
     vocabulary = transformers.AutoConfig.from_pretrained(base).get_text_config().vocab_size
     return base if vocabulary < len(tokenizer) else None
@@ -287,30 +296,30 @@ def _saved_settings(source: str | Path, model: Any, revision: str | None) -> Emb
 
 def _ensure_embed_token(model: Any, tokenizer: Any, embed_token: str, start: EmbedStart) -> int:
     """The id of the embed token, added where it is missing; the embedding table grows only if no spare row is left."""
-    known = tokenizer.get_vocab().get(embed_token)
-    if known is None:
+    token_id = tokenizer.get_vocab().get(embed_token)
+    if token_id is None:
         tokenizer.add_special_tokens({"additional_special_tokens": [embed_token]}, replace_extra_special_tokens=False)
-        known = tokenizer.convert_tokens_to_ids(embed_token)
+        token_id = tokenizer.convert_tokens_to_ids(embed_token)
         tables = [model.get_input_embeddings(), model.get_output_embeddings()]
         rows = tables[0].weight.shape[0]
-        used = len(tokenizer) - 1
+        count = len(tokenizer) - 1
         if len(tokenizer) > rows:
             model.resize_token_embeddings(len(tokenizer), mean_resizing=False)
             tables = [model.get_input_embeddings(), model.get_output_embeddings()]
         with torch.no_grad():
-            # A spare row was never trained (or does not exist yet): the mean of the used rows is a neutral start,
+            # A spare row was never trained (or does not exist yet): the mean of the rows in use is a neutral start,
             # the same at every load. Tied tables are one tensor, so the second write repeats the first.
-            ends = [tokenizer.eos_token_id] if start == "end_of_turn" else slice(used)
+            ends = [tokenizer.eos_token_id] if start == "end_of_turn" else slice(count)
             rows_of_start = [table.weight[ends].float().mean(0) for table in tables]
             for table, row in zip(tables, rows_of_start, strict=True):
-                table.weight[known] = row.to(table.weight.dtype)
+                table.weight[token_id] = row.to(table.weight.dtype)
     if len(tokenizer.encode(embed_token, add_special_tokens=False)) != 1:
         raise ModelError(f"{embed_token} is in the vocabulary but not as one special token; mend tokenizer.json")
-    if known >= model.get_input_embeddings().weight.shape[0]:
+    if token_id >= model.get_input_embeddings().weight.shape[0]:
         raise ModelError(
-            f"{embed_token} has id {known}, outside the model's embedding table; tokenizer and weights differ"
+            f"{embed_token} has id {token_id}, outside the model's embedding table; tokenizer and weights differ"
         )
-    return int(known)
+    return int(token_id)
 
 
 def _check_output_layer(backbone: Backbone) -> None:
@@ -321,13 +330,13 @@ def _check_output_layer(backbone: Backbone) -> None:
     ids = torch.tensor([[backbone.embed_token_id] * 2], device=backbone.device)
     with torch.no_grad():
         expected = backbone.model(input_ids=ids).logits.float()
-        found = backbone.logits(backbone.hidden_states(ids, torch.ones_like(ids)))
-    if not (torch.isfinite(expected).all() and torch.isfinite(found).all()):
+        logits = backbone.logits(backbone.hidden_states(ids, torch.ones_like(ids)))
+    if not (torch.isfinite(expected).all() and torch.isfinite(logits).all()):
         raise ModelError(
             f"{backbone.source} computes NaN or infinity from a prompt of two tokens: its weights are broken, or its "
             "dtype is too narrow; try float32 or bfloat16"
         )
-    if not torch.allclose(expected, found, atol=1e-2, rtol=1e-2):
+    if not torch.allclose(expected, logits, atol=1e-2, rtol=1e-2):
         name = type(backbone.model).__name__
         raise ModelError(f"{name} changes its logits after the output layer (scaling or capping): not supported yet")
 

@@ -13,7 +13,7 @@ import torch
 from numpy.typing import NDArray
 
 from ..errors import ModelError
-from ..types import Array, Progress
+from ..types import Array, Progress, Rows
 from .backbone import Backbone
 from .engine.forward import Prefix, compute_prefix, length_batches, prefill
 from .prompts import EncodedPrompt, Kind
@@ -38,7 +38,7 @@ def encode_stream(
         backbone: the model.
         texts: read as far as the next block needs.
         kind: `direct` or `document`.
-        batch_tokens: tokens computed together, padding included; it does not change the vectors.
+        batch_tokens: tokens computed together, padding included; it changes vectors by rounding only.
         window: texts per block; within it texts of like length share a batch.
         progress: called after each batch with the numbers of texts and of their tokens.
 
@@ -71,13 +71,18 @@ def check_finite(vectors: NDArray[np.floating], texts: Sequence[str], source: st
     Raises:
         ModelError: one holds NaN or infinity; the model and the beginning of the text are named.
     """
-    wrong = ~np.isfinite(vectors).all(axis=1)
-    if wrong.any():
-        text = texts[int(wrong.argmax())]
+    places = unusable_rows(vectors)
+    if len(places):
         raise ModelError(
-            f"{source} gave NaN or infinity in the vectors of {int(wrong.sum())} of {len(texts)} texts (first: "
-            f"{text[:60]!r}): its weights are broken, or its dtype is too narrow; try float32 or bfloat16"
+            f"{source} gave NaN or infinity in the vectors of {len(places)} of {len(texts)} texts (first: "
+            f"{texts[places[0]][:60]!r}): its weights are broken, or its dtype is too narrow; try float32 or bfloat16"
         )
+
+
+def unusable_rows(vectors: NDArray[np.floating], dtype: str = "float32") -> Rows:
+    """The vectors (`N x D`) that cannot be compared, or stored as `dtype`: they hold NaN, infinity or too much."""
+    # NaN fails every comparison.
+    return np.flatnonzero(~(np.abs(vectors) <= np.finfo(dtype).max).all(axis=1))
 
 
 @torch.inference_mode()

@@ -18,7 +18,6 @@ from ..types import Array, Progress
 from .backbone import Backbone, EmbeddingSettings, load_backbone
 from .documents import WINDOW, check_finite, encode_stream
 from .engine.decoding import Decoder, DecodeRequest, Rollout
-from .engine.generation import generate_rollouts
 from .prompts import MODES, Kind, Mode
 
 logger = logging.getLogger(__name__)
@@ -118,7 +117,8 @@ class SearchR3:
         Args:
             texts: queries; a single string counts as one.
             mode: `reason` or `direct`.
-            batch_size: queries reasoned about at once; it does not change the vectors.
+            batch_size: queries reasoned about at once; it changes vectors by rounding, which can tip a near tie between
+                tokens (rarely in float32).
             max_new_tokens: reasoning budget; by default the model's own.
             sampling_temperature: 0 reasons greedily.
             top_p: sample among the likeliest tokens that together reach this probability.
@@ -130,7 +130,7 @@ class SearchR3:
             ModelError: a vector holds NaN or infinity.
         """
         _check_mode(mode)
-        texts = _listed(texts, "query")
+        texts = _as_list(texts, "query")
         if mode == "direct":
             vectors, truncated = self._vectors(texts, "direct", None, progress)
             empty = [""] * len(texts), [0] * len(texts), [False] * len(texts)
@@ -168,22 +168,22 @@ class SearchR3:
         """
         _check_mode(mode)
         encoder = self.backbone.prompt_encoder
-        [prompt] = encoder.encode_batch(_listed(text, "query"), mode)
+        [prompt] = encoder.encode_batch(_as_list(text, "query"), mode)
         budget = self.backbone.settings.max_new_tokens if max_new_tokens is None else max_new_tokens
         budget = budget if mode == "reason" else 0
         decoder = Decoder(self.backbone, slots=1)
         ticket = decoder.submit(DecodeRequest(prompt.ids, budget, sampling_temperature, top_p, seed))
-        shown = ""
-        while not (finished := decoder.step()):
-            written = encoder.decode(decoder.reply(ticket))
+        output = ""  # what has been yielded
+        while not (results := decoder.step()):
+            reasoning = encoder.decode(decoder.reply(ticket))
             # A character may take several tokens; until the last of them it decodes to the replacement character.
-            if written.startswith(shown) and not written.endswith("\ufffd"):
-                piece, shown = written[len(shown) :], written
+            if reasoning.startswith(output) and not reasoning.endswith("\ufffd"):
+                piece, output = reasoning[len(output) :], reasoning
                 if piece:
                     yield piece
-        result = self._embeddings([rollout for _, rollout in finished], [text], [prompt.truncated])
-        if result.reasoning[0] != shown and result.reasoning[0].startswith(shown):
-            yield result.reasoning[0][len(shown) :]
+        result = self._embeddings([rollout for _, rollout in results], [text], [prompt.truncated])
+        if result.reasoning[0] != output and result.reasoning[0].startswith(output):
+            yield result.reasoning[0][len(output) :]
         yield result
 
     def encode_document(
@@ -199,14 +199,15 @@ class SearchR3:
 
         Args:
             texts: documents; a single string counts as one.
-            batch_tokens: tokens computed together; by default what suits the device. It does not change the vectors.
+            batch_tokens: tokens computed together; by default what suits the device. It changes vectors by
+                rounding only.
             progress: called after each batch with the numbers of documents and of their tokens.
 
         Raises:
             DataError: no texts, or an empty one (its place is named).
             ModelError: a vector holds NaN or infinity.
         """
-        vectors, truncated = self._vectors(_listed(texts, "document"), "document", batch_tokens, progress)
+        vectors, truncated = self._vectors(_as_list(texts, "document"), "document", batch_tokens, progress)
         self._warn_of(sum(truncated), len(truncated))
         return vectors
 
@@ -236,7 +237,7 @@ class SearchR3:
             self.backbone, texts, "document", batch_tokens=batch_tokens, window=window, progress=progress
         ):
             self._warn_of(sum(prompt.truncated for prompt in prompts), len(prompts))
-            yield self._shortened(vectors)
+            yield self._shorten(vectors)
 
     def count_document_tokens(self, texts: Sequence[str]) -> list[int]:
         """The tokens that each document takes when it is encoded: text (cut at `max_length`) and prompt."""
@@ -258,17 +259,33 @@ class SearchR3:
         batch_size: int = 128,
         progress: Progress | None = None,
     ) -> list[Rollout]:
-        """Reason-then-embed replies with ids, log-probabilities, masks and vectors (see `generate_rollouts`)."""
-        return generate_rollouts(
-            self.backbone,
-            prompts,
-            max_new_tokens=self.backbone.settings.max_new_tokens if max_new_tokens is None else max_new_tokens,
-            sampling_temperature=sampling_temperature,
-            top_p=top_p,
-            seeds=seeds,
-            batch_size=batch_size,
-            progress=progress,
-        )
+        """Let the model reply to each prompt until it emits the embed token (see `DecodeRequest` for the settings).
+
+        Args:
+            prompts: prompt ids (from `PromptEncoder.encode(..., "reason")`).
+            max_new_tokens: budget of a reply, the embed token included; one for all (by default the model's own) or one
+                per prompt.
+            sampling_temperature: 0 decodes greedily (log-probabilities are then at temperature 1).
+            top_p: sample among the likeliest tokens that together reach this probability.
+            seeds: one seed per prompt; needed when the temperature is above 0.
+            batch_size: rollouts decoded at once; it does not change them.
+            progress: called with the numbers of rollouts finished, and of their tokens, since the last call.
+
+        Returns:
+            One rollout per prompt, in the order of the prompts: ids, log-probabilities, masks and vectors.
+
+        Raises:
+            ModelError: a prompt and its budget do not fit into the model's context, or a logit is not finite.
+        """
+        if sampling_temperature > 0 and (seeds is None or len(seeds) != len(prompts)):
+            raise ValueError("sampling needs one seed per prompt")
+        budgets = self.backbone.settings.max_new_tokens if max_new_tokens is None else max_new_tokens
+        budgets = [budgets] * len(prompts) if isinstance(budgets, int) else budgets
+        requests = [
+            DecodeRequest(prompt, budget, sampling_temperature, top_p, None if seeds is None else seeds[place])
+            for place, (prompt, budget) in enumerate(zip(prompts, budgets, strict=True))
+        ]
+        return Decoder(self.backbone, batch_size).run(requests, progress)
 
     def save_pretrained(
         self, folder: str | Path, *, dtype: Literal["float32", "float16", "bfloat16"] | None = None
@@ -282,20 +299,20 @@ class SearchR3:
         [(prompts, vectors)] = encode_stream(
             self.backbone, texts, kind, batch_tokens=batch_tokens, window=len(texts), progress=progress
         )
-        return self._shortened(vectors), [prompt.truncated for prompt in prompts]
+        return self._shorten(vectors), [prompt.truncated for prompt in prompts]
 
-    def _shortened(self, vectors: Array) -> Array:
+    def _shorten(self, vectors: Array) -> Array:
         if self.truncate_dim is None:
             return vectors
-        kept = vectors[:, : self.truncate_dim]
-        shortened: Array = kept / np.linalg.norm(kept, axis=1, keepdims=True)
-        return shortened
+        head = vectors[:, : self.truncate_dim]
+        result: Array = head / np.linalg.norm(head, axis=1, keepdims=True)
+        return result
 
     def _embeddings(self, rollouts: Sequence[Rollout], texts: Sequence[str], truncated: list[bool]) -> QueryEmbeddings:
         vectors = torch.stack([rollout.vector for rollout in rollouts]).numpy()
         check_finite(vectors, texts, self.backbone.source)
         return QueryEmbeddings(
-            self._shortened(vectors),
+            self._shorten(vectors),
             [rollout.reasoning for rollout in rollouts],
             [rollout.reasoning_tokens for rollout in rollouts],
             [rollout.forced for rollout in rollouts],
@@ -318,8 +335,8 @@ def _check_mode(mode: str) -> None:
         raise DataError(f"unknown mode {mode!r}; expected 'direct' or 'reason'")
 
 
-def _listed(texts: str | Sequence[str], what: str) -> list[str]:
-    listed = [texts] if isinstance(texts, str) else list(texts)
-    if not listed:
-        raise DataError(f"no {what} was given; give at least one text")
-    return listed
+def _as_list(texts: str | Sequence[str], kind: str) -> list[str]:
+    result = [texts] if isinstance(texts, str) else list(texts)
+    if not result:
+        raise DataError(f"no {kind} was given; give at least one text")
+    return result

@@ -87,7 +87,7 @@ def export_sentence_transformers(backbone: Backbone, folder: str | Path, dtype: 
     if frames["document"][1] != suffix:
         raise ModelError("the prompt goes on differently after a query and after a document; use one chat template")
     special = _special_names(backbone)
-    pieces = {name: _spelled(backbone, before, special) for name, (before, _) in frames.items()}
+    pieces = {name: _spell(backbone, before, special) for name, (before, _) in frames.items()}
     prompts = {name: "".join(parts) for name, parts in pieces.items()}
     tokenizer = _tokenizer(backbone, list(pieces.values()), suffix, special)
     _check_ids(backbone, tokenizer, prompts)
@@ -111,7 +111,7 @@ def _special_names(backbone: Backbone) -> dict[int, str]:
     return {token_id: _MARK + token.content for token_id, token in added.items() if token.special}
 
 
-def _spelled(backbone: Backbone, ids: Sequence[int], special: dict[int, str]) -> list[str]:
+def _spell(backbone: Backbone, ids: Sequence[int], special: dict[int, str]) -> list[str]:
     """The text that the exported tokenizer turns into these ids: plain, special, plain, ..., special, plain."""
     decode = backbone.tokenizer.backend_tokenizer.decode
     pieces: list[str] = []
@@ -128,7 +128,7 @@ def _spelled(backbone: Backbone, ids: Sequence[int], special: dict[int, str]) ->
 def _tokenizer(
     backbone: Backbone, prompts: Sequence[Sequence[str]], suffix: Sequence[int], special: dict[int, str]
 ) -> Any:
-    """A copy of the tokenizer (of the `tokenizers` library) for prompts in pieces, as `_spelled` gives them."""
+    """A copy of the tokenizer (of the `tokenizers` library) for prompts in pieces, as `_spell` gives them."""
     from tokenizers import Tokenizer, normalizers
     from tokenizers.processors import TemplateProcessing
 
@@ -233,8 +233,8 @@ def _write_settings(out: Path, backbone: Backbone, prompts: dict[str, str]) -> N
 
 def _write_tokenizer(out: Path, backbone: Backbone, tokenizer: Any, special: dict[int, str]) -> None:
     tokenizer.save(str(out / "tokenizer.json"))
-    known = backbone.tokenizer
-    tokens = {role: getattr(known, role) for role in ("bos_token", "eos_token", "pad_token", "unk_token")}
+    source = backbone.tokenizer
+    tokens = {role: getattr(source, role) for role in ("bos_token", "eos_token", "pad_token", "unk_token")}
     write_json(
         out / "tokenizer_config.json",
         {
@@ -242,7 +242,7 @@ def _write_tokenizer(out: Path, backbone: Backbone, tokenizer: Any, special: dic
             "tokenizer_class": _PLAIN_CLASS,
             "processor_class": _PLAIN_CLASS,
             **{
-                role: special.get(known.convert_tokens_to_ids(token), token)
+                role: special.get(source.convert_tokens_to_ids(token), token)
                 for role, token in tokens.items()
                 if token is not None
             },

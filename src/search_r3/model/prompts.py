@@ -162,11 +162,6 @@ class PromptEncoder:
         ids = self._plain(reasoning)
         return Completion([*ids, self.embed_token_id, self.end_token_id], len(ids))
 
-    def direct_prompt(self, text: str) -> EncodedPrompt:
-        """The direct prompt without its reply: what `direct_completion` continues."""
-        encoded = self.encode(text, "direct")
-        return EncodedPrompt(encoded.ids[: -len(self._reply["direct"])], encoded.truncated)
-
     def decode(self, ids: list[int]) -> str:
         """The text of generated ids, special tokens left out."""
         return str(self.tokenizer.decode(ids, skip_special_tokens=True)).strip()
@@ -183,8 +178,8 @@ class PromptEncoder:
         except TemplateError:
             # Templates without a system role (Gemma, some Mistral) refuse it; their own guides put it before the text.
             rendered = self._render([{"role": "user", "content": f"{system}\n\n{_USER_TEXT}"}])
-        before, found, after = rendered.partition(_USER_TEXT)
-        if not found:
+        before, text, after = rendered.partition(_USER_TEXT)
+        if not text:
             raise ModelError("the chat template does not show the user's text; check chat_template in the tokenizer")
         encode = self.tokenizer.encode
         return list(encode(before, add_special_tokens=False)), list(encode(after, add_special_tokens=False))

@@ -182,7 +182,7 @@ class Job:
     def batch_documents(self) -> int:
         """Documents of a stage-1 batch, if none is met twice."""
         settings = self.recipe.sft
-        return settings.batch_size * (1 + settings.random_negatives + settings.bm25_negatives)
+        return settings.batch_size * (1 + settings.random_negatives + settings.hard_negatives)
 
     @property
     def own_documents(self) -> int:

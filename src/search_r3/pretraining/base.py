@@ -27,6 +27,7 @@ from ..data.generators.atlas import (
 )
 from ..data.generators.atlas_text import OPEN_QUESTIONS
 from ..errors import ConfigError
+from ..extras import extra
 from ..model.backbone import storage_state
 from ..model.prompts import PROMPT_SETS
 from ..training.engine import warmup_cosine
@@ -64,16 +65,17 @@ def train_base(
         ConfigError: the folder exists, or the sizes do not fit together.
         DataError: the texts cannot be read.
     """
-    from accelerate import Accelerator
-    from accelerate.utils import set_seed
+    with extra("train"):
+        from accelerate import Accelerator
+        from accelerate.utils import set_seed
 
     folder = Path(folder)
     if folder.exists():
         raise ConfigError(f"{folder} exists; nothing is overwritten: remove it or choose another folder")
     started = time.perf_counter()
-    given = read_texts(texts) if texts else None
+    corpus = read_texts(texts) if texts else None
     atlas = read_atlas()
-    words = _atlas_words(atlas) if given is None else [*given.words(), *_prompt_words() * PROMPT_REPEATS]
+    words = _atlas_words(atlas) if corpus is None else [*corpus.words(), *_prompt_words() * PROMPT_REPEATS]
     tokenizer = train_tokenizer(words, settings.vocab_size)
     set_seed(seed)
     accelerator = Accelerator(cpu=True)
@@ -84,7 +86,7 @@ def train_base(
     )
     model, optimizer, scheduler = accelerator.prepare(model, optimizer, scheduler)
     rng = random.Random(seed)
-    tokens = packed_tokens(tokenizer, atlas, rng) if given is None else given.tokens(tokenizer, rng)
+    tokens = packed_tokens(tokenizer, atlas, rng) if corpus is None else corpus.tokens(tokenizer, rng)
     shape = settings.batch_size, settings.sequence_length
     for step in range(settings.steps):
         ids = torch.tensor([next(tokens) for _ in range(shape[0] * shape[1])]).view(shape)
@@ -98,9 +100,9 @@ def train_base(
     seconds = time.perf_counter() - started
     model = accelerator.unwrap_model(model).eval()
     _save(model, tokenizer, folder)
-    known = measure_recall(model, tokenizer) if given is None else given.measure(model, tokenizer, shape[1])
+    measures = measure_recall(model, tokenizer) if corpus is None else corpus.measure(model, tokenizer, shape[1])
     return {
-        **known,
+        **measures,
         "parameters": float(sum(parameter.numel() for parameter in model.parameters())),
         "seconds": seconds,
     }
@@ -189,8 +191,8 @@ def completed_share(model: Any, tokenizer: Any, prompts: list[str], answers: lis
             pad_token_id=tokenizer.pad_token_id,
         )
         replies = tokenizer.batch_decode(output[:, batch["input_ids"].shape[1] :], skip_special_tokens=True)
-        wanted = answers[start : start + 256]
-        right += sum(reply.strip().startswith(answer) for reply, answer in zip(replies, wanted, strict=True))
+        targets = answers[start : start + 256]
+        right += sum(reply.strip().startswith(answer) for reply, answer in zip(replies, targets, strict=True))
     return right / len(prompts)
 
 

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from ..errors import DataError
-from ..files import read_jsonl
+from ..files import read_jsonl, read_lines
 
 Dialogue = tuple[tuple[str, str], ...]
 """Turns: `(role, content)`."""
@@ -71,15 +71,15 @@ def read_texts(paths: Sequence[Path]) -> Texts:
     Raises:
         DataError: a path is missing, a row holds neither, or nothing was found.
     """
-    found: list[str | Dialogue] = []
+    everything: list[str | Dialogue] = []
     for path in paths:
         for file in _files(Path(path)):
-            found += _read_lines(file) if file.suffix == ".jsonl" else _paragraphs(file)
-    if not found:
+            everything += _read_lines(file) if file.suffix == ".jsonl" else _paragraphs(file)
+    if not everything:
         raise DataError(f"no text in {', '.join(map(str, paths))}; expected {' or '.join(SUFFIXES)} files with text")
-    held_out = [text for text in found if _is_held_out(text)]
-    train = [text for text in found if not _is_held_out(text)]
-    return Texts(train, held_out) if train else Texts(found, [])
+    held_out = [text for text in everything if _is_held_out(text)]
+    train = [text for text in everything if not _is_held_out(text)]
+    return Texts(train, held_out) if train else Texts(everything, [])
 
 
 def encode(tokenizer: Any, text: str | Dialogue) -> list[int]:
@@ -121,12 +121,7 @@ def _turn(message: Any, place: str) -> tuple[str, str]:
 
 
 def _paragraphs(path: Path) -> Iterable[str]:
-    try:
-        text = path.read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        raise DataError(f"{path}: not UTF-8 text (byte {error.start}); save the file as UTF-8") from error
-    except OSError as error:
-        raise DataError(f"cannot read {path}: {error.strerror}") from error
+    text = "".join(line for _, line in read_lines(path))
     return [" ".join(block.split()) for block in text.split("\n\n") if block.strip()]
 
 

@@ -7,8 +7,7 @@ state of this one, is not taken for its own.
 from __future__ import annotations
 
 import json
-import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -16,19 +15,19 @@ from typing import Any
 import yaml
 from pydantic import ValidationError
 
+from ..data.load import split_name
 from ..errors import DataError, ModelError, RunError
 from ..evaluation.report.report import METRICS, last_results
 from ..evaluation.results import Result
 from ..evaluation.runner import RESULTS, SUMMARY
 from ..evaluation.significance import Comparison
-from ..files import hash_file, hash_folder
+from ..files import hash_file, hash_folder, read_lines
 from ..model.backbone import SETTINGS_FILE, EmbeddingSettings
 
 RECIPE, REPORT = "settings.yaml", "report.json"
 CONFIG, ADAPTER_CONFIG = "config.json", "adapter_config.json"
 BEFORE_RL = "before RL"
 STAGES = ("sft", "grpo")
-_HUB_ID = re.compile(r"(?P<id>[A-Za-z0-9][\w.-]*/[\w.-]+)(:[^@:]+)?(@[^@]+)?")
 
 
 @dataclass(frozen=True)
@@ -80,10 +79,8 @@ class Facts:
 
     def hub_id(self, source: str) -> str | None:
         """`owner/name` where a source is on the hub; None for a folder and for what is built in."""
-        match = _HUB_ID.fullmatch(source)
-        if match is None or any((place / match["id"]).exists() for place in self.places):
-            return None
-        return match["id"]
+        parts = split_name(source)
+        return None if parts is None or any((place / parts[0]).exists() for place in self.places) else parts[0]
 
 
 def is_own(result: Result) -> bool:
@@ -126,23 +123,25 @@ def gather_facts(model: Path, folders: Sequence[Path] = ()) -> Facts:
     adapter = not (model / CONFIG).is_file()
     revision = hash_folder(model)
     run, stage = _find_run(model)
-    states = {revision} | {hash_folder(path) for path in _merged(model, run, stage) if adapter and path.is_dir()}
+    merged = [model.parent / "model", *([run / "model"] if run and stage == "grpo" else [])]
+    states = {revision} | {hash_folder(path) for path in merged if adapter and path.is_dir()}
     before = run / "sft" / "model" if run and stage == "grpo" else None
     earlier = {hash_folder(before)} - states if before is not None and before.is_dir() else set()
-    results, tests = _Collected(states, earlier).read(run, folders)
-    metrics = _metrics(run / METRICS, STAGES[: STAGES.index(stage) + 1]) if run else {}
+    results, comparisons = _read_results(run, folders, states, earlier)
+    places = [Path.cwd(), *(run.parents if run else ()), *(place for one in folders for place in one.resolve().parents)]
     return Facts(
         settings=_embedding_settings(model / SETTINGS_FILE),
-        config=_json(model / (ADAPTER_CONFIG if adapter else CONFIG)),
+        config=_read_object(model / (ADAPTER_CONFIG if adapter else CONFIG)),
         adapter=adapter,
         revision=revision,
-        recipe=_recipe(run / RECIPE) if run else {},
+        # Read as it stands: the run may be of a version with other settings, and a card only repeats them.
+        recipe=_read_object(run / RECIPE) if run else {},
         recipe_hash=hash_file(run / RECIPE) if run else "",
-        metrics=metrics,
+        metrics=_metrics(run / METRICS, STAGES[: STAGES.index(stage) + 1]) if run else {},
         report=_report(run, states) if run else {},
         results=results,
-        comparisons=tests,
-        places=tuple(dict.fromkeys([Path.cwd(), *(run.parents if run else ()), *_parents(folders)])),
+        comparisons=comparisons,
+        places=tuple(dict.fromkeys(places)),
     )
 
 
@@ -154,93 +153,84 @@ def _find_run(model: Path) -> tuple[Path | None, str]:
     return None, ""
 
 
-def _merged(model: Path, run: Path | None, stage: str) -> list[Path]:
-    """Where the same weights as an adapter's may stand whole."""
-    return [model.parent / "model", *([run / "model"] if run and stage == "grpo" else [])]
-
-
-def _parents(folders: Iterable[Path]) -> list[Path]:
-    return [parent for folder in folders for parent in folder.resolve().parents]
-
-
-class _Collected:
-    """Results by what they are of, the newest of each.
+def _read_results(
+    run: Path | None, folders: Sequence[Path], states: set[str], earlier: set[str]
+) -> tuple[list[Result], list[Comparison]]:
+    """The newest results, called by what they are beside this model, and the paired tests between them.
 
     Args:
+        run: the model's own run.
+        folders: of `evaluate`.
         states: what the model is known by.
         earlier: what its state before RL is known by.
+
+    Raises:
+        DataError: a folder of `evaluate` holds no result of the model.
     """
+    rows, tests = list[tuple[Path, Result]](), list[tuple[Path, dict[str, Any]]]()
+    of_run = [(run, REPORT)] if run is not None and (run / RESULTS).is_dir() else []
+    for folder, record in [*of_run, *((folder, SUMMARY) for folder in folders)]:
+        results = last_results(folder)
+        if record == SUMMARY and not any(result.system.revision in states for result in results):
+            raise DataError(
+                f"no result in {folder / RESULTS} is of this model as it is now; evaluate it into that folder "
+                "(search-r3 evaluate --model ...), or leave the folder out"
+            )
+        rows += [(folder, result) for result in results]
+        if (folder / record).is_file():
+            tests += [(folder, row) for row in _read_object(folder / record)["comparisons"]]
+    newest = _newest(rows, states, earlier)
+    names = {(folder, result.place, result.system.name): name for (name, _), (folder, result) in newest.items()}
+    renamed = {key: result.renamed(key[0]) for key, (_, result) in newest.items()}
+    comparisons = []
+    for folder, row in tests:
+        place = row["collection"], row["split"]
+        pair = [names.get((folder, place, row[side])) for side in ("first", "second")]
+        if None not in pair and any(is_own(renamed[str(name), place]) for name in pair):
+            comparisons.append(Comparison(**row | {"first": pair[0], "second": pair[1]}))
+    return list(renamed.values()), comparisons
 
-    def __init__(self, states: set[str], earlier: set[str]) -> None:
-        self._states, self._earlier = states, earlier
-        self._tests: list[tuple[Path, dict[str, Any]]] = []
-        self._found: list[tuple[Path, Result]] = []
 
-    def read(self, run: Path | None, folders: Sequence[Path]) -> tuple[list[Result], list[Comparison]]:
-        """Results under their new names, and the paired tests between them."""
-        if run is not None and (run / RESULTS).is_dir():
-            self._add(run, run / REPORT)
-        for folder in folders:
-            self._add(folder, folder / SUMMARY)
-            if not any(result.system.revision in self._states for place, result in self._found if place == folder):
-                raise DataError(
-                    f"no result in {folder / RESULTS} is of this model as it is now; evaluate it into that folder "
-                    "(search-r3 evaluate --model ...), or leave the folder out"
-                )
-        kept = self._newest()
-        names = {(place, result.place, result.system.name): name for (name, _), (place, result) in kept.items()}
-        renamed = {(name, where): result.renamed(name) for (name, where), (_, result) in kept.items()}
-        comparisons = []
-        for place, row in self._tests:
-            where = row["collection"], row["split"]
-            pair = [names.get((place, where, row[side])) for side in ("first", "second")]
-            if None not in pair and any(is_own(renamed[str(name), where]) for name in pair):
-                comparisons.append(Comparison(**row | {"first": pair[0], "second": pair[1]}))
-        return list(renamed.values()), comparisons
+def _newest(
+    rows: Sequence[tuple[Path, Result]], states: set[str], earlier: set[str]
+) -> dict[tuple[str, tuple[str, str]], tuple[Path, Result]]:
+    """(Name, split) -> folder and result; of each split only what is on the data of the model's newest result."""
+    dated = sorted(rows, key=lambda row: str(row[1].provenance.get("date", "")))
+    own = [result for _, result in dated if result.system.revision in states]
+    data = {result.place: result.collection.hash for result in own}
+    keys = {result.key for result in own}
+    newest = {}
+    for folder, result in dated:
+        name = _name(result, states, earlier, keys)
+        if name and data.get(result.place) == result.collection.hash:
+            newest[name, result.place] = folder, result
+    order = [*dict.fromkeys(result.place for _, result in rows)]
+    return dict(sorted(newest.items(), key=lambda item: order.index(item[0][1])))
 
-    def _add(self, folder: Path, tests: Path) -> None:
-        self._found += [(folder, result) for result in last_results(folder)]
-        if tests.is_file():
-            self._tests += [(folder, row) for row in _json(tests)["comparisons"]]
 
-    def _newest(self) -> dict[tuple[str, tuple[str, str]], tuple[Path, Result]]:
-        """(Name, split) -> folder and result; of each split only what is on the data of the model's newest result."""
-        dated = sorted(self._found, key=lambda one: str(one[1].provenance.get("date", "")))
-        own = [result for _, result in dated if result.system.revision in self._states]
-        data = {result.place: result.collection.hash for result in own}
-        keys = {result.key for result in own}
-        newest = {}
-        for folder, result in dated:
-            name = self._name(result, keys)
-            if name and data.get(result.place) == result.collection.hash:
-                newest[name, result.place] = folder, result
-        order = [*dict.fromkeys(result.place for _, result in self._found)]
-        return dict(sorted(newest.items(), key=lambda one: order.index(one[0][1])))
-
-    def _name(self, result: Result, own: set[str]) -> str:
-        """What a system is called beside this model; empty where it has nothing to do with it."""
-        system = result.system
-        if system.kind == "search-r3":
-            if system.revision in self._states:
-                return system.mode
-            return f"{system.mode}, {BEFORE_RL}" if system.revision in self._earlier else ""
-        if texts := system.settings.get("texts"):
-            return "bm25+reasoning" if texts in own else ""
-        return system.name
+def _name(result: Result, states: set[str], earlier: set[str], keys: set[str]) -> str:
+    """What a system is called beside the model of these results; empty where it has nothing to do with it."""
+    system = result.system
+    if system.kind == "search-r3":
+        if system.revision in states:
+            return system.mode
+        return f"{system.mode}, {BEFORE_RL}" if system.revision in earlier else ""
+    if texts := system.settings.get("texts"):
+        return "bm25+reasoning" if texts in keys else ""
+    return system.name
 
 
 def _report(run: Path, states: set[str]) -> dict[str, Any]:
     """The report of the run; empty where it is of another state of the model."""
     path = run / REPORT
-    known = path.is_file() and any(result.system.revision in states for result in last_results(run))
-    return _json(path) if known else {}
+    is_of_model = path.is_file() and any(result.system.revision in states for result in last_results(run))
+    return _read_object(path) if is_of_model else {}
 
 
 def _metrics(path: Path, stages: Sequence[str]) -> dict[str, list[dict[str, Any]]]:
     """The rows of each stage, in the order of the stages; a line that is being written is not one of them."""
     rows: dict[str, list[dict[str, Any]]] = {stage: [] for stage in stages}
-    lines = path.read_text(encoding="utf-8").splitlines(keepends=True) if path.is_file() else []
-    for number, line in enumerate(lines, 1):
+    for number, line in read_lines(path) if path.is_file() else ():
         if not line.endswith("\n"):
             continue
         try:
@@ -249,17 +239,6 @@ def _metrics(path: Path, stages: Sequence[str]) -> dict[str, list[dict[str, Any]
         except (json.JSONDecodeError, KeyError, TypeError) as error:
             raise RunError(f"{path}:{number}: not a line of metrics; mend or remove the line") from error
     return {stage: rows[stage] for stage in stages}
-
-
-def _recipe(path: Path) -> dict[str, Any]:
-    # Read as it stands: the run may be of a version with other settings, and a card only repeats them.
-    try:
-        recipe = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise RunError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from error
-    if not isinstance(recipe, dict):
-        raise RunError(f"{path}: expected `key: value` lines, found {type(recipe).__name__}")
-    return recipe
 
 
 def _embedding_settings(path: Path) -> EmbeddingSettings:
@@ -273,11 +252,16 @@ def _embedding_settings(path: Path) -> EmbeddingSettings:
         raise ModelError(f"{path}: not usable as model settings: {str(error).splitlines()[0]}") from error
 
 
-def _json(path: Path) -> dict[str, Any]:
+def _read_object(path: Path) -> dict[str, Any]:
+    """The one object in a JSON or YAML file."""
+    is_yaml = path.suffix == ".yaml"
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise RunError(f"{path} is not valid JSON; write it again, or remove it") from error
+        text = path.read_text(encoding="utf-8")
+        value = yaml.safe_load(text) if is_yaml else json.loads(text)
+    except (json.JSONDecodeError, yaml.YAMLError, UnicodeDecodeError) as error:
+        kind, fault = "YAML" if is_yaml else "JSON", " ".join(str(error).split())
+        raise RunError(f"{path} is not valid {kind} ({fault}); mend or remove it") from error
     if not isinstance(value, dict):
-        raise RunError(f"{path}: expected a JSON object, found {type(value).__name__}")
+        lines = "`key: value` lines" if is_yaml else "a JSON object"
+        raise RunError(f"{path}: expected {lines}, found {type(value).__name__}")
     return value

@@ -51,8 +51,8 @@ def check_files(folder: Path) -> dict[str, Path]:
     Raises:
         ModelError: weights, tokenizer or search_r3.json are missing, a shard is, or a file is a pickle.
     """
-    found = {path.relative_to(folder).as_posix(): path for path in sorted(folder.rglob("*")) if path.is_file()}
-    files = {name: path for name, path in found.items() if name != CARD and not _hidden(name)}
+    paths = {path.relative_to(folder).as_posix(): path for path in sorted(folder.rglob("*")) if path.is_file()}
+    files = {name: path for name, path in paths.items() if name != CARD and not _hidden(name)}
     for path in files.values():
         if _is_pickle(path):
             raise ModelError(
@@ -137,21 +137,23 @@ def upload(
             f"{repo_id} is there already and public; nothing was uploaded: make it private on the hub, choose another "
             "name, or leave --private out"
         )
-    there = [sibling.rfilename for sibling in state.siblings or []]
+    names = [sibling.rfilename for sibling in state.siblings or []]
     operations: list[CommitOperationAdd | CommitOperationDelete] = [
         CommitOperationAdd(name, str(path)) for name, path in files.items()
     ]
-    old = _leftovers(there, files)
-    operations += [CommitOperationDelete(name, is_folder=False) for name in old]
-    notes = [f"of another model in the repository, removed (its history keeps them): {', '.join(old)}"] if old else []
-    if CARD not in there or replace_card or _is_ours(api, repo_id, str(state.sha)):
+    leftovers = _leftovers(names, files)
+    operations += [CommitOperationDelete(name, is_folder=False) for name in leftovers]
+    notes = []
+    if leftovers:
+        notes.append(f"of another model in the repository, removed (its history keeps them): {', '.join(leftovers)}")
+    if CARD not in names or replace_card or _is_ours(api, repo_id, str(state.sha)):
         operations.append(CommitOperationAdd(CARD, card.encode()))
     else:
         notes.append(f"{CARD} on the hub was written or changed by somebody else and stays; --replace-card replaces it")
-    done = api.create_commit(
+    commit = api.create_commit(
         repo_id, operations, commit_message=message, revision=revision, parent_commit=str(state.sha)
     )
-    return Upload(done.commit_url, notes)
+    return Upload(commit.commit_url, notes)
 
 
 def _leftovers(there: list[str], files: Mapping[str, Path]) -> list[str]:
@@ -174,7 +176,7 @@ def _is_ours(api: HfApi, repo_id: str, commit: str) -> bool:
 
 
 @contextmanager
-def explained(repo_id: str) -> Iterator[None]:
+def hub_errors(repo_id: str) -> Iterator[None]:
     """Turn what the hub's library raises into one line with a remedy."""
     try:
         yield
@@ -195,20 +197,20 @@ def _explanation(error: BaseException, repo_id: str) -> str | None:
         return f"{repo_id} cannot be reached: HF_HUB_OFFLINE is set; unset it to push"
     if isinstance(error, HfHubHTTPError) and error.response is not None:
         status = error.response.status_code
-        known = {
+        meanings = {
             401: f"the hub does not accept the token (401); {_REMEDY}",
             403: f"the token may not write to {repo_id} (403); {_REMEDY} there",
             404: f"the hub knows no {repo_id} for this token (404); check owner and name, or {_REMEDY}",
             409: f"{repo_id} is being changed by somebody else (409); push again",
             412: f"{repo_id} was changed while files were uploaded (412); push again",
         }
-        said = error.server_message or " ".join(str(error).split())
-        return known.get(status) or f"the hub refuses the push to {repo_id} ({status}): {said}"
+        message = error.server_message or " ".join(str(error).split())
+        return meanings.get(status) or f"the hub refuses the push to {repo_id} ({status}): {message}"
     # The HTTP library beneath is httpx or its successor; LFS and Xet wrap its errors.
     if type(error).__module__.partition(".")[0] in ("httpx", "httpx2"):
         return f"cannot reach {constants.ENDPOINT} ({type(error).__name__}: {error}); check the connection, push again"
-    if error.__cause__ is not None and (found := _explanation(error.__cause__, repo_id)):
-        return found
+    if error.__cause__ is not None and (inner := _explanation(error.__cause__, repo_id)):
+        return inner
     if isinstance(error, OSError | RuntimeError | ValueError):
         cause = f" ({error.__cause__})" if error.__cause__ is not None else ""
         return f"the push to {repo_id} failed: {' '.join(f'{error}{cause}'.split())}"

@@ -9,19 +9,19 @@ Shapes: `Q` queries, `N` documents, `D` vector size, `K` results, `C` candidates
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal, get_args
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 
 from ..errors import VectorIndexError
+from ..extras import extra
 from ..types import Array, Rows
 from . import storage
-from .index import ExactIndex, SearchResult
+from .index import ExactIndex, VectorIndex
 from .selection import count_ahead
 
 GraphDType = Literal["f32", "f16", "bf16", "i8"]
@@ -63,7 +63,7 @@ class GraphSettings:
                 raise VectorIndexError(f"{name} of an approximate index must be at least 1, found {value}")
 
 
-class ApproximateIndex:
+class ApproximateIndex(VectorIndex):
     """A graph over the vectors of an exact index, behind the same protocol.
 
     The graph is built with as many threads as torch uses; with more than one, two builds may differ slightly.
@@ -93,32 +93,6 @@ class ApproximateIndex:
         self._configure(store, settings or GraphSettings(), recall_floor, audit_every)
         self._build()
 
-    def __len__(self) -> int:
-        return len(self.store)
-
-    @property
-    def doc_ids(self) -> Sequence[str]:
-        """The document of each row, in descending order."""
-        return self.store.doc_ids
-
-    @property
-    def encoded_at_version(self) -> NDArray[np.int64]:
-        """The policy version that encoded each row, `N`."""
-        return self.store.encoded_at_version
-
-    @property
-    def rows(self) -> Mapping[str, int]:
-        """The row of each document."""
-        return self.store.rows
-
-    def row(self, doc_id: str) -> int:
-        """The row of a document; a VectorIndexError if the index does not hold it."""
-        return self.store.row(doc_id)
-
-    def rows_of(self, doc_ids: Sequence[str]) -> Rows:
-        """The row of each document, as `row`."""
-        return self.store.rows_of(doc_ids)
-
     def search_rows(self, queries: Array, k: int) -> tuple[Rows, Array]:
         """Rows and exact scores, both `Q x K`, of the best documents among those that the graph proposes.
 
@@ -127,23 +101,18 @@ class ApproximateIndex:
         Raises:
             VectorIndexError: wrong shape, values that are not finite, or `k` below 1.
         """
-        wanted = max(math.ceil(k * self.settings.oversample), k + SPARE)
-        if k < 1 or wanted >= len(self):
+        count = max(math.ceil(k * self.settings.oversample), k + SPARE)
+        if k < 1 or count >= len(self):
             return self.store.search_rows(queries, k)
-        queries = self.store.checked(queries)
-        proposed = self._propose(queries, wanted)  # Q x C
-        scores = self._score(queries, proposed)
-        order = _ranking(proposed, scores)[:, :k]
-        rows, scores = np.take_along_axis(proposed, order, 1), np.take_along_axis(scores, order, 1)
-        starved = np.flatnonzero(rows[:, -1] < 0)
-        if len(starved):
-            rows[starved], scores[starved] = self.store.search_rows(queries[starved], k)
+        queries = self.store.check_queries(queries)
+        candidates = self._propose(queries, count)  # Q x C
+        scores = self._score(queries, candidates)
+        order = np.lexsort((candidates, -scores), axis=1)[:, :k]
+        rows, scores = np.take_along_axis(candidates, order, 1), np.take_along_axis(scores, order, 1)
+        gaps = np.flatnonzero(rows[:, -1] < 0)
+        if len(gaps):
+            rows[gaps], scores[gaps] = self.store.search_rows(queries[gaps], k)
         return rows, scores
-
-    def search(self, queries: Array, k: int) -> SearchResult:
-        """`search_rows` with doc_ids instead of rows."""
-        rows, scores = self.search_rows(queries, k)
-        return SearchResult([[self.doc_ids[row] for row in line] for line in rows.tolist()], scores)
 
     def ranks(
         self, queries: Array, rows: Sequence[Sequence[int]], left_out: Sequence[Rows] | None = None
@@ -156,23 +125,23 @@ class ApproximateIndex:
         Raises:
             VectorIndexError: wrong shape, values that are not finite, or not one list of rows for each query.
         """
-        depth, barred = self.settings.rank_depth, left_out or [np.empty(0, np.int64)] * len(rows)
-        depths = [depth + len(line) for line in barred]
-        near = [i for i, deep in enumerate(depths) if deep < len(self)]
-        if not near or len(rows) != len(queries):
+        depth, left_out = self.settings.rank_depth, left_out or [np.empty(0, np.int64)] * len(rows)
+        depths = [depth + len(line) for line in left_out]
+        shallow = [i for i, deep in enumerate(depths) if deep < len(self)]
+        if not shallow or len(rows) != len(queries):
             return self.store.ranks(queries, rows, left_out)
-        queries = self.store.checked(queries)
+        queries = self.store.check_queries(queries)
         result: list[list[int]] = [[] for _ in rows]
-        proposals = self._propose(queries[near], max(depths[i] for i in near))
-        for i, proposed in zip(near, proposals, strict=True):
-            if proposed[depths[i] - 1] >= 0:
+        proposals = self._propose(queries[shallow], max(depths[i] for i in shallow))
+        for i, candidates in zip(shallow, proposals, strict=True):
+            if candidates[depths[i] - 1] >= 0:
                 targets = np.array(rows[i], dtype=np.int64)
-                rivals = np.union1d(np.setdiff1d(proposed[: depths[i]], barred[i]), targets)
-                own, scores = self.scores_at(targets, queries[i]), self.scores_at(rivals, queries[i])
-                result[i] = [min(count, depth) + 1 for count in count_ahead(targets, own, rivals, scores)]
-        exact = [i for i, line in enumerate(result) if len(line) != len(rows[i])]
-        counted = self.store.ranks(queries[exact], [rows[i] for i in exact], [barred[i] for i in exact])
-        for i, line in zip(exact, counted, strict=True):
+                rivals = np.union1d(np.setdiff1d(candidates[: depths[i]], left_out[i]), targets)
+                scores, rival_scores = self.scores_at(targets, queries[i]), self.scores_at(rivals, queries[i])
+                result[i] = [min(count, depth) + 1 for count in count_ahead(targets, scores, rivals, rival_scores)]
+        rest = [i for i, line in enumerate(result) if len(line) != len(rows[i])]
+        exact = self.store.ranks(queries[rest], [rows[i] for i in rest], [left_out[i] for i in rest])
+        for i, line in zip(rest, exact, strict=True):
             result[i] = line
         return result
 
@@ -219,11 +188,11 @@ class ApproximateIndex:
         if (queries if isinstance(queries, int) else len(queries)) < 1:
             raise VectorIndexError("an audit needs at least one query, found none")
         if isinstance(queries, int):
-            drawn = np.random.default_rng(seed).choice(len(self), min(queries, len(self)), replace=False)
-            queries = self.store.vectors_at(drawn)
+            sample = np.random.default_rng(seed).choice(len(self), min(queries, len(self)), replace=False)
+            queries = self.store.vectors_at(sample)
         _, truth = self.store.search_rows(queries, k)
-        _, found = self.search_rows(queries, k)
-        self.last_recall = float((found >= truth[:, -1:] - ALIKE).mean())
+        _, scores = self.search_rows(queries, k)
+        self.last_recall = float((scores >= truth[:, -1:] - ALIKE).mean())
         return self.last_recall
 
     def maintain(self, queries: Array | int = 100, k: int = 10, seed: int = 0) -> float:
@@ -289,12 +258,14 @@ class ApproximateIndex:
                 f"audit_every must be 0 or above, found {audit_every}"
             )
         self.store, self.settings = store, settings
+        self.doc_ids, self.rows, self.encoded_at_version = store.doc_ids, store.rows, store.encoded_at_version
         self.recall_floor, self.audit_every = recall_floor, audit_every
         self.last_recall, self.rebuilds, self._updates = math.nan, 0, 0
         self._graph: Any = self._empty_graph()
 
     def _empty_graph(self) -> Any:
-        from usearch.index import Index
+        with extra("train"):
+            from usearch.index import Index
 
         return Index(
             ndim=self.store.dimension,
@@ -315,15 +286,15 @@ class ApproximateIndex:
 
     def _propose(self, queries: Array, count: int) -> Rows:
         """Candidates of each query, `Q x C`, -1 where there are fewer."""
-        proposed = np.full((len(queries), count), -1, dtype=np.int64)
+        candidates = np.full((len(queries), count), -1, dtype=np.int64)
         if len(queries):
             matches = self._graph.search(queries, count, threads=torch.get_num_threads())
             keys = np.atleast_2d(matches.keys)
             # A single query gets a list without padding, and no counts.
             counts = matches.counts if len(queries) > 1 else np.array([keys.shape[1]])
-            filled = np.arange(keys.shape[1]) < counts[:, None]
-            proposed[:, : keys.shape[1]][filled] = keys[filled]
-        return proposed
+            valid = np.arange(keys.shape[1]) < counts[:, None]
+            candidates[:, : keys.shape[1]][valid] = keys[valid]
+        return candidates
 
     def _score(self, queries: Array, rows: Rows) -> Array:
         """Exact scores of candidates, `Q x C`; -inf for row -1."""
@@ -348,9 +319,3 @@ class ApproximateIndex:
         self._graph.load(str(path))
         if len(self._graph) != len(self.store) or self._graph.ndim != self.store.dimension:
             raise ValueError(f"{path.name} holds {len(self._graph)} vectors of size {self._graph.ndim}")
-
-
-def _ranking(rows: Rows, scores: Array) -> Rows:
-    """The order of candidates, `Q x C`, under the ranking rule."""
-    order: Rows = np.lexsort((rows, -scores), axis=1)
-    return order

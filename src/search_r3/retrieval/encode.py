@@ -14,18 +14,20 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from importlib.metadata import version
 from itertools import islice, pairwise
 from pathlib import Path
-from typing import Any, Protocol, runtime_checkable
+from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
 from ..errors import DataError, VectorIndexError
-from ..model.backbone import Backbone
-from ..types import Array, DocumentEncoder, Progress, Rows
+from ..model.documents import unusable_rows
+from ..model.encoder import SearchR3
+from ..types import Array, Progress, Rows
 from . import storage
 from .index import DType, ExactIndex, descending
 
@@ -42,32 +44,40 @@ Documents = Iterable[tuple[str, str]]
 """Pairs of doc_id and text, the same in every iteration."""
 
 
-class ModelEncoder(DocumentEncoder, Protocol):
-    """What an encoding asks of a Search-R3 model; `SearchR3` is one."""
+@dataclass(frozen=True)
+class Peer:
+    """An encoder that is no Search-R3 model.
 
-    @property
-    def backbone(self) -> Backbone:
-        """Where the model came from, where it is, and the settings that its vectors depend on."""
-        ...
+    Attributes:
+        model: its name.
+        settings: what its vectors depend on, for JSON.
+        encode: `(texts, "query" or "document") -> vectors`.
+    """
 
-
-@runtime_checkable
-class PeerEncoder(Protocol):
-    """What an encoding asks of any other model."""
+    model: str
+    settings: Mapping[str, Any]
+    encode: Callable[[Sequence[str], str], Array]
 
     @property
     def origin(self) -> Mapping[str, Any]:
-        """`model`, its name, and `settings`, a mapping of what its vectors depend on."""
-        ...
+        """`model` and `settings`."""
+        return {"model": self.model, "settings": dict(self.settings)}
 
-    @property
+    @cached_property
     def dimension(self) -> int:
         """The size of a vector, `D`."""
-        ...
+        return int(self.encode(["size"], "document").shape[1])
 
     def encode_document(self, texts: Sequence[str], *, progress: Progress | None = None) -> Array:
         """The vectors of these texts, `N x D`."""
-        ...
+        vectors = self.encode(texts, "document")
+        if progress is not None:
+            progress(len(texts), 0)
+        return vectors
+
+    def encode_query(self, texts: Sequence[str]) -> Array:
+        """The vectors of these texts, `Q x D`."""
+        return self.encode(texts, "query")
 
 
 @dataclass(frozen=True)
@@ -83,7 +93,7 @@ class _Survey:
 
 
 def encode_corpus(
-    model: ModelEncoder | PeerEncoder,
+    model: SearchR3 | Peer,
     documents: Documents,
     folder: str | Path,
     *,
@@ -119,29 +129,28 @@ def encode_corpus(
         block_size = BLOCK_SIZES.get(_device_type(model), BLOCK_SIZES["cuda"])
     elif block_size < 1:
         raise VectorIndexError(f"a block holds at least 1 document; block_size was {block_size}")
-    folder, survey = Path(folder), _surveyed(documents, block_size)
+    folder, survey = Path(folder), _survey_documents(documents, block_size)
     count = len(survey.doc_ids)
     facts, probe = _identity(model, survey)
     facts["dtype"] = dtype
-    finished = _recorded(folder, storage.MANIFEST, facts, probe)
-    done, paths = finished or _begun(folder, facts, probe)
+    complete = _read_state(folder, storage.MANIFEST, facts, probe)
+    resume_at, paths = complete or _open_state(folder, facts, probe)
     if on_start is not None:
-        on_start(count, done)
-    if finished:
+        on_start(count, resume_at)
+    if complete:
         storage.sweep(folder, {path.name for path in paths.values()})
     else:
-        for start, block in _remaining(documents, survey, block_size, done):
-            vectors = _vectors(model, block, dtype, progress)
-            done = start + len(block)
+        for start, block in _remaining(documents, survey, block_size, resume_at):
+            vectors, end = _vectors(model, block, dtype, progress), start + len(block)
             with storage.writable(folder):
-                storage.write_rows(paths["vectors.npy"], survey.rows[start:done].tolist(), vectors)
-            storage.save_state(folder, paths, {**facts, "done": done}, storage.UNFINISHED)
+                storage.write_rows(paths["vectors.npy"], survey.rows[start:end].tolist(), vectors)
+            storage.save_state(folder, paths, {**facts, "done": end}, storage.UNFINISHED)
         labels = storage.label_writers(survey.doc_ids, np.zeros(count, dtype=np.int64))
         storage.save_state(folder, {**paths, **labels}, facts)
     return ExactIndex.load(folder, mmap=True)
 
 
-def load_corpus(model: ModelEncoder, documents: Documents, folder: str | Path) -> ExactIndex:
+def load_corpus(model: SearchR3, documents: Documents, folder: str | Path) -> ExactIndex:
     """The index that `encode_corpus` made of these documents with this model, its vectors memory-mapped.
 
     Raises:
@@ -149,11 +158,11 @@ def load_corpus(model: ModelEncoder, documents: Documents, folder: str | Path) -
         VectorIndexError: there is none, or it is of another model or of other documents.
     """
     folder = Path(folder)
-    facts, probe = _identity(model, _surveyed(documents, BLOCK_SIZES["cpu"]))
-    if _recorded(folder, storage.MANIFEST, facts, probe) is None:
-        begun = (folder / storage.UNFINISHED).exists()
-        what = "an encoding that is not finished" if begun else "no index"
-        raise VectorIndexError(f"{folder} holds {what}; encode the corpus into it (search-r3 encode) first")
+    facts, probe = _identity(model, _survey_documents(documents, BLOCK_SIZES["cpu"]))
+    if _read_state(folder, storage.MANIFEST, facts, probe) is None:
+        unfinished = (folder / storage.UNFINISHED).exists()
+        content = "an encoding that is not finished" if unfinished else "no index"
+        raise VectorIndexError(f"{folder} holds {content}; encode the corpus into it (search-r3 encode) first")
     return ExactIndex.load(folder, mmap=True)
 
 
@@ -174,7 +183,7 @@ def _blocks(documents: Documents, size: int) -> Iterator[tuple[list[tuple[str, s
         yield block, digest.hexdigest()
 
 
-def _surveyed(documents: Documents, block_size: int) -> _Survey:
+def _survey_documents(documents: Documents, block_size: int) -> _Survey:
     if isinstance(documents, Iterator):
         raise DataError(
             "the documents can be read only once, and encoding reads them twice; give a list, or an object whose "
@@ -190,21 +199,21 @@ def _surveyed(documents: Documents, block_size: int) -> _Survey:
     order = descending(doc_ids)
     rows = np.empty_like(order)
     rows[order] = np.arange(len(order))
-    ordered = [doc_ids[place] for place in order]
-    for upper, lower in pairwise(ordered):
+    descending_ids = [doc_ids[place] for place in order]
+    for upper, lower in pairwise(descending_ids):
         if upper == lower:
             raise DataError(f"two documents have the id {upper!r}; ids must be unique")
-    return _Survey(ordered, rows, digests)
+    return _Survey(descending_ids, rows, digests)
 
 
-def _device_type(model: ModelEncoder | PeerEncoder) -> str:
-    if isinstance(model, PeerEncoder):
+def _device_type(model: SearchR3 | Peer) -> str:
+    if isinstance(model, Peer):
         return "cuda" if torch.cuda.is_available() else "cpu"
     return model.backbone.device.type
 
 
-def _origin(model: ModelEncoder | PeerEncoder) -> Mapping[str, Any]:
-    if isinstance(model, PeerEncoder):
+def _origin(model: SearchR3 | Peer) -> Mapping[str, Any]:
+    if isinstance(model, Peer):
         return model.origin
     settings = model.backbone.settings
     return {
@@ -218,18 +227,18 @@ def _origin(model: ModelEncoder | PeerEncoder) -> Mapping[str, Any]:
     }
 
 
-def _identity(model: ModelEncoder | PeerEncoder, survey: _Survey) -> tuple[dict[str, Any], Array]:
+def _identity(model: SearchR3 | Peer, survey: _Survey) -> tuple[dict[str, Any], Array]:
     """What a manifest says about model and documents, and the model's vector of the probe, `1 x D`."""
     origin = {**_origin(model), "documents_sha256": survey.digests[-1], "search_r3": version("search-r3")}
     facts = {"documents": len(survey.doc_ids), "dimension": model.dimension, "origin": origin}
     return facts, model.encode_document([PROBE])
 
 
-def _begun(folder: Path, facts: dict[str, Any], probe: Array) -> tuple[int, dict[str, Path]]:
+def _open_state(folder: Path, facts: dict[str, Any], probe: Array) -> tuple[int, dict[str, Path]]:
     """How many documents are done, and the data files; of a new state where there is none."""
-    recorded = _recorded(folder, storage.UNFINISHED, facts, probe)
-    if recorded is not None:
-        return recorded
+    state = _read_state(folder, storage.UNFINISHED, facts, probe)
+    if state is not None:
+        return state
     # An index of the probe alone refuses an unknown dtype and a broken model before anything is written.
     ExactIndex(["probe"], probe, dtype=facts["dtype"])
     writers = {
@@ -239,7 +248,7 @@ def _begun(folder: Path, facts: dict[str, Any], probe: Array) -> tuple[int, dict
     return 0, storage.save_state(folder, writers, {**facts, "done": 0}, storage.UNFINISHED)
 
 
-def _recorded(folder: Path, name: str, facts: dict[str, Any], probe: Array) -> tuple[int, dict[str, Path]] | None:
+def _read_state(folder: Path, name: str, facts: dict[str, Any], probe: Array) -> tuple[int, dict[str, Path]] | None:
     """How many documents are done, and the data files, as the manifest `name` says; None where there is none.
 
     Raises:
@@ -254,45 +263,46 @@ def _recorded(folder: Path, name: str, facts: dict[str, Any], probe: Array) -> t
                 f"{folder} holds an index that does not say by which model and from which documents it was encoded; "
                 "nothing in it was changed: choose another folder"
             )
-        known = storage.read_array(paths["probe.npy"], (1, manifest["dimension"]), "float32")
+        stored_probe = storage.read_array(paths["probe.npy"], (1, manifest["dimension"]), "float32")
         storage.read_array(
             paths["vectors.npy"], (manifest["documents"], manifest["dimension"]), manifest["dtype"], mmap=True
         )
-        difference = _difference(manifest, facts, known, probe)
-        done = manifest["documents"] if name == storage.MANIFEST else manifest["done"]
+        difference = _difference(manifest, facts, stored_probe, probe)
+        count = manifest["documents"] if name == storage.MANIFEST else manifest["done"]
     if difference:
         raise VectorIndexError(
             f"{folder} was encoded {difference}; nothing in it was changed: go on with those, or choose another folder"
         )
-    return done, paths
+    return count, paths
 
 
-def _difference(then: dict[str, Any], now: dict[str, Any], known: Array, probe: Array) -> str | None:
-    """In what a recorded state is not the one asked for; `known` is its vector of the probe."""
-    settings, asked = then["origin"]["settings"], now["origin"]["settings"]
+def _difference(then: dict[str, Any], now: dict[str, Any], stored_probe: Array, probe: Array) -> str | None:
+    """In what a stored state differs from that of this call; both with the model's vector of the probe."""
+    stored_settings, settings = then["origin"]["settings"], now["origin"]["settings"]
     if then["origin"]["documents_sha256"] != now["origin"]["documents_sha256"]:
         return (
             f"from other documents, or from these in another order ({then['documents']} then, {now['documents']} now)"
         )
     if then["dtype"] != now.get("dtype", then["dtype"]):
         return f"as {then['dtype']}, not as {now['dtype']}"
-    if settings != asked:
-        other = [
-            f"{name}={settings.get(name)!r}, not {asked[name]!r}" for name in asked if settings.get(name) != asked[name]
+    if stored_settings != settings:
+        changes = [
+            f"{name}={stored_settings.get(name)!r}, not {value!r}"
+            for name, value in settings.items()
+            if stored_settings.get(name) != value
         ]
-        return f"with {'; '.join(other)}"
-    if known.shape != probe.shape:
-        return (
-            f"by another model, {then['origin']['model']}, with vectors of size {known.shape[1]}, not {probe.shape[1]}"
-        )
-    cosine = float(np.sum(known * probe) / (np.linalg.norm(known) * np.linalg.norm(probe)))
+        return f"with {'; '.join(changes)}"
+    model = f"by another model, {then['origin']['model']}"
+    if stored_probe.shape != probe.shape:
+        return f"{model}, with vectors of size {stored_probe.shape[1]}, not {probe.shape[1]}"
+    cosine = float(np.sum(stored_probe * probe) / (np.linalg.norm(stored_probe) * np.linalg.norm(probe)))
     if not cosine >= ALIKE:
-        return f"by another model, {then['origin']['model']}: cosine {cosine:.4f} between their vectors of one text"
+        return f"{model}: cosine {cosine:.4f} between their vectors of one text"
     return None
 
 
 def _remaining(
-    documents: Documents, survey: _Survey, block_size: int, done: int
+    documents: Documents, survey: _Survey, block_size: int, resume_at: int
 ) -> Iterator[tuple[int, list[tuple[str, str]]]]:
     """The documents that are not done, in blocks, each with the place of its first document.
 
@@ -300,19 +310,19 @@ def _remaining(
     one, and vectors with the same bytes.
     """
     blocks = _blocks(documents, block_size)
-    for start, known in zip(range(0, len(survey.doc_ids), block_size), survey.digests, strict=True):
+    for start, surveyed_digest in zip(range(0, len(survey.doc_ids), block_size), survey.digests, strict=True):
         block, digest = next(blocks, ([], ""))
-        if digest != known:
+        if digest != surveyed_digest:
             raise DataError(
                 f"the documents changed while they were encoded, somewhere between numbers {start} and "
                 f"{start + block_size}; encode them again, unchanged or into another folder"
             )
-        if fresh := block[max(0, done - start) :]:
-            yield max(done, start), fresh
+        if rest := block[max(0, resume_at - start) :]:
+            yield max(resume_at, start), rest
 
 
 def _vectors(
-    model: ModelEncoder | PeerEncoder, block: list[tuple[str, str]], dtype: DType, progress: Progress | None
+    model: SearchR3 | Peer, block: list[tuple[str, str]], dtype: DType, progress: Progress | None
 ) -> NDArray[Any]:
     """The vectors of a block in the dtype of the index, each checked."""
     vectors = np.asarray(model.encode_document([text for _, text in block], progress=progress))
@@ -320,12 +330,9 @@ def _vectors(
         raise VectorIndexError(
             f"expected {len(block)} vectors of size {model.dimension} from the model, found shape {vectors.shape}"
         )
-    largest = np.abs(vectors).max(axis=1)
-    # NaN fails every comparison.
-    wrong = ~(largest <= np.finfo(dtype).max)
-    if wrong.any():
-        place = int(wrong.argmax())
-        finite = np.isfinite(largest[place])
-        what = f"more than {dtype} can; encode as float32" if finite else "NaN or infinity; the model is broken"
-        raise VectorIndexError(f"the vector of document {block[place][0]!r} holds {what}")
+    places = unusable_rows(vectors, dtype)
+    if len(places):
+        finite = np.isfinite(vectors[places[0]]).all()
+        fault = f"more than {dtype} can; encode as float32" if finite else "NaN or infinity; the model is broken"
+        raise VectorIndexError(f"the vector of document {block[places[0]][0]!r} holds {fault}")
     return vectors.astype(dtype)

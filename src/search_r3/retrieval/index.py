@@ -8,17 +8,19 @@ Shapes: `Q` queries, `N` documents, `D` vector size, `K` results.
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any, Literal
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
 from ..errors import VectorIndexError
+from ..model.documents import unusable_rows
 from ..types import Array, Rows
 from . import storage
 from .selection import Best, Blocks, count_ahead, count_better
@@ -36,46 +38,62 @@ class SearchResult:
     scores: Array
 
 
-class VectorIndex(Protocol):
-    """What ranks and refresh policies ask of an index."""
+class VectorIndex(ABC):
+    """What ranks and refresh policies ask of an index.
 
-    @property
-    def doc_ids(self) -> Sequence[str]:
-        """The document of each row, in descending order."""
-        ...
+    Attributes:
+        doc_ids: the document of each row, in descending order.
+        rows: the row of each document.
+        encoded_at_version: the policy version that encoded each row, `N`.
+    """
 
-    @property
-    def encoded_at_version(self) -> NDArray[np.int64]:
-        """The policy version that encoded each row, `N`."""
-        ...
+    doc_ids: Sequence[str]
+    rows: Mapping[str, int]
+    encoded_at_version: NDArray[np.int64]
 
-    def __len__(self) -> int: ...
+    def __len__(self) -> int:
+        return len(self.doc_ids)
 
-    @property
-    def rows(self) -> Mapping[str, int]:
-        """The row of each document."""
-        ...
+    def row(self, doc_id: str) -> int:
+        """The row of a document.
 
+        Raises:
+            VectorIndexError: the index does not hold it.
+        """
+        try:
+            return self.rows[doc_id]
+        except KeyError:
+            raise VectorIndexError(f"document {doc_id!r} is not in the index of {len(self)} documents") from None
+
+    def rows_of(self, doc_ids: Sequence[str]) -> Rows:
+        """The row of each document, as `row`."""
+        return np.array([self.row(doc_id) for doc_id in doc_ids], dtype=np.int64)
+
+    def search(self, queries: Array, k: int) -> SearchResult:
+        """`search_rows` with doc_ids instead of rows."""
+        rows, scores = self.search_rows(queries, k)
+        return SearchResult([[self.doc_ids[row] for row in line] for line in rows.tolist()], scores)
+
+    @abstractmethod
     def search_rows(self, queries: Array, k: int) -> tuple[Rows, Array]:
         """Rows and scores, both `Q x K`, of the `k` best documents of each query (all where there are fewer)."""
-        ...
 
+    @abstractmethod
     def ranks(
         self, queries: Array, rows: Sequence[Sequence[int]], left_out: Sequence[Rows] | None = None
     ) -> list[list[int]]:
         """The rank (from 1) of chosen rows for each query, among all but those that are left out for it."""
-        ...
 
+    @abstractmethod
     def scores_at(self, rows: Rows, query: Array) -> Array:
         """The scores of these rows for one query, `len(rows)`; equal vectors have equal ones."""
-        ...
 
+    @abstractmethod
     def vectors_at(self, rows: Sequence[int] | Rows) -> Array:
-        """The vectors held in these rows, `len(rows) x D`."""
-        ...
+        """The vectors held in these rows, `len(rows) x D`, as float32."""
 
 
-class ExactIndex:
+class ExactIndex(VectorIndex):
     """Exact search by matrix products of blocks of documents and queries; `Q x N` scores never exist at once.
 
     Args:
@@ -108,15 +126,12 @@ class ExactIndex:
         if dtype not in _DTYPES:
             raise VectorIndexError(f"an index cannot hold {dtype!r}; choose one of {', '.join(_DTYPES)}")
         order = descending(doc_ids)
-        vectors = _shaped(vectors, len(doc_ids), None)
+        vectors = _check_shape(vectors, len(doc_ids), None)
         self._tensor = torch.empty(vectors.shape, dtype=_DTYPES[dtype], device=device)  # N x D
         self._label([doc_ids[i] for i in order], np.full(len(doc_ids), version, dtype=np.int64))
         self._check_values(vectors)
         for start in range(0, len(order), self.block):
             self._tensor[start : start + self.block] = _tensor_of(vectors[order[start : start + self.block]])
-
-    def __len__(self) -> int:
-        return len(self.doc_ids)
 
     @property
     def dtype(self) -> DType:
@@ -133,14 +148,6 @@ class ExactIndex:
         """All vectors, `N x D`, in the order of `doc_ids`: a view (do not write) of float32 on the CPU, else a copy."""
         array: Array = self._tensor.float().cpu().numpy()
         return array
-
-    def scores(self, queries: Array) -> Array:
-        """Scores of every document, `Q x N`, columns in the order of `doc_ids`; for small indexes."""
-        vectors = self._queries(queries)
-        result = np.empty((len(vectors), len(self)), dtype=np.float32)
-        for start, scores in self._products(vectors):
-            result[:, start : start + len(scores)] = scores.T.cpu().numpy()
-        return result
 
     def search_rows(self, queries: Array, k: int) -> tuple[Rows, Array]:
         """The `k` best documents of each query (all of them where there are fewer).
@@ -167,11 +174,6 @@ class ExactIndex:
             rows[part], scores[part] = best.rows.cpu().numpy(), best.scores.cpu().numpy()
         return rows, scores
 
-    def search(self, queries: Array, k: int) -> SearchResult:
-        """`search_rows` with doc_ids instead of rows."""
-        rows, scores = self.search_rows(queries, k)
-        return SearchResult([[self.doc_ids[row] for row in line] for line in rows.tolist()], scores)
-
     def ranks(
         self, queries: Array, rows: Sequence[Sequence[int]], left_out: Sequence[Rows] | None = None
     ) -> list[list[int]]:
@@ -193,16 +195,15 @@ class ExactIndex:
         order = sorted(range(len(rows)), key=lambda query: len(rows[query]), reverse=True)
         for start in range(0, len(order), self.query_block):
             part = order[start : start + self.query_block]
-            own = vectors[part]
-            targets = [rows[i] for i in part]
-            better = count_better(self._products(own), partial(self._pair_scores, own), targets, own.device)
+            block, lists = vectors[part], [rows[i] for i in part]
+            better = count_better(self._products(block), partial(self._pair_scores, block), lists, block.device)
             for i, counts in zip(part, better, strict=True):
                 result[i] = [count + 1 for count in counts]
-        for i, barred in enumerate(left_out or ()):
-            if len(barred) and result[i]:
-                own_rows = np.array(rows[i], dtype=np.int64)
-                scores = self.scores_at(own_rows, queries[i]), self.scores_at(barred, queries[i])
-                ahead = count_ahead(own_rows, scores[0], barred, scores[1])
+        for i, rivals in enumerate(left_out or ()):
+            if len(rivals) and result[i]:
+                targets = np.array(rows[i], dtype=np.int64)
+                scores, rival_scores = self.scores_at(targets, queries[i]), self.scores_at(rivals, queries[i])
+                ahead = count_ahead(targets, scores, rivals, rival_scores)
                 result[i] = [rank - count for rank, count in zip(result[i], ahead, strict=True)]
         return result
 
@@ -212,8 +213,8 @@ class ExactIndex:
         Those of a matrix product may differ in the last bit: it sums the edges of a block in another order.
         """
         vector = self._queries(query[None])
-        chosen = torch.tensor(rows, dtype=torch.long, device=vector.device)
-        scores: Array = self._pair_scores(vector, chosen, torch.zeros_like(chosen)).cpu().numpy()
+        places = torch.tensor(rows, dtype=torch.long, device=vector.device)
+        scores: Array = self._pair_scores(vector, places, torch.zeros_like(places)).cpu().numpy()
         return scores
 
     def _pair_scores(self, queries: torch.Tensor, rows: torch.Tensor, query: torch.Tensor) -> torch.Tensor:
@@ -224,35 +225,20 @@ class ExactIndex:
             scores[part] = (self._tensor[rows[part]].to(queries) * queries[query[part]]).sum(1)
         return scores
 
-    def row(self, doc_id: str) -> int:
-        """The row of a document.
-
-        Raises:
-            VectorIndexError: the index does not hold it.
-        """
-        try:
-            return self.rows[doc_id]
-        except KeyError:
-            raise VectorIndexError(f"document {doc_id!r} is not in the index of {len(self)} documents") from None
-
-    def rows_of(self, doc_ids: Sequence[str]) -> Rows:
-        """The row of each document, as `row`."""
-        return np.array([self.row(doc_id) for doc_id in doc_ids], dtype=np.int64)
-
-    def checked(self, queries: Array) -> Array:
+    def check_queries(self, queries: Array) -> Array:
         """Queries as float32, `Q x D`.
 
         Raises:
             VectorIndexError: wrong shape or values that are not finite.
         """
-        queries = _shaped(queries, None, self.dimension)
+        queries = _check_shape(queries, None, self.dimension)
         self._check_values(queries)
         return np.ascontiguousarray(queries, dtype=np.float32)
 
     def vectors_at(self, rows: Sequence[int] | Rows) -> Array:
         """The vectors held in these rows, `len(rows) x D`, as float32."""
-        chosen = torch.tensor(np.asarray(rows, dtype=np.int64), device=self._tensor.device)
-        array: Array = self._tensor[chosen].float().cpu().numpy()
+        places = torch.tensor(np.asarray(rows, dtype=np.int64), device=self._tensor.device)
+        array: Array = self._tensor[places].float().cpu().numpy()
         return array
 
     def update(self, rows: Rows, vectors: Array, version: int | None = None) -> None:
@@ -261,7 +247,7 @@ class ExactIndex:
         Raises:
             VectorIndexError: wrong shape or values that are not finite; nothing is changed.
         """
-        vectors = _shaped(vectors, len(rows), self.dimension)
+        vectors = _check_shape(vectors, len(rows), self.dimension)
         self._check_values(vectors)
         self._tensor[torch.tensor(rows, dtype=torch.long, device=self._tensor.device)] = _tensor_of(vectors).to(
             self._tensor
@@ -327,13 +313,11 @@ class ExactIndex:
             raise VectorIndexError("document ids must be unique within an index")
 
     def _queries(self, queries: Array) -> torch.Tensor:
-        return torch.tensor(self.checked(queries), device=self._tensor.device)
+        return torch.tensor(self.check_queries(queries), device=self._tensor.device)
 
     def _check_values(self, vectors: Array) -> None:
-        limit = torch.finfo(self._tensor.dtype).max
         for start in range(0, len(vectors), self.block):
-            # NaN fails every comparison.
-            if not (np.abs(vectors[start : start + self.block]) <= limit).all():
+            if len(unusable_rows(vectors[start : start + self.block], self.dtype)):
                 raise VectorIndexError(
                     f"vectors hold NaN or infinity (or more than {self.dtype} can); the model that made them is broken"
                 )
@@ -347,11 +331,11 @@ class ExactIndex:
         size = min(self.block, len(self))
         scores = queries.new_empty((size, len(queries)))
         narrow = self._tensor.dtype != queries.dtype
-        widened = queries.new_empty((size, self.dimension)) if narrow else queries
+        wide = queries.new_empty((size, self.dimension)) if narrow else queries
         for start in range(0, len(self), size):
             block = self._tensor[start : start + size]
             if narrow:
-                block = widened[: len(block)].copy_(block)
+                block = wide[: len(block)].copy_(block)
             yield start, torch.mm(block, queries.T, out=scores[: len(block)])
 
 
@@ -360,7 +344,7 @@ def descending(doc_ids: Sequence[str]) -> Rows:
     return np.array(sorted(range(len(doc_ids)), key=doc_ids.__getitem__, reverse=True), dtype=np.int64)
 
 
-def _shaped(vectors: Array, rows: int | None, dimension: int | None) -> Array:
+def _check_shape(vectors: Array, rows: int | None, dimension: int | None) -> Array:
     array = np.asarray(vectors)
     if array.ndim != 2 or (rows is not None and len(array) != rows):
         raise VectorIndexError(

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from ..extras import extra
 from .metrics import rank
 
 Scored = list[tuple[str, float]]
@@ -27,7 +28,8 @@ class BM25:
     """
 
     def __init__(self, doc_ids: Sequence[str], texts: Sequence[str]) -> None:
-        import bm25s
+        with extra("eval"):
+            import bm25s
 
         self.doc_ids = list(doc_ids)
         self._rows = {doc_id: row for row, doc_id in enumerate(self.doc_ids)}
@@ -60,26 +62,26 @@ class BM25:
     def scores(self, texts: Sequence[str], doc_ids: Sequence[Sequence[str]]) -> list[list[float]]:
         """The score of each of these documents for the text at its place; 0 where they share no word."""
         return [
-            self._scores(self._columns(tokens), self._chosen(asked)).tolist()
-            for tokens, asked in zip(self._tokens(texts), doc_ids, strict=True)
+            self._scores(self._columns(tokens), self._rows_of(line)).tolist()
+            for tokens, line in zip(self._tokens(texts), doc_ids, strict=True)
         ]
 
     def _best(self, tokens: list[str], k: int, pool: Iterable[str] | None) -> Scored:
         columns = self._columns(tokens)
         if pool is None:
-            rows, scores = self._near(columns, k)
+            rows, scores = self._candidates(columns, k)
         else:
-            rows = self._chosen(doc_id for doc_id in pool if doc_id in self._rows)
+            rows = self._rows_of(doc_id for doc_id in pool if doc_id in self._rows)
             scores = self._scores(columns, rows)
             rows, scores = rows[scores != 0], scores[scores != 0]
         if len(rows) > k:
             # All that tie with the last place stay, for the ranking rule to choose among.
             best = scores >= np.partition(scores, -k)[-k]
             rows, scores = rows[best], scores[best]
-        found = {self.doc_ids[row]: score for row, score in zip(rows.tolist(), scores.tolist(), strict=True)}
-        return [(doc_id, found[doc_id]) for doc_id in rank(found, k)]
+        score_of = {self.doc_ids[row]: score for row, score in zip(rows.tolist(), scores.tolist(), strict=True)}
+        return [(doc_id, score_of[doc_id]) for doc_id in rank(score_of, k)]
 
-    def _chosen(self, doc_ids: Iterable[str]) -> _Matches:
+    def _rows_of(self, doc_ids: Iterable[str]) -> _Matches:
         return np.array([self._rows[doc_id] for doc_id in doc_ids], dtype=np.int64)
 
     def _columns(self, tokens: list[str]) -> list[_Column]:
@@ -89,8 +91,8 @@ class BM25:
         matrix = self._bm25.scores
         ends = matrix["indptr"]
         return [
-            (matrix["indices"][ends[one] : ends[one + 1]], matrix["data"][ends[one] : ends[one + 1]])
-            for one in self._bm25.get_tokens_ids(tokens)
+            (matrix["indices"][ends[token] : ends[token + 1]], matrix["data"][ends[token] : ends[token + 1]])
+            for token in self._bm25.get_tokens_ids(tokens)
         ]
 
     @staticmethod
@@ -102,7 +104,7 @@ class BM25:
             scores += np.where(holds[at] == rows, adds[at], np.float32(0))
         return scores
 
-    def _near(self, columns: list[_Column], k: int) -> tuple[_Matches, Scores]:
+    def _candidates(self, columns: list[_Column], k: int) -> tuple[_Matches, Scores]:
         """The documents that can be among the `k` best, and their scores.
 
         The `k`-th best of the rarest word that `k` documents hold is no better than the `k`-th best of all; what scores
@@ -120,7 +122,8 @@ class BM25:
         return rows, scores[rows]
 
     def _tokens(self, texts: Sequence[str]) -> list[list[str]]:
-        import bm25s
+        with extra("eval"):
+            import bm25s
 
         tokenize: Any = bm25s.tokenize
         tokens: list[list[str]] = tokenize(

@@ -33,8 +33,7 @@ def rank(scores: Mapping[str, float], k: int | None = None) -> list[str]:
         >>> rank({"a": 0.5, "b": 0.5, "c": 0.9})
         ['c', 'b', 'a']
     """
-    ordered = sorted(scores, key=lambda doc_id: (np.float32(scores[doc_id]), doc_id), reverse=True)
-    return ordered[:k]
+    return sorted(scores, key=lambda doc_id: (np.float32(scores[doc_id]), doc_id), reverse=True)[:k]
 
 
 def dcg(gains: Iterable[float]) -> float:
@@ -42,26 +41,20 @@ def dcg(gains: Iterable[float]) -> float:
     return sum(gain / math.log2(position + 1) for position, gain in enumerate(gains, 1))
 
 
-def ideal_dcg(relevance: Mapping[str, int], k: int) -> float:
-    """The largest DCG@k that any ranking can reach; judgements below 0 count as 0."""
-    return dcg(sorted((max(gain, 0) for gain in relevance.values()), reverse=True)[:k])
-
-
 def ndcg(ranking: Sequence[str], relevance: Mapping[str, int], k: int) -> float:
     """nDCG@k with linear gains (trec_eval's `ndcg_cut`).
 
     Judgements below 0 count as 0; without relevant documents the result is 0.
     """
-    ideal = ideal_dcg(relevance, k)
-    found = dcg(max(relevance.get(doc_id, 0), 0) for doc_id in ranking[:k])
-    return found / ideal if ideal > 0 else 0.0
+    ideal = dcg(sorted((max(gain, 0) for gain in relevance.values()), reverse=True)[:k])
+    return dcg(max(relevance.get(doc_id, 0), 0) for doc_id in ranking[:k]) / ideal if ideal > 0 else 0.0
 
 
 def ndcg_from_ranks(ranks: Sequence[int], gains: Sequence[int], k: int) -> float:
     """nDCG@k of the ranks (from 1) and the gains of all relevant documents."""
     ideal = dcg(sorted(gains, reverse=True)[:k])
-    reached = sum(gain / math.log2(rank + 1) for rank, gain in zip(ranks, gains, strict=True) if rank <= k)
-    return reached / ideal if ideal > 0 else 0.0
+    gained = sum(gain / math.log2(rank + 1) for rank, gain in zip(ranks, gains, strict=True) if rank <= k)
+    return gained / ideal if ideal > 0 else 0.0
 
 
 def recall(ranking: Sequence[str], relevance: Mapping[str, int], k: int) -> float:
@@ -102,11 +95,6 @@ def relevant_ids(relevance: Mapping[str, int]) -> set[str]:
     return {doc_id for doc_id, gain in relevance.items() if gain > 0}
 
 
-def measure(ranking: Sequence[str], relevance: Mapping[str, int]) -> dict[str, float]:
-    """All of `MEASURES` for one query's ranking (100 documents deep or deeper, or all there are)."""
-    return {name: _measure(name, ranking, relevance) for name in MEASURES}
-
-
 _FUNCTIONS = {
     "ndcg": ndcg,
     "map": average_precision,
@@ -116,9 +104,13 @@ _FUNCTIONS = {
 }
 
 
-def _measure(name: str, ranking: Sequence[str], relevance: Mapping[str, int]) -> float:
-    what, _, depth = name.partition("@")
-    return _FUNCTIONS[what](ranking, relevance, int(depth) if depth else len(ranking))
+def measure(ranking: Sequence[str], relevance: Mapping[str, int]) -> dict[str, float]:
+    """All of `MEASURES` for one query's ranking (100 documents deep or deeper, or all there are)."""
+    values = {}
+    for name in MEASURES:
+        function, _, depth = name.partition("@")
+        values[name] = _FUNCTIONS[function](ranking, relevance, int(depth) if depth else len(ranking))
+    return values
 
 
 def p_mrr(

@@ -136,18 +136,18 @@ def ranks(
     numbers = [np.array(line, dtype=np.int64) for line in rows]
     targets = [line[limit.allow(line)] for line, limit in zip(numbers, limits, strict=True)]
     unpooled = [i for i, limit in enumerate(limits) if limit.pool is None]
-    counted = index.ranks(
+    whole = index.ranks(
         vectors[unpooled], [targets[i].tolist() for i in unpooled], [limits[i].left_out for i in unpooled]
     )
-    rank_of = [dict[int, int]() for _ in limits]
-    for i, line in zip(unpooled, counted, strict=True):
-        rank_of[i] = dict(zip(targets[i].tolist(), line, strict=True))
+    rank_lists = dict(zip(unpooled, whole, strict=True))
     for i, limit in enumerate(limits):
         if limit.pool is not None:
-            own, scores = (index.scores_at(some, vectors[i]) for some in (targets[i], limit.pool))
-            ahead = count_ahead(targets[i], own, limit.pool, scores)
-            rank_of[i] = {row: count + 1 for row, count in zip(targets[i].tolist(), ahead, strict=True)}
-    return [[ranks_of.get(row, len(index) + 1) for row in line] for line, ranks_of in zip(rows, rank_of, strict=True)]
+            scores, pool_scores = index.scores_at(targets[i], vectors[i]), index.scores_at(limit.pool, vectors[i])
+            rank_lists[i] = [count + 1 for count in count_ahead(targets[i], scores, limit.pool, pool_scores)]
+    result = [np.full(len(line), len(index) + 1) for line in numbers]
+    for i, line in enumerate(result):
+        line[limits[i].allow(numbers[i])] = rank_lists[i]
+    return [line.tolist() for line in result]
 
 
 def without(scored: Scored, request: Restrictions, depth: int) -> Scored:

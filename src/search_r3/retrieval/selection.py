@@ -25,7 +25,7 @@ class Best:
     """The best documents of each query among the blocks seen so far, kept in rank order."""
 
     def __init__(self, queries: torch.Tensor) -> None:
-        self.scores = queries.new_empty((len(queries), 0))  # Q x held
+        self.scores = queries.new_empty((len(queries), 0))  # Q x K, or fewer at first
         self.rows = torch.empty((len(queries), 0), dtype=torch.long, device=queries.device)
         self.floor = queries.new_full((len(queries),), -torch.inf)
         self.queries = torch.arange(len(queries), device=queries.device)
@@ -33,14 +33,13 @@ class Best:
     def add(self, start: int, scores: torch.Tensor, k: int) -> None:
         """Take in the scores (`rows x Q`) of the block that begins at row `start`, behind all blocks so far."""
         # An equal score in a later row ranks behind, so a newcomer has to beat the last one of k.
-        passed = scores > self.floor
-        if passed.count_nonzero() > 4 * k * len(self.queries):
-            passed &= scores >= scores.topk(min(k, len(scores)), dim=0).values[-1]
-        row, query = passed.nonzero(as_tuple=True)
+        newcomers = scores > self.floor
+        if newcomers.count_nonzero() > 4 * k * len(self.queries):
+            newcomers &= scores >= scores.topk(min(k, len(scores)), dim=0).values[-1]
+        row, query = newcomers.nonzero(as_tuple=True)
         if not len(row):
             return
-        held = self.rows.shape[1]
-        every_query = torch.cat([self.queries.repeat_interleave(held), query])
+        every_query = torch.cat([self.queries.repeat_interleave(self.rows.shape[1]), query])
         # Adding 0 turns -0 into 0: they are equal, but a sort by bits puts them apart.
         every_score = torch.cat([self.scores.flatten(), scores[row, query]]) + 0.0
         every_row = torch.cat([self.rows.flatten(), row + start])
@@ -49,7 +48,7 @@ class Best:
         order = order[every_query[order].sort(stable=True).indices]
         sizes = every_query.bincount(minlength=len(self.queries))
         places = torch.arange(min(k, start + len(scores)), device=row.device)
-        order = order[(sizes.cumsum(0) - sizes)[:, None] + places]  # Q x held
+        order = order[(sizes.cumsum(0) - sizes)[:, None] + places]  # Q x K
         self.scores, self.rows = every_score[order], every_row[order]
         if len(places) == k:
             self.floor = self.scores[:, -1].contiguous()
@@ -74,17 +73,18 @@ def count_better(
         for slot in range(len(targets[0]))
     ]
     columns = torch.arange(len(targets), device=device)
-    own = [pair_scores(slot, columns[: len(slot)]) for slot in slots]
-    better = [torch.zeros_like(slot) for slot in slots]
+    bars = [pair_scores(slot, columns[: len(slot)]) for slot in slots]
+    counts = [torch.zeros_like(slot) for slot in slots]
     for start, scores in blocks:
-        for target, mine, count in zip(slots, own, better, strict=True):
-            gaps = scores[:, : len(target)] - mine
+        for target, bar, count in zip(slots, bars, counts, strict=True):
+            gaps = scores[:, : len(target)] - bar
             count += (gaps > NOISE).sum(0)
             row, query = (gaps.abs() <= NOISE).nonzero(as_tuple=True)
-            exact, row = pair_scores(row + start, query), row + start
-            ahead = (exact > mine[query]) | ((exact == mine[query]) & (row < target[query]))
+            row += start
+            exact = pair_scores(row, query)
+            ahead = (exact > bar[query]) | ((exact == bar[query]) & (row < target[query]))
             count += query[ahead].bincount(minlength=len(target))
-    lists = [count.tolist() for count in better]
+    lists = [count.tolist() for count in counts]
     return [[lists[slot][place] for slot in range(len(rows))] for place, rows in enumerate(targets)]
 
 

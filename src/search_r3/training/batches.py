@@ -30,7 +30,8 @@ class Batch:
         doc_ids: `M`.
         positives: `B`, columns.
         negatives: `B x K`, columns.
-        excluded: `B x M`, True where a document is another positive of the query, or has the text of one.
+        excluded: `B x M`, True where a document is no negative of the query: another positive, one with the text of a
+            positive, or one that its rankings leave out.
         owners: `R`, the query of each vector.
         swaps: queries whose trace is another's, so that it is not supervised.
     """
@@ -150,7 +151,7 @@ def make_batch(
     for example in examples:
         traces.append(draw_trace(example, settings.reasoning_styles, rng))
         positives.append(rng.choice(example.positive_ids))
-        negatives.append(draw_negatives(example, doc_ids, settings.random_negatives, settings.bm25_negatives, rng))
+        negatives.append(draw_negatives(example, doc_ids, settings.random_negatives, settings.hard_negatives, rng))
     distinct = list(dict.fromkeys([*positives, *(doc_id for ids in negatives for doc_id in ids)]))
     columns = {doc_id: column for column, doc_id in enumerate(distinct)}
     reasoned = [row for row, trace in enumerate(traces) if trace or settings.untraced == "embed"]
@@ -170,7 +171,7 @@ def make_batch(
 def find_false_negatives(
     examples: Sequence[TrainingExample], chosen: Sequence[str], columns: Mapping[str, int], collection: Collection
 ) -> Tensor:
-    """`B x M`: True where a document is another positive of the query, or has the text of one."""
+    """`B x M`: True where a document is another positive, has the text of one, or is never ranked for the query."""
     same_text: dict[str, list[int]] = {}
     for doc_id, column in columns.items():
         same_text.setdefault(collection.documents[doc_id].full_text, []).append(column)
@@ -178,6 +179,7 @@ def find_false_negatives(
     for row, (example, own) in enumerate(zip(examples, chosen, strict=True)):
         for doc_id in example.positive_ids:
             excluded[row, same_text.get(collection.documents[doc_id].full_text, [])] = True
+        excluded[row, [columns[doc_id] for doc_id in example.limits.left_out & columns.keys()]] = True
         excluded[row, columns[own]] = False
     return excluded
 

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from ..config import GRPOSettings, Recipe, SFTSettings
 from ..errors import ConfigError, ModelError
+from ..extras import extra
 from ..model.adapters import add_adapters
 from ..model.backbone import Backbone, EmbeddingSettings, load_backbone
 from ..model.encoder import SearchR3, builtin_base_path
@@ -151,7 +152,8 @@ class Engine:
                     module.unshard()
                     stack.callback(module.reshard)
             elif (plugin := deepspeed_plugin(self.accelerator)) is not None and plugin.zero_stage == 3:
-                import deepspeed
+                with extra("deepspeed"):
+                    import deepspeed
 
                 # It takes the hooks away too, which would shard a layer again after its first call.
                 stack.enter_context(deepspeed.zero.unwrap_model_for_generation(self.policy))
@@ -173,8 +175,9 @@ def make_engine(model: SearchR3, recipe: Recipe, settings: SFTSettings | GRPOSet
     Raises:
         ConfigError: the settings do not fit the machine or how the processes were launched.
     """
-    from accelerate import Accelerator, DataLoaderConfiguration
-    from accelerate.utils import set_seed
+    with extra("train"):
+        from accelerate import Accelerator, DataLoaderConfiguration
+        from accelerate.utils import set_seed
 
     set_seed(recipe.seed)  # before the adapters are drawn
     backbone = model.backbone
@@ -245,7 +248,8 @@ def _recompute_activations(backbone: Backbone) -> None:
 
 
 def _check_precision(recipe: Recipe) -> None:
-    from accelerate.state import AcceleratorState
+    with extra("train"):
+        from accelerate.state import AcceleratorState
 
     current = AcceleratorState().mixed_precision if AcceleratorState._shared_state else recipe.mixed_precision
     if current != recipe.mixed_precision:
@@ -318,7 +322,8 @@ def rates(tokens: float, started: float, ready: float) -> dict[str, float]:
 
 def load_model(recipe: Recipe, source: str | Path) -> SearchR3:
     """A model for training, with the recipe's prompts and limits, on this process's device."""
-    from accelerate import PartialState
+    with extra("train"):
+        from accelerate import PartialState
 
     settings = EmbeddingSettings(
         prompts=PROMPT_SETS[recipe.prompts],

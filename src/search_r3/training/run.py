@@ -22,7 +22,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Protocol
 
-from ..config import Recipe, dump_recipe, flat_settings, load_recipe
+from ..config import Recipe, dump_recipe, load_recipe
 from ..errors import ConfigError, RunError
 from ..files import (
     find_damage,
@@ -34,6 +34,7 @@ from ..files import (
     write_manifest,
     write_text,
 )
+from ..loader import flat_settings
 from ..model.backbone import Backbone
 from ..parallel import Communicator, first_process
 from .engine import deepspeed_plugin
@@ -219,7 +220,8 @@ class Run:
             The step that the weights stand at (0 without a checkpoint) and the checkpoint's directory.
 
         Raises:
-            RunError: there are checkpoints, and all are broken; or the logs cannot be read or written.
+            RunError: there are checkpoints, and all are broken or the newest is of another version; or the logs cannot
+                be read or written.
         """
         if self.first:
             self._remove_leftovers(stage)
@@ -228,7 +230,13 @@ class Run:
         if checkpoint is not None:
             # With adapters only what learns was saved; the rest is in the model that they were put into.
             partial = self.recipe.lora.rank > 0 and deepspeed_plugin(state.accelerator) is None  # it saves all
-            state.accelerator.load_state(str(checkpoint), **({"strict": False} if partial else {}))
+            try:
+                state.accelerator.load_state(str(checkpoint), **({"strict": False} if partial else {}))
+            except (ValueError, RuntimeError, KeyError) as error:  # as torch says that a state does not fit
+                raise RunError(
+                    f"{checkpoint} does not fit this training ({str(error).splitlines()[0]}): another version of "
+                    f"search-r3 wrote it; go on with that one, or remove {checkpoint.parent} and the stage begins anew"
+                ) from error
         if self.first:
             for path in (self.metrics_path, self.rollouts_path):
                 if path.exists():

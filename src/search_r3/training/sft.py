@@ -355,7 +355,7 @@ def _examples(collection: Collection, settings: SFTSettings) -> dict[str, list[T
     def bm25() -> BM25:
         return BM25(list(documents), [document.full_text for document in documents.values()])
 
-    mined = 4 * settings.bm25_negatives
+    mined = 4 * settings.hard_negatives
     return {
         split: training_examples(collection, split, lambda *query: bm25().search(*query), mined)
         for split in settings.splits

@@ -5,8 +5,9 @@ from __future__ import annotations
 from importlib.util import find_spec
 from typing import Any
 
-from ..config import Recipe, flat_settings
+from ..config import Recipe
 from ..errors import ConfigError
+from ..loader import flat_settings
 
 PACKAGES = {"tensorboard": "tensorboard", "wandb": "wandb", "trackio": "trackio"}
 

@@ -19,6 +19,8 @@ from search_r3.data.generators.atlas import (
     split_territories,
 )
 from search_r3.data.generators.atlas_text import PATHS, RELATIONS
+from search_r3.data.generators.splits import divide_groups
+from search_r3.data.load import load_collection
 
 
 @pytest.fixture(scope="module")
@@ -57,6 +59,7 @@ def test_the_collection_is_of_the_promised_size(built: Collection) -> None:
     for split in SPLIT_SHARES:
         assert set(hops[split]) == {2, 3}
     assert len(built.qrels["test"]) > 150
+    assert 140 <= len(built.qrels["dev"]) <= 170, "choices are made on dev alone, so it must tell 0.03 apart"
 
 
 def test_the_same_seed_gives_the_same_collection_and_another_another(built: Collection) -> None:
@@ -78,6 +81,23 @@ def test_no_territory_is_shared_between_multi_hop_splits(atlas: Atlas, built: Co
         for second in seen:
             assert first == second or not seen[first] & seen[second], f"{first} and {second} share a territory"
     assert set(split_territories(atlas, 0).values()) == set(SPLIT_SHARES)
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_no_territory_that_a_choice_has_seen_is_in_test(atlas: Atlas, seed: int) -> None:
+    weights = Counter(atlas.facts["city_territory"].values()) + Counter(atlas.facts["territory_currency"].keys())
+    of_0_1 = divide_groups(weights, {"sft": 0.30, "rl": 0.30, "dev": 0.10, "test": 0.30}, 0)
+    split_of = split_territories(atlas, seed)
+    assert {of_0_1[one] for one, split in split_of.items() if split == "test"} == {"sft", "rl"}
+    assert {of_0_1[one] for one, split in split_of.items() if split == "dev"} >= {"dev", "test"}
+
+
+def test_a_seed_in_the_name_divides_anew(built: Collection) -> None:
+    assert load_collection("atlas").content_hash() == load_collection("atlas:0").content_hash() == built.content_hash()
+    other = load_collection("atlas:1")
+    assert other.name == "atlas:1"
+    assert other.qrels["test"].keys() != built.qrels["test"].keys()
+    assert other.documents == built.documents
 
 
 def test_no_test_query_and_no_test_chain_stands_in_the_training_text(atlas: Atlas, built: Collection) -> None:

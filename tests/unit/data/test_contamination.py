@@ -10,7 +10,7 @@ from hub_rows import write_rows, write_source
 
 from search_r3.data.collection import Collection, Document, Query
 from search_r3.data.mixing import contamination
-from search_r3.data.mixing.contamination import Contamination, Held, ngrams, words
+from search_r3.data.mixing.contamination import Contamination, EvaluationText, ngrams, words
 from search_r3.data.mixing.mix_settings import ContaminationSettings, QueryTable
 from search_r3.errors import DataError
 
@@ -21,7 +21,7 @@ RELEVANT = "In the market of the old city they sold silk and paper and horses to
 def check(*queries: str, **settings: object) -> Contamination:
     made = Contamination(ContaminationSettings(**settings))
     for number, query in enumerate(queries):
-        made.add_query(Held("set", f"q{number}", query))
+        made.add_query(EvaluationText("set", f"q{number}", query))
     return made
 
 
@@ -35,7 +35,7 @@ def load_contamination(settings: ContaminationSettings) -> Contamination:
 def test_a_query_of_few_words_is_a_hit_only_as_a_whole() -> None:
     made = check("Who wrote War & Peace?")
     found = made.find_query("WHO WROTE   war, peace")
-    assert found == Held("set", "q0", "Who wrote War & Peace?")
+    assert found == EvaluationText("set", "q0", "Who wrote War & Peace?")
     assert made.find_query("who wrote war") is None
     assert made.find_query("tell me who wrote war and peace") is None
 
@@ -93,7 +93,7 @@ def test_queries_of_all_splits_but_train_are_held(tmp_path: Path) -> None:
     name = evaluation(tmp_path / "three", {"train": "who was it", "dev": "what was it", "test": "where was it"})
     made = load_contamination(ContaminationSettings(collections=(name,)))
     assert made.find_query("who was it") is None
-    assert made.find_query("what was it") == Held(name, "dev", "what was it")
+    assert made.find_query("what was it") == EvaluationText(name, "dev", "what was it")
     assert made.find_query("where was it")
     asked = load_contamination(ContaminationSettings(collections=(name,), splits=("test", "validation")))
     assert (len(asked), asked.find_query("what was it")) == (1, None)
@@ -121,10 +121,14 @@ def test_a_query_is_held_without_its_instruction_too(tmp_path: Path) -> None:
         write_rows(hub / config / "test.jsonl", [row])
     made = load_contamination(ContaminationSettings(collections=(str(folder), str(hub))))
     assert len(made) == 2, "a query with and without its instruction is one"
-    assert made.find_query("Who was it?") == Held(str(folder), "test", "who was it")
-    assert made.find_query(f"who was it {instruction}") == Held(str(folder), "test", f"who was it {instruction}")
-    assert made.find_query(asked) == Held(str(hub), "q", asked), "n-grams cover little of it with its instruction"
-    assert made.find_query(f"so {' '.join(asked.split()[:12])}") == Held(str(hub), "q", asked)
+    assert made.find_query("Who was it?") == EvaluationText(str(folder), "test", "who was it")
+    assert made.find_query(f"who was it {instruction}") == EvaluationText(
+        str(folder), "test", f"who was it {instruction}"
+    )
+    assert made.find_query(asked) == EvaluationText(str(hub), "q", asked), (
+        "n-grams cover little of it with its instruction"
+    )
+    assert made.find_query(f"so {' '.join(asked.split()[:12])}") == EvaluationText(str(hub), "q", asked)
 
 
 def test_the_text_without_an_instruction_is_neither_saved_nor_compared(tmp_path: Path) -> None:
@@ -147,10 +151,10 @@ def test_a_positive_is_a_hit_by_one_n_gram_of_a_relevant_document_or_query_only_
     made = load_contamination(ContaminationSettings(collections=(name,), positives=True))
     parts = RELEVANT.split()
     found = made.find_document("They say: " + " ".join(parts[3:16]))
-    assert found == Held(name, "d", RELEVANT)
+    assert found == EvaluationText(name, "d", RELEVANT)
     assert made.find_document(" ".join(parts[3:15])) is None, "twelve words are one too few"
     assert made.find_document("Nothing of interest is written here. " * 3) is None, "that document is not relevant"
-    assert made.find_document(f"A page with the question {LONG}? And more.") == Held(name, "test", LONG)
+    assert made.find_document(f"A page with the question {LONG}? And more.") == EvaluationText(name, "test", LONG)
     off = load_contamination(ContaminationSettings(collections=(name,)))
     assert off.find_document(RELEVANT) is None
 
@@ -159,7 +163,7 @@ def test_queries_in_a_table_of_their_own_are_held(tmp_path: Path) -> None:
     source = write_source(tmp_path / "set", [{"query": "who was it"}, {"query": "what"}], config="query", split="full")
     table = QueryTable(path=f"{source}:query", splits=("full",))
     made = load_contamination(ContaminationSettings(tables=(table,)))
-    assert made.find_query("What?") == Held(f"{source}:query", "full 1", "what")
+    assert made.find_query("What?") == EvaluationText(f"{source}:query", "full 1", "what")
     broken = write_source(tmp_path / "broken", [{"query": 5}], split="test")
     with pytest.raises(DataError, match=r"split test, row 0: the field 'query' is 5; expected a string"):
         load_contamination(ContaminationSettings(tables=(QueryTable(path=broken),)))

@@ -396,6 +396,7 @@ def test_names_of_collections(tmp_path: Path, collection: Collection, collection
     (tmp_path / "empty").mkdir()
     for name, expected in {
         "atlass": "no collection 'atlass'; did you mean 'atlas'? expected one that is built in (atlas, atlas-wide, ",
+        "atlas:x": "cannot read the seed of 'atlas:x': expected atlas:SEED",
         "qqqqqqqq": "no collection 'qqqqqqqq'; expected one that is built in",
         str(tmp_path / "nowhere"): f"no collection at {tmp_path / 'nowhere'}: the folder does not exist",
         "./nowhere": "no collection at ./nowhere: the folder does not exist",

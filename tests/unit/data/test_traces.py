@@ -1,11 +1,13 @@
 from __future__ import annotations
 
+import doctest
 import random
 
 import pytest
 
+from benchmarks import traces as module
+from benchmarks.traces import join_sentences, pair_query, proof_conclusions, query_traces, standing_questions
 from search_r3.data.collection import Document, Query
-from search_r3.data.mixing.traces import join_sentences, pair_query, proof_conclusions, query_traces, standing_questions
 
 FACTS = [Document("d1", "a kettle boils water"), Document("d2", "Steam is hot .")]
 PROOF = "sent1 & sent2 -> int1: a kettle makes steam; int1 & sent3 -> int2: steam burns; int2 & sent4 -> hypothesis;"
@@ -70,3 +72,8 @@ def test_a_query_made_of_a_long_document_is_another_sentence_or_the_title() -> N
 
 def test_a_document_of_one_word_is_its_own_query() -> None:
     assert pair_query(Document("d", "kettle"), random.Random(0)) == "kettle"
+
+
+def test_the_examples_in_docstrings_give_what_they_show() -> None:
+    result = doctest.testmod(module)
+    assert result.attempted > 0 and result.failed == 0

@@ -12,8 +12,9 @@ import pytest
 from search_r3.data.collection import Collection, Document, Query
 from search_r3.data.restrictions import restrictions
 from search_r3.data.triples import draw_negatives, training_examples
-from search_r3.mining.candidates import DenseRetriever, LexicalRetriever, Peer
+from search_r3.mining.candidates import DenseRetriever, LexicalRetriever
 from search_r3.mining.mining import MiningSettings, mine_negatives
+from search_r3.retrieval.encode import Peer
 from search_r3.retrieval.lexical import BM25
 from search_r3.training.batches import find_false_negatives
 

@@ -208,7 +208,7 @@ def test_a_passage_is_as_long_as_the_positives_are() -> None:
 def test_triples_are_written_for_articles(server: Server, tmp_path: Path) -> None:
     server.answer = good_triple
     articles = make_collection(4).documents
-    report = write_triples(articles, tmp_path / "set", writer(server, limit=3, seed=1), split="made")
+    report = write_triples(articles, tmp_path / "set", writer(server, limit=3, seed=1), splits={"made": 1.0})
     loaded = Collection.load(tmp_path / "set")
     assert (report.asked, report.written, report.passages) == (3, 3, 3)
     assert articles.items() <= loaded.documents.items() and len(loaded.documents) == 4 + 3
@@ -484,8 +484,8 @@ def test_progress_of_another_task_or_other_settings_is_refused(server: Server, t
         (write_negatives, {"limit": 0}, "limit 0: expected 1 or more"),
         (write_negatives, {"max_tokens": 0}, "max_tokens 0: expected 1 or more"),
         (write_negatives, {"endpoint": "localhost"}, "the endpoint 'localhost' is no address"),
-        (write_triples, {"split": "a/b"}, "the split 'a/b' cannot be used"),
-        (write_triples, {"per_query": 0}, "per_query 0"),
+        (write_triples, {"splits": {"a/b": 1.0}}, "the splits {'a/b': 1.0} cannot be used; expected names"),
+        (write_triples, {"per_query": -1}, "per_query -1"),
         (write_triples, {"data": {}}, "no articles were given"),
         (write_traces, {"style": " "}, "style ' ', max_words 120: expected a name"),
         (write_traces, {"max_words": 7}, "max_words 7: expected a name, and 8 words or more"),

@@ -342,21 +342,21 @@ def toy(kind: str) -> Collection:
     )
 
 
-class Told(System):
+class FixedVectors(System):
     """A system whose queries have these vectors."""
 
-    info = SystemInfo(name="told", kind="search-r3", model="told", revision="1", settings={})
+    info = SystemInfo(name="fixed", kind="search-r3", model="fixed", revision="1", settings={})
     before = None
 
     def __init__(self, index: ExactIndex, vectors: dict[str, np.ndarray]) -> None:
-        self.told, self.vectors, self.documents_per_second = index, vectors, None
+        self.vector_index, self.vectors, self.documents_per_second = index, vectors, None
 
     def index(self, collection: Collection, progress: Any = None) -> Any:
         return self
 
     def answer(self, requests: Sequence[RankRequest], depth: int, progress: Any = None) -> Answers:
         vectors = np.stack([self.vectors[request.query_id] for request in requests])
-        return Answers(ranked(self.told, vectors, requests, depth))
+        return Answers(ranked(self.vector_index, vectors, requests, depth))
 
 
 def brute_force_ndcg(collection: Collection, world: RetrievalEnvironment, query_id: str, vector: np.ndarray) -> float:
@@ -379,7 +379,9 @@ def test_the_reward_is_the_measure_of_the_evaluation(kind: str, index: str) -> N
     feedback = world.feedback([rollout(0.0), rollout(0.1)], ["q", "r"], policy_version=0)
     rewards = [part.ranking for part in feedback.parts]
     store = world.index if isinstance(world.index, ExactIndex) else world.index.store
-    result = evaluate(Told(store, vectors), collection, "train", EvaluationOptions(latency_queries=0, bootstrap=10))
+    result = evaluate(
+        FixedVectors(store, vectors), collection, "train", EvaluationOptions(latency_queries=0, bootstrap=10)
+    )
     assert rewards == pytest.approx(result.per_query["ndcg@10"])
     assert rewards == pytest.approx([brute_force_ndcg(collection, world, name, vectors[name]) for name in "qr"])
     assert feedback.best_ranks[0] == {"bright": 2, "arguana": 4, "babi": 2, "plain": 4}[kind]

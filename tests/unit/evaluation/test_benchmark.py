@@ -88,11 +88,11 @@ def test_a_reasoning_result_holds_what_was_written_and_what_it_cost(reasons: Sea
 
 def test_both_modes_search_the_same_vectors(reasons: SearchR3, collection: Collection) -> None:
     encoded = EncodedCollections(reasons)
-    first, _ = encoded.encode(collection)
-    again, _ = encoded.encode(collection)
+    first, _ = encoded.index(collection)
+    again, _ = encoded.index(collection)
     assert again is first
     other = Collection("other", {"x": Document("x", "an apple")}, {}, {})
-    assert encoded.encode(other)[0].doc_ids == ["x"]
+    assert encoded.index(other)[0].doc_ids == ["x"]
 
 
 def test_splits_share_what_a_baseline_has_indexed(collection: Collection) -> None:
@@ -101,7 +101,7 @@ def test_splits_share_what_a_baseline_has_indexed(collection: Collection) -> Non
     assert system.index(replace(collection, name="same")) is first
     other = Collection("other", {"x": Document("x", "an apple")}, {}, {})
     assert system.index(other) is not first
-    found = system.index(other).answer([RankRequest("q", "apple")], 10).found
+    found = system.index(other).answer([RankRequest("q", "apple")], 10).rankings
     assert [[doc_id for doc_id, _ in scored] for scored in found] == [["x"]]
 
 
@@ -112,7 +112,7 @@ def test_a_corpus_on_the_disk_gives_the_same_result_and_is_removed(
     on_disk = run(SearchR3System(encoded, "direct"), collection)
     assert on_disk.per_query == run(SearchR3System(EncodedCollections(model), "direct"), collection).per_query
     later = EncodedCollections(model, tmp_path / "indexes")
-    assert later.encode(collection)[1] is None, "nothing was encoded again, so there is no speed"
+    assert later.index(collection)[1] is None, "nothing was encoded again, so there is no speed"
     later.forget(collection)
     assert not list((tmp_path / "indexes").iterdir())
 
@@ -225,7 +225,7 @@ def test_excluding_does_not_shorten_a_deep_ranking(model: SearchR3, collection: 
     out = frozenset(list(documents)[:200])
     for system in (BM25System(), SearchR3System(EncodedCollections(model), "direct")):
         index = system.index(Collection("many", documents, {}, {}))
-        [found] = index.answer([RankRequest("q", "this one is about a house", left_out=out)], 100).found
+        [found] = index.answer([RankRequest("q", "this one is about a house", left_out=out)], 100).rankings
         assert len(found) == 100
         assert not out.intersection(doc_id for doc_id, _ in found)
 

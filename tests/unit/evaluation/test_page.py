@@ -98,7 +98,7 @@ def unplotted(monkeypatch: pytest.MonkeyPatch) -> None:
 def figures(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Any]]:
     """The figures that are drawn, instead of files."""
     drawn: list[Any] = []
-    monkeypatch.setattr(plots, "_save", lambda figure, path: drawn.append(figure))
+    monkeypatch.setattr(plots, "_save", lambda figure, path: drawn.append(figure) is None)
     yield drawn
 
 

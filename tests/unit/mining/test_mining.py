@@ -20,9 +20,10 @@ from search_r3.data.collection import Collection, Document, Query
 from search_r3.data.triples import judged_queries, listed_negatives, training_examples
 from search_r3.errors import DataError, ModelError, VectorIndexError
 from search_r3.mining import candidates, mining
-from search_r3.mining.candidates import BlockCache, CrossEncoderJudge, DenseRetriever, LexicalRetriever, Peer
+from search_r3.mining.candidates import BlockCache, CrossEncoderJudge, DenseRetriever, LexicalRetriever
 from search_r3.mining.mining import MiningReport, MiningSettings, mine_negatives
 from search_r3.retrieval import encode
+from search_r3.retrieval.encode import Peer
 from search_r3.retrieval.index import ExactIndex
 from search_r3.retrieval.lexical import BM25
 from tests.conftest import small_collection
@@ -238,11 +239,10 @@ def cross_encoder(tmp_path_factory: pytest.TempPathFactory, tokenizer: Any) -> P
 def test_the_scores_of_a_cross_encoder_can_be_the_filter(
     tmp_path: Path, collection: Collection, cross_encoder: Path
 ) -> None:
-    from sentence_transformers import CrossEncoder
-
+    peer = pytest.importorskip("sentence_transformers").CrossEncoder(str(cross_encoder))
     judge = CrossEncoderJudge(str(cross_encoder), batch_size=7)
     _, report = mine(collection, tmp_path, LexicalRetriever(), judge=judge, depth=11, max_share=None, margin=0.0)
-    loaded, texts, oracle = Collection.load(tmp_path / "out"), collection.texts(), CrossEncoder(str(cross_encoder))
+    loaded, texts, oracle = Collection.load(tmp_path / "out"), collection.texts(), peer
     bm25, dropped = BM25(list(texts), list(texts.values())), 0
     for query_id, relevance in collection.split("train").items():
         query, [positive] = loaded.queries[query_id], relevance
@@ -265,14 +265,15 @@ def test_vectors_go_to_a_gpu_that_has_room_for_them(monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     for free, expected in ((32, []), (33, ["cuda"])):
         monkeypatch.setattr(torch.cuda, "mem_get_info", lambda free=free: (free, 100))
-        assert candidates._placed(index) is index and moved == expected
+        assert candidates._to_gpu(index) is index and moved == expected
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    assert candidates._placed(index) is index and moved == ["cuda"]
+    assert candidates._to_gpu(index) is index and moved == ["cuda"]
 
 
 def test_a_cross_encoder_that_cannot_be_used_is_named(
     tmp_path: Path, cross_encoder: Path, collection: Collection
 ) -> None:
+    pytest.importorskip("sentence_transformers")
     with pytest.raises(ModelError, match="cannot load the cross-encoder '/nowhere/at/all'"):
         CrossEncoderJudge("/nowhere/at/all")
     judge = CrossEncoderJudge(str(cross_encoder))

@@ -66,9 +66,7 @@ PIECES += [*string.ascii_lowercase[:6], "1", "'s", ".", "<", "|>", "é", "日", 
 
 
 def load(folder: Path) -> Any:
-    from sentence_transformers import SentenceTransformer
-
-    return SentenceTransformer(str(folder), device="cpu")
+    return pytest.importorskip("sentence_transformers").SentenceTransformer(str(folder), device="cpu")
 
 
 def largest_difference(loaded: Any, model: SearchR3, texts: list[str] = TEXTS, batch_size: int = 32) -> float:

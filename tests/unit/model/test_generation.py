@@ -7,7 +7,8 @@ import torch
 
 from search_r3.errors import ModelError
 from search_r3.model.backbone import Backbone, vectors_at
-from search_r3.model.engine.generation import generate_rollouts, sequence_batch
+from search_r3.model.encoder import SearchR3
+from search_r3.model.engine.generation import sequence_batch
 from search_r3.training.losses import chosen_logprobs
 from tests.conftest import favour
 
@@ -20,7 +21,7 @@ def prompts_of(backbone: Backbone) -> list[list[int]]:
 
 def test_greedy_ids_equal_those_of_transformers_generate(backbone: Backbone) -> None:
     for prompt, rollout in zip(
-        prompts_of(backbone), generate_rollouts(backbone, prompts_of(backbone), max_new_tokens=12), strict=True
+        prompts_of(backbone), SearchR3(backbone).rollouts(prompts_of(backbone), max_new_tokens=12), strict=True
     ):
         expected = backbone.model.generate(
             input_ids=torch.tensor([prompt]), attention_mask=torch.ones(1, len(prompt), dtype=torch.long),
@@ -33,8 +34,8 @@ def test_greedy_ids_equal_those_of_transformers_generate(backbone: Backbone) -> 
 @pytest.mark.parametrize("temperature", [0.0, 0.7, 1.0])
 def test_logprobs_and_vectors_equal_a_teacher_forced_pass(backbone: Backbone, temperature: float) -> None:
     favour(backbone, backbone.embed_token_id, 3.0)
-    rollouts = generate_rollouts(
-        backbone, prompts_of(backbone), max_new_tokens=16, sampling_temperature=temperature, seeds=[1, 2, 3, 4]
+    rollouts = SearchR3(backbone).rollouts(
+        prompts_of(backbone), max_new_tokens=16, sampling_temperature=temperature, seeds=[1, 2, 3, 4]
     )
     batch = sequence_batch(backbone, rollouts)
     places = batch.sampled.nonzero(as_tuple=True)
@@ -52,10 +53,9 @@ def test_logprobs_and_vectors_equal_a_teacher_forced_pass(backbone: Backbone, te
 def test_a_rollout_does_not_depend_on_its_company(backbone: Backbone) -> None:
     favour(backbone, backbone.embed_token_id, 2.0)
     seeds, prompts = [5, 6, 7, 8], prompts_of(backbone)
-    together = generate_rollouts(backbone, prompts, max_new_tokens=12, sampling_temperature=1.0, seeds=seeds)
+    together = SearchR3(backbone).rollouts(prompts, max_new_tokens=12, sampling_temperature=1.0, seeds=seeds)
     for order, size in (([3, 1, 0, 2], 4), ([0, 1, 2, 3], 1), ([2, 3], 2)):
-        again = generate_rollouts(
-            backbone,
+        again = SearchR3(backbone).rollouts(
             [prompts[i] for i in order],
             max_new_tokens=12,
             sampling_temperature=1.0,
@@ -70,8 +70,8 @@ def test_a_rollout_does_not_depend_on_its_company(backbone: Backbone) -> None:
 def test_sampling_follows_the_models_distribution(backbone: Backbone) -> None:
     prompt = prompts_of(backbone)[0]
     count = 1500
-    rollouts = generate_rollouts(
-        backbone, [prompt] * count, max_new_tokens=2, sampling_temperature=1.0, seeds=range(count), batch_size=500
+    rollouts = SearchR3(backbone).rollouts(
+        [prompt] * count, max_new_tokens=2, sampling_temperature=1.0, seeds=range(count), batch_size=500
     )
     with torch.no_grad():
         ids = torch.tensor([prompt])
@@ -85,7 +85,7 @@ def test_sampling_follows_the_models_distribution(backbone: Backbone) -> None:
 
 def test_an_emitted_token_is_not_forced_and_ends_the_reply(backbone: Backbone) -> None:
     favour(backbone, backbone.embed_token_id, 100.0)
-    rollout = generate_rollouts(backbone, prompts_of(backbone)[:1], max_new_tokens=8)[0]
+    rollout = SearchR3(backbone).rollouts(prompts_of(backbone)[:1], max_new_tokens=8)[0]
     assert rollout.completion_ids == [backbone.embed_token_id]
     assert not rollout.forced
     assert rollout.completion_mask == [1]
@@ -95,7 +95,7 @@ def test_an_emitted_token_is_not_forced_and_ends_the_reply(backbone: Backbone) -
 def test_a_token_that_is_never_emitted_is_forced_at_the_budgets_end(backbone: Backbone) -> None:
     favour(backbone, backbone.embed_token_id, -100.0)
     end = backbone.prompt_encoder.end_token_id
-    for rollout in generate_rollouts(backbone, prompts_of(backbone), max_new_tokens=8):
+    for rollout in SearchR3(backbone).rollouts(prompts_of(backbone), max_new_tokens=8):
         assert rollout.forced
         assert len(rollout.completion_ids) == 8 or rollout.completion_ids[-2] == end
         assert rollout.completion_ids[-1] == backbone.embed_token_id
@@ -106,7 +106,7 @@ def test_a_token_that_is_never_emitted_is_forced_at_the_budgets_end(backbone: Ba
 def test_a_turn_that_ends_without_the_token_is_forced_at_once(backbone: Backbone) -> None:
     end = backbone.prompt_encoder.end_token_id
     favour(backbone, end, 100.0)
-    rollout = generate_rollouts(backbone, prompts_of(backbone)[:1], max_new_tokens=8)[0]
+    rollout = SearchR3(backbone).rollouts(prompts_of(backbone)[:1], max_new_tokens=8)[0]
     assert rollout.completion_ids == [end, backbone.embed_token_id]
     assert rollout.forced
     assert rollout.completion_mask == [1, 0], "the end of the turn was the model's choice and is trained on"
@@ -114,18 +114,18 @@ def test_a_turn_that_ends_without_the_token_is_forced_at_once(backbone: Backbone
 
 def test_bad_requests_are_refused(backbone: Backbone) -> None:
     with pytest.raises(ModelError, match="exceed the model's context of 256 tokens"):
-        generate_rollouts(backbone, prompts_of(backbone), max_new_tokens=250)
+        SearchR3(backbone).rollouts(prompts_of(backbone), max_new_tokens=250)
     with pytest.raises(ValueError, match="one seed per prompt"):
-        generate_rollouts(backbone, prompts_of(backbone), max_new_tokens=4, sampling_temperature=1.0, seeds=[1])
+        SearchR3(backbone).rollouts(prompts_of(backbone), max_new_tokens=4, sampling_temperature=1.0, seeds=[1])
 
 
 def test_broken_weights_are_named(backbone: Backbone) -> None:
     with torch.no_grad():
         backbone.model.get_input_embeddings().weight[:] = float("nan")
     with pytest.raises(ModelError, match="logits are not finite"):
-        generate_rollouts(backbone, prompts_of(backbone), max_new_tokens=4)
+        SearchR3(backbone).rollouts(prompts_of(backbone), max_new_tokens=4)
 
 
 def test_the_text_of_a_rollout_has_no_special_tokens(backbone: Any) -> None:
-    for rollout in generate_rollouts(backbone, prompts_of(backbone), max_new_tokens=8):
+    for rollout in SearchR3(backbone).rollouts(prompts_of(backbone), max_new_tokens=8):
         assert "<|" not in rollout.reasoning

@@ -209,7 +209,7 @@ def trained(job: Job) -> int:
 def stage_1(
     path: Path, collection: Collection, tmp_path: Path, **settings: Any
 ) -> tuple[Job, Callable[[], Any], Engine]:
-    sections = {"sft": {"batch_size": 12, "random_negatives": 1, "bm25_negatives": 0, "splits": {"train": 1.0}}}
+    sections = {"sft": {"batch_size": 12, "random_negatives": 1, "hard_negatives": 0, "splits": {"train": 1.0}}}
     sections["sft"] |= settings.pop("sft", {})
     recipe = Recipe(run_dir=str(tmp_path), max_length=120, max_new_tokens=16, **settings, **sections)
     model = SearchR3(path, device="cpu", dtype=recipe.dtype)

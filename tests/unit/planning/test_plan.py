@@ -142,7 +142,7 @@ def test_precision_follows_recipe_and_strategy() -> None:
 def test_tokens_and_time_of_a_step() -> None:
     lengths = Lengths(query=20, document=100, reasoning=50, template=10)
     speed = Speed(tokens_per_second=1000.0)
-    settings = {"steps": 10, "batch_size": 16, "random_negatives": 1, "bm25_negatives": 0}
+    settings = {"steps": 10, "batch_size": 16, "random_negatives": 1, "hard_negatives": 0}
     recipe = LARGE.model_copy(
         update={"max_length": 512, "gradient_checkpointing": False, "sft": LARGE.sft.model_copy(update=settings)}
     )

@@ -214,7 +214,7 @@ def test_an_adapter_names_its_base_and_has_the_results_of_its_merged_weights(
     assert (data.library_name, data.base_model) == ("peft", "owner/base")
     stage = "sft" if place.startswith("sft") else "rl"
     assert row_of(card, "reason")[4] == cell(summary(results[f"reason/{stage}"]), "ndcg@10")
-    assert "LoRA of rank 2" in card and "PeftModel.from_pretrained" in card and "search-r3 search" not in card
+    assert "LoRA of rank 2" in card and f'SearchR3("{REPO}")' in card and f"search-r3 search {REPO}" in card
 
 
 def test_no_folder_of_this_machine_is_in_a_card(run: Path, tiny_path: Path, tmp_path: Path) -> None:

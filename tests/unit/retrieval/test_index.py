@@ -94,7 +94,7 @@ def test_blocks_do_not_change_the_result(dtype) -> None:
     wanted = [[index.row(doc_id) for doc_id in (f"d{i}", "d9", "d41")[: i % 4]] for i in range(11)]
     rows, scores = index.search_rows(queries, 5)
     ranks = index.ranks(queries, wanted)
-    order = np.lexsort((np.broadcast_to(np.arange(50), (11, 50)), -index.scores(queries)), axis=1)
+    order = np.lexsort((np.broadcast_to(np.arange(50), (11, 50)), -queries @ index.matrix.T), axis=1)
     np.testing.assert_array_equal(rows, order[:, :5])
     assert ranks == [[order[place].tolist().index(row) + 1 for row in line] for place, line in enumerate(wanted)]
     for index.block, index.query_block in ((1, 1), (3, 4), (7, 11), (50, 2), (64, 1000)):
@@ -131,7 +131,7 @@ def test_float16_halves_the_bytes_and_scores_in_float32() -> None:
     )
     query = rng.normal(size=(1, 16)).astype(np.float32)
     expected = vectors.astype(np.float16).astype(np.float32)[::-1] @ query[0]
-    np.testing.assert_allclose(index.scores(query)[0], expected, rtol=1e-6, atol=1e-6)
+    np.testing.assert_allclose(index.scores_at(np.arange(40), query[0]), expected, rtol=1e-6, atol=1e-6)
     assert index.search_rows(query, 3)[1].dtype == index.matrix.dtype == np.float32
     with pytest.raises(VectorIndexError, match="more than float16 can"):
         index.update(index.rows_of(["07"]), np.full((1, 16), 1e5, dtype=np.float32), 1)
@@ -233,7 +233,9 @@ def at(version):
     return ExactIndex(ids, np.full((300, 64), version, dtype=np.float32), version)
 
 at(0).save(folder)
-for _ in range(12):
+done, kills, deadline = 0, 0, time.monotonic() + 90
+while kills < 12 or done < 4:
+    kills += 1
     version = int(ExactIndex.load(folder).encoded_at_version[0])
     reader, writer = os.pipe()
     child = os.fork()
@@ -244,6 +246,7 @@ for _ in range(12):
             os.write(writer, f"{version}\\n".encode())
     os.close(writer)
     time.sleep(dice.uniform(0.005, 0.05))
+    assert time.monotonic() < deadline, f"only {done} saves were complete"
     os.kill(child, signal.SIGKILL)
     os.waitpid(child, 0)
     with os.fdopen(reader) as lines:
@@ -251,7 +254,6 @@ for _ in range(12):
     index = ExactIndex.load(folder, mmap=True)
     found = set(index.encoded_at_version.tolist()) | set(index.matrix.ravel().tolist())
     assert found in ({done}, {done + 1}), (found, done)
-print(done)
 """
 
 
@@ -259,7 +261,6 @@ print(done)
 def test_an_index_killed_at_random_moments_of_a_save_loads_the_last_state_or_the_next(tmp_path: Path) -> None:
     done = subprocess.run([sys.executable, "-c", KILLING, str(tmp_path)], capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
-    assert int(done.stdout) > 3, "some saves were complete"
 
 
 @pytest.mark.parametrize("full", ["vectors", "doc_ids", "manifest"])
@@ -406,7 +407,9 @@ def test_bm25_sorts_only_what_can_be_among_the_best() -> None:
     bm25 = BM25([f"d{n}" for n in range(1000)], [f"common {'rare' if n % 100 == 0 else n}" for n in range(1000)])
     columns = bm25._columns(["common", "rare"])
     assert [len(holds) for holds, _ in columns] == [1000, 10]
-    assert [len(bm25._near(columns, k)[0]) for k in (1, 10, 11)] == [10, 10, 19], "nine are shorter than the others"
+    assert [len(bm25._candidates(columns, k)[0]) for k in (1, 10, 11)] == [10, 10, 19], (
+        "nine are shorter than the others"
+    )
     assert bm25.search(["common rare"], 3) == [["d900", "d800", "d700"]]
 
 

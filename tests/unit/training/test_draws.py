@@ -118,14 +118,14 @@ def collection() -> Collection:
 def test_queries_without_a_trace_are_not_reasoned_about_if_so_set(collection: Collection) -> None:
     examples = training_examples(collection, "sft")
     for untraced, expected in (("embed", [*range(8), *range(8)]), ("direct", [*range(8), 0, 2, 4, 6])):
-        settings = SFTSettings(untraced=untraced, bm25_negatives=0)
+        settings = SFTSettings(untraced=untraced, hard_negatives=0)
         batch = make_batch(collection, list(collection.documents), examples, settings, random.Random(0))
         assert batch.owners == expected
 
 
 def test_swapped_traces_are_another_querys_and_known(collection: Collection) -> None:
     examples = training_examples(collection, "sft")
-    settings = SFTSettings(untraced="direct", swapped_traces=0.999, bm25_negatives=0)
+    settings = SFTSettings(untraced="direct", swapped_traces=0.999, hard_negatives=0)
     batch = make_batch(collection, list(collection.documents), examples, settings, random.Random(0))
     assert batch.swaps == {0, 2, 4, 6}
     assert sorted(trace for trace in batch.traces if trace) == [f"trace {i}" for i in range(0, 8, 2)]

@@ -9,6 +9,9 @@ Splits (all deterministic under `seed`):
 - `sft`, `rl`, `dev`, `test`: multi-hop queries. Every multi-hop path goes through one territory, and each territory
   belongs to exactly one of the four, so that a test query asks for a composition that was never shown in training.
 
+Settings of the recipes and of the built-in base were chosen while looking at the `dev` and `test` of release 0.1. No
+territory of those two is in `test`, whatever the seed: its numbers are of queries that no choice has seen.
+
 A query whose answer shows in its own words (Georgian, Georgian Lari) is no multi-hop query and is left out.
 Within a split no document answers more than `MAX_QUERIES_PER_ANSWER` starting entities of one path, else a constant
 answer ("Euro", "Latin") would score well.
@@ -22,6 +25,7 @@ from dataclasses import dataclass
 from datetime import date
 from typing import Any
 
+from ...extras import extra
 from ..collection import Collection, Document, Qrels, Query
 from .atlas_text import (
     OPEN_QUESTIONS,
@@ -34,7 +38,9 @@ from .atlas_text import (
 )
 from .splits import divide_groups
 
-SPLIT_SHARES = {"sft": 0.30, "rl": 0.30, "dev": 0.10, "test": 0.30}
+SPLIT_SHARES = {"sft": 0.28, "rl": 0.28, "dev": 0.16, "test": 0.28}
+"""Shares of the territories, by the number of their cities and themselves."""
+_SHARES_OF_0_1, _SEED_OF_0_1 = {"sft": 0.30, "rl": 0.30, "dev": 0.10, "test": 0.30}, 0
 MAX_QUERIES_PER_ANSWER = 4
 WIDE_LANGUAGES = ("de", "fr", "es", "it", "pt", "nl", "sv", "da", "fi", "pl", "id", "tr")
 """Languages in Latin letters, with names for nearly everything, whose names make `atlas-wide`."""
@@ -75,10 +81,11 @@ class Atlas:
 
 def read_atlas() -> Atlas:
     """Read the facts from the installed `babel` package."""
-    from babel import Locale
-    from babel.core import get_global
-    from babel.languages import get_official_languages
-    from babel.numbers import get_territory_currencies
+    with extra("train"):
+        from babel import Locale
+        from babel.core import get_global
+        from babel.languages import get_official_languages
+        from babel.numbers import get_territory_currencies
 
     english = Locale("en")
     entities: dict[str, Entity] = {}
@@ -135,12 +142,19 @@ def split_territories(atlas: Atlas, seed: int) -> dict[str, str]:
     """Give every territory (doc_id) to one of the four multi-hop splits, by the number of its cities and itself.
 
     Largest territories first, each to the split that lacks most of its share, so that one large country does not
-    unbalance a split.
+    unbalance a split. What was `dev` or `test` in release 0.1 is never `test` (see the module's docstring).
     """
     weight = dict.fromkeys(atlas.facts["territory_currency"], 1)
     for territory in atlas.facts["city_territory"].values():
         weight[territory] += 1
-    return divide_groups(weight, SPLIT_SHARES, seed)
+    split_of_0_1 = divide_groups(weight, _SHARES_OF_0_1, _SEED_OF_0_1)
+    unseen = {territory: size for territory, size in weight.items() if split_of_0_1[territory] in ("sft", "rl")}
+    test_share = SPLIT_SHARES["test"] * sum(weight.values()) / sum(unseen.values())
+    halves = divide_groups(unseen, {"test": test_share, "training": 1 - test_share}, seed)
+    test = {territory for territory, half in halves.items() if half == "test"}
+    shares = {split: share for split, share in SPLIT_SHARES.items() if split != "test"}
+    rest = {territory: size for territory, size in weight.items() if territory not in test}
+    return divide_groups(rest, shares, seed) | dict.fromkeys(test, "test")
 
 
 def follow(atlas: Atlas, path: tuple[str, ...], start: str) -> list[str] | None:
@@ -179,7 +193,7 @@ def build_atlas(seed: int = 0) -> Collection:
     territory_split = split_territories(atlas, seed)
     for path_name in PATHS:
         _add_multi_hop(atlas, path_name, territory_split, random.Random(f"{seed}/{path_name}"), queries, qrels)
-    return Collection("atlas", documents, queries, qrels)
+    return Collection("atlas" if seed == 0 else f"atlas:{seed}", documents, queries, qrels)
 
 
 def build_atlas_wide(seed: int = 0) -> Collection:
@@ -187,7 +201,8 @@ def build_atlas_wide(seed: int = 0) -> Collection:
 
     Queries and judgements are those of `atlas`: "Euro, a currency, in Dutch" is no answer to an English query.
     """
-    from babel import Locale
+    with extra("train"):
+        from babel import Locale
 
     narrow = build_atlas(seed)
     documents = dict(narrow.documents)
@@ -203,7 +218,7 @@ def build_atlas_wide(seed: int = 0) -> Collection:
             for name_code, name in sorted(found.items()):
                 doc_id = f"{kind}:{name_code}@{code}"
                 documents[doc_id] = Document(doc_id, foreign_document_text(kind, locale.english_name), name)
-    return Collection("atlas-wide", documents, narrow.queries, narrow.qrels)
+    return Collection(narrow.name.replace("atlas", "atlas-wide"), documents, narrow.queries, narrow.qrels)
 
 
 BUILT_IN = {"atlas": build_atlas, "atlas-wide": build_atlas_wide}

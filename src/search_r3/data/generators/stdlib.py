@@ -84,7 +84,12 @@ def build_stdlib(seed: int = 0) -> Collection:
         queries[query_id] = Query(query_id, function.summary)
         qrels[split_of[groups[function.doc_id]]][query_id] = {function.doc_id: 1}
     documents = {function.doc_id: Document(function.doc_id, function.code) for function in kept}
-    return Collection("stdlib", documents, queries, {name: part for name, part in qrels.items() if part})
+    return Collection(
+        "stdlib" if seed == 0 else f"stdlib:{seed}",
+        documents,
+        queries,
+        {name: part for name, part in qrels.items() if part},
+    )
 
 
 def _sources(root: Path) -> list[tuple[str, Path]]:

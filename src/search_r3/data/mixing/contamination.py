@@ -31,7 +31,7 @@ _WORD = re.compile(rf"[{_ALONE}]|[^\W{_ALONE}]+")
 
 
 @dataclass(frozen=True)
-class Held:
+class EvaluationText:
     """A text of an evaluation collection.
 
     Attributes:
@@ -55,9 +55,9 @@ def words(text: str) -> list[str]:
     return _WORD.findall(unicodedata.normalize("NFKC", text).casefold())
 
 
-def ngrams(found: Sequence[str], size: int) -> list[int]:
+def ngrams(tokens: Sequence[str], size: int) -> list[int]:
     """The hashes (64 bits) of the runs of `size` words, in their order; none for a shorter text."""
-    return [_hash(found[at : at + size]) for at in range(len(found) - size + 1)]
+    return [_hash(tokens[at : at + size]) for at in range(len(tokens) - size + 1)]
 
 
 class Contamination:
@@ -71,7 +71,7 @@ class Contamination:
 
     Example:
         >>> check = Contamination(ContaminationSettings())
-        >>> check.add_query(Held("set", "q1", "Who wrote War and Peace?"))
+        >>> check.add_query(EvaluationText("set", "q1", "Who wrote War and Peace?"))
         >>> check.find_query("who wrote war and peace").text_id
         'q1'
         >>> check.find_query("who read war and peace")
@@ -79,81 +79,81 @@ class Contamination:
 
     def __init__(self, settings: ContaminationSettings) -> None:
         self.settings = settings
-        self._whole: dict[int, Held] = {}
-        self._bare: dict[int, Held] = {}
+        self._whole: dict[int, EvaluationText] = {}
+        self._bare: dict[int, EvaluationText] = {}
         self._queries, self._documents = _Index(), _Index()
 
     def __len__(self) -> int:
         """How many evaluation queries are held."""
         return len(self._whole)
 
-    def add_query(self, held: Held, bare: str = "") -> None:
+    def add_query(self, evaluation_text: EvaluationText, bare: str = "") -> None:
         """Hold an evaluation query, and its text without its instruction, which training has under another one."""
-        self._add_query(held, self._whole)
-        if bare and bare != held.text:
-            self._add_query(replace(held, text=bare), self._bare)
+        self._add_query(evaluation_text, self._whole)
+        if bare and bare != evaluation_text.text:
+            self._add_query(replace(evaluation_text, text=bare), self._bare)
 
-    def _add_query(self, held: Held, whole: dict[int, Held]) -> None:
-        found = words(held.text)
-        if not found:  # nothing but punctuation, which any other such query would equal
+    def _add_query(self, evaluation_text: EvaluationText, whole: dict[int, EvaluationText]) -> None:
+        tokens = words(evaluation_text.text)
+        if not tokens:  # nothing but punctuation, which any other such query would equal
             return
-        whole.setdefault(_hash(found), held)
-        self._queries.add(held, ngrams(found, self.settings.query_ngram))
+        whole.setdefault(_hash(tokens), evaluation_text)
+        self._queries.add(evaluation_text, ngrams(tokens, self.settings.query_ngram))
         if self.settings.positives:
-            self._documents.add(held, ngrams(found, self.settings.document_ngram))
+            self._documents.add(evaluation_text, ngrams(tokens, self.settings.document_ngram))
 
-    def add_document(self, held: Held) -> None:
+    def add_document(self, evaluation_text: EvaluationText) -> None:
         """Hold a document that is relevant to an evaluation query."""
-        self._documents.add(held, ngrams(words(held.text), self.settings.document_ngram))
+        self._documents.add(evaluation_text, ngrams(words(evaluation_text.text), self.settings.document_ngram))
 
-    def find_query(self, text: str) -> Held | None:
+    def find_query(self, text: str) -> EvaluationText | None:
         """The evaluation query that a training query is a copy or a variant of."""
-        found = words(text)
-        if whole := self._whole.get(_hash(found)) or self._bare.get(_hash(found)):
+        tokens = words(text)
+        if whole := self._whole.get(_hash(tokens)) or self._bare.get(_hash(tokens)):
             return whole
-        shared = ngrams(found, self.settings.query_ngram)
-        for held in self._queries.find(shared):
-            if self._covered(held, set(shared)) >= self.settings.coverage:
-                return held
+        shared = ngrams(tokens, self.settings.query_ngram)
+        for evaluation_text in self._queries.find(shared):
+            if self._coverage(evaluation_text, set(shared)) >= self.settings.coverage:
+                return evaluation_text
         return None
 
-    def find_document(self, text: str) -> Held | None:
+    def find_document(self, text: str) -> EvaluationText | None:
         """The evaluation query or relevant document that shares an n-gram with a positive of a training query."""
         return next(self._documents.find(ngrams(words(text), self.settings.document_ngram)), None)
 
-    def _covered(self, held: Held, shared: set[int]) -> float:
+    def _coverage(self, evaluation_text: EvaluationText, shared: set[int]) -> float:
         """The share of an evaluation query's words that lie in shared n-grams."""
-        found, size = words(held.text), self.settings.query_ngram
-        hits = [at for at, one in enumerate(ngrams(found, size)) if one in shared]
-        return len({place for at in hits for place in range(at, at + size)}) / len(found)
+        tokens, size = words(evaluation_text.text), self.settings.query_ngram
+        hits = [at for at, one in enumerate(ngrams(tokens, size)) if one in shared]
+        return len({place for at in hits for place in range(at, at + size)}) / len(tokens)
 
 
 class _Index:
     """Hash -> the texts that have it."""
 
     def __init__(self) -> None:
-        self._held: list[Held] = []
+        self._texts: list[EvaluationText] = []
         self._new_hashes, self._new_rows = array("Q"), array("i")
         self._hashes = np.zeros(0, dtype=np.uint64)
         self._rows = np.zeros(0, dtype=np.int32)
 
-    def add(self, held: Held, hashes: Sequence[int]) -> None:
+    def add(self, evaluation_text: EvaluationText, hashes: Sequence[int]) -> None:
         """Take a text; one shorter than an n-gram has no hashes and leaves nothing."""
         if hashes:
             self._new_hashes.extend(hashes)
-            self._new_rows.extend([len(self._held)] * len(hashes))
-            self._held.append(held)
+            self._new_rows.extend([len(self._texts)] * len(hashes))
+            self._texts.append(evaluation_text)
 
-    def find(self, hashes: Sequence[int]) -> Iterator[Held]:
+    def find(self, hashes: Sequence[int]) -> Iterator[EvaluationText]:
         """The texts that have one of the hashes, each once, in the order in which they were taken."""
         if self._new_hashes:
             self._sort()
         if not len(self._hashes) or not hashes:
             return
-        wanted = np.array(hashes, dtype=np.uint64)
-        first, last = (np.searchsorted(self._hashes, wanted, side) for side in ("left", "right"))
+        keys = np.array(hashes, dtype=np.uint64)
+        first, last = (np.searchsorted(self._hashes, keys, side) for side in ("left", "right"))
         for row in sorted({int(row) for at in np.nonzero(first < last)[0] for row in self._rows[first[at] : last[at]]}):
-            yield self._held[row]
+            yield self._texts[row]
 
     def _sort(self) -> None:
         hashes = np.concatenate([self._hashes, np.array(self._new_hashes, dtype=np.uint64)])
@@ -175,32 +175,32 @@ def load_contamination(settings: ContaminationSettings, advance: Callable[[int, 
     """
     check = Contamination(settings)
     for name in settings.collections:
-        _hold_collection(check, name, load_collection(name, skip_empty_documents=True))
+        _add_collection(check, name, load_collection(name, skip_empty_documents=True))
         advance(1, 0)
     for table in settings.tables:
         for split in table.splits:
             with tempfile.TemporaryDirectory() as scratch:
                 rows = open_table(SourcePlace(table.path, split), scratch).rows({table.column: (table.column,)})
                 for number, (place, row) in enumerate(rows):
-                    check.add_query(Held(table.path, f"{split} {number}", string(row, table.column, place)))
+                    check.add_query(EvaluationText(table.path, f"{split} {number}", string(row, table.column, place)))
         advance(1, 0)
     return check
 
 
-def _hold_collection(check: Contamination, name: str, collection: Collection) -> None:
-    wanted = check.settings.splits or [split for split in collection.qrels if split != "train"] or ["train"]
-    splits = [split for split in wanted if split in collection.qrels]
+def _add_collection(check: Contamination, name: str, collection: Collection) -> None:
+    names = check.settings.splits or [split for split in collection.qrels if split != "train"] or ["train"]
+    splits = [split for split in names if split in collection.qrels]
     if not splits:
-        raise DataError(f"{name}: no split {' or '.join(wanted)}; it has {', '.join(sorted(collection.qrels))}")
+        raise DataError(f"{name}: no split {' or '.join(names)}; it has {', '.join(sorted(collection.qrels))}")
     relevant: dict[str, None] = {}
     for split in splits:
-        for query_id, judged in collection.qrels[split].items():
+        for query_id, relevance in collection.qrels[split].items():
             query = collection.queries[query_id]
-            check.add_query(Held(name, query_id, query.text), query.bare)
-            relevant.update(dict.fromkeys(doc_id for doc_id, gain in judged.items() if gain > 0))
+            check.add_query(EvaluationText(name, query_id, query.text), query.bare)
+            relevant.update(dict.fromkeys(doc_id for doc_id, gain in relevance.items() if gain > 0))
     for doc_id in relevant if check.settings.positives else ():
-        check.add_document(Held(name, doc_id, collection.documents[doc_id].full_text))
+        check.add_document(EvaluationText(name, doc_id, collection.documents[doc_id].full_text))
 
 
-def _hash(found: Sequence[str]) -> int:
-    return int.from_bytes(hashlib.blake2b(" ".join(found).encode("utf-8", "replace"), digest_size=8).digest())
+def _hash(tokens: Sequence[str]) -> int:
+    return int.from_bytes(hashlib.blake2b(" ".join(tokens).encode("utf-8", "replace"), digest_size=8).digest())

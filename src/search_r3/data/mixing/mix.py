@@ -21,7 +21,7 @@ from ...errors import DataError
 from ...files import atomic_directory, write_json
 from ...types import Watch
 from ..collection import Collection, Document, Qrels, Query
-from ..load import BUILDERS
+from ..load import parse_built_in
 from ..rows import instructed
 from ..tables import Repository
 from ..writing.replies import SURROGATE
@@ -64,7 +64,7 @@ class SourceReport:
 
 
 @dataclass(slots=True)
-class _Asked:
+class _MixQuery:
     """A query of the mix, with the doc_ids of its documents; `spare` are positives that found no room."""
 
     text: str
@@ -100,8 +100,8 @@ def mix(settings: MixSettings, out: str | Path, watch: Watch | None = None) -> d
     if out.exists():
         raise DataError(f"{out} exists; nothing is overwritten: remove it or choose another folder")
     watch = watch or (lambda what, total: lambda done, _: None)
-    held = settings.contamination
-    check = load_contamination(held, watch("evaluation collections", len(held.collections) + len(held.tables)))
+    sets = len(settings.contamination.collections) + len(settings.contamination.tables)
+    check = load_contamination(settings.contamination, watch("evaluation collections", sets))
     mixer = _Mixer(settings, check)
     for source in settings.sources:
         mixer.read(source, watch(source.name, source.limit))
@@ -120,27 +120,29 @@ class _Mixer:
         self.check = check
         self.reports: dict[str, SourceReport] = {}
         self.documents: dict[str, Document] = {}
-        self.asked: dict[str, _Asked] = {}
+        self.queries: dict[str, _MixQuery] = {}
 
     def read(self, source: SourceSettings, advance: Callable[[int, int], None]) -> None:
         """Take the examples of a source, up to its limit."""
         report = self.reports[source.name] = SourceReport(source.path, _revision(source))
         place = SourcePlace(source.path, source.split, source.shuffle_buffer, self.settings.seed)
-        shown = 0
+        last_shown = 0
         with tempfile.TemporaryDirectory() as scratch:
             for example in read_examples(source.reader, place, scratch, passage_words=source.passage_words):
                 self._take(example, source, report)
                 report.read += 1
                 # With a limit the display counts the queries kept, else the rows.
-                done = report.queries if source.limit else report.read
-                if done >= shown + SHOWN_EVERY:
-                    advance(done - shown, 0)
-                    shown = done
+                count = report.queries if source.limit else report.read
+                if count >= last_shown + SHOWN_EVERY:
+                    advance(count - last_shown, 0)
+                    last_shown = count
                 if report.queries == source.limit:
                     break
         if not report.queries:
-            lost = {**report.dropped, "asked in an earlier source": report.merged}
-            raise DataError(f"{source.path}: no query of its {report.read} rows is left: {lost}; leave the source out")
+            reasons = {**report.dropped, "asked in an earlier source": report.merged}
+            raise DataError(
+                f"{source.path}: no query of its {report.read} rows is left: {reasons}; leave the source out"
+            )
         if report.dev == report.queries:
             raise DataError(
                 f"{source.path}: all of its {report.queries} queries are held out by dev={self.settings.dev}, none is "
@@ -154,41 +156,41 @@ class _Mixer:
             return
         key = f"{_normal(query)}\n{source.instruction}"
         positives = self._documents(example.positives, report)
-        asked, dev = self.asked.get(key), _share(query) < self.settings.dev
-        if asked:
+        entry, dev = self.queries.get(key), _share(query) < self.settings.dev
+        if entry:
             report.merged += 1
         elif positives and dev and report.dev == self.settings.max_dev:
             report.dropped["one too many for dev"] += 1
             return
         elif positives:
-            asked = self.asked[key] = _Asked(instructed(query, source.instruction), source, dev)
+            entry = self.queries[key] = _MixQuery(instructed(query, source.instruction), source, dev)
             report.queries += 1
             report.dev += dev
         else:
             report.dropped["no positive document"] += 1
             return
         for doc_id in positives:
-            asked.negatives.pop(doc_id, None)
-            if len(asked.positives) == asked.source.max_positives and doc_id not in asked.positives:
-                asked.spare.add(doc_id)
-        self._add(positives, asked.positives, asked.source.max_positives, report)
+            entry.negatives.pop(doc_id, None)
+            if len(entry.positives) == entry.source.max_positives and doc_id not in entry.positives:
+                entry.spare.add(doc_id)
+        self._add(positives, entry.positives, entry.source.max_positives, report)
         negatives = self._documents(example.negatives, report)
-        for doc_id in asked.positives.keys() | asked.spare:
+        for doc_id in entry.positives.keys() | entry.spare:
             negatives.pop(doc_id, None)
-        self._add(negatives, asked.negatives, asked.source.max_negatives, report)
+        self._add(negatives, entry.negatives, entry.source.max_negatives, report)
         traces = {style: _whole(trace) for style, trace in example.reasoning.items()}
-        asked.reasoning = {**traces, **asked.reasoning}
+        entry.reasoning = {**traces, **entry.reasoning}
 
-    def _add(self, found: dict[str, Document], listed: dict[str, None], most: int, report: SourceReport) -> None:
+    def _add(self, documents: dict[str, Document], doc_ids: dict[str, None], most: int, report: SourceReport) -> None:
         """List documents while there is room, and keep them."""
-        for doc_id, document in found.items():
-            if doc_id not in listed and len(listed) >= most:
+        for doc_id, document in documents.items():
+            if doc_id not in doc_ids and len(doc_ids) >= most:
                 report.documents["one too many for its query"] += 1
                 continue
             if doc_id in self.documents:
                 report.documents["kept before"] += 1
             self.documents.setdefault(doc_id, document)
-            listed[doc_id] = None
+            doc_ids[doc_id] = None
 
     def _fault(self, query: str, example: SourceExample, source: SourceSettings, report: SourceReport) -> str | None:
         """Why a row is dropped; None where it is not."""
@@ -198,19 +200,19 @@ class _Mixer:
             return "query too short"
         if len(query) > self.settings.max_query_chars:
             return "query too long"
-        held = self.check.find_query(query)
-        if held is None and self.settings.contamination.positives:
+        source_text = self.check.find_query(query)
+        if source_text is None and self.settings.contamination.positives:
             texts = (f"{one.title} {one.text}" for one in example.positives)
-            held = next(filter(None, map(self.check.find_document, texts)), None)
-        if held is None:
+            source_text = next(filter(None, map(self.check.find_document, texts)), None)
+        if source_text is None:
             return None
         if len(report.contaminated) < EXAMPLES:
-            report.contaminated.append({"query": query, **asdict(held), "text": held.text[:500]})
+            report.contaminated.append({"query": query, **asdict(source_text), "text": source_text.text[:500]})
         return "contaminated"
 
     def _documents(self, passages: Iterable[Passage], report: SourceReport) -> dict[str, Document]:
         """The passages that can be documents, by id."""
-        found = {}
+        documents = {}
         for passage in passages:
             title, text = (_whole(part).strip() for part in passage)
             if len(text) < self.settings.min_document_chars:
@@ -219,28 +221,28 @@ class _Mixer:
                 report.documents["too long"] += 1
             else:
                 doc_id = f"d-{_digest(f'{title} {text}')}"
-                found[doc_id] = Document(doc_id, text, title)
-        return found
+                documents[doc_id] = Document(doc_id, text, title)
+        return documents
 
     def collect(self, name: str) -> Collection:
         """The collection: a split per source, and the held-out queries."""
         queries: dict[str, Query] = {}
         qrels: dict[str, Qrels] = {source.name: {} for source in self.settings.sources}
-        held: Qrels = {}
-        used: dict[str, None] = {}
-        for key, asked in self.asked.items():
-            query_id = f"{asked.source.name}-{_digest(key)}"
-            metadata: dict[str, Any] = {"source": asked.source.name}
-            if asked.reasoning:
-                metadata["reasoning"] = asked.reasoning
-            if asked.negatives:
-                metadata["negatives"] = list(asked.negatives)
-            queries[query_id] = Query(query_id, asked.text, metadata)
-            split = held if asked.dev else qrels[asked.source.name]
-            split[query_id] = dict.fromkeys(asked.positives, 1)
-            used.update(asked.positives | asked.negatives)
-        documents = {doc_id: self.documents[doc_id] for doc_id in used}
-        return Collection(name, documents, queries, {**qrels, **({DEV: held} if held else {})})
+        dev: Qrels = {}
+        doc_ids: dict[str, None] = {}
+        for key, entry in self.queries.items():
+            query_id = f"{entry.source.name}-{_digest(key)}"
+            metadata: dict[str, Any] = {"source": entry.source.name}
+            if entry.reasoning:
+                metadata["reasoning"] = entry.reasoning
+            if entry.negatives:
+                metadata["negatives"] = list(entry.negatives)
+            queries[query_id] = Query(query_id, entry.text, metadata)
+            split = dev if entry.dev else qrels[entry.source.name]
+            split[query_id] = dict.fromkeys(entry.positives, 1)
+            doc_ids.update(entry.positives | entry.negatives)
+        documents = {doc_id: self.documents[doc_id] for doc_id in doc_ids}
+        return Collection(name, documents, queries, {**qrels, **({DEV: dev} if dev else {})})
 
     def describe(self, collection: Collection) -> dict[str, Any]:
         """The report as JSON."""
@@ -262,14 +264,14 @@ class _Mixer:
 
 def _revision(source: SourceSettings) -> str | None:
     """The commit of a data set on the hub that is read."""
-    if source.path in BUILDERS:
+    if parse_built_in(source.path) is not None:
         return None
     repository = Repository(*_hub_name(source), "")
     if repository.local or Path(repository.source).exists():
         return None
     from huggingface_hub import HfApi
 
-    with repository.explained(source.path):
+    with repository.errors_at(source.path):
         return HfApi().dataset_info(repository.source, revision=repository.revision).sha
 
 

@@ -8,7 +8,7 @@ from typing import Literal
 
 from pydantic import Field, model_validator
 
-from ...config import Section, load_settings
+from ...loader import Section, load_settings
 
 ReaderName = Literal["triviaqa", "msmarco", "codesearchnet", "cosqa", "miracl", "s2orc", "pairs", "beir"]
 

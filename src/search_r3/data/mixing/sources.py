@@ -15,10 +15,11 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from ...errors import DataError
+from ...extras import extra
 from ..collection import Collection
-from ..load import HUB_ID, NAME, load_collection
+from ..load import load_collection, split_name
 from ..rows import string
-from ..tables import Columns, Repository, Table, listed
+from ..tables import Columns, Repository, Table, quoted
 from ..triples import listed_negatives, reasoning_traces
 from .sources_text import answer_passage, answer_pattern, first_paragraph, first_words, without_docstring
 
@@ -73,10 +74,9 @@ class SourcePlace:
         """Source, config and revision."""
         if Path(self.path).exists():
             return self.path, None, None
-        match = NAME.fullmatch(self.path)
-        if match and (Path(match["source"]).is_dir() or HUB_ID.fullmatch(match["source"])):
-            return match["source"], match["subset"], match["revision"]
-        raise DataError(f"no source at {self.path}: expected owner/name, owner/name:config, a folder or a file")
+        if (parts := split_name(self.path)) is None:
+            raise DataError(f"no source at {self.path}: expected owner/name, owner/name:config, a folder or a file")
+        return parts
 
 
 def read_examples(
@@ -97,12 +97,12 @@ def read_examples(
     if reader == "beir":
         yield from _read_collection(place)
         return
-    known, table = READERS[reader], open_table(place, scratch)
+    schema, table = READERS[reader], open_table(place, scratch)
     try:
-        for where, row in table.rows(known.columns, known.optional):
-            yield known.read(where, row, passage_words)
+        for where, row in table.rows(schema.columns, schema.optional):
+            yield schema.read(where, row, passage_words)
     except DataError as error:
-        expected = f"the reader {reader!r} expects {known.schema}"
+        expected = f"the reader {reader!r} expects {schema.schema}"
         raise DataError(f"{error}; {expected}; mend the source or choose another reader") from error
 
 
@@ -122,22 +122,23 @@ def open_table(place: SourcePlace, scratch: str) -> Table:
             raise DataError(f"{source} is a folder and has no revision {revision!r}; leave the revision out")
         tables = repository.tables(config or _only_config(repository), streaming=True)
         if place.split not in tables:
-            raise DataError(f"{source}: no split {place.split!r}; it has {listed(tables)}")
+            raise DataError(f"{source}: no split {place.split!r}; it has {quoted(tables)}")
         table = tables[place.split]
     if not place.shuffle_buffer:
         return table
     where = f"{table.place}, shuffled with seed {place.seed}"
-    with table.repository.explained(table.place):
+    with table.repository.errors_at(table.place):
         return replace(table, place=where, data=table.data.shuffle(seed=place.seed, buffer_size=place.shuffle_buffer))
 
 
 def _file_table(path: Path, scratch: str) -> Table:
     if path.suffix not in SUFFIXES:
         raise DataError(f"{path}: expected a file that ends in {', '.join(SUFFIXES)}, or a folder in the hub's format")
-    from datasets import load_dataset
+    with extra("train"):
+        from datasets import load_dataset
 
     repository = Repository(str(path.parent), None, scratch)
-    with repository.explained(str(path)):
+    with repository.errors_at(str(path)):
         data = load_dataset(
             SUFFIXES[path.suffix], data_files=str(path), split="train", streaming=True, cache_dir=scratch
         )
@@ -148,17 +149,17 @@ def _only_config(repository: Repository) -> str:
     configs = repository.configs()
     if len(configs) == 1 or "default" in configs:
         return configs[0] if len(configs) == 1 else "default"
-    raise DataError(f"{repository.source}: it has several configs; ask for one as PATH:CONFIG: {listed(configs)}")
+    raise DataError(f"{repository.source}: it has several configs; ask for one as PATH:CONFIG: {quoted(configs)}")
 
 
 @contextmanager
-def _typed(where: str, name: str, value: Any, expected: str) -> Iterator[None]:
+def _field_errors(where: str, name: str, value: Any, expected: str) -> Iterator[None]:
     """Name the field whose value has not the type that the code inside relies on."""
     try:
         yield
     except (TypeError, KeyError, AttributeError, ValueError) as error:
-        found = reprlib.repr(value)
-        raise DataError(f"{where}: the field {name!r} is {found}, which cannot be used; expected {expected}") from error
+        shown = reprlib.repr(value)
+        raise DataError(f"{where}: the field {name!r} is {shown}, which cannot be used; expected {expected}") from error
 
 
 def _text(row: Mapping[str, Any], name: str, where: str) -> str:
@@ -169,7 +170,7 @@ def _text(row: Mapping[str, Any], name: str, where: str) -> str:
 def _records(row: Mapping[str, Any], name: str, fields: tuple[str, ...], where: str) -> list[tuple[Any, ...]]:
     """A sequence of structs, which the hub's parquet files hold as a struct of lists and JSON often as a list."""
     value = row[name]
-    with _typed(where, name, value, f"a list with {' and '.join(fields)} in each"):
+    with _field_errors(where, name, value, f"a list with {' and '.join(fields)} in each"):
         if value is None:
             return []
         if isinstance(value, Mapping):
@@ -177,10 +178,10 @@ def _records(row: Mapping[str, Any], name: str, fields: tuple[str, ...], where: 
         return [tuple(record[one] for one in fields) for record in value]
 
 
-def _passages(found: list[tuple[Any, ...]], name: str, where: str) -> tuple[Passage, ...]:
+def _passages(pairs: list[tuple[Any, ...]], name: str, where: str) -> tuple[Passage, ...]:
     """Passages from pairs of title and text; those without any text are left out."""
     passages = []
-    for title, text in found:
+    for title, text in pairs:
         if not isinstance(text, str | None) or not isinstance(title, str | None):
             raise DataError(f"{where}: the field {name!r} holds {reprlib.repr((title, text))}; expected two strings")
         if text and text.strip():
@@ -191,7 +192,7 @@ def _passages(found: list[tuple[Any, ...]], name: str, where: str) -> tuple[Pass
 def _read_triviaqa(where: str, row: Mapping[str, Any], size: int) -> SourceExample:
     """A page that holds an answer is a positive, cut to the passage around it; one that does not is a negative."""
     query = _text(row, "question", where)
-    with _typed(where, "answer", row["answer"], "value and aliases, all strings"):
+    with _field_errors(where, "answer", row["answer"], "value and aliases, all strings"):
         aliases = [] if row["answer"] is None else [row["answer"]["value"] or "", *(row["answer"]["aliases"] or ())]
         answer = answer_pattern(aliases)
     pages = _records(row, "entity_pages", ("title", "wiki_context"), where)
@@ -208,11 +209,11 @@ def _read_triviaqa(where: str, row: Mapping[str, Any], size: int) -> SourceExamp
 
 def _read_msmarco(where: str, row: Mapping[str, Any], _: int) -> SourceExample:
     """A selected passage is a positive; the others of the query are negatives (some are unjudged answers)."""
-    found = _records(row, "passages", ("is_selected", "passage_text"), where)
-    if bad := [chosen for chosen, _ in found if chosen not in (0, 1)]:
+    records = _records(row, "passages", ("is_selected", "passage_text"), where)
+    if bad := [selected for selected, _ in records if selected not in (0, 1)]:
         raise DataError(f"{where}: the field 'passages' holds is_selected {bad[0]!r}; expected 0 or 1")
     positives, negatives = (
-        _passages([("", text) for chosen, text in found if chosen == kind], "passages", where) for kind in (1, 0)
+        _passages([("", text) for selected, text in records if selected == kind], "passages", where) for kind in (1, 0)
     )
     return SourceExample(_text(row, "query", where), positives, negatives)
 
@@ -339,12 +340,12 @@ def _read_collection(place: SourcePlace) -> Iterator[SourceExample]:
 
 
 def _judged_example(collection: Collection, split: str, query_id: str) -> SourceExample:
-    judged, query = collection.qrels[split][query_id], collection.queries[query_id]
-    positives = [doc_id for doc_id, gain in judged.items() if gain > 0]
-    irrelevant = [doc_id for doc_id, gain in judged.items() if gain <= 0]
+    relevance, query = collection.qrels[split][query_id], collection.queries[query_id]
+    positives = [doc_id for doc_id, gain in relevance.items() if gain > 0]
+    irrelevant = [doc_id for doc_id, gain in relevance.items() if gain <= 0]
     negatives = dict.fromkeys([*listed_negatives(collection, query, positives), *irrelevant])
-    found = [
+    passages = [
         tuple(Passage(collection.documents[one].title, collection.documents[one].text) for one in doc_ids)
         for doc_ids in (positives, negatives)
     ]
-    return SourceExample(query.text, found[0], found[1], reasoning_traces(query))
+    return SourceExample(query.text, passages[0], passages[1], reasoning_traces(query))

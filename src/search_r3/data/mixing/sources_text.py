@@ -24,10 +24,10 @@ def answer_pattern(aliases: Iterable[str]) -> re.Pattern[str] | None:
         'new york'
     """
     words = {" ".join(alias.split()) for alias in aliases}
-    known = sorted((alias for alias in words if re.search(r"\w", alias)), key=lambda alias: (-len(alias), alias))
-    if not known:
+    texts = sorted((alias for alias in words if re.search(r"\w", alias)), key=lambda alias: (-len(alias), alias))
+    if not texts:
         return None
-    choices = "|".join(r"\s+".join(map(re.escape, alias.split())) for alias in known)
+    choices = "|".join(r"\s+".join(map(re.escape, alias.split())) for alias in texts)
     return re.compile(rf"(?<!\w)(?:{choices})(?!\w)", re.IGNORECASE)
 
 
@@ -41,13 +41,13 @@ def answer_passage(text: str, answer: re.Pattern[str], query: str, size: int) ->
         >>> answer_passage("It was cold. The capital is Tashkent. End.", answer_pattern(["tashkent"]), "capital?", 4)
         'capital is Tashkent. End.'
     """
-    asked = {word for word in re.findall(r"\w+", query.lower()) if len(word) > 3}
+    query_words = {word for word in re.findall(r"\w+", query.lower()) if len(word) > 3}
     best, most = "", -1
     for number, match in enumerate(answer.finditer(text)):
         if number == MAX_OCCURRENCES:
             break
         passage = _around(text, *match.span(), size)
-        shared = len(asked.intersection(re.findall(r"\w+", passage.lower())))
+        shared = len(query_words.intersection(re.findall(r"\w+", passage.lower())))
         if shared > most:
             best, most = passage, shared
     return best
@@ -68,8 +68,8 @@ def _around(text: str, start: int, end: int, size: int) -> str:
     room = max(0, size - len(middle))
     before, after = text[max(0, start - reach) : start].split(), text[end : end + reach].split()
     left = max(room // 2, room - len(after))
-    kept = before[max(0, len(before) - left) :] if left else []
-    return " ".join([*kept, *middle, *after[: room - len(kept)]])
+    head = before[max(0, len(before) - left) :] if left else []
+    return " ".join([*head, *middle, *after[: room - len(head)]])
 
 
 def first_paragraph(docstring: str) -> str:
@@ -94,14 +94,14 @@ def without_docstring(code: str, docstring: str) -> str:
     """
     places = [place for place, letter in enumerate(code) if letter not in _LAYOUT]
     squeezed = "".join(code[place] for place in places)
-    wanted = "".join(letter for letter in docstring if letter not in _LAYOUT)
-    at = squeezed.find(wanted) if wanted else -1
+    letters = "".join(letter for letter in docstring if letter not in _LAYOUT)
+    at = squeezed.find(letters) if letters else -1
     while at >= 0:
-        before, after = code[: places[at]], code[places[at + len(wanted) - 1] + 1 :]
+        before, after = code[: places[at]], code[places[at + len(letters) - 1] + 1 :]
         opening, closing = _OPENING.search(before), _CLOSING.match(after)
         if opening:
             head = before[: opening.start()].rstrip()
             tail = after[closing.end() :] if closing else after
             return head + tail if head and tail.startswith("\n") else f"{head}\n{tail.lstrip()}".strip()
-        at = squeezed.find(wanted, at + 1)
+        at = squeezed.find(letters, at + 1)
     return code

@@ -26,8 +26,8 @@ STOP_AFTER = 16
 """So many items in a row without any reply end the call: the endpoint is down."""
 CHARS_PER_TOKEN = 4
 """Of English under the usual tokenizers; for the estimate before the first reply."""
-COUNTED = {"failed", "prompt_tokens", "completion_tokens"}
-"""The keys that every line of a progress file has beside the id and the answer."""
+KEYS = {"id", "answer", "failed", "prompt_tokens", "completion_tokens"}
+"""Of every line of a progress file but the first."""
 
 
 class WritingTask(Protocol):
@@ -130,17 +130,14 @@ class ProgressFile:
     Args:
         path: the file; an existing one is read, and a last line without its end (a killed process) is dropped.
         settings: what has to be the same for a file to be continued.
-        id_key: the key of an item's id in its line.
-        answer_key: the key of what was taken from the replies.
 
     Raises:
         DataError: the file was made with other settings, is damaged, or cannot be written.
     """
 
-    def __init__(self, path: Path, settings: Mapping[str, Any], id_key: str, answer_key: str) -> None:
-        self.path, self.id_key, self.answer_key = path, id_key, answer_key
+    def __init__(self, path: Path, settings: Mapping[str, Any]) -> None:
+        self.path = path
         self.rows: dict[str, dict[str, Any]] = {}
-        keys = {id_key, answer_key, *COUNTED}
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             with path.open("a+b") as file:
@@ -151,9 +148,9 @@ class ProgressFile:
             if first:
                 self._compare(first[1].get("settings"), settings)
             for number, row in lines:
-                if set(row) != keys:
-                    raise DataError(f"{path}:{number}: expected the keys {', '.join(sorted(keys))}; remove the line")
-                self.rows[row[id_key]] = row
+                if set(row) != KEYS:
+                    raise DataError(f"{path}:{number}: expected the keys {', '.join(sorted(KEYS))}; remove the line")
+                self.rows[row["id"]] = row
             self._file = path.open("a", encoding="utf-8")
         except OSError as error:
             raise DataError(f"cannot write {path}: {error.strerror}; choose another folder") from error
@@ -170,15 +167,15 @@ class ProgressFile:
                 "file to begin anew, or choose another folder"
             )
 
-    def add(self, item: WritingTask, fault: str, prompt_tokens: int, completion_tokens: int) -> None:
+    def add(self, item: WritingTask, fault: str, replies: Sequence[Reply]) -> None:
         """Write what is known of a finished item through to the disk."""
         answer = item.answer()
         row = {
-            self.id_key: item.item_id,
-            self.answer_key: answer,
+            "id": item.item_id,
+            "answer": answer,
             "failed": None if answer else fault,
-            "prompt_tokens": prompt_tokens,
-            "completion_tokens": completion_tokens,
+            "prompt_tokens": sum(reply.prompt_tokens for reply in replies),
+            "completion_tokens": sum(reply.completion_tokens for reply in replies),
         }
         self._write(row)
         self.rows[item.item_id] = row
@@ -236,11 +233,12 @@ class Asking:
         measured = self.prompt_tokens > 0
         if measured:
             share = len(self.items) / len(self.rows)
-            read, written = round(self.prompt_tokens * share), round(self.completion_tokens * share)
+            prompt_tokens, completion_tokens = round(self.prompt_tokens * share), round(self.completion_tokens * share)
         else:
-            read = sum(len(item.prompt) for item in pending) // CHARS_PER_TOKEN
-            written = len(pending) * self.settings["max_tokens"]
-        return Estimate(len(pending), len(self.items), read, written, self._cost(read, written), measured)
+            prompt_tokens = sum(len(item.prompt) for item in pending) // CHARS_PER_TOKEN
+            completion_tokens = len(pending) * self.settings["max_tokens"]
+        cost = self._cost(prompt_tokens, completion_tokens)
+        return Estimate(len(pending), len(self.items), prompt_tokens, completion_tokens, cost, measured)
 
     def standing(self) -> Standing:
         """How far the call is."""
@@ -254,9 +252,8 @@ class Asking:
 
     def answers(self) -> dict[str, Any]:
         """item_id -> answer of every item that has one, in the order of the items."""
-        key = self.file.answer_key
-        found = {item.item_id: self.rows[item.item_id][key] for item in self.items if item.item_id in self.rows}
-        return {item_id: answer for item_id, answer in found.items() if answer}
+        answers = {item.item_id: self.rows[item.item_id]["answer"] for item in self.items if item.item_id in self.rows}
+        return {item_id: answer for item_id, answer in answers.items() if answer}
 
     def failed(self) -> dict[str, int]:
         """Reason -> items without an answer for it, the most frequent first."""
@@ -313,7 +310,7 @@ class Asking:
 
     async def _ask(self, item: WritingTask) -> None:
         """Ask for one item until its replies can be used or are too many, and write it to the file."""
-        fault, read, written = "", 0, 0
+        fault, replies = "", list[Reply]()
         for attempt in range(REPLIES_PER_ITEM):
             # Not the same seed twice, else a deterministic endpoint would give the same unusable reply again.
             seed = hashlib.sha256(f"{self.settings['seed']}/{item.item_id}/{attempt}".encode()).digest()
@@ -325,13 +322,13 @@ class Asking:
                     "seed": int.from_bytes(seed[:4]) >> 1,
                 }
             )
-            read, written = read + reply.prompt_tokens, written + reply.completion_tokens
+            replies.append(reply)
             self.prompt_tokens += reply.prompt_tokens
             self.completion_tokens += reply.completion_tokens
             fault = _fault_of(item, reply)
             if not fault:
                 break
-        self.file.add(item, fault, read, written)
+        self.file.add(item, fault, replies)
         self.rows[item.item_id] = self.file.rows[item.item_id]
 
     def _cost(self, prompt_tokens: float, completion_tokens: float) -> float | None:

@@ -131,26 +131,26 @@ class ChatEndpoint:
             raise NoReplyError(f"no reply within {self._timeout:g} s") from error
         except self._http.HTTPError as error:
             raise NoReplyError(f"no connection ({type(error).__name__})", self._without_key(str(error))) from error
-        status, said = response.status_code, self._without_key(response.text)
+        status, message = response.status_code, self._without_key(response.text)
         if status in (401, 403):
             raise DataError(
-                f"{self.url} refuses the api key for the model {body['model']!r} (HTTP {status}: {said}); "
+                f"{self.url} refuses the api key for the model {body['model']!r} (HTTP {status}: {message}); "
                 "give a key that may use it"
             )
         if status == 404:
             raise DataError(
                 f"{self.url} does not know the model {body['model']!r}, or chat completions are elsewhere "
-                f"(HTTP 404: {said}); check the model's name, and the endpoint, which usually ends in /v1"
+                f"(HTTP 404: {message}); check the model's name, and the endpoint, which usually ends in /v1"
             )
         if status != 200:
             again = status in (408, 429) or status >= 500
             raise NoReplyError(
-                f"HTTP {status}", said, again=again, wait=_seconds(response.headers.get("retry-after", ""))
+                f"HTTP {status}", message, again=again, wait=_seconds(response.headers.get("retry-after", ""))
             )
         try:
             return _read_reply(response.json())
         except (ValueError, TypeError, KeyError, IndexError, AttributeError) as error:
-            raise NoReplyError("the reply was no chat completion", said) from error
+            raise NoReplyError("the reply was no chat completion", message) from error
 
     def _without_key(self, text: str) -> str:
         text = text.replace(self._key, "***") if self._key else text

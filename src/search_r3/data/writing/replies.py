@@ -69,8 +69,8 @@ def copied_share(text: str, sources: Iterable[str], length: int) -> float:
         0.3333333333333333
     """
     runs = _runs(text, length)
-    known = {run for source in sources for run in _runs(source, min(length, len(runs[0]) if runs else length))}
-    return sum(run in known for run in runs) / len(runs) if runs else 0.0
+    source_runs = {run for source in sources for run in _runs(source, min(length, len(runs[0]) if runs else length))}
+    return sum(run in source_runs for run in runs) / len(runs) if runs else 0.0
 
 
 def _runs(text: str, length: int) -> list[tuple[str, ...]]:

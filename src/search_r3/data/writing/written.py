@@ -1,18 +1,22 @@
-"""Training data that a language model writes: hard negatives, whole triples and reasoning traces.
+"""Data that a language model writes: queries, hard negatives, whole triples and reasoning traces.
 
-The paper trains on 100,000 triples whose hard negatives an LLM wrote (Qwen3-32B). Any endpoint that speaks OpenAI's
-chat completions serves. What is written ends in the metadata of queries: `negatives`, a list of doc_ids, whose
-documents join the corpus as `written/HASH`; and `reasoning`, a mapping from style to text.
+The paper trains on 100,000 triples whose hard negatives an LLM wrote (Qwen3-32B), and measures on queries that one
+wrote for articles of Wikipedia. Any endpoint that speaks OpenAI's chat completions serves. What is written ends in the
+metadata of queries: `negatives`, a list of doc_ids, whose documents join the corpus as `written/HASH`; and `reasoning`,
+a mapping from style to text.
 """
 
 from __future__ import annotations
 
 import hashlib
+import math
 import random
 import re
 import time
+from bisect import bisect_right
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from itertools import accumulate
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -22,19 +26,23 @@ from ..triples import judged_queries, listed_negatives, reasoning_traces
 from .asking import Asking, Estimate, Prices, ProgressFile, Standing, WritingTask, check_output
 from .chat import ChatEndpoint
 from .replies import SURROGATE
-from .synthetic import check_articles
 from .written_items import (
     MAX_SHOWN_CHARS,
     MIN_TRACE_WORDS,
     NEGATIVES_PROMPT,
+    QUERIES_PROMPT,
     TRACE_PROMPT,
     TRIPLE_PROMPT,
     NegativesItem,
+    QueriesItem,
     TraceItem,
     TripleItem,
 )
 
 T = TypeVar("T")
+Merge = Callable[[Mapping[str, Any]], tuple[Collection, int, int]]
+"""Puts answers into a collection; returns it with the numbers of queries and of passages that were written."""
+TRAIN = {"train": 1.0}
 PREFIX = "written/"
 """How the ids of written documents and queries begin."""
 
@@ -81,6 +89,7 @@ class WrittenReport:
     Attributes:
         asked: queries or articles that the model was asked about, by earlier calls too.
         written: those for which it wrote something usable.
+        queries: queries that have something new, or are new.
         passages: hard negatives written, over all queries.
         failed: reason -> those that have nothing for it.
         resumed: finished by an earlier, interrupted call.
@@ -94,6 +103,7 @@ class WrittenReport:
 
     asked: int
     written: int
+    queries: int
     passages: int
     failed: dict[str, int]
     resumed: int
@@ -123,67 +133,87 @@ def write_negatives(
         DataError: an argument or the progress file cannot be used, the endpoint refuses key or model or gives no reply
             to many queries in a row, or no query got a negative. `out` is then as it was.
     """
-    _check_count(per_query)
+    if per_query < 1:
+        raise DataError(f"per_query {per_query}: expected 1 or more")
     positives = _positives(collection, splits)
-    chosen = _sample(list(positives), writer)
+    query_ids = _sample(list(positives), writer)
     old = {
         query_id: listed_negatives(
             collection, collection.queries[query_id], {one.doc_id for one in positives[query_id]}
         )
-        for query_id in chosen
+        for query_id in query_ids
     }
-    items = [NegativesItem(collection.queries[query_id], positives[query_id], per_query) for query_id in chosen]
+    items = [NegativesItem(collection.queries[query_id], positives[query_id], per_query) for query_id in query_ids]
     settings = {"written": "negatives", "per_query": per_query, "collection": collection.content_hash()}
 
-    def merge(answers: Mapping[str, Any]) -> tuple[Collection, int]:
+    def merge(answers: Mapping[str, Any]) -> tuple[Collection, int, int]:
         documents, queries = dict(collection.documents), dict(collection.queries)
         for query_id, passages in answers.items():
-            listed = dict.fromkeys([*_add_documents(documents, passages), *old[query_id]])
-            queries[query_id] = _with(queries[query_id], negatives=list(listed))
-        return replace(collection, documents=documents, queries=queries), sum(map(len, answers.values()))
+            doc_ids = dict.fromkeys([*_add_documents(documents, passages), *old[query_id]])
+            queries[query_id] = _with(queries[query_id], negatives=list(doc_ids))
+        passages = sum(map(len, answers.values()))
+        return replace(collection, documents=documents, queries=queries), len(answers), passages
 
     return _write(items, "queries", "a hard negative", out, writer, {**settings, **_hash(NEGATIVES_PROMPT)}, merge)
 
 
 def write_triples(
-    articles: Mapping[str, Document], out: str | Path, writer: Writer, *, split: str = "train", per_query: int = 1
+    articles: Mapping[str, Document],
+    out: str | Path,
+    writer: Writer,
+    *,
+    splits: Mapping[str, float] = TRAIN,
+    per_query: int = 1,
+    per_article: int = 1,
 ) -> WrittenReport:
-    """Have a language model write a query and its hard negatives for each article, and save them as a collection.
+    """Have a language model write queries for articles, each with its hard negatives, and save them as a collection.
+
+    An article for which nothing can be used stays in the corpus. The same call again asks only for articles that got
+    no reply. In a notebook: `await asyncio.to_thread(write_triples, ...)`.
 
     Args:
         articles: doc_id -> document, in a script that parts words by spaces; all of them stand in the corpus.
         out: as in `write_negatives`.
         writer: the model.
-        split: of the queries.
-        per_query: passages to ask for; a query may end up with fewer.
+        splits: split -> share of the articles, whose queries are in it; a split that gets no query is left out.
+        per_query: passages to ask for; a query may end up with fewer. 0: queries alone, to measure on.
+        per_article: queries to ask for, of which an article may get fewer; above 1 only without passages.
 
     Raises:
         DataError: as in `write_negatives`.
     """
-    _check_count(per_query)
-    check_articles(articles)
-    if not re.fullmatch(r"[\w.-]+", split):
-        raise DataError(f"the split {split!r} cannot be used; expected a name of letters, digits, '.', '-' and '_'")
-    items = [TripleItem(articles[doc_id], per_query) for doc_id in _sample(list(articles), writer)]
-    content = Collection("", dict(articles), {}, {}).content_hash()
+    _check_articles(articles)
+    if per_query < 0 or per_article < 1 or (per_query and per_article > 1):
+        raise DataError(
+            f"per_query {per_query}, per_article {per_article}: expected 0 passages or more, and one query for each "
+            "article, or several without passages (per_query 0)"
+        )
+    split_of = _divide(articles, splits, writer.seed)
+    sample = [articles[doc_id] for doc_id in _sample(list(articles), writer)]
+    items: list[WritingTask] = [
+        TripleItem(article, per_query) if per_query else QueriesItem(article, per_article) for article in sample
+    ]
 
-    def merge(answers: Mapping[str, Any]) -> tuple[Collection, int]:
+    def merge(answers: Mapping[str, Any]) -> tuple[Collection, int, int]:
         documents, queries = dict(articles), dict[str, Query]()
-        qrels: dict[str, dict[str, int]] = {}
-        for doc_id, answer in answers.items():
-            query_id = PREFIX + hashlib.sha256(f"{doc_id}\0{answer['query']}".encode()).hexdigest()[:16]
-            metadata = {
-                "source": doc_id,
-                "model": writer.model,
-                "negatives": _add_documents(documents, answer["negatives"]),
-            }
-            queries[query_id] = Query(query_id, answer["query"], metadata)
-            qrels[query_id] = {doc_id: 1}
-        passages = sum(len(answer["negatives"]) for answer in answers.values())
-        return Collection(Path(out).name, documents, queries, {split: qrels}), passages
+        qrels: dict[str, dict[str, dict[str, int]]] = {}
+        passages = 0
+        for doc_id, triples in answers.items():
+            for triple in triples:
+                query_id = PREFIX + hashlib.sha256(f"{doc_id}\0{triple['query']}".encode()).hexdigest()[:16]
+                metadata: dict[str, Any] = {"source": doc_id, "model": writer.model}
+                if per_query:
+                    metadata["negatives"] = _add_documents(documents, triple["negatives"])
+                queries[query_id] = Query(query_id, triple["query"], metadata)
+                qrels.setdefault(split_of[doc_id], {})[query_id] = {doc_id: 1}
+                passages += len(triple["negatives"])
+        return Collection(Path(out).name, documents, queries, qrels), len(queries), passages
 
-    settings = {"written": "triples", "per_query": per_query, "articles": content, **_hash(TRIPLE_PROMPT)}
-    return _write(items, "articles", "a query with a hard negative", out, writer, settings, merge)
+    content = Collection("", dict(articles), {}, {}).content_hash()
+    settings = {"written": "triples", "articles": content, "per_query": per_query, "per_article": per_article}
+    result = "a query with a hard negative" if per_query else "a query"
+    settings |= _hash(TRIPLE_PROMPT if per_query else QUERIES_PROMPT)
+    return _write(items, "articles", result, out, writer, settings, merge)
 
 
 def write_traces(
@@ -214,16 +244,16 @@ def write_traces(
     if not style.strip() or max_words < MIN_TRACE_WORDS:
         raise DataError(f"style {style!r}, max_words {max_words}: expected a name, and {MIN_TRACE_WORDS} words or more")
     positives = _positives(collection, splits)
-    chosen = _sample(list(positives), writer)
-    old = {query_id: reasoning_traces(collection.queries[query_id]) for query_id in chosen}
-    items = [TraceItem(collection.queries[query_id], positives[query_id], max_words) for query_id in chosen]
+    query_ids = _sample(list(positives), writer)
+    old = {query_id: reasoning_traces(collection.queries[query_id]) for query_id in query_ids}
+    items = [TraceItem(collection.queries[query_id], positives[query_id], max_words) for query_id in query_ids]
     settings = {"written": "traces", "max_words": max_words, "collection": collection.content_hash()}
 
-    def merge(answers: Mapping[str, Any]) -> tuple[Collection, int]:
+    def merge(answers: Mapping[str, Any]) -> tuple[Collection, int, int]:
         queries = dict(collection.queries)
         for query_id, trace in answers.items():
             queries[query_id] = _with(queries[query_id], reasoning={**old[query_id], style: trace})
-        return replace(collection, queries=queries), 0
+        return replace(collection, queries=queries), len(answers), 0
 
     return _write(items, "queries", "a reasoning trace", out, writer, {**settings, **_hash(TRACE_PROMPT)}, merge)
 
@@ -235,7 +265,7 @@ def _write(
     out: str | Path,
     writer: Writer,
     settings: Mapping[str, Any],
-    merge: Callable[[Mapping[str, Any]], tuple[Collection, int]],
+    merge: Merge,
 ) -> WrittenReport:
     """Ask about the items, merge the answers into a collection and save it with a report."""
     out, started = Path(out).absolute(), time.monotonic()
@@ -251,7 +281,7 @@ def _write(
     )
     sampling = {name: getattr(writer, name) for name in ("model", "max_tokens", "temperature", "seed")}
     settings = {**settings, **sampling}
-    with ProgressFile(out.parent / f"{out.name}.progress.jsonl", settings, "id", "answer") as file:
+    with ProgressFile(out.parent / f"{out.name}.progress.jsonl", settings) as file:
         run = Asking(items, what, settings, file, chat, prices=writer.prices, progress=writer.progress)
         if writer.on_start:
             writer.on_start(run.estimate())
@@ -259,10 +289,11 @@ def _write(
     answers = run.answers()
     if not answers:
         raise run.nothing(result)
-    collection, passages = merge(answers)
+    collection, queries, passages = merge(answers)
     report = WrittenReport(
         asked=len(items),
         written=len(answers),
+        queries=queries,
         passages=passages,
         failed=run.failed(),
         resumed=run.resumed,
@@ -283,14 +314,16 @@ def _positives(collection: Collection, splits: Sequence[str]) -> dict[str, list[
     Raises:
         DataError: as `judged_queries`, or a text holds half a letter.
     """
-    found = {}
+    positives = {}
     for query_id, relevance in judged_queries(collection, splits).items():
-        best = sorted((doc_id for doc_id in relevance if relevance[doc_id] > 0), key=lambda one: (-relevance[one], one))
-        found[query_id] = [collection.documents[doc_id] for doc_id in best]
-        texts = [collection.queries[query_id].text, *(document.full_text for document in found[query_id])]
+        doc_ids = sorted(
+            (doc_id for doc_id in relevance if relevance[doc_id] > 0), key=lambda one: (-relevance[one], one)
+        )
+        positives[query_id] = [collection.documents[doc_id] for doc_id in doc_ids]
+        texts = [collection.queries[query_id].text, *(document.full_text for document in positives[query_id])]
         if any(SURROGATE.search(text) for text in texts):
             raise DataError(f"query {query_id!r} or a positive of it holds half a letter (a lone surrogate); mend it")
-    return found
+    return positives
 
 
 def _sample(ids: list[T], writer: Writer) -> list[T]:
@@ -322,6 +355,36 @@ def _hash(prompt: str) -> dict[str, str]:
     return {"prompt": hashlib.sha256(f"{prompt}{MAX_SHOWN_CHARS}".encode()).hexdigest()}
 
 
-def _check_count(per_query: int) -> None:
-    if per_query < 1:
-        raise DataError(f"per_query {per_query}: expected 1 or more")
+def _divide(articles: Mapping[str, Document], splits: Mapping[str, float], seed: int) -> dict[str, str]:
+    """doc_id -> split, by shares of the shuffled articles, with or without a query.
+
+    Raises:
+        DataError: a split has no usable name, or the shares are not positive with the sum 1.
+    """
+    fit = all(re.fullmatch(r"[\w.-]+", name) for name in splits)
+    if not fit or not math.isclose(sum(splits.values()), 1, abs_tol=1e-6) or min(splits.values()) <= 0:
+        raise DataError(
+            f"the splits {dict(splits)} cannot be used; expected names of letters, digits, '.', '-' and '_', and "
+            "positive shares that sum to 1"
+        )
+    order, names, bounds = sorted(articles), list(splits), list(accumulate(splits.values()))
+    random.Random(seed).shuffle(order)
+    places = [bisect_right(bounds, (position + 0.5) / len(order)) for position in range(len(order))]
+    return {doc_id: names[min(place, len(names) - 1)] for doc_id, place in zip(order, places, strict=True)}
+
+
+def _check_articles(articles: Mapping[str, Document]) -> None:
+    """Refuse what nothing can be written for.
+
+    Raises:
+        DataError: there are none, an id is not that of its article, or a text is empty or holds half a letter.
+    """
+    if not articles:
+        raise DataError("no articles were given; queries are written for one or more")
+    for doc_id, article in articles.items():
+        if doc_id != article.doc_id or not doc_id or any(letter in doc_id for letter in "\t\r\n"):
+            raise DataError(f"the article {doc_id!r} bears the id {article.doc_id!r}; expected the same, on one line")
+        if not article.text.strip() or SURROGATE.search(f"{doc_id}{article.full_text}"):
+            raise DataError(
+                f"the article {doc_id!r} has no text, or half a letter in it (a lone surrogate); leave it out"
+            )

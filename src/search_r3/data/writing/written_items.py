@@ -1,17 +1,20 @@
-"""What a language model is asked to write for training, and what of it can be used: hard negatives, triples, traces."""
+"""What a language model is asked to write, and what of it can be used: queries, hard negatives, triples, traces."""
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from ..collection import Document, Query
 from .replies import MENTION, SPECIAL, SURROGATE, copied_share, plain, read_object
-from .synthetic import find_fault
 
 MAX_SHOWN_CHARS = 12_000
 """How much of the documents a prompt holds; about 3000 tokens of English."""
+MIN_QUERY_WORDS, MAX_QUERY_WORDS = 3, 60
+COPIED_WORDS = 8
+"""So many words of a query or more that stand in the article in that order are a copy, of part of a sentence too."""
 MAX_LIKE_WORDS = 200
 """Longer documents are not imitated in length: a passage of so many words will do."""
 COPIED_RUN, MAX_COPIED = 8, 0.5
@@ -20,6 +23,11 @@ TRACE_RUN, MAX_TRACE_COPIED = 5, 0.3
 """Likewise for a reasoning trace, which has to say things in its own words."""
 MIN_TRACE_WORDS = 8
 
+_QUESTION_RULES = """\
+- needs this article: neither common knowledge nor an article on a related topic answers it;
+- stands alone: its reader has not seen the article, so it never says "the article" or "the text";
+- is in your own words, of 5 to 30 of them: it does not repeat the title and copies no sentence.
+"""
 _NEGATIVE_RULES = """\
 - is on the topic of the query and shares words with it, in the manner of {like} and about as long ({words} words);
 - does not answer it, in whole or in part: who reads it knows the answer no better than before;
@@ -40,15 +48,21 @@ Query: {{query}}
 
 {{shown}}"""
 
+QUERIES_PROMPT = f"""\
+Write {{count}} different question(s) that people could type into a search engine and that the article below answers.
+
+Each question
+{_QUESTION_RULES}
+Reply with JSON and nothing else: {{{{"queries": ["...", ...]}}}}
+
+{{shown}}"""
+
 TRIPLE_PROMPT = f"""\
 Write a question that people could type into a search engine and that the article below answers, and {{count}} different
 passage(s) that a search engine could take for an answer by mistake.
 
 The question
-- needs this article: neither common knowledge nor an article on a related topic answers it;
-- stands alone: its reader has not seen the article, so it never says "the article" or "the text";
-- is in your own words, of 5 to 30 of them: it does not repeat the title and copies no sentence.
-
+{_QUESTION_RULES}
 Each passage
 {_NEGATIVE_RULES}
 Reply with JSON and nothing else: {{{{"query": "...", "negatives": [{_SHAPE}, ...]}}}}
@@ -85,6 +99,21 @@ def length_like(documents: Sequence[Document]) -> int:
     """The words that a passage should have beside these documents: their mean, `MAX_LIKE_WORDS` at most."""
     words = sum(len(document.text.split()) for document in documents) // len(documents)
     return max(1, min(words, MAX_LIKE_WORDS))
+
+
+def find_query_fault(query: object, article: Document, others: Sequence[str]) -> str | None:
+    """Why a query cannot be used for an article that has the queries `others`; None where it can."""
+    if not isinstance(query, str) or SURROGATE.search(query):
+        return "a query was not text"
+    if not MIN_QUERY_WORDS <= len(query.split()) <= MAX_QUERY_WORDS:
+        return f"a query had not {MIN_QUERY_WORDS} to {MAX_QUERY_WORDS} words"
+    words = plain(query)
+    sentences = {plain(sentence) for sentence in re.split(r"(?<=[.!?])\s+|\n+", f"{article.title}\n{article.text}")}
+    if words in sentences or (words.count(" ") + 1 >= COPIED_WORDS and f" {words} " in f" {plain(article.text)} "):
+        return "a query was copied from the article"
+    if words in map(plain, others):
+        return "a query came twice"
+    return None
 
 
 def find_passage_fault(passage: object, positives: Sequence[Document], others: Sequence[Document]) -> str | None:
@@ -127,24 +156,34 @@ def find_trace_fault(trace: object, positives: Sequence[Document], max_words: in
     return None
 
 
-def _take_passages(found: object, positives: Sequence[Document], wanted: int, taken: list[Document]) -> str:
-    """Add the usable passages of a reply to `taken`, up to `wanted`; returns what was wrong with the others.
+def _read_list(reply: dict[str, Any], key: str) -> list[Any]:
+    """The list under a key of a reply.
+
+    Raises:
+        ValueError: there is none, or an empty one.
+    """
+    values = reply.get(key)
+    if not isinstance(values, list) or not values:
+        raise ValueError(f"the reply had no list of {key}")
+    return values
+
+
+def _take_passages(reply: dict[str, Any], positives: Sequence[Document], wanted: int, passages: list[Document]) -> str:
+    """Add the usable passages of a reply to `passages`, up to `wanted`; returns what was wrong with the others.
 
     Raises:
         ValueError: there is no list of them.
     """
-    if not isinstance(found, list) or not found:
-        raise ValueError("the reply had no list of negatives")
     titled = any(document.title for document in positives)
     fault = "the reply had too few negatives"
-    for passage in found:
-        problem = find_passage_fault(passage, positives, taken)
+    for passage in _read_list(reply, "negatives"):
+        problem = find_passage_fault(passage, positives, passages)
         if problem:
             fault = problem
-        elif len(taken) < wanted:
+        elif len(passages) < wanted:
             # Without titles in the corpus, a title would give the written passages away.
             title = passage["title"].strip() if titled else ""
-            taken.append(Document("", passage["text"].strip(), title))
+            passages.append(Document("", passage["text"].strip(), title))
     return fault
 
 
@@ -153,18 +192,37 @@ def _rows(documents: Sequence[Document]) -> list[dict[str, str]]:
 
 
 @dataclass
-class NegativesItem:
-    """A query, its positives, and the hard negatives that were taken for it."""
+class _QueryItem:
+    """A query, its positives, and what was written for it."""
 
     query: Query
     positives: Sequence[Document]
-    wanted: int
-    _taken: list[Document] = field(default_factory=list)
 
     @property
     def item_id(self) -> str:
         """The query's id."""
         return self.query.query_id
+
+
+@dataclass
+class _ArticleItem:
+    """An article, and what was written for it, of which `wanted` pieces are enough."""
+
+    article: Document
+    wanted: int
+
+    @property
+    def item_id(self) -> str:
+        """The article's id."""
+        return self.article.doc_id
+
+
+@dataclass
+class NegativesItem(_QueryItem):
+    """Hard negatives for a query."""
+
+    wanted: int
+    _passages: list[Document] = field(default_factory=list)
 
     @property
     def prompt(self) -> str:
@@ -179,27 +237,47 @@ class NegativesItem:
 
     def take(self, reply: str) -> str | None:
         """Add the usable passages of a reply; None when they are enough."""
-        fault = _take_passages(read_object(reply).get("negatives"), self.positives, self.wanted, self._taken)
-        return None if len(self._taken) == self.wanted else fault
+        fault = _take_passages(read_object(reply), self.positives, self.wanted, self._passages)
+        return None if len(self._passages) == self.wanted else fault
 
     def answer(self) -> list[dict[str, str]]:
         """The passages."""
-        return _rows(self._taken)
+        return _rows(self._passages)
 
 
 @dataclass
-class TripleItem:
-    """An article, and the query with hard negatives that was taken for it."""
+class QueriesItem(_ArticleItem):
+    """Queries for an article."""
 
-    article: Document
-    wanted: int
-    _query: str = ""
-    _taken: list[Document] = field(default_factory=list)
+    _queries: list[str] = field(default_factory=list)
 
     @property
-    def item_id(self) -> str:
-        """The article's id."""
-        return self.article.doc_id
+    def prompt(self) -> str:
+        """What is asked."""
+        return QUERIES_PROMPT.format(count=self.wanted, shown=show([self.article]))
+
+    def take(self, reply: str) -> str | None:
+        """Add the usable queries of a reply, up to the number wanted; None when they are enough."""
+        fault = "the reply had too few queries"
+        for query in _read_list(read_object(reply), "queries"):
+            problem = find_query_fault(query, self.article, self._queries)
+            if problem:
+                fault = problem
+            elif len(self._queries) < self.wanted:
+                self._queries.append(" ".join(query.split()))
+        return None if len(self._queries) == self.wanted else fault
+
+    def answer(self) -> list[dict[str, Any]]:
+        """The queries, without passages."""
+        return [{"query": query, "negatives": []} for query in self._queries]
+
+
+@dataclass
+class TripleItem(_ArticleItem):
+    """A query for an article, with its hard negatives."""
+
+    _query: str = ""
+    _passages: list[Document] = field(default_factory=list)
 
     @property
     def prompt(self) -> str:
@@ -210,33 +288,26 @@ class TripleItem:
 
     def take(self, reply: str) -> str | None:
         """Keep the reply with the most usable passages: they belong to its query. None when they are enough."""
-        found = read_object(reply)
-        query, taken = found.get("query"), list[Document]()
-        if problem := find_fault(query, self.article, []):
+        values = read_object(reply)
+        query, passages = values.get("query"), list[Document]()
+        if problem := find_query_fault(query, self.article, []):
             return problem
-        fault = _take_passages(found.get("negatives"), [self.article], self.wanted, taken)
-        if len(taken) > len(self._taken):
-            self._query, self._taken = " ".join(str(query).split()), taken
-        return None if len(self._taken) == self.wanted else fault
+        fault = _take_passages(values, [self.article], self.wanted, passages)
+        if len(passages) > len(self._passages):
+            self._query, self._passages = " ".join(str(query).split()), passages
+        return None if len(self._passages) == self.wanted else fault
 
-    def answer(self) -> dict[str, Any]:
-        """Query and passages; empty where no reply had both."""
-        return {"query": self._query, "negatives": _rows(self._taken)} if self._taken else {}
+    def answer(self) -> list[dict[str, Any]]:
+        """The one query with its passages; empty where no reply had both."""
+        return [{"query": self._query, "negatives": _rows(self._passages)}] if self._passages else []
 
 
 @dataclass
-class TraceItem:
-    """A query, its positives, and the reasoning that was taken for it."""
+class TraceItem(_QueryItem):
+    """The reasoning that leads from a query to its positives."""
 
-    query: Query
-    positives: Sequence[Document]
     max_words: int
     _trace: str = ""
-
-    @property
-    def item_id(self) -> str:
-        """The query's id."""
-        return self.query.query_id
 
     @property
     def prompt(self) -> str:

@@ -83,7 +83,7 @@ def write_page(
         title: of the page.
         rewards: `before` / `after` -> ranking rewards of sampled rollouts.
         metrics: rows of stage 2's `metrics.jsonl`, for the training curves.
-        comparisons: records of `statistics.Comparison`.
+        comparisons: records of `significance.Comparison`.
 
     Returns:
         The path of the page.
@@ -93,7 +93,7 @@ def write_page(
     """
     if not results:
         raise DataError(f"no results to write {folder / 'report.html'} from; run search-r3 evaluate first")
-    results = _told_apart(results)
+    results = _rename_twins(results)
     places = _by_place(results)
     colours = system_colours(results)
     number = {name: i for i, name in enumerate(colours)}
@@ -111,7 +111,7 @@ def write_page(
         keys=list(columns(results)),
         comparisons=comparisons,
         plots=_plots(results, folder / "plots", rewards or {}, metrics),
-        blocks=[embed_json(_split_data(own, number)) for own in places.values()],
+        blocks=[embed_json(_split_data(systems, number)) for systems in places.values()],
         records=results,
     )
     write_text(folder / "report.html", html)
@@ -153,7 +153,7 @@ def _source_hash(text: str) -> str:
     return f"sha256-{base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()}"
 
 
-def _told_apart(results: Sequence[Result]) -> list[Result]:
+def _rename_twins(results: Sequence[Result]) -> list[Result]:
     """The results; systems that have one name on the same split bear the beginning of their keys too."""
     counts = Counter((result.place, result.system.name) for result in results)
     twice = {name for (_, name), count in counts.items() if count > 1}
@@ -167,9 +167,9 @@ def _by_place(results: Sequence[Result]) -> dict[ResultPlace, list[Result]]:
     """Collection and split -> results."""
     places: dict[ResultPlace, list[Result]] = {}
     for result in results:
-        own = places.setdefault(result.place, [])
-        own.append(result)
-        check_same_state(own[0], result)
+        systems = places.setdefault(result.place, [])
+        systems.append(result)
+        check_same_state(systems[0], result)
     return places
 
 
@@ -202,20 +202,20 @@ def choose_queries(differences: Sequence[float], limit: int) -> list[int]:
     """
     if len(differences) <= limit:
         return list(range(len(differences)))
-    ordered = sorted(range(len(differences)), key=differences.__getitem__)
-    lost = islice((i for i in ordered if differences[i] < -SAME), limit // 3)
-    gained = islice((i for i in reversed(ordered) if differences[i] > SAME), limit // 3)
-    chosen = {*lost, *gained}
-    others = [i for i in range(len(differences)) if i not in chosen]
-    room = limit - len(chosen)
-    return sorted([*chosen, *(others[i * len(others) // room] for i in range(room))])
+    order = sorted(range(len(differences)), key=differences.__getitem__)
+    losses = islice((i for i in order if differences[i] < -SAME), limit // 3)
+    gains = islice((i for i in reversed(order) if differences[i] > SAME), limit // 3)
+    extremes = {*losses, *gains}
+    rest = [i for i in range(len(differences)) if i not in extremes]
+    room = limit - len(extremes)
+    return sorted([*extremes, *(rest[i * len(rest) // room] for i in range(room))])
 
 
 def _split_data(results: Sequence[Result], numbers: Mapping[str, int]) -> dict[str, Any]:
     """All that the browser shows of one split. Documents are positions in `documents`."""
     base, other = default_pair(results)
     differences = [b - a for a, b in zip(base.per_query[MAIN], other.per_query[MAIN], strict=True)]
-    listed = choose_queries(differences, SHOWN_QUERIES)
+    queries = choose_queries(differences, SHOWN_QUERIES)
     snippets: dict[str, str] = {}
     for result in results:
         snippets |= result.snippets
@@ -225,20 +225,20 @@ def _split_data(results: Sequence[Result], numbers: Mapping[str, int]) -> dict[s
         return documents.setdefault(doc_id, len(documents))
 
     relevant = []
-    for i in listed:
+    for i in queries:
         grades = results[0].relevant[i]
-        found = {doc_id for result in results for doc_id, _ in result.top[i]}
-        missed = sorted(grades.keys() - found, key=lambda doc_id: (-grades[doc_id], doc_id))
-        shown = [doc_id for doc_id in grades if doc_id in found] + missed[:SHOWN_RELEVANT]
-        relevant.append([[place_of(doc_id), grades[doc_id]] for doc_id in shown])
+        hits = {doc_id for result in results for doc_id, _ in result.top[i]}
+        misses = sorted(grades.keys() - hits, key=lambda doc_id: (-grades[doc_id], doc_id))
+        doc_ids = [doc_id for doc_id in grades if doc_id in hits] + misses[:SHOWN_RELEVANT]
+        relevant.append([[place_of(doc_id), grades[doc_id]] for doc_id in doc_ids])
     runs = [
         {
             "name": result.system.name,
             "number": numbers[result.system.name],
             "values": [round(value, 6) for value in result.per_query[MAIN]],
-            "top": [[[place_of(doc_id), round(score, 4)] for doc_id, score in result.top[i]] for i in listed],
-            "reasoning": [result.reasoning[i] for i in listed] if result.reasoning else None,
-            "tokens": [result.reasoning_tokens[i] for i in listed] if result.reasoning_tokens else None,
+            "top": [[[place_of(doc_id), round(score, 4)] for doc_id, score in result.top[i]] for i in queries],
+            "reasoning": [result.reasoning[i] for i in queries] if result.reasoning else None,
+            "tokens": [result.reasoning_tokens[i] for i in queries] if result.reasoning_tokens else None,
         }
         for result in results
     ]
@@ -247,11 +247,11 @@ def _split_data(results: Sequence[Result], numbers: Mapping[str, int]) -> dict[s
         "split": base.collection.split,
         "pair": [i for one in (base, other) for i, result in enumerate(results) if result is one],
         "same": SAME,
-        "listed": listed,
-        "ids": [base.query_ids[i] for i in listed],
-        "queries": [base.queries[i] for i in listed],
+        "listed": queries,
+        "ids": [base.query_ids[i] for i in queries],
+        "queries": [base.queries[i] for i in queries],
         "relevant": relevant,
-        "relevant_in_all": [len(base.relevant[i]) for i in listed],
+        "relevant_in_all": [len(base.relevant[i]) for i in queries],
         "runs": runs,
         "documents": [[doc_id, snippets.get(doc_id, "")] for doc_id in documents],
     }

@@ -1,4 +1,8 @@
-"""Plots of results and of training; a system has the same colour in all of them."""
+"""Plots of results and of training; a system has the same colour in all of them.
+
+Every `plot_...` writes a PNG to `path` and returns True, or writes nothing and returns False where there is nothing to
+plot.
+"""
 
 from __future__ import annotations
 
@@ -12,6 +16,7 @@ from statistics import fmean
 from textwrap import fill
 from typing import TYPE_CHECKING, Any
 
+from ...extras import extra
 from ...retrieval.metrics import MAIN
 from ..results import Result
 
@@ -35,19 +40,20 @@ INK_ON_DARK, DARK_GROUND = "#d7dce3", "#171b21"
 def system_colours(results: Sequence[Result]) -> dict[str, str]:
     """System -> colour, by mode and kind. Of several models that reason the last has the strongest blue."""
     systems = {result.system.name: result.system for result in results}
-    used = dict.fromkeys(COLOURS, 0)
+    counts = dict.fromkeys(COLOURS, 0)
     colours = {}
     for name, system in reversed(systems.items()):
         family = next((key for key in (system.mode, system.kind) if key and key in COLOURS), "")
-        colours[name] = COLOURS[family][used[family] % len(COLOURS[family])]
-        used[family] += 1
+        colours[name] = COLOURS[family][counts[family] % len(COLOURS[family])]
+        counts[family] += 1
     return {name: colours[name] for name in systems}
 
 
 @contextmanager
 def dark_theme() -> Iterator[None]:
     """Plots drawn inside have light ink on dark ground."""
-    from matplotlib import rc_context
+    with extra("eval"):
+        from matplotlib import rc_context
 
     ink = {"text.color", "axes.labelcolor", "axes.edgecolor", "xtick.color", "ytick.color"}
     ground = {"figure.facecolor", "axes.facecolor", "savefig.facecolor", "legend.facecolor"}
@@ -57,50 +63,41 @@ def dark_theme() -> Iterator[None]:
 
 
 def plot_scores(results: Sequence[Result], path: Path) -> bool:
-    """nDCG@10 with its 95 % interval: systems side by side on every split; many splits fill several rows.
-
-    Args:
-        results: of any systems and splits.
-        path: the PNG to write.
-
-    Returns:
-        Whether there was anything to plot.
-    """
+    """nDCG@10 with its 95 % interval: systems side by side on every split; many splits fill several rows."""
     if not results:
         return False
     colours, places = system_colours(results), list(dict.fromkeys(result.place for result in results))
     fields = ceil(len(places) / max(1, BARS_A_ROW // len(colours)))
     columns = ceil(len(places) / fields)
-    shown_by_row = [places[i : i + columns] for i in range(0, len(places), columns)]
-    rows = len(shown_by_row)
-    bars = columns * len(colours)
-    figure, grid = _figure(rows, 1, width=min(11.0, max(6.5, 1.5 + 0.42 * bars)), height=3.6 if rows == 1 else 2.3)
-    for axes, shown in zip(grid, shown_by_row, strict=True):
+    lines = [places[i : i + columns] for i in range(0, len(places), columns)]
+    rows = len(lines)
+    count = columns * len(colours)
+    figure, grid = _figure(rows, 1, width=min(11.0, max(6.5, 1.5 + 0.42 * count)), height=3.6 if rows == 1 else 2.3)
+    for axes, line in zip(grid, lines, strict=True):
         for i, (system, colour) in enumerate(colours.items()):
-            own = {result.place: result for result in results if result.system.name == system}
-            drawn = [(shown.index(place), own[place]) for place in shown if place in own]
-            _bars(axes, drawn, (i + 0.5) / len(colours) - 0.5, 0.84 / len(colours), colour, bars <= 14)
-        axes.set_xticks(range(len(shown)), [f"{fill(name, 20)}\n{split}" for name, split in shown])
+            result_of = {result.place: result for result in results if result.system.name == system}
+            bars = [(x, result_of[place]) for x, place in enumerate(line) if place in result_of]
+            _bars(axes, bars, (i + 0.5) / len(colours) - 0.5, 0.84 / len(colours), colour, count <= 14)
+        axes.set_xticks(range(len(line)), [f"{fill(name, 20)}\n{split}" for name, split in line])
         axes.set(ylabel="nDCG@10", ylim=(0, 1.05), xlim=(-0.55, columns - 0.45))
         axes.grid(axis="x", visible=False)
     _legend(figure, colours)
-    _save(figure, path)
-    return True
+    return _save(figure, path)
 
 
 def _bars(
-    axes: Axes, drawn: Sequence[tuple[int, Result]], offset: float, width: float, colour: str, labelled: bool
+    axes: Axes, bars: Sequence[tuple[int, Result]], offset: float, width: float, colour: str, labels: bool
 ) -> None:
     """The bars of one system on one row of splits; `offset` and `width` in units of the space of a split."""
-    means = [result.scores[MAIN] for _, result in drawn]
-    intervals = [result.intervals[MAIN] for _, result in drawn]
+    means = [result.scores[MAIN] for _, result in bars]
+    intervals = [result.intervals[MAIN] for _, result in bars]
     # An interval of resamples may miss the mean by a hair where all queries score alike.
     below = [max(0.0, mean - low) for mean, (low, _) in zip(means, intervals, strict=True)]
     above = [max(0.0, high - mean) for mean, (_, high) in zip(means, intervals, strict=True)]
-    at = [position + 0.84 * offset for position, _ in drawn]
-    error = {"elinewidth": 1, "capsize": 2.5 if labelled else 1.5, "ecolor": _ink()}
+    at = [position + 0.84 * offset for position, _ in bars]
+    error = {"elinewidth": 1, "capsize": 2.5 if labels else 1.5, "ecolor": _ink()}
     axes.bar(at, means, 0.92 * width, yerr=[below, above], color=colour, error_kw=error)
-    if labelled:
+    if labels:
         for x, mean, rise in zip(at, means, above, strict=True):
             axes.text(x, mean + rise + 0.012, f"{mean:.3f}", ha="center", va="bottom", fontsize=7.5)
 
@@ -110,58 +107,49 @@ def plot_latency(results: Sequence[Result], path: Path) -> bool:
 
     The points are averages over the splits on which all systems stand (over each one's own, if there is none). Time
     is the median of queries asked one at a time, or the mean within a batch where that was not measured.
-
-    Returns:
-        Whether there was anything to plot.
     """
     if not results:
         return False
     colours = system_colours(results)
     figure, (axes,) = _figure(1, 1)
-    own = {name: [result for result in results if result.system.name == name] for name in colours}
-    shared = set.intersection(*({result.place for result in mine} for mine in own.values()))
+    results_of = {name: [result for result in results if result.system.name == name] for name in colours}
+    common = set.intersection(*({result.place for result in group} for group in results_of.values()))
     for i, (name, colour) in enumerate(colours.items()):
-        mine = own[name]
-        marker = MARKERS[i % len(MARKERS)]
-        if len(mine) > 1:
-            scores = [result.scores[MAIN] for result in mine]
-            axes.scatter([_milliseconds(one) for one in mine], scores, 16, colour, marker=marker, alpha=0.35, lw=0)
-        averaged = [result for result in mine if result.place in shared or not shared]
-        x = exp(fmean(log(_milliseconds(result)) for result in averaged))
-        y = fmean(result.scores[MAIN] for result in averaged)
+        group, marker = results_of[name], MARKERS[i % len(MARKERS)]
+        if len(group) > 1:
+            scores = [result.scores[MAIN] for result in group]
+            axes.scatter([_milliseconds(one) for one in group], scores, 16, colour, marker=marker, alpha=0.35, lw=0)
+        core = [result for result in group if result.place in common or not common]
+        x = exp(fmean(log(_milliseconds(result)) for result in core))
+        y = fmean(result.scores[MAIN] for result in core)
         axes.scatter([x], [y], 90, colour, marker=marker, label=name, edgecolors=_ink(), linewidths=0.8, zorder=3)
     axes.set(xscale="log", xlabel="milliseconds per query", ylabel="nDCG@10", ylim=(0, 1.02))
     axes.xaxis.set_major_formatter("{x:g}")
     axes.margins(x=0.12)
     figure.legend(loc="outside right upper", frameon=False, fontsize=9)
-    _save(figure, path)
-    return True
+    return _save(figure, path)
 
 
 def _milliseconds(result: Result) -> float:
-    measured = result.cost.ms_per_query
+    median = result.cost.ms_per_query
     # Above 0 for the logarithm, whatever the clock's resolution.
-    return max(1e-3, 1000 / result.cost.queries_per_second if measured is None else measured)
+    return max(1e-3, 1000 / result.cost.queries_per_second if median is None else median)
 
 
 def plot_reasoning(results: Sequence[Result], path: Path) -> bool:
-    """Histograms of the reasoning's length, one field for each split.
-
-    Returns:
-        Whether there was anything to plot.
-    """
-    reasoned = [result for result in results if result.reasoning_tokens]
-    if not reasoned:
+    """Histograms of the reasoning's length, one field for each split."""
+    histograms = [result for result in results if result.reasoning_tokens]
+    if not histograms:
         return False
-    colours, places = system_colours(results), list(dict.fromkeys(result.place for result in reasoned))
+    colours, places = system_colours(results), list(dict.fromkeys(result.place for result in histograms))
     columns = min(len(places), 4)
     rows = ceil(len(places) / columns)
-    longest = max(max(result.reasoning_tokens) for result in reasoned)
+    longest = max(max(result.reasoning_tokens) for result in histograms)
     bins = [longest * i / 24 for i in range(25)] if longest > 24 else [i - 0.5 for i in range(longest + 2)]
     width, height = max(6.5, 2.75 * columns), 3.4 if rows == 1 else 1.9
     figure, grid = _figure(rows, columns, width=width, height=height)
     for axes, place in zip(grid, places, strict=False):
-        for result in (one for one in reasoned if one.place == place):
+        for result in (one for one in histograms if one.place == place):
             colour = colours[result.system.name]
             share = [1 / len(result.reasoning_tokens)] * len(result.reasoning_tokens)
             axes.hist(result.reasoning_tokens, bins, weights=share, color=colour, alpha=0.3)
@@ -171,17 +159,12 @@ def plot_reasoning(results: Sequence[Result], path: Path) -> bool:
         axes.set_visible(False)
     figure.supxlabel("tokens of reasoning", fontsize=9)
     figure.supylabel("share of queries", fontsize=9)
-    _legend(figure, {result.system.name: colours[result.system.name] for result in reasoned})
-    _save(figure, path)
-    return True
+    _legend(figure, {result.system.name: colours[result.system.name] for result in histograms})
+    return _save(figure, path)
 
 
 def plot_training(metrics: Sequence[Mapping[str, Any]], path: Path) -> bool:
-    """Reward of each step's rollouts and nDCG@10 on dev over the steps of stage 2.
-
-    Returns:
-        Whether there was anything to plot.
-    """
+    """Reward of each step's rollouts and nDCG@10 on dev over the steps of stage 2."""
     steps = [row for row in metrics if "reward_ranking" in row]
     if not steps:
         return False
@@ -196,63 +179,42 @@ def plot_training(metrics: Sequence[Mapping[str, Any]], path: Path) -> bool:
         axes.plot([row["step"] for row in points], values, marker=marker, color=COLOURS[mode][0], label=label)
     axes.set(xlabel="GRPO step", ylabel="nDCG@10", ylim=(0, 1.02), title="Stage 2: what the policy learns")
     axes.legend(fontsize=8)
-    _save(figure, path)
-    return True
+    return _save(figure, path)
 
 
 def plot_account(metrics: Sequence[Mapping[str, Any]], path: Path) -> bool:
-    """The audits of the live index over the steps of stage 2; a run without audits gets no plot.
-
-    Returns:
-        Whether there was anything to plot.
-    """
+    """The audits of the live index over the steps of stage 2; a run without audits gets no plot."""
     audits = [row for row in metrics if "audit_reward_error" in row]
     if not audits:
         return False
     figure, (axes,) = _figure(1, 1)
     steps = [row["step"] for row in audits]
     blue, red, green = COLOURS["reason"][0], COLOURS["direct"][0], COLOURS[""][0]
-    axes.plot(
-        steps, [row["audit_reward_error"] for row in audits], marker="o", color=blue, label="mean error of the reward"
-    )
-    axes.plot(
-        steps,
-        [1 - row["audit_top10_overlap"] for row in audits],
-        marker="s",
-        color=red,
-        label="top-10 documents missed",
-    )
-    axes.plot(
-        steps,
-        [row["audit_drift_mean"] for row in audits],
-        marker="^",
-        color=green,
-        label="drift of a document, 1 - cos",
-    )
+    for marker, colour, values, label in (
+        ("o", blue, [row["audit_reward_error"] for row in audits], "mean error of the reward"),
+        ("s", red, [1 - row["audit_top10_overlap"] for row in audits], "top-10 documents missed"),
+        ("^", green, [row["audit_drift_mean"] for row in audits], "drift of a document, 1 - cos"),
+    ):
+        axes.plot(steps, values, marker=marker, color=colour, label=label)
     axes.set(xlabel="GRPO step", ylabel="held against freshly encoded vectors", title="The account of the live index")
     axes.set_ylim(bottom=0)
     axes.legend(fontsize=8)
-    _save(figure, path)
-    return True
+    return _save(figure, path)
 
 
 def plot_rewards(rewards: Mapping[str, Sequence[float]], path: Path) -> bool:
-    """Distribution of the rollouts' ranking rewards before and after RL, with the share at or above 0.5.
-
-    Returns:
-        Whether there was anything to plot.
-    """
-    known = {name: values for name, values in rewards.items() if values}
-    if not known:
+    """Distribution of the rollouts' ranking rewards before and after RL, with the share at or above 0.5."""
+    samples = {name: values for name, values in rewards.items() if values}
+    if not samples:
         return False
     figure, (axes,) = _figure(1, 1)
-    shares = {name: fmean(value >= 0.5 for value in values) for name, values in known.items()}
+    shares = {name: fmean(value >= 0.5 for value in values) for name, values in samples.items()}
     axes.hist(
-        list(known.values()),
+        list(samples.values()),
         bins=[i / 20 for i in range(21)],
-        label=[f"{name} RL: {shares[name]:.0%} at 0.5 or more" for name in known],
-        weights=[[1 / len(values)] * len(values) for values in known.values()],
-        color=list(islice(cycle([COLOURS["bm25"][1], COLOURS["reason"][0], *COLOURS[""]]), len(known))),
+        label=[f"{name} RL: {shares[name]:.0%} at 0.5 or more" for name in samples],
+        weights=[[1 / len(values)] * len(values) for values in samples.values()],
+        color=list(islice(cycle([COLOURS["bm25"][1], COLOURS["reason"][0], *COLOURS[""]]), len(samples))),
     )
     axes.axvline(0.5, color=_ink(), linestyle="--", linewidth=1)
     axes.set(
@@ -261,14 +223,14 @@ def plot_rewards(rewards: Mapping[str, Sequence[float]], path: Path) -> bool:
         title="Rollout rewards on test queries",
     )
     axes.legend(fontsize=8)
-    _save(figure, path)
-    return True
+    return _save(figure, path)
 
 
 def _figure(rows: int, columns: int, width: float = 7.5, height: float = 4.0) -> tuple[Figure, list[Axes]]:
     """A figure and its fields, row by row; `width` in all, `height` of each row, in inches."""
     # The object interface: no global pyplot state, no display needed.
-    from matplotlib.figure import Figure
+    with extra("eval"):
+        from matplotlib.figure import Figure
 
     figure = Figure(figsize=(width, 0.6 * (rows > 1) + height * rows), layout="constrained")
     grid = [axes for line in figure.subplots(rows, columns, squeeze=False) for axes in line]
@@ -284,14 +246,16 @@ def _figure(rows: int, columns: int, width: float = 7.5, height: float = 4.0) ->
 
 
 def _ink() -> Any:
-    from matplotlib import rcParams
+    with extra("eval"):
+        from matplotlib import rcParams
 
     return rcParams["text.color"]
 
 
 def _legend(figure: Figure, colours: Mapping[str, str]) -> None:
     """Systems and their colours above all fields, in as many columns as the width has room for."""
-    from matplotlib.patches import Patch
+    with extra("eval"):
+        from matplotlib.patches import Patch
 
     handles = [Patch(color=colour, label=name) for name, colour in colours.items()]
     inches = 0.08 * max(map(len, colours)) + 0.7
@@ -299,8 +263,8 @@ def _legend(figure: Figure, colours: Mapping[str, str]) -> None:
     figure.legend(handles=handles, loc="outside upper center", ncols=columns, frameon=False, fontsize=9)
 
 
-def _save(figure: Figure, path: Path) -> None:
-    """Write the PNG in one step."""
+def _save(figure: Figure, path: Path) -> bool:
+    """Write the PNG in one step; True, which is what its callers return."""
     path.parent.mkdir(parents=True, exist_ok=True)
     scratch = path.with_name(f".{path.name}.{os.getpid()}")
     try:
@@ -308,3 +272,4 @@ def _save(figure: Figure, path: Path) -> None:
         scratch.replace(path)
     finally:
         scratch.unlink(missing_ok=True)
+    return True

@@ -57,19 +57,19 @@ def evaluate_run(
     forced = 0.0
     for stage in STAGES:
         note(f"evaluating the {stage} model on {split}")
-        encoded = EncodedCollections(SearchR3(models[stage], dtype=recipe.dtype))
+        collections = EncodedCollections(SearchR3(models[stage], dtype=recipe.dtype))
         for mode in ("direct", "reason"):
-            system = SearchR3System(encoded, mode, f"{mode}/{stage}", settings.batch_size)
+            system = SearchR3System(collections, mode, f"{mode}/{stage}", settings.batch_size)
             results.append(evaluate(system, collection, split, options, source=recipe.collection, folder=folder))
         rewards["before" if stage == "sft" else "after"], forced = sampled_rewards(
-            encoded.model,
+            collections.model,
             collection,
             split,
             queries=settings.rollout_queries,
             group_size=recipe.grpo.group_size,
             k=recipe.grpo.reward_k,
             seed=recipe.seed,
-            index=encoded.encode(collection)[0],
+            index=collections.index(collection)[0],
             batch_size=settings.batch_size,
             sampling_temperature=recipe.grpo.sampling_temperature,
         )
@@ -107,21 +107,21 @@ def sampled_rewards(
     """
     qrels = judged(collection, split)
     spread = np.linspace(0, len(qrels) - 1, min(queries, len(qrels))).round().astype(int)
-    chosen = [list(qrels)[i] for i in spread for _ in range(group_size)]
-    encoded = model.encode_query(
-        [collection.queries[query_id].text for query_id in chosen],
+    query_ids = [list(qrels)[i] for i in spread for _ in range(group_size)]
+    rollouts = model.encode_query(
+        [collection.queries[query_id].text for query_id in query_ids],
         "reason",
         batch_size=batch_size,
         sampling_temperature=sampling_temperature,
         seed=seed,
     )
     request_of = {request.query_id: request for request in make_requests(collection, qrels)}
-    rankings = ranked(index, encoded.vectors, [request_of[query_id] for query_id in chosen], k)
+    rankings = ranked(index, rollouts.vectors, [request_of[query_id] for query_id in query_ids], k)
     rewards = [
         ndcg([doc_id for doc_id, _ in ranking], qrels[query_id], k)
-        for ranking, query_id in zip(rankings, chosen, strict=True)
+        for ranking, query_id in zip(rankings, query_ids, strict=True)
     ]
-    return rewards, fmean(encoded.forced)
+    return rewards, fmean(rollouts.forced)
 
 
 def build_report(
@@ -136,7 +136,7 @@ def build_report(
     comparisons = compare(results, settings.permutations, recipe.seed)
     return {
         "rows": {result.system.name: summary(result, results) for result in results},
-        "comparisons": [one.record() for one in comparisons],
+        "comparisons": [comparison.record() for comparison in comparisons],
         "rollouts": {
             "share_ge_half_before": fmean(reward >= 0.5 for reward in rewards["before"]),
             "share_ge_half_after": fmean(reward >= 0.5 for reward in rewards["after"]),
@@ -173,16 +173,16 @@ def write_runs_page(runs: Sequence[Path], folder: Path, title: str | None, permu
     metrics: list[dict[str, Any]] = []
     alike = len({run.name for run in runs}) < len(runs)
     for run in runs:
-        found = last_results(run)
-        if not found:
+        new = last_results(run)
+        if not new:
             raise DataError(f"no results in {run / RESULTS}; give a folder that quickstart or evaluate wrote")
         suffix = f" ({run if alike else run.name})" if len(runs) > 1 else ""
-        taken = {(result.place, result.system.name) for result in results}
-        known = {(result.place, result.key) for result in results}
-        for result in found:
-            if (result.place, result.key) in known:
+        names = {(result.place, result.system.name) for result in results}
+        keys = {(result.place, result.key) for result in results}
+        for result in new:
+            if (result.place, result.key) in keys:
                 continue
-            if (result.place, result.system.name) in taken:
+            if (result.place, result.system.name) in names:
                 result = result.renamed(result.system.name + suffix)
             results.append(result)
         if (run / REWARDS).exists():
@@ -190,7 +190,7 @@ def write_runs_page(runs: Sequence[Path], folder: Path, title: str | None, permu
             rewards |= {name + suffix: values[name] for name in values}
         if len(runs) == 1 and (run / METRICS).exists():
             metrics = [row for _, row in read_jsonl(run / METRICS)]
-    comparisons = [one.record() for one in compare(results, permutations, seed)]
+    comparisons = [comparison.record() for comparison in compare(results, permutations, seed)]
     title = title or ", ".join(run.name for run in runs)
     with atomic_directory(folder) as scratch:
         write_page(results, scratch, title=title, rewards=rewards, metrics=metrics, comparisons=comparisons)
@@ -204,8 +204,8 @@ def last_results(run: Path) -> list[Result]:
     if not path.exists():
         return results
     rows = json.loads(path.read_text(encoding="utf-8"))["rows"]
-    wanted = {(row["system"], row["key"]) for row in rows}
-    return [result for result in results if (result.system.name, result.key) in wanted]
+    summary_keys = {(row["system"], row["key"]) for row in rows}
+    return [result for result in results if (result.system.name, result.key) in summary_keys]
 
 
 def peak_memory_bytes() -> int:

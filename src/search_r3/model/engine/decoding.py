@@ -194,13 +194,13 @@ class Decoder:
             ModelError: a request does not fit into the context, or a logit is not finite.
         """
         tickets = [self.submit(request) for request in requests]
-        done: dict[int, Rollout] = {}
-        while len(done) < len(tickets):
-            finished = self.step()
-            done.update(finished)
-            if finished and progress is not None:
-                progress(len(finished), sum(len(rollout.completion_ids) for _, rollout in finished))
-        return [done[ticket] for ticket in tickets]
+        rollouts: dict[int, Rollout] = {}
+        while len(rollouts) < len(tickets):
+            news = self.step()
+            rollouts.update(news)
+            if news and progress is not None:
+                progress(len(news), sum(len(rollout.completion_ids) for _, rollout in news))
+        return [rollouts[ticket] for ticket in tickets]
 
     @torch.no_grad()
     def step(self) -> list[tuple[int, Rollout]]:
@@ -212,12 +212,12 @@ class Decoder:
         Raises:
             ModelError: a logit is not finite; its weights hold NaN or infinity.
         """
-        ended = self._decode() if self._rows else []
+        results = self._decode() if self._rows else []
         free = self.slots - len(self._rows)
         # A prompt costs a forward pass of its own: under a long queue a few slots are collected before they are filled.
         if self._waiting and free >= min(len(self._waiting), max(1, self.slots // 8)):
-            ended += self._admit([self._waiting.popleft() for _ in range(min(free, len(self._waiting)))])
-        return ended
+            results += self._admit([self._waiting.popleft() for _ in range(min(free, len(self._waiting)))])
+        return results
 
     def _decode(self) -> list[tuple[int, Rollout]]:
         """One forward pass over all rows in work."""
@@ -230,12 +230,12 @@ class Decoder:
         places = attention.lengths[:, None]
         hidden = last_hidden(self.backbone.causal_lm, ids, places, torch.zeros_like(places[:, 0]), attention)
         embed = self.backbone.embed_token_id
-        ending = [i for i, row in enumerate(rows) if row.completion[-1] == embed]
-        ended = self._finish([rows[i] for i in ending], hidden[ending])
-        staying = [i for i, row in enumerate(rows) if row.completion[-1] != embed]
-        self._choose([rows[i] for i in staying], hidden[staying])
-        self._free(ending)
-        return ended
+        last = [i for i, row in enumerate(rows) if row.completion[-1] == embed]
+        results = self._finish([rows[i] for i in last], hidden[last])
+        rest = [i for i, row in enumerate(rows) if row.completion[-1] != embed]
+        self._choose([rows[i] for i in rest], hidden[rest])
+        self._free(last)
+        return results
 
     def _free(self, slots: list[int]) -> None:
         """Give slots back; the last rows move into the gaps, so that rows in work are always the first slots."""
@@ -252,14 +252,14 @@ class Decoder:
         self._compute({row.prompt for row in rows} - self._prompts.keys())
         hidden = torch.stack([self._prompts[row.prompt].hidden for row in rows])
         direct = [i for i, row in enumerate(rows) if row.request.max_new_tokens == 0]
-        ended = self._finish([rows[i] for i in direct], hidden[direct])
-        replying = [i for i, row in enumerate(rows) if row.request.max_new_tokens > 0]
-        if replying:
-            newcomers = [rows[i] for i in replying]
+        results = self._finish([rows[i] for i in direct], hidden[direct])
+        rest = [i for i, row in enumerate(rows) if row.request.max_new_tokens > 0]
+        if rest:
+            newcomers = [rows[i] for i in rest]
             self._store(newcomers)
-            self._choose(newcomers, hidden[replying])
+            self._choose(newcomers, hidden[rest])
         self._forget_prompts()
-        return ended
+        return results
 
     def _store(self, rows: list[_Row]) -> None:
         """Write the rows' prompts into free slots."""
@@ -285,18 +285,18 @@ class Decoder:
         for prefix, group in by_prefix.items():
             rest = [ids[len(prefix.ids) if prefix is not None else 0 :] for ids in group]
             for batch in length_batches(rest, PREFILL_TOKENS):
-                hidden, kept = prefill(self.backbone.causal_lm, [rest[i] for i in batch], prefix, keep=True)
-                assert kept is not None
+                hidden, cache = prefill(self.backbone.causal_lm, [rest[i] for i in batch], prefix, keep=True)
+                assert cache is not None
                 for row, place in enumerate(batch):
-                    values = kept[:, :, row, :, : len(rest[place])]
+                    values = cache[:, :, row, :, : len(rest[place])]
                     self._prompts[group[place]] = _Prompt(prefix, values, hidden[row])
 
     def _prefix_of(self, ids: tuple[int, ...], company: int) -> Prefix | None:
         """The template before the text, computed when a second prompt can use it."""
-        known = self.backbone.prompt_encoder.prefix_of(ids)
-        if known not in self._prefixes and company > 1:
-            self._prefixes[known] = compute_prefix(self.backbone.causal_lm, known)
-        return self._prefixes.get(known)
+        template = self.backbone.prompt_encoder.prefix_of(ids)
+        if template not in self._prefixes and company > 1:
+            self._prefixes[template] = compute_prefix(self.backbone.causal_lm, template)
+        return self._prefixes.get(template)
 
     def _forget_prompts(self) -> None:
         """Keep only the prompts for which another request waits."""
@@ -309,18 +309,18 @@ class Decoder:
             return
         requests = [row.request for row in rows]
         draws = [row.uniforms[len(row.completion)] if row.uniforms else 0.0 for row in rows]
-        chosen, logprobs = choose_tokens(
+        tokens, logprobs = choose_tokens(
             self.backbone.logits(hidden),
             [request.temperature for request in requests],
             [request.top_p for request in requests],
             draws,
         )
         embed, end = self.backbone.embed_token_id, self.backbone.prompt_encoder.end_token_id
-        for row, token, logprob in zip(rows, chosen.tolist(), logprobs.tolist(), strict=True):
-            ended = bool(row.completion) and row.completion[-1] == end
+        for row, token, logprob in zip(rows, tokens.tolist(), logprobs.tolist(), strict=True):
+            end_of_turn = bool(row.completion) and row.completion[-1] == end
             # The budget counts the embed token, so the last place is its own: sampled if the model chose it.
             out_of_budget = len(row.completion) == row.request.max_new_tokens - 1 and token != embed
-            forced = ended or out_of_budget
+            forced = end_of_turn or out_of_budget
             row.completion.append(embed if forced else token)
             row.mask.append(0 if forced else 1)
             row.logprobs.append(0.0 if forced else logprob)

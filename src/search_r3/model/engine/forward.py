@@ -62,19 +62,19 @@ class CausalAttention:
     Args:
         lengths: `B`, tokens of each sequence without the shared beginning.
         prefix: the shared beginning.
-        keep: whether `kept` collects the keys and values of all layers.
+        keep: whether `values` collects the keys and values of all layers.
     """
 
     def __init__(self, lengths: Tensor, prefix: Prefix | None = None, keep: bool = False) -> None:
         self.lengths, self.prefix, self.keep = lengths, prefix, keep
-        self.kept: list[Tensor] = []  # per layer 2 x B x h x T x d
+        self.values: list[Tensor] = []  # per layer 2 x B x h x T x d
         self.shared = len(prefix.ids) if prefix is not None else 0
         self.keys = self.shared + int(lengths.max())
 
     def __call__(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
         """See `Attention`."""
         if self.keep:
-            self.kept.append(torch.stack([key, value]))
+            self.values.append(torch.stack([key, value]))
         if self.prefix is not None:
             before = self.prefix.values[layer].unsqueeze(1).expand(-1, len(key), -1, -1, -1)
             key, value = torch.cat([before[0], key], dim=2), torch.cat([before[1], value], dim=2)
@@ -110,12 +110,12 @@ class SlotCache:
 
     def reserve(self, slots: int, tokens: int) -> None:
         """Make room for that many sequences of that many tokens."""
-        missing = max(0, slots - self.values.shape[2]), max(0, tokens - self.values.shape[4])
-        if any(missing):
+        lack = max(0, slots - self.values.shape[2]), max(0, tokens - self.values.shape[4])
+        if any(lack):
             # Every growth is a copy, so the room grows by a half at least. It is filled with zeros, since a masked NaN
             # would still spoil a sum.
-            longer = max(missing[1], self.values.shape[4] // 2) if missing[1] else 0
-            self.values = F.pad(self.values, (0, 0, 0, longer, 0, 0, 0, missing[0]))
+            longer = max(lack[1], self.values.shape[4] // 2) if lack[1] else 0
+            self.values = F.pad(self.values, (0, 0, 0, longer, 0, 0, 0, lack[0]))
 
     def write(self, slots: Sequence[int], start: int, values: Tensor) -> None:
         """Store `L x 2 x h x T x d` from position `start` on in each of the slots."""
@@ -175,14 +175,14 @@ def prefill(
     ids, positions, lengths = ids.to(device), positions.to(device), lengths.to(device)
     attention = CausalAttention(lengths, prefix, keep)
     hidden = last_hidden(model, ids, positions, lengths - 1, attention)
-    return hidden, torch.stack(attention.kept) if keep else None
+    return hidden, torch.stack(attention.values) if keep else None
 
 
 def compute_prefix(model: Any, ids: Sequence[int]) -> Prefix:
     """Keys and values of a beginning, for `prefill`."""
-    _, kept = prefill(model, [ids], keep=True)
-    assert kept is not None
-    return Prefix(tuple(ids), kept[:, :, 0])
+    _, values = prefill(model, [ids], keep=True)
+    assert values is not None
+    return Prefix(tuple(ids), values[:, :, 0])
 
 
 def length_batches(sequences: Sequence[Sequence[int]], batch_tokens: int) -> Iterator[list[int]]:
@@ -224,10 +224,10 @@ def last_hidden(model: Any, ids: Tensor, positions: Tensor, last: Tensor, attent
 def is_drivable(model: Any) -> bool:
     """Whether the layers of this causal LM are driven one by one."""
     config = model.config.get_text_config()
-    return config.model_type in LLAMA_LIKE and not _windowed(config)
+    return config.model_type in LLAMA_LIKE and not _has_window(config)
 
 
-def _windowed(config: Any) -> bool:
+def _has_window(config: Any) -> bool:
     kinds = getattr(config, "layer_types", None)
     return "sliding_attention" in kinds if kinds else getattr(config, "sliding_window", None) is not None
 

@@ -1,57 +1,18 @@
-"""Rollouts: reason-then-embed replies, and their layout for a teacher-forced pass with gradients.
+"""The layout of rollouts for a teacher-forced pass with gradients.
 
 Shapes: `B` rollouts, `T` tokens.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from ..backbone import Backbone, pad
-from .decoding import Decoder, DecodeRequest, Rollout
-
-
-def generate_rollouts(
-    backbone: Backbone,
-    prompts: Sequence[Sequence[int]],
-    *,
-    max_new_tokens: int | Sequence[int],
-    sampling_temperature: float = 0.0,
-    top_p: float = 1.0,
-    seeds: Sequence[int] | None = None,
-    batch_size: int = 128,
-    progress: Callable[[int, int], None] | None = None,
-) -> list[Rollout]:
-    """Let the model reply to each prompt until it emits the embed token (see `DecodeRequest` for the settings).
-
-    Args:
-        backbone: the model.
-        prompts: prompt ids (from `PromptEncoder.encode(..., "reason")`).
-        max_new_tokens: budget of a reply, the embed token included; one for all or one per prompt.
-        sampling_temperature: 0 decodes greedily (log-probabilities are then at temperature 1).
-        top_p: sample among the likeliest tokens that together reach this probability.
-        seeds: one seed per prompt; needed when the temperature is above 0.
-        batch_size: rollouts decoded at once; it does not change them.
-        progress: called with the numbers of rollouts finished, and of their tokens, since the last call.
-
-    Returns:
-        One rollout per prompt, in the order of the prompts.
-
-    Raises:
-        ModelError: a prompt and its budget do not fit into the model's context, or a logit is not finite.
-    """
-    if sampling_temperature > 0 and (seeds is None or len(seeds) != len(prompts)):
-        raise ValueError("sampling needs one seed per prompt")
-    budgets = [max_new_tokens] * len(prompts) if isinstance(max_new_tokens, int) else max_new_tokens
-    requests = [
-        DecodeRequest(prompt, budget, sampling_temperature, top_p, None if seeds is None else seeds[place])
-        for place, (prompt, budget) in enumerate(zip(prompts, budgets, strict=True))
-    ]
-    return Decoder(backbone, batch_size).run(requests, progress)
+from .decoding import Rollout
 
 
 @dataclass(frozen=True)

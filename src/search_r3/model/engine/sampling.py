@@ -40,25 +40,24 @@ def choose_tokens(
     totals = weights.sum(-1)
     if not torch.isfinite(totals).all():
         raise ModelError("the model's logits are not finite; its weights hold NaN or infinity")
-    chosen = logits.argmax(-1)
-    sampled = [row for row, temperature in enumerate(temperatures) if temperature > 0]
-    if sampled:
-        rows = torch.tensor(sampled, device=logits.device)
-        targets = torch.tensor([draws[row] for row in sampled], dtype=torch.float64, device=logits.device)
-        kept = weights if len(sampled) == len(weights) else weights[rows]
-        if any(top_p[row] < 1 for row in sampled):
-            kept = _nucleus(kept, torch.tensor([top_p[row] for row in sampled], device=logits.device))
-        chosen[rows] = _inverse_cdf(kept, targets)
-    picked = scaled.gather(-1, chosen[:, None]) - largest
-    return chosen, picked[:, 0] - totals.log()
+    tokens = logits.argmax(-1)
+    sampling = [row for row, temperature in enumerate(temperatures) if temperature > 0]
+    if sampling:
+        rows = torch.tensor(sampling, device=logits.device)
+        targets = torch.tensor([draws[row] for row in sampling], dtype=torch.float64, device=logits.device)
+        pool = weights if len(sampling) == len(weights) else weights[rows]
+        if any(top_p[row] < 1 for row in sampling):
+            pool = _nucleus(pool, torch.tensor([top_p[row] for row in sampling], device=logits.device))
+        tokens[rows] = _inverse_cdf(pool, targets)
+    return tokens, (scaled.gather(-1, tokens[:, None]) - largest)[:, 0] - totals.log()
 
 
 def _nucleus(weights: Tensor, top_p: Tensor) -> Tensor:
     """Weights `B x V` with those outside each row's nucleus set to 0."""
-    ordered, places = weights.sort(dim=-1, descending=True)
-    before = ordered.cumsum(-1, dtype=torch.float64) - ordered
-    outside = before >= top_p[:, None] * ordered.sum(-1, keepdim=True, dtype=torch.float64)
-    return torch.zeros_like(weights).scatter(-1, places, ordered.masked_fill(outside, 0.0))
+    descending, places = weights.sort(dim=-1, descending=True)
+    before = descending.cumsum(-1, dtype=torch.float64) - descending
+    outside = before >= top_p[:, None] * descending.sum(-1, keepdim=True, dtype=torch.float64)
+    return torch.zeros_like(weights).scatter(-1, places, descending.masked_fill(outside, 0.0))
 
 
 def _inverse_cdf(weights: Tensor, draws: Tensor) -> Tensor:
@@ -76,6 +75,6 @@ def _inverse_cdf(weights: Tensor, draws: Tensor) -> Tensor:
     within = blocks[rows, block[:, 0]].cumsum(-1, dtype=torch.float64)  # B x SUM_BLOCK
     place = torch.searchsorted(within, targets - before, right=True)
     # Rounding may leave a target a hair above the block's last sum: its last token of any weight is meant.
-    inhabited = (within < within[:, -1:]).sum(-1, keepdim=True)
-    chosen: Tensor = (block * SUM_BLOCK + torch.minimum(place, inhabited))[:, 0]
-    return chosen
+    last = (within < within[:, -1:]).sum(-1, keepdim=True)
+    tokens: Tensor = (block * SUM_BLOCK + torch.minimum(place, last))[:, 0]
+    return tokens

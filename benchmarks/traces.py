@@ -12,7 +12,7 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from ..collection import Document, Query
+from search_r3.data.collection import Document, Query
 
 WORDS = 40
 """Words of a trace: whole sentences up to here, at least one."""

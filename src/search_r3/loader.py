@@ -1,0 +1,142 @@
+"""Typed settings from YAML files, which may extend others, and `key=value` overrides. An unknown key is an error."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from pathlib import Path
+from typing import Any, TypeVar, get_args
+
+import yaml
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from .errors import ConfigError
+
+
+class Section(BaseModel):
+    """A frozen group of settings that refuses keys it does not know."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+S = TypeVar("S", bound=Section)
+RENAMED = {"sft.bm25_negatives": "sft.hard_negatives"}
+"""Settings by the names that earlier versions gave them -> by their own."""
+
+
+def load_settings(kind: type[S], path: str | Path | None, overrides: Sequence[str] = ()) -> S:
+    """Read settings of any kind from YAML, as `load_recipe` does.
+
+    Raises:
+        ConfigError: as `load_recipe`.
+    """
+    values, origins = ({}, {}) if path is None else _read(kind, Path(path))
+    for override in overrides:
+        key = _apply(values, override)
+        origins = {name: origin for name, origin in origins.items() if not name.startswith(f"{key}.")} | {key: None}
+    try:
+        return kind.model_validate(values)
+    except ValidationError as error:
+        raise ConfigError(_explain(error, kind, path, origins)) from error
+
+
+def flat_settings(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Settings of all sections under names such as `grpo.refresh.policy`."""
+    flat: dict[str, Any] = {}
+    for key, value in values.items():
+        name = f"{prefix}{key}"
+        if isinstance(value, dict) and value:
+            flat.update(flat_settings(value, f"{name}."))
+        else:
+            flat[name] = value
+    return flat
+
+
+def _read(
+    kind: type[Section], path: Path, extended_by: tuple[Path, ...] = ()
+) -> tuple[dict[str, Any], dict[str, Path | None]]:
+    """The values of a file, over those of the file that it extends; and setting -> the file that it is from."""
+    chain = (*extended_by, path)
+    if path.resolve() in [other.resolve() for other in extended_by]:
+        raise ConfigError(f"{path} extends itself: {' extends '.join(map(str, chain))}; take one `extends` out")
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
+    except OSError as error:
+        by = f", which {extended_by[-1]} extends" if extended_by else ""
+        raise ConfigError(f"cannot read the recipe {path}{by}: {error.strerror}") from error
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from error
+    if not isinstance(values, dict):
+        raise ConfigError(f"{path}: expected `key: value` lines, found {type(values).__name__}")
+    parent = values.pop("extends", None)
+    origins: dict[str, Path | None] = dict.fromkeys(flat_settings(values), path)
+    if parent is None:
+        return values, origins
+    if not isinstance(parent, str):
+        raise ConfigError(f"{path}: extends = {parent!r}: expected the path of one recipe, relative to this one")
+    inherited, inherited_origins = _read(kind, path.parent / parent, chain)
+    return _merge(kind, inherited, values), inherited_origins | origins
+
+
+def _merge(kind: type[Section], inherited: dict[str, Any], values: dict[str, Any]) -> dict[str, Any]:
+    """Values over inherited ones, section by section; a setting that is a mapping is no section."""
+    merged = dict(inherited)
+    for key, value in values.items():
+        section = _section(kind.model_fields[key].annotation) if key in kind.model_fields else None
+        both = isinstance(value, dict) and isinstance(merged.get(key), dict)
+        merged[key] = _merge(section, merged[key], value) if section and both else value
+    return merged
+
+
+def _apply(values: dict[str, Any], override: str) -> str:
+    """Set the one value; returns its name."""
+    key, sign, text = override.partition("=")
+    if not sign or not key:
+        raise ConfigError(f"cannot read the override {override!r}; expected key=value, for instance grpo.steps=10")
+    *parents, leaf = key.split(".")
+    place = values
+    for parent in parents:
+        child = place.setdefault(parent, {})
+        if not isinstance(child, dict):
+            raise ConfigError(f"cannot set {key!r}: {parent!r} is a single value, not a section")
+        place = child
+    try:
+        place[leaf] = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise ConfigError(f"cannot read the value of {override!r} as YAML") from error
+    # YAML 1.1 reads 1e-3 (no dot) as a string; people write learning rates so.
+    if isinstance(place[leaf], str):
+        with suppress(ValueError):
+            place[leaf] = float(place[leaf])
+    return key
+
+
+def _explain(
+    error: ValidationError, kind: type[Section], path: str | Path | None, origins: Mapping[str, Path | None]
+) -> str:
+    """One line for the first of pydantic's errors, an unknown key before others, with the nearest known one."""
+    first = min(error.errors(), key=lambda one: one["type"] != "extra_forbidden")
+    names = [str(part) for part in first["loc"]]
+    prefixes = [".".join(names[:end]) for end in range(len(names), 0, -1)]
+    key = prefixes[0] if prefixes else "recipe"
+    origin = next((origins[prefix] for prefix in prefixes if prefix in origins), path)
+    where = f"{origin}: " if origin is not None else ""
+    if first["type"] == "extra_forbidden":
+        if key in RENAMED:
+            return f"{where}the setting {key!r} is called {RENAMED[key]!r} now; write that"
+        section: type[Section] = kind
+        for part in first["loc"][:-1]:
+            section = section if isinstance(part, int) else _section(section.model_fields[part].annotation) or section
+        near = difflib.get_close_matches(names[-1], section.model_fields, n=1)
+        hint = f"; did you mean {near[0]!r}?" if near else f"; known here: {', '.join(section.model_fields)}"
+        return f"{where}unknown setting {key!r}{hint}"
+    value = "" if isinstance(first["input"], dict) else f" = {first['input']!r}"
+    return f"{where}{key}{value}: {first['msg']}"
+
+
+def _section(annotation: Any) -> type[Section] | None:
+    """The section that a field holds: itself, or one of several; None where it holds none."""
+    if isinstance(annotation, type) and issubclass(annotation, Section):
+        return annotation
+    return next(filter(None, map(_section, get_args(annotation))), None)
