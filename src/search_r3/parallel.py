@@ -186,6 +186,23 @@ def make_communicator() -> Communicator:
     return SingleProcess()
 
 
+def is_of_a_collective(error: RuntimeError) -> bool:
+    """Whether processes could not reach each other, rather than this one having failed by itself."""
+    import torch.distributed as dist
+
+    return isinstance(error, dist.DistError) or "gloo" in str(error)
+
+
+def name_the_missing(communicator: Communicator) -> None:
+    """After an error of a collective: meet, so that whoever does not come is named.
+
+    Raises:
+        RunError: a process did not come.
+    """
+    if communicator.world_size > 1:
+        communicator.barrier(NAMING)
+
+
 def divide(lengths: Sequence[int], world_size: int) -> list[list[int]]:
     """Deal items to ranks so that the ranks' sums of `lengths` are nearly equal: longest first, to and fro.
 

@@ -13,11 +13,9 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-import torch.distributed as dist
-
 from ..errors import ModelError, RewardError, RunError, StoppedError, VectorIndexError
 from ..files import write_json
-from ..parallel import NAMING, Communicator
+from ..parallel import is_of_a_collective, name_the_missing
 from .engine import deepspeed_plugin
 from .run import Run, TrainingState, agree
 
@@ -57,8 +55,8 @@ class Guard:
             if any(self.state.communicator.all_gather(self._stop)):
                 raise StoppedError(f"stopped by SIGTERM; {self.stage} is complete: what follows goes on with --resume")
         except RuntimeError as error:
-            if _is_of_a_collective(error):
-                name_the_lost(self.state.communicator)
+            if is_of_a_collective(error):
+                name_the_missing(self.state.communicator)
             raise
         except (ModelError, RewardError, VectorIndexError) as error:
             if not _are_finite(self.state.policy):
@@ -144,18 +142,3 @@ def _are_finite(policy: Any) -> bool:
     """Whether this process's part of the weights holds numbers only."""
     own = (getattr(parameter, "to_local", lambda held=parameter: held)() for parameter in policy.parameters())
     return all(bool(part.isfinite().all()) for part in own)
-
-
-def _is_of_a_collective(error: RuntimeError) -> bool:
-    """Whether processes could not reach each other, rather than this one having failed by itself."""
-    return isinstance(error, dist.DistError) or "gloo" in str(error)
-
-
-def name_the_lost(communicator: Communicator) -> None:
-    """After an error of a collective: meet, so that whoever does not come is named.
-
-    Raises:
-        RunError: a process did not come.
-    """
-    if communicator.world_size > 1:
-        communicator.barrier(NAMING)
