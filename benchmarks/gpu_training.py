@@ -210,7 +210,7 @@ def run_stage(
     found = plan(recipe, stage, gpus=1, documents=documents, lengths=lengths)
     work = Work(Job(recipe, read_shape(recipe.base), stage, 1, "single", documents, lengths))
     steps = passes.steps[1:]
-    spent = [step["seconds"] - step.get("rollout_seconds", 0.0) for step in steps]
+    spent = [step["update_seconds"] for step in steps]
     per_token = work.forward(passes.tokens / passes.sequences)
     flop = [(3 * step["trained"] + step["forward"]) * per_token for step in steps]
     expected = max(sum(parts.values()) for phase, parts in found.phases.items() if phase != "load")
@@ -228,11 +228,7 @@ def run_stage(
         "plan": {phase: parts for phase, parts in found.phases.items() if phase != "load"},
     }
     if stage == "grpo":
-        count = recipe.grpo.queries_per_step * recipe.grpo.group_size
-        decoding = [step["rollout_seconds"] - step["refresh_seconds"] for step in steps]
-        record["decoded_per_second"] = median(
-            count * step["reasoning_tokens"] / t for step, t in zip(steps, decoding, strict=True)
-        )
+        record["decoded_per_second"] = median(step["decoded_tokens_per_second"] for step in steps)
         record |= {name: median(step[name] for step in steps) for name in ("reasoning_tokens", "forced_share")}
         record["refresh_tokens_per_second"] = median(s["tokens_encoded"] / s["refresh_seconds"] for s in steps)
     if peak:

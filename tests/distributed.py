@@ -17,7 +17,7 @@ STAGES = {
     "sft": [
         "sft.steps=2", "sft.batch_size=7", "sft.splits={train: 1.0}", "sft.reasoning_styles={chain: 1.0}",
         "sft.random_negatives=2", "sft.matryoshka_dimensions=[8, 16]",
-        "sft.evaluate_every=1", "sft.keep=best",
+        "sft.kl_weight=1.0", "sft.evaluate_every=1", "sft.keep=best",
     ],
     "grpo": [
         "grpo.steps=2", "grpo.queries_per_step=5", "grpo.group_size=3", "grpo.splits=[train]",

@@ -33,22 +33,16 @@ class DevSettings(Section):
 
     evaluate_every: int = Field(0, ge=0, description="Steps between evaluations on `evaluation.dev_split`; 0: none.")
     keep: Literal["last", "best"] = Field(
-        "last",
-        description="The model that the stage leaves: of the last step, or of the evaluation with the best nDCG@10 in "
-        "reason mode.",
+        "last", description="Model left: the last, or the best on dev in reason mode."
     )
-    patience: int | None = Field(
-        None,
-        ge=1,
-        description="Evaluations without a better one after which the stage stops; null: it never does.",
-    )
+    patience: int | None = Field(None, ge=1, description="Evaluations without a better one that stop it; null: never.")
 
     @model_validator(mode="after")
     def _need_evaluations(self) -> DevSettings:
         if self.evaluate_every == 0 and (self.keep == "best" or self.patience is not None):
             raise ValueError(
-                f"keep={self.keep}, patience={self.patience} with evaluate_every=0: nothing would say which model is "
-                "the best; set evaluate_every"
+                f"keep={self.keep}, patience={self.patience}, evaluate_every=0: nothing says what is best; raise "
+                "evaluate_every"
             )
         return self
 
@@ -61,9 +55,7 @@ class SFTSettings(DevSettings):
     learning_rate: float = Field(1.5e-3, gt=0, description="Peak rate; linear warm-up, cosine to 0.")
     warmup_steps: int = Field(20, ge=0, description="Steps of linear warm-up.")
     max_grad_norm: float = Field(1.0, gt=0, description="Gradients are clipped to this norm.")
-    weight_decay: float = Field(
-        0.01, ge=0, description="AdamW's decoupled weight decay; norms, biases and token tables are not decayed."
-    )
+    weight_decay: float = Field(0.01, ge=0, description="AdamW's, of matrices; not of norms, biases, token tables.")
     splits: dict[str, float] = Field({"facts": 0.5, "sft": 0.5}, description="Share of each batch drawn from a split.")
     batching: Literal["mixed", "homogeneous"] = Field(
         "mixed",
@@ -94,7 +86,7 @@ class SFTSettings(DevSettings):
         "BM25 finds when training starts.",
     )
     cross_entropy_weight: float = Field(1.0, ge=0, description="Weight of L_SFT.")
-    kl_weight: float = Field(1.0, ge=0, description="Weight of L_KL to the frozen base, over the vocabulary.")
+    kl_weight: float = Field(0.0, ge=0, description="Weight of L_KL to the base; above 0 it costs a second model.")
     info_nce_weight: float = Field(1.0, ge=0, description="Weight of L_InfoNCE.")
     triplet_weight: float = Field(1.0, ge=0, description="Weight of L_TripletMargin.")
     contrastive_temperature: float = Field(0.05, gt=0, description="tau of InfoNCE.")
@@ -209,7 +201,7 @@ class GRPOSettings(DevSettings):
     learning_rate: float = Field(3e-4, gt=0, description="Peak rate; linear warm-up, cosine to 0.")
     warmup_steps: int = Field(5, ge=0, description="Steps of linear warm-up.")
     max_grad_norm: float = Field(1.0, gt=0, description="Gradients are clipped to this norm.")
-    weight_decay: float = Field(0.0, ge=0, description="AdamW's decoupled weight decay, as in stage 1.")
+    weight_decay: float = Field(0.0, ge=0, description="AdamW's, as in stage 1.")
     splits: tuple[str, ...] = Field(("rl",), min_length=1, description="Splits whose queries are rolled out.")
     sampling_temperature: float = Field(1.0, gt=0, description="Temperature of rollouts; log-probabilities use it too.")
     clip_epsilon: float = Field(0.2, gt=0, lt=1, description="PPO clip range of the probability ratio.")
@@ -261,9 +253,7 @@ class Recipe(Section):
     )
     max_length: int = Field(128, ge=8, description="Longest prompt in tokens; longer texts lose their end, counted.")
     max_new_tokens: int = Field(64, ge=1, description="Reasoning budget in tokens, the embed token included.")
-    dtype: Literal["float32", "bfloat16"] = Field(
-        "float32", description="Precision of the weights; bfloat16 is for frozen ones, under adapters."
-    )
+    dtype: Literal["float32", "bfloat16"] = Field("float32", description="Of the weights; bfloat16: under adapters.")
     mixed_precision: Literal["no", "bf16"] = Field(
         "no", description="bf16: compute in bfloat16 while weights and optimizer stay as `dtype` says."
     )

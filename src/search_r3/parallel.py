@@ -85,13 +85,13 @@ class ProcessGroup:
     def barrier(self, patience: timedelta | None = None) -> None:
         """Wait for the others, on the CPU and outside every collective."""
         if self.rank == 0:
-            lost = self._call_roll(patience or self.patience)
+            missing = self._call_roll(patience or self.patience)
         else:
-            lost = self._answer(patience or self.patience)
-        if lost:
+            missing = self._answer(patience or self.patience)
+        if missing:
             raise RunError(
-                f"rank {self.rank} of {self.world_size} lost another process: rank {lost} did not come; look at that "
-                "process's own error, then start again with --resume"
+                f"rank {self.rank} of {self.world_size} lost another process: rank {missing} did not come; look at "
+                "that process's own error, then start again with --resume"
             )
 
     def all_gather(self, value: Any) -> list[Any]:
@@ -132,26 +132,26 @@ class ProcessGroup:
         import torch.distributed as dist
 
         deadline = time.monotonic() + patience.total_seconds()
-        heard: dict[int, Any] = {}
-        lost = []
+        receipts: dict[int, Any] = {}
+        missing = []
         tokens = torch.zeros(self.world_size, 1)
         for rank in range(1, self.world_size):
             with contextlib.suppress(RuntimeError):  # its connection is closed
-                heard[rank] = dist.irecv(tokens[rank], group_src=rank, group=self._group)
+                receipts[rank] = dist.irecv(tokens[rank], group_src=rank, group=self._group)
         for rank in range(1, self.world_size):
             try:
-                heard[rank].wait(timedelta(seconds=max(0.001, deadline - time.monotonic())))
+                receipts[rank].wait(timedelta(seconds=max(0.001, deadline - time.monotonic())))
             except (KeyError, RuntimeError):
-                lost.append(rank)
-        named = ", ".join(map(str, lost))
-        if named:
-            dist.distributed_c10d._get_default_store().set(_LOST, named)
-        for rank in set(range(1, self.world_size)) - set(lost):
+                missing.append(rank)
+        ranks = ", ".join(map(str, missing))
+        if ranks:
+            dist.distributed_c10d._get_default_store().set(_LOST, ranks)
+        for rank in set(range(1, self.world_size)) - set(missing):
             with contextlib.suppress(RuntimeError):  # died since, or gloo has closed all connections as one was late
-                dist.send(torch.tensor([float(bool(lost))]), group_dst=rank, group=self._group)
-        if named:
+                dist.send(torch.tensor([float(bool(missing))]), group_dst=rank, group=self._group)
+        if ranks:
             time.sleep(LINGER.total_seconds())
-        return named
+        return ranks
 
     def _answer(self, patience: timedelta) -> str:
         """Every other process reports to the first one; returns the ranks that are lost."""
@@ -160,10 +160,10 @@ class ProcessGroup:
 
         with contextlib.suppress(RuntimeError):
             dist.send(torch.ones(1), group_dst=0, group=self._group)
-            said = torch.ones(1)
-            waiting: Any = dist.irecv(said, group_src=0, group=self._group)
+            answer = torch.ones(1)
+            waiting: Any = dist.irecv(answer, group_src=0, group=self._group)
             waiting.wait(patience + NAMING)
-            if not said.item():
+            if not answer.item():
                 return ""
         with contextlib.suppress(RuntimeError):  # nobody answers where the first process has died with the store
             store = dist.distributed_c10d._get_default_store()
@@ -184,6 +184,23 @@ def make_communicator() -> Communicator:
     if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
         return ProcessGroup()
     return SingleProcess()
+
+
+def is_of_a_collective(error: RuntimeError) -> bool:
+    """Whether processes could not reach each other, rather than this one having failed by itself."""
+    import torch.distributed as dist
+
+    return isinstance(error, dist.DistError) or "gloo" in str(error)
+
+
+def name_the_missing(communicator: Communicator) -> None:
+    """After an error of a collective: meet, so that whoever does not come is named.
+
+    Raises:
+        RunError: a process did not come.
+    """
+    if communicator.world_size > 1:
+        communicator.barrier(NAMING)
 
 
 def divide(lengths: Sequence[int], world_size: int) -> list[list[int]]:
@@ -213,8 +230,8 @@ def encode_sharded(
     own = shares[communicator.rank]
     vectors = encode(own) if own else np.empty((0, 0), np.float32)
     dimension = max(communicator.all_gather(vectors.shape[1]))
-    gathered = communicator.all_gather_rows(vectors.reshape(len(own), dimension), [len(share) for share in shares])
+    parts = communicator.all_gather_rows(vectors.reshape(len(own), dimension), [len(share) for share in shares])
     result = np.empty((sum(map(len, shares)), dimension), np.float32)
-    for share, rows in zip(shares, gathered, strict=True):
+    for share, rows in zip(shares, parts, strict=True):
         result[list(share)] = rows
     return result

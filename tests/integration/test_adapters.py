@@ -23,6 +23,7 @@ from tests.conftest import save_tiny
 SETTINGS = [
     "max_length=120", "max_new_tokens=16", "lora.rank=8", "lora.alpha=16", "sft.steps=150", "sft.batch_size=4",
     "sft.learning_rate=2e-2", "sft.splits={train: 1.0}", "sft.reasoning_styles={restate: 1.0}", "save_every=100",
+    "sft.kl_weight=1.0",
     "grpo.steps=4", "grpo.queries_per_step=4", "grpo.group_size=4", "grpo.splits=[train]", "grpo.evaluate_every=4",
     "grpo.kl_coefficient=0.1", "grpo.sampling_temperature=0.5", "grpo.learning_rate=5e-4",
 ]  # fmt: skip

@@ -79,7 +79,7 @@ class Job:
         return Precision.of(self.recipe, self.strategy)
 
     @property
-    def trained(self) -> int:
+    def trainable(self) -> int:
         """Weights that learn."""
         return self.shape.adapters(self.recipe.lora) if self.recipe.lora.rank else self.shape.total
 
@@ -92,7 +92,7 @@ class Job:
     def counts(self) -> dict[str, int]:
         """Adapters, all weights, and those that learn."""
         adapters = self.shape.adapters(self.recipe.lora)
-        return {"adapters": adapters, "total": self.shape.total + adapters, "trained": self.trained}
+        return {"adapters": adapters, "total": self.shape.total + adapters, "trained": self.trainable}
 
     def check(self) -> None:
         """Refuse what the trainings refuse."""
@@ -107,51 +107,51 @@ class Job:
 
     def phases(self) -> dict[str, dict[str, int]]:
         """Bytes per GPU by phase and part."""
-        held = self.held()
-        learning = held | self.gradients()
-        found = {"load": self.loading()}
+        resident = self.resident()
+        learning = resident | self.gradients()
+        phases = {"load": self.loading()}
         if self.stage == "grpo":
-            whole = held | self.sampling_copy()
-            found["rollouts"] = whole | self.rollouts()
+            whole = resident | self.sampling_copy()
+            phases["rollouts"] = whole | self.rollouts()
             encoding = memory.encoding_memory(self.shape, ENCODING_TOKENS, self.sampling_bytes)
-            found["documents"] = whole | {"activations": encoding}
-        found["train"] = learning | self.training()
+            phases["documents"] = whole | {"activations": encoding}
+        phases["train"] = learning | self.training()
         # The foreach kernels of AdamW hold the roots of all second moments at once.
-        update = self.trained * self.precision.trained // (1 if self.strategy in ("single", "ddp") else self.gpus)
-        found["optimizer"] = held | {"gradients": self.own_gradients(), "update": update}
-        return {name: {part: size for part, size in parts.items() if size} for name, parts in found.items()}
+        update = self.trainable * self.precision.trainable // (1 if self.strategy in ("single", "ddp") else self.gpus)
+        phases["optimizer"] = resident | {"gradients": self.own_gradients(), "update": update}
+        return {name: {part: size for part, size in parts.items() if size} for name, parts in phases.items()}
 
-    def held(self) -> dict[str, int]:
+    def resident(self) -> dict[str, int]:
         """What stays on a GPU from the first step to the last."""
         precision, total, gpus = self.precision, self.shape.total, self.gpus
         frozen = total if self.recipe.lora.rank else 0
         adapters = self.shape.adapters(self.recipe.lora)
-        moments = OPTIMIZER_MOMENTS * self.trained * precision.trained
+        moments = OPTIMIZER_MOMENTS * self.trainable * precision.trainable
         weights = total * precision.weights + adapters * FULL
-        buckets = self.trained * precision.trained if self.strategy == "ddp" else 0
+        buckets = self.trainable * precision.trainable if self.strategy == "ddp" else 0
         if self.strategy == "fsdp2":
             weights, moments = weights // gpus, moments // gpus
         elif self.strategy in ("zero2", "zero3"):
             compute = precision.compute
-            master = self.trained * FULL if compute == HALF else 0
+            master = self.trainable * FULL if compute == HALF else 0
             weights, moments = (total + adapters) * compute, (moments + master) // gpus
             weights //= gpus if self.strategy == "zero3" else 1
-            buckets = 2 * HALF * min(memory.ZERO_BUCKET, self.trained)
-        base = 0
+            buckets = 2 * HALF * min(memory.ZERO_BUCKET, self.trainable)
+        reference = 0
         if self.has_reference and not frozen:
-            base = total * (HALF if self.recipe.mixed_precision == "bf16" else precision.weights)
-        return {"weights": weights, "frozen base": base, "optimizer": moments, "buckets": buckets}
+            reference = total * (HALF if self.recipe.mixed_precision == "bf16" else precision.weights)
+        return {"weights": weights, "reference": reference, "optimizer": moments, "buckets": buckets}
 
     def own_gradients(self) -> int:
         """Gradients when all processes' are summed."""
-        size = self.trained * self.precision.trained
+        size = self.trainable * self.precision.trainable
         match self.strategy:
             case "fsdp2":
                 return size // self.gpus
             case "zero2":
-                return self.precision.compute * self.trained + FULL * self.trained // self.gpus
+                return self.precision.compute * self.trainable + FULL * self.trainable // self.gpus
             case "zero3":
-                return (self.precision.compute + HALF) * self.trained // self.gpus
+                return (self.precision.compute + HALF) * self.trainable // self.gpus
             case _:
                 return size
 
@@ -165,12 +165,12 @@ class Job:
             units = compute * (tables + 2 * self.shape.block)
             # Each pass gives its gradients to the shards, summed in float32; until then those of two blocks and the
             # tables are whole.
-            flying = FULL * min(tables + 2 * self.shape.block, self.trained)
+            flying = FULL * min(tables + 2 * self.shape.block, self.trainable)
             return {"whole weights": units, "gradients": own + flying + compute * tied}
         if self.strategy == "zero3":
             live = compute * min(memory.ZERO_LIVE, self.shape.total)
             return {"whole weights": live, "gradients": own + compute * tied}
-        size = compute if self.strategy == "zero2" else self.precision.trained
+        size = compute if self.strategy == "zero2" else self.precision.trainable
         return {"gradients": own + size * tied}
 
     @property
@@ -203,19 +203,19 @@ class Job:
         prompt = lengths.template + lengths.longest_query
         reasoned, document = prompt + lengths.longest_reasoning, lengths.template + lengths.longest_document
         rows, columns = 2 * self.recipe.sft.batch_size, self.batch_documents
-        compared = FULL * self.shape.hidden * 3 * (rows + columns)
+        similarities = FULL * self.shape.hidden * 3 * (rows + columns)
         if size is None:
             queries = self.own_queries
             passes = [Pass(queries, prompt + DIRECT_REPLY), Pass(queries, reasoned), Pass(self.own_documents, document)]
             parts = self._pass(passes, queries * (lengths.longest_reasoning + DIRECT_REPLY), queries * prompt)
-            return parts | {"contrastive": compared + 6 * FULL * rows * columns}
+            return parts | {"contrastive": similarities + 6 * FULL * rows * columns}
         queries = min(size, 2 * self.own_queries)
-        found = [
+        candidates = [
             self._pass([Pass(queries, reasoned)], queries * lengths.longest_reasoning, queries * prompt),
             self._pass([Pass(min(size, self.own_documents), document)], 0, 0),
         ]
-        largest = max(found, key=lambda parts: sum(parts.values()))
-        return largest | {"contrastive": compared + 6 * FULL * min(rows, 256) * columns}
+        largest = max(candidates, key=lambda parts: sum(parts.values()))
+        return largest | {"contrastive": similarities + 6 * FULL * min(rows, 256) * columns}
 
     def _pass(self, passes: list[Pass], replies: int, prompts: int) -> dict[str, int]:
         """Parts of a stage-1 pass: `replies` and `prompts` are positions with logits."""
@@ -224,20 +224,20 @@ class Job:
         # What the forward pass gave lives until the backward pass has ended.
         return self._activations(passes, logits, FULL * self.shape.vocabulary * (replies + 2 * prompts))
 
-    def _activations(self, passes: list[Pass], logits: int, held: int) -> dict[str, int]:
+    def _activations(self, passes: list[Pass], logits: int, resident: int) -> dict[str, int]:
         """Activations of passes that are held together, at the peak: either the losses or a block's backward pass.
 
         Args:
             passes: of the step's graph.
             logits: bytes of logits while the losses are computed.
-            held: of these, during the backward pass through the blocks.
+            resident: of these, during the backward pass through the blocks.
         """
         shape, precision, lora = self.shape, self.precision, self.recipe.lora
         checkpointing = self.recipe.gradient_checkpointing
         kept = sum(memory.kept_activations(shape, size, precision, lora, checkpointing) for size in passes)
         work = max(memory.backward_work(shape, size, precision, lora, checkpointing) for size in passes)
         casts = memory.cast_weights(shape, precision, lora, checkpointing)
-        moments = [{"logits": logits}, {"logits": held, "block": work}]
+        moments = [{"logits": logits}, {"logits": resident, "block": work}]
         if checkpointing:
             moments.append({"casts": casts})  # they end with the forward pass
         largest = max(moments, key=lambda parts: sum(parts.values()))
@@ -278,16 +278,16 @@ class Job:
     def loading(self) -> dict[str, int]:
         """Every process loads the model whole, and copies it for the KL, before it is sharded."""
         stored = self.shape.total * (FULL if self.recipe.dtype == "float32" else HALF)
-        held = self.held()
-        copied = stored if held["frozen base"] else 0
-        shards = held["weights"] if self.strategy in ("fsdp2", "zero3") else 0
-        return {"weights": stored, "frozen base": max(copied, held["frozen base"]), "shards": shards}
+        resident = self.resident()
+        copy = stored if resident["reference"] else 0
+        shards = resident["weights"] if self.strategy in ("fsdp2", "zero3") else 0
+        return {"weights": stored, "reference": max(copy, resident["reference"]), "shards": shards}
 
     def host(self) -> dict[str, int]:
         """Memory of the machine."""
         stored = self.shape.total * (FULL if self.recipe.dtype == "float32" else HALF)
-        found = {"loading": self.gpus * stored}
+        parts = {"loading": self.gpus * stored}
         if self.stage == "grpo":
             graph = 8 * self.recipe.grpo.refresh.neighbours if self.recipe.grpo.refresh.policy == "selective" else 0
-            found["index"] = self.gpus * self.documents * (FULL * self.shape.hidden + 8 + graph)
-        return found
+            parts["index"] = self.gpus * self.documents * (FULL * self.shape.hidden + 8 + graph)
+        return parts

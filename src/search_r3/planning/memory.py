@@ -35,7 +35,7 @@ class Precision:
 
     Attributes:
         weights: of a base weight as it is stored.
-        trained: of a weight that learns, and of each of its moments in AdamW.
+        trainable: of a weight that learns, and of each of its moments in AdamW.
         compute: `c`.
         residual: `r`.
         casts: whether every linear layer casts its own input and weight (autocast over float32 weights).
@@ -44,7 +44,7 @@ class Precision:
     """
 
     weights: int
-    trained: int
+    trainable: int
     compute: int
     residual: int
     casts: bool
@@ -58,13 +58,15 @@ class Precision:
         One process and DDP run autocast. FSDP2 and DeepSpeed compute with bfloat16 weights instead, and keep float32
         ones of what learns; peft keeps its adapters in float32.
         """
-        stored, adapted = FULL if recipe.dtype == "float32" else HALF, recipe.lora.rank > 0
+        storage, has_adapters = FULL if recipe.dtype == "float32" else HALF, recipe.lora.rank > 0
         if recipe.mixed_precision == "no":
-            return cls(stored, FULL if adapted else stored, stored, stored, False, FULL, copies=stored != FULL)
+            return cls(
+                storage, FULL if has_adapters else storage, storage, storage, False, FULL, copies=storage != FULL
+            )
         if strategy in ("single", "ddp"):
-            trained = FULL if adapted else stored
-            return cls(stored, trained, HALF, stored, stored == FULL, HALF, copies=True)
-        return cls(stored if adapted else FULL, FULL, HALF, HALF, False, HALF, copies=False)
+            trainable = FULL if has_adapters else storage
+            return cls(storage, trainable, HALF, storage, storage == FULL, HALF, copies=True)
+        return cls(storage if has_adapters else FULL, FULL, HALF, HALF, False, HALF, copies=False)
 
 
 @dataclass(frozen=True)
@@ -74,12 +76,12 @@ class Pass:
     Attributes:
         sequences: `b`.
         length: `T`.
-        padded: whether attention takes a mask, and keys and values by query head; training gives none.
+        with_mask: whether attention takes a mask, and keys and values by query head; training gives none.
     """
 
     sequences: int
     length: int
-    padded: bool = False
+    with_mask: bool = False
 
     @property
     def tokens(self) -> int:
@@ -97,12 +99,12 @@ def block_activations(shape: ModelShape, size: Pass, precision: Precision, lora:
     """
     c, learns, hidden = precision.compute, lora.rank == 0, shape.hidden
     # A single head of keys is not copied for the others but read again.
-    grouped = shape.query_width if size.padded and shape.key_heads > 1 else shape.key_width
+    grouped = shape.query_width if size.with_mask and shape.key_heads > 1 else shape.key_width
     norms = 2 * (FULL * hidden + FULL + (precision.residual * hidden if learns else 0))
     if shape.head_norms:
         width = shape.query_width + shape.key_width
         norms += FULL * width + FULL * (shape.heads + shape.key_heads) + (c * width if learns else 0)
-    attention = 2 * c * (shape.query_width + grouped) + FULL * shape.heads + (c * size.length if size.padded else 0)
+    attention = 2 * c * (shape.query_width + grouped) + FULL * shape.heads + (c * size.length if size.with_mask else 0)
     return size.tokens * (norms + attention + 3 * c * shape.intermediate + _linear_inputs(shape, precision, lora))
 
 
@@ -134,7 +136,7 @@ def kept_activations(
     block = r * size.tokens * shape.hidden if checkpointing else block_activations(shape, size, precision, lora)
     final = FULL * shape.hidden + FULL + (r * shape.hidden if lora.rank == 0 else 0)
     output = r * shape.hidden
-    shared = 2 * r * shape.head_size + 3 * 8 + (size.length if size.padded else 0)
+    shared = 2 * r * shape.head_size + 3 * 8 + (size.length if size.with_mask else 0)
     return shape.layers * block + size.tokens * (final + output + shared)
 
 

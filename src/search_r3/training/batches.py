@@ -33,7 +33,7 @@ class Batch:
         excluded: `B x M`, True where a document is no negative of the query: another positive, one with the text of a
             positive, or one that its rankings leave out.
         owners: `R`, the query of each vector.
-        swapped: queries whose trace is another's, so that it is not supervised.
+        swaps: queries whose trace is another's, so that it is not supervised.
     """
 
     examples: list[TrainingExample]
@@ -43,7 +43,7 @@ class Batch:
     negatives: Tensor
     excluded: Tensor
     owners: list[int]
-    swapped: frozenset[int] = frozenset()
+    swaps: frozenset[int] = frozenset()
 
     def names(self) -> dict[str, list[str]]:
         """The ids of its queries and documents."""
@@ -51,7 +51,7 @@ class Batch:
 
 
 @dataclass(frozen=True)
-class Item:
+class TrainingSequence:
     """One sequence: a query's prompt and completion, or a document's prompt.
 
     Attributes:
@@ -59,36 +59,36 @@ class Item:
         embed_position: where the embed token stands, whose hidden state is the vector.
         place: the row of its vector, among the `R` of the queries or among the `M` of the documents.
         prompt_length: tokens before the supervised completion; all tokens where nothing is supervised.
-        compared: whether the KL to the base is measured on its prompt.
+        in_kl: whether the KL to the base is measured on its prompt.
     """
 
     ids: list[int]
     embed_position: int
     place: int
     prompt_length: int
-    compared: bool = False
+    in_kl: bool = False
 
 
 @dataclass(frozen=True)
-class Share:
-    """The sequences of a batch that one process computes; of `reasoned`, `cut` have lost the end of their trace."""
+class LocalBatch:
+    """The sequences of a batch that one process computes; of `reason`, `cut` have lost the end of their trace."""
 
-    direct: list[Item]
-    reasoned: list[Item]
-    documents: list[Item]
+    direct: list[TrainingSequence]
+    reason: list[TrainingSequence]
+    documents: list[TrainingSequence]
     cut: int = 0
 
     def counts(self) -> dict[str, int]:
         """Supervised tokens (`cross_entropy`), those of the KL (`kl_to_base`), all; and cut traces."""
-        queries = [*self.direct, *self.reasoned]
+        queries = [*self.direct, *self.reason]
         return {
-            "cross_entropy": sum(len(item.ids) - item.prompt_length for item in queries),
-            "kl_to_base": sum(item.prompt_length - 1 for item in queries if item.compared),
-            "tokens": sum(len(item.ids) for item in (*queries, *self.documents)),
+            "cross_entropy": sum(len(sequence.ids) - sequence.prompt_length for sequence in queries),
+            "kl_to_base": sum(sequence.prompt_length - 1 for sequence in queries if sequence.in_kl),
+            "tokens": sum(len(sequence.ids) for sequence in (*queries, *self.documents)),
             "traces_cut": self.cut,
         }
 
-    def chunks(self, size: int | None) -> tuple[list[list[Item]], list[list[Item]]]:
+    def chunks(self, size: int | None) -> tuple[list[list[TrainingSequence]], list[list[TrainingSequence]]]:
         """Queries and documents in groups that are computed together.
 
         Args:
@@ -96,23 +96,23 @@ class Share:
                 documents into one group each.
         """
         if size is None:
-            return [items for items in (self.direct, self.reasoned) if items], [self.documents]
+            return [sequences for sequences in (self.direct, self.reason) if sequences], [self.documents]
         kinds = []
-        for items in ([*self.direct, *self.reasoned], self.documents):
-            ordered = sorted(items, key=lambda item: len(item.ids))
+        for sequences in ([*self.direct, *self.reason], self.documents):
+            ordered = sorted(sequences, key=lambda sequence: len(sequence.ids))
             kinds.append([ordered[start : start + size] for start in range(0, len(ordered), size)])
         return kinds[0], kinds[1]
 
 
 @dataclass(frozen=True)
-class Chunk:
-    """Padded tensors of some items.
+class MicroBatch:
+    """Padded tensors of some sequences.
 
     Attributes:
         ids: `b x T`.
         mask: `b x T`.
         embed: `b`, position of the embed token.
-        places: `b`, see `Item.place`.
+        places: `b`, see `TrainingSequence.place`.
         replies: `b x T`, True where the next token is supervised.
         targets: the supervised tokens, in the order of `replies`.
         prompts: `b x T`, True where the KL is measured.
@@ -155,7 +155,7 @@ def make_batch(
     distinct = list(dict.fromkeys([*positives, *(doc_id for ids in negatives for doc_id in ids)]))
     columns = {doc_id: column for column, doc_id in enumerate(distinct)}
     reasoned = [row for row, trace in enumerate(traces) if trace or settings.untraced == "embed"]
-    swapped = swap_traces(traces, reasoned, settings.swapped_traces, rng)
+    swaps = swap_traces(traces, reasoned, settings.swapped_traces, rng)
     return Batch(
         examples,
         traces,
@@ -164,7 +164,7 @@ def make_batch(
         torch.tensor([[columns[doc_id] for doc_id in ids] for ids in negatives], dtype=torch.long),
         find_false_negatives(examples, positives, columns, collection),
         [*range(len(examples)), *reasoned],
-        swapped,
+        swaps,
     )
 
 
@@ -191,7 +191,7 @@ def tokenise(
     rows: Sequence[int],
     columns: Sequence[int],
     max_new_tokens: int,
-) -> Share:
+) -> LocalBatch:
     """The sequences of some of a batch's queries (`rows`) and documents (`columns`).
 
     A trace that does not fit into `max_new_tokens`, the embed token included, loses its end: no reply will be longer.
@@ -202,40 +202,40 @@ def tokenise(
     completion = encoder.direct_completion()
     for row, encoded in zip(rows, encoder.encode_batch(texts, "direct"), strict=True):
         prompt = encoded.ids[: -completion.embed_position - 1]
-        direct.append(Item(prompt + completion.ids, len(encoded.ids) - 1, row, len(prompt)))
-    thought = [row for row in rows if row in place_of]
-    texts = [batch.examples[row].query.text for row in thought]
-    for row, encoded in zip(thought, encoder.encode_batch(texts, "reason"), strict=True):
+        direct.append(TrainingSequence(prompt + completion.ids, len(encoded.ids) - 1, row, len(prompt)))
+    reason_rows = [row for row in rows if row in place_of]
+    texts = [batch.examples[row].query.text for row in reason_rows]
+    for row, encoded in zip(reason_rows, encoder.encode_batch(texts, "reason"), strict=True):
         prompt, completion = encoded.ids, encoder.reason_completion(batch.traces[row])
         length = min(completion.embed_position, max_new_tokens - 1)
         cut += length < completion.embed_position
         ids, position = prompt + completion.ids[:length], len(prompt) + length
         ids += completion.ids[completion.embed_position :]
-        supervised_from = len(ids) if row in batch.swapped else len(prompt)
+        supervised_from = len(ids) if row in batch.swaps else len(prompt)
         # Direct and reasoned prompts hold the same queries; one of them is enough for the KL.
-        reasoned.append(Item(ids, position, place_of[row], supervised_from, compared=row not in batch.swapped))
+        reasoned.append(TrainingSequence(ids, position, place_of[row], supervised_from, in_kl=row not in batch.swaps))
     texts = [collection.documents[batch.doc_ids[column]].full_text for column in columns]
     documents = [
-        Item(encoded.ids, len(encoded.ids) - 1, column, len(encoded.ids))
+        TrainingSequence(encoded.ids, len(encoded.ids) - 1, column, len(encoded.ids))
         for column, encoded in zip(columns, encoder.encode_batch(texts, "document"), strict=True)
     ]
-    return Share(direct, reasoned, documents, cut)
+    return LocalBatch(direct, reasoned, documents, cut)
 
 
-def collate(items: Sequence[Item], pad_id: int, device: torch.device) -> Chunk:
-    """Pad items on the right."""
-    ids, mask = pad([item.ids for item in items], pad_id, device)
-    lengths = torch.tensor([item.prompt_length for item in items], device=device)
-    compared = torch.tensor([item.compared for item in items], device=device)
+def collate(sequences: Sequence[TrainingSequence], pad_id: int, device: torch.device) -> MicroBatch:
+    """Pad sequences on the right."""
+    ids, mask = pad([sequence.ids for sequence in sequences], pad_id, device)
+    lengths = torch.tensor([sequence.prompt_length for sequence in sequences], device=device)
+    in_kl = torch.tensor([sequence.in_kl for sequence in sequences], device=device)
     positions = torch.arange(ids.shape[1], device=device)
     # The hidden state at position t predicts the token at t + 1.
     replies = (positions >= lengths[:, None] - 1) & (positions < mask.sum(-1, keepdim=True) - 1)
-    return Chunk(
+    return MicroBatch(
         ids,
         mask,
-        torch.tensor([item.embed_position for item in items], device=device),
-        torch.tensor([item.place for item in items], device=device),
+        torch.tensor([sequence.embed_position for sequence in sequences], device=device),
+        torch.tensor([sequence.place for sequence in sequences], device=device),
         replies,
         torch.roll(ids, -1, dims=1)[replies],
-        (positions < lengths[:, None] - 1) & compared[:, None],
+        (positions < lengths[:, None] - 1) & in_kl[:, None],
     )

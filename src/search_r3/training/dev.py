@@ -164,7 +164,7 @@ class Evaluations:
             agree(self.engine.communicator, folder, lambda: self._save(folder / "model", folder / "adapter"))
             needed = {self._best_until(limit) for limit in (*self.run.checkpoint_steps(self.stage), step)}
             self._remove(lambda other: other not in needed)
-        if self.stopped:
+        if self.stopped and self.run.first:
             logger.warning(
                 "%s stops after step %d: %s was %.4f at step %d, and no better in %d evaluations since",
                 self.stage, step, DECIDING, self.scores[self.best_step], self.best_step, self.settings.patience,

@@ -182,11 +182,11 @@ def make_engine(model: SearchR3, recipe: Recipe, settings: SFTSettings | GRPOSet
     set_seed(recipe.seed)  # before the adapters are drawn
     backbone = model.backbone
     needs_reference = (settings.kl_weight if isinstance(settings, SFTSettings) else settings.kl_coefficient) > 0
-    frozen = None
+    copy = None
     if recipe.lora.rank:
         add_adapters(backbone, recipe.lora)
     elif needs_reference:
-        frozen = backbone.frozen_copy("bfloat16" if recipe.mixed_precision == "bf16" else None)
+        copy = backbone.frozen_copy("bfloat16" if recipe.mixed_precision == "bf16" else None)
     if recipe.gradient_checkpointing:
         _recompute_activations(backbone)
     _check_precision(recipe)
@@ -216,7 +216,7 @@ def make_engine(model: SearchR3, recipe: Recipe, settings: SFTSettings | GRPOSet
         optimizer, lambda step: warmup_cosine(step, settings.warmup_steps, steps)
     )
     policy, optimizer, scheduler = accelerator.prepare(policy, optimizer, scheduler)
-    reference = make_reference(policy, Policy(frozen) if frozen else None) if needs_reference else None
+    reference = make_reference(policy, Policy(copy) if copy else None) if needs_reference else None
     start_trackers(accelerator, recipe, "sft" if isinstance(settings, SFTSettings) else "grpo")
     return Engine(accelerator, policy, optimizer, scheduler, make_communicator(), reference, recipe.lora.rank > 0)
 
@@ -226,9 +226,7 @@ def _parameter_groups(policy: Policy, learning_rate: float, embed_row_rate: floa
 
     The row, of the token table too, learns at a multiple of the rate.
     """
-    tables = {
-        id(table.weight) for table in policy.modules() if isinstance(table, torch.nn.Embedding)
-    }  # and a tied output layer
+    tables = {id(one.weight) for one in policy.modules() if isinstance(one, torch.nn.Embedding)}
     groups: list[dict[str, Any]] = [
         {"params": []},
         {"params": [], "weight_decay": 0.0},
@@ -236,8 +234,8 @@ def _parameter_groups(policy: Policy, learning_rate: float, embed_row_rate: floa
     ]
     for name, parameter in policy.named_parameters():
         if parameter.requires_grad:
-            undecayed = parameter.ndim < 2 or id(parameter) in tables
-            groups[2 if "trainable_tokens" in name else int(undecayed)]["params"].append(parameter)
+            without_decay = parameter.ndim < 2 or id(parameter) in tables
+            groups[2 if "trainable_tokens" in name else int(without_decay)]["params"].append(parameter)
     return [group for group in groups if group["params"]]
 
 
@@ -253,11 +251,11 @@ def _check_precision(recipe: Recipe) -> None:
     with extra("train"):
         from accelerate.state import AcceleratorState
 
-    begun = AcceleratorState().mixed_precision if AcceleratorState._shared_state else recipe.mixed_precision
-    if begun != recipe.mixed_precision:
+    current = AcceleratorState().mixed_precision if AcceleratorState._shared_state else recipe.mixed_precision
+    if current != recipe.mixed_precision:
         raise ConfigError(
-            f"mixed_precision={recipe.mixed_precision}, but this process has begun with {begun}, and accelerate keeps "
-            "one for good: train in a process of its own"
+            f"mixed_precision={recipe.mixed_precision}, but this process has begun with {current}, and accelerate "
+            "keeps one for good: train in a process of its own"
         )
 
 

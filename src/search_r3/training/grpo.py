@@ -79,7 +79,7 @@ def train_grpo(recipe: Recipe, run: Run, base: Path, observe: Observer = silent)
     engine = make_engine(model, recipe, settings)
     guard = Guard(run, stage, engine)
     with closing(engine), guard.watching():
-        done, checkpoint = run.restore(stage, engine)
+        start_step, checkpoint = run.restore(stage, engine)
         with engine.full_params():
             environment = RetrievalEnvironment(
                 *(collection, qrels, model, settings.refresh, settings.reward),
@@ -90,12 +90,12 @@ def train_grpo(recipe: Recipe, run: Run, base: Path, observe: Observer = silent)
                 state=None if checkpoint is None else checkpoint / "environment",
             )
         guard.save_extra = lambda folder: environment.save(folder / "environment")
-        evaluations = Evaluations(run, stage, recipe, engine, model, done)
-        if done == 0 and dev is not None:
+        evaluations = Evaluations(run, stage, recipe, engine, model, start_step)
+        if start_step == 0 and dev is not None:
             values = dev.evaluate(model, engine, environment.exact_index)
             run.log(stage, 0, values)
             evaluations.add(0, values)
-        for step in range(done, settings.steps):
+        for step in range(start_step, settings.steps):
             if evaluations.stopped:
                 break
             started = time.perf_counter()
@@ -225,8 +225,8 @@ def _micro_loss(
     policy = losses.chosen_logprobs(logits, tokens_chosen, temperature)
     reference_logprobs = None
     if engine.reference is not None:
-        frozen = engine.reference(batch.ids, batch.mask, batch.sampled)
-        reference_logprobs = losses.chosen_logprobs(frozen, tokens_chosen, temperature)
+        reference_logits = engine.reference(batch.ids, batch.mask, batch.sampled)
+        reference_logprobs = losses.chosen_logprobs(reference_logits, tokens_chosen, temperature)
     sampler = batch.sampler_logprobs[places]
     advantages = experience.advantages[list(rows)].to(policy.device)[places[0]]
     grpo = losses.grpo_loss(

@@ -13,13 +13,11 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-import torch.distributed as dist
-
 from ..errors import ModelError, RewardError, RunError, StoppedError, VectorIndexError
 from ..files import write_json
-from ..parallel import NAMING, Communicator
+from ..parallel import is_of_a_collective, name_the_missing
 from .engine import deepspeed_plugin
-from .run import Run, Trained, agree
+from .run import Run, TrainingState, agree
 
 TOGETHER_S = 10.0
 """Seconds in which a second SIGTERM counts as the first: scheduler and launcher may both signal a process."""
@@ -36,10 +34,10 @@ class Guard:
     """
 
     def __init__(
-        self, run: Run, stage: str, trained: Trained, save_extra: Callable[[Path], None] = lambda folder: None
+        self, run: Run, stage: str, state: TrainingState, save_extra: Callable[[Path], None] = lambda folder: None
     ) -> None:
-        self.run, self.stage, self.trained, self.save_extra = run, stage, trained, save_extra
-        self._asked, self._asked_at = False, 0.0
+        self.run, self.stage, self.state, self.save_extra = run, stage, state, save_extra
+        self._stop, self._stop_at = False, 0.0
         self._moved = -1  # the last step that has changed the weights
 
     @contextmanager
@@ -51,30 +49,30 @@ class Guard:
             StoppedError: SIGTERM came after the last step; the stage is complete.
         """
         main = threading.current_thread() is threading.main_thread()
-        before = signal.signal(signal.SIGTERM, self._ask) if main else None
+        before = signal.signal(signal.SIGTERM, self._on_signal) if main else None
         try:
             yield self
-            if any(self.trained.communicator.all_gather(self._asked)):
+            if any(self.state.communicator.all_gather(self._stop)):
                 raise StoppedError(f"stopped by SIGTERM; {self.stage} is complete: what follows goes on with --resume")
         except RuntimeError as error:
-            if _is_of_a_collective(error):
-                name_the_lost(self.trained.communicator)
+            if is_of_a_collective(error):
+                name_the_missing(self.state.communicator)
             raise
         except (ModelError, RewardError, VectorIndexError) as error:
-            if not _are_finite(self.trained.policy):
-                raise self._spoilt(f"{error}") from error
+            if not _are_finite(self.state.policy):
+                raise self._not_finite_error(f"{error}") from error
             raise
         finally:
             if main:
                 signal.signal(signal.SIGTERM, before)
 
-    def _ask(self, number: int, frame: FrameType | None) -> None:
+    def _on_signal(self, number: int, frame: FrameType | None) -> None:
         now = time.monotonic()
-        if self._asked and now - self._asked_at > TOGETHER_S:
+        if self._stop and now - self._stop_at > TOGETHER_S:
             signal.signal(signal.SIGTERM, signal.SIG_DFL)
             os.kill(os.getpid(), signal.SIGTERM)
-        if not self._asked:
-            self._asked, self._asked_at = True, now
+        if not self._stop:
+            self._stop, self._stop_at = True, now
 
     def after(self, step: int) -> None:
         """What is due after a step: a checkpoint every `save_every` steps, and the end that SIGTERM asked for.
@@ -83,20 +81,20 @@ class Guard:
             RunError: the checkpoint cannot be written, or the weights are no numbers: they are not saved.
             StoppedError: SIGTERM came; all is saved.
         """
-        communicator = self.trained.communicator
-        asked = any(communicator.all_gather(self._asked))
-        if asked or step % self.run.recipe.save_every == 0:
-            if not all(communicator.all_gather(_are_finite(self.trained.policy))):
-                raise self._spoilt("they are not saved")
+        communicator = self.state.communicator
+        stop = any(communicator.all_gather(self._stop))
+        if stop or step % self.run.recipe.save_every == 0:
+            if not all(communicator.all_gather(_are_finite(self.state.policy))):
+                raise self._not_finite_error("they are not saved")
             self.save(step)
-        if asked:
+        if stop:
             raise StoppedError(
                 f"stopped by SIGTERM after step {step} of {self.stage}; all is saved: go on with --resume"
             )
 
     def save(self, step: int) -> None:
         """Write a checkpoint of the weights after `step`."""
-        self.run.save_checkpoint(self.stage, step, self.trained, self.save_extra)
+        self.run.save_checkpoint(self.stage, step, self.state, self.save_extra)
 
     def check(self, values: Mapping[str, float], step: int, batch: Mapping[str, Any]) -> None:
         """Refuse to go on from values that are no numbers; the weights before `step` are saved, if they are numbers.
@@ -109,31 +107,31 @@ class Guard:
         Raises:
             RunError: a value is NaN or infinite; step, batch and what to do are named.
         """
-        communicator, path = self.trained.communicator, self.run.folder / "failed-batch.json"
-        found = communicator.all_gather({name: value for name, value in values.items() if not math.isfinite(value)})
-        wrong = {name: value for own in found for name, value in own.items()}
-        if not wrong:
+        communicator, path = self.state.communicator, self.run.folder / "failed-batch.json"
+        faults = communicator.all_gather({name: value for name, value in values.items() if not math.isfinite(value)})
+        nans = {name: value for own in faults for name, value in own.items()}
+        if not nans:
             self._moved = step
             return
         everyone = communicator.all_gather(dict(batch))
         whole = {name: list(dict.fromkeys(item for own in everyone for item in own[name])) for name in batch}
-        failed = {"stage": self.stage, "step": step, "not_finite": list(wrong), **whole}
-        agree(communicator, path, lambda: write_json(path, failed) if self.run.first else None)
-        if not all(communicator.all_gather(_are_finite(self.trained.policy))):
-            left = "the weights before that step hold NaN or infinity already, and are not saved again"
-        elif self._moved == step or deepspeed_plugin(self.trained.accelerator) is not None:  # it steps in backward
-            left = "the step had changed the weights already: they stand in the checkpoint before it"
+        record = {"stage": self.stage, "step": step, "not_finite": list(nans), **whole}
+        agree(communicator, path, lambda: write_json(path, record) if self.run.first else None)
+        if not all(communicator.all_gather(_are_finite(self.state.policy))):
+            remedy = "the weights before that step hold NaN or infinity already, and are not saved again"
+        elif self._moved == step or deepspeed_plugin(self.state.accelerator) is not None:  # it steps in backward
+            remedy = "the step had changed the weights already: they stand in the checkpoint before it"
         else:
             self.save(step - 1)
-            left = "the weights before that step are saved"
-        queries, (name, value) = whole["query_ids"], next(iter(wrong.items()))
+            remedy = "the weights before that step are saved"
+        queries, (name, value) = whole["query_ids"], next(iter(nans.items()))
         raise RunError(
             f"{name} is {value} at step {step} of {self.stage}, in the batch of the queries "
-            f"{', '.join(queries[:3])}{', ...' if len(queries) > 3 else ''} (all in {path}); {left}: look at the "
+            f"{', '.join(queries[:3])}{', ...' if len(queries) > 3 else ''} (all in {path}); {remedy}: look at the "
             f"batch, or start anew in another run_dir, lowering {self.stage}.learning_rate"
         )
 
-    def _spoilt(self, reason: str) -> RunError:
+    def _not_finite_error(self, reason: str) -> RunError:
         return RunError(
             f"the weights hold NaN or infinity after step {self._moved} of {self.stage} ({reason}); the checkpoints "
             f"are those of steps before: start anew in another run_dir, lowering {self.stage}.learning_rate"
@@ -144,18 +142,3 @@ def _are_finite(policy: Any) -> bool:
     """Whether this process's part of the weights holds numbers only."""
     own = (getattr(parameter, "to_local", lambda held=parameter: held)() for parameter in policy.parameters())
     return all(bool(part.isfinite().all()) for part in own)
-
-
-def _is_of_a_collective(error: RuntimeError) -> bool:
-    """Whether processes could not reach each other, rather than this one having failed by itself."""
-    return isinstance(error, dist.DistError) or "gloo" in str(error)
-
-
-def name_the_lost(communicator: Communicator) -> None:
-    """After an error of a collective: meet, so that whoever does not come is named.
-
-    Raises:
-        RunError: a process did not come.
-    """
-    if communicator.world_size > 1:
-        communicator.barrier(NAMING)

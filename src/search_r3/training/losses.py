@@ -25,14 +25,14 @@ def cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
     return functional.cross_entropy(logits, targets)
 
 
-def kl_to_base(logits: Tensor, base_logits: Tensor) -> Tensor:
+def kl_to_base(logits: Tensor, reference_logits: Tensor) -> Tensor:
     """`L_KL`: mean over positions of `KL(base || tuned)` in nats, both logits `S x V`.
 
     This direction makes the tuned model keep every continuation that the base considers likely.
     """
-    base = torch.log_softmax(base_logits, dim=-1)
-    tuned = torch.log_softmax(logits, dim=-1)
-    return (base.exp() * (base - tuned)).sum(-1).mean()
+    reference = torch.log_softmax(reference_logits, dim=-1)
+    policy = torch.log_softmax(logits, dim=-1)
+    return (reference.exp() * (reference - policy)).sum(-1).mean()
 
 
 def info_nce(

@@ -57,9 +57,9 @@ class Policy(torch.nn.Module):
         """
         with contextlib.nullcontext() if adapters else self.model.disable_adapter():
             hidden = self.backbone.hidden_states(ids, mask if self.needs_mask else None)
-            logits = [self.backbone.logits(hidden[chosen]) for chosen in places[:1]]
+            logits = [self.backbone.logits(hidden[place]) for place in places[:1]]
             vectors = None if embed is None else vectors_at(hidden, embed)
-            logits += [self.backbone.logits(hidden[chosen]) for chosen in places[1:]]
+            logits += [self.backbone.logits(hidden[place]) for place in places[1:]]
         return vectors, logits
 
     def tie_weights(self) -> None:
@@ -67,13 +67,13 @@ class Policy(torch.nn.Module):
         self.backbone.causal_lm.tie_weights()
 
 
-def make_reference(policy: Any, frozen: Policy | None) -> Reference:
+def make_reference(policy: Any, copy: Policy | None) -> Reference:
     """The reference of a KL term: a frozen copy, or, where adapters learn, the policy without them."""
 
     @torch.no_grad()
     def reference(ids: Tensor, mask: Tensor, places: Tensor) -> Tensor:
         _, [logits] = (
-            policy(ids, mask, places=[places], adapters=False) if frozen is None else frozen(ids, mask, places=[places])
+            policy(ids, mask, places=[places], adapters=False) if copy is None else copy(ids, mask, places=[places])
         )
         return torch.as_tensor(logits)
 

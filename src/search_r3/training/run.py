@@ -52,7 +52,7 @@ def silent(stage: str, step: int, steps: int, values: dict[str, float]) -> None:
     """The observer that shows nothing."""
 
 
-class Trained(Protocol):
+class TrainingState(Protocol):
     """What a checkpoint holds; `Engine` is one."""
 
     accelerator: Any
@@ -153,7 +153,7 @@ class Run:
         return [row for row in read_log(self.metrics_path) if row["stage"] == stage]
 
     def save_checkpoint(
-        self, stage: str, step: int, trained: Trained, save_extra: Callable[[Path], None] = lambda folder: None
+        self, stage: str, step: int, state: TrainingState, save_extra: Callable[[Path], None] = lambda folder: None
     ) -> None:
         """Write weights, optimizer, schedule, random states and what `save_extra` adds; keep the newest two.
 
@@ -163,13 +163,13 @@ class Run:
             RunError: it could not be written; the checkpoints before it are as they were.
         """
         target = self.checkpoints_path(stage) / f"step-{step:06d}"
-        if trained.communicator.all_gather(self.first and target.exists() and find_damage(target, MANIFEST) is None)[0]:
+        if state.communicator.all_gather(self.first and target.exists() and find_damage(target, MANIFEST) is None)[0]:
             return
         scratch = target.with_name(f".{target.name}.partial")
         try:
-            agree(trained.communicator, target, lambda: self._begin(scratch))
-            agree(trained.communicator, target, lambda: trained.accelerator.save_state(str(scratch)))
-            agree(trained.communicator, target, lambda: self._complete(scratch, target, stage, step, save_extra))
+            agree(state.communicator, target, lambda: self._begin(scratch))
+            agree(state.communicator, target, lambda: state.accelerator.save_state(str(scratch)))
+            agree(state.communicator, target, lambda: self._complete(scratch, target, stage, step, save_extra))
         except RunError:
             if self.first:
                 shutil.rmtree(scratch, ignore_errors=True)
@@ -177,8 +177,8 @@ class Run:
 
     def _begin(self, scratch: Path) -> None:
         if self.first:
-            for left in scratch.parent.glob(".step-*"):  # by a process that was killed while it saved
-                shutil.rmtree(left)
+            for leftover in scratch.parent.glob(".step-*"):  # by a process that was killed while it saved
+                shutil.rmtree(leftover)
             scratch.mkdir(parents=True)
 
     def _complete(self, scratch: Path, target: Path, stage: str, step: int, save_extra: Callable[[Path], None]) -> None:
@@ -203,15 +203,15 @@ class Run:
         path = self.folder / stage / "begun-from.json"
         revision, source = backbone.revision, backbone.source
         if path.exists() and self._saved(stage):
-            begun = json.loads(path.read_text(encoding="utf-8"))
-            if begun["revision"] != revision:
+            origin = json.loads(path.read_text(encoding="utf-8"))
+            if origin["revision"] != revision:
                 raise ConfigError(
                     f"cannot resume: the stage {stage!r} learns from {source} now, but it began from another model "
-                    f"({begun['source']}, see {path}); give that one, or set run_dir=ANOTHER"
+                    f"({origin['source']}, see {path}); give that one, or set run_dir=ANOTHER"
                 )
         write_json(path, {"revision": revision, "source": source})
 
-    def restore(self, stage: str, trained: Trained) -> tuple[int, Path | None]:
+    def restore(self, stage: str, state: TrainingState) -> tuple[int, Path | None]:
         """Load the newest whole checkpoint of a stage; lines logged after it are dropped.
 
         A checkpoint whose files are not those that were written is passed over, with a warning, for the one before it.
@@ -225,13 +225,13 @@ class Run:
         """
         if self.first:
             self._remove_leftovers(stage)
-        checkpoint = trained.communicator.all_gather(self._newest_whole(stage) if self.first else None)[0]
+        checkpoint = state.communicator.all_gather(self._newest_whole(stage) if self.first else None)[0]
         step = 0 if checkpoint is None else int(checkpoint.name.removeprefix("step-"))
         if checkpoint is not None:
             # With adapters only what learns was saved; the rest is in the model that they were put into.
-            partial = self.recipe.lora.rank > 0 and deepspeed_plugin(trained.accelerator) is None  # it saves all
+            partial = self.recipe.lora.rank > 0 and deepspeed_plugin(state.accelerator) is None  # it saves all
             try:
-                trained.accelerator.load_state(str(checkpoint), **({"strict": False} if partial else {}))
+                state.accelerator.load_state(str(checkpoint), **({"strict": False} if partial else {}))
             except (ValueError, RuntimeError, KeyError) as error:  # as torch says that a state does not fit
                 raise RunError(
                     f"{checkpoint} does not fit this training ({str(error).splitlines()[0]}): another version of "
@@ -240,43 +240,43 @@ class Run:
         if self.first:
             for path in (self.metrics_path, self.rollouts_path):
                 if path.exists():
-                    kept = [row for row in read_log(path) if row["stage"] != stage or (step and row["step"] <= step)]
+                    rows = [row for row in read_log(path) if row["stage"] != stage or (step and row["step"] <= step)]
                     with _explained(path):
-                        write_text(path, "".join(map(jsonl_line, kept)))
+                        write_text(path, "".join(map(jsonl_line, rows)))
         return step, checkpoint
 
     def _remove_leftovers(self, stage: str) -> None:
         """What killed processes had begun to write: a run directory belongs to one run, so nobody else is at it."""
         for target in (self.model_path(stage), self.adapter_path(stage), self.metrics_path, self.rollouts_path):
             remove_leftovers(target)
-        for left in self.checkpoints_path(stage).glob(".step-*"):
-            shutil.rmtree(left)
+        for leftover in self.checkpoints_path(stage).glob(".step-*"):
+            shutil.rmtree(leftover)
 
     def _newest_whole(self, stage: str) -> Path | None:
-        saved = self._saved(stage)
-        broken: list[str] = []
-        for checkpoint in reversed(saved):
+        checkpoints = self._saved(stage)
+        damages: list[str] = []
+        for checkpoint in reversed(checkpoints):
             fault = find_damage(checkpoint, MANIFEST)
             if fault is None:
-                if broken:
-                    logger.warning("broken: %s; the checkpoint before, %s, is used", ", ".join(broken), checkpoint)
+                if damages:
+                    logger.warning("broken: %s; the checkpoint before, %s, is used", ", ".join(damages), checkpoint)
                 return checkpoint
-            broken.append(f"the checkpoint {checkpoint} ({fault})")
-        if saved:
+            damages.append(f"the checkpoint {checkpoint} ({fault})")
+        if checkpoints:
             raise RunError(
-                f"every checkpoint is broken: {', '.join(broken)}; remove {saved[0].parent} and go on with --resume: "
-                f"the stage {stage!r} then begins anew"
+                f"every checkpoint is broken: {', '.join(damages)}; remove {checkpoints[0].parent} and go on with "
+                f"--resume: the stage {stage!r} then begins anew"
             )
         return None
 
-    def finish(self, stage: str, trained: Trained, save_model: Callable[[Path], None]) -> None:
+    def finish(self, stage: str, state: TrainingState, save_model: Callable[[Path], None]) -> None:
         """Write the stage's model; its checkpoints are then no longer needed. Every process takes part.
 
         Raises:
             RunError: it could not be written; the checkpoints are as they were.
         """
         path = self.model_path(stage)
-        agree(trained.communicator, path, lambda: save_model(path))
+        agree(state.communicator, path, lambda: save_model(path))
         if self.first:
             shutil.rmtree(self.checkpoints_path(stage), ignore_errors=True)
 
@@ -307,11 +307,11 @@ def agree(communicator: Communicator, target: Path, work: Callable[[], None]) ->
         work()
     except Exception as error:  # of whatever library wrote the file: a full disk has many names
         fault = f"{type(error).__name__}: {' '.join(str(error).split())}"
-    failed = [(rank, text) for rank, text in enumerate(communicator.all_gather(fault)) if text]
-    if failed:
+    failures = [(rank, text) for rank, text in enumerate(communicator.all_gather(fault)) if text]
+    if failures:
         raise RunError(
-            f"cannot write {target} (rank {failed[0][0]}: {failed[0][1]}); what was saved before is intact: mend that "
-            "(of a full disk: make room), then go on with --resume"
+            f"cannot write {target} (rank {failures[0][0]}: {failures[0][1]}); what was saved before is intact: mend "
+            "that (of a full disk: make room), then go on with --resume"
         )
 
 
@@ -338,8 +338,8 @@ def _only_leftovers(folder: Path, settings: Path) -> bool:
     return folder.is_dir() and set(folder.iterdir()) <= set(leftovers(settings))
 
 
-def _check_same(saved: Recipe, given: Recipe, path: Path) -> None:
-    old, new = flat_settings(saved.model_dump()), flat_settings(given.model_dump())
+def _check_same(before: Recipe, now: Recipe, path: Path) -> None:
+    old, new = flat_settings(before.model_dump()), flat_settings(now.model_dump())
     for key in new | old:
         if key != "run_dir" and old.get(key) != new.get(key):
             raise ConfigError(

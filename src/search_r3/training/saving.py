@@ -37,10 +37,10 @@ def save_trained(engine: Engine, model: SearchR3, recipe: Recipe, folder: Path, 
 
 def _state(engine: Engine, backbone: Backbone) -> dict[str, Tensor]:
     """The weights by the names that transformers (or peft) gives them; whole in the first process."""
-    found = engine.accelerator.get_state_dict(engine.policy) or {}  # ZeRO-3 gives the other processes None
-    state: dict[str, Tensor] = {name.removeprefix("model."): value for name, value in found.items()}
+    weights = engine.accelerator.get_state_dict(engine.policy) or {}  # ZeRO-3 gives the other processes None
+    state: dict[str, Tensor] = {name.removeprefix("model."): value for name, value in weights.items()}
     if backbone.causal_lm.config.get_text_config().tie_word_embeddings:
         # Shards of tied tables are gathered one by one.
-        tied: dict[str, str] = backbone.causal_lm._tied_weights_keys
-        state |= {name: state[source] for name, source in tied.items() if source in state}
+        ties: dict[str, str] = backbone.causal_lm._tied_weights_keys
+        state |= {name: state[source] for name, source in ties.items() if source in state}
     return state

@@ -33,7 +33,7 @@ from ..model.encoder import SearchR3
 from ..parallel import divide
 from ..retrieval.lexical import BM25
 from . import losses
-from .batches import Batch, Item, Share, collate, make_batch, tokenise
+from .batches import Batch, LocalBatch, TrainingSequence, collate, make_batch, tokenise
 from .dev import DevSplit, Evaluations
 from .engine import Engine, load_model, make_engine, rates
 from .guard import Guard
@@ -60,7 +60,7 @@ def train_sft(recipe: Recipe, run: Run, observe: Observer = silent) -> Path:
     collection = load_collection(recipe.collection)
     doc_ids = list(collection.documents)
     examples = _examples(collection, settings)
-    if not any(example.reasoning for found in examples.values() for example in found):
+    if not any(example.reasoning for of_split in examples.values() for example in of_split):
         logger.warning(
             "no query of %s has a reasoning trace, so the mode reason learns to embed at once; `search-r3 data traces` "
             "has them written",
@@ -74,18 +74,18 @@ def train_sft(recipe: Recipe, run: Run, observe: Observer = silent) -> Path:
     guard = Guard(run, stage, engine)
     draws = Draws(examples, settings, recipe.seed, text_keys(collection), engine.world_size)
 
-    def prepare(step: int) -> tuple[Batch, Share]:
+    def prepare(step: int) -> tuple[Batch, LocalBatch]:
         rng = step_rng(recipe.seed, stage, step)
         batch = make_batch(collection, doc_ids, draws.batch(step, rng), settings, rng)
         return batch, take_share(engine, batch, collection, model)
 
     # The next batch is tokenised while this one is computed.
     with closing(engine), guard.watching(), ThreadPoolExecutor(1) as worker:
-        done, _ = run.restore(stage, engine)
-        evaluations = Evaluations(run, stage, recipe, engine, model, done)
+        start_step, _ = run.restore(stage, engine)
+        evaluations = Evaluations(run, stage, recipe, engine, model, start_step)
         warned = False
-        ahead: Future[tuple[Batch, Share]] | None = None
-        for step in range(done, settings.steps):
+        ahead: Future[tuple[Batch, LocalBatch]] | None = None
+        for step in range(start_step, settings.steps):
             if evaluations.stopped:
                 break
             started = time.perf_counter()
@@ -118,7 +118,7 @@ def train_sft(recipe: Recipe, run: Run, observe: Observer = silent) -> Path:
     return run.model_path(stage)
 
 
-def take_share(engine: Engine, batch: Batch, collection: Collection, model: SearchR3) -> Share:
+def take_share(engine: Engine, batch: Batch, collection: Collection, model: SearchR3) -> LocalBatch:
     """This process's sequences: a run of the queries, and documents of about as many characters as any other's.
 
     Raises:
@@ -133,7 +133,7 @@ def take_share(engine: Engine, batch: Batch, collection: Collection, model: Sear
 
 
 def compute_gradients(
-    engine: Engine, backbone: Backbone, batch: Batch, share: Share, settings: SFTSettings
+    engine: Engine, backbone: Backbone, batch: Batch, share: LocalBatch, settings: SFTSettings
 ) -> dict[str, float]:
     """Leave the gradients of the whole batch in the weights.
 
@@ -149,28 +149,24 @@ def compute_gradients(
     sizes = len(batch.owners), len(batch.doc_ids)
     if settings.micro_batch_size is None:
         with engine.accumulating(last=True):
-            done = [forward(engine, backbone, chunk, settings) for chunk in (*queries, *documents)]
-            parts = token_losses(done, totals)
-            own = [done[: len(queries)], done[len(queries) :]]
-            vectors = [assemble(engine, found, size) for found, size in zip(own, sizes, strict=True)]
+            outputs = [forward(engine, backbone, chunk, settings) for chunk in (*queries, *documents)]
+            parts = token_losses(outputs, totals)
+            own = [outputs[: len(queries)], outputs[len(queries) :]]
+            vectors = [assemble(engine, kind, size) for kind, size in zip(own, sizes, strict=True)]
             contrastive = contrastive_losses(vectors[0], vectors[1], batch, range(sizes[0]), settings)
             engine.backward(total_loss({**parts, **contrastive}, settings))
         sums = engine.total(_numbers(parts)) | _numbers(contrastive)
     else:
         sums = _cached(engine, backbone, batch, (queries, documents), sizes, totals, settings)
-    return {
-        "loss": sum(weight_of(name, settings) * value for name, value in sums.items()),
-        **sums,
-        "tokens": totals["tokens"],
-        "traces_cut": totals["traces_cut"],
-    }
+    loss = sum(weight_of(name, settings) * value for name, value in sums.items())
+    return {"loss": loss, **sums, "tokens": totals["tokens"], "traces_cut": totals["traces_cut"]}
 
 
 def _cached(
     engine: Engine,
     backbone: Backbone,
     batch: Batch,
-    chunks: tuple[list[list[Item]], list[list[Item]]],
+    chunks: tuple[list[list[TrainingSequence]], list[list[TrainingSequence]]],
     sizes: tuple[int, int],
     totals: Mapping[str, float],
     settings: SFTSettings,
@@ -180,8 +176,8 @@ def _cached(
     leaves = []
     for kind, own_chunks, size in zip(padded, chunks, sizes, strict=True):
         with torch.no_grad():
-            done = [forward(engine, backbone, chunk, settings, only_vectors=True) for chunk, _ in kind]
-        leaves.append(assemble(engine, done[: len(own_chunks)], size).requires_grad_())
+            outputs = [forward(engine, backbone, chunk, settings, only_vectors=True) for chunk, _ in kind]
+        leaves.append(assemble(engine, outputs[: len(own_chunks)], size).requires_grad_())
     sums: dict[str, float] = {}
     for start in range(0, sizes[0], ROWS_AT_A_TIME):
         rows = range(start, min(start + ROWS_AT_A_TIME, sizes[0]))
@@ -210,7 +206,7 @@ class Output:
 
     Attributes:
         vectors: `b x D`, search embeddings.
-        places: `b`, see `Item.place`.
+        places: `b`, see `TrainingSequence.place`.
         replies: logits `S x V` at supervised positions and their targets `S`; None where there are none.
         prompts: logits `S x V` of the policy and of its reference on prompts; None where no KL is measured.
         nothing: 0, with a gradient path through the output layer, which DDP expects of every backward pass.
@@ -224,14 +220,19 @@ class Output:
 
 
 def forward(
-    engine: Engine, backbone: Backbone, items: Sequence[Item], settings: SFTSettings, *, only_vectors: bool = False
+    engine: Engine,
+    backbone: Backbone,
+    sequences: Sequence[TrainingSequence],
+    settings: SFTSettings,
+    *,
+    only_vectors: bool = False,
 ) -> Output:
     """Compute one chunk."""
-    chunk = collate(items, backbone.tokenizer.pad_token_id, backbone.device)
+    chunk = collate(sequences, backbone.tokenizer.pad_token_id, backbone.device)
     supervised = bool(chunk.replies.any()) and not only_vectors
     # The policy without its adapters is a collective too: then all processes ask it about every chunk of queries.
-    compared = bool(chunk.prompts.any()) or (engine.adapters and engine.world_size > 1)
-    reference = engine.reference if supervised and compared else None
+    with_kl = bool(chunk.prompts.any()) or (engine.adapters and engine.world_size > 1)
+    reference = engine.reference if supervised and with_kl else None
     places = [chunk.replies] if supervised else []
     if reference is not None:
         places.append(chunk.prompts)
@@ -247,8 +248,8 @@ def forward(
         last = chunk.prompts.any(0).nonzero()
         width = int(last.max()) + 2 if len(last) else chunk.ids.shape[1]
         prompt = (part[:, :width] for part in (chunk.ids, chunk.mask, chunk.prompts))
-        frozen = reference(*prompt)
-        prompts = (logits[-1], frozen) if len(frozen) else None
+        reference_logits = reference(*prompt)
+        prompts = (logits[-1], reference_logits) if len(reference_logits) else None
     return Output(vectors, chunk.places, replies, prompts, nothing)
 
 
@@ -264,8 +265,8 @@ def token_losses(outputs: Sequence[Output], totals: Mapping[str, float]) -> dict
         logits, targets = (_joined(side) for side in zip(*replies, strict=True))
         parts["cross_entropy"] = losses.cross_entropy(logits, targets) * (len(targets) / totals["cross_entropy"])
     if prompts := [output.prompts for output in outputs if output.prompts is not None]:
-        tuned, frozen = (_joined(side) for side in zip(*prompts, strict=True))
-        parts["kl_to_base"] = losses.kl_to_base(tuned, frozen) * (len(tuned) / totals["kl_to_base"])
+        tuned, reference_logits = (_joined(side) for side in zip(*prompts, strict=True))
+        parts["kl_to_base"] = losses.kl_to_base(tuned, reference_logits) * (len(tuned) / totals["kl_to_base"])
     return parts
 
 
@@ -294,7 +295,7 @@ def contrastive_losses(
         rows: a range of the `R` vectors.
         settings: temperature, margin, and the prefixes of the vectors that are trained too (their losses are averaged).
     """
-    chosen = queries[rows.start : rows.stop]  # R x D
+    own = queries[rows.start : rows.stop]  # R x D
     examples = torch.tensor(batch.owners[rows.start : rows.stop])
     device = queries.device
     positives, excluded = batch.positives[examples].to(device), batch.excluded[examples].to(device)
@@ -302,15 +303,13 @@ def contrastive_losses(
     sizes = (*settings.matryoshka_dimensions, queries.shape[1])
     parts: dict[str, Tensor] = {}
     for size in sizes:
-        near, far = (
-            (shorten(chosen, size), shorten(documents, size)) if size < queries.shape[1] else (chosen, documents)
-        )
-        found = {"info_nce": losses.info_nce(near, far, positives, excluded, settings.contrastive_temperature)}
+        near, far = (shorten(own, size), shorten(documents, size)) if size < queries.shape[1] else (own, documents)
+        terms = {"info_nce": losses.info_nce(near, far, positives, excluded, settings.contrastive_temperature)}
         if negatives.shape[1] > 0:
             cosines = near @ far.T  # R x M
-            own = cosines.gather(1, positives[:, None])[:, 0]
-            found["triplet"] = losses.triplet_margin(own, cosines.gather(1, negatives), settings.triplet_margin)
-        for name, value in found.items():
+            nearness = cosines.gather(1, positives[:, None])[:, 0]
+            terms["triplet"] = losses.triplet_margin(nearness, cosines.gather(1, negatives), settings.triplet_margin)
+        for name, value in terms.items():
             parts[name] = parts[name] + value if name in parts else value
     return {name: value / len(sizes) for name, value in parts.items()}
 

@@ -85,7 +85,7 @@ def runner(model: Any, size: Pass, mixed: str) -> Callable[[], Any]:
     """The forward pass to the final norm as `Backbone.hidden_states` runs it."""
     ids = torch.randint(2, 300, (size.sequences, size.length))
     mask = torch.ones_like(ids)
-    if size.padded:
+    if size.with_mask:
         mask[0, size.length - 5 :] = 0
 
     def run() -> Any:
@@ -125,13 +125,13 @@ CASES = [
 
 
 @pytest.mark.filterwarnings("ignore::UserWarning")  # peft's on tied tables
-@pytest.mark.parametrize(("shape", "dtype", "mixed", "rank", "padded"), CASES)
+@pytest.mark.parametrize(("shape", "dtype", "mixed", "rank", "with_mask"), CASES)
 def test_what_autograd_saves_is_what_the_formula_says(
-    shape: ModelShape, dtype: str, mixed: str, rank: int, padded: bool
+    shape: ModelShape, dtype: str, mixed: str, rank: int, with_mask: bool
 ) -> None:
     # As a copy, since trainings refuse whole weights in bfloat16.
     recipe = Recipe().model_copy(update={"dtype": dtype, "mixed_precision": mixed, "lora": LoRASettings(rank=rank)})
-    precision, size = Precision.of(recipe, "single"), Pass(8, 40, padded)
+    precision, size = Precision.of(recipe, "single"), Pass(8, 40, with_mask)
     whole, model = adapted(build(shape, dtype), recipe.lora)
     run = runner(model, size, mixed)
     measured = saved(whole, run)
@@ -202,7 +202,7 @@ def shape_at(model: SearchR3) -> ModelShape:
 def trained(job: Job) -> int:
     """Bytes of a pass over what is there before and after it."""
     parts = job.training()
-    tied = job.shape.table * job.precision.trained if job.recipe.lora.rank == 0 else 0
+    tied = job.shape.table * job.precision.trainable if job.recipe.lora.rank == 0 else 0
     return sum(parts.values()) + tied
 
 
@@ -218,10 +218,10 @@ def stage_1(
     examples = training_examples(collection, "train")[: recipe.sft.batch_size]
     batch = make_batch(collection, list(collection.documents), examples, recipe.sft, random.Random(0))
     share = sft.take_share(engine, batch, collection, model)
-    prompt = max(item.prompt_length for item in share.reasoned)
+    prompt = max(item.prompt_length for item in share.reason)
     lengths = Lengths(
         longest_query=prompt,
-        longest_reasoning=max(len(item.ids) - item.prompt_length for item in share.reasoned),
+        longest_reasoning=max(len(item.ids) - item.prompt_length for item in share.reason),
         longest_document=max(len(item.ids) for item in share.documents),
         template=0,
     )
@@ -233,11 +233,11 @@ def stage_1(
 @pytest.mark.parametrize(
     "settings",
     [
-        {"sft": {"micro_batch_size": 6}},
+        {"sft": {"micro_batch_size": 6, "kl_weight": 1.0}},
         {"sft": {"micro_batch_size": None, "kl_weight": 0.0}},
-        {"sft": {"micro_batch_size": 6}, "mixed_precision": "bf16"},
+        {"sft": {"micro_batch_size": 6, "kl_weight": 1.0}, "mixed_precision": "bf16"},
         {"sft": {"micro_batch_size": 6, "kl_weight": 0.0}, "gradient_checkpointing": True},
-        {"sft": {"micro_batch_size": 6}, "lora": {"rank": 4}, "dtype": "bfloat16"},
+        {"sft": {"micro_batch_size": 6, "kl_weight": 1.0}, "lora": {"rank": 4}, "dtype": "bfloat16"},
     ],
 )
 def test_a_step_of_stage_1_takes_what_the_plan_says(
@@ -247,14 +247,14 @@ def test_a_step_of_stage_1_takes_what_the_plan_says(
     step()  # gradients are there from now on
     measured = allocated(step)[0]
     assert measured == pytest.approx(trained(job), rel=0.15)
-    held = job.held()
+    resident = job.resident()
     gradients = sum(part.grad.nbytes for part in engine.policy.parameters() if part.grad is not None)
     assert gradients == pytest.approx(job.own_gradients(), rel=0.01)
     engine.step()
     weights = {part.data_ptr(): part.nbytes for part in engine.policy.parameters()}
-    assert sum(weights.values()) == pytest.approx(held["weights"], rel=0.02)
+    assert sum(weights.values()) == pytest.approx(resident["weights"], rel=0.02)
     moments = [value for state in engine.optimizer.state.values() for value in state.values() if value.numel() > 1]
-    assert sum(value.nbytes for value in moments) == pytest.approx(held["optimizer"], rel=0.01)
+    assert sum(value.nbytes for value in moments) == pytest.approx(resident["optimizer"], rel=0.01)
 
 
 @pytest.mark.parametrize("mixed", ["no", "bf16"])

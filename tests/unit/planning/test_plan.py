@@ -14,7 +14,7 @@ from accelerate.commands.config.config_args import ClusterConfig, load_config_fr
 from accelerate.commands.launch import _validate_launch_command, launch_command_parser
 from accelerate.utils.launch import prepare_multi_gpu_env
 
-from search_r3.config import LoRASettings, Recipe, RefreshSettings, load_recipe
+from search_r3.config import LoRASettings, Recipe, RefreshSettings, SFTSettings, load_recipe
 from search_r3.errors import ConfigError, ModelError
 from search_r3.model.backbone import load_backbone
 from search_r3.planning.footprint import Lengths
@@ -26,7 +26,12 @@ from tests.conftest import call
 ROOT = Path(__file__).parents[3]
 RECIPES = sorted((ROOT / "recipes").glob("qwen2.5-*.yaml"))
 LAUNCHES = sorted((ROOT / "recipes" / "accelerate").glob("*.yaml"))
-LARGE = Recipe(base="Qwen/Qwen2.5-1.5B-Instruct", mixed_precision="bf16", gradient_checkpointing=True)
+LARGE = Recipe(
+    base="Qwen/Qwen2.5-1.5B-Instruct",
+    mixed_precision="bf16",
+    gradient_checkpointing=True,
+    sft=SFTSettings(kl_weight=1.0),
+)
 WEIGHTS = 1_543_714_304
 
 
@@ -89,7 +94,7 @@ def test_what_each_strategy_holds_per_weight() -> None:
     assert one["weights"] == pytest.approx(4) and one["optimizer"] == pytest.approx(8)
     tied = QWEN[LARGE.base].table / WEIGHTS
     assert one["gradients"] == pytest.approx(4 + 4 * tied)
-    assert one["frozen base"] == pytest.approx(2), "the KL's base is a bfloat16 copy"
+    assert one["reference"] == pytest.approx(2), "the KL's base is a bfloat16 copy"
     ddp = held("ddp")
     assert ddp["buckets"] == pytest.approx(4) and ddp["weights"] == pytest.approx(4)
     sharded = held("fsdp2")
@@ -104,8 +109,8 @@ def test_what_each_strategy_holds_per_weight() -> None:
 def test_a_base_is_held_for_the_kl_only_and_not_beside_adapters() -> None:
     without = LARGE.model_copy(update={"sft": LARGE.sft.model_copy(update={"kl_weight": 0.0})})
     adapted = LARGE.model_copy(update={"lora": LoRASettings(rank=16)})
-    assert "frozen base" not in held("ddp", recipe=without)
-    assert "frozen base" not in held("ddp", recipe=adapted)
+    assert "reference" not in held("ddp", recipe=without)
+    assert "reference" not in held("ddp", recipe=adapted)
     assert held("ddp", recipe=adapted)["optimizer"] < 0.2
 
 
@@ -130,7 +135,7 @@ def test_the_cache_grows_by_halves_and_its_copy_counts() -> None:
 def test_precision_follows_recipe_and_strategy() -> None:
     assert Precision.of(LARGE, "ddp").casts and not Precision.of(LARGE, "fsdp2").casts
     half = Recipe().model_copy(update={"dtype": "bfloat16"})  # refused by trainings
-    assert (Precision.of(half, "single").weights, Precision.of(half, "single").trained) == (2, 2)
+    assert (Precision.of(half, "single").weights, Precision.of(half, "single").trainable) == (2, 2)
     assert Precision.of(half.model_copy(update={"mixed_precision": "bf16"}), "fsdp2").weights == 4
 
 
@@ -260,9 +265,22 @@ def test_changes_without_which_it_still_fits_are_not_named() -> None:
 
 def test_the_command_shows_the_plan(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     where = ROOT / "recipes" / "qwen2.5-1.5b-sft.yaml"
-    assert call(monkeypatch, "plan", where, "sft.batch_size=512", "--stage", "sft", "--tokens-per-second", "60000") == 0
+    assert (
+        call(
+            monkeypatch,
+            "plan",
+            where,
+            "sft.batch_size=512",
+            "sft.kl_weight=1",
+            "--stage",
+            "sft",
+            "--tokens-per-second",
+            "60000",
+        )
+        == 0
+    )
     shown = capsys.readouterr().out
-    assert "total 1,543.7 M" in shown and "\nfits: " in shown and "frozen base" in shown
+    assert "total 1,543.7 M" in shown and "\nfits: " in shown and "reference" in shown
     assert all(len(line) <= 160 for line in shown.splitlines())
     assert call(monkeypatch, "plan", where, "sft.micro_batch_size=512", "--stage", "sft") == 0
     assert "does not fit" in (shown := capsys.readouterr().out) and "change first: sft.micro_batch_size=" in shown

@@ -79,9 +79,9 @@ def test_a_split_without_relevant_documents_is_refused(collection: Collection) -
     empty = replace(collection, qrels={"dev": {"q00": {"d00": 0}}})
     with pytest.raises(DataError, match=r"no query of split 'dev' in 'small' has a relevant .* evaluate_every=0"):
         DevSplit(empty, EvaluationSettings())
-    with pytest.raises(ConfigError, match="keep=best, patience=None with evaluate_every=0: nothing"):
+    with pytest.raises(ConfigError, match="keep=best, patience=None, evaluate_every=0: nothing"):
         load_recipe(None, ["sft.keep=best"])
-    with pytest.raises(ConfigError, match="keep=last, patience=3 with evaluate_every=0: nothing"):
+    with pytest.raises(ConfigError, match="keep=last, patience=3, evaluate_every=0: nothing"):
         load_recipe(None, ["grpo.patience=3", "grpo.evaluate_every=0"])
 
 

@@ -127,6 +127,6 @@ def test_swapped_traces_are_another_querys_and_known(collection: Collection) -> 
     examples = training_examples(collection, "sft")
     settings = SFTSettings(untraced="direct", swapped_traces=0.999, hard_negatives=0)
     batch = make_batch(collection, list(collection.documents), examples, settings, random.Random(0))
-    assert batch.swapped == {0, 2, 4, 6}
+    assert batch.swaps == {0, 2, 4, 6}
     assert sorted(trace for trace in batch.traces if trace) == [f"trace {i}" for i in range(0, 8, 2)]
-    assert all(batch.traces[row] != f"trace {row}" for row in batch.swapped)
+    assert all(batch.traces[row] != f"trace {row}" for row in batch.swaps)

@@ -9,7 +9,7 @@ import pytest
 import torch
 import transformers
 
-from search_r3.config import LoRASettings, Recipe
+from search_r3.config import LoRASettings, load_recipe
 from search_r3.model.adapters import add_adapters
 from search_r3.model.backbone import Backbone, load_backbone, pad
 from search_r3.model.encoder import SearchR3
@@ -82,7 +82,7 @@ def test_a_model_that_looks_ahead_keeps_its_mask(tmp_path: Path, tokenizer: Any)
 def test_the_reference_of_a_kl_takes_no_mask_either(
     tmp_path: Path, tiny_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    recipe = Recipe(run_dir=str(tmp_path))
+    recipe = load_recipe(None, [f"run_dir={tmp_path}", "sft.kl_weight=1.0"])
     engine = make_engine(SearchR3(tiny_path, device="cpu"), recipe, recipe.sft)
     masks: list[Any] = []
     inner = Backbone.hidden_states

@@ -108,7 +108,7 @@ def test_a_batch_points_at_its_embed_tokens_and_documents(model: SearchR3, colle
     batch = make_batch(collection, list(collection.documents), examples, settings, random.Random(0))
     encoder = model.backbone.prompt_encoder
     share = tokenise(batch, collection, encoder, range(6), range(len(batch.doc_ids)), 60)
-    for row, (example, direct, reasoned) in enumerate(zip(examples, share.direct, share.reasoned, strict=True)):
+    for row, (example, direct, reasoned) in enumerate(zip(examples, share.direct, share.reason, strict=True)):
         for sequence in (direct, reasoned):
             assert sequence.ids[sequence.embed_position] == model.backbone.embed_token_id
         # Up to the embed token the direct sequence is what encode_query feeds: one vector in training and in use.
@@ -119,14 +119,14 @@ def test_a_batch_points_at_its_embed_tokens_and_documents(model: SearchR3, colle
         text = collection.documents[example.positive_ids[0]].full_text
         assert share.documents[batch.positives[row]].ids == encoder.encode(text, "document").ids
         assert batch.positives[row] not in batch.negatives[row]
-    chunk = collate([*share.direct, *share.reasoned], model.backbone.tokenizer.pad_token_id, torch.device("cpu"))
+    chunk = collate([*share.direct, *share.reason], model.backbone.tokenizer.pad_token_id, torch.device("cpu"))
     documents = sum(len(one.ids) for one in share.documents)
     assert share.counts() == {
         "cross_entropy": int(chunk.replies.sum()), "kl_to_base": int(chunk.prompts.sum()),
         "tokens": int(chunk.mask.sum()) + documents, "traces_cut": 0,
     }  # fmt: skip
     assert chunk.targets.tolist() == [
-        token for item in (*share.direct, *share.reasoned) for token in item.ids[item.prompt_length :]
+        token for item in (*share.direct, *share.reason) for token in item.ids[item.prompt_length :]
     ]
     part = tokenise(batch, collection, encoder, range(2, 4), [1], 60)
     assert part.direct == share.direct[2:4]
@@ -143,14 +143,14 @@ def test_a_trace_is_cut_to_the_budget_and_counted(model: SearchR3, collection: C
     assert length > 3
     for budget, kept in ((length + 1, length), (length, length - 1), (3, 2), (1, 0)):
         share = tokenise(batch, collection, encoder, [0], [0], budget)
-        [one] = share.reasoned
+        [one] = share.reason
         assert one.ids[one.prompt_length :] == [*whole.ids[:kept], *whole.ids[length:]]
         assert one.ids[one.embed_position] == model.backbone.embed_token_id
         assert share.counts()["traces_cut"] == (kept < length)
 
 
 def test_each_weight_of_stage_1_reaches_the_total(model: SearchR3, collection: Collection) -> None:
-    settings = SFTSettings(batch_size=4)
+    settings = SFTSettings(batch_size=4, kl_weight=1.0)
     engine = make_engine(model, Recipe(sft=settings), settings)
     with torch.no_grad():
         for parameter in model.backbone.model.parameters():
@@ -165,7 +165,7 @@ def test_each_weight_of_stage_1_reaches_the_total(model: SearchR3, collection: C
 
     whole = values(settings)
     assert whole.pop("traces_cut") == 0
-    assert whole.pop("tokens") == sum(len(one.ids) for one in (*share.direct, *share.reasoned, *share.documents))
+    assert whole.pop("tokens") == sum(len(one.ids) for one in (*share.direct, *share.reason, *share.documents))
     assert list(whole) == ["loss", "cross_entropy", "kl_to_base", "info_nce", "triplet"]
     assert whole["kl_to_base"] > 0, "the tuned model differs from its base"
     assert whole["loss"] == pytest.approx(sum(whole.values()) - whole["loss"], rel=1e-5)
