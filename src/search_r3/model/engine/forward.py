@@ -85,7 +85,7 @@ class CausalAttention:
         query = F.pad(query, (0, 0, self.shared, 0))
         grouped = query.shape[1] != key.shape[1]
         if grouped and query.is_cuda and query.dtype == torch.float32:
-            # CUDA's fast kernels take no grouped heads in float32, and the others are slower than this (docs/results.md).
+            # CUDA's fast kernels take no grouped heads in float32; the slow one is slower than this (docs/results.md).
             key, value = (part.repeat_interleave(query.shape[1] // key.shape[1], dim=1) for part in (key, value))
             grouped = False
         attended = F.scaled_dot_product_attention(query, key, value, is_causal=True, scale=scale, enable_gqa=grouped)
