@@ -263,6 +263,22 @@ def test_a_full_disk_while_the_model_is_written(lab: Lab, disk: Path, stage: str
     lab.check(stage, run_dir)
 
 
+def test_a_full_disk_while_the_best_model_is_written(lab: Lab, disk: Path, tmp_path: Path) -> None:
+    run_dir, whole = disk / "run", tmp_path / "whole"
+    options = ["sft.evaluate_every=2", "sft.keep=best"]
+    place = "search_r3.training.dev:save_trained"
+    statuses, said = lab.run("sft", run_dir, *options, full_at=[str(disk), 100_000, place, 1])
+    assert statuses == [2]
+    assert f"error: cannot write {run_dir}/sft/checkpoints/best-000002" in said and "make room" in said
+    assert [path.name for path in checkpoints("sft", run_dir)] == ["step-000001"]
+    (disk / "filler").unlink()
+    assert lab.run("sft", run_dir, *options, "--resume")[0] == [0]
+    assert lab.run("sft", whole, *options)[0] == [0]
+    assert same_weights(run_dir / "sft" / "model", whole / "sft" / "model")
+    assert timeless(run_dir, "metrics.jsonl") == timeless(whole, "metrics.jsonl")
+    assert names(run_dir) == names(whole), "nothing is left behind"
+
+
 def test_a_full_disk_in_the_middle_of_a_line_of_metrics(lab: Lab, disk: Path) -> None:
     run_dir = disk / "run"
     assert lab.run("sft", run_dir, at_a_call=[0, LOG, 3])[0] == [-9]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import subprocess
 import sys
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -78,6 +79,11 @@ def test_files_and_functions_keep_their_size_budgets() -> None:
                 if length > LOOPS.get(node.name, 60):
                     excess.append(f"{path.name} {node.name}: {length} lines")
     assert not excess
+
+
+def test_no_folder_holds_more_than_one_trade() -> None:
+    counts = Counter(path.parent.relative_to(PACKAGE).as_posix() for path in SOURCES if path.name != "__init__.py")
+    assert {folder: count for folder, count in counts.items() if count > 14} == {}
 
 
 def prints(node: ast.AST) -> bool:

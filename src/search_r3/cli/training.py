@@ -71,8 +71,8 @@ def base(
 
     settings = load_settings(recipe, overrides)
     with console.live() as observe:
-        known = train_base(settings.base_model, out, settings.seed, observe, texts or [])
-    console.say("  ".join(f"{name} {value:.4g}" for name, value in known.items()))
+        recall = train_base(settings.base_model, out, settings.seed, observe, texts or [])
+    console.say("  ".join(f"{name} {value:.4g}" for name, value in recall.items()))
 
 
 @app.command()

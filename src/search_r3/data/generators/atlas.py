@@ -135,7 +135,7 @@ def _invert(facts: dict[str, dict[str, str]], relation: str, inverse: str) -> No
     subjects = defaultdict(list)
     for subject, target in facts[relation].items():
         subjects[target].append(subject)
-    facts[inverse] = {target: found[0] for target, found in subjects.items() if len(found) == 1}
+    facts[inverse] = {target: sources[0] for target, sources in subjects.items() if len(sources) == 1}
 
 
 def split_territories(atlas: Atlas, seed: int) -> dict[str, str]:
@@ -214,8 +214,8 @@ def build_atlas_wide(seed: int = 0) -> Collection:
             "language": locale.languages,
             "script": locale.scripts,
         }
-        for kind, found in names.items():
-            for name_code, name in sorted(found.items()):
+        for kind, name_of in names.items():
+            for name_code, name in sorted(name_of.items()):
                 doc_id = f"{kind}:{name_code}@{code}"
                 documents[doc_id] = Document(doc_id, foreign_document_text(kind, locale.english_name), name)
     return Collection(narrow.name.replace("atlas", "atlas-wide"), documents, narrow.queries, narrow.qrels)

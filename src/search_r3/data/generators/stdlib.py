@@ -67,23 +67,23 @@ def build_stdlib(seed: int = 0) -> Collection:
         DataError: this Python has no readable sources of its standard library.
     """
     root = Path(sysconfig.get_paths()["stdlib"])
-    kept = _drop_doubles(function for module, path in _sources(root) for function in _read(module, path))
-    if not kept:
+    functions = _drop_doubles(function for module, path in _sources(root) for function in _read(module, path))
+    if not functions:
         raise DataError(
             f"no documented Python source under {root}; the collection needs a Python that carries its standard library"
             " as .py files (an embeddable or zipped one does not)"
         )
-    groups = {function.doc_id: _group(function.doc_id) for function in kept}
+    groups = {function.doc_id: _group(function.doc_id) for function in functions}
     # Modules of like size in seeded order, so that another seed gives other splits.
     split_of = divide_groups(Counter(groups.values()), SPLIT_SHARES, seed, size=int.bit_length)
     queries: dict[str, Query] = {}
     qrels: dict[str, Qrels] = {name: {} for name in SPLIT_SHARES}
-    for function in kept:
+    for function in functions:
         # The prefix keeps the ids apart: a document that bears its query's id would be left out of the ranking.
         query_id = f"q:{function.doc_id}"
         queries[query_id] = Query(query_id, function.summary)
         qrels[split_of[groups[function.doc_id]]][query_id] = {function.doc_id: 1}
-    documents = {function.doc_id: Document(function.doc_id, function.code) for function in kept}
+    documents = {function.doc_id: Document(function.doc_id, function.code) for function in functions}
     return Collection(
         "stdlib" if seed == 0 else f"stdlib:{seed}",
         documents,
@@ -94,14 +94,14 @@ def build_stdlib(seed: int = 0) -> Collection:
 
 def _sources(root: Path) -> list[tuple[str, Path]]:
     """Module name and file of every module of the standard library, sorted by name."""
-    found = {}
+    path_of = {}
     for name in sys.stdlib_module_names - LEFT_OUT:
         for path in [root / f"{name}.py", *(root / name).rglob("*.py")]:
             parts = path.relative_to(root).with_suffix("").parts
             parts = parts[:-1] if parts[-1] == "__init__" else parts
             if path.is_file() and LEFT_OUT.isdisjoint(parts):
-                found[".".join(parts)] = path
-    return sorted(found.items())
+                path_of[".".join(parts)] = path
+    return sorted(path_of.items())
 
 
 def _read(module: str, path: Path) -> list[Function]:
@@ -129,9 +129,9 @@ def find_functions(module: str, source: str) -> Iterator[Function]:
             if isinstance(node, ast.ClassDef) and not node.name.startswith("_"):
                 yield from visit(node.body, f"{scope}{node.name}.")
             elif isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
-                found = _function(f"{module}:{scope}{node.name}", node, lines)
-                if found:
-                    yield found
+                function = _function(f"{module}:{scope}{node.name}", node, lines)
+                if function:
+                    yield function
             elif isinstance(node, ast.If | ast.Try):
                 handlers = [part for handler in getattr(node, "handlers", []) for part in handler.body]
                 yield from visit([*node.body, *handlers, *node.orelse], scope)
@@ -211,14 +211,14 @@ def _words(text: str) -> list[str]:
 
 def _drop_doubles(functions: Iterable[Function]) -> list[Function]:
     seen: set[tuple[str, str]] = set()
-    kept = []
+    unique = []
     for function in functions:
         query = " ".join(_words(function.summary))
         keys = {("id", function.doc_id), ("body", function.body_key), ("query", query)}
         if seen.isdisjoint(keys):
-            kept.append(function)
+            unique.append(function)
             seen |= keys
-    return kept
+    return unique
 
 
 def _group(doc_id: str) -> str:

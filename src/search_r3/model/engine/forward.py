@@ -84,6 +84,10 @@ class CausalAttention:
         # The causal kernels want as many queries as keys; those of the shared beginning are made up and thrown away.
         query = F.pad(query, (0, 0, self.shared, 0))
         grouped = query.shape[1] != key.shape[1]
+        if grouped and query.is_cuda and query.dtype == torch.float32:
+            # CUDA's fast kernels take no grouped heads in float32; the slow one is slower than this (docs/results.md).
+            key, value = (part.repeat_interleave(query.shape[1] // key.shape[1], dim=1) for part in (key, value))
+            grouped = False
         attended = F.scaled_dot_product_attention(query, key, value, is_causal=True, scale=scale, enable_gqa=grouped)
         return attended[:, :, self.shared :]
 
