@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 import zipfile
@@ -25,7 +26,10 @@ print(load_recipe(files("search_r3") / "recipes" / "quickstart.yaml").name)
 
 
 def run(*args: object) -> subprocess.CompletedProcess[str]:
-    return subprocess.run([str(arg) for arg in args], capture_output=True, text=True, check=False, timeout=900)
+    """A program that sees no module of this checkout."""
+    clean = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    words = [str(arg) for arg in args]
+    return subprocess.run(words, capture_output=True, text=True, check=False, timeout=900, env=clean)
 
 
 def test_the_command_line_says_its_version(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
