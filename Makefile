@@ -1,14 +1,17 @@
 PYTHON ?= python3.11
 BIN := .venv/bin
 INSTALL := $(BIN)/python -m pip install --quiet --constraint constraints.txt
+# More options of pytest: make test PYTEST=--no-skips
+PYTEST ?=
 
 .PHONY: quickstart test lint types docs wheel
 
 quickstart: .venv/quickstart
 	$(BIN)/search-r3 quickstart --recipe recipes/quickstart.yaml --resume
 
+# A process for every core; a file stays in one, with what its tests share.
 test: .venv/ready
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --dist loadfile $(PYTEST)
 
 lint: .venv/ready
 	$(BIN)/ruff check .
