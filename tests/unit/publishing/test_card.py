@@ -18,6 +18,7 @@ from model_folders import (
     result_of,
 )
 
+from search_r3 import __version__
 from search_r3.errors import DataError, ModelError, RunError, SearchR3Error
 from search_r3.evaluation.table import cell, summary
 from search_r3.files import hash_folder
@@ -115,7 +116,7 @@ def test_a_model_alone_has_a_card_without_any_number_but_its_own_limits(tmp_path
         "32 values of length 1",
         "at most 256 tokens",
         "at most 128 tokens",
-        "0.1.0",
+        __version__,
         hash_folder(alone),
     ):
         assert known in text
