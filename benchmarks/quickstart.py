@@ -6,9 +6,10 @@
 The control answers whether stage 2 is worth more than the labels and the time that it takes. Rows `*/sft-all` are of
 a stage 1 on the labelled queries of both stages' splits, with as many optimizer steps as both stages together and
 batches so much larger that it also takes as many seconds (on a quiet machine; the last table has the ratio). It is a
-generous one: it also sees written reasoning for the queries that stage 2 has to find its own for. Seeds change training only; `--collection atlas:SEED` divides the queries
-otherwise. A training that is complete already is read, not repeated; tests are paired over queries, each query's
-nDCG@10 being its mean over the seeds.
+generous one: it also sees written reasoning for the queries that stage 2 has to find its own for.
+
+Seeds change training only; `--collection atlas:SEED` divides the queries otherwise. A training that is complete already
+is read, not repeated; tests are paired over queries, each query's nDCG@10 being its mean over the seeds.
 """
 
 from __future__ import annotations
@@ -78,7 +79,7 @@ def train_control(folder: Path, overrides: list[str], quick: bool) -> float:
 
 
 def run(seed: int, folder: Path, options: argparse.Namespace) -> dict[str, Any]:
-    """One seed: its report, its results by row, the dev curve of stage 2, and the control's seconds over both stages'."""
+    """One seed: its report, results by row, the dev curve of stage 2, and the control's seconds over both stages'."""
     overrides = [f"seed={seed}", f"collection={options.collection}", *(QUICK if options.quick else [])]
     search_r3("quickstart", "--recipe", RECIPE, "--resume", *overrides, f"run_dir={folder}")
     share = train_control(folder, overrides, options.quick)
