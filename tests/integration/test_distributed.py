@@ -7,6 +7,7 @@ import os
 import socket
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from search_r3.data.collection import Collection
 from tests.distributed import train
 
 TOLERANCE = 1e-5
@@ -126,6 +128,22 @@ def test_two_processes_give_the_gradients_of_one(
         assert all(torch.allclose(saved[key], expected[key], atol=1e-6, rtol=0) for key in expected)
         before, moved = load_file(Path(bases[VARIANTS[name][0]]) / "model.safetensors"), f"{LAYER}.q_proj.weight"
         assert (saved[moved] - before[moved]).abs().max() > 2e-5, "an optimizer that never stepped would pass as well"
+
+
+def test_a_process_whose_queries_have_no_trace_takes_part_in_all_that_the_others_compute(
+    tmp_path: Path, collection: Collection, tiny_path: Path
+) -> None:
+    traced = list(collection.split("train"))[:3]  # of 20, so that most batches of 7 leave one process without
+    bare = {one: query if one in traced else replace(query, metadata={}) for one, query in collection.queries.items()}
+    replace(collection, queries=bare).save(tmp_path / "bare")
+    options = ["sft.untraced=direct", "sft.evaluate_every=0", "sft.keep=last"]
+    variants = {"whole": options, "adapters-whole": [*options, "lora.rank=4"]}
+    trainings = {name: ("sft", str(tiny_path), one) for name, one in variants.items()}
+    launch(tmp_path / "ddp", trainings, tmp_path / "bare")
+    for name, one in variants.items():
+        expected = train("sft", tmp_path / name, str(tiny_path), str(tmp_path / "bare"), one)
+        for rank in range(2):
+            check_same(torch.load(tmp_path / "ddp" / f"{name}-{rank}.pt"), expected)
 
 
 def test_shards_that_compute_in_bfloat16_give_losses_in_float32(

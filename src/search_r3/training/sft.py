@@ -149,13 +149,18 @@ def compute_gradients(
     sizes = len(batch.owners), len(batch.doc_ids)
     if settings.micro_batch_size is None:
         with engine.accumulating(last=True):
-            outputs = [forward(engine, backbone, chunk, settings) for chunk in (*queries, *documents)]
-            parts = token_losses(outputs, totals)
-            own = [outputs[: len(queries)], outputs[len(queries) :]]
+            # A process without a reasoned query computes its direct ones twice.
+            outputs = [forward(engine, backbone, chunk, settings, queries=True) for chunk, _ in engine.padded(queries)]
+            idle = [outputs.pop() for _ in outputs[len(queries) :]]
+            own = [outputs, [forward(engine, backbone, chunk, settings) for chunk in documents]]
+            parts = token_losses([*own[0], *own[1]], totals)
             vectors = [assemble(engine, kind, size) for kind, size in zip(own, sizes, strict=True)]
             contrastive = contrastive_losses(vectors[0], vectors[1], batch, range(sizes[0]), settings)
-            engine.backward(total_loss({**parts, **contrastive}, settings))
-        sums = engine.total(_numbers(parts)) | _numbers(contrastive)
+            whole = total_loss({**parts, **contrastive}, settings)
+            for output in idle:
+                whole = whole + 0.0 * (total_loss(token_losses([output], totals), settings) + output.vectors.sum())
+            engine.backward(whole)
+        sums = engine.total(_no_token_losses(engine) | _numbers(parts)) | _numbers(contrastive)
     else:
         sums = _cached(engine, backbone, batch, (queries, documents), sizes, totals, settings)
     loss = sum(weight_of(name, settings) * value for name, value in sums.items())
@@ -185,11 +190,11 @@ def _cached(
         parts = {name: part * len(rows) / sizes[0] for name, part in parts.items()}
         torch.autograd.backward(total_loss(parts, settings))
         _add(sums, _numbers(parts))
-    work = [(*one, leaf.grad) for kind, leaf in zip(padded, leaves, strict=True) for one in kind]
-    own = {"cross_entropy": 0.0} | ({"kl_to_base": 0.0} if engine.reference is not None else {})
-    for number, (chunk, counts, gradients) in enumerate(work):
+    work = [(*one, kind is padded[0], leaf.grad) for kind, leaf in zip(padded, leaves, strict=True) for one in kind]
+    own = _no_token_losses(engine)
+    for number, (chunk, counts, queries, gradients) in enumerate(work):
         with engine.accumulating(last=number + 1 == len(work)):
-            output = forward(engine, backbone, chunk, settings)
+            output = forward(engine, backbone, chunk, settings, queries=queries)
             parts = token_losses([output], totals)
             assert gradients is not None, "every vector is in a contrastive loss"
             loss = total_loss(parts, settings) + (output.vectors * gradients[output.places]).sum() + output.nothing
@@ -225,14 +230,15 @@ def forward(
     sequences: Sequence[TrainingSequence],
     settings: SFTSettings,
     *,
+    queries: bool = False,
     only_vectors: bool = False,
 ) -> Output:
-    """Compute one chunk."""
+    """Compute one chunk, of queries or of documents."""
     chunk = collate(sequences, backbone.tokenizer.pad_token_id, backbone.device)
     supervised = bool(chunk.replies.any()) and not only_vectors
     # The policy without its adapters is a collective too: then all processes ask it about every chunk of queries.
-    with_kl = bool(chunk.prompts.any()) or (engine.adapters and engine.world_size > 1)
-    reference = engine.reference if supervised and with_kl else None
+    with_kl = bool(chunk.prompts.any()) or (queries and engine.adapters and engine.world_size > 1)
+    reference = engine.reference if with_kl and not only_vectors else None
     places = [chunk.replies] if supervised else []
     if reference is not None:
         places.append(chunk.prompts)
@@ -329,6 +335,11 @@ def total_loss(parts: Mapping[str, Tensor], settings: SFTSettings) -> Tensor:
     if not parts:
         return torch.zeros(())
     return torch.stack([weight_of(name, settings) * part for name, part in parts.items()]).sum()
+
+
+def _no_token_losses(engine: Engine) -> dict[str, float]:
+    """The names that `token_losses` can give; a process may have tokens for some of them only."""
+    return {"cross_entropy": 0.0} | ({"kl_to_base": 0.0} if engine.reference is not None else {})
 
 
 def _numbers(parts: Mapping[str, Tensor]) -> dict[str, float]:
