@@ -261,16 +261,18 @@ def embedding_loss(
 ) -> Tensor:
     """InfoNCE of rollout vectors `B x D` against all vectors of the live index, which get no gradient.
 
-    The positive is the query's best relevant document; its other relevant documents are left out of the sum.
+    The positive is the query's best relevant document; its other relevant documents are left out of the sum, and so is
+    what its rankings leave out.
     """
     index = environment.index
     documents = torch.from_numpy(index.vectors_at(np.arange(len(index)))).to(vectors.device)  # N x D
     excluded = torch.zeros((len(query_ids), len(index)), dtype=torch.bool, device=vectors.device)
     positives = []
     for row, query_id in enumerate(query_ids):
-        columns = [index.row(doc_id) for doc_id in environment.positives(query_id)]
-        best = columns[int((documents[columns] @ vectors[row].detach()).argmax())]
-        excluded[row, [column for column in columns if column != best]] = True
+        rows = environment.query_rows(query_id)
+        best = int(rows.positives[int((documents[rows.positives] @ vectors[row].detach()).argmax())])
+        excluded[row, [*rows.positives, *rows.limits.left_out]] = True
+        excluded[row, best] = False
         positives.append(best)
     return losses.info_nce(
         vectors, documents, torch.tensor(positives, device=vectors.device), excluded, contrastive_temperature

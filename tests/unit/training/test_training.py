@@ -324,6 +324,14 @@ def test_the_embedding_term_pulls_vectors_to_their_documents(model: SearchR3, co
     assert after.item() < before.item()
 
 
+def test_the_embedding_term_does_not_push_from_what_is_never_ranked(model: SearchR3, collection: Collection) -> None:
+    left_out = [doc_id for doc_id in collection.documents if doc_id not in collection.split("train")["q00"]]
+    vectors = torch.nn.functional.normalize(torch.ones(1, 32), dim=-1)
+    whole = grpo.embedding_loss(vectors, world(model, collection, GRPOSettings()), ["q00"], 0.05)
+    limited = replace(collection, excluded={"q00": frozenset(left_out)})
+    assert grpo.embedding_loss(vectors, world(model, limited, GRPOSettings()), ["q00"], 0.05).item() == 0 < whole.item()
+
+
 def test_every_query_is_seen_once_a_pass_in_a_seeded_order() -> None:
     ids = [f"q{i}" for i in range(12)]
     first = [query_id for step in range(3) for query_id in grpo.queries_of_step(ids, 4, 0, step)]
