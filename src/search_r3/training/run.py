@@ -22,6 +22,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Protocol
 
+from torch import OutOfMemoryError
+
 from ..config import Recipe, dump_recipe, load_recipe
 from ..errors import ConfigError, RunError
 from ..files import (
@@ -36,7 +38,7 @@ from ..files import (
 )
 from ..loader import flat_settings
 from ..model.backbone import Backbone
-from ..parallel import Communicator, first_process
+from ..parallel import Communicator, first_process, is_of_a_collective
 from .engine import deepspeed_plugin
 
 logger = logging.getLogger(__name__)
@@ -233,6 +235,10 @@ class Run:
             try:
                 state.accelerator.load_state(str(checkpoint), **({"strict": False} if partial else {}))
             except (ValueError, RuntimeError, KeyError) as error:  # as torch says that a state does not fit
+                if isinstance(error, RuntimeError) and (
+                    is_of_a_collective(error) or isinstance(error, OutOfMemoryError)
+                ):
+                    raise  # the checkpoint may well fit
                 raise RunError(
                     f"{checkpoint} does not fit this training ({str(error).splitlines()[0]}): another version of "
                     f"search-r3 wrote it; go on with that one, or remove {checkpoint.parent} and the stage begins anew"

@@ -14,6 +14,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 
 from search_r3.config import Recipe
 from search_r3.errors import ConfigError, RunError, StoppedError
@@ -199,6 +200,22 @@ def test_checkpoints_of_a_finished_stage_are_removed(tmp_path: Path) -> None:
     run.claim("sft", resume=True)
     assert not left.parent.exists()
     assert json.loads((run.model_path("sft") / "config.json").read_text()) == {}
+
+
+@pytest.mark.parametrize(
+    "error", [torch.OutOfMemoryError("CUDA out of memory"), RuntimeError("gloo: connection closed by peer")]
+)
+def test_a_checkpoint_that_a_full_gpu_or_a_lost_process_keeps_from_loading_is_not_said_to_be_unfit(
+    tmp_path: Path, error: RuntimeError
+) -> None:
+    def load_state(folder: str) -> None:
+        raise error
+
+    run = Run(Recipe(run_dir=str(tmp_path / "run")))
+    checkpoint(run.checkpoints_path("sft") / "step-000001")
+    accelerator = SimpleNamespace(load_state=load_state, state=SimpleNamespace())
+    with pytest.raises(RuntimeError, match=str(error)):
+        run.restore("sft", SimpleNamespace(accelerator=accelerator, policy=None, communicator=SingleProcess()))
 
 
 def test_sigterm_is_held_back_only_while_a_stage_runs(tmp_path: Path) -> None:
