@@ -75,6 +75,16 @@ def territory_of(atlas: Atlas, query_id: str) -> str:
     return next(doc_id for doc_id in visited if doc_id.startswith("territory:"))
 
 
+def test_every_split_has_its_share_of_the_territories(atlas: Atlas) -> None:
+    weights = Counter([*atlas.facts["territory_currency"], *atlas.facts["city_territory"].values()])
+    for seed in range(3):
+        split_of, filled = split_territories(atlas, seed), Counter[str]()
+        for territory, weight in weights.items():
+            filled[split_of[territory]] += weight
+        for split, share in SPLIT_SHARES.items():
+            assert filled[split] / weights.total() == pytest.approx(share, abs=0.005), split
+
+
 def test_no_territory_is_shared_between_multi_hop_splits(atlas: Atlas, built: Collection) -> None:
     seen = {split: {territory_of(atlas, query_id) for query_id in built.qrels[split]} for split in SPLIT_SHARES}
     for first in seen:

@@ -38,7 +38,7 @@ from .atlas_text import (
 )
 from .splits import divide_groups
 
-SPLIT_SHARES = {"sft": 0.28, "rl": 0.28, "dev": 0.16, "test": 0.28}
+SPLIT_SHARES = {"sft": 0.2688, "rl": 0.2688, "dev": 0.1824, "test": 0.28}
 """Shares of the territories, by the number of their cities and themselves."""
 _SHARES_OF_0_1, _SEED_OF_0_1 = {"sft": 0.30, "rl": 0.30, "dev": 0.10, "test": 0.30}, 0
 MAX_QUERIES_PER_ANSWER = 4
@@ -152,7 +152,7 @@ def split_territories(atlas: Atlas, seed: int) -> dict[str, str]:
     test_share = SPLIT_SHARES["test"] * sum(weight.values()) / sum(unseen.values())
     halves = divide_groups(unseen, {"test": test_share, "training": 1 - test_share}, seed)
     test = {territory for territory, half in halves.items() if half == "test"}
-    shares = {split: share for split, share in SPLIT_SHARES.items() if split != "test"}
+    shares = {split: share / (1 - SPLIT_SHARES["test"]) for split, share in SPLIT_SHARES.items() if split != "test"}
     rest = {territory: size for territory, size in weight.items() if territory not in test}
     return divide_groups(rest, shares, seed) | dict.fromkeys(test, "test")
 
