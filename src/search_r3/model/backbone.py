@@ -298,6 +298,10 @@ def _ensure_embed_token(model: Any, tokenizer: Any, embed_token: str, start: Emb
     """The id of the embed token, added where it is missing; the embedding table grows only if no spare row is left."""
     token_id = tokenizer.get_vocab().get(embed_token)
     if token_id is None:
+        if start == "end_of_turn" and tokenizer.eos_token_id is None:
+            raise ModelError(
+                "embed_start=end_of_turn, but the tokenizer names no end (eos_token); set embed_start=mean"
+            )
         tokenizer.add_special_tokens({"additional_special_tokens": [embed_token]}, replace_extra_special_tokens=False)
         token_id = tokenizer.convert_tokens_to_ids(embed_token)
         tables = [model.get_input_embeddings(), model.get_output_embeddings()]

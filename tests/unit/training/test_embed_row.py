@@ -8,8 +8,10 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import transformers
 
 from search_r3.config import LoRASettings
+from search_r3.errors import ModelError
 from search_r3.model.adapters import add_adapters
 from search_r3.model.backbone import load_backbone
 from search_r3.model.encoder import SearchR3
@@ -32,6 +34,14 @@ def test_a_new_row_starts_where_it_is_told(base: Path) -> None:
     ended = load_backbone(base, embed_start="end_of_turn")
     table = ended.model.get_input_embeddings().weight
     assert torch.equal(table[ended.embed_token_id], table[ended.tokenizer.eos_token_id])
+
+
+def test_a_row_cannot_start_as_an_end_that_the_tokenizer_lacks(base: Path) -> None:
+    tokenizer = transformers.AutoTokenizer.from_pretrained(base)
+    tokenizer.eos_token = None
+    tokenizer.save_pretrained(base)
+    with pytest.raises(ModelError, match=r"names no end .* set embed_start=mean"):
+        load_backbone(base, embed_start="end_of_turn")
 
 
 def test_the_row_learns_at_its_own_rate(base: Path) -> None:
