@@ -88,9 +88,9 @@ def alone(
     }
 
 
-def check_same(found: dict[str, Any], expected: dict[str, Any]) -> None:
+def check_same(found: dict[str, Any], expected: dict[str, Any], steps: int = 2) -> None:
     """Gradients of every step relative to the largest of that step; all metrics but times."""
-    assert len(found["gradients"]) == len(expected["gradients"]) == 2
+    assert len(found["gradients"]) == len(expected["gradients"]) == steps
     for one, two in zip(found["gradients"], expected["gradients"], strict=True):
         assert one.keys() == two.keys()
         largest = max(gradient.abs().max().item() for gradient in two.values())
@@ -130,20 +130,36 @@ def test_two_processes_give_the_gradients_of_one(
         assert (saved[moved] - before[moved]).abs().max() > 2e-5, "an optimizer that never stepped would pass as well"
 
 
+@pytest.mark.parametrize("kind", ["ddp", "fsdp2"])
 def test_a_process_whose_queries_have_no_trace_takes_part_in_all_that_the_others_compute(
-    tmp_path: Path, collection: Collection, tiny_path: Path
+    tmp_path: Path, collection: Collection, tiny_path: Path, kind: str
 ) -> None:
     traced = list(collection.split("train"))[:3]  # of 20, so that most batches of 7 leave one process without
     bare = {one: query if one in traced else replace(query, metadata={}) for one, query in collection.queries.items()}
     replace(collection, queries=bare).save(tmp_path / "bare")
     options = ["sft.untraced=direct", "sft.evaluate_every=0", "sft.keep=last"]
     variants = {"whole": options, "adapters-whole": [*options, "lora.rank=4"]}
-    trainings = {name: ("sft", str(tiny_path), one) for name, one in variants.items()}
-    launch(tmp_path / "ddp", trainings, tmp_path / "bare")
-    for name, one in variants.items():
-        expected = train("sft", tmp_path / name, str(tiny_path), str(tmp_path / "bare"), one)
+    check_together(tmp_path, kind, variants, tiny_path, tmp_path / "bare")
+
+
+def test_a_process_whose_chunk_supervises_nothing_asks_the_reference_too(
+    tmp_path: Path, tiny_path: Path, collection_path: Path
+) -> None:
+    options = ["sft.swapped_traces=0.5", "sft.batch_size=4", "lora.rank=4", f"{MICRO}=1", "sft.steps=4"]
+    variants = {"swapped": [*options, "sft.evaluate_every=0", "sft.keep=last"]}
+    check_together(tmp_path, "fsdp2", variants, tiny_path, collection_path, steps=4)
+
+
+def check_together(
+    folder: Path, kind: str, variants: dict[str, list[str]], base: Path, collection: Path, steps: int = 2
+) -> None:
+    """Two processes do the same in stage 1 as one."""
+    trainings = {name: ("sft", str(base), options) for name, options in variants.items()}
+    launch(folder / kind, trainings, collection, **(FSDP2 if kind == "fsdp2" else {}))
+    for name, options in variants.items():
+        expected = train("sft", folder / name, str(base), str(collection), options)
         for rank in range(2):
-            check_same(torch.load(tmp_path / "ddp" / f"{name}-{rank}.pt"), expected)
+            check_same(torch.load(folder / kind / f"{name}-{rank}.pt"), expected, steps)
 
 
 def test_shards_that_compute_in_bfloat16_give_losses_in_float32(
