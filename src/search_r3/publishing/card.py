@@ -117,10 +117,12 @@ def _course(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """How one stage went: its length, each logged value at its beginning and at its end, and its dev evaluations."""
     steps = [row for row in rows if row["step"] > 0]
     last = steps[-WINDOW:]
+    decided = [row for row in rows if f"dev_{MAIN}_reason" in row]
     keys = {key for row in last for key, value in row.items() if isinstance(value, int | float)}
     return {
         "steps": steps[-1]["step"] if steps else 0,
         "window": len(last),
+        "best": max(decided, key=lambda row: row[f"dev_{MAIN}_reason"])["step"] if decided else None,
         "seconds": sum(row.get("seconds", 0) for row in steps),
         "first": {key: next(row[key] for row in steps if key in row) for key in keys},
         "last": {key: fmean(row[key] for row in last if key in row) for key in keys},

@@ -96,6 +96,18 @@ def test_training_is_told_from_settings_and_metrics(run: Path) -> None:
     assert f"`{hash_folder(run / 'model')}`" in card
 
 
+def test_the_step_that_was_kept_is_told(run: Path, tiny_path: Path) -> None:
+    assert "peak learning rate 0.0003.\n\n| value" in card_of(run)
+    settings = run / "settings.yaml"
+    settings.write_text(settings.read_text().replace("keep: last", "of_another_version: 1"))
+    assert "The model kept is" not in card_of(run)
+    make_run(run, tiny_path, grpo={"keep": "best"})
+    assert (
+        "peak learning rate 0.0003. The model kept is that of step 5, the best on the dev split.\n\n| value"
+        in card_of(run)
+    )
+
+
 def test_a_stage_1_model_is_told_without_what_came_after(run: Path) -> None:
     results = {result.system.name: result for result in add_results(run)}
     card = card_of(run / "sft" / "model")
