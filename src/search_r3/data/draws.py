@@ -121,10 +121,11 @@ def split_without_conflicts(order: Sequence[TrainingExample], size: int, keys: K
     """Batches of up to `size` examples of which no two share a key, in the order of the examples where possible.
 
     An example that shares one with its batch waits for the next; of those that wait for one key a batch takes one. So
-    the work grows with the number of examples and not with its square. A last batch of less than half the size is left
-    out, unless it is the only one.
+    the work grows with the number of examples and not with its square. Batches of less than half the size are left out,
+    unless all are: then the largest is the only one.
     """
     batches: list[list[TrainingExample]] = []
+    largest: list[TrainingExample] = []
     fresh, waiting = iter(order), dict[str, deque[TrainingExample]]()
     while True:
         chosen: list[TrainingExample] = []
@@ -138,9 +139,11 @@ def split_without_conflicts(order: Sequence[TrainingExample], size: int, keys: K
         while len(chosen) < size and (example := next(fresh, None)) is not None:
             if (conflict := _shared(example, keys, chosen, taken)) is not None:
                 waiting.setdefault(conflict, deque()).append(example)
-        if not chosen or (batches and len(chosen) < size / 2):
-            return batches
-        batches.append(chosen)
+        if not chosen:
+            return batches or [largest]
+        if len(chosen) >= size / 2:
+            batches.append(chosen)
+        largest = max(largest, chosen, key=len)
 
 
 def _shared(example: TrainingExample, keys: Keys, chosen: list[TrainingExample], taken: set[str]) -> str | None:

@@ -65,6 +65,15 @@ def test_a_short_rest_is_left_out_unless_it_is_all() -> None:
     assert [len(batch) for batch in split_without_conflicts(order[:3], 8, keys)] == [3]
 
 
+def test_one_example_that_shares_with_all_others_makes_no_batch_of_one() -> None:
+    others = [example(f"q{i}", f"text {i}", (f"d{i}",)) for i in range(8)]
+    hub = example("hub", "hub", tuple(f"d{i}" for i in range(8)))
+    settings = SFTSettings(batching="homogeneous", batch_size=8, splits={"a": 1.0})
+    for seed in range(4):
+        draws = Draws({"a": [*others, hub]}, settings, seed, lambda one: frozenset(one.positive_ids), least=2)
+        assert {len(draws.batch(step, random.Random(0))) for step in range(12)} == {8}
+
+
 def test_examples_that_wait_for_one_document_do_not_end_the_pass() -> None:
     """Half of the queries have the same positive; in one list they would be looked at again and again."""
     calls = 0
