@@ -268,7 +268,7 @@ class SearchR3:
             sampling_temperature: 0 decodes greedily (log-probabilities are then at temperature 1).
             top_p: sample among the likeliest tokens that together reach this probability.
             seeds: one seed per prompt; needed when the temperature is above 0.
-            batch_size: rollouts decoded at once; it does not change them.
+            batch_size: rollouts decoded at once; it changes them by rounding only, as in `encode_query`.
             progress: called with the numbers of rollouts finished, and of their tokens, since the last call.
 
         Returns:
