@@ -15,7 +15,7 @@ from tests.conftest import call
 FILES = Path(__file__).parents[1] / "written_by_0_1"
 QUERY = "where is the red house?"
 STEPS = ("sft.steps=3", "sft.warmup_steps=1", "sft.batch_size=4", "sft.splits={train: 1.0}", "sft.random_negatives=1")
-SAME = (*STEPS, "max_new_tokens=8", "save_every=1", "collection=collection", "base=base")
+SAME = (*STEPS, "sft.kl_weight=1.0", "max_new_tokens=8", "save_every=1", "collection=collection", "base=base")
 
 
 @pytest.fixture
