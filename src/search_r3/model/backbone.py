@@ -232,6 +232,11 @@ def vectors_at(hidden: Tensor, positions: Tensor) -> Tensor:
     return torch.nn.functional.normalize(hidden[rows, positions].float(), dim=-1)
 
 
+def shorten(vectors: Tensor, size: int) -> Tensor:
+    """The first `size` dimensions of vectors `... x D`, L2-normalised."""
+    return torch.nn.functional.normalize(vectors[..., :size], dim=-1)
+
+
 def _load_tokenizer(source: str | Path, revision: str | None) -> Any:
     import transformers
 

@@ -13,6 +13,8 @@ from statistics import fmean
 
 import numpy as np
 
+from ..types import Array
+
 MAIN = "ndcg@10"
 """The measure that tables lead with and that intervals and tests are computed for first."""
 MEASURES = (
@@ -140,3 +142,11 @@ def p_mrr(
 
 def _rank_of(doc_id: str, ranking: Sequence[str]) -> int:
     return ranking.index(doc_id) + 1 if doc_id in ranking else len(ranking) + 1
+
+
+def probe_cosine(vectors: Array) -> float:
+    """Mean cosine between different vectors of a probe set, `P x D`: near 1 means that the vectors have collapsed."""
+    count = len(vectors)
+    if count < 2:
+        return 0.0
+    return float(((vectors @ vectors.T).sum() - (vectors**2).sum()) / (count * (count - 1)))

@@ -22,9 +22,8 @@ from ..model.encoder import SearchR3
 from ..model.prompts import MODES, Mode
 from ..parallel import Communicator, divide, encode_sharded
 from ..retrieval.index import ExactIndex
-from ..retrieval.metrics import ndcg, relevant_ids
+from ..retrieval.metrics import ndcg, probe_cosine, relevant_ids
 from ..retrieval.ranking import RankRequest, make_requests, ranked
-from ..types import Array
 from .engine import Engine
 from .run import Run, agree
 from .saving import save_trained
@@ -73,10 +72,8 @@ class DevSplit:
         values = {}
         with engine.full_params():
             index = index or self._index(model, communicator)
-            lengths = [len(request.text) for request in self.requests]
-            own = [
-                self.requests[place] for place in sorted(divide(lengths, communicator.world_size)[communicator.rank])
-            ]
+            shares = divide([len(request.text) for request in self.requests], communicator.world_size)
+            own = [self.requests[place] for place in sorted(shares[communicator.rank])]
             for mode in MODES:
                 scores = self._scores(model, index, own, mode) if own else []
                 everyone = [score for part in communicator.all_gather(scores) for score in part]
@@ -101,14 +98,6 @@ class DevSplit:
             ndcg([doc_id for doc_id, _ in ranking], self.qrels[request.query_id], DEPTH)
             for request, ranking in zip(requests, rankings, strict=True)
         ]
-
-
-def probe_cosine(vectors: Array) -> float:
-    """Mean cosine between different vectors of a probe set, `P x D`: near 1 means that the vectors have collapsed."""
-    count = len(vectors)
-    if count < 2:
-        return 0.0
-    return float(((vectors @ vectors.T).sum() - (vectors**2).sum()) / (count * (count - 1)))
 
 
 class Evaluations:

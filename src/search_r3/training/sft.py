@@ -28,7 +28,7 @@ from ..data.draws import Draws, step_rng, text_keys
 from ..data.load import load_collection
 from ..data.triples import TrainingExample, training_examples
 from ..errors import ConfigError
-from ..model.backbone import Backbone
+from ..model.backbone import Backbone, shorten
 from ..model.encoder import SearchR3
 from ..parallel import divide
 from ..retrieval.lexical import BM25
@@ -318,11 +318,6 @@ def contrastive_losses(
         for name, value in terms.items():
             parts[name] = parts[name] + value if name in parts else value
     return {name: value / len(sizes) for name, value in parts.items()}
-
-
-def shorten(vectors: Tensor, size: int) -> Tensor:
-    """The first `size` dimensions of vectors `... x D`, L2-normalised."""
-    return torch.nn.functional.normalize(vectors[..., :size], dim=-1)
 
 
 def weight_of(name: str, settings: SFTSettings) -> float:

@@ -16,11 +16,12 @@ from search_r3.data.collection import Collection, Document, Query
 from search_r3.data.triples import draw_negatives, reasoning_traces, training_examples
 from search_r3.environment.environment import RetrievalEnvironment
 from search_r3.errors import ConfigError, DataError, RunError
+from search_r3.model.backbone import shorten
 from search_r3.model.encoder import SearchR3
 from search_r3.retrieval.lexical import BM25
+from search_r3.retrieval.metrics import probe_cosine
 from search_r3.training import grpo, sft
 from search_r3.training.batches import collate, find_false_negatives, make_batch, tokenise
-from search_r3.training.dev import probe_cosine
 from search_r3.training.engine import Engine, make_engine, warmup_cosine
 from search_r3.training.run import Run
 from tests.conftest import favour
@@ -188,7 +189,7 @@ def test_shorter_prefixes_share_the_contrastive_losses(model: SearchR3, collecti
     both = sft.contrastive_losses(queries, documents, batch, range(6), settings)
     alone = settings.model_copy(update={"matryoshka_dimensions": ()})
     long = sft.contrastive_losses(queries, documents, batch, range(6), alone)
-    short = sft.contrastive_losses(sft.shorten(queries, 8), sft.shorten(documents, 8), batch, range(6), alone)
+    short = sft.contrastive_losses(shorten(queries, 8), shorten(documents, 8), batch, range(6), alone)
     for name in ("info_nce", "triplet"):
         assert both[name].item() == pytest.approx((long[name] + short[name]).item() / 2)
         assert long[name].item() != pytest.approx(short[name].item())
