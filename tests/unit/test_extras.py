@@ -13,6 +13,7 @@ from importlib.metadata import packages_distributions
 from pathlib import Path
 
 import pytest
+import transformers
 from conftest import SMALL, call
 
 import search_r3
@@ -126,15 +127,25 @@ def test_every_module_imports_and_a_model_encodes_with_the_core_alone() -> None:
 
 
 @pytest.fixture
-def without(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], None]:
+def without(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[str], None]]:
     """Make a package one that is not installed."""
 
     def hide(package: str) -> None:
         loaded = [name for name in sys.modules if name == package or name.startswith(f"{package}.")]
         for name in {package, *loaded}:
             monkeypatch.setitem(sys.modules, name, None)
+        forget_what_is_available()
 
-    return hide
+    yield hide
+    monkeypatch.undo()
+    forget_what_is_available()
+
+
+def forget_what_is_available() -> None:
+    """Transformers remembers which packages there are."""
+    for function in vars(transformers.utils.import_utils).values():
+        if hasattr(function, "cache_clear"):
+            function.cache_clear()
 
 
 COMMANDS = {
