@@ -9,13 +9,14 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-import numpy as np
 import torch
 
 from search_r3.data.collection import Collection
 from search_r3.model.encoder import SearchR3
-from search_r3.retrieval.index import Array
+from search_r3.retrieval.index import ExactIndex
 from search_r3.retrieval.metrics import ndcg
+from search_r3.retrieval.ranking import make_requests, ranked
+from search_r3.types import Array
 
 ORDER = (
     "openbookqa",
@@ -82,12 +83,17 @@ def measured(
     model: SearchR3, collection: Collection, traces: dict[str, str]
 ) -> tuple[dict[str, float], list[dict[str, Any]]]:
     """Measures of one collection, and replies."""
-    query_ids, doc_ids = list(collection.split("dev")), list(collection.documents)
-    texts = [collection.queries[one].text for one in query_ids]
-    documents = model.encode_document(list(collection.texts().values()))
+    qrels = collection.split("dev")
+    query_ids, requests, documents = list(qrels), make_requests(collection, qrels), collection.texts()
+    texts = [request.text for request in requests]
+    index = ExactIndex(list(documents), model.encode_document(list(documents.values())))
 
     def score(vectors: Array) -> list[float]:
-        return scores_of(vectors, documents, query_ids, doc_ids, collection)
+        rankings = ranked(index, vectors, requests, 10)
+        return [
+            ndcg([doc_id for doc_id, _ in ranking], qrels[query_id], 10)
+            for query_id, ranking in zip(query_ids, rankings, strict=True)
+        ]
 
     direct = score(model.encode_query(texts, "direct").vectors)
     started = time.perf_counter()
@@ -133,21 +139,6 @@ def measured(
         for place in range(min(len(texts), 40))
     ]
     return values, rows
-
-
-def scores_of(
-    vectors: Array, documents: Array, query_ids: Sequence[str], doc_ids: Sequence[str], collection: Collection
-) -> list[float]:
-    """nDCG@10 of each query, within its pool where it has one."""
-    row_of = {one: row for row, one in enumerate(doc_ids)}
-    similarity = vectors @ documents.T
-    found = []
-    for row, query_id in enumerate(query_ids):
-        pool = collection.pools.get(query_id)
-        allowed = np.array(sorted(row_of[one] for one in pool)) if pool else np.arange(len(doc_ids))
-        best = allowed[np.argsort(-similarity[row, allowed], kind="stable")[:10]]
-        found.append(ndcg([doc_ids[place] for place in best], collection.split("dev")[query_id], 10))
-    return found
 
 
 @torch.no_grad()

@@ -85,4 +85,6 @@ def test_the_python_that_is_shown_runs(
     [code] = blocks(path, "python")
     monkeypatch.chdir(tmp_path)
     Path("corpus.txt").write_text("a red house\na green boat\n")
-    exec(code.replace("runs/quickstart/model", str(run_dir / "model")), {})
+    names: dict[str, Any] = {}
+    exec(code.replace("runs/quickstart/model", str(run_dir / "model")), names)
+    assert len(names["queries"].vectors) == len(names["queries"].reasoning) == 1
