@@ -33,7 +33,7 @@ def forced_vectors(model: Any, queries: Sequence[str], texts: Sequence[str]) -> 
         sequences.append(encoder.encode(query, "reason").ids + reply.ids[: reply.embed_position + 1])
     with torch.no_grad():
         parts = [model.backbone.embed(sequences[start : start + 64]) for start in range(0, len(sequences), 64)]
-    return torch.cat(parts).numpy()
+    return torch.cat(parts).cpu().numpy()
 
 
 def score(root: Path, out: Path, name: str, seed: int) -> dict[str, float]:

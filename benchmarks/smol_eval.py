@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-import torch
+from real_traces import forced_vectors
 
 from search_r3.data.collection import Collection
 from search_r3.model.encoder import SearchR3
@@ -29,7 +29,6 @@ ORDER = (
     "cosqa",
 )
 SHOWN, KEPT = 2, 10
-AT_ONCE = 100
 
 
 def evaluate(
@@ -115,11 +114,11 @@ def measured(
         "none": [""] * len(texts),
     }
     for kind, reasoning in said.items():
-        values[f"swap_{kind}"] = fmean(score(mouthed(model, texts, reasoning)))
+        values[f"swap_{kind}"] = fmean(score(forced_vectors(model, texts, reasoning)))
     known = [place for place, one in enumerate(query_ids) if traces.get(one)]
     if known:
         true = [traces.get(one, "") for one in query_ids]
-        after_true = score(mouthed(model, texts, true))
+        after_true = score(forced_vectors(model, texts, true))
         values["swap_true"] = fmean(after_true[place] for place in known)
         values["own_where_true"] = fmean(own[place] for place in known)
         values["copied"] = fmean(
@@ -139,18 +138,3 @@ def measured(
         for place in range(min(len(texts), 40))
     ]
     return values, rows
-
-
-@torch.no_grad()
-def mouthed(model: SearchR3, texts: Sequence[str], reasoning: Sequence[str]) -> Array:
-    """Vectors of queries after a reasoning that the model did not choose."""
-    backbone = model.backbone
-    encoder = backbone.prompt_encoder
-    prompts = [encoded.ids for encoded in encoder.encode_batch(texts, "reason")]
-    sequences = []
-    for prompt, text in zip(prompts, reasoning, strict=True):
-        completion = encoder.reason_completion(text)
-        sequences.append([*prompt, *completion.ids[: completion.embed_position + 1]])
-    parts = [backbone.embed(sequences[start : start + AT_ONCE]) for start in range(0, len(sequences), AT_ONCE)]
-    vectors: Array = torch.cat(parts).cpu().numpy()
-    return vectors
