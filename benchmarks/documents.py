@@ -225,8 +225,8 @@ def main() -> None:
 
 def compare(options: argparse.Namespace) -> None:
     """All collections; prints the table and the record."""
-    from search_r3.model.backbone import load_backbone
     from search_r3.model.export import export_sentence_transformers
+    from search_r3.model.loading import load_backbone
 
     started = time.perf_counter()
     texts = {name: sample(options, name) for name in options.collections}

@@ -91,7 +91,8 @@ def build(options: argparse.Namespace, scratch: Path) -> Any:
     import torch
     import transformers
 
-    from search_r3.model.backbone import Backbone, EmbeddingSettings, load_backbone
+    from search_r3.model.backbone import Backbone, EmbeddingSettings
+    from search_r3.model.loading import load_backbone
 
     vocabulary = 2000 if options.quick else 8000
     texts = made_up_texts(options.seed)

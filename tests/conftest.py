@@ -17,8 +17,9 @@ import transformers
 
 from search_r3 import cli
 from search_r3.data.collection import Collection, Document, Query
-from search_r3.model.backbone import Backbone, load_backbone
+from search_r3.model.backbone import Backbone
 from search_r3.model.encoder import SearchR3
+from search_r3.model.loading import load_backbone
 from search_r3.model.prompts import PROMPT_SETS
 from search_r3.pretraining.tokenizer import train_tokenizer
 

@@ -87,7 +87,7 @@ def main() -> None:
         import_module(f"search_r3.{name}")
     for name in ("accelerate", "accelerate.utils", "rich.progress", "rich.live", "safetensors.torch", "scipy.stats"):
         import_module(name)
-    import_module("search_r3.model.backbone").load_backbone(Path(sys.argv[1]))  # with what transformers puts off
+    import_module("search_r3.model.loading").load_backbone(Path(sys.argv[1]))  # with what transformers puts off
     for line in iter(sys.stdin.readline, ""):
         given = json.loads(line)
         with socket.socket() as probe:

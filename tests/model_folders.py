@@ -14,7 +14,7 @@ from search_r3.evaluation.results import Result, save_result
 from search_r3.evaluation.runner import write_summary
 from search_r3.evaluation.significance import compare
 from search_r3.files import hash_folder, write_json, write_text
-from search_r3.model.backbone import load_backbone
+from search_r3.model.loading import load_backbone
 
 DATE = "2026-03-0{day}T10:00:00+00:00"
 VERSIONS = {"search-r3": "9.8.7", "torch": "2.99.0"}

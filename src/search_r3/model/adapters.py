@@ -12,7 +12,8 @@ from ..config import LoRASettings
 from ..errors import ConfigError
 from ..extras import extra
 from ..files import atomic_directory
-from .backbone import Backbone, load_backbone
+from .backbone import Backbone
+from .loading import load_backbone
 
 
 def add_adapters(backbone: Backbone, settings: LoRASettings) -> None:

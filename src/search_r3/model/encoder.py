@@ -15,9 +15,10 @@ from numpy.typing import NDArray
 
 from ..errors import DataError, ModelError
 from ..types import Array, Progress
-from .backbone import Backbone, EmbeddingSettings, load_backbone
+from .backbone import Backbone, EmbeddingSettings
 from .documents import WINDOW, check_finite, encode_stream
 from .engine.decoding import Decoder, DecodeRequest, Rollout
+from .loading import load_backbone
 from .prompts import MODES, Kind, Mode
 
 logger = logging.getLogger(__name__)

@@ -99,6 +99,7 @@ class PromptEncoder:
         self.embed_token_id = embed_token_id
         self.max_length = max_length
         self.end_token_id: int = tokenizer.eos_token_id
+        self.end_token_ids = frozenset({self.end_token_id})
         systems = {
             "direct": prompts.direct_system,
             "reason": prompts.reason_system,

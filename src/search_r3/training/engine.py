@@ -22,9 +22,10 @@ from ..config import GRPOSettings, Recipe, SFTSettings
 from ..errors import ConfigError, ModelError
 from ..extras import extra
 from ..model.adapters import add_adapters
-from ..model.backbone import Backbone, EmbeddingSettings, load_backbone
+from ..model.backbone import Backbone, EmbeddingSettings
 from ..model.encoder import SearchR3, builtin_base_path
 from ..model.engine.forward import is_drivable
+from ..model.loading import load_backbone
 from ..model.prompts import PROMPT_SETS
 from ..parallel import Communicator, make_communicator
 from .policy import Policy, Reference, make_reference

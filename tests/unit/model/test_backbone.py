@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from search_r3.errors import ModelError
-from search_r3.model.backbone import EmbeddingSettings, load_backbone, pad, vectors_at
+from search_r3.model.backbone import EmbeddingSettings, pad, vectors_at
+from search_r3.model.loading import load_backbone
 from search_r3.model.prompts import EMBED_TOKEN, PROMPT_SETS
 from tests.conftest import save_model, save_tiny, tiny_model
 

@@ -19,9 +19,10 @@ from tokenizers import AddedToken
 
 from search_r3.errors import ModelError
 from search_r3.model import export
-from search_r3.model.backbone import Backbone, EmbeddingSettings, load_backbone
+from search_r3.model.backbone import Backbone, EmbeddingSettings
 from search_r3.model.encoder import SearchR3
 from search_r3.model.export import export_sentence_transformers
+from search_r3.model.loading import load_backbone
 from search_r3.model.prompts import EMBED_TOKEN, PROMPT_SETS
 from search_r3.pretraining.tokenizer import CHAT_TEMPLATE
 

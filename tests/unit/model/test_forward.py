@@ -13,9 +13,10 @@ from hypothesis import strategies as st
 
 from search_r3 import SearchR3
 from search_r3.errors import ModelError
-from search_r3.model.backbone import Backbone, load_backbone
+from search_r3.model.backbone import Backbone
 from search_r3.model.engine import forward
 from search_r3.model.engine.forward import compute_prefix, length_batches, prefill
+from search_r3.model.loading import load_backbone
 from tests.conftest import save_model, save_tiny
 
 TEXTS = ["where is the red house?", "river", "a black horse and a white chair on a green boat", "the green lamp"]

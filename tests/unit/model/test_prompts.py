@@ -6,7 +6,8 @@ from typing import Any
 import pytest
 
 from search_r3.errors import DataError, ModelError
-from search_r3.model.backbone import Backbone, EmbeddingSettings, load_backbone
+from search_r3.model.backbone import Backbone, EmbeddingSettings
+from search_r3.model.loading import load_backbone
 from search_r3.model.prompts import EMBED_TOKEN, PROMPT_SETS, PromptEncoder
 
 

@@ -16,7 +16,7 @@ from accelerate.utils.launch import prepare_multi_gpu_env
 
 from search_r3.config import LoRASettings, Recipe, RefreshSettings, SFTSettings, load_recipe
 from search_r3.errors import ConfigError, ModelError
-from search_r3.model.backbone import load_backbone
+from search_r3.model.loading import load_backbone
 from search_r3.planning.footprint import Lengths
 from search_r3.planning.memory import Precision, cache_memory
 from search_r3.planning.plan import Speed, plan, suggest

@@ -12,7 +12,7 @@ import pytest
 
 from search_r3.config import BaseModelSettings
 from search_r3.errors import DataError
-from search_r3.model.backbone import load_backbone
+from search_r3.model.loading import load_backbone
 from search_r3.pretraining.base import train_base
 from search_r3.pretraining.texts import HELD_OUT, Texts, read_texts
 from tests.conftest import call

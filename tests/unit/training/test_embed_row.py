@@ -13,8 +13,8 @@ import transformers
 from search_r3.config import LoRASettings
 from search_r3.errors import ModelError
 from search_r3.model.adapters import add_adapters
-from search_r3.model.backbone import load_backbone
 from search_r3.model.encoder import SearchR3
+from search_r3.model.loading import load_backbone
 from search_r3.training.engine import _parameter_groups
 from search_r3.training.policy import Policy
 from tests.conftest import save_tiny

@@ -11,8 +11,9 @@ import transformers
 
 from search_r3.config import LoRASettings, load_recipe
 from search_r3.model.adapters import add_adapters
-from search_r3.model.backbone import Backbone, load_backbone, pad
+from search_r3.model.backbone import Backbone, pad
 from search_r3.model.encoder import SearchR3
+from search_r3.model.loading import load_backbone
 from search_r3.training.engine import _recompute_activations, make_engine
 from search_r3.training.policy import Policy
 from tests.conftest import save_model, save_tiny
