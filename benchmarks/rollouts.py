@@ -118,7 +118,8 @@ def load(options: argparse.Namespace, folder: Path) -> tuple[Any, Any]:
         "grpo.advantage_scale": "group",
         "grpo.refresh.policy": "never",
         "grpo.reward_k": 1000,  # all of atlas: a random model finds nothing among ten, and equal rewards teach nothing
-        "grpo.reward.similarity": 0,
+        "grpo.reward.log_rank": 0,
+        "grpo.reward.forced_ranks": True,
         "grpo.reward.format": 0,
     }
     recipe = load_recipe(None, [f"{key}={value}" for key, value in settings.items()])

@@ -129,13 +129,30 @@ class LoRASettings(Section):
     )
 
 
-class RewardWeights(Section):
-    """Weights of the reward parts; the reward is their weighted sum."""
+class RewardSettings(Section):
+    """Weights of the reward's parts, whose weighted sum it is, and what the parts need."""
 
-    ranking: float = Field(1.0, ge=0, description="nDCG@k of the rollout's vector over the live corpus, 0 to 1.")
-    similarity: float = Field(0.1, ge=0, description="(1 + cosine to the positives) / 2, 0 to 1.")
+    ndcg: float = Field(1.0, ge=0, description="nDCG@k of the rollout's vector over the live corpus, 0 to 1.")
+    log_rank: float = Field(
+        0.5, ge=0, description="1 - log(rank) / log(1000) of the relevant documents, the mean; 0 to 1, 0 from 1,000 on."
+    )
+    contrastive: float = Field(
+        0.0, ge=0, description="Softmax probability of the relevant documents among the best of the index, 0 to 1."
+    )
     format: float = Field(0.1, ge=0, description="1 if the model emitted the embed token itself, else 0.")
-    length: float = Field(0.0, ge=0, description="Minus the used share of the budget, -1 to 0.")
+    length: float = Field(0.0, ge=0, description="0 up to three quarters of the budget, -1 where it is used up.")
+    tokens: float = Field(0.0, ge=0, description="A price per token: minus the used share of the budget, -1 to 0.")
+    custom: float = Field(1.0, ge=0, description="What `function` returns.")
+    function: str | None = Field(
+        None,
+        pattern=r"^[\w.]+:\w+$",
+        description="`module:function`, a part of your own: `environment.reward.RewardFunction`.",
+    )
+    forced_ranks: bool = Field(
+        False, description="Whether replies whose embed token was forced earn ndcg, log_rank and contrastive."
+    )
+    contrastive_temperature: float = Field(0.05, gt=0, description="tau of the part contrastive.")
+    contrastive_depth: int = Field(100, ge=1, description="Best documents of the index that contrastive looks at.")
 
 
 class RefreshSettings(Section):
@@ -214,8 +231,8 @@ class GRPOSettings(DevSettings):
         0.0, ge=0, description="Weight of InfoNCE on the rollouts' own vectors against the live index."
     )
     contrastive_temperature: float = Field(0.05, gt=0, description="tau of that InfoNCE.")
-    reward: RewardWeights = RewardWeights()
-    reward_k: int = Field(10, ge=1, description="k of the nDCG in the ranking part.")
+    reward: RewardSettings = RewardSettings()
+    reward_k: int = Field(10, ge=1, description="k of the nDCG in the reward.")
     refresh: RefreshSettings = RefreshSettings()
     rollout_batch_size: int = Field(256, ge=1, description="Rollouts decoded at once; changes results by rounding.")
     micro_batch_size: int = Field(128, ge=1, description="Rollouts per forward and backward pass; changes memory only.")

@@ -304,12 +304,14 @@ def queries_of_step(query_ids: Sequence[str], count: int, seed: int, step: int) 
 def describe(experience: Experience, engine: Engine) -> dict[str, float]:
     """The metrics of the rollouts of all processes (docs/metrics.md)."""
     rollouts = [(one.forced, one.reasoning_tokens, len(one.prompt_ids)) for one in experience.rollouts]  # and no tensor
-    everyone = engine.communicator.all_gather((experience.feedback.parts, experience.feedback.rewards, rollouts))
-    parts = [part for own, _, _ in everyone for part in own]
+    scores = [(one.parts, one.cosine) for one in experience.feedback.scores]
+    everyone = engine.communicator.all_gather((scores, experience.feedback.rewards, rollouts))
+    parts, cosines = zip(*(one for own, _, _ in everyone for one in own), strict=True)
     forced, lengths, prompts = zip(*(one for _, _, own in everyone for one in own), strict=True)
     values = {f"reward_{name}": fmean(getattr(part, name) for part in parts) for name in asdict(parts[0])}
     values["reward"] = fmean(reward for _, own, _ in everyone for reward in own)
-    values["share_ge_half"] = fmean(part.ranking >= 0.5 for part in parts)
+    values["share_ge_half"] = fmean(part.ndcg >= 0.5 for part in parts)
+    values["positive_cosine"] = fmean(cosines)
     values["equal_reward_share"] = experience.equal_share
     values["forced_share"] = fmean(forced)
     values |= {"reasoning_tokens": fmean(lengths), "reasoning_tokens_max": max(lengths)}

@@ -375,14 +375,14 @@ def test_metrics_of_a_batch_by_hand(model: SearchR3, collection: Collection) -> 
     values = grpo.describe(batch, make_engine(model, settings, settings.grpo))
     assert values["forced_share"] == pytest.approx(sum(r.forced for r in batch.rollouts) / 12)
     assert values["reward"] == pytest.approx(sum(batch.feedback.rewards) / 12)
-    assert values["share_ge_half"] == pytest.approx(sum(p.ranking >= 0.5 for p in batch.feedback.parts) / 12)
+    assert values["share_ge_half"] == pytest.approx(sum(p.ndcg >= 0.5 for p in batch.feedback.parts) / 12)
     assert values["reasoning_tokens_max"] == max(r.reasoning_tokens for r in batch.rollouts)
     sequences = sum(len(r.prompt_ids) + len(r.completion_ids) for r in batch.rollouts)
     decoded = sum(len(r.completion_ids) for r in batch.rollouts)
     assert values["tokens"] == sequences and values["decoded_tokens_per_second"] == pytest.approx(decoded / 2.0)
     rows = grpo.rollout_rows(batch, collection, step=3, group_size=4)
     assert [row["query_id"] for row in rows] == ["q00"] * 4 + ["q01"] * 4
-    assert rows[0]["parts"]["ranking"] == batch.feedback.parts[0].ranking
+    assert rows[0]["parts"]["ndcg"] == batch.feedback.parts[0].ndcg
 
 
 def test_no_tensor_is_told_to_another_process(

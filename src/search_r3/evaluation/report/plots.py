@@ -165,12 +165,12 @@ def plot_reasoning(results: Sequence[Result], path: Path) -> bool:
 
 def plot_training(metrics: Sequence[Mapping[str, Any]], path: Path) -> bool:
     """Reward of each step's rollouts and nDCG@10 on dev over the steps of stage 2."""
-    steps = [row for row in metrics if "reward_ranking" in row]
+    names = ("reward_ndcg", "reward_ranking")  # the second: as runs of 0.1 logged it
+    steps = [(row["step"], row[name]) for row in metrics for name in names if name in row]
     if not steps:
         return False
     figure, (axes,) = _figure(1, 1)
-    rewards = [row["reward_ranking"] for row in steps]
-    axes.plot([row["step"] for row in steps], rewards, color="0.6", label="rollouts: nDCG reward")
+    axes.plot(*zip(*steps, strict=True), color="0.6", label="rollouts: nDCG reward")
     for mode, marker in (("direct", "s"), ("reason", "o")):
         key = f"dev_ndcg@10_{mode}"
         points = [row for row in metrics if key in row]
