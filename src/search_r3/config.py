@@ -234,6 +234,11 @@ class EvaluationSettings(Section):
     permutations: int = Field(10_000, ge=100, description="Permutations of the paired randomisation tests.")
     bootstrap: int = Field(1_000, ge=100, description="Resamples of the confidence intervals.")
 
+    @property
+    def held_out(self) -> list[str]:
+        """The splits that are measured on."""
+        return list(dict.fromkeys((self.dev_split, self.test_split)))
+
 
 class Recipe(Section):
     """One training, from collection to report."""

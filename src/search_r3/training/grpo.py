@@ -28,7 +28,7 @@ from ..config import GRPOSettings, Recipe
 from ..data.collection import Collection
 from ..data.draws import step_rng
 from ..data.load import load_collection
-from ..data.triples import judged_queries
+from ..data.triples import hold_out, judged_queries
 from ..environment.environment import Feedback, RetrievalEnvironment
 from ..errors import DataError, RunError
 from ..model.encoder import SearchR3
@@ -70,7 +70,7 @@ def train_grpo(recipe: Recipe, run: Run, base: Path, observe: Observer = silent)
     settings, stage = recipe.grpo, "grpo"
     if run.finished(stage):
         return run.model_path(stage)
-    collection = load_collection(recipe.collection)
+    collection = hold_out(load_collection(recipe.collection), settings.splits, recipe.evaluation.held_out)
     qrels = judged_queries(collection, settings.splits)
     dev = DevSplit(collection, recipe.evaluation) if settings.evaluate_every else None
     queries_of_step(list(qrels), settings.queries_per_step, recipe.seed, 0)  # refuses too few before a model is loaded

@@ -286,6 +286,24 @@ def test_a_query_without_a_positive_is_named_before_a_model_is_loaded(
             grpo.train_grpo(settings, Run(settings), tmp_path / "no-model")
 
 
+@pytest.mark.parametrize("stage", ["sft", "grpo"])
+def test_no_stage_trains_on_what_is_measured_on(stage: str, tmp_path: Path, collection: Collection) -> None:
+    folder = tmp_path / "data"
+    collection.save(folder)
+    settings = Recipe(
+        collection=str(folder),
+        run_dir=str(tmp_path / "run"),
+        base="no/model/there",
+        sft=SFTSettings(splits={"test": 1.0}),
+        grpo=GRPOSettings(splits=("dev",)),
+    )
+    with pytest.raises(ConfigError, match=f"the split '{'test' if stage == 'sft' else 'dev'}' is trained on"):
+        if stage == "sft":
+            sft.train_sft(settings, Run(settings))
+        else:
+            grpo.train_grpo(settings, Run(settings), tmp_path / "no-model")
+
+
 def test_a_query_of_two_splits_has_the_positives_of_both(collection: Collection) -> None:
     twice = replace(collection, qrels={"train": {"q00": {"d00": 1}, "q01": {"d01": 1}}, "rl": {"q00": {"d05": 1}}})
     assert training_examples(twice, "rl")[0].positive_ids == ("d00", "d05")
