@@ -304,19 +304,20 @@ def queries_of_step(query_ids: Sequence[str], count: int, seed: int, step: int) 
 def describe(experience: Experience, engine: Engine) -> dict[str, float]:
     """The metrics of the rollouts of all processes (docs/metrics.md)."""
     rollouts = [(one.forced, one.reasoning_tokens, len(one.prompt_ids)) for one in experience.rollouts]  # and no tensor
-    everyone = engine.communicator.all_gather((experience.feedback.parts, experience.feedback.rewards, rollouts))
-    parts = [part for own, _, _ in everyone for part in own]
-    forced, lengths, prompts = zip(*(one for _, _, own in everyone for one in own), strict=True)
+    own = experience.feedback.parts, experience.feedback.rewards, rollouts, experience.rollout_seconds
+    parts_of, rewards_of, rollouts_of, seconds_of = zip(*engine.communicator.all_gather(own), strict=True)
+    parts = [part for own in parts_of for part in own]
+    forced, lengths, prompts = zip(*(one for own in rollouts_of for one in own), strict=True)
     values = {f"reward_{name}": fmean(getattr(part, name) for part in parts) for name in asdict(parts[0])}
-    values["reward"] = fmean(reward for _, own, _ in everyone for reward in own)
+    values["reward"] = fmean(reward for own in rewards_of for reward in own)
     values["share_ge_half"] = fmean(part.ranking >= 0.5 for part in parts)
     values["equal_reward_share"] = experience.equal_share
     values["forced_share"] = fmean(forced)
     values |= {"reasoning_tokens": fmean(lengths), "reasoning_tokens_max": max(lengths)}
     decoded = sum(lengths) + len(lengths)  # the embed tokens
-    speed = decoded / experience.rollout_seconds if experience.rollout_seconds else 0.0
-    values |= {"tokens": decoded + sum(prompts), "decoded_tokens_per_second": speed}
-    return values | {"rollout_seconds": experience.rollout_seconds} | experience.feedback.refresh.metrics()
+    seconds = max(seconds_of)  # the others wait for the slowest
+    values |= {"tokens": decoded + sum(prompts), "decoded_tokens_per_second": decoded / seconds if seconds else 0.0}
+    return values | {"rollout_seconds": seconds} | experience.feedback.refresh.metrics()
 
 
 def rollout_rows(experience: Experience, collection: Collection, step: int, group_size: int) -> list[dict[str, Any]]:

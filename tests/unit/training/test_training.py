@@ -6,6 +6,7 @@ import pickle
 import random
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -18,6 +19,7 @@ from search_r3.environment.environment import RetrievalEnvironment
 from search_r3.errors import ConfigError, DataError, RunError
 from search_r3.model.backbone import shorten
 from search_r3.model.encoder import SearchR3
+from search_r3.parallel import SingleProcess
 from search_r3.retrieval.lexical import BM25
 from search_r3.retrieval.metrics import probe_cosine
 from search_r3.training import grpo, sft
@@ -401,6 +403,19 @@ def test_metrics_of_a_batch_by_hand(model: SearchR3, collection: Collection) -> 
     rows = grpo.rollout_rows(batch, collection, step=3, group_size=4)
     assert [row["query_id"] for row in rows] == ["q00"] * 4 + ["q01"] * 4
     assert rows[0]["parts"]["ranking"] == batch.feedback.parts[0].ranking
+
+
+def test_the_speed_of_several_processes_is_that_of_the_slowest(model: SearchR3, collection: Collection) -> None:
+    class Two(SingleProcess):
+        def all_gather(self, value: Any) -> list[Any]:
+            return [value, (*value[:-1], 4.0)]
+
+    settings = recipe()
+    _, batch = experience(model, collection, settings)
+    engine = replace(make_engine(model, settings, settings.grpo), communicator=Two())
+    values = grpo.describe(replace(batch, rollout_seconds=2.0), engine)
+    decoded = 2 * sum(len(r.completion_ids) for r in batch.rollouts)
+    assert values["rollout_seconds"] == 4.0 and values["decoded_tokens_per_second"] == pytest.approx(decoded / 4.0)
 
 
 def test_no_tensor_is_told_to_another_process(
