@@ -9,6 +9,7 @@ import random
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import TypeVar
 
@@ -215,6 +216,15 @@ class RetrievalEnvironment:
                 restricted_rows(self.index, restrictions(self.collection, query_id, relevance)),
             )
         return self._rows_by_query[query_id]
+
+    def same_text(self, rows: Rows) -> Rows:
+        """The documents whose text is that of one of these; they are among them."""
+        return np.flatnonzero(np.isin(self._text_hashes, self._text_hashes[rows]))
+
+    @cached_property
+    def _text_hashes(self) -> NDArray[np.int64]:
+        documents = self.collection.documents
+        return np.fromiter((hash(documents[doc_id].full_text) for doc_id in self._doc_ids), np.int64)
 
     def save(self, folder: Path) -> None:
         """Write the environment's state: the index with its versions, and what the policy keeps."""

@@ -261,8 +261,8 @@ def embedding_loss(
 ) -> Tensor:
     """InfoNCE of rollout vectors `B x D` against all vectors of the live index, which get no gradient.
 
-    The positive is the query's best relevant document; its other relevant documents are left out of the sum, and so is
-    what its rankings leave out.
+    The positive is the query's best relevant document; left out of the sum are its other relevant ones, documents with
+    the text of one, and what its rankings leave out.
     """
     index = environment.index
     documents = torch.from_numpy(index.vectors_at(np.arange(len(index)))).to(vectors.device)  # N x D
@@ -271,7 +271,7 @@ def embedding_loss(
     for row, query_id in enumerate(query_ids):
         rows = environment.query_rows(query_id)
         best = int(rows.positives[int((documents[rows.positives] @ vectors[row].detach()).argmax())])
-        excluded[row, [*rows.positives, *rows.limits.left_out]] = True
+        excluded[row, [*environment.same_text(rows.positives), *rows.limits.left_out]] = True
         excluded[row, best] = False
         positives.append(best)
     return losses.info_nce(

@@ -353,6 +353,16 @@ def test_the_embedding_term_does_not_push_from_what_is_never_ranked(model: Searc
     assert grpo.embedding_loss(vectors, world(model, limited, GRPOSettings()), ["q00"], 0.05).item() == 0 < whole.item()
 
 
+def test_the_embedding_term_does_not_push_from_a_positives_text(model: SearchR3, collection: Collection) -> None:
+    twin = replace(collection.documents["d00"], doc_id="twin")
+    doubled = replace(collection, documents={"twin": twin, **collection.documents})
+    vectors = torch.nn.functional.normalize(torch.ones(1, 32), dim=-1)
+    alone, both = (
+        grpo.embedding_loss(vectors, world(model, one, GRPOSettings()), ["q00"], 0.05) for one in (collection, doubled)
+    )
+    assert both.item() == pytest.approx(alone.item(), abs=1e-5)
+
+
 def test_every_query_is_seen_once_a_pass_in_a_seeded_order() -> None:
     ids = [f"q{i}" for i in range(12)]
     first = [query_id for step in range(3) for query_id in grpo.queries_of_step(ids, 4, 0, step)]
