@@ -1,12 +1,12 @@
 """Stage 2: GRPO whose reward is how well the rollout's own vector ranks the right documents (paper, section 4).
 
 The expected reward `E_{reasoning ~ pi}[R(h(q, reasoning))]` depends on the weights twice: through the reasoning that
-is sampled (the policy-gradient term) and through the vector `h` (the optional embedding term, InfoNCE of the same
-rollouts' vectors against the live index).
+is sampled (the policy-gradient term) and through the vector `h` (the optional embedding terms of `pathwise`, of the
+same rollouts' vectors and of the direct ones).
 
 Every divisor once: advantages are divided as `advantage_scale` says; token losses by the number of sampled tokens in
-the whole batch; the embedding term by the number of rollouts. Processes and micro-batches therefore change memory and
-speed only.
+the whole batch; the embedding terms by the number of rollouts or of queries, however few of them they are taken of.
+Processes and micro-batches therefore change memory and speed only.
 """
 
 from __future__ import annotations
@@ -14,23 +14,17 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import closing
-from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 from statistics import fmean
-from typing import Any
 
-import numpy as np
-import torch
 from torch import Tensor
 
 from ..config import GRPOSettings, Recipe
-from ..data.collection import Collection
-from ..data.draws import step_rng
 from ..data.load import load_collection
-from ..data.triples import judged_queries
-from ..environment.environment import Feedback, RetrievalEnvironment
-from ..errors import DataError, RunError
+from ..data.triples import hold_out, judged_queries
+from ..environment.environment import RetrievalEnvironment
+from ..environment.scoring import Score
 from ..model.encoder import SearchR3
 from ..model.engine.decoding import Rollout
 from ..model.engine.generation import sequence_batch
@@ -38,21 +32,10 @@ from . import losses
 from .dev import DevSplit, Evaluations
 from .engine import Engine, load_model, make_engine, rates
 from .guard import Guard
+from .pathwise import embedding_loss
+from .rollouts import Experience, collect, per_rollout, queries_of_step
 from .run import Observer, Run, silent
-
-LOGGED_GROUPS = 2
-
-
-@dataclass(frozen=True)
-class Experience:
-    """One batch of rollouts with its rewards; `rollouts[i * G + j]` is the j-th of query i."""
-
-    query_ids: list[str]
-    rollouts: list[Rollout]
-    feedback: Feedback
-    advantages: Tensor  # Q*G
-    equal_share: float
-    rollout_seconds: float = 0.0
+from .signals import describe, rollout_rows
 
 
 def train_grpo(recipe: Recipe, run: Run, base: Path, observe: Observer = silent) -> Path:
@@ -70,7 +53,7 @@ def train_grpo(recipe: Recipe, run: Run, base: Path, observe: Observer = silent)
     settings, stage = recipe.grpo, "grpo"
     if run.finished(stage):
         return run.model_path(stage)
-    collection = load_collection(recipe.collection)
+    collection = hold_out(load_collection(recipe.collection), settings.splits, recipe.evaluation.held_out)
     qrels = judged_queries(collection, settings.splits)
     dev = DevSplit(collection, recipe.evaluation) if settings.evaluate_every else None
     queries_of_step(list(qrels), settings.queries_per_step, recipe.seed, 0)  # refuses too few before a model is loaded
@@ -85,6 +68,7 @@ def train_grpo(recipe: Recipe, run: Run, base: Path, observe: Observer = silent)
                 *(collection, qrels, model, settings.refresh, settings.reward),
                 k=settings.reward_k,
                 max_new_tokens=recipe.max_new_tokens,
+                depth=settings.embedding_depth if settings.pathwise else 0,
                 seed=recipe.seed,
                 communicator=engine.communicator,
                 state=None if checkpoint is None else checkpoint / "environment",
@@ -105,7 +89,9 @@ def train_grpo(recipe: Recipe, run: Run, base: Path, observe: Observer = silent)
             ready = time.perf_counter()
             check = partial(guard.check, step=step + 1, batch={"query_ids": experience.query_ids})
             values |= update(model, engine, environment, experience, settings, check)
-            values |= describe(experience, engine) | {"learning_rate": engine.learning_rate}
+            values |= describe(experience, engine, settings.reward, settings.group_size) | {
+                "learning_rate": engine.learning_rate
+            }
             values["tokens"] *= settings.num_iterations
             values |= rates(values["tokens"], started, ready)
             if dev is not None and evaluations.due(step + 1, settings.steps):
@@ -118,40 +104,6 @@ def train_grpo(recipe: Recipe, run: Run, base: Path, observe: Observer = silent)
             guard.after(step + 1)
         evaluations.finish()
     return run.model_path(stage)
-
-
-def collect(
-    model: SearchR3, environment: RetrievalEnvironment, recipe: Recipe, step: int, engine: Engine
-) -> Experience:
-    """Sample `G` rollouts for each of this process's share of the step's queries; the environment scores them."""
-    settings, group_size = recipe.grpo, recipe.grpo.group_size
-    everyone = queries_of_step(sorted(environment.qrels), settings.queries_per_step, recipe.seed, step)
-    rng = step_rng(recipe.seed, "rollouts", step)
-    seeds = [[rng.getrandbits(62) for _ in range(group_size)] for _ in everyone]
-    own = engine.share(len(everyone), "grpo.queries_per_step")
-    query_ids = [everyone[place] for place in own]
-    texts = [environment.collection.queries[query_id].text for query_id in query_ids]
-    prompts = [model.backbone.prompt_encoder.encode(text, "reason").ids for text in texts]
-    started = time.perf_counter()
-    rollouts = model.rollouts(
-        [prompt for prompt in prompts for _ in range(group_size)],
-        sampling_temperature=settings.sampling_temperature,
-        seeds=[seed for place in own for seed in seeds[place]],
-        batch_size=settings.rollout_batch_size,
-    )
-    seconds = time.perf_counter() - started
-    if all(engine.communicator.all_gather(all(rollout.forced for rollout in rollouts))):
-        raise RunError(
-            f"none of {len(everyone) * group_size} rollouts at step {step + 1} emitted the embed token within "
-            f"{model.backbone.settings.max_new_tokens} tokens; train stage 1 (search-r3 sft) first, "
-            "or set max_new_tokens higher"
-        )
-    feedback = environment.feedback(rollouts, per_rollout(query_ids, group_size), policy_version=step)
-    # The scale of the advantages is that of all rollouts, whichever process made them.
-    rewards = [reward for rewards in engine.communicator.all_gather(feedback.rewards) for reward in rewards]
-    advantages = losses.group_advantages(torch.tensor(rewards).view(-1, group_size), settings.advantage_scale)
-    values = advantages.values[own.start : own.stop].flatten()
-    return Experience(query_ids, rollouts, feedback, values, advantages.equal_share, seconds)
 
 
 def audit(
@@ -180,14 +132,20 @@ def update(
     """
     rollouts = experience.rollouts
     own = {"tokens": sum(sum(rollout.completion_mask) for rollout in rollouts), "rollouts": len(rollouts)}
-    totals = engine.total(own)
-    batches = engine.padded(_micro_batches(rollouts, settings.micro_batch_size))
+    totals = engine.total(own | {"queries": len(experience.query_ids)})
+    # The direct ones first: a wrapper sums the gradients in the last pass, which has to use every weight.
+    direct = _micro_batches(experience.direct, settings.micro_batch_size) if settings.direct_loss_weight > 0 else []
+    batches = [(rows, counts, _direct_loss) for rows, counts in (engine.padded(direct) if direct else [])]
+    batches += [
+        (rows, counts, _micro_loss)
+        for rows, counts in engine.padded(_micro_batches(rollouts, settings.micro_batch_size))
+    ]
     passes: list[dict[str, float]] = []
     for _ in range(settings.num_iterations):
         sums: dict[str, float] = {}
-        for number, (rows, counts) in enumerate(batches):
+        for number, (rows, counts, loss_of) in enumerate(batches):
             with engine.accumulating(last=number + 1 == len(batches)):
-                loss, terms = _micro_loss(model, engine, environment, experience, rows, settings, totals)
+                loss, terms = loss_of(model, engine, environment, experience, rows, settings, totals)
                 engine.backward(loss if counts else 0.0 * loss)
             if counts:
                 for name, value in terms.items():
@@ -242,103 +200,43 @@ def _micro_loss(
     }
     values = {name: float(term.detach()) / totals["tokens"] for name, term in terms.items()}
     if vectors is not None:
-        owners = per_rollout(experience.query_ids, settings.group_size)
-        embedding = embedding_loss(
-            vectors, environment, [owners[row] for row in rows], settings.contrastive_temperature
-        )
-        share = len(rollouts) / totals["rollouts"]
-        loss = loss + settings.embedding_loss_weight * embedding * share
-        values["embedding_loss"] = embedding.item() * share
+        winners = settings.embedding_loss_on == "winners"
+        chosen = [place for place, row in enumerate(rows) if not winners or experience.advantages[row] > 0]
+        scores = [experience.feedback.scores[rows[place]] for place in chosen]
+        owners = [experience.query_ids[rows[place] // settings.group_size] for place in chosen]
+        embedding = _embedding_loss(vectors[chosen], environment, owners, scores, settings) / totals["rollouts"]
+        loss = loss + settings.embedding_loss_weight * embedding
+        values["embedding_loss"] = embedding.item()
     values["loss"] = loss.item()
     return loss, values
 
 
-def embedding_loss(
+def _direct_loss(
+    model: SearchR3,
+    engine: Engine,
+    environment: RetrievalEnvironment,
+    experience: Experience,
+    rows: Sequence[int],
+    settings: GRPOSettings,
+    totals: Mapping[str, float],
+) -> tuple[Tensor, dict[str, float]]:
+    """The share of some queries' direct vectors in the batch's loss, and in its metrics."""
+    batch = sequence_batch(model.backbone, [experience.direct[row] for row in rows])
+    vectors, _ = engine.policy(batch.ids, batch.mask, embed=batch.embed_positions)
+    query_ids, scores = [experience.query_ids[row] for row in rows], [experience.direct_scores[row] for row in rows]
+    embedding = _embedding_loss(vectors, environment, query_ids, scores, settings) / totals["queries"]
+    loss = settings.direct_loss_weight * embedding
+    return loss, {"direct_loss": embedding.item(), "loss": loss.item()}
+
+
+def _embedding_loss(
     vectors: Tensor,
     environment: RetrievalEnvironment,
     query_ids: Sequence[str],
-    contrastive_temperature: float,
+    scores: Sequence[Score],
+    settings: GRPOSettings,
 ) -> Tensor:
-    """InfoNCE of rollout vectors `B x D` against all vectors of the live index, which get no gradient.
-
-    The positive is the query's best relevant document; its other relevant documents are left out of the sum, and so is
-    what its rankings leave out.
-    """
-    index = environment.index
-    documents = torch.from_numpy(index.vectors_at(np.arange(len(index)))).to(vectors.device)  # N x D
-    excluded = torch.zeros((len(query_ids), len(index)), dtype=torch.bool, device=vectors.device)
-    positives = []
-    for row, query_id in enumerate(query_ids):
-        rows = environment.query_rows(query_id)
-        best = int(rows.positives[int((documents[rows.positives] @ vectors[row].detach()).argmax())])
-        excluded[row, [*rows.positives, *rows.limits.left_out]] = True
-        excluded[row, best] = False
-        positives.append(best)
-    return losses.info_nce(
-        vectors, documents, torch.tensor(positives, device=vectors.device), excluded, contrastive_temperature
-    )
-
-
-def per_rollout(query_ids: Sequence[str], group_size: int) -> list[str]:
-    """The query of every rollout: each query `group_size` times."""
-    return [query_id for query_id in query_ids for _ in range(group_size)]
-
-
-def queries_of_step(query_ids: Sequence[str], count: int, seed: int, step: int) -> list[str]:
-    """The queries of a step: whole passes over all queries, each pass in its own seeded order.
-
-    The last step of a pass is filled up with the first queries of the same pass.
-
-    Raises:
-        DataError: fewer queries than a step needs.
-    """
-    if len(query_ids) < count:
-        raise DataError(f"a step needs {count} queries but the split has {len(query_ids)}; lower grpo.queries_per_step")
-    per_pass = -(-len(query_ids) // count)
-    order = list(query_ids)
-    step_rng(seed, "queries", step // per_pass).shuffle(order)
-    start = (step % per_pass) * count
-    return (order + order[:count])[start : start + count]
-
-
-def describe(experience: Experience, engine: Engine) -> dict[str, float]:
-    """The metrics of the rollouts of all processes (docs/metrics.md)."""
-    rollouts = [(one.forced, one.reasoning_tokens, len(one.prompt_ids)) for one in experience.rollouts]  # and no tensor
-    scores = [(one.parts, one.cosine) for one in experience.feedback.scores]
-    everyone = engine.communicator.all_gather((scores, experience.feedback.rewards, rollouts))
-    parts, cosines = zip(*(one for own, _, _ in everyone for one in own), strict=True)
-    forced, lengths, prompts = zip(*(one for _, _, own in everyone for one in own), strict=True)
-    values = {f"reward_{name}": fmean(getattr(part, name) for part in parts) for name in asdict(parts[0])}
-    values["reward"] = fmean(reward for _, own, _ in everyone for reward in own)
-    values["share_ge_half"] = fmean(part.ndcg >= 0.5 for part in parts)
-    values["positive_cosine"] = fmean(cosines)
-    values["equal_reward_share"] = experience.equal_share
-    values["forced_share"] = fmean(forced)
-    values |= {"reasoning_tokens": fmean(lengths), "reasoning_tokens_max": max(lengths)}
-    decoded = sum(lengths) + len(lengths)  # the embed tokens
-    speed = decoded / experience.rollout_seconds if experience.rollout_seconds else 0.0
-    values |= {"tokens": decoded + sum(prompts), "decoded_tokens_per_second": speed}
-    return values | {"rollout_seconds": experience.rollout_seconds} | experience.feedback.refresh.metrics()
-
-
-def rollout_rows(experience: Experience, collection: Collection, step: int, group_size: int) -> list[dict[str, Any]]:
-    """Rows for `rollouts.jsonl`: the first groups of the step, whole."""
-    rows = []
-    for place in range(min(LOGGED_GROUPS * group_size, len(experience.rollouts))):
-        rollout, query_id = experience.rollouts[place], experience.query_ids[place // group_size]
-        rows.append(
-            {
-                "stage": "grpo",
-                "step": step,
-                "query_id": query_id,
-                "query": collection.queries[query_id].text,
-                "reasoning": rollout.reasoning,
-                "reasoning_tokens": rollout.reasoning_tokens,
-                "forced": rollout.forced,
-                "reward": experience.feedback.rewards[place],
-                "parts": asdict(experience.feedback.parts[place]),
-                "best_rank": experience.feedback.best_ranks[place],
-                "advantage": float(experience.advantages[place]),
-            }
-        )
-    return rows
+    """The sum of the pathwise term over these vectors, which may be none."""
+    if not query_ids:
+        return vectors.sum()  # 0, with the graph that all processes have
+    return embedding_loss(vectors, environment, query_ids, scores, settings.contrastive_temperature) * len(query_ids)

@@ -20,7 +20,7 @@ import shutil
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 from torch import OutOfMemoryError
 
@@ -41,6 +41,7 @@ from ..model.backbone import Backbone
 from ..parallel import Communicator, first_process, is_of_a_collective
 from .engine import deepspeed_plugin
 
+T = TypeVar("T")
 logger = logging.getLogger(__name__)
 
 Observer = Callable[[str, int, int, dict[str, float]], None]
@@ -225,40 +226,40 @@ class Run:
             RunError: there are checkpoints, and all are broken or the newest is of another version; or the logs cannot
                 be read or written.
         """
-        if self.first:
-            self._remove_leftovers(stage)
-        checkpoint = state.communicator.all_gather(self._newest_whole(stage) if self.first else None)[0]
-        step = 0 if checkpoint is None else int(checkpoint.name.removeprefix("step-"))
+        newest = agree(state.communicator, self.folder, lambda: self._newest_whole(stage) if self.first else None)
+        checkpoint = state.communicator.all_gather(newest)[0]
         if checkpoint is not None:
-            # With adapters only what learns was saved; the rest is in the model that they were put into.
-            partial = self.recipe.lora.rank > 0 and deepspeed_plugin(state.accelerator) is None  # it saves all
-            try:
-                state.accelerator.load_state(str(checkpoint), **({"strict": False} if partial else {}))
-            except (ValueError, RuntimeError, KeyError) as error:  # as torch says that a state does not fit
-                if isinstance(error, RuntimeError) and (
-                    is_of_a_collective(error) or isinstance(error, OutOfMemoryError)
-                ):
-                    raise  # the checkpoint may well fit
-                raise RunError(
-                    f"{checkpoint} does not fit this training ({str(error).splitlines()[0]}): another version of "
-                    f"search-r3 wrote it; go on with that one, or remove {checkpoint.parent} and the stage begins anew"
-                ) from error
-        if self.first:
-            for path in (self.metrics_path, self.rollouts_path):
-                if path.exists():
-                    rows = [row for row in read_log(path) if row["stage"] != stage or (step and row["step"] <= step)]
-                    with _explained(path):
-                        write_text(path, "".join(map(jsonl_line, rows)))
+            agree(state.communicator, checkpoint, lambda: self._load(checkpoint, state), "read")
+        step = 0 if checkpoint is None else int(checkpoint.name.removeprefix("step-"))
+        agree(state.communicator, self.folder, lambda: self._drop_later(stage, step) if self.first else None)
         return step, checkpoint
 
-    def _remove_leftovers(self, stage: str) -> None:
-        """What killed processes had begun to write: a run directory belongs to one run, so nobody else is at it."""
+    def _load(self, checkpoint: Path, state: TrainingState) -> None:
+        # With adapters only what learns was saved; the rest is in the model that they were put into.
+        partial = self.recipe.lora.rank > 0 and deepspeed_plugin(state.accelerator) is None  # it saves all
+        try:
+            state.accelerator.load_state(str(checkpoint), **({"strict": False} if partial else {}))
+        except (ValueError, RuntimeError, KeyError) as error:  # as torch says that a state does not fit
+            if isinstance(error, RuntimeError) and (is_of_a_collective(error) or isinstance(error, OutOfMemoryError)):
+                raise  # the checkpoint may well fit
+            raise RunError(
+                f"{checkpoint} does not fit this training ({str(error).splitlines()[0]}): another version of "
+                f"search-r3 wrote it; go on with that one, or remove {checkpoint.parent} and the stage begins anew"
+            ) from error
+
+    def _drop_later(self, stage: str, step: int) -> None:
+        for path in (self.metrics_path, self.rollouts_path):
+            if path.exists():
+                rows = [row for row in read_log(path) if row["stage"] != stage or (step and row["step"] <= step)]
+                with _explained(path):
+                    write_text(path, "".join(map(jsonl_line, rows)))
+
+    def _newest_whole(self, stage: str) -> Path | None:
+        """Removes what killed processes had begun to write, too: nobody else is at the directory of a run."""
         for target in (self.model_path(stage), self.adapter_path(stage), self.metrics_path, self.rollouts_path):
             remove_leftovers(target)
         for leftover in self.checkpoints_path(stage).glob(".step-*"):
             shutil.rmtree(leftover)
-
-    def _newest_whole(self, stage: str) -> Path | None:
         checkpoints = self._saved(stage)
         damages: list[str] = []
         for checkpoint in reversed(checkpoints):
@@ -302,23 +303,28 @@ class Run:
                 file.writelines(map(jsonl_line, rows))
 
 
-def agree(communicator: Communicator, target: Path, work: Callable[[], None]) -> None:
-    """Do one part of writing `target` in every process; where one fails, all raise.
+def agree(communicator: Communicator, target: Path, work: Callable[[], T], verb: str = "write") -> T:
+    """Do one part of writing (or what `verb` says) `target` in every process; where one fails, all raise.
 
     Raises:
-        RunError: the part failed somewhere.
+        RunError: the part failed somewhere; the first one of those that processes raised themselves, as it is.
     """
-    fault = ""
+    fault, cause = "", None
     try:
-        work()
+        result = work()
+    except RunError as error:
+        fault, cause = str(error), error.__cause__
     except Exception as error:  # of whatever library wrote the file: a full disk has many names
-        fault = f"{type(error).__name__}: {' '.join(str(error).split())}"
-    failures = [(rank, text) for rank, text in enumerate(communicator.all_gather(fault)) if text]
-    if failures:
-        raise RunError(
-            f"cannot write {target} (rank {failures[0][0]}: {failures[0][1]}); what was saved before is intact: mend "
-            "that (of a full disk: make room), then go on with --resume"
+        fault = (
+            f"cannot {verb} {target} (rank {communicator.rank}: {type(error).__name__}: "
+            f"{' '.join(str(error).split())}); what was saved before is intact: mend that (of a full disk: make room), "
+            "then go on with --resume"
         )
+        cause = error
+    faults = list(filter(None, communicator.all_gather(fault)))
+    if faults:
+        raise RunError(faults[0]) from cause
+    return result
 
 
 @contextmanager

@@ -26,7 +26,7 @@ from ..config import Recipe, SFTSettings
 from ..data.collection import Collection
 from ..data.draws import Draws, step_rng, text_keys
 from ..data.load import load_collection
-from ..data.triples import TrainingExample, training_examples
+from ..data.triples import TrainingExample, hold_out, training_examples
 from ..errors import ConfigError
 from ..model.backbone import Backbone, shorten
 from ..model.encoder import SearchR3
@@ -57,7 +57,7 @@ def train_sft(recipe: Recipe, run: Run, observe: Observer = silent) -> Path:
     settings, stage = recipe.sft, "sft"
     if run.finished(stage):
         return run.model_path(stage)
-    collection = load_collection(recipe.collection)
+    collection = hold_out(load_collection(recipe.collection), list(settings.splits), recipe.evaluation.held_out)
     doc_ids = list(collection.documents)
     examples = _examples(collection, settings)
     if not any(example.reasoning for of_split in examples.values() for example in of_split):

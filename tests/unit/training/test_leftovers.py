@@ -8,7 +8,9 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -99,18 +101,18 @@ class Two(SingleProcess):
 
 def test_work_that_all_have_done_is_agreed_on(tmp_path: Path) -> None:
     done = []
-    agree(Two(""), tmp_path, lambda: done.append(1))
+    assert agree(Two(""), tmp_path, lambda: done.append(1) or "result") == "result"
     assert done == [1]
 
 
 def test_where_one_process_fails_all_raise_and_name_it(tmp_path: Path) -> None:
-    with pytest.raises(RunError, match=r"cannot write .*target \(rank 1: OSError: No space\); .* --resume"):
-        agree(Two("OSError: No space"), tmp_path / "target", lambda: None)
+    with pytest.raises(RunError, match=r"^what rank 1 says$"):
+        agree(Two("what rank 1 says"), tmp_path / "target", lambda: None)
 
     def fails() -> None:
         raise OSError(28, "No space left\non device")
 
-    with pytest.raises(RunError, match=r"\(rank 0: OSError: \[Errno 28\] No space left on device\)"):
+    with pytest.raises(RunError, match=r"write .*target \(rank 0: OSError: .* No space left on device\); .* --resume"):
         agree(SingleProcess(), tmp_path / "target", fails)
 
 
@@ -214,8 +216,43 @@ def test_a_checkpoint_that_a_full_gpu_or_a_lost_process_keeps_from_loading_is_no
     run = Run(Recipe(run_dir=str(tmp_path / "run")))
     checkpoint(run.checkpoints_path("sft") / "step-000001")
     accelerator = SimpleNamespace(load_state=load_state, state=SimpleNamespace())
-    with pytest.raises(RuntimeError, match=str(error)):
+    with pytest.raises(RunError, match=rf"cannot read .*step-000001 \(rank 0: {type(error).__name__}: {error}\)"):
         run.restore("sft", SimpleNamespace(accelerator=accelerator, policy=None, communicator=SingleProcess()))
+
+
+def test_a_checkpoint_that_one_process_cannot_load_stops_all(tmp_path: Path) -> None:
+    """Each of two threads is a process; the second one's GPU is full."""
+    run = Run(Recipe(run_dir=str(tmp_path / "run")))
+    checkpoint(run.checkpoints_path("sft") / "step-000001")
+    meeting, values = threading.Barrier(2, timeout=10), {}
+
+    class Rank(SingleProcess):
+        world_size = 2
+
+        def __init__(self, rank: int) -> None:
+            self.rank = rank
+
+        def all_gather(self, value: Any) -> list[Any]:
+            values[self.rank] = value
+            meeting.wait()
+            everyone = [values[0], values[1]]
+            meeting.wait()
+            return everyone
+
+        def load_state(self, folder: str) -> None:
+            if self.rank == 1:
+                raise torch.OutOfMemoryError("CUDA out of memory")
+
+    def restore(rank: int) -> str:
+        one = Rank(rank)
+        accelerator = SimpleNamespace(load_state=one.load_state, state=SimpleNamespace())
+        with pytest.raises(RunError) as error:
+            run.restore("sft", SimpleNamespace(accelerator=accelerator, policy=None, communicator=one))
+        return str(error.value)
+
+    with ThreadPoolExecutor(2) as pool:
+        first, second = pool.map(restore, range(2))
+    assert first == second and "step-000001 (rank 1: OutOfMemoryError: CUDA out of memory)" in first
 
 
 def test_sigterm_is_held_back_only_while_a_stage_runs(tmp_path: Path) -> None:
