@@ -39,7 +39,7 @@ from search_r3.model.encoder import SearchR3
 from search_r3.training import losses
 from search_r3.training.engine import load_model, make_engine
 from search_r3.training.grpo import train_grpo, update
-from search_r3.training.rollouts import Experience, collect, per_rollout
+from search_r3.training.rl.rollouts import Experience, collect, per_rollout
 from search_r3.training.run import Run
 from search_r3.training.sft import train_sft
 from search_r3.types import DocumentEncoder

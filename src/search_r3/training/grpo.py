@@ -32,10 +32,10 @@ from . import losses
 from .dev import DevSplit, Evaluations
 from .engine import Engine, load_model, make_engine, rates
 from .guard import Guard
-from .pathwise import embedding_loss
-from .rollouts import Experience, collect, per_rollout, queries_of_step
+from .rl.pathwise import embedding_loss
+from .rl.rollouts import Experience, collect, per_rollout, queries_of_step
+from .rl.signals import describe, rollout_rows
 from .run import Observer, Run, silent
-from .signals import describe, rollout_rows
 
 
 def train_grpo(recipe: Recipe, run: Run, base: Path, observe: Observer = silent) -> Path:

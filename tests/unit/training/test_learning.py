@@ -10,8 +10,9 @@ from search_r3.data.collection import Collection
 from search_r3.environment.environment import RetrievalEnvironment
 from search_r3.model.backbone import EmbeddingSettings
 from search_r3.model.encoder import SearchR3
-from search_r3.training import grpo, rollouts
+from search_r3.training import grpo
 from search_r3.training.engine import make_engine
+from search_r3.training.rl import rollouts
 from tests.conftest import favour
 
 STEPS, BUDGET = 10, 8

@@ -15,9 +15,10 @@ from search_r3.environment.reward import RewardParts
 from search_r3.environment.scoring import Score
 from search_r3.errors import ConfigError
 from search_r3.model.encoder import SearchR3
-from search_r3.training import grpo, pathwise, rollouts, signals
+from search_r3.training import grpo
 from search_r3.training.engine import make_engine
 from search_r3.training.losses import group_advantages
+from search_r3.training.rl import pathwise, rollouts, signals
 from tests.conftest import favour
 
 

@@ -22,9 +22,10 @@ from search_r3.model.encoder import SearchR3
 from search_r3.parallel import SingleProcess
 from search_r3.retrieval.lexical import BM25
 from search_r3.retrieval.metrics import probe_cosine
-from search_r3.training import grpo, rollouts, sft, signals
+from search_r3.training import grpo, sft
 from search_r3.training.batches import collate, find_false_negatives, make_batch, tokenise
 from search_r3.training.engine import Engine, make_engine, warmup_cosine
+from search_r3.training.rl import rollouts, signals
 from search_r3.training.run import Run
 from tests.conftest import favour
 

@@ -15,17 +15,17 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor
 
-from ..config import GRPOSettings, Recipe
-from ..data.draws import step_rng
-from ..environment.environment import Feedback, RetrievalEnvironment
-from ..environment.reward import DEEPEST
-from ..environment.scoring import Score
-from ..errors import DataError, RunError
-from ..model.encoder import SearchR3
-from ..model.engine.decoding import Rollout
-from ..model.prompts import Mode
-from . import losses
-from .engine import Engine
+from ...config import GRPOSettings, Recipe
+from ...data.draws import step_rng
+from ...environment.environment import Feedback, RetrievalEnvironment
+from ...environment.reward import DEEPEST
+from ...environment.scoring import Score
+from ...errors import DataError, RunError
+from ...model.encoder import SearchR3
+from ...model.engine.decoding import Rollout
+from ...model.prompts import Mode
+from .. import losses
+from ..engine import Engine
 
 
 @dataclass(frozen=True)

@@ -13,13 +13,13 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ..config import RewardSettings
-from ..data.collection import Collection
-from ..environment.environment import rollout_vectors
-from ..environment.reward import RewardParts
-from ..retrieval.metrics import probe_cosine
-from ..types import Array
-from .engine import Engine
+from ...config import RewardSettings
+from ...data.collection import Collection
+from ...environment.environment import rollout_vectors
+from ...environment.reward import RewardParts
+from ...retrieval.metrics import probe_cosine
+from ...types import Array
+from ..engine import Engine
 from .rollouts import Experience
 
 LOGGED_GROUPS = 2

@@ -14,9 +14,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..environment.environment import RetrievalEnvironment
-from ..environment.scoring import Score
-from . import losses
+from ...environment.environment import RetrievalEnvironment
+from ...environment.scoring import Score
+from .. import losses
 
 
 def embedding_loss(
