@@ -9,10 +9,10 @@ arms of stage 1 train their own. What is complete is read, not repeated, and a t
 training is a process of one thread, so several calls with one `--out` share a machine: give them different seeds, or
 different arms once the references `stage-1` and `grpo` are there.
 
-Measured on the dev split: nDCG@10 of both modes (greedy), tokens, seconds of training, and nDCG@10 after another query's
-reasoning and after the true one, which say whether what is written is still read. A difference to the reference exceeds
-the seeds' spread where all seeds agree on its sign and its mean is larger than its range. `--test` reads the test split,
-once, for the arm of stage 2 that is best on dev and for its reference.
+Measured on the dev split: nDCG@10 of both modes (greedy), tokens, seconds of training, and nDCG@10 after another
+query's reasoning and after the true one, which say whether what is written is still read. A difference to the reference
+exceeds the seeds' spread where all seeds agree on its sign and its mean is larger than its range. `--test` reads the
+test split, once, for the arm of stage 2 that is best on dev and for its reference.
 """
 
 from __future__ import annotations
