@@ -16,7 +16,7 @@ from ..errors import ConfigError
 from .common import ManyValues, ModeName, NewFolder, check_new, data_app, hush, load_encoder
 
 if TYPE_CHECKING:
-    from ..data.writing.asking import Estimate, Standing
+    from ..data.writing.asking import Standing
     from ..data.writing.written import Writer, WrittenReport
     from ..mining.candidates import Judge, Retriever
     from ..mining.mining import MiningReport
@@ -281,16 +281,15 @@ def _cost_bar(what: str, writer: Writer) -> Iterator[Writer]:
     position = 0
     with console.bar(what) as bar:
 
-        def start(estimate: Estimate) -> None:
+        def start(whole: Standing) -> None:
             nonlocal position
-            position = estimate.total - estimate.pending
-            tokens = f"{estimate.prompt_tokens:,} tokens read, {estimate.completion_tokens:,} written"
-            how = "by the mean so far" if estimate.measured else "one reply each, as long as --max-tokens lets it"
-            cost = "" if estimate.cost is None else f"; cost {estimate.cost:,.2f}"
-            console.say(
-                f"{estimate.pending:,} of {estimate.total:,} {what} to ask about; in all {tokens}{cost} ({how})"
-            )
-            bar.begin(estimate.total, position)
+            position = whole.done
+            tokens = f"{whole.prompt_tokens:,} tokens read, {whole.completion_tokens:,} written"
+            how = "by the mean so far" if whole.measured else "one reply each, as long as --max-tokens lets it"
+            cost = "" if whole.cost is None else f"; cost {whole.cost:,.2f}"
+            pending = whole.total - whole.done
+            console.say(f"{pending:,} of {whole.total:,} {what} to ask about; in all {tokens}{cost} ({how})")
+            bar.begin(whole.total, position)
 
         def advance(standing: Standing) -> None:
             nonlocal position
