@@ -15,13 +15,15 @@ import os
 import time
 from collections.abc import Callable, Iterator, Sequence
 from datetime import timedelta
-from typing import Any, Protocol
+from pathlib import Path
+from typing import Any, Protocol, TypeVar
 
 import numpy as np
 
 from .errors import RunError
 from .types import Array
 
+T = TypeVar("T")
 PATIENCE = timedelta(minutes=30)
 NAMING = timedelta(seconds=60)
 """How long the processes wait for each other, after the error of a collective, to find out which of them has died."""
@@ -201,6 +203,30 @@ def name_the_missing(communicator: Communicator) -> None:
     """
     if communicator.world_size > 1:
         communicator.barrier(NAMING)
+
+
+def agree(communicator: Communicator, target: Path, work: Callable[[], T], verb: str = "write") -> T:
+    """Do one part of writing (or what `verb` says) `target` in every process; where one fails, all raise.
+
+    Raises:
+        RunError: the part failed somewhere; the first one of those that processes raised themselves, as it is.
+    """
+    fault, cause = "", None
+    try:
+        result = work()
+    except RunError as error:
+        fault, cause = str(error), error.__cause__
+    except Exception as error:  # of whatever library wrote the file: a full disk has many names
+        fault = (
+            f"cannot {verb} {target} (rank {communicator.rank}: {type(error).__name__}: "
+            f"{' '.join(str(error).split())}); what was saved before is intact: mend that (of a full disk: make room), "
+            "then go on with --resume"
+        )
+        cause = error
+    faults = list(filter(None, communicator.all_gather(fault)))
+    if faults:
+        raise RunError(faults[0]) from cause
+    return result
 
 
 def divide(lengths: Sequence[int], world_size: int) -> list[list[int]]:

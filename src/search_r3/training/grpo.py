@@ -47,7 +47,7 @@ LOGGED_GROUPS = 2
 class Experience:
     """One batch of rollouts with its rewards; `rollouts[i * G + j]` is the j-th of query i."""
 
-    query_ids: list[str]
+    query_ids: list[str]  # Q*G
     rollouts: list[Rollout]
     feedback: Feedback
     advantages: Tensor  # Q*G
@@ -101,7 +101,8 @@ def train_grpo(recipe: Recipe, run: Run, base: Path, observe: Observer = silent)
             started = time.perf_counter()
             with engine.full_params():
                 experience = collect(model, environment, recipe, step, engine)
-                values = audit(environment, experience, settings, step)
+                due = settings.refresh.audit_every > 0 and (step + 1) % settings.refresh.audit_every == 0
+                values = environment.audit(experience.rollouts, experience.query_ids, step).metrics() if due else {}
             ready = time.perf_counter()
             check = partial(guard.check, step=step + 1, batch={"query_ids": experience.query_ids})
             values |= update(model, engine, environment, experience, settings, check)
@@ -129,8 +130,8 @@ def collect(
     rng = step_rng(recipe.seed, "rollouts", step)
     seeds = [[rng.getrandbits(62) for _ in range(group_size)] for _ in everyone]
     own = engine.share(len(everyone), "grpo.queries_per_step")
-    query_ids = [everyone[place] for place in own]
-    texts = [environment.collection.queries[query_id].text for query_id in query_ids]
+    query_ids = [everyone[place] for place in own for _ in range(group_size)]
+    texts = [environment.collection.queries[everyone[place]].text for place in own]
     prompts = [model.backbone.prompt_encoder.encode(text, "reason").ids for text in texts]
     started = time.perf_counter()
     rollouts = model.rollouts(
@@ -146,23 +147,12 @@ def collect(
             f"{model.backbone.settings.max_new_tokens} tokens; train stage 1 (search-r3 sft) first, "
             "or set max_new_tokens higher"
         )
-    feedback = environment.feedback(rollouts, per_rollout(query_ids, group_size), policy_version=step)
+    feedback = environment.feedback(rollouts, query_ids, policy_version=step)
     # The scale of the advantages is that of all rollouts, whichever process made them.
     rewards = [reward for rewards in engine.communicator.all_gather(feedback.rewards) for reward in rewards]
     advantages = losses.group_advantages(torch.tensor(rewards).view(-1, group_size), settings.advantage_scale)
     values = advantages.values[own.start : own.stop].flatten()
     return Experience(query_ids, rollouts, feedback, values, advantages.equal_share, seconds)
-
-
-def audit(
-    environment: RetrievalEnvironment, experience: Experience, settings: GRPOSettings, step: int
-) -> dict[str, float]:
-    """The account of the live index, at the steps where it is due; it changes nothing."""
-    every = settings.refresh.audit_every
-    if every == 0 or (step + 1) % every:
-        return {}
-    owners = per_rollout(experience.query_ids, settings.group_size)
-    return environment.audit(experience.rollouts, owners, policy_version=step).metrics()
 
 
 def update(
@@ -242,10 +232,8 @@ def _micro_loss(
     }
     values = {name: float(term.detach()) / totals["tokens"] for name, term in terms.items()}
     if vectors is not None:
-        owners = per_rollout(experience.query_ids, settings.group_size)
-        embedding = embedding_loss(
-            vectors, environment, [owners[row] for row in rows], settings.contrastive_temperature
-        )
+        query_ids = [experience.query_ids[row] for row in rows]
+        embedding = embedding_loss(vectors, environment, query_ids, settings.contrastive_temperature)
         share = len(rollouts) / totals["rollouts"]
         loss = loss + settings.embedding_loss_weight * embedding * share
         values["embedding_loss"] = embedding.item() * share
@@ -277,11 +265,6 @@ def embedding_loss(
     return losses.info_nce(
         vectors, documents, torch.tensor(positives, device=vectors.device), excluded, contrastive_temperature
     )
-
-
-def per_rollout(query_ids: Sequence[str], group_size: int) -> list[str]:
-    """The query of every rollout: each query `group_size` times."""
-    return [query_id for query_id in query_ids for _ in range(group_size)]
 
 
 def queries_of_step(query_ids: Sequence[str], count: int, seed: int, step: int) -> list[str]:
@@ -324,7 +307,7 @@ def rollout_rows(experience: Experience, collection: Collection, step: int, grou
     """Rows for `rollouts.jsonl`: the first groups of the step, whole."""
     rows = []
     for place in range(min(LOGGED_GROUPS * group_size, len(experience.rollouts))):
-        rollout, query_id = experience.rollouts[place], experience.query_ids[place // group_size]
+        rollout, query_id = experience.rollouts[place], experience.query_ids[place]
         rows.append(
             {
                 "stage": "grpo",

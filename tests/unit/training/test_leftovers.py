@@ -21,9 +21,9 @@ import torch
 from search_r3.config import Recipe
 from search_r3.errors import ConfigError, RunError, StoppedError
 from search_r3.files import atomic_directory, find_damage, leftovers, remove_leftovers, write_json, write_manifest
-from search_r3.parallel import SingleProcess
+from search_r3.parallel import SingleProcess, agree
 from search_r3.training import guard
-from search_r3.training.run import MANIFEST, Run, agree
+from search_r3.training.run import MANIFEST, Run
 
 KILLED = """
 import os, signal, sys

@@ -238,8 +238,8 @@ def experience(
     rollouts = model.rollouts(
         prompts, max_new_tokens=6, sampling_temperature=settings.grpo.sampling_temperature, seeds=range(12)
     )
-    query_ids = ["q00", "q01", "q04"]
-    feedback = environment.feedback(rollouts, [query_id for query_id in query_ids for _ in range(4)], 0)
+    query_ids = [query_id for query_id in ("q00", "q01", "q04") for _ in range(4)]
+    feedback = environment.feedback(rollouts, query_ids, 0)
     advantages = torch.randn(12, generator=torch.Generator().manual_seed(0))
     return environment, grpo.Experience(query_ids, rollouts, feedback, advantages, 0.0)
 
