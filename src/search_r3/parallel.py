@@ -16,7 +16,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from datetime import timedelta
 from pathlib import Path
-from typing import Any, Protocol, TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 
@@ -32,43 +32,24 @@ LINGER = timedelta(seconds=5)
 _LOST = "search-r3/lost"
 
 
-class Communicator(Protocol):
-    """One process's view of all of them."""
-
-    rank: int
-    world_size: int
-
-    def barrier(self, patience: timedelta | None = None) -> None:
-        """Wait until every process is here, for `patience` or as long as is usual."""
-        ...
-
-    def all_gather(self, value: Any) -> list[Any]:
-        """Every process's value, in rank order."""
-        ...
-
-    def all_gather_rows(self, rows: Array, counts: Sequence[int]) -> list[Array]:
-        """Every process's matrix, in rank order; `counts[r]` is the number of rows of rank `r`."""
-        ...
-
-
-class SingleProcess:
-    """A single process."""
+class Communicator:
+    """One process's view of all of them; this one is alone."""
 
     rank, world_size = 0, 1
 
     def barrier(self, patience: timedelta | None = None) -> None:
-        """There is nobody to wait for."""
+        """Wait until every process is here, for `patience` or as long as is usual."""
 
     def all_gather(self, value: Any) -> list[Any]:
-        """The value."""
+        """Every process's value, in rank order."""
         return [value]
 
     def all_gather_rows(self, rows: Array, counts: Sequence[int]) -> list[Array]:
-        """The matrix."""
+        """Every process's matrix, in rank order; `counts[r]` is the number of rows of rank `r`."""
         return [rows]
 
 
-class ProcessGroup:
+class ProcessGroup(Communicator):
     """The processes of the default process group, over gloo.
 
     Args:
@@ -180,12 +161,12 @@ def first_process() -> bool:
 
 
 def make_communicator() -> Communicator:
-    """`ProcessGroup` where a process group of more than one process is up, else `SingleProcess`."""
+    """`ProcessGroup` where a process group of more than one process is up."""
     import torch.distributed as dist
 
     if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
         return ProcessGroup()
-    return SingleProcess()
+    return Communicator()
 
 
 def is_of_a_collective(error: RuntimeError) -> bool:

@@ -21,7 +21,7 @@ from ..data.collection import Collection, Qrels
 from ..data.restrictions import restrictions
 from ..errors import DataError, RewardError
 from ..model.engine.decoding import Rollout
-from ..parallel import Communicator, SingleProcess, divide, encode_sharded
+from ..parallel import Communicator, divide, encode_sharded
 from ..retrieval.approximate import ApproximateIndex
 from ..retrieval.index import ExactIndex, VectorIndex, descending
 from ..retrieval.ranking import RestrictedRows, ranked_rows, ranks, restricted_rows
@@ -121,7 +121,7 @@ class RetrievalEnvironment:
     ) -> None:
         self.collection, self.qrels, self.encoder, self.refresh = collection, qrels, encoder, refresh
         self.weights, self.k, self.max_new_tokens = weights, k, max_new_tokens
-        self.seed, self.communicator = seed, communicator or SingleProcess()
+        self.seed, self.communicator = seed, communicator or Communicator()
         self.policy = make_policy(refresh)
         self._rows_by_query: dict[str, QueryRows] = {}
         self._tokens = np.full(len(collection.documents), -1, dtype=np.int64)  # N, -1 where they were never counted

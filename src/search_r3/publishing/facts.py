@@ -21,7 +21,7 @@ from ..evaluation.report.report import METRICS, last_results
 from ..evaluation.results import Result
 from ..evaluation.runner import RESULTS, SUMMARY
 from ..evaluation.significance import Comparison
-from ..files import hash_file, hash_folder, read_lines
+from ..files import hash_file, hash_folder, read_log
 from ..model.backbone import SETTINGS_FILE, EmbeddingSettings
 
 RECIPE, REPORT = "settings.yaml", "report.json"
@@ -128,6 +128,7 @@ def gather_facts(model: Path, folders: Sequence[Path] = ()) -> Facts:
     before = run / "sft" / "model" if run and stage == "grpo" else None
     earlier = {hash_folder(before)} - states if before is not None and before.is_dir() else set()
     results, comparisons = _read_results(run, folders, states, earlier)
+    log = read_log(run / METRICS) if run else []
     places = [Path.cwd(), *(run.parents if run else ()), *(place for one in folders for place in one.resolve().parents)]
     return Facts(
         settings=_embedding_settings(model / SETTINGS_FILE),
@@ -137,7 +138,9 @@ def gather_facts(model: Path, folders: Sequence[Path] = ()) -> Facts:
         # Read as it stands: the run may be of a version with other settings, and a card only repeats them.
         recipe=_read_object(run / RECIPE) if run else {},
         recipe_hash=hash_file(run / RECIPE) if run else "",
-        metrics=_metrics(run / METRICS, STAGES[: STAGES.index(stage) + 1]) if run else {},
+        metrics={one: [row for row in log if row.get("stage") == one] for one in STAGES[: STAGES.index(stage) + 1]}
+        if run
+        else {},
         report=_report(run, states) if run else {},
         results=results,
         comparisons=comparisons,
@@ -225,20 +228,6 @@ def _report(run: Path, states: set[str]) -> dict[str, Any]:
     path = run / REPORT
     is_of_model = path.is_file() and any(result.system.revision in states for result in last_results(run))
     return _read_object(path) if is_of_model else {}
-
-
-def _metrics(path: Path, stages: Sequence[str]) -> dict[str, list[dict[str, Any]]]:
-    """The rows of each stage, in the order of the stages; a line that is being written is not one of them."""
-    rows: dict[str, list[dict[str, Any]]] = {stage: [] for stage in stages}
-    for number, line in read_lines(path) if path.is_file() else ():
-        if not line.endswith("\n"):
-            continue
-        try:
-            row = json.loads(line)
-            rows.setdefault(row["stage"], []).append(row)
-        except (json.JSONDecodeError, KeyError, TypeError) as error:
-            raise RunError(f"{path}:{number}: not a line of metrics; mend or remove the line") from error
-    return {stage: rows[stage] for stage in stages}
 
 
 def _embedding_settings(path: Path) -> EmbeddingSettings:

@@ -19,7 +19,7 @@ from search_r3.environment.environment import RetrievalEnvironment
 from search_r3.errors import ConfigError, DataError, RunError
 from search_r3.model.backbone import shorten
 from search_r3.model.encoder import SearchR3
-from search_r3.parallel import SingleProcess
+from search_r3.parallel import Communicator
 from search_r3.retrieval.lexical import BM25
 from search_r3.retrieval.metrics import probe_cosine
 from search_r3.training import grpo, sft
@@ -416,7 +416,7 @@ def test_metrics_of_a_batch_by_hand(model: SearchR3, collection: Collection) -> 
 
 
 def test_the_speed_of_several_processes_is_that_of_the_slowest(model: SearchR3, collection: Collection) -> None:
-    class Two(SingleProcess):
+    class Two(Communicator):
         def all_gather(self, value: Any) -> list[Any]:
             return [value, (*value[:-1], 4.0)]
 
