@@ -13,15 +13,14 @@ import math
 import random
 import re
 import time
-from bisect import bisect_right
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
-from itertools import accumulate
 from pathlib import Path
 from typing import Any, TypeVar
 
 from ...errors import DataError
 from ..collection import Collection, Document, Query
+from ..generators.splits import divide_groups
 from ..triples import judged_queries, listed_negatives, reasoning_traces
 from .asking import Asking, Item, Prices, ProgressFile, Standing, check_output
 from .chat import ChatEndpoint
@@ -365,10 +364,7 @@ def _divide(articles: Mapping[str, Document], splits: Mapping[str, float], seed:
             f"the splits {dict(splits)} cannot be used; expected names of letters, digits, '.', '-' and '_', and "
             "positive shares that sum to 1"
         )
-    order, names, bounds = sorted(articles), list(splits), list(accumulate(splits.values()))
-    random.Random(seed).shuffle(order)
-    places = [bisect_right(bounds, (position + 0.5) / len(order)) for position in range(len(order))]
-    return {doc_id: names[min(place, len(names) - 1)] for doc_id, place in zip(order, places, strict=True)}
+    return divide_groups(dict.fromkeys(articles, 1), splits, seed)
 
 
 def _check_articles(articles: Mapping[str, Document]) -> None:
