@@ -206,11 +206,7 @@ def _changed(recipe: Recipe, changes: Mapping[str, Any]) -> Recipe:
 
 @dataclass(frozen=True)
 class Work:
-    """What a stage computes in a step.
-
-    Attributes:
-        job: the stage.
-    """
+    """What a stage computes in a step."""
 
     job: Job
 

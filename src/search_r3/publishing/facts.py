@@ -32,33 +32,22 @@ STAGES = ("sft", "grpo")
 
 @dataclass(frozen=True)
 class Facts:
-    """What is known of a model; what no file says is empty.
+    """What is known of a model; what no file says is empty."""
 
-    Attributes:
-        settings: its prompts and limits.
-        config: its config.json, or the adapter_config.json of an adapter.
-        adapter: whether it is an adapter (peft) instead of whole weights.
-        revision: SHA-256 of its files.
-        recipe: the settings of the run that made it.
-        recipe_hash: SHA-256 of the file that holds them.
-        metrics: stage -> rows of metrics.jsonl, for the stages that made this model.
-        report: report.json of the run, where its results are of this model.
-        results: of this model (named by their mode), of its state before RL, and of baselines on the same data.
-        comparisons: paired tests between these results in which this model takes part.
-        places: folders from which a relative path of the run may have been meant.
-    """
-
-    settings: EmbeddingSettings
-    config: dict[str, Any]
-    adapter: bool
-    revision: str
-    recipe: dict[str, Any] = field(default_factory=dict)
-    recipe_hash: str = ""
+    settings: EmbeddingSettings  # its prompts and limits
+    config: dict[str, Any]  # its config.json, or the adapter_config.json of an adapter
+    adapter: bool  # whether it is an adapter (peft) instead of whole weights
+    revision: str  # SHA-256 of its files
+    recipe: dict[str, Any] = field(default_factory=dict)  # the settings of the run that made it
+    recipe_hash: str = ""  # SHA-256 of the file that holds them
+    # stage -> rows of metrics.jsonl, for the stages that made this model
     metrics: dict[str, list[dict[str, Any]]] = field(default_factory=dict)
-    report: dict[str, Any] = field(default_factory=dict)
+    report: dict[str, Any] = field(default_factory=dict)  # report.json of the run, where its results are of this model
+    # of this model (named by their mode), of its state before RL, and of baselines on the same data
     results: list[Result] = field(default_factory=list)
+    # paired tests between these results in which this model takes part
     comparisons: list[Comparison] = field(default_factory=list)
-    places: tuple[Path, ...] = ()
+    places: tuple[Path, ...] = ()  # folders from which a relative path of the run may have been meant
 
     @property
     def stage(self) -> str:

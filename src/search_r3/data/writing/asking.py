@@ -41,19 +41,12 @@ Raises:
 
 @dataclass
 class Item:
-    """One thing to ask about.
+    """One thing to ask about."""
 
-    Attributes:
-        item_id: unique among the items.
-        prompt: gives what is asked; many of them would fill the memory.
-        take: reads a reply.
-        answer: what was taken so far, for JSON; something false where that is nothing.
-    """
-
-    item_id: str
-    prompt: Callable[[], str]
-    take: Take
-    answer: Any
+    item_id: str  # unique among the items
+    prompt: Callable[[], str]  # gives what is asked; many of them would fill the memory
+    take: Take  # reads a reply
+    answer: Any  # what was taken so far, for JSON; something false where that is nothing
 
 
 @dataclass(frozen=True)
@@ -86,23 +79,14 @@ class Prices:
 
 @dataclass(frozen=True)
 class Standing:
-    """How far a call is, and what that took; or, before it begins, what the whole takes (`Asking.estimate`).
+    """How far a call is, and what that took; or, before it begins, what the whole takes (`Asking.estimate`)."""
 
-    Attributes:
-        done: items that are finished, without a usable reply or with one.
-        total: items of the whole.
-        prompt_tokens: read, by earlier calls that are continued too; so are the next.
-        completion_tokens: written.
-        cost: None without prices.
-        measured: False where the tokens are counted from the prompts, with one reply of full length each.
-    """
-
-    done: int
-    total: int
-    prompt_tokens: int
-    completion_tokens: int
-    cost: float | None
-    measured: bool = True
+    done: int  # items that are finished, without a usable reply or with one
+    total: int  # items of the whole
+    prompt_tokens: int  # read, by earlier calls that are continued too; so are the next
+    completion_tokens: int  # written
+    cost: float | None  # None without prices
+    measured: bool = True  # False where the tokens are counted from the prompts, with one reply of full length each
 
 
 class ProgressFile:
