@@ -104,18 +104,11 @@ class Draws:
 
 @dataclass
 class _Passes:
-    """The pass over a split that was looked at last.
+    """The pass over a split that was looked at last."""
 
-    Attributes:
-        drawn: batches that the steps so far have taken of the split.
-        number: of the pass.
-        before: batches of the passes before it.
-        batches: its batches.
-    """
-
-    drawn: int = 0
-    number: int = -1
-    before: int = 0
+    drawn: int = 0  # batches that the steps so far have taken of the split
+    number: int = -1  # of the pass
+    before: int = 0  # batches of the passes before it
     batches: list[list[TrainingExample]] = field(default_factory=list)
 
 

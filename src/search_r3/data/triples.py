@@ -138,14 +138,13 @@ def hold_out(collection: Collection, splits: Sequence[str], held_out: Sequence[s
     def content(query_id: str) -> tuple[str, frozenset[str] | None]:
         return collection.queries[query_id].text.casefold(), collection.pools.get(query_id)
 
-    measured = {query_id for split in held_out for query_id in collection.qrels.get(split, {})}
-    contents = set(map(content, measured))
+    measured = {content(query_id) for split in held_out for query_id in collection.qrels.get(split, {})}
     qrels = dict(collection.qrels)
     for split in splits:
         qrels[split] = {
             query_id: relevance
             for query_id, relevance in collection.split(split).items()
-            if query_id not in measured and content(query_id) not in contents
+            if content(query_id) not in measured
         }
     lost = [query_id for split in splits for query_id in collection.qrels[split] if query_id not in qrels[split]]
     if lost:

@@ -19,7 +19,7 @@ from ..config import RefreshSettings, RewardSettings
 from ..data.collection import Collection, Qrels
 from ..errors import DataError, RewardError
 from ..model.engine.decoding import Rollout
-from ..parallel import Communicator, SingleProcess, divide, encode_sharded
+from ..parallel import Communicator, divide, encode_sharded
 from ..retrieval.approximate import ApproximateIndex
 from ..retrieval.index import ExactIndex, descending
 from ..retrieval.ranking import ranked_rows
@@ -129,7 +129,7 @@ class RetrievalEnvironment:
         self.collection, self.qrels, self.encoder, self.refresh = collection, qrels, encoder, refresh
         self.weights, self.k = weights, k
         self.scorer = Scorer(collection, qrels, weights, k=k, max_new_tokens=max_new_tokens, depth=depth)
-        self.seed, self.communicator = seed, communicator or SingleProcess()
+        self.seed, self.communicator = seed, communicator or Communicator()
         self.policy = make_policy(refresh)
         self._rows_by_query: dict[str, QueryRows] = {}
         self._tokens = np.full(len(collection.documents), -1, dtype=np.int64)  # N, -1 where they were never counted

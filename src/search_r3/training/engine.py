@@ -36,25 +36,15 @@ T = TypeVar("T")
 
 @dataclass
 class Engine:
-    """Accelerate's objects around one model.
-
-    Attributes:
-        accelerator: accelerate's own.
-        policy: the prepared `Policy`; what learns.
-        optimizer: prepared.
-        scheduler: prepared.
-        communicator: the other processes.
-        reference: what the KL term stays close to; None without one.
-        adapters: whether only adapters learn; the reference is then the policy without them.
-    """
+    """Accelerate's objects around one model."""
 
     accelerator: Any
-    policy: Any
-    optimizer: Any
-    scheduler: Any
-    communicator: Communicator
-    reference: Reference | None
-    adapters: bool
+    policy: Any  # the prepared `Policy`; what learns
+    optimizer: Any  # prepared
+    scheduler: Any  # prepared
+    communicator: Communicator  # the other processes
+    reference: Reference | None  # what the KL term stays close to; None without one
+    adapters: bool  # whether only adapters learn; the reference is then the policy without them
 
     @property
     def rank(self) -> int:

@@ -33,7 +33,7 @@ from .dev import DevSplit, Evaluations
 from .engine import Engine, load_model, make_engine, rates
 from .guard import Guard
 from .rl.pathwise import embedding_loss
-from .rl.rollouts import Experience, collect, per_rollout, queries_of_step
+from .rl.rollouts import Experience, collect, queries_of_step
 from .rl.signals import describe, rollout_rows
 from .run import Observer, Run, silent
 
@@ -85,7 +85,8 @@ def train_grpo(recipe: Recipe, run: Run, base: Path, observe: Observer = silent)
             started = time.perf_counter()
             with engine.full_params():
                 experience = collect(model, environment, recipe, step, engine)
-                values = audit(environment, experience, settings, step)
+                due = settings.refresh.audit_every > 0 and (step + 1) % settings.refresh.audit_every == 0
+                values = environment.audit(experience.rollouts, experience.query_ids, step).metrics() if due else {}
             ready = time.perf_counter()
             check = partial(guard.check, step=step + 1, batch={"query_ids": experience.query_ids})
             values |= update(model, engine, environment, experience, settings, check)
@@ -106,17 +107,6 @@ def train_grpo(recipe: Recipe, run: Run, base: Path, observe: Observer = silent)
     return run.model_path(stage)
 
 
-def audit(
-    environment: RetrievalEnvironment, experience: Experience, settings: GRPOSettings, step: int
-) -> dict[str, float]:
-    """The account of the live index, at the steps where it is due; it changes nothing."""
-    every = settings.refresh.audit_every
-    if every == 0 or (step + 1) % every:
-        return {}
-    owners = per_rollout(experience.query_ids, settings.group_size)
-    return environment.audit(experience.rollouts, owners, policy_version=step).metrics()
-
-
 def update(
     model: SearchR3,
     engine: Engine,
@@ -132,7 +122,7 @@ def update(
     """
     rollouts = experience.rollouts
     own = {"tokens": sum(sum(rollout.completion_mask) for rollout in rollouts), "rollouts": len(rollouts)}
-    totals = engine.total(own | {"queries": len(experience.query_ids)})
+    totals = engine.total(own | {"queries": len(experience.direct)})
     # The direct ones first: a wrapper sums the gradients in the last pass, which has to use every weight.
     direct = _micro_batches(experience.direct, settings.micro_batch_size) if settings.direct_loss_weight > 0 else []
     batches = [(rows, counts, _direct_loss) for rows, counts in (engine.padded(direct) if direct else [])]
@@ -203,7 +193,7 @@ def _micro_loss(
         winners = settings.embedding_loss_on == "winners"
         chosen = [place for place, row in enumerate(rows) if not winners or experience.advantages[row] > 0]
         scores = [experience.feedback.scores[rows[place]] for place in chosen]
-        owners = [experience.query_ids[rows[place] // settings.group_size] for place in chosen]
+        owners = [experience.query_ids[rows[place]] for place in chosen]
         embedding = _embedding_loss(vectors[chosen], environment, owners, scores, settings) / totals["rollouts"]
         loss = loss + settings.embedding_loss_weight * embedding
         values["embedding_loss"] = embedding.item()
@@ -223,7 +213,8 @@ def _direct_loss(
     """The share of some queries' direct vectors in the batch's loss, and in its metrics."""
     batch = sequence_batch(model.backbone, [experience.direct[row] for row in rows])
     vectors, _ = engine.policy(batch.ids, batch.mask, embed=batch.embed_positions)
-    query_ids, scores = [experience.query_ids[row] for row in rows], [experience.direct_scores[row] for row in rows]
+    query_ids = [experience.query_ids[row * settings.group_size] for row in rows]
+    scores = [experience.direct_scores[row] for row in rows]
     embedding = _embedding_loss(vectors, environment, query_ids, scores, settings) / totals["queries"]
     loss = settings.direct_loss_weight * embedding
     return loss, {"direct_loss": embedding.item(), "loss": loss.item()}

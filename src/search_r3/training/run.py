@@ -20,7 +20,7 @@ import shutil
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Protocol, TypeVar
+from typing import Any
 
 from torch import OutOfMemoryError
 
@@ -38,10 +38,9 @@ from ..files import (
 )
 from ..loader import flat_settings
 from ..model.backbone import Backbone
-from ..parallel import Communicator, first_process, is_of_a_collective
-from .engine import deepspeed_plugin
+from ..parallel import agree, first_process, is_of_a_collective
+from .engine import Engine, deepspeed_plugin
 
-T = TypeVar("T")
 logger = logging.getLogger(__name__)
 
 Observer = Callable[[str, int, int, dict[str, float]], None]
@@ -53,14 +52,6 @@ MANIFEST = "checkpoint.json"
 
 def silent(stage: str, step: int, steps: int, values: dict[str, float]) -> None:
     """The observer that shows nothing."""
-
-
-class TrainingState(Protocol):
-    """What a checkpoint holds; `Engine` is one."""
-
-    accelerator: Any
-    policy: Any
-    communicator: Communicator
 
 
 class Run:
@@ -76,6 +67,7 @@ class Run:
     def __init__(self, recipe: Recipe) -> None:
         self.recipe = recipe
         self.folder = Path(recipe.run_dir)
+        self.metrics_path, self.rollouts_path = self.folder / "metrics.jsonl", self.folder / "rollouts.jsonl"
         self.first = first_process()
         settings = self.folder / "settings.yaml"
         if settings.exists():
@@ -102,16 +94,6 @@ class Run:
             )
         if self.finished(stage):  # by a process that was killed before it had removed them
             shutil.rmtree(self.checkpoints_path(stage), ignore_errors=True)
-
-    @property
-    def metrics_path(self) -> Path:
-        """`metrics.jsonl`."""
-        return self.folder / "metrics.jsonl"
-
-    @property
-    def rollouts_path(self) -> Path:
-        """`rollouts.jsonl`."""
-        return self.folder / "rollouts.jsonl"
 
     def model_path(self, stage: str) -> Path:
         """The model directory of a stage; the last stage's model is `model/` itself."""
@@ -156,7 +138,7 @@ class Run:
         return [row for row in read_log(self.metrics_path) if row["stage"] == stage]
 
     def save_checkpoint(
-        self, stage: str, step: int, state: TrainingState, save_extra: Callable[[Path], None] = lambda folder: None
+        self, stage: str, step: int, engine: Engine, save_extra: Callable[[Path], None] = lambda folder: None
     ) -> None:
         """Write weights, optimizer, schedule, random states and what `save_extra` adds; keep the newest two.
 
@@ -166,13 +148,13 @@ class Run:
             RunError: it could not be written; the checkpoints before it are as they were.
         """
         target = self.checkpoints_path(stage) / f"step-{step:06d}"
-        if state.communicator.all_gather(self.first and target.exists() and find_damage(target, MANIFEST) is None)[0]:
+        if engine.communicator.all_gather(self.first and target.exists() and find_damage(target, MANIFEST) is None)[0]:
             return
         scratch = target.with_name(f".{target.name}.partial")
         try:
-            agree(state.communicator, target, lambda: self._begin(scratch))
-            agree(state.communicator, target, lambda: state.accelerator.save_state(str(scratch)))
-            agree(state.communicator, target, lambda: self._complete(scratch, target, stage, step, save_extra))
+            agree(engine.communicator, target, lambda: self._begin(scratch))
+            agree(engine.communicator, target, lambda: engine.accelerator.save_state(str(scratch)))
+            agree(engine.communicator, target, lambda: self._complete(scratch, target, stage, step, save_extra))
         except RunError:
             if self.first:
                 shutil.rmtree(scratch, ignore_errors=True)
@@ -214,7 +196,7 @@ class Run:
                 )
         write_json(path, {"revision": revision, "source": source})
 
-    def restore(self, stage: str, state: TrainingState) -> tuple[int, Path | None]:
+    def restore(self, stage: str, engine: Engine) -> tuple[int, Path | None]:
         """Load the newest whole checkpoint of a stage; lines logged after it are dropped.
 
         A checkpoint whose files are not those that were written is passed over, with a warning, for the one before it.
@@ -226,19 +208,19 @@ class Run:
             RunError: there are checkpoints, and all are broken or the newest is of another version; or the logs cannot
                 be read or written.
         """
-        newest = agree(state.communicator, self.folder, lambda: self._newest_whole(stage) if self.first else None)
-        checkpoint = state.communicator.all_gather(newest)[0]
+        newest = agree(engine.communicator, self.folder, lambda: self._newest_whole(stage) if self.first else None)
+        checkpoint = engine.communicator.all_gather(newest)[0]
         if checkpoint is not None:
-            agree(state.communicator, checkpoint, lambda: self._load(checkpoint, state), "read")
+            agree(engine.communicator, checkpoint, lambda: self._load(checkpoint, engine), "read")
         step = 0 if checkpoint is None else int(checkpoint.name.removeprefix("step-"))
-        agree(state.communicator, self.folder, lambda: self._drop_later(stage, step) if self.first else None)
+        agree(engine.communicator, self.folder, lambda: self._drop_later(stage, step) if self.first else None)
         return step, checkpoint
 
-    def _load(self, checkpoint: Path, state: TrainingState) -> None:
+    def _load(self, checkpoint: Path, engine: Engine) -> None:
         # With adapters only what learns was saved; the rest is in the model that they were put into.
-        partial = self.recipe.lora.rank > 0 and deepspeed_plugin(state.accelerator) is None  # it saves all
+        partial = self.recipe.lora.rank > 0 and deepspeed_plugin(engine.accelerator) is None  # it saves all
         try:
-            state.accelerator.load_state(str(checkpoint), **({"strict": False} if partial else {}))
+            engine.accelerator.load_state(str(checkpoint), **({"strict": False} if partial else {}))
         except (ValueError, RuntimeError, KeyError) as error:  # as torch says that a state does not fit
             if isinstance(error, RuntimeError) and (is_of_a_collective(error) or isinstance(error, OutOfMemoryError)):
                 raise  # the checkpoint may well fit
@@ -276,14 +258,14 @@ class Run:
             )
         return None
 
-    def finish(self, stage: str, state: TrainingState, save_model: Callable[[Path], None]) -> None:
+    def finish(self, stage: str, engine: Engine, save_model: Callable[[Path], None]) -> None:
         """Write the stage's model; its checkpoints are then no longer needed. Every process takes part.
 
         Raises:
             RunError: it could not be written; the checkpoints are as they were.
         """
         path = self.model_path(stage)
-        agree(state.communicator, path, lambda: save_model(path))
+        agree(engine.communicator, path, lambda: save_model(path))
         if self.first:
             shutil.rmtree(self.checkpoints_path(stage), ignore_errors=True)
 
@@ -301,30 +283,6 @@ class Run:
             path.parent.mkdir(parents=True, exist_ok=True)
             with path.open("a", encoding="utf-8") as file:
                 file.writelines(map(jsonl_line, rows))
-
-
-def agree(communicator: Communicator, target: Path, work: Callable[[], T], verb: str = "write") -> T:
-    """Do one part of writing (or what `verb` says) `target` in every process; where one fails, all raise.
-
-    Raises:
-        RunError: the part failed somewhere; the first one of those that processes raised themselves, as it is.
-    """
-    fault, cause = "", None
-    try:
-        result = work()
-    except RunError as error:
-        fault, cause = str(error), error.__cause__
-    except Exception as error:  # of whatever library wrote the file: a full disk has many names
-        fault = (
-            f"cannot {verb} {target} (rank {communicator.rank}: {type(error).__name__}: "
-            f"{' '.join(str(error).split())}); what was saved before is intact: mend that (of a full disk: make room), "
-            "then go on with --resume"
-        )
-        cause = error
-    faults = list(filter(None, communicator.all_gather(fault)))
-    if faults:
-        raise RunError(faults[0]) from cause
-    return result
 
 
 @contextmanager

@@ -207,20 +207,15 @@ def _cached(
 
 @dataclass(frozen=True)
 class Output:
-    """What the forward pass of a chunk of `b` sequences gives.
+    """What the forward pass of a chunk of `b` sequences gives."""
 
-    Attributes:
-        vectors: `b x D`, search embeddings.
-        places: `b`, see `TrainingSequence.place`.
-        replies: logits `S x V` at supervised positions and their targets `S`; None where there are none.
-        prompts: logits `S x V` of the policy and of its reference on prompts; None where no KL is measured.
-        nothing: 0, with a gradient path through the output layer, which DDP expects of every backward pass.
-    """
-
-    vectors: Tensor
-    places: Tensor
+    vectors: Tensor  # `b x D`, search embeddings
+    places: Tensor  # `b`, see `TrainingSequence.place`
+    # logits `S x V` at supervised positions and their targets `S`; None where there are none
     replies: tuple[Tensor, Tensor] | None
+    # logits `S x V` of the policy and of its reference on prompts; None where no KL is measured
     prompts: tuple[Tensor, Tensor] | None
+    # 0, with a gradient path through the output layer, which DDP expects of every backward pass
     nothing: Tensor | float
 
 

@@ -33,13 +33,13 @@ class Experience:
     """One process's batch of rollouts with its rewards; `rollouts[i * G + j]` is the j-th of query i.
 
     Attributes:
-        query_ids: `Q`.
+        query_ids: of each rollout, `Q * G`.
         rollouts: `Q * G`.
         feedback: to each of them.
         advantages: `Q * G`.
         equal_share: share of groups, of all processes, whose rewards are all equal.
         rollout_seconds: of sampling.
-        direct: the direct reply to each query, where a setting needs them.
+        direct: the direct reply to each of the `Q` queries, where a setting needs them.
         direct_scores: of these.
         redrawn: groups of all processes that were replaced, since their rollouts ranked alike.
     """
@@ -75,7 +75,7 @@ class Groups:
         rewards, scores = list(self.feedback.rewards), list(self.feedback.scores)
         for source, place in enumerate(places):
             here, there = (slice(at * group_size, (at + 1) * group_size) for at in (place, source))
-            self.query_ids[place] = others.query_ids[source]
+            self.query_ids[here] = others.query_ids[there]
             self.rollouts[here] = others.rollouts[there]
             rewards[here], scores[here] = others.feedback.rewards[there], others.feedback.scores[there]
         self.feedback = Feedback(rewards, scores, self.feedback.refresh.with_more(others.feedback.refresh))
@@ -98,13 +98,11 @@ def collect(
     def sample(query_ids: Sequence[str], mine: Sequence[int]) -> Groups:
         """Groups of those of some queries that are this process's; seeds are drawn for all of them."""
         seeds = [[rng.getrandbits(62) for _ in range(group_size)] for _ in query_ids]
-        chosen = [query_ids[place] for place in mine]
+        chosen, owners = [query_ids[place] for place in mine], [query_ids[i] for i in mine for _ in range(group_size)]
         started = time.perf_counter()
         rollouts = roll_out(model, environment, settings, chosen, [seed for place in mine for seed in seeds[place]])
         seconds = time.perf_counter() - started
-        return Groups(
-            chosen, rollouts, environment.feedback(rollouts, per_rollout(chosen, group_size), step), seconds
-        )  # fmt: skip
+        return Groups(owners, rollouts, environment.feedback(rollouts, owners, step), seconds)
 
     groups = sample(everyone, own)
     if all(communicator.all_gather(all(rollout.forced for rollout in groups.rollouts))):
@@ -125,13 +123,13 @@ def collect(
         mine = [i for i, place in enumerate(tied) if place in own]
         groups.put([tied[i] - own.start for i in mine], sample(others, mine), group_size)
         redrawn += len(tied)
-    direct: list[Rollout] = []
-    if settings.baseline == "direct" or settings.direct_loss_weight > 0:
-        direct = answer_directly(model, environment, groups.query_ids, settings.rollout_batch_size)
+    needs_direct = settings.baseline == "direct" or settings.direct_loss_weight > 0
+    query_ids = groups.query_ids[::group_size] if needs_direct else []
+    direct = answer_directly(model, environment, query_ids, settings.rollout_batch_size)
     experience = Experience(
         *(groups.query_ids, groups.rollouts, groups.feedback, torch.empty(0), 0.0, groups.seconds),
         direct=direct,
-        direct_scores=environment.score(direct, groups.query_ids[: len(direct)]),
+        direct_scores=environment.score(direct, query_ids),
         redrawn=redrawn,
     )
     return with_advantages(experience, environment, settings, engine, own)
@@ -195,7 +193,7 @@ def roll_out(
 def answer_directly(
     model: SearchR3, environment: RetrievalEnvironment, query_ids: Sequence[str], batch_size: int
 ) -> list[Rollout]:
-    """The reply of direct mode to each query: its prompt ends with the embed token, and nothing is written."""
+    """The direct replies to some queries: the prompts end with the embed token, and nothing is written."""
     prompts = _prompts(model, environment, query_ids, "direct")
     return model.rollouts(prompts, max_new_tokens=0, batch_size=batch_size)
 
@@ -205,11 +203,6 @@ def _prompts(
 ) -> list[list[int]]:
     texts = [environment.collection.queries[query_id].text for query_id in query_ids]
     return [prompt.ids for prompt in model.backbone.prompt_encoder.encode_batch(texts, mode)]
-
-
-def per_rollout(query_ids: Sequence[str], group_size: int) -> list[str]:
-    """The query of every rollout: each query `group_size` times."""
-    return [query_id for query_id in query_ids for _ in range(group_size)]
 
 
 def queries_of_step(query_ids: Sequence[str], count: int, seed: int, step: int) -> list[str]:

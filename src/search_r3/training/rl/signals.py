@@ -102,7 +102,7 @@ def rollout_rows(experience: Experience, collection: Collection, step: int, grou
     """Rows for `rollouts.jsonl`: the first groups of the step, whole."""
     rows = []
     for place in range(min(LOGGED_GROUPS * group_size, len(experience.rollouts))):
-        rollout, query_id = experience.rollouts[place], experience.query_ids[place // group_size]
+        rollout, query_id = experience.rollouts[place], experience.query_ids[place]
         rows.append(
             {
                 "stage": "grpo",
