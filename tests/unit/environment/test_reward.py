@@ -160,11 +160,11 @@ def shelf(**options: object) -> Collection:
     return Collection("shelf", documents, {"q": Query("q", "where?")}, {"train": {"q": {"d2": 1, "d0": 0}}}, **options)
 
 
-def contrast(data: Collection, depth: int) -> float:
+def contrast(data: Collection, depth: int, remembered: int = 0) -> float:
     weights = RewardSettings(contrastive=1.0, contrastive_temperature=0.01, contrastive_depth=depth)
     world = RetrievalEnvironment(
         data, data.split("train"), MovingEncoder(data), RefreshSettings(policy="never"), weights, k=10,
-        max_new_tokens=10,
+        max_new_tokens=10, depth=remembered,
     )  # fmt: skip
     return world.feedback([rollout(0.0)], ["q"], policy_version=0).parts[0].contrastive
 
@@ -180,6 +180,7 @@ def test_contrastive_looks_at_the_best_of_the_index_and_the_positives_without_th
     every = [0.0, 0.03, 0.09, 0.12, 0.15]
     assert contrast(shelf(), 100) == pytest.approx(by_hand(two, every), rel=1e-4)
     assert contrast(shelf(), 2) == pytest.approx(by_hand(two, every[:2]), rel=1e-4), "a positive beyond K is added"
+    assert contrast(shelf(), 2, remembered=6) == contrast(shelf(), 2), "what others look at changes no reward"
 
 
 def test_contrastive_follows_the_ranking_rule() -> None:
