@@ -119,7 +119,6 @@ def load(options: argparse.Namespace, folder: Path) -> tuple[Any, Any]:
         "grpo.refresh.policy": "never",
         "grpo.reward_k": 1000,  # all of atlas: a random model finds nothing among ten, and equal rewards teach nothing
         "grpo.reward.log_rank": 0,
-        "grpo.reward.forced_ranks": True,
         "grpo.reward.format": 0,
     }
     recipe = load_recipe(None, [f"{key}={value}" for key, value in settings.items()])
