@@ -182,7 +182,8 @@ class EncodedCollections(_PerCollection[tuple[ExactIndex, float | None]]):
 
     def _path(self, collection: Collection) -> Path:
         assert self._folder is not None
-        return self._folder / f"{self.revision[:12]}-{self.model.backbone.dtype}-{collection.content_hash()[:12]}"
+        short = "+".join(part[:12] for part in self.revision.split("+"))
+        return self._folder / f"{short}-{self.model.backbone.dtype}-{collection.content_hash()[:12]}"
 
 
 class SearchR3System:
