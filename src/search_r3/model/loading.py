@@ -162,7 +162,7 @@ def _config(files: ModelFiles) -> Any:
 
     files.json(CONFIG)
     config = transformers.AutoConfig.from_pretrained(files.folder, **_gguf(files), trust_remote_code=False)
-    config._name_or_path = files.name  # adapters remember what they were put into; a folder in a cache says nothing
+    config.name_or_path = files.name
     return config
 
 
@@ -195,6 +195,8 @@ def _load_model(files: ModelFiles, dtype: torch.dtype, is_auto: bool, more: Mapp
             trust_remote_code=False,
             use_safetensors=True,
         )
+    # Adapters remember what they were put into, and to others a folder in a cache says nothing.
+    model.name_or_path = model.config.name_or_path = files.name
     if files.gguf is not None:
         # With the note that it was quantised it could not be saved.
         model.hf_quantizer = model.quantization_method = None
@@ -223,7 +225,7 @@ def _put_in(files: ModelFiles, model: Any, rows: int) -> set[str]:
     """Put adapters into their base; the names of weights that their file lacks."""
     if model.get_input_embeddings().weight.shape[0] < rows:
         model.resize_token_embeddings(rows, mean_resizing=False)
-    with _one_line(f"cannot put the adapters in {files.name} into {model.config._name_or_path}"):
+    with _one_line(f"cannot put the adapters in {files.name} into {model.name_or_path}"):
         info = model.load_adapter(str(files.folder))
     # They write the embed token's row of tied tables once, and transformers misses it in the other.
     return {key for key in getattr(info, "missing_keys", ()) if "token_adapter" not in key}

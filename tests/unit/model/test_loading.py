@@ -17,8 +17,10 @@ from model_folders import make_adapter
 from safetensors.torch import load_file, save_file
 
 from search_r3 import SearchR3
+from search_r3.config import LoRASettings
 from search_r3.errors import ConfigError, ModelError
 from search_r3.files import hash_file, hash_folder
+from search_r3.model.adapters import add_adapters, merge_adapters, save_adapters
 from search_r3.model.loading import load_backbone
 from search_r3.model.precision import torch_dtype
 from search_r3.model.source import find_files, peer_files
@@ -250,6 +252,20 @@ def test_adapters_of_the_hub_bring_their_base_of_its_commit(hub: Hub, base: Path
     hub.repositories["o/base"].commit("main", newer)
     assert load_backbone("o/adapter").revision == f"{commit}+{base_commit}"
     assert np.abs(vector("o/adapter") - expected).max() < 1e-6
+
+
+def test_adapters_remember_the_commit_that_they_were_put_into(hub: Hub, base: Path, tmp_path: Path) -> None:
+    repository = hub.repositories["o/base"] = Repository()
+    commit = repository.commit("main", files_of(base))
+    backbone = load_backbone("o/base", device="cpu")
+    add_adapters(backbone, LoRASettings(rank=2))
+    save_adapters(backbone, backbone.model.state_dict(), tmp_path / "adapter")
+    repository.commit("main", {"config.json": b"{}"})
+    config = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
+    assert (config["base_model_name_or_path"], config["revision"]) == ("o/base", commit)
+    assert load_backbone(tmp_path / "adapter").revision.endswith(f"+{commit}")
+    merged = merge_adapters(backbone, tmp_path / "adapter", "float32")
+    assert not hasattr(merged.model, "peft_config") and merged.dimension == 32
 
 
 def test_what_is_not_on_the_hub_is_one_line(hub: Hub, base: Path) -> None:
