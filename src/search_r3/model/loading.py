@@ -171,7 +171,7 @@ def _gguf(files: ModelFiles) -> dict[str, Any]:
 
 
 def _unpacked(files: ModelFiles) -> dict[str, Any]:
-    """Has the blocks of a GGUF file become plain numbers, where transformers could also compute in them."""
+    """Has a GGUF file's blocks become plain numbers; a model that computes in them could neither learn nor be saved."""
     import transformers
 
     has_choice = files.gguf is not None and hasattr(transformers, "GgufConfig")
@@ -197,11 +197,6 @@ def _load_model(files: ModelFiles, dtype: torch.dtype, is_auto: bool, more: Mapp
         )
     # Adapters remember what they were put into, and to others a folder in a cache says nothing.
     model.name_or_path = model.config.name_or_path = files.name
-    if files.gguf is not None:
-        # With the note that it was quantised it could not be saved.
-        model.hf_quantizer = model.quantization_method = None
-        if hasattr(model.config, "quantization_config"):
-            del model.config.quantization_config
     return model, set(report["missing_keys"])
 
 
