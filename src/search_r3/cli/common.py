@@ -35,7 +35,7 @@ Resume = Annotated[bool, typer.Option("--resume", help="Go on with the run in ru
 CollectionOption = Annotated[
     str, typer.Option("--collection", "-c", help="`atlas`, `atlas-wide`, `stdlib`, a folder, or a hub id.")
 ]
-ModelArgument = Annotated[str, typer.Argument(help="Model directory or hub id.")]
+ModelArgument = Annotated[str, typer.Argument(help="Model directory, GGUF file, hub id, or `builtin`.")]
 NewFolder = Annotated[Path, typer.Argument(help="Folder to write; it must not exist.")]
 IndexDType = Literal["float16", "float32"]
 WeightDType = Literal["float16", "bfloat16", "float32"]

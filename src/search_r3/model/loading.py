@@ -18,7 +18,7 @@ from .backbone import SETTINGS_FILE, Backbone, EmbeddingSettings
 from .checks import check_output_layer
 from .precision import torch_device, torch_dtype
 from .prompts import EMBED_TOKEN, PROMPT_SETS
-from .source import ADAPTER_CONFIG, CONFIG, HubOptions, ModelFiles, find_files
+from .source import ADAPTER_CONFIG, CONFIG, TOKENIZER, HubOptions, ModelFiles, check_whole, find_files
 
 EmbedStart = Literal["mean", "end_of_turn"]
 """Where the row of an embed token that the model lacks starts."""
@@ -144,8 +144,8 @@ def _load_tokenizer(files: ModelFiles, more: Mapping[str, Any]) -> Any:
 
     if not files.has_tokenizer:
         raise ModelError(f"{files.name} has no tokenizer (tokenizer.json is missing); copy it next to the weights")
-    for name in ("tokenizer.json", "tokenizer_config.json"):
-        files.json(name)
+    for path in filter(Path.is_file, (files.folder / name for name in TOKENIZER)):
+        check_whole(path)
     with _one_line(f"cannot load a tokenizer from {files.name}"):
         # The configuration is read for the name: of some models of the hub transformers knows that theirs is wrong.
         config = {} if files.gguf or not (files.folder / CONFIG).is_file() else {"config": _config(files)}

@@ -122,8 +122,8 @@ POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n"
         ("config.json", POINTER, "config.json is a pointer of Git LFS"),
         ("model.safetensors", b"", "model.safetensors is empty; fetch or copy it again"),
         ("model.safetensors", None, "model.safetensors is damaged or not whole .*; fetch or copy it again"),
-        ("tokenizer.json", b"{", "tokenizer.json is not valid JSON .*; fetch or save"),
-        ("tokenizer.json", b"{}", "cannot load a tokenizer from"),
+        ("config.json", b"{", "config.json is not valid JSON .*; fetch or save the model again"),
+        ("tokenizer.json", b"{", "cannot load a tokenizer from"),
     ],
 )
 def test_damaged_files_are_named_with_the_remedy(base: Path, name: str, content: bytes | None, message: str) -> None:
@@ -351,9 +351,7 @@ def write_gguf(path: Path, tokenizer: Any) -> Any:
     return model
 
 
-def test_a_gguf_file_is_a_model_and_is_saved_as_safetensors(
-    tokenizer: Any, tmp_path: Path, hub: Hub, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_gguf_file_is_a_model_and_is_saved_as_safetensors(tokenizer: Any, tmp_path: Path, hub: Hub) -> None:
     path = tmp_path / "tiny.gguf"
     model = write_gguf(path, tokenizer)
     model.save_pretrained(tmp_path / "plain")
@@ -370,6 +368,10 @@ def test_a_gguf_file_is_a_model_and_is_saved_as_safetensors(
     assert (tmp_path / "saved" / "model.safetensors").is_file()
     assert "quantization_config" not in json.loads((tmp_path / "saved" / "config.json").read_text())
     assert np.abs(vector(tmp_path / "saved") - expected).max() < 1e-6
+
+    add_adapters(backbone, LoRASettings(rank=2))
+    save_adapters(backbone, backbone.model.state_dict(), tmp_path / "adapter")
+    assert np.abs(vector(tmp_path / "adapter") - expected).max() < 1e-6, "new adapters change nothing"
 
     hub.repositories["o/m"] = Repository()
     hub.repositories["o/m"].commit("main", {"q/tiny.gguf": path.read_bytes(), "q/other.gguf": b"not fetched"})
