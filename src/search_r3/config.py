@@ -245,7 +245,9 @@ class Recipe(Section):
         "atlas", description="`atlas`, `atlas-wide` (`:SEED` divides by another seed), or a folder in the BEIR layout."
     )
     base: str = Field("builtin", description="`builtin` (the small model in the package), a directory or a hub id.")
-    prompts: Literal["search-r3", "published"] = Field("search-r3", description="Prompt set, saved with the model.")
+    prompts: Literal["search-r3", "published", "thinking"] | None = Field(
+        None, description="Prompt set, saved with the model; null: the one of `base`, or search-r3 where it has none."
+    )
     embed_start: Literal["mean", "end_of_turn"] = Field(
         "mean",
         description="Where a new embed token's row starts: at the mean of all rows, or at the row of the token that "

@@ -13,13 +13,14 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from ..errors import DataError, ModelError
+from ..errors import ConfigError, DataError, ModelError
 from ..types import Array, Progress
-from .backbone import Backbone, EmbeddingSettings
+from .backbone import Backbone
 from .documents import WINDOW, check_finite, encode_stream
 from .engine.decoding import Decoder, DecodeRequest, Rollout
 from .loading import load_backbone
-from .prompts import MODES, Kind, Mode
+from .prompts import MODES, Kind, Mode, PromptSet
+from .settings import EmbeddingSettings
 
 logger = logging.getLogger(__name__)
 
@@ -56,13 +57,17 @@ class SearchR3:
         model: a directory, a hub id, or `"builtin"` for the small base model of the package.
         device: `cpu`, `cuda`, ...; by default `cuda` where there is one.
         dtype: `float32`, `bfloat16` or `float16`.
-        settings: wording and limits; by default those saved with the model.
+        settings: wording and limits in place of all that are saved with the model.
+        prompts: wording in place of the saved one: a name of `PROMPT_SETS`, or a `PromptSet`.
+        max_length: in place of the saved limit: the longest prompt, in tokens.
+        max_new_tokens: in place of the saved reasoning budget, in tokens.
         revision: branch, tag or commit on the hub.
         truncate_dim: keep so many dimensions of a vector, the first ones (and normalise again); for models that stage 1
             trained with `sft.matryoshka_dimensions`.
 
     Raises:
         ModelError: the model cannot be loaded, or has fewer dimensions; the message names the remedy.
+        ConfigError: unknown prompts, or limits that do not fit into the model's context.
 
     Example:
         >>> from search_r3 import SearchR3
@@ -80,15 +85,29 @@ class SearchR3:
         device: str | None = None,
         dtype: str = "float32",
         settings: EmbeddingSettings | None = None,
+        prompts: str | PromptSet | None = None,
+        max_length: int | None = None,
+        max_new_tokens: int | None = None,
         revision: str | None = None,
         truncate_dim: int | None = None,
     ) -> None:
         if isinstance(model, Backbone):
+            if any(one is not None for one in (settings, prompts, max_length, max_new_tokens)):
+                raise ConfigError("a Backbone has its settings already; give them to load_backbone")
             self.backbone = model
         else:
             device = device or ("cuda" if torch.cuda.is_available() else "cpu")
             source = builtin_base_path() if model == "builtin" else model
-            self.backbone = load_backbone(source, settings=settings, dtype=dtype, device=device, revision=revision)
+            self.backbone = load_backbone(
+                source,
+                settings=settings,
+                prompts=prompts,
+                max_length=max_length,
+                max_new_tokens=max_new_tokens,
+                dtype=dtype,
+                device=device,
+                revision=revision,
+            )
         if truncate_dim is not None and not 0 < truncate_dim <= self.backbone.dimension:
             raise ModelError(
                 f"truncate_dim={truncate_dim}, but the vectors of {self.backbone.source} have "

@@ -8,12 +8,14 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from pydantic import ValidationError
 
 from ..errors import ModelError
 from ..extras import extra
-from .backbone import DTYPES, SETTINGS_FILE, Backbone, EmbeddingSettings
+from .backbone import DTYPES, Backbone
 from .checks import check_output_layer
+from .prompts import PromptSet
+from .settings import EmbeddingSettings, choose_settings, with_frames
+from .templates import ChatTemplate
 
 EmbedStart = Literal["mean", "end_of_turn"]
 """Where the row of an embed token that the model lacks starts."""
@@ -23,6 +25,9 @@ def load_backbone(
     source: str | Path,
     *,
     settings: EmbeddingSettings | None = None,
+    prompts: str | PromptSet | None = None,
+    max_length: int | None = None,
+    max_new_tokens: int | None = None,
     dtype: str = "float32",
     device: str | torch.device = "cpu",
     revision: str | None = None,
@@ -32,7 +37,11 @@ def load_backbone(
 
     Args:
         source: a model directory, a directory of adapters (peft), or a hub id such as `Qwen/Qwen2.5-1.5B-Instruct`.
-        settings: wording and limits; by default those saved with the model, else the `search-r3` set.
+        settings: wording and limits in place of all that are saved with the model; where none are saved, `search-r3`
+            and limits that fit into the context.
+        prompts: wording in place of the saved one: a name of `PROMPT_SETS`, or a `PromptSet`.
+        max_length: in place of the saved limit.
+        max_new_tokens: in place of the saved budget.
         dtype: `float32`, `bfloat16` or `float16`.
         device: where the weights go.
         revision: branch, tag or commit on the hub.
@@ -40,6 +49,7 @@ def load_backbone(
 
     Raises:
         ModelError: files are missing or do not fit together; the message names the remedy.
+        ConfigError: unknown prompts, or limits that do not fit into the model's context.
     """
     path = Path(source)
     if not path.is_dir() and (isinstance(source, Path) or source.startswith((".", "/")) or source.count("/") > 1):
@@ -52,13 +62,17 @@ def load_backbone(
     absent = sorted(key for key in report["missing_keys"] if "token_adapter" not in key)
     if absent:
         raise ModelError(f"{source} lacks {len(absent)} weights of its architecture (first: {absent[0]}); wrong files?")
-    embed_token = (settings or EmbeddingSettings()).embed_token
-    if settings is None:
-        settings = _saved_settings(source, model, revision)
-        embed_token = settings.embed_token
-    embed_token_id = _ensure_embed_token(model, tokenizer, embed_token, embed_start)
-    if tokenizer.pad_token_id is None:
-        tokenizer.pad_token = tokenizer.eos_token
+    settings = choose_settings(
+        source,
+        model.config,
+        tokenizer,
+        revision=revision,
+        settings=settings,
+        prompts=prompts,
+        max_length=max_length,
+        max_new_tokens=max_new_tokens,
+    )
+    settings, embed_token_id = _settle_tokens(model, tokenizer, settings, embed_start, source)
     if torch.device(device).type == "cuda":
         # On Hopper and Blackwell torch prefers cuDNN's attention, which builds a plan for every new shape, some tenths
         # of a second each (torch 2.11). Here every decoding step and nearly every batch has a new one.
@@ -114,31 +128,27 @@ def _base_without_the_row(path: Path, tokenizer: Any) -> str | None:
     return base if vocabulary < len(tokenizer) else None
 
 
-def _saved_settings(source: str | Path, model: Any, revision: str | None) -> EmbeddingSettings:
-    """The settings next to the weights; without them the defaults, cut to the model's context."""
-    from transformers.utils import cached_file
+def _settle_tokens(
+    model: Any, tokenizer: Any, settings: EmbeddingSettings, start: EmbedStart, source: str | Path
+) -> tuple[EmbeddingSettings, int]:
+    """See to the embed token, the padding token and the settings' frames; the settings with them, and the embed id."""
+    eos = getattr(model.generation_config, "eos_token_id", None)  # one id, several or none
+    eos_token_ids = {eos} if isinstance(eos, int) else set(eos or ())
+    if settings.frames is not None:
+        end_token_id = settings.frames.end_token_id
+    else:
+        end_token_id, _ = ChatTemplate(tokenizer, settings.template_arguments).end_tokens(eos_token_ids)
+    embed_token_id = _ensure_embed_token(model, tokenizer, settings.embed_token, start, end_token_id)
+    settings = with_frames(settings, tokenizer, embed_token_id, eos_token_ids, source)
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.convert_ids_to_tokens(end_token_id)
+    return settings, embed_token_id
 
-    try:
-        file = cached_file(str(source), SETTINGS_FILE, revision=revision, _raise_exceptions_for_missing_entries=False)
-    except OSError:
-        file = None
-    if file is not None:
-        try:
-            return EmbeddingSettings.model_validate(json.loads(Path(file).read_text(encoding="utf-8")))
-        except (ValidationError, json.JSONDecodeError) as error:
-            raise ModelError(f"{file}: not usable as model settings: {_first_line(error)}") from error
-    context = int(model.config.get_text_config().max_position_embeddings)
-    return EmbeddingSettings(max_length=min(1024, context), max_new_tokens=max(1, min(512, context // 2)))
 
-
-def _ensure_embed_token(model: Any, tokenizer: Any, embed_token: str, start: EmbedStart) -> int:
+def _ensure_embed_token(model: Any, tokenizer: Any, embed_token: str, start: EmbedStart, end_token_id: int) -> int:
     """The id of the embed token, added where it is missing; the embedding table grows only if no spare row is left."""
     token_id = tokenizer.get_vocab().get(embed_token)
     if token_id is None:
-        if start == "end_of_turn" and tokenizer.eos_token_id is None:
-            raise ModelError(
-                "embed_start=end_of_turn, but the tokenizer names no end (eos_token); set embed_start=mean"
-            )
         tokenizer.add_special_tokens({"additional_special_tokens": [embed_token]}, replace_extra_special_tokens=False)
         token_id = tokenizer.convert_tokens_to_ids(embed_token)
         tables = [model.get_input_embeddings(), model.get_output_embeddings()]
@@ -150,7 +160,7 @@ def _ensure_embed_token(model: Any, tokenizer: Any, embed_token: str, start: Emb
         with torch.no_grad():
             # A spare row was never trained (or does not exist yet): the mean of the rows in use is a neutral start,
             # the same at every load. Tied tables are one tensor, so the second write repeats the first.
-            ends = [tokenizer.eos_token_id] if start == "end_of_turn" else slice(count)
+            ends = [end_token_id] if start == "end_of_turn" else slice(count)
             rows_of_start = [table.weight[ends].float().mean(0) for table in tables]
             for table, row in zip(tables, rows_of_start, strict=True):
                 table.weight[token_id] = row.to(table.weight.dtype)

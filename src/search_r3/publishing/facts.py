@@ -22,7 +22,7 @@ from ..evaluation.results import Result
 from ..evaluation.runner import RESULTS, SUMMARY
 from ..evaluation.significance import Comparison
 from ..files import hash_file, hash_folder, read_lines
-from ..model.backbone import SETTINGS_FILE, EmbeddingSettings
+from ..model.settings import SETTINGS_FILE, EmbeddingSettings
 
 RECIPE, REPORT = "settings.yaml", "report.json"
 CONFIG, ADAPTER_CONFIG = "config.json", "adapter_config.json"

@@ -206,11 +206,9 @@ def tokenise(
     reason_rows = [row for row in rows if row in place_of]
     texts = [batch.examples[row].query.text for row in reason_rows]
     for row, encoded in zip(reason_rows, encoder.encode_batch(texts, "reason"), strict=True):
-        prompt, completion = encoded.ids, encoder.reason_completion(batch.traces[row])
-        length = min(completion.embed_position, max_new_tokens - 1)
-        cut += length < completion.embed_position
-        ids, position = prompt + completion.ids[:length], len(prompt) + length
-        ids += completion.ids[completion.embed_position :]
+        prompt, completion = encoded.ids, encoder.reason_completion(batch.traces[row], max_new_tokens)
+        cut += completion.truncated
+        ids, position = prompt + completion.ids, len(prompt) + completion.embed_position
         supervised_from = len(ids) if row in batch.swaps else len(prompt)
         # Direct and reasoned prompts hold the same queries; one of them is enough for the KL.
         reasoned.append(TrainingSequence(ids, position, place_of[row], supervised_from, in_kl=row not in batch.swaps))

@@ -22,11 +22,11 @@ from ..config import GRPOSettings, Recipe, SFTSettings
 from ..errors import ConfigError, ModelError
 from ..extras import extra
 from ..model.adapters import add_adapters
-from ..model.backbone import Backbone, EmbeddingSettings
+from ..model.backbone import Backbone
 from ..model.encoder import SearchR3, builtin_base_path
 from ..model.engine.forward import is_drivable
 from ..model.loading import load_backbone
-from ..model.prompts import PROMPT_SETS
+from ..model.settings import read_settings
 from ..parallel import Communicator, make_communicator
 from .policy import Policy, Reference, make_reference
 from .tracking import check_trackers, start_trackers
@@ -322,17 +322,29 @@ def rates(tokens: float, started: float, ready: float) -> dict[str, float]:
 
 
 def load_model(recipe: Recipe, source: str | Path) -> SearchR3:
-    """A model for training, with the recipe's prompts and limits, on this process's device."""
+    """A model for training, with its own prompts and the recipe's limits, on this process's device.
+
+    Raises:
+        ConfigError: the recipe names other prompts than those that are saved with the model.
+    """
     with extra("train"):
         from accelerate import PartialState
 
-    settings = EmbeddingSettings(
-        prompts=PROMPT_SETS[recipe.prompts],
-        max_length=recipe.max_length,
-        max_new_tokens=recipe.max_new_tokens,
-    )
     device = str(PartialState(cpu=not torch.cuda.is_available()).device)
     path = builtin_base_path() if source == "builtin" else source
-    return SearchR3(
-        load_backbone(path, settings=settings, dtype=recipe.dtype, device=device, embed_start=recipe.embed_start)
+    saved = read_settings(path)
+    if saved is not None and recipe.prompts not in (None, saved.prompts.name):
+        raise ConfigError(
+            f"prompts={recipe.prompts}, but {source} was trained with the prompts {saved.prompts.name!r}; leave "
+            "prompts out of the recipe (it then takes the model's own), or start from the model's base"
+        )
+    backbone = load_backbone(
+        path,
+        prompts=None if saved is not None else recipe.prompts,
+        max_length=recipe.max_length,
+        max_new_tokens=recipe.max_new_tokens,
+        dtype=recipe.dtype,
+        device=device,
+        embed_start=recipe.embed_start,
     )
+    return SearchR3(backbone)
