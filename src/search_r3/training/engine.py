@@ -325,7 +325,8 @@ def load_model(recipe: Recipe, source: str | Path) -> SearchR3:
     """A model for training, with its own prompts and the recipe's limits, on this process's device.
 
     Raises:
-        ConfigError: the recipe names other prompts than those that are saved with the model.
+        ConfigError: the recipe names other prompts than those that are saved with the model, or its limits do not fit
+            into the context.
     """
     with extra("train"):
         from accelerate import PartialState
@@ -347,4 +348,10 @@ def load_model(recipe: Recipe, source: str | Path) -> SearchR3:
         device=device,
         embed_start=recipe.embed_start,
     )
+    longest = recipe.max_length + recipe.max_new_tokens + 1  # a supervised reply goes on to the end of its turn
+    if longest > backbone.context_length:
+        raise ConfigError(
+            f"max_length={recipe.max_length}, max_new_tokens={recipe.max_new_tokens} and the end of the turn do not "
+            f"fit into the context of {source}, {backbone.context_length} tokens; lower them"
+        )
     return SearchR3(backbone)

@@ -349,6 +349,15 @@ def test_other_chat_templates_give_the_same_vectors(tmp_path: Path, original: Se
     assert largest_difference(loaded, SearchR3(backbone)) < 1e-5
 
 
+def test_the_saved_prompts_are_exported_and_not_what_the_template_writes_now(
+    tmp_path: Path, original: SearchR3
+) -> None:
+    original.save_pretrained(tmp_path / "model")
+    (tmp_path / "model" / "chat_template.jinja").write_text(BEHIND_A_TOKEN)
+    export_sentence_transformers(load_backbone(tmp_path / "model"), tmp_path / "export")
+    assert_same_ids(load(tmp_path / "export"), original.backbone)
+
+
 def test_a_tokenizer_that_merges_prompt_and_text_is_refused(tmp_path: Path, backbone: Backbone) -> None:
     merging = with_template(backbone, "{{ messages[0]['content'] }}: {{ messages[1]['content'] }}<|im_end|>")
     with pytest.raises(ModelError, match=r"reads 'a' differently behind the query prompt.*; encode with SearchR3"):

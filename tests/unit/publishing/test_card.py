@@ -126,7 +126,6 @@ def test_a_model_alone_has_a_card_without_any_number_but_its_own_limits(tmp_path
     for known in (
         "2510.07048",
         "32 values of length 1",
-        "at most 256 tokens",
         "at most 128 tokens",
         __version__,
         hash_folder(alone),
