@@ -226,6 +226,7 @@ def test_frames_of_another_tokenizer_are_refused(tokenizer: Any) -> None:
     with pytest.raises(ModelError, match=rf"the id {len(own)}, and the tokenizer has {len(own)} tokens"):
         outside.check(own, embed_id(own))
     moved = frames.model_copy(update={"direct": Frame(before=(1,), after=(2,), reply=(3,))})
-    for wrong in (moved, frames):
+    twice = frames.model_copy(update={"reply_end": (embed_id(own), *frames.reply_end)})
+    for wrong in (moved, twice, frames):
         with pytest.raises(ModelError, match="do not have the embed token"):
             wrong.check(own, embed_id(own) - (wrong is frames))
