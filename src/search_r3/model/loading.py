@@ -14,7 +14,7 @@ from ..extras import extra
 from .backbone import DTYPES, Backbone
 from .checks import check_output_layer
 from .prompts import PromptSet
-from .settings import EmbeddingSettings, choose_settings, with_frames
+from .settings import EmbeddingSettings, choose_settings, read_settings, with_frames
 from .templates import ChatTemplate
 
 EmbedStart = Literal["mean", "end_of_turn"]
@@ -66,7 +66,7 @@ def load_backbone(
         source,
         model.config,
         tokenizer,
-        revision=revision,
+        saved=read_settings(source, revision) if settings is None else None,
         settings=settings,
         prompts=prompts,
         max_length=max_length,

@@ -64,7 +64,7 @@ def choose_settings(
     config: Any,
     tokenizer: Any,
     *,
-    revision: str | None = None,
+    saved: EmbeddingSettings | None = None,
     settings: EmbeddingSettings | None = None,
     prompts: str | PromptSet | None = None,
     max_length: int | None = None,
@@ -73,17 +73,16 @@ def choose_settings(
     """The settings that a model is used with: saved or given ones, single ones of them replaced, within the context.
 
     Args:
-        source: where the model is from.
+        source: what the model is called.
         config: of the model.
         tokenizer: of the model.
-        revision: of the model on the hub.
+        saved: the settings that were saved with it.
         settings: take the place of all that are saved.
         prompts: take the place of the saved prompts, by name or as they are.
         max_length: takes the place of the saved limit.
         max_new_tokens: takes the place of the saved budget.
 
     Raises:
-        ModelError: the saved settings are not usable.
         ConfigError: a limit that was given does not fit into the model's context; or unknown prompts.
     """
     limits = {"max_length": max_length, "max_new_tokens": max_new_tokens}
@@ -93,7 +92,7 @@ def choose_settings(
             raise ConfigError(f"{name}={value}: expected at least 1")
     given = set(changes) | (settings.model_fields_set if settings is not None else set())
     if settings is None:
-        settings = read_settings(source, revision) or _assumed(source, config, tokenizer, prompts is not None)
+        settings = saved or _assumed(source, config, tokenizer, prompts is not None)
     if prompts is not None and (chosen := prompt_set(prompts)) != settings.prompts:
         changes |= {"prompts": chosen, "frames": None, "template_arguments": TEMPLATE_ARGUMENTS}
     return _within_context(settings.model_copy(update=changes), given, config, source)
