@@ -25,7 +25,8 @@ import search_r3
 from search_r3.data.collection import Collection, Document, Query
 from search_r3.errors import ConfigError, DataError
 from search_r3.evaluation.benchmark import EvaluationOptions, evaluate
-from search_r3.evaluation.mteb import BRIGHT, PAPER, SearchR3MTEB, collection_task, run_mteb, suite_tasks
+from search_r3.evaluation.mteb import BRIGHT, PAPER, SearchR3MTEB, run_mteb, suite_tasks
+from search_r3.evaluation.mteb_tasks import collection_task
 from search_r3.evaluation.systems import EncodedCollections, SearchR3System
 from search_r3.model.encoder import SearchR3
 from search_r3.model.prompts import MODES

@@ -34,6 +34,9 @@ CollectionOption = Annotated[
 ModelArgument = Annotated[str, typer.Argument(help="Model directory or hub id.")]
 NewFolder = Annotated[Path, typer.Argument(help="Folder to write; it must not exist.")]
 DeviceOption = Annotated[str | None, typer.Option(help="`cpu`, `cuda`, ...; by default a GPU where there is one.")]
+DocumentInstruction = Annotated[
+    str, typer.Option("--document-instruction", help="Follows each document; the index knows it.")
+]
 IndexDType = Literal["float16", "float32"]
 WeightDType = Literal["float16", "bfloat16", "float32"]
 

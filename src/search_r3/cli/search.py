@@ -10,6 +10,7 @@ import typer
 from .. import console
 from .common import (
     CollectionOption,
+    DocumentInstruction,
     IndexDType,
     ModelArgument,
     ModeName,
@@ -30,6 +31,7 @@ def encode(
     out: Annotated[Path, typer.Argument(help="Index folder; an encoding that was begun there goes on.")],
     collection: CollectionOption = "atlas",
     dtype: Annotated[IndexDType, typer.Option(help="How vectors are stored.")] = "float16",
+    instruction: Annotated[str, typer.Option(help="Follows each document; a search of the index names it too.")] = "",
 ) -> None:
     """Encode a collection of any size into an index folder; after a kill, the same command goes on."""
     from ..retrieval.encode import encode_corpus
@@ -43,7 +45,9 @@ def encode(
             bar.begin(total, done)
 
         documents = _documents(collection)
-        index = encode_corpus(encoder, documents, out, dtype=dtype, on_start=start, progress=bar.advance)
+        index = encode_corpus(
+            *(encoder, documents, out), instruction=instruction, dtype=dtype, on_start=start, progress=bar.advance
+        )
     speed = f"; {bar.speed}" if bar.texts else ""
     console.say(f"{out}: {len(index):,} vectors of size {index.dimension} as {index.dtype}{speed}")
 
@@ -70,6 +74,8 @@ def search(
     mode: Annotated[ModeName, typer.Option(help="Reason first, or embed at once.")] = ModeName.reason,
     k: Annotated[int, typer.Option("-k", min=1, help="Documents to show.")] = 5,
     index: Annotated[Path | None, typer.Option(help="The collection as `encode` wrote it; else it is encoded.")] = None,
+    instruction: Annotated[str, typer.Option(help="Follows each query, e.g. `Find a passage that answers it.`")] = "",
+    document_instruction: DocumentInstruction = "",
 ) -> None:
     """Search a collection: shows the reasoning as it is written, the ranked documents and their scores."""
     from ..data.load import load_collection
@@ -84,10 +90,10 @@ def search(
     encoder = load_encoder(model)
     if index is None:
         with console.bar("documents", len(data.documents)) as bar:
-            encoded = index_documents(encoder, data, progress=bar.advance)
+            encoded = index_documents(encoder, data, instruction=document_instruction, progress=bar.advance)
     else:
-        encoded = load_corpus(encoder, data.texts().items(), index)
-    searcher = Searcher(encoder, data, encoded)
+        encoded = load_corpus(encoder, data.texts().items(), index, instruction=document_instruction)
+    searcher = Searcher(encoder, data, encoded, instruction)
     if query is not None:
         console.show_answer(searcher.stream(query, mode.value, k))
         return

@@ -6,7 +6,7 @@ Shapes: `N` texts, `D` hidden size.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
-from itertools import islice
+from itertools import islice, repeat
 
 import numpy as np
 import torch
@@ -28,6 +28,7 @@ def encode_stream(
     texts: Iterable[str],
     kind: Kind,
     *,
+    instruction: str | Sequence[str] = "",
     batch_tokens: int | None = None,
     window: int = WINDOW,
     progress: Progress | None = None,
@@ -38,6 +39,7 @@ def encode_stream(
         backbone: the model.
         texts: read as far as the next block needs.
         kind: `direct` or `document`.
+        instruction: one that follows each text, or one per text.
         batch_tokens: tokens computed together, padding included; it changes vectors by rounding only.
         window: texts per block; within it texts of like length share a batch.
         progress: called after each batch with the numbers of texts and of their tokens.
@@ -46,7 +48,7 @@ def encode_stream(
         The block's prompts and its vectors, `N x D`, float32, L2-normalised.
 
     Raises:
-        DataError: a text is empty (its place in the block is named).
+        DataError: a text is empty (its place in the block is named), or an instruction leaves no room for its text.
         ModelError: a vector holds NaN or infinity.
     """
     if batch_tokens is None:
@@ -55,8 +57,9 @@ def encode_stream(
         raise ValueError(f"batch_tokens={batch_tokens}: expected at least 1")
     prefix = None
     source = iter(texts)
+    endings = repeat(instruction) if isinstance(instruction, str) else iter(instruction)
     while block := list(islice(source, window)):
-        prompts = backbone.prompt_encoder.encode_batch(block, kind)
+        prompts = backbone.prompt_encoder.encode_batch(block, kind, list(islice(endings, len(block))))
         if prefix is None and len(block) > 1:
             with torch.inference_mode():
                 prefix = compute_prefix(backbone.causal_lm, backbone.prompt_encoder.prefix_of(prompts[0].ids))

@@ -109,8 +109,9 @@ def sampled_rewards(
     spread = np.linspace(0, len(qrels) - 1, min(queries, len(qrels))).round().astype(int)
     query_ids = [list(qrels)[i] for i in spread for _ in range(group_size)]
     rollouts = model.encode_query(
-        [collection.queries[query_id].text for query_id in query_ids],
+        [collection.queries[query_id].bare for query_id in query_ids],
         "reason",
+        instruction=[collection.queries[query_id].instruction for query_id in query_ids],
         batch_size=batch_size,
         sampling_temperature=sampling_temperature,
         seed=seed,
