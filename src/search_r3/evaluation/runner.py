@@ -7,6 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 from ..data.collection import Collection
 from ..data.load import load_collection
@@ -50,8 +51,7 @@ class EvaluationPlan:
         splits: names, `all`, or none for `test` (else `dev`, `validation`, `train`).
         options: how results are computed.
         batch_size: queries reasoned about at once.
-        device: of the models; by default a GPU where there is one.
-        dtype: of the models.
+        loading: what `SearchR3` takes beside a model: `device`, `dtype`, `prompts`, ...
         instructions: of the queries, each a system of its own: `own`, `none` or a text (`instructions.choose`). Without
             any, `own`, and also `none` on the splits whose queries have their own, unless the collection measures how
             rankings follow them (p-MRR).
@@ -65,8 +65,7 @@ class EvaluationPlan:
     splits: Sequence[str] = ()
     options: EvaluationOptions = field(default_factory=EvaluationOptions)
     batch_size: int = 128
-    device: str | None = None
-    dtype: str = "float32"
+    loading: Mapping[str, Any] = field(default_factory=dict)
     instructions: Sequence[str] = ()
     document_instruction: str = ""
 
@@ -116,9 +115,7 @@ def run_plan(plan: EvaluationPlan, folder: Path, watch: Watch | None = None) -> 
         for split in resolve_splits(collection, plan.splits):
             judged(collection, split)
     models = {
-        label: EncodedCollections(
-            SearchR3(source, device=plan.device, dtype=plan.dtype), folder / "indexes", plan.document_instruction
-        )
+        label: EncodedCollections(SearchR3(source, **plan.loading), folder / "indexes", plan.document_instruction)
         for label, source in plan.models.items()
     }
     systems = _systems(plan, models)

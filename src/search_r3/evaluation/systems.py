@@ -185,7 +185,8 @@ class EncodedCollections(_PerCollection[tuple[ExactIndex, float | None]]):
 
     def _path(self, collection: Collection) -> Path:
         assert self._folder is not None
-        name = f"{self.revision[:12]}-{self.model.backbone.dtype}-{collection.content_hash()[:12]}"
+        short = "+".join(part[:12] for part in self.revision.split("+"))
+        name = f"{short}-{self.model.backbone.dtype}-{collection.content_hash()[:12]}"
         return self._folder / (f"{name}-{file_label(self.instruction)}" if self.instruction else name)
 
 

@@ -6,7 +6,7 @@ Shapes: `N` texts, `D` hidden size.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
-from itertools import islice, repeat
+from itertools import islice
 
 import numpy as np
 import torch
@@ -39,7 +39,7 @@ def encode_stream(
         backbone: the model.
         texts: read as far as the next block needs.
         kind: `direct` or `document`.
-        instruction: one that follows each text, or one per text.
+        instruction: one that follows each text, or one per text where all are one block.
         batch_tokens: tokens computed together, padding included; it changes vectors by rounding only.
         window: texts per block; within it texts of like length share a batch.
         progress: called after each batch with the numbers of texts and of their tokens.
@@ -57,9 +57,8 @@ def encode_stream(
         raise ValueError(f"batch_tokens={batch_tokens}: expected at least 1")
     prefix = None
     source = iter(texts)
-    endings = repeat(instruction) if isinstance(instruction, str) else iter(instruction)
     while block := list(islice(source, window)):
-        prompts = backbone.prompt_encoder.encode_batch(block, kind, list(islice(endings, len(block))))
+        prompts = backbone.prompt_encoder.encode_batch(block, kind, instruction)
         if prefix is None and len(block) > 1:
             with torch.inference_mode():
                 prefix = compute_prefix(backbone.causal_lm, backbone.prompt_encoder.prefix_of(prompts[0].ids))

@@ -133,7 +133,8 @@ class PromptEncoder:
         """`encode` for many texts at once, which is faster; with one instruction for all, or one per text.
 
         Raises:
-            DataError: a text is empty or blank (its place is named), or an instruction leaves no room.
+            DataError: a text is empty or blank (its place is named), an instruction leaves no room, or there is another
+                number of instructions than of texts.
         """
         if not texts:
             return []
@@ -147,6 +148,8 @@ class PromptEncoder:
         before, after = self.frame(kind)
         room = self.max_length - len(before) - len(after)
         endings = [instruction] * len(texts) if isinstance(instruction, str) else instruction
+        if len(endings) != len(texts):
+            raise DataError(f"{len(endings)} instructions for {len(texts)} texts; give one for all, or one per text")
         whole = [instructed(text, end).strip() for text, end in zip(texts, endings, strict=True)]
         tokens = self.tokenizer(whole, add_special_tokens=False, split_special_tokens=True)["input_ids"]
         return [
