@@ -164,7 +164,7 @@ class PromptEncoder:
         offsets = self.tokenizer(
             whole, add_special_tokens=False, split_special_tokens=True, return_offsets_mapping=True
         )["offset_mapping"]
-        text_length = len(whole) - len(instruction.strip())
+        text_length = len(whole[: -len(instruction.strip())].rstrip())
         ending = ids[sum(end <= text_length for _, end in offsets) :]
         if len(ending) >= room:
             raise DataError(

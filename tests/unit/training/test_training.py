@@ -239,7 +239,8 @@ def experience(
     query_ids = ["q00", "q01", "q04"]
     feedback = environment.feedback(rollouts, [query_id for query_id in query_ids for _ in range(4)], 0)
     advantages = torch.randn(12, generator=torch.Generator().manual_seed(0))
-    return environment, grpo.Experience(query_ids, rollouts, feedback, advantages, 0.0)
+    queries = [collection.queries[query_id] for query_id in query_ids]
+    return environment, grpo.Experience(queries, rollouts, feedback, advantages, 0.0)
 
 
 @pytest.mark.parametrize("micro_batch_size", [1, 5, 12])
@@ -380,7 +381,7 @@ def test_metrics_of_a_batch_by_hand(model: SearchR3, collection: Collection) -> 
     sequences = sum(len(r.prompt_ids) + len(r.completion_ids) for r in batch.rollouts)
     decoded = sum(len(r.completion_ids) for r in batch.rollouts)
     assert values["tokens"] == sequences and values["decoded_tokens_per_second"] == pytest.approx(decoded / 2.0)
-    rows = grpo.rollout_rows(batch, collection, step=3, group_size=4)
+    rows = grpo.rollout_rows(batch, step=3, group_size=4)
     assert [row["query_id"] for row in rows] == ["q00"] * 4 + ["q01"] * 4
     assert rows[0]["parts"]["ranking"] == batch.feedback.parts[0].ranking
 
