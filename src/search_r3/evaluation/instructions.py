@@ -10,7 +10,11 @@ import re
 from collections.abc import Mapping
 from typing import Any, Literal
 
+from ..data.collection import Collection
+
 OWN, NONE = "own", "none"
+INSTRUCTIONS = ("instruction", "document_instruction")
+"""What the settings of a system in results call the choice for its queries, and the instruction of its documents."""
 LABEL_LENGTH = 40
 """Characters of an instruction that are shown in the name of a system."""
 
@@ -30,6 +34,15 @@ def choose(choice: str, own: str, of_task: str = "") -> str:
     if choice == NONE:
         return ""
     return own or (of_task if choice == OWN else choice).strip()
+
+
+def choices(collection: Collection, split: str) -> tuple[str, ...]:
+    """What an evaluation measures where nothing is asked for: `own`, and `none` where it is another question.
+
+    Where instructions change (p-MRR), without them there is nothing to measure.
+    """
+    instructed = any(collection.queries[query_id].instruction for query_id in collection.split(split))
+    return (OWN, NONE) if instructed and not collection.changed else (OWN,)
 
 
 def task_instruction(metadata: Any, side: Literal["query", "document"]) -> str:

@@ -9,7 +9,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from ..data.collection import Collection
 from ..data.load import load_collection
 from ..errors import ConfigError
 from ..files import write_json, write_text
@@ -123,7 +122,10 @@ def run_plan(plan: EvaluationPlan, folder: Path, watch: Watch | None = None) -> 
         collection = load_collection(source, skip_empty_documents=True)
         run = partial(evaluate, options=plan.options, source=source, folder=folder / RESULTS, watch=watch)
         for split in resolve_splits(collection, plan.splits):
-            for system in systems if plan.instructions or _instructed(collection, split) else _with_own(systems):
+            asked = plan.instructions or instructions.choices(collection, split)
+            for system in systems:
+                if system.info.kind == "search-r3" and system.info.settings.get("instruction", OWN) not in asked:
+                    continue
                 yield (result := run(system, collection, split))
                 if REASONING_NAME in plan.baselines and result.system.mode == "reason":
                     yield run(reasoning_baseline(result), collection, split)
@@ -160,15 +162,6 @@ def write_summary(results: Sequence[Result], folder: Path, permutations: int, se
     write_json(folder / SUMMARY, record)
     write_text(folder / "summary.md", markdown(results, comparisons))
     return comparisons
-
-
-def _instructed(collection: Collection, split: str) -> bool:
-    """Whether queries of the split have instructions that they can be asked without."""
-    return not collection.changed and any(collection.queries[one].instruction for one in collection.split(split))
-
-
-def _with_own(systems: Sequence[System]) -> list[System]:
-    return [system for system in systems if system.info.settings.get("instruction") != NONE]
 
 
 def _check_baselines(plan: EvaluationPlan) -> None:

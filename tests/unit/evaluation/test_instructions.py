@@ -9,15 +9,19 @@ from typing import Any
 import numpy as np
 import pytest
 
+from search_r3.config import EvaluationSettings, GRPOSettings, Recipe
 from search_r3.data.collection import Collection
 from search_r3.errors import ConfigError
 from search_r3.evaluation.benchmark import EvaluationOptions, evaluate
 from search_r3.evaluation.instructions import choose
+from search_r3.evaluation.report import report
 from search_r3.evaluation.runner import EvaluationPlan, reasoning_baseline, run_plan, write_summary
 from search_r3.evaluation.search import Searcher
 from search_r3.evaluation.systems import EncodedCollections, SearchR3System
 from search_r3.model.encoder import SearchR3
+from search_r3.model.prompts import MODES
 from search_r3.training.dev import DevSplit
+from search_r3.training.engine import make_engine
 from tests.conftest import call, favour
 
 OWN = "Only red things."
@@ -144,12 +148,28 @@ def test_reasoning_of_each_instruction_is_a_baseline_of_its_own(model: SearchR3,
         assert reasoning_baseline(evaluate(system, instructed, "test", QUICK)).info.name == expected
 
 
+def test_the_report_of_a_run_has_both(
+    model: SearchR3, instructed: Collection, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    favour(model.backbone, model.backbone.embed_token_id, 2.0)
+    monkeypatch.setattr(report, "SearchR3", lambda path, dtype: model)
+    recipe = Recipe(
+        max_length=120,
+        max_new_tokens=4,
+        grpo=GRPOSettings(group_size=2),
+        evaluation=EvaluationSettings(bootstrap=100, rollout_queries=2),
+    )
+    models = {"sft": tmp_path, "rl": tmp_path}
+    results, _, _ = report.evaluate_run(recipe, instructed, models, tmp_path / "results", lambda text: None)
+    systems = [f"{mode}/{stage}{end}" for stage in ("sft", "rl") for mode in MODES for end in ("", " (none)")]
+    assert [result.system.name for result in results] == ["bm25", "bm25+reasoning", *systems]
+    by_name = {result.system.name: result for result in results}
+    assert by_name["bm25+reasoning"].system.settings["texts"] == by_name["reason/rl"].key
+
+
 def test_training_measures_dev_queries_with_their_own_instructions(
     model: SearchR3, instructed: Collection, asked: list[str]
 ) -> None:
-    from search_r3.config import EvaluationSettings, GRPOSettings, Recipe
-    from search_r3.training.engine import make_engine
-
     recipe = Recipe(max_length=120, max_new_tokens=4, grpo=GRPOSettings())
     DevSplit(instructed, EvaluationSettings()).evaluate(model, make_engine(model, recipe, recipe.grpo))
     queries = [instructed.queries[query_id] for query_id in instructed.split("dev")]
