@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from importlib import import_module
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Unpack
 
 import torch
 from pydantic import ValidationError
@@ -18,7 +18,7 @@ from .backbone import SETTINGS_FILE, Backbone, EmbeddingSettings
 from .checks import check_output_layer
 from .precision import torch_device, torch_dtype
 from .prompts import EMBED_TOKEN, PROMPT_SETS
-from .source import ADAPTER_CONFIG, CONFIG, ModelFiles, find_files
+from .source import ADAPTER_CONFIG, CONFIG, HubOptions, ModelFiles, find_files
 
 EmbedStart = Literal["mean", "end_of_turn"]
 """Where the row of an embed token that the model lacks starts."""
@@ -44,13 +44,10 @@ def load_backbone(
     max_new_tokens: int | None = None,
     dtype: str | torch.dtype = "auto",
     device: str | torch.device | None = None,
-    revision: str | None = None,
     embed_start: EmbedStart = "mean",
     model_kwargs: Mapping[str, Any] | None = None,
     tokenizer_kwargs: Mapping[str, Any] | None = None,
-    cache_folder: str | Path | None = None,
-    token: str | bool | None = None,
-    local_files_only: bool = False,
+    **hub: Unpack[HubOptions],
 ) -> Backbone:
     """Load a causal LM from a directory, a GGUF file or the hub; add the embed token where the tokenizer lacks it.
 
@@ -60,57 +57,62 @@ def load_backbone(
         source: a model directory, a directory of adapters (peft), a GGUF file, a hub id such as
             `Qwen/Qwen2.5-1.5B-Instruct` (of a GGUF file there `OWNER/NAME/FILE.gguf`), or `builtin`.
         settings: wording and limits; by default those saved with the model, else the `search-r3` set.
-        prompts: a prompt set instead of theirs.
+        prompts: the name of a prompt set, instead of theirs.
         max_length: longest prompt in tokens, instead of theirs.
         max_new_tokens: reasoning budget in tokens, instead of theirs.
-        dtype: precision of the weights (see `torch_dtype`); `auto` is bfloat16 on CUDA, else float32, and leaves
-            quantised weights as they are.
+        dtype: precision of the weights (`torch_dtype`); `auto` leaves quantised weights as they are.
         device: where the weights go; by default a GPU where there is one.
-        revision: branch, tag or commit on the hub.
         embed_start: the row of an embed token that the model lacks: the mean of all rows, or the end of turn's.
         model_kwargs: more for transformers' `from_pretrained`: `device_map`, `quantization_config`, ...
         tokenizer_kwargs: more for that of the tokenizer.
-        cache_folder: of the hub's files; by default the hub library's own.
-        token: for the hub; by default the one that is logged in.
-        local_files_only: take what is in the cache, and ask nobody.
+        hub: see `HubOptions`.
 
     Raises:
         ModelError: files are missing or do not fit together; the message names the remedy.
-        ConfigError: an unknown dtype or device, or an argument that is not for `model_kwargs`.
+        ConfigError: an unknown dtype or device, or an argument that `model_kwargs` cannot hold.
     """
     place = torch_device(device)
-    for name, more in (("model_kwargs", model_kwargs), ("tokenizer_kwargs", tokenizer_kwargs)):
-        if forbidden := [key for key in _OURS if key in (more or {})]:
-            raise ConfigError(
-                f"{name} may not hold {forbidden[0]}; no code or pickle is loaded, the rest has arguments"
-            )
-    files = find_files(
-        source, revision=revision, cache_folder=cache_folder, token=token, local_files_only=local_files_only
-    )
-    model, tokenizer = _load_parts(
-        files, torch_dtype(dtype, place), dtype == "auto", model_kwargs or {}, tokenizer_kwargs or {}
-    )
-    saved = _saved_settings(files.folder, model, None)
+    more = _checked(model_kwargs, "model_kwargs"), _checked(tokenizer_kwargs, "tokenizer_kwargs")
+    files = find_files(source, **hub)
+    model, tokenizer = _load_parts(files, torch_dtype(dtype, place), dtype == "auto", *more)
+    saved = _saved_settings(files.folder_of(SETTINGS_FILE), model, None)
     settings = settings or saved
-    changes: dict[str, Any] = {"prompts": PROMPT_SETS[prompts] if prompts else None}
-    changes |= {"max_length": max_length, "max_new_tokens": max_new_tokens}
     has_row = settings.embed_token in tokenizer.get_vocab()
     embed_token_id = _ensure_embed_token(model, tokenizer, settings.embed_token, embed_start)
-    settings = settings.model_copy(
-        update={name: value for name, value in changes.items() if value is not None}
-        | {"trained": has_row and saved.trained}
+    changes = _without_none(
+        prompts=PROMPT_SETS[prompts] if prompts else None, max_length=max_length, max_new_tokens=max_new_tokens
     )
+    settings = settings.model_copy(update=changes | {"trained": has_row and saved.trained})
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
-    if place.type == "cuda":
+    _place(model, place)
+    backbone = Backbone(model.eval(), tokenizer, settings, embed_token_id, files.name, files)
+    check_output_layer(backbone)
+    return backbone
+
+
+def _without_none(**values: Any) -> dict[str, Any]:
+    return {name: value for name, value in values.items() if value is not None}
+
+
+def _checked(more: Mapping[str, Any] | None, name: str) -> Mapping[str, Any]:
+    """Arguments for transformers, without those that it may not get, or gets otherwise."""
+    if refused := [key for key in _OURS if key in (more or {})]:
+        raise ConfigError(
+            f"{name} may not hold {refused[0]!r}: no code and no pickle is loaded, and where a model comes from and "
+            "its dtype are arguments of their own"
+        )
+    return more or {}
+
+
+def _place(model: Any, device: torch.device) -> None:
+    """Move a model to its device, unless it has been placed already (`device_map`, quantised weights)."""
+    if device.type == "cuda":
         # On Hopper and Blackwell torch prefers cuDNN's attention, which builds a plan for every new shape, some tenths
         # of a second each (torch 2.11). Here every decoding step and nearly every batch has a new one.
         torch.backends.cuda.enable_cudnn_sdp(False)
     if not (hasattr(model, "hf_device_map") or getattr(model, "quantization_method", None)):
-        model.to(place)
-    backbone = Backbone(model.eval(), tokenizer, settings, embed_token_id, files.name, files)
-    check_output_layer(backbone)
-    return backbone
+        model.to(device)
 
 
 def _load_parts(
@@ -234,6 +236,11 @@ def _one_line(what: str) -> Iterator[None]:
             raise ModelError(
                 f"{what}: it needs code of its own (auto_map in its settings), and no code of a model is run; take an "
                 "architecture that transformers knows"
+            ) from error
+        if "ignore_mismatched_sizes" in str(error):
+            raise ModelError(
+                f"{what}: its weights have other shapes than its config.json says (listed above); the files are of two "
+                "models, fetch or copy them again"
             ) from error
         raise ModelError(f"{what}: {_first_line(error)}") from error
 

@@ -7,11 +7,11 @@ library beneath looks for another revision, for code, or for a pickle.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from importlib.resources import files as package_files
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict, Unpack
 
 from ..errors import ModelError
 from ..files import hash_file, hash_folder
@@ -28,6 +28,19 @@ BUILTIN = "builtin"
 def builtin_base_path() -> Path:
     """Directory of the small base model that ships with the package."""
     return Path(str(package_files("search_r3"))) / "builtin"
+
+
+class HubOptions(TypedDict, total=False):
+    """How a model of the hub is fetched."""
+
+    revision: str | None
+    """Branch, tag or commit."""
+    cache_folder: str | Path | None
+    """Where files are kept; by default where the hub's library keeps them."""
+    token: str | bool | None
+    """For the hub; by default the one that is logged in."""
+    local_files_only: bool
+    """Take what is kept, and ask nobody."""
 
 
 @dataclass(frozen=True)
@@ -61,6 +74,10 @@ class ModelFiles:
         """Whether a tokenizer is among the files."""
         return self.gguf is not None or any((self.folder / name).is_file() for name in _TOKENIZER)
 
+    def folder_of(self, name: str) -> Path:
+        """The folder that holds a file of that name, or may: adapters lean on their base for what they lack."""
+        return self.folder if self.base is None or (self.folder / name).is_file() else self.base.folder
+
     def json(self, name: str) -> dict[str, Any]:
         """The object in one of the JSON files; empty where there is no such file.
 
@@ -80,33 +97,25 @@ class ModelFiles:
         return value
 
 
-def find_files(
-    source: str | Path,
-    *,
-    revision: str | None = None,
-    cache_folder: str | Path | None = None,
-    token: str | bool | None = None,
-    local_files_only: bool = False,
-) -> ModelFiles:
+def find_files(source: str | Path, **hub: Unpack[HubOptions]) -> ModelFiles:
     """Find a model's files, fetch them from the hub where it is a model of the hub, and see that they are whole.
 
     Args:
         source: a directory, a GGUF file, `OWNER/NAME` or `OWNER/NAME/FILE.gguf` on the hub, or `builtin`.
-        revision: branch, tag or commit on the hub.
-        cache_folder: of the hub's library; by default its own.
-        token: for the hub; by default the one that is logged in.
-        local_files_only: take what is in the cache, and ask nobody.
+        hub: see `HubOptions`.
 
     Raises:
         ModelError: there is no such model, or its files are damaged, or pickles.
     """
     path = builtin_base_path() if source == BUILTIN else Path(source)
     name = str(path if source == BUILTIN else source)
-    hub = {"cache_dir": cache_folder, "token": token, "local_files_only": local_files_only}
+    revision = hub.get("revision")
     on_hub = not path.exists() and isinstance(source, str) and _is_hub_id(source)
     if not on_hub and revision is not None:
-        raise ModelError(f"{name} is no model of the hub and has no revision {revision!r}; leave the revision out")
-    found = _fetched(name, revision, hub) if on_hub else _local(name, path)
+        raise ModelError(
+            f"{name} is no model of the hub and has no revision {hub.get('revision')!r}; leave the revision out"
+        )
+    found = _fetched(name, hub) if on_hub else _local(name, path)
     if (found.folder / ADAPTER_CONFIG).is_file() and found.gguf is None:
         found = replace(found, base=_base_of(found, hub))
     elif found.gguf is None and not (found.folder / CONFIG).is_file():
@@ -128,7 +137,7 @@ def _local(name: str, path: Path) -> ModelFiles:
     return ModelFiles(name, path)
 
 
-def _base_of(adapters: ModelFiles, hub: Mapping[str, Any]) -> ModelFiles:
+def _base_of(adapters: ModelFiles, hub: HubOptions) -> ModelFiles:
     config = adapters.json(ADAPTER_CONFIG)
     base = config.get("base_model_name_or_path")
     if not isinstance(base, str) or not base:
@@ -136,30 +145,30 @@ def _base_of(adapters: ModelFiles, hub: Mapping[str, Any]) -> ModelFiles:
             f"{adapters.folder / ADAPTER_CONFIG} does not name the model that the adapters were put into; "
             "set base_model_name_or_path there"
         )
-    options = {"cache_folder": hub["cache_dir"], "token": hub["token"], "local_files_only": hub["local_files_only"]}
+    hub = {**hub, "revision": None if Path(base).exists() else config.get("revision")}
     try:
-        return find_files(base, revision=config.get("revision") if _is_hub_id(base) else None, **options)
+        return find_files(base, **hub)
     except ModelError as error:
         raise ModelError(f"the base of the adapters in {adapters.name} cannot be loaded: {error}") from error
 
 
-def _fetched(name: str, revision: str | None, hub: Mapping[str, Any]) -> ModelFiles:
+def _fetched(name: str, hub: HubOptions) -> ModelFiles:
     """A model of the hub in the library's cache; the commit is the name of its folder there."""
     parts = name.split("/")
     if name.endswith(".gguf"):
         repository, file = "/".join(parts[:2]), "/".join(parts[2:])
-        folder = _snapshot(repository, revision, [file], hub)
+        folder = _snapshot(repository, [file], hub)
         path = folder / file
         if not path.is_file():
             raise ModelError(f"{repository} holds no {file}, or the cache does not and the hub was not asked")
         return ModelFiles(name, path.parent, folder.name, path.name)
-    folder = _snapshot(name, revision, _DATA, hub)
+    folder = _snapshot(name, _DATA, hub)
     found = ModelFiles(name, folder, folder.name)
-    _snapshot(name, folder.name, [*_weight_names(found), _ADAPTER_WEIGHTS], hub)
+    _snapshot(name, [*_weight_names(found), _ADAPTER_WEIGHTS], {**hub, "revision": folder.name})
     return found
 
 
-def _snapshot(repository: str, revision: str | None, patterns: Sequence[str], hub: Mapping[str, Any]) -> Path:
+def _snapshot(repository: str, patterns: Sequence[str], hub: HubOptions) -> Path:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import (
         GatedRepoError,
@@ -173,7 +182,15 @@ def _snapshot(repository: str, revision: str | None, patterns: Sequence[str], hu
     inside = [f"*/{pattern}" for pattern in _DATA if pattern != "*.jinja"] if patterns is _DATA else None
     try:
         return Path(
-            snapshot_download(repository, revision=revision, allow_patterns=[*patterns], ignore_patterns=inside, **hub)
+            snapshot_download(
+                repository,
+                revision=hub.get("revision"),
+                cache_dir=hub.get("cache_folder"),
+                token=hub.get("token"),
+                local_files_only=hub.get("local_files_only", False),
+                allow_patterns=[*patterns],
+                ignore_patterns=inside,
+            )
         )
     except HFValidationError as error:
         fault = f"no model directory at {repository}, and it is no hub id; check the path"
@@ -181,7 +198,7 @@ def _snapshot(repository: str, revision: str | None, patterns: Sequence[str], hu
     except GatedRepoError as error:
         raise ModelError(f"{repository} is gated: accept its terms on the hub and log in, or give a token") from error
     except RevisionNotFoundError as error:
-        raise ModelError(f"{repository} has no revision {revision!r}") from error
+        raise ModelError(f"{repository} has no revision {hub.get('revision')!r}") from error
     except RepositoryNotFoundError as error:
         raise ModelError(
             f"no model directory at {repository}, and the hub shows no such model; check the name, or give a token"
