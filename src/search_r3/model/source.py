@@ -21,6 +21,7 @@ _WEIGHTS, _ADAPTER_WEIGHTS = "model.safetensors", "adapter_model.safetensors"
 _INDEX = "model.safetensors.index.json"
 _TOKENIZER = ("tokenizer.json", "tokenizer_config.json")
 _DATA = ("*.json", "*.jinja", "*.txt", "*.model")  # all but weights
+_PEER_DATA = (*_DATA, "*.safetensors")
 _LFS_POINTER = b"version https://git-lfs"
 BUILTIN = "builtin"
 
@@ -121,6 +122,28 @@ def find_files(source: str | Path, **hub: Unpack[HubOptions]) -> ModelFiles:
     elif found.gguf is None and not (found.folder / CONFIG).is_file():
         raise ModelError(f"{name} is no model directory: config.json is missing")
     _check_weights(found)
+    return found
+
+
+def peer_files(source: str) -> ModelFiles:
+    """The files of a model that another library loads, under the same rules: no code, no pickles, one commit.
+
+    Args:
+        source: a directory, or a hub id; one without an owner is sentence-transformers' own.
+
+    Raises:
+        ModelError: there is no such model, or it holds a pickle.
+    """
+    if Path(source).is_dir():
+        found = ModelFiles(source, Path(source))
+    elif not _is_hub_id(source):
+        raise ModelError(f"no model directory at {source}")
+    else:
+        folder = _snapshot(source if "/" in source else f"sentence-transformers/{source}", _PEER_DATA, {})
+        found = ModelFiles(source, folder, folder.name)
+    for path in sorted(found.folder.rglob("pytorch_model.bin")):
+        if not any((path.parent / name).is_file() for name in (_WEIGHTS, _INDEX)):
+            raise ModelError(f"{path} is a pickle, which can run code; only safetensors are loaded")
     return found
 
 
