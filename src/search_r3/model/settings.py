@@ -34,24 +34,21 @@ class EmbeddingSettings(BaseModel):
         description="What the chat template is rendered with; null: nothing, and nothing is mended (version 0.1).",
     )
     frames: Frames | None = Field(None, description="Token ids around texts; rendered when a model is loaded without.")
+    # No part of what vectors depend on; where it is not saved, the model is a trained one.
+    trained: bool = Field(True, exclude=True, description="Whether a stage has trained the embed token.")
 
 
-def read_settings(source: str | Path, revision: str | None = None) -> EmbeddingSettings | None:
+def read_settings(folder: Path) -> EmbeddingSettings | None:
     """The settings that are saved with a model; None where there are none.
 
     Raises:
         ModelError: they are not usable.
     """
-    from transformers.utils import cached_file
-
-    try:
-        file = cached_file(str(source), SETTINGS_FILE, revision=revision, _raise_exceptions_for_missing_entries=False)
-    except OSError:
-        file = None
-    if file is None:
+    file = folder / SETTINGS_FILE
+    if not file.is_file():
         return None
     try:
-        saved = json.loads(Path(file).read_text(encoding="utf-8"))
+        saved = json.loads(file.read_text(encoding="utf-8"))
         settings = EmbeddingSettings.model_validate(saved)
     except (ValidationError, json.JSONDecodeError) as error:
         raise ModelError(f"{file}: not usable as model settings: {str(error).splitlines()[0]}") from error

@@ -23,10 +23,11 @@ from ..errors import ConfigError, ModelError
 from ..extras import extra
 from ..model.adapters import add_adapters
 from ..model.backbone import Backbone
-from ..model.encoder import SearchR3, builtin_base_path
+from ..model.encoder import SearchR3
 from ..model.engine.forward import is_drivable
 from ..model.loading import load_backbone
-from ..model.settings import read_settings
+from ..model.settings import SETTINGS_FILE, read_settings
+from ..model.source import find_files
 from ..parallel import Communicator, make_communicator
 from .policy import Policy, Reference, make_reference
 from .tracking import check_trackers, start_trackers
@@ -332,16 +333,16 @@ def load_model(recipe: Recipe, source: str | Path) -> SearchR3:
         from accelerate import PartialState
 
     device = str(PartialState(cpu=not torch.cuda.is_available()).device)
-    path = builtin_base_path() if source == "builtin" else source
-    saved = read_settings(path)
-    if saved is not None and recipe.prompts not in (None, saved.prompts.name):
+    saved = read_settings(find_files(source).folder_of(SETTINGS_FILE))
+    own = saved.prompts.name if saved is not None and saved.trained else None
+    if None not in (own, recipe.prompts) and recipe.prompts != own:
         raise ConfigError(
-            f"prompts={recipe.prompts}, but {source} was trained with the prompts {saved.prompts.name!r}; leave "
-            "prompts out of the recipe (it then takes the model's own), or start from the model's base"
+            f"prompts={recipe.prompts}, but {source} was trained with the prompts {own!r}; leave prompts out of the "
+            "recipe (it then takes the model's own), or start from the model's base"
         )
     backbone = load_backbone(
-        path,
-        prompts=None if saved is not None else recipe.prompts,
+        source,
+        prompts=None if own is not None else recipe.prompts,
         max_length=recipe.max_length,
         max_new_tokens=recipe.max_new_tokens,
         dtype=recipe.dtype,

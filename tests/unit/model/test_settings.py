@@ -14,10 +14,11 @@ import transformers
 from conftest import save_tiny
 
 from search_r3.errors import ConfigError, ModelError
-from search_r3.model.encoder import SearchR3, builtin_base_path
+from search_r3.model.encoder import SearchR3
 from search_r3.model.loading import load_backbone
 from search_r3.model.prompts import PROMPT_SETS, PromptSet
 from search_r3.model.settings import EmbeddingSettings
+from search_r3.model.source import builtin_base_path
 
 DATED = (
     "{% for m in messages %}<|im_start|>{{ m.role }}\n{% if loop.first %}Today: {{ strftime_now('%d') }}\n"

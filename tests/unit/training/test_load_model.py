@@ -16,7 +16,9 @@ LIMITS = {"max_length": 90, "max_new_tokens": 7}
 
 @pytest.fixture
 def trained(tmp_path: Path, tiny_path: Path) -> Path:
-    load_backbone(tiny_path, prompts="published").save(tmp_path / "trained")
+    backbone = load_backbone(tiny_path, prompts="published")
+    backbone.settings = backbone.settings.model_copy(update={"trained": True})
+    backbone.save(tmp_path / "trained")
     return tmp_path / "trained"
 
 
@@ -33,9 +35,11 @@ def test_other_prompts_than_the_models_are_refused(trained: Path) -> None:
         load_model(Recipe(prompts="search-r3", **LIMITS), trained)
 
 
-def test_a_base_takes_those_of_the_recipe(tiny_path: Path) -> None:
-    for prompts, name in ((None, "search-r3"), ("published", "published")):
-        assert load_model(Recipe(prompts=prompts, **LIMITS), tiny_path).backbone.settings.prompts.name == name
+def test_a_base_takes_those_of_the_recipe(tmp_path: Path, tiny_path: Path) -> None:
+    load_backbone(tiny_path).save(tmp_path / "saved")
+    for base in (tiny_path, tmp_path / "saved"):
+        for prompts, name in ((None, "search-r3"), ("published", "published")):
+            assert load_model(Recipe(prompts=prompts, **LIMITS), base).backbone.settings.prompts.name == name
 
 
 def test_a_reply_has_room_for_its_end(tiny_path: Path) -> None:
