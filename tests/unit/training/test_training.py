@@ -264,10 +264,11 @@ def test_a_share_of_the_groups_is_rolled_out_without_instruction(model: SearchR3
         rolled[share] = batch.queries
         encode = model.backbone.prompt_encoder.encode
         for place, rollout in enumerate(batch.rollouts):
-            query = batch.queries[place // 4]
+            query = batch.queries[place]
+            assert query == batch.queries[place // 4 * 4]
             assert list(rollout.prompt_ids) == encode(query.text, "reason").ids, "a whole group asks alike"
         rows = grpo.rollout_rows(batch, step=1, group_size=4)
-        assert [row["query"] for row in rows[::4]] == [query.text for query in batch.queries[: len(rows) // 4]]
+        assert [row["query"] for row in rows] == [query.text for query in batch.queries[: len(rows)]]
     assert [query.query_id for query in rolled[0.5]] == [query.query_id for query in rolled[0.0]]
     counts = [sum(bool(query.instruction) for query in rolled[share]) for share in (0.0, 0.5, 1.0)]
     assert counts[0] > counts[1] > counts[2] == 0
