@@ -368,10 +368,8 @@ def test_dtype_and_budget_keep_their_results_apart(tiny_path: Path, model: Searc
     meta = SearchR3MTEB(tiny_path, device="cpu", dtype="bfloat16", mode="direct", max_new_tokens=7).mteb_model_meta
     assert meta.experiment_name == "dtype_bfloat16__instruction_own"
     assert meta.model_name_as_path() == f"local__{tiny_path.name}-direct"
-    assert (
-        SearchR3MTEB(model, max_new_tokens=7, instruction="none").mteb_model_meta.experiment_name
-        == "instruction_none__max_new_tokens_7"
-    )
+    budget = SearchR3MTEB(model, max_new_tokens=7, instruction="none").mteb_model_meta
+    assert budget.experiment_name == "instruction_none__max_new_tokens_7"
     meta = SearchR3MTEB(model, instruction="none").mteb_model_meta
     assert meta.experiment_name == "instruction_none" and not meta.use_instructions
     json.dumps(meta.to_dict())
