@@ -207,11 +207,13 @@ def show_comparisons(results: Sequence[Result], comparisons: Sequence[Comparison
 
 def show_mteb(scores: Sequence[TaskScore]) -> None:
     """Show the main score of each task in each mode."""
+    from .evaluation.instructions import short
+
     lines = []
     for one in scores:
         tokens = f"{fmean(one.tokens_per_query.values()):.1f}" if one.tokens_per_query else ""
-        lines.append([one.task, one.mode, one.measure, f"{one.score:.4f}", tokens])
-    _show_grid(["task", "mode", "measure", "score", "tokens/query"], lines, title="mteb")
+        lines.append([one.task, one.mode, short(one.instruction), one.measure, f"{one.score:.4f}", tokens])
+    _show_grid(["task", "mode", "instruction", "measure", "score", "tokens/query"], lines, title="mteb")
 
 
 def show_report(folder: Path) -> None:

@@ -11,26 +11,26 @@ import typer
 from .. import console
 from .common import (
     CollectionOption,
-    DeviceOption,
     ModelArgument,
+    ModelOptions,
     Overrides,
     RecipeOption,
-    WeightDType,
     app,
     load_encoder,
     load_settings,
+    takes_model_options,
 )
 
 
 @app.command()
+@takes_model_options
 def probe(
     model: ModelArgument,
+    options: ModelOptions,
     overrides: Overrides = None,
     collection: CollectionOption = "atlas",
     recipe: RecipeOption = None,
     queries: Annotated[int, typer.Option(min=2, help="Queries looked at, spread over grpo.splits.")] = 64,
-    dtype: Annotated[WeightDType, typer.Option(help="Precision of the model.")] = "float32",
-    device: DeviceOption = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object instead of tables.")] = False,
 ) -> None:
     """Say what RL would have to work with: rewards within groups, and whether what is written is read.
@@ -42,7 +42,7 @@ def probe(
 
     settings = load_settings(recipe, overrides)
     data = load_collection(collection)
-    encoder = load_encoder(model, device=device, dtype=dtype)
+    encoder = load_encoder(model, options)
     report = look(encoder, data, settings, queries, (lambda text: None) if as_json else console.say)
     if as_json:
         console.say(json.dumps(asdict(report)))

@@ -151,11 +151,17 @@ def _shared(example: TrainingExample, keys: Keys, chosen: list[TrainingExample],
     return None
 
 
-def text_keys(collection: Collection) -> Keys:
-    """The query's text, in small letters, and the texts of its positives: as short hashes, since they are many."""
+def text_keys(collection: Collection, settings: SFTSettings) -> Keys:
+    """The query's text, in small letters, and the texts of its positives: as short hashes, since they are many.
+
+    Args:
+        collection: holds the texts.
+        settings: whether queries are trained without their instructions; then their texts are compared without.
+    """
 
     def keys(example: TrainingExample) -> frozenset[str]:
-        texts = [f"query {example.query.text.casefold()}"]
+        text = example.query.bare if settings.uninstructed else example.query.text
+        texts = [f"query {text.casefold()}"]
         texts += [collection.documents[doc_id].full_text for doc_id in example.positive_ids]
         return frozenset(blake2b(text.encode(), digest_size=8).hexdigest() for text in texts)
 

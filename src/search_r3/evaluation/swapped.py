@@ -27,12 +27,14 @@ Measure = Callable[[Array], list[float]]
 """Vectors `Q x D` of some queries -> nDCG@k of each."""
 
 
-def vectors_after(model: SearchR3, queries: Sequence[str], texts: Sequence[str]) -> Array:
+def vectors_after(
+    model: SearchR3, queries: Sequence[str], texts: Sequence[str], instruction: str | Sequence[str] = ""
+) -> Array:
     """Vectors `Q x D` of queries in reason mode, where the model has written these texts."""
     encoder, sequences = model.backbone.prompt_encoder, []
-    for query, text in zip(queries, texts, strict=True):
+    for prompt, text in zip(encoder.encode_batch(queries, "reason", instruction), texts, strict=True):
         reply = encoder.reason_completion(text)
-        sequences.append([*encoder.encode(query, "reason").ids, *reply.ids[: reply.embed_position + 1]])
+        sequences.append([*prompt.ids, *reply.ids[: reply.embed_position + 1]])
     with torch.no_grad():
         parts = [
             model.backbone.embed(sequences[start : start + AT_A_TIME]).cpu().numpy()
@@ -61,6 +63,7 @@ def swapped_reasoning(
     reasoning: Sequence[str],
     measure: Measure,
     true: Mapping[int, str] | None = None,
+    instruction: str | Sequence[str] = "",
 ) -> dict[str, float]:
     """Mean nDCG after four kinds of text.
 
@@ -70,20 +73,25 @@ def swapped_reasoning(
         reasoning: what the model wrote for each.
         measure: of their vectors.
         true: place of a query -> its true reasoning, where it is known.
+        instruction: of all queries, or of each.
 
     Returns:
         `own`; `other`, the next query's, in a ring; `none`; and, where some are known, `true` and `own_where_true`, the
         means over those queries.
     """
-    own = measure(vectors_after(model, queries, reasoning))
+
+    def after(texts: Sequence[str]) -> list[float]:
+        return measure(vectors_after(model, queries, texts, instruction))
+
+    own = after(reasoning)
     values = {
         "own": fmean(own),
-        "other": fmean(measure(vectors_after(model, queries, [*reasoning[1:], reasoning[0]]))),
-        "none": fmean(measure(vectors_after(model, queries, [""] * len(queries)))),
+        "other": fmean(after([*reasoning[1:], reasoning[0]])),
+        "none": fmean(after([""] * len(queries))),
     }
     if true:
-        after = measure(vectors_after(model, queries, [true.get(place, "") for place in range(len(queries))]))
+        known = after([true.get(place, "") for place in range(len(queries))])
         values |= {
-            name: fmean(one[place] for place in true) for name, one in (("true", after), ("own_where_true", own))
+            name: fmean(one[place] for place in true) for name, one in (("true", known), ("own_where_true", own))
         }
     return values

@@ -7,7 +7,7 @@ state of this one, is not taken for its own.
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -17,12 +17,13 @@ from pydantic import ValidationError
 
 from ..data.load import split_name
 from ..errors import DataError, ModelError, RunError
+from ..evaluation.instructions import OWN, label
 from ..evaluation.report.report import METRICS, last_results
 from ..evaluation.results import Result
 from ..evaluation.runner import RESULTS, SUMMARY
 from ..evaluation.significance import Comparison
 from ..files import hash_file, hash_folder, read_log
-from ..model.backbone import SETTINGS_FILE, EmbeddingSettings
+from ..model.settings import SETTINGS_FILE, EmbeddingSettings
 
 RECIPE, REPORT = "settings.yaml", "report.json"
 CONFIG, ADAPTER_CONFIG = "config.json", "adapter_config.json"
@@ -163,7 +164,7 @@ def _read_results(
     of_run = [(run, REPORT)] if run is not None and (run / RESULTS).is_dir() else []
     for folder, record in [*of_run, *((folder, SUMMARY) for folder in folders)]:
         results = last_results(folder)
-        if record == SUMMARY and not any(result.system.revision in states for result in results):
+        if record == SUMMARY and not any(_is_of(result, states) for result in results):
             raise DataError(
                 f"no result in {folder / RESULTS} is of this model as it is now; evaluate it into that folder "
                 "(search-r3 evaluate --model ...), or leave the folder out"
@@ -188,9 +189,9 @@ def _newest(
 ) -> dict[tuple[str, tuple[str, str]], tuple[Path, Result]]:
     """(Name, split) -> folder and result; of each split only what is on the data of the model's newest result."""
     dated = sorted(rows, key=lambda row: str(row[1].provenance.get("date", "")))
-    own = [result for _, result in dated if result.system.revision in states]
+    own = [result for _, result in dated if _is_of(result, states)]
     data = {result.place: result.collection.hash for result in own}
-    keys = {result.key for result in own}
+    keys = {result.key: _label(result) for result in own}
     newest = {}
     for folder, result in dated:
         name = _name(result, states, earlier, keys)
@@ -200,22 +201,35 @@ def _newest(
     return dict(sorted(newest.items(), key=lambda item: order.index(item[0][1])))
 
 
-def _name(result: Result, states: set[str], earlier: set[str], keys: set[str]) -> str:
-    """What a system is called beside the model of these results; empty where it has nothing to do with it."""
+def _name(result: Result, states: set[str], earlier: set[str], keys: Mapping[str, str]) -> str:
+    """What a system is called beside the model of these results; empty where it has nothing to do with it.
+
+    `keys` holds what their names say of their instructions.
+    """
     system = result.system
     if system.kind == "search-r3":
-        if system.revision in states:
-            return system.mode
-        return f"{system.mode}, {BEFORE_RL}" if system.revision in earlier else ""
+        if _is_of(result, states):
+            return system.mode + _label(result)
+        return f"{system.mode}{_label(result)}, {BEFORE_RL}" if _is_of(result, earlier) else ""
     if texts := system.settings.get("texts"):
-        return "bm25+reasoning" if texts in keys else ""
+        return f"bm25+reasoning{keys[texts]}" if texts in keys else ""
     return system.name
+
+
+def _label(result: Result) -> str:
+    """What its name says of its instructions."""
+    return label(result.system.settings.get("instruction", OWN))
+
+
+def _is_of(result: Result, states: set[str]) -> bool:
+    """Whether a result is of one of these states; that of adapters says their base's, too."""
+    return result.system.revision.partition("+")[0] in states
 
 
 def _report(run: Path, states: set[str]) -> dict[str, Any]:
     """The report of the run; empty where it is of another state of the model."""
     path = run / REPORT
-    is_of_model = path.is_file() and any(result.system.revision in states for result in last_results(run))
+    is_of_model = path.is_file() and any(_is_of(result, states) for result in last_results(run))
     return _read_object(path) if is_of_model else {}
 
 

@@ -98,7 +98,7 @@ def train_grpo(recipe: Recipe, run: Run, base: Path, observe: Observer = silent)
             if dev is not None and evaluations.due(step + 1, settings.steps):
                 values |= dev.evaluate(model, engine)
             run.log(stage, step + 1, values)
-            run.log_rollouts(rollout_rows(experience, collection, step + 1, settings.group_size))
+            run.log_rollouts(rollout_rows(experience, step + 1, settings.group_size))
             engine.track(stage, step + 1, values)
             evaluations.add(step + 1, values)
             observe(stage, step + 1, settings.steps, values)

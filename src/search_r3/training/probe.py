@@ -9,7 +9,7 @@ from statistics import fmean
 import numpy as np
 
 from ..config import Recipe
-from ..data.collection import Collection
+from ..data.collection import Collection, Query
 from ..data.draws import step_rng
 from ..data.triples import judged_queries, reasoning_traces
 from ..environment.environment import rollout_vectors
@@ -19,6 +19,7 @@ from ..errors import DataError
 from ..evaluation.swapped import measure_in, swapped_reasoning
 from ..model.encoder import SearchR3
 from ..retrieval.index import ExactIndex
+from .rl.rollouts import answer_directly, roll_out
 from .rl.signals import group_cosines, group_signals
 
 NOTABLE = 0.05
@@ -80,43 +81,41 @@ def probe(
     if len(query_ids) < 2:
         raise DataError(f"a probe needs two queries at least; {', '.join(settings.splits)} gave {len(query_ids)}")
     qrels = {query_id: judged[query_id] for query_id in query_ids}
-    texts = [collection.queries[query_id].text for query_id in query_ids]
+    asked = [collection.queries[query_id] for query_id in query_ids]
     documents = collection.texts()
     note(f"encoding {len(documents)} documents")
     index = ExactIndex(list(documents), model.encode_document(list(documents.values())))
     budget = model.backbone.settings.max_new_tokens
     scorer = Scorer(collection, qrels, settings.reward, k=settings.reward_k, max_new_tokens=budget)
-    note(f"rolling out {len(texts)} queries, {settings.group_size} times each")
-    values = _groups(model, texts, query_ids, index, scorer, recipe)
+    note(f"rolling out {len(asked)} queries, {settings.group_size} times each")
+    values = _groups(model, asked, index, scorer, recipe)
     note("putting texts into the model's mouth")
-    traces = [reasoning_traces(collection.queries[query_id]) for query_id in query_ids]
+    traces = [reasoning_traces(query) for query in asked]
     styles = recipe.sft.reasoning_styles
     true = {
         place: own[max(own, key=lambda style: styles.get(style, 0.0))] for place, own in enumerate(traces) if own
     }  # fmt: skip
-    answers = model.encode_query(texts, "reason", batch_size=settings.rollout_batch_size)
+    texts, instructions = [query.bare for query in asked], [query.instruction for query in asked]
+    answers = model.encode_query(
+        texts, "reason", instruction=instructions, batch_size=settings.rollout_batch_size
+    )  # fmt: skip
     measure = measure_in(index, collection, qrels, settings.reward_k)
     values |= {"ndcg_reason": fmean(measure(answers.vectors))}
     values |= {"distinct_reasoning": len(set(answers.reasoning)) / len(texts)}
-    swapped = swapped_reasoning(model, texts, answers.reasoning, measure, true)
+    swapped = swapped_reasoning(model, texts, answers.reasoning, measure, true, instructions)
     values |= {f"ndcg_{name}": value for name, value in swapped.items()}
     return ProbeReport(len(texts), values, judge(values))
 
 
 def _groups(
-    model: SearchR3, texts: Sequence[str], query_ids: Sequence[str], index: ExactIndex, scorer: Scorer, recipe: Recipe
+    model: SearchR3, asked: Sequence[Query], index: ExactIndex, scorer: Scorer, recipe: Recipe
 ) -> dict[str, float]:
     """What groups of rollouts, and the direct replies, say."""
     settings, group_size, rng = recipe.grpo, recipe.grpo.group_size, step_rng(recipe.seed, "probe", 0)
-    encode = model.backbone.prompt_encoder.encode_batch
-    rollouts = model.rollouts(
-        [prompt.ids for prompt in encode(texts, "reason") for _ in range(group_size)],
-        sampling_temperature=settings.sampling_temperature,
-        seeds=[rng.getrandbits(62) for _ in range(len(texts) * group_size)],
-        batch_size=settings.rollout_batch_size,
-    )
-    replies = model.rollouts([prompt.ids for prompt in encode(texts, "direct")], max_new_tokens=0)
-    targets = [scorer.query_rows(index, query_id) for query_id in query_ids]
+    seeds = [rng.getrandbits(62) for _ in range(len(asked) * group_size)]
+    rollouts = roll_out(model, settings, asked, seeds)
+    replies = answer_directly(model, asked, settings.rollout_batch_size)
+    targets = [scorer.query_rows(index, query.query_id) for query in asked]
     direct = scorer.score(index, replies, rollout_vectors(replies), targets)
     vectors, owners = rollout_vectors(rollouts), [target for target in targets for _ in range(group_size)]
     parts = [score.parts for score in scorer.score(index, rollouts, vectors, owners)]

@@ -309,6 +309,8 @@ def _only_leftovers(folder: Path, settings: Path) -> bool:
 
 
 def _check_same(before: Recipe, now: Recipe, path: Path) -> None:
+    if now.prompts is None and before.prompts == "search-r3":  # one and the same; version 0.1 wrote the name
+        before = before.model_copy(update={"prompts": None})
     old, new = flat_settings(before.model_dump()), flat_settings(now.model_dump())
     for key in new | old:
         if key != "run_dir" and old.get(key) != new.get(key):

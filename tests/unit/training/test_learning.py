@@ -8,7 +8,6 @@ from statistics import fmean
 from search_r3.config import GRPOSettings, Recipe, RefreshSettings, RewardSettings
 from search_r3.data.collection import Collection
 from search_r3.environment.environment import RetrievalEnvironment
-from search_r3.model.backbone import EmbeddingSettings
 from search_r3.model.encoder import SearchR3
 from search_r3.training import grpo
 from search_r3.training.engine import make_engine
@@ -20,7 +19,7 @@ STEPS, BUDGET = 10, 8
 
 def test_the_reward_rises(tiny_path: Path, collection: Collection) -> None:
     """A random model is paid for long replies: credit that goes to other rollouts teaches it nothing."""
-    model = SearchR3(tiny_path, device="cpu", settings=EmbeddingSettings(max_length=120, max_new_tokens=BUDGET))
+    model = SearchR3(tiny_path, device="cpu", max_length=120, max_new_tokens=BUDGET)
     favour(model.backbone, model.backbone.embed_token_id, 5.0)
     weights = RewardSettings(ndcg=0, log_rank=0, format=0, custom=1)
     settings = GRPOSettings(

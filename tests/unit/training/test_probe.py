@@ -48,8 +48,16 @@ def test_the_own_reasoning_put_back_gives_the_own_vector(model: SearchR3) -> Non
     assert (after[0] * vectors_after(model, texts[:1], ["a chair"])[0]).sum() < 0.999, "what is written moves it"
 
 
+def test_an_instruction_goes_with_its_query(model: SearchR3) -> None:
+    texts, said = ["where is the red house?", "where is the blue boat?"], ["a chair", "a lamp"]
+    apart = vectors_after(model, texts, said, ["in the green river", ""])
+    together = vectors_after(model, [f"{texts[0]} in the green river", texts[1]], said)
+    np.testing.assert_allclose(apart, together, atol=1e-5)
+    assert (apart[0] * vectors_after(model, texts, said)[0]).sum() < 0.9999
+
+
 def test_each_kind_of_text_is_measured(model: SearchR3, monkeypatch: pytest.MonkeyPatch) -> None:
-    def vectors(model: object, queries: list[str], texts: list[str]) -> Any:
+    def vectors(model: object, queries: list[str], texts: list[str], instruction: str) -> Any:
         return list(zip(queries, texts, strict=True))
 
     monkeypatch.setattr("search_r3.evaluation.swapped.vectors_after", vectors)

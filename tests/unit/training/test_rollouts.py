@@ -110,7 +110,7 @@ def test_groups_that_rank_alike_are_replaced_so_often_and_no_oftener(
     batch = rollouts.collect(talker, environment, often, step, engine)
     assert not alike & set(batch.query_ids)
     assert batch.redrawn == len(alike & set(plain.query_ids))
-    assert batch.query_ids == [one for one in batch.query_ids[::3] for _ in range(3)]
+    assert batch.queries == [one for one in batch.queries[::3] for _ in range(3)]
     assert len(set(batch.query_ids)) == 6, "no query stands twice in a step"
     for place, (before, after) in enumerate(zip(plain.query_ids[::3], batch.query_ids[::3], strict=True)):
         groups = [[one.completion_ids for one in b.rollouts[place * 3 : place * 3 + 3]] for b in (plain, batch)]

@@ -16,7 +16,9 @@ import torch
 from torch import Tensor
 
 from ...config import GRPOSettings, Recipe
+from ...data.collection import Query
 from ...data.draws import step_rng
+from ...data.triples import draw_uninstructed
 from ...environment.environment import Feedback, RetrievalEnvironment
 from ...environment.reward import DEEPEST
 from ...environment.scoring import Score
@@ -33,7 +35,7 @@ class Experience:
     """One process's batch of rollouts with its rewards; `rollouts[i * G + j]` is the j-th of query i.
 
     Attributes:
-        query_ids: of each rollout, `Q * G`.
+        queries: of each rollout, as it was asked, `Q * G`.
         rollouts: `Q * G`.
         feedback: to each of them.
         advantages: `Q * G`.
@@ -44,7 +46,7 @@ class Experience:
         redrawn: groups of all processes that were replaced, since their rollouts ranked alike.
     """
 
-    query_ids: list[str]
+    queries: list[Query]
     rollouts: list[Rollout]
     feedback: Feedback
     advantages: Tensor
@@ -54,12 +56,17 @@ class Experience:
     direct_scores: list[Score] = field(default_factory=list)
     redrawn: int = 0
 
+    @property
+    def query_ids(self) -> list[str]:
+        """Of the queries, in their order."""
+        return [query.query_id for query in self.queries]
+
 
 @dataclass
 class Groups:
     """The rollouts of some queries with their feedback, while groups are being replaced."""
 
-    query_ids: list[str]
+    queries: list[Query]
     rollouts: list[Rollout]
     feedback: Feedback
     seconds: float
@@ -75,7 +82,7 @@ class Groups:
         rewards, scores = list(self.feedback.rewards), list(self.feedback.scores)
         for source, place in enumerate(places):
             here, there = (slice(at * group_size, (at + 1) * group_size) for at in (place, source))
-            self.query_ids[here] = others.query_ids[there]
+            self.queries[here] = others.queries[there]
             self.rollouts[here] = others.rollouts[there]
             rewards[here], scores[here] = others.feedback.rewards[there], others.feedback.scores[there]
         self.feedback = Feedback(rewards, scores, self.feedback.refresh.with_more(others.feedback.refresh))
@@ -91,18 +98,23 @@ def collect(
         RunError: no rollout of any process emitted the embed token.
     """
     settings, group_size, communicator = recipe.grpo, recipe.grpo.group_size, engine.communicator
+    stored = environment.collection.queries
     everyone = choose_queries(model, environment, recipe, step, engine)
     own = engine.share(len(everyone), "grpo.queries_per_step")
-    rng = step_rng(recipe.seed, "rollouts", step)
+    rng, instruction_rng = (step_rng(recipe.seed, purpose, step) for purpose in ("rollouts", "uninstructed"))
 
     def sample(query_ids: Sequence[str], mine: Sequence[int]) -> Groups:
         """Groups of those of some queries that are this process's; seeds are drawn for all of them."""
         seeds = [[rng.getrandbits(62) for _ in range(group_size)] for _ in query_ids]
-        chosen, owners = [query_ids[place] for place in mine], [query_ids[i] for i in mine for _ in range(group_size)]
+        queries = draw_uninstructed([stored[one] for one in query_ids], settings.uninstructed, instruction_rng)
         started = time.perf_counter()
-        rollouts = roll_out(model, environment, settings, chosen, [seed for place in mine for seed in seeds[place]])
+        chosen = [queries[place] for place in mine]
+        rollouts = roll_out(model, settings, chosen, [seed for place in mine for seed in seeds[place]])
         seconds = time.perf_counter() - started
-        return Groups(owners, rollouts, environment.feedback(rollouts, owners, step), seconds)
+        owners = [query for query in chosen for _ in range(group_size)]
+        return Groups(
+            owners, rollouts, environment.feedback(rollouts, [one.query_id for one in owners], step), seconds
+        )  # fmt: skip
 
     groups = sample(everyone, own)
     if all(communicator.all_gather(all(rollout.forced for rollout in groups.rollouts))):
@@ -124,12 +136,12 @@ def collect(
         groups.put([tied[i] - own.start for i in mine], sample(others, mine), group_size)
         redrawn += len(tied)
     needs_direct = settings.baseline == "direct" or settings.direct_loss_weight > 0
-    query_ids = groups.query_ids[::group_size] if needs_direct else []
-    direct = answer_directly(model, environment, query_ids, settings.rollout_batch_size)
+    queries = groups.queries[::group_size] if needs_direct else []
+    direct = answer_directly(model, queries, settings.rollout_batch_size)
     experience = Experience(
-        *(groups.query_ids, groups.rollouts, groups.feedback, torch.empty(0), 0.0, groups.seconds),
+        *(groups.queries, groups.rollouts, groups.feedback, torch.empty(0), 0.0, groups.seconds),
         direct=direct,
-        direct_scores=environment.score(direct, query_ids),
+        direct_scores=environment.score(direct, [query.query_id for query in queries]),
         redrawn=redrawn,
     )
     return with_advantages(experience, environment, settings, engine, own)
@@ -165,44 +177,33 @@ def choose_queries(
     if looked_at == count:
         return queries
     own = [queries[place] for place in engine.share(looked_at, "grpo.queries_per_step * grpo.curriculum")]
-    scores = environment.score(answer_directly(model, environment, own, settings.rollout_batch_size), own)
+    direct = answer_directly(model, [environment.collection.queries[one] for one in own], settings.rollout_batch_size)
+    scores = environment.score(direct, own)
     ranks = [rank for ranks in engine.communicator.all_gather([one.best_rank for one in scores]) for rank in ranks]
     nearly = [1 < rank <= DEEPEST for rank in ranks]
     return [query_id for _, query_id in sorted(zip(nearly, queries, strict=True), key=lambda one: not one[0])][:count]
 
 
-def roll_out(
-    model: SearchR3,
-    environment: RetrievalEnvironment,
-    settings: GRPOSettings,
-    query_ids: Sequence[str],
-    seeds: Sequence[int],
-) -> list[Rollout]:
-    """`G` sampled replies to each query, which may be none; a seed for each."""
-    if not query_ids:
+def roll_out(model: SearchR3, settings: GRPOSettings, queries: Sequence[Query], seeds: Sequence[int]) -> list[Rollout]:
+    """`G` sampled replies to each query, of which there may be none; a seed for each reply."""
+    if not queries:
         return []
-    prompts = _prompts(model, environment, query_ids, "reason")
     return model.rollouts(
-        [prompt for prompt in prompts for _ in range(settings.group_size)],
+        [prompt for prompt in _prompts(model, queries, "reason") for _ in range(settings.group_size)],
         sampling_temperature=settings.sampling_temperature,
         seeds=seeds,
         batch_size=settings.rollout_batch_size,
     )
 
 
-def answer_directly(
-    model: SearchR3, environment: RetrievalEnvironment, query_ids: Sequence[str], batch_size: int
-) -> list[Rollout]:
+def answer_directly(model: SearchR3, queries: Sequence[Query], batch_size: int) -> list[Rollout]:
     """The direct replies to some queries: the prompts end with the embed token, and nothing is written."""
-    prompts = _prompts(model, environment, query_ids, "direct")
-    return model.rollouts(prompts, max_new_tokens=0, batch_size=batch_size)
+    return model.rollouts(_prompts(model, queries, "direct"), max_new_tokens=0, batch_size=batch_size)
 
 
-def _prompts(
-    model: SearchR3, environment: RetrievalEnvironment, query_ids: Sequence[str], mode: Mode
-) -> list[list[int]]:
-    texts = [environment.collection.queries[query_id].text for query_id in query_ids]
-    return [prompt.ids for prompt in model.backbone.prompt_encoder.encode_batch(texts, mode)]
+def _prompts(model: SearchR3, queries: Sequence[Query], mode: Mode) -> list[list[int]]:
+    encode, instructions = model.backbone.prompt_encoder.encode_batch, [query.instruction for query in queries]
+    return [prompt.ids for prompt in encode([query.bare for query in queries], mode, instructions)]
 
 
 def queries_of_step(query_ids: Sequence[str], count: int, seed: int, step: int) -> list[str]:

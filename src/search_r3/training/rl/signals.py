@@ -14,7 +14,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ...config import RewardSettings
-from ...data.collection import Collection
 from ...environment.environment import rollout_vectors
 from ...environment.reward import RewardParts
 from ...retrieval.metrics import probe_cosine
@@ -98,17 +97,17 @@ def describe(experience: Experience, engine: Engine, weights: RewardSettings, gr
     return values | {"rollout_seconds": slowest} | experience.feedback.refresh.metrics()
 
 
-def rollout_rows(experience: Experience, collection: Collection, step: int, group_size: int) -> list[dict[str, Any]]:
+def rollout_rows(experience: Experience, step: int, group_size: int) -> list[dict[str, Any]]:
     """Rows for `rollouts.jsonl`: the first groups of the step, whole."""
     rows = []
     for place in range(min(LOGGED_GROUPS * group_size, len(experience.rollouts))):
-        rollout, query_id = experience.rollouts[place], experience.query_ids[place]
+        rollout, query = experience.rollouts[place], experience.queries[place]
         rows.append(
             {
                 "stage": "grpo",
                 "step": step,
-                "query_id": query_id,
-                "query": collection.queries[query_id].text,
+                "query_id": query.query_id,
+                "query": query.text,
                 "reasoning": rollout.reasoning,
                 "reasoning_tokens": rollout.reasoning_tokens,
                 "forced": rollout.forced,
