@@ -24,6 +24,7 @@ from ..config import GRPOSettings, Recipe
 from ..data.load import load_collection
 from ..data.triples import hold_out, judged_queries
 from ..environment.environment import RetrievalEnvironment
+from ..environment.reward import load_function
 from ..environment.scoring import Score
 from ..model.encoder import SearchR3
 from ..model.engine.decoding import Rollout
@@ -57,6 +58,8 @@ def train_grpo(recipe: Recipe, run: Run, base: Path, observe: Observer = silent)
     qrels = judged_queries(collection, settings.splits)
     dev = DevSplit(collection, recipe.evaluation) if settings.evaluate_every else None
     queries_of_step(list(qrels), settings.queries_per_step, recipe.seed, 0)  # refuses too few before a model is loaded
+    if settings.reward.function is not None:
+        load_function(settings.reward.function)  # likewise
     model = load_model(recipe, base)
     run.begin_from(stage, model.backbone)
     engine = make_engine(model, recipe, settings)

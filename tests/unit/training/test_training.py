@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 
-from search_r3.config import GRPOSettings, Recipe, RefreshSettings, SFTSettings
+from search_r3.config import GRPOSettings, Recipe, RefreshSettings, SFTSettings, load_recipe
 from search_r3.data.collection import Collection, Document, Query
 from search_r3.data.triples import draw_negatives, reasoning_traces, training_examples
 from search_r3.environment.environment import RetrievalEnvironment
@@ -370,6 +370,18 @@ def test_no_stage_trains_on_what_is_measured_on(stage: str, tmp_path: Path, coll
             sft.train_sft(settings, Run(settings))
         else:
             grpo.train_grpo(settings, Run(settings), tmp_path / "no-model")
+
+
+def test_a_reward_function_that_is_not_there_is_named_before_a_model_is_loaded(
+    tmp_path: Path, collection_path: Path
+) -> None:
+    settings = load_recipe(
+        None,
+        [f"collection={collection_path}", f"run_dir={tmp_path / 'run'}", "grpo.splits=[train]"]
+        + ["grpo.reward.function=no_such_module:f"],
+    )
+    with pytest.raises(ConfigError, match="No module named 'no_such_module'"):
+        grpo.train_grpo(settings, Run(settings), tmp_path / "no-model")
 
 
 def test_a_query_of_two_splits_has_the_positives_of_both(collection: Collection) -> None:
