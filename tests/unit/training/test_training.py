@@ -375,11 +375,8 @@ def test_no_stage_trains_on_what_is_measured_on(stage: str, tmp_path: Path, coll
 def test_a_reward_function_that_is_not_there_is_named_before_a_model_is_loaded(
     tmp_path: Path, collection_path: Path
 ) -> None:
-    settings = load_recipe(
-        None,
-        [f"collection={collection_path}", f"run_dir={tmp_path / 'run'}", "grpo.splits=[train]"]
-        + ["grpo.reward.function=no_such_module:f"],
-    )
+    where = [f"collection={collection_path}", f"run_dir={tmp_path / 'run'}"]
+    settings = load_recipe(None, [*where, "grpo.splits=[train]", "grpo.reward.function=no_such_module:f"])
     with pytest.raises(ConfigError, match="No module named 'no_such_module'"):
         grpo.train_grpo(settings, Run(settings), tmp_path / "no-model")
 
