@@ -204,7 +204,7 @@ def _curve(axes: Axes, rows: Sequence[Mapping[str, Any]], key: str, **style: Any
 
 
 def plot_rewards(rewards: Mapping[str, Sequence[float]], path: Path) -> bool:
-    """Distribution of the rollouts' ranking rewards before and after RL, with the share at or above 0.5."""
+    """Distribution of the rollouts' nDCG before and after RL, with the share at or above 0.5."""
     samples = {name: values for name, values in rewards.items() if values}
     if not samples:
         return False
