@@ -77,7 +77,7 @@ def evaluate_run(
 def sampled_rewards(
     recipe: Recipe, collection: Collection, model: SearchR3, index: ExactIndex
 ) -> tuple[list[float], float]:
-    """nDCG of sampled rollouts, forced ones as any other, and the share of forced ones.
+    """The nDCG of sampled rollouts, forced ones as any other, and the share of forced ones.
 
     The queries are `evaluation.rollout_queries` of the test split, evenly spread over it.
 
