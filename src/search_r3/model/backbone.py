@@ -6,10 +6,11 @@ Shapes: `B` sequences, `T` tokens, `D` hidden size, `V` vocabulary.
 from __future__ import annotations
 
 import copy
+import inspect
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from pydantic import BaseModel, ConfigDict, Field
@@ -19,6 +20,8 @@ from ..files import atomic_directory, hash_folder, write_json
 from .prompts import EMBED_TOKEN, PROMPT_SETS, PromptEncoder, PromptSet
 
 SETTINGS_FILE = "search_r3.json"
+# What a configuration calls the factor on its logits, and whether they are divided by it (Granite; Cohere; Falcon-H1).
+LOGIT_FACTORS = {"logits_scaling": True, "logit_scale": False, "lm_head_multiplier": False}
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
 
@@ -35,13 +38,18 @@ class EmbeddingSettings(BaseModel):
 
 @dataclass
 class Backbone:
-    """A causal LM ready to embed. `prompt_encoder` is the only way from text to ids."""
+    """A causal LM ready to embed. `prompt_encoder` is the only way from text to ids.
+
+    `engine` computes what is encoded: ours (`fast`), or the one that serves every architecture (`fallback`); which of
+    them is right for a model is found out when it is loaded.
+    """
 
     model: Any
     tokenizer: Any
     settings: EmbeddingSettings
     embed_token_id: int
     source: str
+    engine: Literal["fast", "fallback"] = "fast"
 
     def __post_init__(self) -> None:
         self.prompt_encoder = PromptEncoder(
@@ -89,9 +97,11 @@ class Backbone:
         Padding on either side is allowed. None for the mask is right where padding stands on the right and the model
         `looks_back_only`: then no real token sees it, and attention needs no mask.
         """
-        positions = None if mask is None else position_ids(mask)
-        output = self.causal_lm.base_model(input_ids=ids, attention_mask=mask, position_ids=positions, use_cache=False)
-        hidden: Tensor = output.last_hidden_state
+        base = self.causal_lm.base_model
+        options = {}
+        if mask is not None and "position_ids" in inspect.signature(base.forward).parameters:
+            options["position_ids"] = position_ids(mask)
+        hidden: Tensor = base(input_ids=ids, attention_mask=mask, use_cache=False, **options).last_hidden_state
         return hidden
 
     @torch.no_grad()
@@ -103,9 +113,15 @@ class Backbone:
         return bool((one - other).abs().max() <= 1e-3 * one.abs().max())
 
     def logits(self, hidden: Tensor) -> Tensor:
-        """Next-token logits `... x V` for hidden states `... x D`, in float32."""
-        scores: Tensor = self.causal_lm.get_output_embeddings()(hidden)
-        return scores.float()
+        """Next-token logits `... x V` for hidden states `... x D`, in float32, scaled and capped as the model does."""
+        scores: Tensor = self.causal_lm.get_output_embeddings()(hidden).float()
+        config = self.model.config.get_text_config()
+        for name, divides in LOGIT_FACTORS.items():
+            if (factor := getattr(config, name, None)) not in (None, 1.0):
+                scores = scores / factor if divides else scores * factor
+        if (cap := getattr(config, "final_logit_softcapping", None)) is not None:
+            scores = cap * torch.tanh(scores / cap)
+        return scores
 
     def embed(self, sequences: Sequence[Sequence[int]]) -> Tensor:
         """Vectors `B x D` (float32, L2-normalised) of sequences that end with the embed token, with gradients."""
@@ -122,7 +138,7 @@ class Backbone:
         if dtype is not None:
             for parameter in model.parameters():  # and no buffers: the rotary frequencies need float32
                 parameter.data = parameter.data.to(DTYPES[dtype])
-        return Backbone(model, self.tokenizer, self.settings, self.embed_token_id, self.source)
+        return replace(self, model=model)
 
     def save(self, folder: str | Path, dtype: str | None = None, *, state: Mapping[str, Tensor] | None = None) -> None:
         """Write weights (safetensors), tokenizer and settings; an existing folder is replaced when all is written.

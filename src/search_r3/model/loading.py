@@ -13,7 +13,7 @@ from pydantic import ValidationError
 from ..errors import ModelError
 from ..extras import extra
 from .backbone import DTYPES, SETTINGS_FILE, Backbone, EmbeddingSettings
-from .checks import check_output_layer
+from .checks import check_backbone
 
 EmbedStart = Literal["mean", "end_of_turn"]
 """Where the row of an embed token that the model lacks starts."""
@@ -65,7 +65,7 @@ def load_backbone(
         torch.backends.cuda.enable_cudnn_sdp(False)
     model.to(device).eval()
     backbone = Backbone(model, tokenizer, settings, embed_token_id, str(source))
-    check_output_layer(backbone)
+    check_backbone(backbone)
     return backbone
 
 
