@@ -77,7 +77,8 @@ FAMILIES = {
     "Phi": family("Phi", "Phi-1.5, Phi-2"),
     "Phi-3": family(
         "Phi3", "Phi-3.5, Phi-4-mini; with `longrope`",
-        rope_parameters=ROPE | {"rope_type": "longrope", "short_factor": [1.0] * 4, "long_factor": [1.0, 4.0, 9.0, 20.0]},
+        rope_parameters=ROPE
+        | {"rope_type": "longrope", "short_factor": [1.0] * 4, "long_factor": [1.0, 4.0, 9.0, 20.0]},
     ),
     "Llama, dynamic RoPE": family("Llama", "`dynamic` scaling", rope_parameters=ROPE | {"rope_type": "dynamic"}),
     "GLM-4": family("Glm4", "GLM-4"),
@@ -94,8 +95,8 @@ FAMILIES = {
     ),
     "Granite": family("Granite", "Granite 3", logits_scaling=4.0, embedding_multiplier=3.0, residual_multiplier=0.5),
     "Granite hybrid": family(
-        "GraniteMoeHybrid", "Granite 4 H", layer_types=["mamba", "attention"] * 2, **MAMBA2, shared_intermediate_size=64,
-        num_local_experts=0, logits_scaling=4.0,
+        "GraniteMoeHybrid", "Granite 4 H", layer_types=["mamba", "attention"] * 2, **MAMBA2,
+        shared_intermediate_size=64, num_local_experts=0, logits_scaling=4.0,
     ),
     "Cohere": family("Cohere", "Command R", logit_scale=0.3),
     "Cohere2": family("Cohere2", "Command R7B", logit_scale=0.3, **LOCAL),
@@ -108,14 +109,16 @@ FAMILIES = {
         n_group=1, topk_group=1, q_lora_rank=8, kv_lora_rank=8, qk_rope_head_dim=4, qk_nope_head_dim=8, v_head_dim=8,
         num_key_value_heads=4,
     ),
-    "Falcon-H1": family("FalconH1", "Falcon-H1", **MAMBA2 | {"mamba_d_head": 8}, mamba_d_ssm=32, lm_head_multiplier=0.4),
+    "Falcon-H1": family(
+        "FalconH1", "Falcon-H1", **MAMBA2 | {"mamba_d_head": 8}, mamba_d_ssm=32, lm_head_multiplier=0.4
+    ),
     "Bamba": family("Bamba", "Bamba", **MAMBA2, attn_layer_indices=[1, 3]),
     "Jamba": family(
         "Jamba", "Jamba", attn_layer_period=2, attn_layer_offset=1, num_experts=2, expert_layer_period=2,
         expert_layer_offset=1, mamba_d_state=8, use_mamba_kernels=False,
     ),
     "Mamba": family("Mamba", "Mamba", {"hidden_size": 32, "num_hidden_layers": 2, "state_size": 8}),
-    "GPT-2": family("GPT2", "GPT-2, its positions", ABSOLUTE),
+    "GPT-2": family("GPT2", "GPT-2", ABSOLUTE),
     "OPT": family(
         "OPT", "OPT",
         {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "ffn_dim": 64, "word_embed_proj_dim": 32,

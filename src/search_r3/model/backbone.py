@@ -22,6 +22,7 @@ from .prompts import EMBED_TOKEN, PROMPT_SETS, PromptEncoder, PromptSet
 SETTINGS_FILE = "search_r3.json"
 # What a configuration calls the factor on its logits, and whether they are divided by it (Granite; Cohere; Falcon-H1).
 LOGIT_FACTORS = {"logits_scaling": True, "logit_scale": False, "lm_head_multiplier": False}
+NO_LIMIT = 2**31 - 1
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
 
@@ -89,7 +90,7 @@ class Backbone:
     @property
     def context_length(self) -> int:
         """The longest sequence the model was made for, in tokens."""
-        return int(self.model.config.get_text_config().max_position_embeddings)
+        return context_of(self.model.config)
 
     def hidden_states(self, ids: Tensor, mask: Tensor | None) -> Tensor:
         """Output of the final norm, `B x T x D`, where the output layer reads.
@@ -156,6 +157,11 @@ class Backbone:
         """Write what stands beside the weights: tokenizer and settings."""
         self.tokenizer.save_pretrained(folder)
         write_json(folder / SETTINGS_FILE, self.settings.model_dump())
+
+
+def context_of(config: Any) -> int:
+    """The longest sequence that a configuration allows, in tokens; no limit, as of states or ALiBi, is a large one."""
+    return int(getattr(config.get_text_config(), "max_position_embeddings", None) or NO_LIMIT)
 
 
 def storage_state(model: Any, dtype: str | None, state: Mapping[str, Tensor] | None = None) -> dict[str, Tensor]:

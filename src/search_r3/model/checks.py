@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -55,8 +56,8 @@ def check_backbone(backbone: Backbone) -> None:
 
 def _unsupported(backbone: Backbone, why: str) -> ModelError:
     return ModelError(
-        f"{backbone.source}: {type(backbone.causal_lm).__name__} cannot be encoded here as its own forward pass computes "
-        f"it ({why}); choose a base of another architecture"
+        f"{backbone.source}: {type(backbone.causal_lm).__name__} cannot be encoded here as its own forward pass "
+        f"computes it ({why}); choose a base of another architecture (docs/models.md lists those that work)"
     )
 
 
@@ -80,7 +81,7 @@ def _check_output_layer(backbone: Backbone) -> None:
         raise _unsupported(backbone, "its logits are not those of its output layer")
 
 
-def _has_plain_layers(model: torch.nn.Module) -> bool:
+def _has_plain_layers(model: Any) -> bool:
     """Whether all layers are attention, causal or within a window, as far as class and configuration tell."""
     config = model.config.get_text_config()
     plain = {"full_attention", "sliding_attention"}.issuperset(getattr(config, "layer_types", None) or ())

@@ -12,7 +12,7 @@ from pydantic import ValidationError
 
 from ..errors import ModelError
 from ..extras import extra
-from .backbone import DTYPES, SETTINGS_FILE, Backbone, EmbeddingSettings
+from .backbone import DTYPES, SETTINGS_FILE, Backbone, EmbeddingSettings, context_of
 from .checks import check_backbone
 
 EmbedStart = Literal["mean", "end_of_turn"]
@@ -127,7 +127,7 @@ def _saved_settings(source: str | Path, model: Any, revision: str | None) -> Emb
             return EmbeddingSettings.model_validate(json.loads(Path(file).read_text(encoding="utf-8")))
         except (ValidationError, json.JSONDecodeError) as error:
             raise ModelError(f"{file}: not usable as model settings: {_first_line(error)}") from error
-    context = int(model.config.get_text_config().max_position_embeddings)
+    context = context_of(model.config)
     return EmbeddingSettings(max_length=min(1024, context), max_new_tokens=max(1, min(512, context // 2)))
 
 

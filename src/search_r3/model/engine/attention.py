@@ -1,7 +1,7 @@
 """Where queries meet keys: attention over sequences that are computed whole, and over slots of sequences in work.
 
-Shapes: `B` sequences, `T` tokens, `P` tokens of a common beginning, `L` layers, `H` heads, `h` key-value heads, `d` head
-size.
+Shapes: `B` sequences, `T` tokens, `P` tokens of a common beginning, `L` layers, `H` heads, `h` key-value heads, `d`
+head size.
 """
 
 from __future__ import annotations
@@ -78,7 +78,7 @@ class CausalAttention:
             return _one_query(query, key, value, _seen(self.lengths + self.shared - 1, key.shape[2], window), scale)
         banded = window is not None and window < key.shape[2]
         if not banded:
-            # The causal kernels want as many queries as keys; those of the shared beginning are made up and thrown away.
+            # The causal kernels want as many queries as keys; those of the beginning are made up and thrown away.
             query = F.pad(query, (0, 0, self.shared, 0))
         grouped = query.shape[1] != key.shape[1]
         if grouped and query.is_cuda and query.dtype == torch.float32:
@@ -164,7 +164,9 @@ class SlotAttention:
         self.lengths = torch.tensor(lengths, device=device)
         self.rows = torch.arange(len(lengths), device=device)
         ragged = min(lengths) + 1 < self.keys
-        self._visible = {None: _seen(self.lengths, self.keys, None) if ragged else None}  # by window
+        self._visible: dict[int | None, Tensor | None] = {  # by window
+            None: _seen(self.lengths, self.keys, None) if ragged else None
+        }
 
     def __call__(
         self, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float, window: int | None = None

@@ -306,8 +306,8 @@ class Decoder:
 def _check_finite(rollout: Rollout, number: int) -> None:
     if not rollout.vector.isfinite().all():
         raise ModelError(
-            f"the model's states are not finite in request {number} of those given: its weights hold NaN or infinity, or "
-            "its dtype is too narrow; try float32 or bfloat16"
+            f"the model's states are not finite in request {number} of those given: its weights hold NaN or infinity, "
+            "or its dtype is too narrow; try float32 or bfloat16"
         )
 
 

@@ -16,8 +16,9 @@ from .slots import SlotEngine
 
 
 class Engine(Protocol):
-    """Computes sequences whole, and rows in work, numbered from 0, one token at a time. All its states are the final
-    norm's outputs, where the output layer and the vectors read.
+    """Computes sequences whole, and rows in work, numbered from 0, one token at a time.
+
+    All its states are outputs of the final norm, where the output layer and the vectors read.
     """
 
     beginning: tuple[int, ...]
