@@ -40,7 +40,7 @@ class Family:
     options: Callable[[], dict[str, Any]] = dict
 
 
-def _tokenizer() -> Any:
+def load_tokenizer() -> Any:
     return t.AutoTokenizer.from_pretrained(builtin_base_path())
 
 
@@ -193,7 +193,7 @@ def row(name: str, tokenizer: Any) -> str:
 
 def main() -> None:
     """Write the table into the page."""
-    tokenizer = _tokenizer()
+    tokenizer = load_tokenizer()
     head = ["| architecture | models | engine | documents | replies |", "|---|---|---|---|---|"]
     table = "\n".join([START, "", *head, *(row(name, tokenizer) for name in FAMILIES), "", END])
     before, _, rest = PAGE.read_text(encoding="utf-8").partition(START)

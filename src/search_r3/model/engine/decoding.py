@@ -173,16 +173,18 @@ class Decoder:
         return len(self._waiting) + len(self._rows)
 
     def run(self, requests: Sequence[DecodeRequest], progress: Progress | None = None) -> list[Rollout]:
-        """Decode requests to their ends, in their order.
+        """Decode requests to their ends, in their order; there may be no others here.
 
         Args:
             requests: what is asked.
             progress: called with the numbers of requests finished, and tokens of their replies, since the last call.
 
         Raises:
-            ModelError: a request does not fit into the context, or its reply's vector is not finite. Then all of these
-                requests are gone, and others are not.
+            ModelError: a request does not fit into the context, or its reply's vector is not finite.
+            ValueError: other requests are waiting or in work; `step` returns theirs.
         """
+        if len(self):
+            raise ValueError(f"{len(self)} requests are waiting or in work; call step until they have ended")
         tickets: list[int] = []
         rollouts: dict[int, Rollout] = {}
         try:
@@ -191,7 +193,7 @@ class Decoder:
             while len(rollouts) < len(tickets):
                 news = self.step()
                 for ticket, rollout in news:
-                    _check_finite(rollout, tickets.index(ticket) if ticket in tickets else ticket)
+                    _check_finite(rollout, tickets.index(ticket))
                 rollouts.update(news)
                 if news and progress is not None:
                     progress(len(news), sum(len(rollout.completion_ids) for _, rollout in news))
