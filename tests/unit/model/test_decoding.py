@@ -282,21 +282,22 @@ def spoil(backbone: Backbone, word: str) -> None:
 
 
 def test_a_request_with_states_that_are_not_finite_ends_alone(quiet: Backbone, engine: str) -> None:
-    good = [DecodeRequest(prompt(quiet, i), 9 - i) for i in (0, 1, 3)]
-    longer = DecodeRequest(quiet.prompt_encoder.encode("the green lamp and the red house", "reason").ids, 12)
-    expected = [Decoder(quiet).run([request])[0] for request in (*good, longer)]
+    texts = ["the green lamp and the red house " * 2, TEXTS[3], TEXTS[1], TEXTS[0]]
+    good = [DecodeRequest(quiet.prompt_encoder.encode(text, "reason").ids, 9) for text in texts]
+    expected = [Decoder(quiet).run([request])[0] for request in good]
     spoil(quiet, "horse")
     quiet.engine = engine  # type: ignore[assignment]
     bad = DecodeRequest(quiet.prompt_encoder.encode("the horse and the green lamp", "reason").ids, 6, 1.0, seed=3)
     decoder = Decoder(quiet, slots=3)
-    tickets = [decoder.submit(request) for request in (good[0], bad, good[1], good[2], longer)]
+    # The bad one is the last of the three, and a shorter one takes its place beside a longer one.
+    tickets = [decoder.submit(request) for request in (good[0], good[1], bad, good[2], good[3])]
     done = dict(decoder.step())
-    assert list(done) == [tickets[1]]
-    assert done[tickets[1]].vector.isnan().all()
-    assert (done[tickets[1]].completion_ids, done[tickets[1]].completion_mask) == ([quiet.embed_token_id], [0])
+    assert list(done) == [tickets[2]]
+    assert done[tickets[2]].vector.isnan().all()
+    assert (done[tickets[2]].completion_ids, done[tickets[2]].completion_mask) == ([quiet.embed_token_id], [0])
     while len(decoder):
         done.update(decoder.step())
-    for ticket, rollout in zip([tickets[i] for i in (0, 2, 3, 4)], expected, strict=True):
+    for ticket, rollout in zip([tickets[i] for i in (0, 1, 3, 4)], expected, strict=True):
         assert_same(done[ticket], rollout)
 
 
