@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -36,22 +37,30 @@ def check_backbone(backbone: Backbone) -> None:
     """
     longest = min(backbone.settings.max_length + backbone.settings.max_new_tokens, backbone.context_length)
     freeze_rope(backbone.causal_lm, longest)
-    _check_output_layer(backbone)
-    probe = _Probe(backbone)
+    with _naming(backbone):
+        probe = _Probe(backbone)
+        _check_output_layer(backbone, probe)
     if _has_plain_layers(backbone.causal_lm) and _suits_slots(backbone, probe):
         backbone.engine = "fast"
         return
     backbone.engine = "fallback"
-    name = type(backbone.causal_lm).__name__
-    try:
+    with _naming(backbone):
         error = probe.deviation(FallbackEngine(backbone))
-    except torch.OutOfMemoryError:
+    if not error <= probe.tolerance:
+        raise _unsupported(backbone, f"its states are off by {error:.0e} of their length")
+    name = type(backbone.causal_lm).__name__
+    logger.warning("%s (%s) is encoded through transformers' own cache, which is slower", backbone.source, name)
+
+
+@contextmanager
+def _naming(backbone: Backbone) -> Iterator[None]:
+    """Make one `ModelError` of whatever an unknown architecture trips over."""
+    try:
+        yield
+    except (ModelError, torch.OutOfMemoryError):
         raise
     except Exception as problem:
         raise _unsupported(backbone, f"{type(problem).__name__}: {str(problem).strip()[:120]}") from problem
-    if not error <= probe.tolerance:
-        raise _unsupported(backbone, f"its states are off by {error:.0e} of their length")
-    logger.warning("%s (%s) is encoded through transformers' own cache, which is slower", backbone.source, name)
 
 
 def _unsupported(backbone: Backbone, why: str) -> ModelError:
@@ -61,17 +70,12 @@ def _unsupported(backbone: Backbone, why: str) -> ModelError:
     )
 
 
-def _check_output_layer(backbone: Backbone) -> None:
+@torch.no_grad()
+def _check_output_layer(backbone: Backbone, probe: _Probe) -> None:
     """Refuse broken weights, and architectures that do to their logits what `Backbone.logits` does not."""
-    ids = torch.tensor([[backbone.embed_token_id] * 2], device=backbone.device)
-    with torch.no_grad():
-        try:
-            expected = backbone.model(input_ids=ids).logits.float()
-            logits = backbone.logits(backbone.hidden_states(ids, None))
-        except torch.OutOfMemoryError:
-            raise
-        except Exception as problem:
-            raise _unsupported(backbone, f"{type(problem).__name__}: {str(problem).strip()[:120]}") from problem
+    ids = torch.tensor([probe.sequences[0][:2]], device=backbone.device)
+    expected = backbone.model(input_ids=ids).logits[0].float()
+    logits = backbone.logits(probe.states[0, :2])
     if not (torch.isfinite(expected).all() and torch.isfinite(logits).all()):
         raise ModelError(
             f"{backbone.source} computes NaN or infinity from a prompt of two tokens: its weights are broken, or its "
@@ -104,7 +108,7 @@ def _suits_slots(backbone: Backbone, probe: _Probe) -> bool:
             logger.debug("%s: the fast engine is off by %.0e", backbone.source, error)
     except torch.OutOfMemoryError:
         raise
-    except Exception as problem:  # whatever an unknown architecture trips over
+    except Exception as problem:
         logger.debug("%s: the fast engine fails: %s", backbone.source, problem)
     if not is_drivable(model):
         model.set_attn_implementation(before)
@@ -120,24 +124,24 @@ def _windows(backbone: Backbone) -> list[int | None]:
 
 
 class _Probe:
-    """Two short sequences of a model's own tokens with one beginning, and their states by its own forward pass."""
+    """Two short sequences of a model's own tokens with one beginning, and their states by its own forward pass.
+
+    They are equally long there, so that nothing is padded; engines get them cut to unlike lengths.
+    """
 
     def __init__(self, backbone: Backbone) -> None:
         before, after = backbone.prompt_encoder.frame("direct")
         tokens = [*before, *after][-12:]
         one = (tokens * 12)[:12]
-        self.sequences = [one, [*one[:3], *one[8:2:-1]][:8]]
+        self.sequences = [one, [*one[:3], *one[:2:-1]]]
         self.tolerance = _TOLERANCES.get(next(backbone.causal_lm.parameters()).dtype, 0.1)
         with torch.no_grad():
-            self.states = [  # T x D
-                backbone.hidden_states(torch.tensor([ids], device=backbone.device), None)[0].float()
-                for ids in self.sequences
-            ]
+            self.states = backbone.hidden_states(torch.tensor(self.sequences, device=backbone.device), None)
 
     def deviation(self, engine: Engine) -> float:
         """How far an engine's states are from the model's own, at most, as a share of their length."""
         pairs = [
-            (state.float(), self.states[sequence][place])
+            (state.float(), self.states[sequence, place].float())
             for states, places in self._computed(engine)
             for state, (sequence, place) in zip(states, places, strict=True)
         ]
@@ -147,13 +151,11 @@ class _Probe:
     def _computed(self, engine: Engine) -> Iterator[tuple[Tensor, list[tuple[int, int]]]]:
         """States, with sequence and place of each: whole, after a shared beginning, and token by token."""
         one, two = self.sequences
-        yield engine.encode(self.sequences), [(0, -1), (1, -1)]
-        engine.share(one[:3])
-        yield engine.encode(self.sequences), [(0, -1), (1, -1)]
-        prompts = [tuple(one[:8]), tuple(two[:5])]
-        yield engine.prompt_states(prompts), [(0, 7), (1, 4)]
+        prompts = [tuple(one[:9]), tuple(two[:5])]
+        yield engine.prompt_states(prompts), [(0, 8), (1, 4)]
         engine.admit(prompts)
-        yield engine.advance([one[8], two[5]]), [(0, 8), (1, 5)]
-        yield engine.advance([one[9], two[6]]), [(0, 9), (1, 6)]
+        yield engine.advance([one[9], two[5]]), [(0, 9), (1, 5)]
         engine.remove([0])
-        yield engine.advance([two[7]]), [(1, 7)]
+        yield engine.advance([two[6]]), [(1, 6)]
+        engine.share(one[:3])
+        yield engine.encode([one, two[:8]]), [(0, 11), (1, 7)]
