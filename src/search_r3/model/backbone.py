@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import copy
 import inspect
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -20,8 +21,8 @@ from ..files import atomic_directory, hash_folder, write_json
 from .prompts import EMBED_TOKEN, PROMPT_SETS, PromptEncoder, PromptSet
 
 SETTINGS_FILE = "search_r3.json"
-# What a configuration calls the factor on its logits, and whether they are divided by it (Granite; Cohere; Falcon-H1).
-LOGIT_FACTORS = {"logits_scaling": True, "logit_scale": False, "lm_head_multiplier": False}
+# What a configuration calls the factor on its logits (Granite, Cohere, Falcon-H1); Granite's divides them.
+LOGIT_FACTORS = {"logits_scaling": -1, "logit_scale": 1, "lm_head_multiplier": 1}
 NO_LIMIT = 2**31 - 1
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
@@ -56,6 +57,10 @@ class Backbone:
         self.prompt_encoder = PromptEncoder(
             self.tokenizer, self.settings.prompts, self.embed_token_id, self.settings.max_length
         )
+        config = self.model.config.get_text_config()
+        factors = {name: getattr(config, name, None) or 1.0 for name in LOGIT_FACTORS}
+        self._logit_factor = math.prod(factors[name] ** power for name, power in LOGIT_FACTORS.items())
+        self._logit_cap = getattr(config, "final_logit_softcapping", None)
 
     @property
     def causal_lm(self) -> Any:
@@ -116,13 +121,9 @@ class Backbone:
     def logits(self, hidden: Tensor) -> Tensor:
         """Next-token logits `... x V` for hidden states `... x D`, in float32, scaled and capped as the model does."""
         scores: Tensor = self.causal_lm.get_output_embeddings()(hidden).float()
-        config = self.model.config.get_text_config()
-        for name, divides in LOGIT_FACTORS.items():
-            if (factor := getattr(config, name, None)) not in (None, 1.0):
-                scores = scores / factor if divides else scores * factor
-        if (cap := getattr(config, "final_logit_softcapping", None)) is not None:
-            scores = cap * torch.tanh(scores / cap)
-        return scores
+        if self._logit_factor != 1.0:
+            scores = scores * self._logit_factor
+        return scores if self._logit_cap is None else self._logit_cap * torch.tanh(scores / self._logit_cap)
 
     def embed(self, sequences: Sequence[Sequence[int]]) -> Tensor:
         """Vectors `B x D` (float32, L2-normalised) of sequences that end with the embed token, with gradients."""

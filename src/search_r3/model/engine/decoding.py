@@ -264,7 +264,7 @@ class Decoder:
         """
         broken = self._append(rows, hidden) if rows else []
         self._remove([*ended, *broken], broken)
-        return self._finish(broken, torch.full((len(broken), hidden.shape[-1]), math.nan))
+        return self._finish(broken, torch.full((len(broken), hidden.shape[-1]), math.nan)) if broken else []
 
     def _append(self, rows: list[_Row], hidden: Tensor) -> list[_Row]:
         """Append one token to every row; rows whose logits are not finite get the embed token and are returned."""
