@@ -322,15 +322,16 @@ def test_a_run_is_not_mixed_with_requests_of_others(quiet: Backbone) -> None:
     assert len(decoder) == 1
 
 
-def test_requests_wait_on_where_their_prompts_cannot_be_computed(
+def test_requests_wait_on_where_their_prompts_cannot_be_taken_in(
     quiet: Backbone, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     decoder = Decoder(quiet)
     decoder.submit(DecodeRequest(prompt(quiet, 0), 3))
-    with monkeypatch.context() as patch:
-        patch.setattr(decoder._engine, "prompt_states", lambda prompts: 1 / 0)
-        with pytest.raises(ZeroDivisionError):
-            decoder.step()
+    for part in ("prompt_states", "admit"):
+        with monkeypatch.context() as patch:
+            patch.setattr(decoder._engine, part, lambda prompts: 1 / 0)
+            with pytest.raises(ZeroDivisionError):
+                decoder.step()
     assert len(decoder) == 1
     decoder.step()
     assert len(decoder.reply(1)) == 1

@@ -193,13 +193,14 @@ class Decoder:
             while len(rollouts) < len(tickets):
                 news = self.step()
                 for ticket, rollout in news:
-                    _check_finite(rollout, tickets.index(ticket))
+                    _check_finite(rollout, ticket - tickets[0])
                 rollouts.update(news)
                 if news and progress is not None:
                     progress(len(news), sum(len(rollout.completion_ids) for _, rollout in news))
         except BaseException:
-            for ticket in tickets:
-                self.cancel(ticket)
+            self._waiting.clear()
+            self._remove(self._rows)
+            self._forget_prompts()
             raise
         return [rollouts[ticket] for ticket in tickets]
 
@@ -239,16 +240,16 @@ class Decoder:
         """Compute the prompts of the first that wait, take those that reply into work and choose their first tokens."""
         rows = list(islice(self._waiting, count))
         hidden = self._engine.prompt_states([row.prompt for row in rows])
-        for _ in rows:
-            self._waiting.popleft()
         direct = [i for i, row in enumerate(rows) if row.request.max_new_tokens == 0]
-        results = self._finish([rows[i] for i in direct], hidden[direct])
         rest = [i for i, row in enumerate(rows) if row.request.max_new_tokens > 0]
-        if rest:
-            newcomers = [rows[i] for i in rest]
+        newcomers = [rows[i] for i in rest]
+        if newcomers:
             self._engine.admit([row.prompt for row in newcomers])
-            self._rows += newcomers
-            results += self._choose(newcomers, hidden[rest], [])
+        for _ in rows:  # only now: where the device has no room for them, they wait on
+            self._waiting.popleft()
+        self._rows += newcomers
+        results = self._finish([rows[i] for i in direct], hidden[direct])
+        results += self._choose(newcomers, hidden[rest], [])
         self._forget_prompts()
         return results
 

@@ -83,17 +83,17 @@ class FallbackEngine:
 
     def admit(self, prompts: Sequence[tuple[int, ...]]) -> None:
         """See `Engine`."""
-        places: dict[_Group, list[int]] = {}
         rows: dict[_Group, list[int]] = {}
-        for ids in prompts:
+        places: dict[_Group, list[int]] = {}
+        for row, ids in enumerate(prompts, start=self._count):
             prompt = self._prompts[ids]
+            rows.setdefault(prompt.group, []).append(row)
             places.setdefault(prompt.group, []).append(prompt.place)
-            rows.setdefault(prompt.group, []).append(self._count)
-            self._count += 1
-        for computed in places:
-            group = _Group(copy.deepcopy(computed.cache), rows[computed], computed.length)
-            self._select(group, places[computed])
-            self._groups.append(group)
+        groups = [_Group(copy.deepcopy(one.cache), rows[one], one.length) for one in rows]
+        for group, chosen in zip(groups, places.values(), strict=True):
+            self._select(group, chosen)
+        self._groups += groups
+        self._count += len(prompts)
 
     def forget(self, keep: Collection[tuple[int, ...]]) -> None:
         """See `Engine`."""

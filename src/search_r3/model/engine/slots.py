@@ -82,10 +82,10 @@ class SlotEngine:
         if self._cache is None:
             self._cache = SlotCache(self._prompts[prompts[0]].values)
         slots: dict[tuple[int, ...], list[int]] = {}
-        for ids in prompts:
-            slots.setdefault(ids, []).append(len(self._lengths))
-            self._lengths.append(len(ids))
-        self._cache.reserve(len(self._lengths), max(map(len, slots)) + 1)
+        for slot, ids in enumerate(prompts, start=len(self._lengths)):
+            slots.setdefault(ids, []).append(slot)
+        self._cache.reserve(len(self._lengths) + len(prompts), max(map(len, slots)) + 1)
+        self._lengths += map(len, prompts)
         for ids, places in slots.items():
             prompt, start = self._prompts[ids], 0
             if prompt.prefix is not None:
