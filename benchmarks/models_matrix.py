@@ -19,8 +19,8 @@ import transformers as t
 from search_r3 import SearchR3
 from search_r3.errors import ModelError
 from search_r3.model.backbone import Backbone
-from search_r3.model.encoder import builtin_base_path
 from search_r3.model.loading import load_backbone
+from search_r3.model.source import builtin_base_path
 
 PAGE = Path(__file__).parents[1] / "docs" / "models.md"
 START, END = "<!-- written by benchmarks/models_matrix.py -->", "<!-- end -->"

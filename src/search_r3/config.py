@@ -74,6 +74,12 @@ class SFTSettings(DevSettings):
         description="Share of reasoned sequences that hold another query's trace: their vector learns, the trace is "
         "not supervised. So the vector is not taught to believe whatever is written.",
     )
+    uninstructed: float = Field(
+        0.0,
+        ge=0,
+        le=1,
+        description="Share of the queries with an `instruction` that are trained without it, drawn anew at each use.",
+    )
     reasoning_styles: dict[str, float] = Field(
         {"chain": 0.6, "restate": 0.4},
         description="Sampling weight of each style of reasoning trace; a query that has one trace uses it.",
@@ -203,6 +209,12 @@ class GRPOSettings(DevSettings):
     max_grad_norm: float = Field(1.0, gt=0, description="Gradients are clipped to this norm.")
     weight_decay: float = Field(0.0, ge=0, description="AdamW's, as in stage 1.")
     splits: tuple[str, ...] = Field(("rl",), min_length=1, description="Splits whose queries are rolled out.")
+    uninstructed: float = Field(
+        0.0,
+        ge=0,
+        le=1,
+        description="Share of the queries with an `instruction` that are rolled out without it, whole groups.",
+    )
     sampling_temperature: float = Field(1.0, gt=0, description="Temperature of rollouts; log-probabilities use it too.")
     clip_epsilon: float = Field(0.2, gt=0, lt=1, description="PPO clip range of the probability ratio.")
     kl_coefficient: float = Field(0.0, ge=0, description="Weight of the KL to the stage-1 model (k3 estimate).")
@@ -234,6 +246,11 @@ class EvaluationSettings(Section):
     permutations: int = Field(10_000, ge=100, description="Permutations of the paired randomisation tests.")
     bootstrap: int = Field(1_000, ge=100, description="Resamples of the confidence intervals.")
 
+    @property
+    def held_out(self) -> list[str]:
+        """The splits that are measured on."""
+        return list(dict.fromkeys((self.dev_split, self.test_split)))
+
 
 class Recipe(Section):
     """One training, from collection to report."""
@@ -245,7 +262,9 @@ class Recipe(Section):
         "atlas", description="`atlas`, `atlas-wide` (`:SEED` divides by another seed), or a folder in the BEIR layout."
     )
     base: str = Field("builtin", description="`builtin` (the small model in the package), a directory or a hub id.")
-    prompts: Literal["search-r3", "published"] = Field("search-r3", description="Prompt set, saved with the model.")
+    prompts: Literal["search-r3", "published", "thinking"] | None = Field(
+        None, description="Prompt set, saved with the model; null: the one of `base`, or search-r3 where it has none."
+    )
     embed_start: Literal["mean", "end_of_turn"] = Field(
         "mean",
         description="Where a new embed token's row starts: at the mean of all rows, or at the row of the token that "

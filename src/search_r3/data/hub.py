@@ -85,21 +85,13 @@ def load_hub(
 
 @dataclass(frozen=True)
 class _Reader:
-    """Reads one subset in the BEIR or MTEB layout.
+    """Reads one subset in the BEIR or MTEB layout."""
 
-    Attributes:
-        repository: what is read.
-        layout: part -> config.
-        subset: name of the subset; empty where there are none.
-        split: the only split that is read; None for all.
-        skipped: as in `check_documents`.
-    """
-
-    repository: Repository
-    layout: dict[str, str]
-    subset: str
-    split: str | None
-    skipped: set[str] | None
+    repository: Repository  # what is read
+    layout: dict[str, str]  # part -> config
+    subset: str  # name of the subset; empty where there are none
+    split: str | None  # the only split that is read; None for all
+    skipped: set[str] | None  # as in `check_documents`
 
     def read(self, name: str) -> Collection:
         judgements = self._judgement_tables()
@@ -212,10 +204,12 @@ def _documents(table: Table, columns: Columns, skipped: set[str] | None) -> dict
 
 def _queries(rows: NamedRows, instructions: Mapping[str, str]) -> dict[str, Query]:
     """The queries, each with its instruction, which may also be in a config of its own."""
-    return {
-        query_id: Query(query_id, instructed(text, instructions.get(query_id, "")), bare=bare)
-        for query_id, text, _, bare in check_queries(rows)
-    }
+    queries = {}
+    for query_id, text, _, instruction in check_queries(rows):
+        other = instructions.get(query_id, "")
+        both = instructed(instruction, other) if instruction else other
+        queries[query_id] = Query(query_id, instructed(text, other), instruction=both)
+    return queries
 
 
 def _instructions(table: Table) -> dict[str, str]:

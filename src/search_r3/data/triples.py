@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import logging
 import random
 from collections.abc import Callable, Container, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from ..errors import ConfigError, DataError
 from .collection import Collection, Query
 from .restrictions import Restrictions, restrictions
+
+logger = logging.getLogger(__name__)
 
 LexicalSearch = Callable[[Sequence[str], int, Sequence[frozenset[str] | None]], list[list[str]]]
 """`(texts, k, pools) -> doc_ids of the k best documents of each text`, of its pool where it has one; `BM25.search`."""
@@ -112,6 +115,46 @@ def judged_queries(collection: Collection, splits: Sequence[str]) -> dict[str, d
     return judged
 
 
+def hold_out(collection: Collection, splits: Sequence[str], held_out: Sequence[str]) -> Collection:
+    """The collection without those queries of the training splits that stand in a held-out split too; a warning counts.
+
+    A query stands in both under one id, or with the same text (whatever its case) and the same pool: a question about a
+    text of its own (babi) is another one.
+
+    Args:
+        collection: documents, queries and judgements; what the other splits say of a query stays.
+        splits: what is trained on.
+        held_out: what is measured on; a split that is not there holds nothing.
+
+    Raises:
+        ConfigError: a split is both.
+    """
+    if both := set(splits) & set(held_out):
+        raise ConfigError(
+            f"the split {min(both)!r} is trained on and is evaluation.dev_split or test_split: what has been learned "
+            "measures nothing; leave it out of the training, or name another split there"
+        )
+
+    def content(query_id: str) -> tuple[str, frozenset[str] | None]:
+        return collection.queries[query_id].text.casefold(), collection.pools.get(query_id)
+
+    measured = {content(query_id) for split in held_out for query_id in collection.qrels.get(split, {})}
+    qrels = dict(collection.qrels)
+    for split in splits:
+        qrels[split] = {
+            query_id: relevance
+            for query_id, relevance in collection.split(split).items()
+            if content(query_id) not in measured
+        }
+    lost = [query_id for split in splits for query_id in collection.qrels[split] if query_id not in qrels[split]]
+    if lost:
+        logger.warning(
+            "%d queries of %s are not trained on, since %s holds them too, by id or by text; the first is %r",
+            *(len(lost), ", ".join(splits), " or ".join(held_out), lost[0]),
+        )
+    return replace(collection, qrels=qrels)
+
+
 def reasoning_traces(query: Query) -> dict[str, str]:
     """The traces in `metadata.reasoning`: a mapping from style to text, or one text (style `trace`)."""
     value = query.metadata.get("reasoning") or {}
@@ -162,6 +205,14 @@ def draw_trace(example: TrainingExample, styles: Mapping[str, float], rng: rando
             f"sft.reasoning_styles ({', '.join(styles)})"
         )
     return traces[rng.choices(weighted, [styles[style] for style in weighted])[0]]
+
+
+def draw_uninstructed(queries: Sequence[Query], share: float, rng: random.Random) -> list[Query]:
+    """The queries, a share of those with an instruction without it; others draw no random number."""
+    return [
+        query.without_instruction() if share and query.instruction and rng.random() < share else query
+        for query in queries
+    ]
 
 
 def swap_traces(traces: list[str], rows: Sequence[int], share: float, rng: random.Random) -> frozenset[int]:

@@ -19,16 +19,17 @@ import numpy as np
 from ..data.collection import Collection
 from ..errors import ModelError
 from ..extras import extra
-from ..files import hash_folder
 from ..model.documents import check_finite
 from ..model.encoder import SearchR3
 from ..model.prompts import Mode
+from ..model.source import peer_files
 from ..retrieval.encode import encode_corpus
 from ..retrieval.index import ExactIndex
 from ..retrieval.lexical import BM25, Scored
 from ..retrieval.ranking import RankRequest, ranked, without
 from ..types import Array, Progress
-from .results import UNKNOWN, Cost, SystemInfo
+from .instructions import OWN, choose, file_label
+from .results import Cost, SystemInfo
 
 T = TypeVar("T")
 SENTENCE_TRANSFORMERS = "sentence-transformers:"
@@ -147,17 +148,18 @@ class EncodedCollections(_PerCollection[tuple[ExactIndex, float | None]]):
     Args:
         model: the encoder.
         folder: where a collection is kept while it is encoded, so that a kill costs one block; in memory without it.
+        instruction: of the documents.
     """
 
-    def __init__(self, model: SearchR3, folder: Path | None = None) -> None:
-        self.model = model
+    def __init__(self, model: SearchR3, folder: Path | None = None, instruction: str = "") -> None:
+        self.model, self.instruction = model, instruction.strip()
         self.revision = model.backbone.revision
         self._folder = folder
 
     def _make_index(self, collection: Collection, progress: Progress | None) -> tuple[ExactIndex, float | None]:
         started, count = time.perf_counter(), len(collection.documents)
         if self._folder is None:
-            index = index_documents(self.model, collection, progress=progress)
+            index = index_documents(self.model, collection, instruction=self.instruction, progress=progress)
             return index, count / (time.perf_counter() - started)
 
         def begin(total: int, resume_at: int) -> None:
@@ -168,6 +170,7 @@ class EncodedCollections(_PerCollection[tuple[ExactIndex, float | None]]):
             self.model,
             sorted(collection.texts().items()),  # the key is that of the documents in any order
             self._path(collection),
+            instruction=self.instruction,
             dtype="float32",
             on_start=begin,
             progress=progress,
@@ -182,7 +185,9 @@ class EncodedCollections(_PerCollection[tuple[ExactIndex, float | None]]):
 
     def _path(self, collection: Collection) -> Path:
         assert self._folder is not None
-        return self._folder / f"{self.revision[:12]}-{self.model.backbone.dtype}-{collection.content_hash()[:12]}"
+        short = "+".join(part[:12] for part in self.revision.split("+"))
+        name = f"{short}-{self.model.backbone.dtype}-{collection.content_hash()[:12]}"
+        return self._folder / (f"{name}-{file_label(self.instruction)}" if self.instruction else name)
 
 
 class SearchR3System:
@@ -193,16 +198,26 @@ class SearchR3System:
         mode: `direct` or `reason`.
         name: as in the tables; by default the mode.
         batch_size: queries reasoned about at once; it changes results by rounding only.
+        instruction: of the queries, see `instructions.choose`.
     """
 
     before: Cost | None = None
 
     def __init__(
-        self, collections: EncodedCollections, mode: Mode, name: str | None = None, batch_size: int = 128
+        self,
+        collections: EncodedCollections,
+        mode: Mode,
+        name: str | None = None,
+        batch_size: int = 128,
+        instruction: str = OWN,
     ) -> None:
         backbone = collections.model.backbone
         self.mode: Mode = mode
-        self.collections, self.batch_size = collections, batch_size
+        self.collections, self.batch_size, self.instruction = collections, batch_size, instruction
+        # Without instructions a result has the key that it had before there were any.
+        instructions = {} if instruction == OWN else {"instruction": instruction}
+        if collections.instruction:
+            instructions["document_instruction"] = collections.instruction
         self.info = SystemInfo(
             name=name or mode,
             kind="search-r3",
@@ -210,16 +225,17 @@ class SearchR3System:
             revision=collections.revision,
             mode=mode,
             settings={
-                **backbone.settings.model_dump(),
+                **backbone.settings.model_dump(exclude={"frames"}),  # a part of the revision
                 "dtype": backbone.dtype,
                 "sampling_temperature": 0.0,
+                **instructions,
             },
         )
 
     def index(self, collection: Collection, progress: Progress | None = None) -> Searchable:
         """Encode all documents, unless the other mode has."""
         index, speed = self.collections.index(collection, progress)
-        return _Reasoning(self.collections.model, self.mode, self.batch_size, index, speed)
+        return _Reasoning(self.collections.model, self.mode, self.batch_size, self.instruction, index, speed)
 
 
 @dataclass(frozen=True)
@@ -227,12 +243,17 @@ class _Reasoning:
     _model: SearchR3
     _mode: Mode
     _batch_size: int
+    _instruction: str
     _index: ExactIndex
     documents_per_second: float | None
 
     def answer(self, requests: Sequence[RankRequest], depth: int, progress: Progress | None = None) -> Answers:
         queries = self._model.encode_query(
-            [request.text for request in requests], self._mode, batch_size=self._batch_size, progress=progress
+            [request.bare for request in requests],
+            self._mode,
+            instruction=[choose(self._instruction, request.instruction) for request in requests],
+            batch_size=self._batch_size,
+            progress=progress,
         )
         rankings, truncated = ranked(self._index, queries.vectors, requests, depth), sum(queries.truncated)
         if self._mode == "direct":
@@ -255,9 +276,11 @@ class SentenceTransformersSystem(_PerCollection[Searchable]):
     def __init__(self, source: str, batch_size: int = 32) -> None:
         with extra("integrations"):
             from sentence_transformers import SentenceTransformer
-        path = _package_folder(source) or Path(source)
         try:
-            self._model: Any = SentenceTransformer(str(path) if path.is_dir() else source)
+            files = peer_files(str(_package_folder(source) or source))
+            self._model: Any = SentenceTransformer(
+                str(files.folder), trust_remote_code=False, model_kwargs={"use_safetensors": True}
+            )
         except Exception as error:  # it raises whatever the library beneath it raises
             raise ModelError(
                 f"cannot load {source!r} with sentence-transformers: {str(error).splitlines()[0]}; give a directory, "
@@ -268,12 +291,11 @@ class SentenceTransformersSystem(_PerCollection[Searchable]):
         if similarity not in ("cosine", "dot"):
             raise ModelError(f"{source!r} compares vectors by {similarity}; only cosine and dot are supported")
         self._normalize = similarity == "cosine"
-        commit = getattr(self._model.model_card_data, "base_model_revision", None)
         self.info = SystemInfo(
             name=Path(source).name,
             kind="sentence-transformers",
             model=source,
-            revision=hash_folder(path) if path.is_dir() else str(commit or UNKNOWN),
+            revision=files.revision,
             settings={
                 "max_seq_length": self._model.max_seq_length,
                 "similarity": similarity,
@@ -331,10 +353,13 @@ def short_name(source: str) -> str:
     return path.parent.name if path.name == "model" and path.parent.name else path.name
 
 
-def index_documents(model: SearchR3, collection: Collection, *, progress: Progress | None = None) -> ExactIndex:
+def index_documents(
+    model: SearchR3, collection: Collection, *, instruction: str = "", progress: Progress | None = None
+) -> ExactIndex:
     """Encode a whole collection into an exact index."""
     texts = collection.texts()
-    return ExactIndex(list(texts), model.encode_document(list(texts.values()), progress=progress))
+    vectors = model.encode_document(list(texts.values()), instruction=instruction, progress=progress)
+    return ExactIndex(list(texts), vectors)
 
 
 def _package_folder(source: str) -> Path | None:

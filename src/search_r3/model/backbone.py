@@ -14,33 +14,22 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor
 
-from ..files import atomic_directory, hash_folder, write_json
-from .prompts import EMBED_TOKEN, PROMPT_SETS, PromptEncoder, PromptSet
+from ..files import atomic_directory, write_json
+from .precision import torch_dtype
+from .prompts import PromptEncoder
+from .settings import SETTINGS_FILE, EmbeddingSettings
+from .source import ModelFiles
 
-SETTINGS_FILE = "search_r3.json"
 # What a configuration calls the factor on its logits (Granite, Cohere, Falcon-H1); Granite's divides them.
 LOGIT_FACTORS = {"logits_scaling": -1, "logit_scale": 1, "lm_head_multiplier": 1}
 NO_LIMIT = 2**31 - 1
-DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
-
-
-class EmbeddingSettings(BaseModel):
-    """What a model directory says about its vectors, in `search_r3.json` next to the weights."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-    embed_token: str = Field(EMBED_TOKEN, description="The token whose hidden state is the search embedding.")
-    prompts: PromptSet = Field(PROMPT_SETS["search-r3"], description="The wording the model was trained with.")
-    max_length: int = Field(1024, ge=8, description="Longest prompt in tokens; longer texts lose their end, counted.")
-    max_new_tokens: int = Field(512, ge=1, description="Reasoning budget in tokens, the embed token included.")
 
 
 @dataclass
 class Backbone:
-    """A causal LM ready to embed. `prompt_encoder` is the only way from text to ids.
+    """A causal LM ready to embed, with settings that have their frames. `prompt_encoder` is the only way to ids.
 
     `engine` computes what is encoded: ours (`fast`), or the one that serves every architecture (`fallback`); which of
     them is right for a model is found out when it is loaded.
@@ -51,11 +40,13 @@ class Backbone:
     settings: EmbeddingSettings
     embed_token_id: int
     source: str
+    files: ModelFiles | None = None
     engine: Literal["fast", "fallback"] = "fast"
 
     def __post_init__(self) -> None:
+        assert self.settings.frames is not None
         self.prompt_encoder = PromptEncoder(
-            self.tokenizer, self.settings.prompts, self.embed_token_id, self.settings.max_length
+            self.tokenizer, self.settings.frames, self.embed_token_id, self.settings.max_length
         )
         config = self.model.config.get_text_config()
         factors = {name: getattr(config, name, None) or 1.0 for name in LOGIT_FACTORS}
@@ -86,16 +77,18 @@ class Backbone:
 
     @property
     def revision(self) -> str:
-        """What names one state of the model: its commit on the hub, or the SHA-256 of the files in its directory."""
-        path = Path(self.source)
-        if path.is_dir():
-            return hash_folder(path)
-        return str(getattr(self.model.config, "_commit_hash", None) or "unknown")
+        """What names one state of the model: its commit on the hub, or the SHA-256 of its files (`ModelFiles`)."""
+        return "unknown" if self.files is None else self.files.revision
+
+    @property
+    def trained(self) -> bool:
+        """Whether a stage has trained the embed token; before, vectors mean nothing."""
+        return self.settings.trained
 
     @property
     def context_length(self) -> int:
-        """The longest sequence the model was made for, in tokens."""
-        return context_of(self.model.config)
+        """The longest sequence the model was made for, in tokens; `NO_LIMIT` where it has none (states, ALiBi)."""
+        return getattr(self.model.config.get_text_config(), "max_position_embeddings", None) or NO_LIMIT
 
     def hidden_states(self, ids: Tensor, mask: Tensor | None) -> Tensor:
         """Output of the final norm, `B x T x D`, where the output layer reads.
@@ -139,7 +132,7 @@ class Backbone:
         model = copy.deepcopy(self.model).eval().requires_grad_(False)
         if dtype is not None:
             for parameter in model.parameters():  # and no buffers: the rotary frequencies need float32
-                parameter.data = parameter.data.to(DTYPES[dtype])
+                parameter.data = parameter.data.to(torch_dtype(dtype))
         return replace(self, model=model)
 
     def save(self, folder: str | Path, dtype: str | None = None, *, state: Mapping[str, Tensor] | None = None) -> None:
@@ -157,19 +150,15 @@ class Backbone:
     def save_companions(self, folder: Path) -> None:
         """Write what stands beside the weights: tokenizer and settings."""
         self.tokenizer.save_pretrained(folder)
-        write_json(folder / SETTINGS_FILE, self.settings.model_dump())
-
-
-def context_of(config: Any) -> int:
-    """The longest sequence that a configuration allows, in tokens; no limit, as of states or ALiBi, is a large one."""
-    return int(getattr(config.get_text_config(), "max_position_embeddings", None) or NO_LIMIT)
+        settings = self.settings.model_dump() | ({} if self.trained else {"trained": False})
+        write_json(folder / SETTINGS_FILE, settings)
 
 
 def storage_state(model: Any, dtype: str | None, state: Mapping[str, Tensor] | None = None) -> dict[str, Tensor]:
     """The weights in their storage type; tied ones stay one tensor, so that they are written once."""
     by_address: dict[int, Tensor] = {}
     return {
-        name: by_address.setdefault(value.data_ptr(), value if dtype is None else value.to(DTYPES[dtype]))
+        name: by_address.setdefault(value.data_ptr(), value if dtype is None else value.to(torch_dtype(dtype)))
         for name, value in (model.state_dict() if state is None else state).items()
     }
 

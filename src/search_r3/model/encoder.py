@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from importlib.resources import files
 from pathlib import Path
 from typing import Any, Literal
 
@@ -13,13 +12,14 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from ..errors import DataError, ModelError
+from ..errors import ConfigError, DataError, ModelError
 from ..types import Array, Progress
-from .backbone import Backbone, EmbeddingSettings
+from .backbone import Backbone
 from .documents import WINDOW, check_finite, encode_stream
 from .engine.decoding import Decoder, DecodeRequest, Rollout
 from .loading import load_backbone
-from .prompts import MODES, Kind, Mode
+from .prompts import MODES, Kind, Mode, PromptSet
+from .settings import EmbeddingSettings
 
 logger = logging.getLogger(__name__)
 
@@ -53,16 +53,26 @@ class SearchR3:
     """A model that reasons about a query and then embeds it.
 
     Args:
-        model: a directory, a hub id, or `"builtin"` for the small base model of the package.
-        device: `cpu`, `cuda`, ...; by default `cuda` where there is one.
-        dtype: `float32`, `bfloat16` or `float16`.
-        settings: wording and limits; by default those saved with the model.
+        model: a directory, a GGUF file, a hub id, or `"builtin"` for the small base model of the package.
+        device: `cpu`, `cuda`, `mps`, ...; by default a GPU where there is one.
+        dtype: `float32`, `bfloat16`, `float16` (or `fp32`, `bf16`, `fp16`, or torch's own); `auto`: bfloat16 on CUDA,
+            else float32.
+        settings: wording and limits in place of all that are saved with the model.
+        prompts: wording in place of the saved one: a name of `PROMPT_SETS`, or a `PromptSet`.
+        max_length: in place of the saved limit: the longest prompt, in tokens.
+        max_new_tokens: in place of the saved reasoning budget, in tokens.
         revision: branch, tag or commit on the hub.
         truncate_dim: keep so many dimensions of a vector, the first ones (and normalise again); for models that stage 1
             trained with `sft.matryoshka_dimensions`.
+        model_kwargs: more for transformers' `from_pretrained`: `device_map`, `quantization_config`, ...
+        tokenizer_kwargs: more for that of the tokenizer.
+        cache_folder: of the hub's files; by default the hub library's own.
+        token: for the hub; by default the one that is logged in.
+        local_files_only: take what is in the cache, and ask nobody.
 
     Raises:
         ModelError: the model cannot be loaded, or has fewer dimensions; the message names the remedy.
+        ConfigError: an unknown dtype or device, unknown prompts, or limits that do not fit into the model's context.
 
     Example:
         >>> from search_r3 import SearchR3
@@ -77,18 +87,45 @@ class SearchR3:
         self,
         model: str | Path | Backbone,
         *,
-        device: str | None = None,
-        dtype: str = "float32",
+        device: str | torch.device | None = None,
+        dtype: str | torch.dtype = "auto",
         settings: EmbeddingSettings | None = None,
+        prompts: str | PromptSet | None = None,
+        max_length: int | None = None,
+        max_new_tokens: int | None = None,
         revision: str | None = None,
         truncate_dim: int | None = None,
+        model_kwargs: Mapping[str, Any] | None = None,
+        tokenizer_kwargs: Mapping[str, Any] | None = None,
+        cache_folder: str | Path | None = None,
+        token: str | bool | None = None,
+        local_files_only: bool = False,
     ) -> None:
         if isinstance(model, Backbone):
+            if any(one is not None for one in (settings, prompts, max_length, max_new_tokens)):
+                raise ConfigError("a Backbone has its settings already; give them to load_backbone")
             self.backbone = model
         else:
-            device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-            source = builtin_base_path() if model == "builtin" else model
-            self.backbone = load_backbone(source, settings=settings, dtype=dtype, device=device, revision=revision)
+            self.backbone = load_backbone(
+                model,
+                settings=settings,
+                prompts=prompts,
+                max_length=max_length,
+                max_new_tokens=max_new_tokens,
+                dtype=dtype,
+                device=device,
+                revision=revision,
+                model_kwargs=model_kwargs,
+                tokenizer_kwargs=tokenizer_kwargs,
+                cache_folder=cache_folder,
+                token=token,
+                local_files_only=local_files_only,
+            )
+            if not self.backbone.trained:
+                logger.warning(
+                    "%s is a base that no stage has trained: its vectors mean nothing before stage 1 (search-r3 sft)",
+                    model,
+                )
         if truncate_dim is not None and not 0 < truncate_dim <= self.backbone.dimension:
             raise ModelError(
                 f"truncate_dim={truncate_dim}, but the vectors of {self.backbone.source} have "
@@ -106,6 +143,7 @@ class SearchR3:
         texts: str | Sequence[str],
         mode: Mode = "reason",
         *,
+        instruction: str | Sequence[str] = "",
         batch_size: int = 128,
         max_new_tokens: int | None = None,
         sampling_temperature: float = 0.0,
@@ -118,6 +156,8 @@ class SearchR3:
         Args:
             texts: queries; a single string counts as one.
             mode: `reason` or `direct`.
+            instruction: what is looked for, e.g. `Find a passage that answers this question.`; it follows the text, as
+                in training. One for all, or one per query; an empty one is none.
             batch_size: queries reasoned about at once; it changes vectors by rounding, which can tip a near tie between
                 tokens (rarely in float32).
             max_new_tokens: reasoning budget; by default the model's own.
@@ -127,16 +167,17 @@ class SearchR3:
             progress: called with the numbers of queries done, and of tokens (written, or in direct mode read).
 
         Raises:
-            DataError: no texts, or an empty one (its place is named).
+            DataError: no texts, an empty one (its place is named), another number of instructions than of texts, or an
+                instruction that leaves no room for its text.
             ModelError: a vector holds NaN or infinity.
         """
         _check_mode(mode)
         texts = _as_list(texts, "query")
         if mode == "direct":
-            vectors, truncated = self._vectors(texts, "direct", None, progress)
+            vectors, truncated = self._vectors(texts, "direct", instruction, None, progress)
             empty = [""] * len(texts), [0] * len(texts), [False] * len(texts)
             return QueryEmbeddings(vectors, *empty, truncated)
-        prompts = self.backbone.prompt_encoder.encode_batch(texts, mode)
+        prompts = self.backbone.prompt_encoder.encode_batch(texts, mode, instruction)
         rollouts = self.rollouts(
             [prompt.ids for prompt in prompts],
             max_new_tokens=max_new_tokens,
@@ -153,23 +194,24 @@ class SearchR3:
         text: str,
         mode: Mode = "reason",
         *,
+        instruction: str = "",
         max_new_tokens: int | None = None,
         sampling_temperature: float = 0.0,
         top_p: float = 1.0,
         seed: int = 0,
     ) -> Iterator[str | QueryEmbeddings]:
-        """Encode one query and show the reasoning while it is written.
+        """Encode one query and show the reasoning while it is written; arguments as in `encode_query`.
 
         Yields:
             Pieces of the reasoning as the model writes them, then the same `QueryEmbeddings` as `encode_query` returns.
             Closing the iterator stops the model.
 
         Raises:
-            DataError: the query is empty.
+            DataError: the query is empty, or the instruction leaves no room for it.
         """
         _check_mode(mode)
         encoder = self.backbone.prompt_encoder
-        [prompt] = encoder.encode_batch(_as_list(text, "query"), mode)
+        [prompt] = encoder.encode_batch(_as_list(text, "query"), mode, instruction)
         budget = self.backbone.settings.max_new_tokens if max_new_tokens is None else max_new_tokens
         budget = budget if mode == "reason" else 0
         decoder = Decoder(self.backbone, slots=1)
@@ -191,6 +233,7 @@ class SearchR3:
         self,
         texts: str | Sequence[str],
         *,
+        instruction: str | Sequence[str] = "",
         batch_tokens: int | None = None,
         progress: Progress | None = None,
     ) -> Array:
@@ -200,15 +243,17 @@ class SearchR3:
 
         Args:
             texts: documents; a single string counts as one.
+            instruction: as in `encode_query`; the recipes train documents without one.
             batch_tokens: tokens computed together; by default what suits the device. It changes vectors by
                 rounding only.
             progress: called after each batch with the numbers of documents and of their tokens.
 
         Raises:
-            DataError: no texts, or an empty one (its place is named).
+            DataError: as in `encode_query`.
             ModelError: a vector holds NaN or infinity.
         """
-        vectors, truncated = self._vectors(_as_list(texts, "document"), "document", batch_tokens, progress)
+        texts = _as_list(texts, "document")
+        vectors, truncated = self._vectors(texts, "document", instruction, batch_tokens, progress)
         self._warn_of(sum(truncated), len(truncated))
         return vectors
 
@@ -216,6 +261,7 @@ class SearchR3:
         self,
         texts: Iterable[str],
         *,
+        instruction: str = "",
         batch_tokens: int | None = None,
         window: int = WINDOW,
         progress: Progress | None = None,
@@ -224,6 +270,7 @@ class SearchR3:
 
         Args:
             texts: read as far as the next block needs.
+            instruction: one for all, as in `encode_document`.
             batch_tokens: as in `encode_document`.
             window: documents per block; within it documents of like length are computed together.
             progress: as in `encode_document`.
@@ -235,7 +282,11 @@ class SearchR3:
             DataError: a text is empty (its place in its block is named).
         """
         for prompts, vectors in encode_stream(
-            self.backbone, texts, "document", batch_tokens=batch_tokens, window=window, progress=progress
+            *(self.backbone, texts, "document"),
+            instruction=instruction,
+            batch_tokens=batch_tokens,
+            window=window,
+            progress=progress,
         ):
             self._warn_of(sum(prompt.truncated for prompt in prompts), len(prompts))
             yield self._shorten(vectors)
@@ -295,10 +346,19 @@ class SearchR3:
         self.backbone.save(folder, dtype)
 
     def _vectors(
-        self, texts: Sequence[str], kind: Kind, batch_tokens: int | None, progress: Progress | None
+        self,
+        texts: Sequence[str],
+        kind: Kind,
+        instruction: str | Sequence[str],
+        batch_tokens: int | None,
+        progress: Progress | None,
     ) -> tuple[Array, list[bool]]:
         [(prompts, vectors)] = encode_stream(
-            self.backbone, texts, kind, batch_tokens=batch_tokens, window=len(texts), progress=progress
+            *(self.backbone, texts, kind),
+            instruction=instruction,
+            batch_tokens=batch_tokens,
+            window=len(texts),
+            progress=progress,
         )
         return self._shorten(vectors), [prompt.truncated for prompt in prompts]
 
@@ -324,11 +384,6 @@ class SearchR3:
         if truncated:
             limit = self.backbone.settings.max_length
             logger.warning("%d of %d documents were cut to max_length=%d tokens", truncated, count, limit)
-
-
-def builtin_base_path() -> Path:
-    """Directory of the small base model that ships with the package."""
-    return Path(str(files("search_r3"))) / "builtin"
 
 
 def _check_mode(mode: str) -> None:

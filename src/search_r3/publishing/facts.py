@@ -7,7 +7,7 @@ state of this one, is not taken for its own.
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -17,12 +17,13 @@ from pydantic import ValidationError
 
 from ..data.load import split_name
 from ..errors import DataError, ModelError, RunError
+from ..evaluation.instructions import OWN, label
 from ..evaluation.report.report import METRICS, last_results
 from ..evaluation.results import Result
 from ..evaluation.runner import RESULTS, SUMMARY
 from ..evaluation.significance import Comparison
-from ..files import hash_file, hash_folder, read_lines
-from ..model.backbone import SETTINGS_FILE, EmbeddingSettings
+from ..files import hash_file, hash_folder, read_log
+from ..model.settings import SETTINGS_FILE, EmbeddingSettings
 
 RECIPE, REPORT = "settings.yaml", "report.json"
 CONFIG, ADAPTER_CONFIG = "config.json", "adapter_config.json"
@@ -32,33 +33,22 @@ STAGES = ("sft", "grpo")
 
 @dataclass(frozen=True)
 class Facts:
-    """What is known of a model; what no file says is empty.
+    """What is known of a model; what no file says is empty."""
 
-    Attributes:
-        settings: its prompts and limits.
-        config: its config.json, or the adapter_config.json of an adapter.
-        adapter: whether it is an adapter (peft) instead of whole weights.
-        revision: SHA-256 of its files.
-        recipe: the settings of the run that made it.
-        recipe_hash: SHA-256 of the file that holds them.
-        metrics: stage -> rows of metrics.jsonl, for the stages that made this model.
-        report: report.json of the run, where its results are of this model.
-        results: of this model (named by their mode), of its state before RL, and of baselines on the same data.
-        comparisons: paired tests between these results in which this model takes part.
-        places: folders from which a relative path of the run may have been meant.
-    """
-
-    settings: EmbeddingSettings
-    config: dict[str, Any]
-    adapter: bool
-    revision: str
-    recipe: dict[str, Any] = field(default_factory=dict)
-    recipe_hash: str = ""
+    settings: EmbeddingSettings  # its prompts and limits
+    config: dict[str, Any]  # its config.json, or the adapter_config.json of an adapter
+    adapter: bool  # whether it is an adapter (peft) instead of whole weights
+    revision: str  # SHA-256 of its files
+    recipe: dict[str, Any] = field(default_factory=dict)  # the settings of the run that made it
+    recipe_hash: str = ""  # SHA-256 of the file that holds them
+    # stage -> rows of metrics.jsonl, for the stages that made this model
     metrics: dict[str, list[dict[str, Any]]] = field(default_factory=dict)
-    report: dict[str, Any] = field(default_factory=dict)
+    report: dict[str, Any] = field(default_factory=dict)  # report.json of the run, where its results are of this model
+    # of this model (named by their mode), of its state before RL, and of baselines on the same data
     results: list[Result] = field(default_factory=list)
+    # paired tests between these results in which this model takes part
     comparisons: list[Comparison] = field(default_factory=list)
-    places: tuple[Path, ...] = ()
+    places: tuple[Path, ...] = ()  # folders from which a relative path of the run may have been meant
 
     @property
     def stage(self) -> str:
@@ -128,6 +118,7 @@ def gather_facts(model: Path, folders: Sequence[Path] = ()) -> Facts:
     before = run / "sft" / "model" if run and stage == "grpo" else None
     earlier = {hash_folder(before)} - states if before is not None and before.is_dir() else set()
     results, comparisons = _read_results(run, folders, states, earlier)
+    log = read_log(run / METRICS) if run else []
     places = [Path.cwd(), *(run.parents if run else ()), *(place for one in folders for place in one.resolve().parents)]
     return Facts(
         settings=_embedding_settings(model / SETTINGS_FILE),
@@ -137,7 +128,9 @@ def gather_facts(model: Path, folders: Sequence[Path] = ()) -> Facts:
         # Read as it stands: the run may be of a version with other settings, and a card only repeats them.
         recipe=_read_object(run / RECIPE) if run else {},
         recipe_hash=hash_file(run / RECIPE) if run else "",
-        metrics=_metrics(run / METRICS, STAGES[: STAGES.index(stage) + 1]) if run else {},
+        metrics={one: [row for row in log if row.get("stage") == one] for one in STAGES[: STAGES.index(stage) + 1]}
+        if run
+        else {},
         report=_report(run, states) if run else {},
         results=results,
         comparisons=comparisons,
@@ -171,7 +164,7 @@ def _read_results(
     of_run = [(run, REPORT)] if run is not None and (run / RESULTS).is_dir() else []
     for folder, record in [*of_run, *((folder, SUMMARY) for folder in folders)]:
         results = last_results(folder)
-        if record == SUMMARY and not any(result.system.revision in states for result in results):
+        if record == SUMMARY and not any(_is_of(result, states) for result in results):
             raise DataError(
                 f"no result in {folder / RESULTS} is of this model as it is now; evaluate it into that folder "
                 "(search-r3 evaluate --model ...), or leave the folder out"
@@ -196,9 +189,9 @@ def _newest(
 ) -> dict[tuple[str, tuple[str, str]], tuple[Path, Result]]:
     """(Name, split) -> folder and result; of each split only what is on the data of the model's newest result."""
     dated = sorted(rows, key=lambda row: str(row[1].provenance.get("date", "")))
-    own = [result for _, result in dated if result.system.revision in states]
+    own = [result for _, result in dated if _is_of(result, states)]
     data = {result.place: result.collection.hash for result in own}
-    keys = {result.key for result in own}
+    keys = {result.key: _label(result) for result in own}
     newest = {}
     for folder, result in dated:
         name = _name(result, states, earlier, keys)
@@ -208,37 +201,36 @@ def _newest(
     return dict(sorted(newest.items(), key=lambda item: order.index(item[0][1])))
 
 
-def _name(result: Result, states: set[str], earlier: set[str], keys: set[str]) -> str:
-    """What a system is called beside the model of these results; empty where it has nothing to do with it."""
+def _name(result: Result, states: set[str], earlier: set[str], keys: Mapping[str, str]) -> str:
+    """What a system is called beside the model of these results; empty where it has nothing to do with it.
+
+    `keys` holds what their names say of their instructions.
+    """
     system = result.system
     if system.kind == "search-r3":
-        if system.revision in states:
-            return system.mode
-        return f"{system.mode}, {BEFORE_RL}" if system.revision in earlier else ""
+        if _is_of(result, states):
+            return system.mode + _label(result)
+        return f"{system.mode}{_label(result)}, {BEFORE_RL}" if _is_of(result, earlier) else ""
     if texts := system.settings.get("texts"):
-        return "bm25+reasoning" if texts in keys else ""
+        return f"bm25+reasoning{keys[texts]}" if texts in keys else ""
     return system.name
+
+
+def _label(result: Result) -> str:
+    """What its name says of its instructions."""
+    return label(result.system.settings.get("instruction", OWN))
+
+
+def _is_of(result: Result, states: set[str]) -> bool:
+    """Whether a result is of one of these states; that of adapters says their base's, too."""
+    return result.system.revision.partition("+")[0] in states
 
 
 def _report(run: Path, states: set[str]) -> dict[str, Any]:
     """The report of the run; empty where it is of another state of the model."""
     path = run / REPORT
-    is_of_model = path.is_file() and any(result.system.revision in states for result in last_results(run))
+    is_of_model = path.is_file() and any(_is_of(result, states) for result in last_results(run))
     return _read_object(path) if is_of_model else {}
-
-
-def _metrics(path: Path, stages: Sequence[str]) -> dict[str, list[dict[str, Any]]]:
-    """The rows of each stage, in the order of the stages; a line that is being written is not one of them."""
-    rows: dict[str, list[dict[str, Any]]] = {stage: [] for stage in stages}
-    for number, line in read_lines(path) if path.is_file() else ():
-        if not line.endswith("\n"):
-            continue
-        try:
-            row = json.loads(line)
-            rows.setdefault(row["stage"], []).append(row)
-        except (json.JSONDecodeError, KeyError, TypeError) as error:
-            raise RunError(f"{path}:{number}: not a line of metrics; mend or remove the line") from error
-    return {stage: rows[stage] for stage in stages}
 
 
 def _embedding_settings(path: Path) -> EmbeddingSettings:

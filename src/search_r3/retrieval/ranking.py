@@ -29,10 +29,11 @@ import numpy as np
 
 from ..data.collection import Collection
 from ..data.restrictions import Restrictions, restrictions
+from ..data.rows import bare_text
 from ..types import Array, Rows
 from .index import VectorIndex
 from .lexical import Scored
-from .selection import NOISE, count_ahead
+from .selection import NOISE, count_ahead, groups_alike
 
 MARGIN = 32
 """Documents beyond the depth that are scored once more, since a matrix product may order equal ones wrongly. Where the
@@ -41,10 +42,16 @@ margin is all noise, every document is scored once more."""
 
 @dataclass(frozen=True)
 class RankRequest(Restrictions):
-    """One query as a system sees it, with what must not stand in its ranking."""
+    """One query as a system sees it (`data.collection.Query`), with what must not stand in its ranking."""
 
     query_id: str
     text: str
+    instruction: str = ""
+
+    @property
+    def bare(self) -> str:
+        """The text without its instruction."""
+        return bare_text(self.text, self.instruction)
 
 
 def make_requests(
@@ -54,8 +61,10 @@ def make_requests(
     requests = []
     for query_id, relevance in qrels.items():
         limits = restrictions(collection, query_id, relevance, keep_identical_ids=keep_identical_ids)
-        text = collection.queries[query_id].text
-        requests.append(RankRequest(query_id, text, left_out=limits.left_out, pool=limits.pool))
+        query = collection.queries[query_id]
+        requests.append(
+            RankRequest(query_id, query.text, query.instruction, left_out=limits.left_out, pool=limits.pool)
+        )
     return requests
 
 
@@ -73,11 +82,7 @@ def ranked_rows(
 ) -> list[tuple[Rows, Array]]:
     """The rows of each query `Q x D`, best first, at most `depth`, under its restrictions, and their scores."""
     candidates = [limit.pool for limit in limits]
-    groups: dict[int, list[int]] = {}  # of like numbers of left-out documents, so that none makes all search deep
-    for i, limit in enumerate(limits):
-        if limit.pool is None:
-            groups.setdefault((len(limit.left_out) // 64).bit_length(), []).append(i)
-    for group in groups.values():
+    for group in groups_alike({i: len(limit.left_out) for i, limit in enumerate(limits) if limit.pool is None}):
         deepest = depth + MARGIN + max(len(limits[i].left_out) for i in group)
         nearest, products = index.search_rows(vectors[group], deepest)
         for i, rows, scores in zip(group, nearest, products, strict=True):

@@ -8,42 +8,32 @@ from __future__ import annotations
 
 import random
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from ..config import SFTSettings
 from ..data.collection import Collection
-from ..data.triples import TrainingExample, draw_negatives, draw_trace, swap_traces
+from ..data.triples import TrainingExample, draw_negatives, draw_trace, draw_uninstructed, swap_traces
 from ..model.backbone import pad
 from ..model.prompts import PromptEncoder
 
 
 @dataclass(frozen=True)
 class Batch:
-    """What a step learns from, the same in every process; columns are documents.
+    """What a step learns from, the same in every process; columns are documents."""
 
-    Attributes:
-        examples: `B`.
-        traces: one reasoning trace for each.
-        doc_ids: `M`.
-        positives: `B`, columns.
-        negatives: `B x K`, columns.
-        excluded: `B x M`, True where a document is no negative of the query: another positive, one with the text of a
-            positive, or one that its rankings leave out.
-        owners: `R`, the query of each vector.
-        swaps: queries whose trace is another's, so that it is not supervised.
-    """
-
-    examples: list[TrainingExample]
-    traces: list[str]
-    doc_ids: list[str]
-    positives: Tensor
-    negatives: Tensor
+    examples: list[TrainingExample]  # `B`
+    traces: list[str]  # one reasoning trace for each
+    doc_ids: list[str]  # `M`
+    positives: Tensor  # `B`, columns
+    negatives: Tensor  # `B x K`, columns
+    # `B x M`, True where a document is no negative of the query: another positive, one with the text of a positive, or
+    # one that its rankings leave out
     excluded: Tensor
-    owners: list[int]
-    swaps: frozenset[int] = frozenset()
+    owners: list[int]  # `R`, the query of each vector
+    swaps: frozenset[int] = frozenset()  # queries whose trace is another's, so that it is not supervised
 
     def names(self) -> dict[str, list[str]]:
         """The ids of its queries and documents."""
@@ -52,21 +42,13 @@ class Batch:
 
 @dataclass(frozen=True)
 class TrainingSequence:
-    """One sequence: a query's prompt and completion, or a document's prompt.
+    """One sequence: a query's prompt and completion, or a document's prompt."""
 
-    Attributes:
-        ids: tokens.
-        embed_position: where the embed token stands, whose hidden state is the vector.
-        place: the row of its vector, among the `R` of the queries or among the `M` of the documents.
-        prompt_length: tokens before the supervised completion; all tokens where nothing is supervised.
-        in_kl: whether the KL to the base is measured on its prompt.
-    """
-
-    ids: list[int]
-    embed_position: int
-    place: int
-    prompt_length: int
-    in_kl: bool = False
+    ids: list[int]  # tokens
+    embed_position: int  # where the embed token stands, whose hidden state is the vector
+    place: int  # the row of its vector, among the `R` of the queries or among the `M` of the documents
+    prompt_length: int  # tokens before the supervised completion; all tokens where nothing is supervised
+    in_kl: bool = False  # whether the KL to the base is measured on its prompt
 
 
 @dataclass(frozen=True)
@@ -106,25 +88,15 @@ class LocalBatch:
 
 @dataclass(frozen=True)
 class MicroBatch:
-    """Padded tensors of some sequences.
+    """Padded tensors of some sequences."""
 
-    Attributes:
-        ids: `b x T`.
-        mask: `b x T`.
-        embed: `b`, position of the embed token.
-        places: `b`, see `TrainingSequence.place`.
-        replies: `b x T`, True where the next token is supervised.
-        targets: the supervised tokens, in the order of `replies`.
-        prompts: `b x T`, True where the KL is measured.
-    """
-
-    ids: Tensor
-    mask: Tensor
-    embed: Tensor
-    places: Tensor
-    replies: Tensor
-    targets: Tensor
-    prompts: Tensor
+    ids: Tensor  # `b x T`
+    mask: Tensor  # `b x T`
+    embed: Tensor  # `b`, position of the embed token
+    places: Tensor  # `b`, see `TrainingSequence.place`
+    replies: Tensor  # `b x T`, True where the next token is supervised
+    targets: Tensor  # the supervised tokens, in the order of `replies`
+    prompts: Tensor  # `b x T`, True where the KL is measured
 
 
 def make_batch(
@@ -140,7 +112,7 @@ def make_batch(
         collection: holds the texts.
         doc_ids: its documents, from which random negatives are drawn.
         examples: `B`.
-        settings: how many negatives, and the weights of the styles of traces.
+        settings: how many negatives, the weights of the styles of traces, and how many queries lose their instruction.
         rng: of the step, so that every process draws the same.
 
     Raises:
@@ -156,8 +128,10 @@ def make_batch(
     columns = {doc_id: column for column, doc_id in enumerate(distinct)}
     reasoned = [row for row, trace in enumerate(traces) if trace or settings.untraced == "embed"]
     swaps = swap_traces(traces, reasoned, settings.swapped_traces, rng)
+    # Drawn last, so that a share of 0 leaves all other draws as they are.
+    queries = draw_uninstructed([example.query for example in examples], settings.uninstructed, rng)
     return Batch(
-        examples,
+        [replace(example, query=query) for example, query in zip(examples, queries, strict=True)],
         traces,
         distinct,
         torch.tensor([columns[doc_id] for doc_id in positives]),
@@ -196,21 +170,20 @@ def tokenise(
 
     A trace that does not fit into `max_new_tokens`, the embed token included, loses its end: no reply will be longer.
     """
-    texts = [batch.examples[row].query.text for row in rows]
+    queries = [example.query for example in batch.examples]
+    texts, instructions = [queries[row].bare for row in rows], [queries[row].instruction for row in rows]
     place_of = {row: place for place, row in enumerate(batch.owners) if place >= len(batch.examples)}
     direct, reasoned, cut = [], [], 0
     completion = encoder.direct_completion()
-    for row, encoded in zip(rows, encoder.encode_batch(texts, "direct"), strict=True):
+    for row, encoded in zip(rows, encoder.encode_batch(texts, "direct", instructions), strict=True):
         prompt = encoded.ids[: -completion.embed_position - 1]
         direct.append(TrainingSequence(prompt + completion.ids, len(encoded.ids) - 1, row, len(prompt)))
     reason_rows = [row for row in rows if row in place_of]
-    texts = [batch.examples[row].query.text for row in reason_rows]
-    for row, encoded in zip(reason_rows, encoder.encode_batch(texts, "reason"), strict=True):
-        prompt, completion = encoded.ids, encoder.reason_completion(batch.traces[row])
-        length = min(completion.embed_position, max_new_tokens - 1)
-        cut += length < completion.embed_position
-        ids, position = prompt + completion.ids[:length], len(prompt) + length
-        ids += completion.ids[completion.embed_position :]
+    texts, instructions = [queries[row].bare for row in reason_rows], [queries[row].instruction for row in reason_rows]
+    for row, encoded in zip(reason_rows, encoder.encode_batch(texts, "reason", instructions), strict=True):
+        prompt, completion = encoded.ids, encoder.reason_completion(batch.traces[row], max_new_tokens)
+        cut += completion.truncated
+        ids, position = prompt + completion.ids, len(prompt) + completion.embed_position
         supervised_from = len(ids) if row in batch.swaps else len(prompt)
         # Direct and reasoned prompts hold the same queries; one of them is enough for the KL.
         reasoned.append(TrainingSequence(ids, position, place_of[row], supervised_from, in_kl=row not in batch.swaps))

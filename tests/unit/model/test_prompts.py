@@ -6,9 +6,10 @@ from typing import Any
 import pytest
 
 from search_r3.errors import DataError, ModelError
-from search_r3.model.backbone import Backbone, EmbeddingSettings
+from search_r3.model.backbone import Backbone
 from search_r3.model.loading import load_backbone
-from search_r3.model.prompts import EMBED_TOKEN, PROMPT_SETS, PromptEncoder
+from search_r3.model.prompts import EMBED_TOKEN, PROMPT_SETS
+from search_r3.model.settings import EmbeddingSettings
 
 
 def rendered(backbone: Backbone, ids: list[int]) -> str:
@@ -62,6 +63,30 @@ def test_a_long_text_loses_its_end_and_says_so(tiny_path: Path) -> None:
     assert long.ids[-1] == backbone.embed_token_id, "the template's end and the embed token must survive"
 
 
+@pytest.mark.parametrize("kind", ["direct", "reason", "document"])
+def test_an_instruction_follows_the_text_and_outlives_its_end(tiny_path: Path, kind: Any) -> None:
+    encoder = load_backbone(tiny_path, settings=EmbeddingSettings(max_length=80)).prompt_encoder
+    joined = encoder.encode("where is it? Only red things.", kind)
+    assert encoder.encode(" where is it?", kind, "Only red things. ") == joined, "the ids of training data"
+    assert encoder.encode("where is it?", kind, " ") == encoder.encode("where is it?", kind)
+    before, after = encoder.frame(kind)
+    long = encoder.encode("a blue house " * 50, kind, "Only red things.")
+    assert long.truncated and len(long.ids) == 80
+    text = encoder.tokenizer.decode(long.ids[len(before) : len(long.ids) - len(after)])
+    assert text.startswith("a blue house a blue house") and text.endswith(" Only red things.")
+    assert encoder.encode("a blue house " * 50 + "Only red things.", kind).ids != long.ids, "part of the text is cut"
+
+
+def test_instructions_are_one_for_all_or_one_per_text_and_must_leave_room(tiny_path: Path) -> None:
+    encoder = load_backbone(tiny_path, settings=EmbeddingSettings(max_length=80)).prompt_encoder
+    both = encoder.encode_batch(["a house", "a boat"], "direct", ["Red.", ""])
+    assert both == [encoder.encode("a house Red.", "direct"), encoder.encode("a boat", "direct")]
+    with pytest.raises(DataError, match="3 instructions for 2 texts; give one for all, or one per text"):
+        encoder.encode_batch(["a house", "a boat"], "direct", ["Red."] * 3)
+    with pytest.raises(DataError, match=r"the instruction 'red .* takes \d+ tokens, but max_length=80 has room"):
+        encoder.encode("a house", "direct", "red " * 90)
+
+
 def test_a_budget_without_room_for_text_is_refused(tiny_path: Path) -> None:
     with pytest.raises(ModelError, match="max_length=10 leaves no room for text in the direct prompt"):
         load_backbone(tiny_path, settings=EmbeddingSettings(max_length=10))
@@ -76,25 +101,3 @@ def test_reason_completion_ends_with_the_token_and_the_turn(backbone: Backbone) 
     completion = backbone.prompt_encoder.reason_completion("It is red.")
     assert rendered(backbone, completion.ids) == "It is red.<|embed_token|><|im_end|>"
     assert completion.ids[completion.embed_position] == backbone.embed_token_id
-
-
-def test_a_template_without_system_role_gets_the_wording_before_the_text(backbone: Backbone, tokenizer: Any) -> None:
-    import copy
-
-    own = copy.deepcopy(backbone.tokenizer)
-    own.chat_template = (
-        "{% for m in messages %}{% if m['role'] == 'system' %}{{ raise_exception('no system role') }}{% endif %}"
-        "[{{ m['role'] }}]{{ m['content'] }}{% endfor %}[model]"
-    )
-    encoder = PromptEncoder(own, backbone.settings.prompts, backbone.embed_token_id, 120)
-    text = own.decode(encoder.encode("red house", "reason").ids)
-    assert text == f"[user]{backbone.settings.prompts.reason_system}\n\nred house[model]"
-
-
-def test_a_tokenizer_without_chat_template_is_refused(backbone: Backbone) -> None:
-    import copy
-
-    own = copy.deepcopy(backbone.tokenizer)
-    own.chat_template = None
-    with pytest.raises(ModelError, match="no chat template"):
-        PromptEncoder(own, backbone.settings.prompts, backbone.embed_token_id, 120)
