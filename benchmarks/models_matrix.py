@@ -165,6 +165,7 @@ def deviations(backbone: Backbone) -> tuple[float, float]:
     )
     reason = 0.0
     prompts = [prompt.ids for prompt in encode([*TEXTS, TEXTS[1]], "reason")]
+    assert min(map(len, prompts)) > WINDOW, "windows have to cut"
     for reply in model.rollouts(prompts, max_new_tokens=[3, 12, 40, 30], sampling_temperature=1.0, seeds=range(4)):
         vector, logprobs = _own(backbone, [*reply.prompt_ids, *reply.completion_ids])
         chosen = logprobs[len(reply.prompt_ids) - 1 : -1].gather(-1, torch.tensor(reply.completion_ids)[:, None])[:, 0]
