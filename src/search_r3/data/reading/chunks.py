@@ -88,7 +88,7 @@ def cut(source: SourceText, chunking: Chunking) -> list[Span]:
         else:
             chunks += _cut_section(source, span, chunking)
             room = 0
-    return [_trim(text, span) for span in chunks]
+    return [(start, end) for start, end in (_trim(text, span) for span in chunks) if start < end]
 
 
 def with_context(title: str, headings: Sequence[str], text: str) -> str:

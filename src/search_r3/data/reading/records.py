@@ -74,7 +74,7 @@ class ColumnNames:
         columns: dict[str, tuple[str, ...]] = {
             field: next(((lower[name],) for name in names if name in lower), ()) for field, names in GUESSES.items()
         }
-        if not columns["text"] and len(present) == 1:
+        if len(present) == 1 and not any(columns.values()):
             columns["text"] = tuple(present)
         columns |= self.named()
         if strict and (missing := sorted({one for names in columns.values() for one in names} - set(present))):

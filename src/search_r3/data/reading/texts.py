@@ -156,11 +156,13 @@ def read_markdown(text: str) -> SourceText:
     front = FRONT_MATTER.match(text)
     body_at = front.end() if front else 0
     starts = _line_starts(text[body_at:])
-    tokens = MarkdownIt("commonmark").parse(text[body_at:])
+    markdown = MarkdownIt("commonmark")
+    tokens = MarkdownIt("commonmark").disable(["inline", "text_join"]).parse(text[body_at:])  # of blocks alone: fast
     headings = []
     for token, inline in pairwise(tokens):
         if token.type == "heading_open" and token.map:
-            words = "".join(child.content or " " for child in inline.children or ())
+            [line] = markdown.parseInline(inline.content)
+            words = "".join(child.content or " " for child in line.children or ())
             headings.append((body_at + starts[token.map[0]], int(token.tag[1]), words))
     title = _front_title(front[1] or "") if front else ""
     title = title or next((words for _, level, words in headings if level == 1), "")
