@@ -10,8 +10,8 @@ import torch
 
 from search_r3.config import BaseModelSettings
 from search_r3.data.generators.atlas import build_atlas, fact_dialogues, fact_probes, read_atlas
-from search_r3.model.encoder import builtin_base_path
 from search_r3.model.loading import load_backbone
+from search_r3.model.source import builtin_base_path
 from search_r3.pretraining import base
 
 

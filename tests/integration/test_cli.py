@@ -167,14 +167,14 @@ def test_an_encoded_collection_is_searched_without_encoding_it_again(
     assert call(monkeypatch, *search, "--index", index) == 0
     assert [line.split()[1] for line in ranked(capsys.readouterr().out)] == [line.split()[1] for line in expected]
     assert encoded == []
-    assert call(monkeypatch, "encode", model, tmp_path / "wide", "-c", collection_path, "--dtype", "float32") == 0
+    assert call(monkeypatch, "encode", model, tmp_path / "wide", "-c", collection_path, "--vectors", "float32") == 0
     assert ExactIndex.load(tmp_path / "wide").dtype == "float32"
 
 
 def test_encode_goes_on_where_it_was_stopped(
     tiny_path: Path, collection_path: Path, tmp_path: Path, encoded: list[str], monkeypatch: Any, capsys: Any
 ) -> None:
-    args = ["encode", tiny_path, tmp_path / "index", "-c", collection_path]
+    args = ["encode", tiny_path, tmp_path / "index", "-c", collection_path, "--untrained"]
     texts = list(small_collection().texts().values())
     with monkeypatch.context() as patch:
         whole = SearchR3.encode_document
@@ -200,7 +200,7 @@ def test_encode_reads_the_built_in_collection(
     tiny_path: Path, tmp_path: Path, encoded: list[str], monkeypatch: Any
 ) -> None:
     monkeypatch.setattr("search_r3.data.load.BUILDERS", {"atlas": lambda seed: small_collection()})
-    assert call(monkeypatch, "encode", tiny_path, tmp_path / "index") == 0
+    assert call(monkeypatch, "encode", tiny_path, tmp_path / "index", "--untrained") == 0
     assert len(encoded) == 40
 
 
@@ -212,15 +212,27 @@ def test_an_index_of_another_model_or_collection_is_not_searched(
     small_collection().save(changed)
     corpus_file = changed / "corpus.jsonl"
     corpus_file.write_text(corpus_file.read_text().replace("white chair", "brown chair"))
-    assert call(monkeypatch, "encode", tiny_path, index, "-c", collection_path) == 0
+    assert call(monkeypatch, "encode", tiny_path, index, "-c", collection_path, "--untrained") == 0
     before = {path.name: path.read_bytes() for path in index.iterdir()}
     for args, message in (
-        (["search", tiny_path, "x", "-c", changed, "--index", index], "was encoded from other documents"),
-        (["search", other, "x", "-c", collection_path, "--index", index], "was encoded by another model"),
-        (["search", tiny_path, "x", "-c", collection_path, "--index", tmp_path], "holds no index; encode the corpus"),
-        (["encode", tiny_path, index, "-c", changed], "was encoded from other documents"),
-        (["encode", other, index, "-c", collection_path], "was encoded by another model"),
-        (["encode", tiny_path, index, "-c", collection_path, "--dtype", "float32"], "as float16, not as float32"),
+        (
+            ["search", tiny_path, "x", "-c", changed, "--index", index, "--untrained"],
+            "was encoded from other documents",
+        ),
+        (
+            ["search", other, "x", "-c", collection_path, "--index", index, "--untrained"],
+            "was encoded by another model",
+        ),
+        (
+            ["search", tiny_path, "x", "-c", collection_path, "--index", tmp_path, "--untrained"],
+            "holds no index; encode the corpus",
+        ),
+        (["encode", tiny_path, index, "-c", changed, "--untrained"], "was encoded from other documents"),
+        (["encode", other, index, "-c", collection_path, "--untrained"], "was encoded by another model"),
+        (
+            ["encode", tiny_path, index, "-c", collection_path, "--vectors", "float32", "--untrained"],
+            "as float16, not as float32",
+        ),
     ):
         assert call(monkeypatch, *args) == 2, args
         err = capsys.readouterr().err.strip().splitlines()
@@ -232,7 +244,7 @@ def test_export_writes_a_sentence_transformers_directory_once(
     tiny_path: Path, tmp_path: Path, monkeypatch: Any, capsys: Any
 ) -> None:
     out = tmp_path / "out"
-    assert call(monkeypatch, "export", tiny_path, out, "--dtype", "float16") == 0
+    assert call(monkeypatch, "export", tiny_path, out, "--weights", "float16") == 0
     assert "SentenceTransformer(" in capsys.readouterr().out
     assert (out / "modules.json").exists()
     from safetensors import safe_open
@@ -298,7 +310,8 @@ def test_bad_input_is_one_line_and_status_2(
     broken = broken_collection(tmp_path / "broken")
     bare = tmp_path / "bare"
     bare.mkdir()
-    (bare / "config.json").write_bytes((tiny_path / "config.json").read_bytes())
+    for name in ("config.json", "model.safetensors"):
+        (bare / name).write_bytes((tiny_path / name).read_bytes())
     fresh = [f"run_dir={tmp_path / 'fresh'}", f"base={tiny_path}", f"collection={collection_path}", *SMALL]
     cases = [
         (["search", tiny_path, "x", "-c", broken], "corpus.jsonl:41: not valid JSON"),
@@ -314,8 +327,8 @@ def test_bad_input_is_one_line_and_status_2(
         (["base", broken], "exists; nothing is overwritten"),
         (["grpo", *fresh, "--model", tiny_path, "max_new_tokens=1"], "emitted the embed token within 1 tokens"),
         (["sft", *fresh, "--recipe", tmp_path / "no.yaml"], "cannot read the recipe"),
-        (["encode", tiny_path, tmp_path / "i", "-c", broken], "corpus.jsonl:41: not valid JSON"),
-        (["encode", tiny_path, tmp_path / "i", "-c", tmp_path / "no"], "the folder does not exist"),
+        (["encode", tiny_path, tmp_path / "i", "-c", broken, "--untrained"], "corpus.jsonl:41: not valid JSON"),
+        (["encode", tiny_path, tmp_path / "i", "-c", tmp_path / "no", "--untrained"], "the folder does not exist"),
         (["export", tiny_path, broken], "exists; nothing is overwritten"),
     ]
     for args, message in cases:

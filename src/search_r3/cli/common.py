@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import functools
+import inspect
 import logging
+from collections.abc import Callable
+from dataclasses import dataclass, fields
 from enum import StrEnum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal, get_type_hints
 
 import typer
 from typer.core import TyperCommand, TyperOption
 
-from ..errors import ConfigError
+from ..errors import ConfigError, ModelError
 
 if TYPE_CHECKING:
     from ..config import Recipe
@@ -33,7 +37,6 @@ CollectionOption = Annotated[
 ]
 ModelArgument = Annotated[str, typer.Argument(help="Model directory or hub id.")]
 NewFolder = Annotated[Path, typer.Argument(help="Folder to write; it must not exist.")]
-DeviceOption = Annotated[str | None, typer.Option(help="`cpu`, `cuda`, ...; by default a GPU where there is one.")]
 IndexDType = Literal["float16", "float32"]
 WeightDType = Literal["float16", "bfloat16", "float32"]
 
@@ -43,6 +46,59 @@ class ModeName(StrEnum):
 
     direct = "direct"
     reason = "reason"
+
+
+def _option(help_text: str, *names: str, **limits: Any) -> Any:
+    return typer.Option(*names, help=help_text, rich_help_panel="Model", **limits)
+
+
+@dataclass(frozen=True)
+class ModelOptions:
+    """The options of every command that loads a model; a command takes them by `takes_model_options`."""
+
+    device: Annotated[str | None, _option("`cpu`, `cuda`, `mps`, ...; by default a GPU where there is one.")] = None
+    dtype: Annotated[
+        str, _option("Precision it computes in: `float32`, `bfloat16`, `float16`; `auto`: bfloat16 on CUDA.")
+    ] = "auto"
+    revision: Annotated[str | None, _option("Branch, tag or commit on the hub.")] = None
+    prompts: Annotated[str | None, _option("Name of the prompt set; by default the model's own.")] = None
+    max_length: Annotated[int | None, _option("Longest prompt in tokens, instead of the model's own limit.", min=8)] = (
+        None
+    )
+    max_new_tokens: Annotated[int | None, _option("Reasoning budget in tokens, instead of the model's own.", min=1)] = (
+        None
+    )
+
+    def loading(self) -> dict[str, Any]:
+        """What of it `SearchR3` takes."""
+        return {name: getattr(self, name) for name in _LOADING}
+
+
+_LOADING = ("device", "dtype", "revision", "prompts", "max_length", "max_new_tokens")
+Untrained = Annotated[bool, _option("Use a base that no stage has trained: its vectors mean nothing.", "--untrained")]
+
+
+def takes_model_options(command: Callable[..., None]) -> Callable[..., None]:
+    """Give a command whose function takes `options` the options of `ModelOptions`; Typer itself has no groups."""
+    own = [
+        parameter
+        for name, parameter in inspect.signature(command, eval_str=True).parameters.items()
+        if name != "options"
+    ]
+    hints = get_type_hints(ModelOptions, include_extras=True)
+    shared = [
+        inspect.Parameter(
+            field.name, inspect.Parameter.KEYWORD_ONLY, default=field.default, annotation=hints[field.name]
+        )
+        for field in fields(ModelOptions)
+    ]
+
+    @functools.wraps(command)
+    def with_options(**values: Any) -> None:
+        command(options=ModelOptions(**{each.name: values.pop(each.name) for each in shared}), **values)
+
+    with_options.__signature__ = inspect.Signature([*own, *shared])  # type: ignore[attr-defined]
+    return with_options
 
 
 class ManyValues(TyperCommand):
@@ -80,12 +136,25 @@ def load_settings(recipe: Path | None, overrides: list[str] | None) -> Recipe:
     return settings
 
 
-def load_encoder(model: str, **options: Any) -> SearchR3:
-    """A model to search with."""
+def load_encoder(model: str, options: ModelOptions, untrained: bool = True) -> SearchR3:
+    """A model to encode with.
+
+    Raises:
+        ModelError: it cannot be loaded; or no stage has trained it and this is not wanted.
+    """
     from ..model.encoder import SearchR3
+    from ..model.loading import load_backbone
 
     hush()
-    return SearchR3(model, **options)
+    if untrained:
+        return SearchR3(model, **options.loading())
+    backbone = load_backbone(model, **options.loading())
+    if not backbone.trained:
+        raise ModelError(
+            f"{model} is a base that no stage has trained: its vectors mean nothing; train it "
+            f"(search-r3 sft base={model}), or add --untrained"
+        )
+    return SearchR3(backbone)
 
 
 def check_new(path: Path) -> None:

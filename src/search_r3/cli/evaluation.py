@@ -9,7 +9,7 @@ import typer
 
 from .. import console
 from ..errors import ConfigError
-from .common import DeviceOption, ManyValues, ModeName, WeightDType, app, check_new, hush, load_encoder
+from .common import ManyValues, ModelOptions, ModeName, app, check_new, hush, load_encoder, takes_model_options
 
 if TYPE_CHECKING:
     from ..evaluation.results import Result
@@ -25,12 +25,13 @@ Splits = Annotated[
 ]
 Modes = Annotated[list[ModeName] | None, typer.Option("--modes", help="`direct`, `reason`; both by default.")]
 BatchSize = Annotated[int, typer.Option(min=1, help="Queries reasoned about at once; changes results by rounding.")]
-DType = Annotated[WeightDType, typer.Option(help="Precision of the model.")]
 Seed = Annotated[int, typer.Option(min=0, help="Of the intervals and of the tests.")]
 
 
 @app.command(cls=ManyValues)
+@takes_model_options
 def evaluate(
+    options: ModelOptions,
     model: Models = None,
     collections: Annotated[
         list[str] | None,
@@ -58,8 +59,6 @@ def evaluate(
     bootstrap: Annotated[int, typer.Option(min=100, help="Resamples of the intervals.")] = 1000,
     seed: Seed = 0,
     batch_size: BatchSize = 128,
-    dtype: DType = "float32",
-    device: DeviceOption = None,
 ) -> None:
     """Evaluate models and baselines on collections; a stopped evaluation goes on with the same command.
 
@@ -70,17 +69,16 @@ def evaluate(
 
     hush()
     sources = label_models(model) if model else {}
-    options = EvaluationOptions(depth, keep_identical_ids, latency_queries, bootstrap, seed)
+    measuring = EvaluationOptions(depth, keep_identical_ids, latency_queries, bootstrap, seed)
     plan = EvaluationPlan(
         sources,
         _modes(modes),
         list(dict.fromkeys(baselines or [])),
         list(dict.fromkeys(collections or ["atlas"])),
         splits or [],
-        options,
+        measuring,
         batch_size,
-        device,
-        dtype,
+        options.loading(),
     )
     results = _run(plan, out)
     comparisons = write_summary(results, out, permutations, seed)
@@ -108,20 +106,20 @@ def _run(plan: EvaluationPlan, out: Path) -> list[Result]:
 
 
 @app.command(cls=ManyValues)
+@takes_model_options
 def mteb(
     model: Annotated[str, typer.Option("--model", "-m", help="Directory or hub id.")],
     tasks: Annotated[
         list[str],
         typer.Option("--tasks", help="Tasks of mteb, suites (`paper`, `bright`, `followir`), folders."),
     ],
+    options: ModelOptions,
     splits: Splits = None,
     modes: Modes = None,
     out: Annotated[Path, typer.Option(help="Folder of mteb's own result files; they are not computed again.")] = Path(
         "runs/mteb"
     ),
     batch_size: BatchSize = 128,
-    dtype: DType = "float32",
-    device: DeviceOption = None,
 ) -> None:
     """Run tasks of MTEB through the library mteb, each mode as a model of its own.
 
@@ -138,7 +136,7 @@ def mteb(
     for folder in folders:
         collection = load_collection(folder, skip_empty_documents=True)
         mteb_tasks += [collection_task(collection, split) for split in resolve_splits(collection, splits or [])]
-    encoder = load_encoder(model, device=device, dtype=dtype)
+    encoder = load_encoder(model, options)
     console.show_mteb(run_mteb(encoder, _modes(modes), mteb_tasks, out, batch_size=batch_size))
     console.say(f"mteb's result files: {out}/results")
 

@@ -13,7 +13,17 @@ import typer
 
 from .. import console
 from ..errors import ConfigError
-from .common import ManyValues, ModeName, NewFolder, check_new, data_app, hush, load_encoder
+from .common import (
+    ManyValues,
+    ModelOptions,
+    ModeName,
+    NewFolder,
+    check_new,
+    data_app,
+    hush,
+    load_encoder,
+    takes_model_options,
+)
 
 if TYPE_CHECKING:
     from ..data.writing.asking import Estimate, Standing
@@ -58,10 +68,12 @@ KeyVariable = Annotated[str, typer.Option(help="Environment variable that holds 
 
 
 @data_app.command("mine", cls=ManyValues)
+@takes_model_options
 def data_mine(
     collection: Source,
     out: NewFolder,
     with_: With,
+    options: ModelOptions,
     splits: Splits = None,
     cross_encoder: CrossEncoder = None,
     per_query: Mined = 4,
@@ -97,7 +109,7 @@ def data_mine(
         keep=not drop_old,
     )
     data = load_collection(collection)
-    retrievers = {name: _retriever(name, mode) for name in with_}
+    retrievers = {name: _retriever(name, mode, options) for name in with_}
     judge = _judge(cross_encoder, retrievers)
     cache = cache or out.parent / f"{out.name}.cache"
     with console.watching() as watch:
@@ -198,7 +210,7 @@ def data_traces(
     _show_report(report)
 
 
-def _retriever(name: str, mode: ModeName) -> Retriever:
+def _retriever(name: str, mode: ModeName, options: ModelOptions) -> Retriever:
     from ..evaluation.systems import SENTENCE_TRANSFORMERS, SentenceTransformersSystem
     from ..mining.candidates import DenseRetriever, LexicalRetriever
     from ..retrieval.encode import Peer
@@ -210,7 +222,7 @@ def _retriever(name: str, mode: ModeName) -> Retriever:
         system = SentenceTransformersSystem(name.removeprefix(SENTENCE_TRANSFORMERS))
         peer = Peer(system.info.model, system.info.settings, system.encode)
         return DenseRetriever(peer, peer.encode_query, {**peer.origin, "revision": system.info.revision})
-    model = load_encoder(name)
+    model = load_encoder(name, options)
     key = {
         "model": model.backbone.source,
         "revision": model.backbone.revision,

@@ -12,12 +12,15 @@ from .common import (
     CollectionOption,
     IndexDType,
     ModelArgument,
+    ModelOptions,
     ModeName,
     NewFolder,
+    Untrained,
     WeightDType,
     app,
     check_new,
     load_encoder,
+    takes_model_options,
 )
 
 if TYPE_CHECKING:
@@ -25,16 +28,19 @@ if TYPE_CHECKING:
 
 
 @app.command()
+@takes_model_options
 def encode(
     model: ModelArgument,
     out: Annotated[Path, typer.Argument(help="Index folder; an encoding that was begun there goes on.")],
+    options: ModelOptions,
     collection: CollectionOption = "atlas",
-    dtype: Annotated[IndexDType, typer.Option(help="How vectors are stored.")] = "float16",
+    vectors: Annotated[IndexDType, typer.Option(help="How vectors are stored; --dtype is the model's.")] = "float16",
+    untrained: Untrained = False,
 ) -> None:
     """Encode a collection of any size into an index folder; after a kill, the same command goes on."""
     from ..retrieval.encode import encode_corpus
 
-    encoder = load_encoder(model)
+    encoder = load_encoder(model, options, untrained)
     with console.bar("documents") as bar:
 
         def start(total: int, done: int) -> None:
@@ -43,33 +49,38 @@ def encode(
             bar.begin(total, done)
 
         documents = _documents(collection)
-        index = encode_corpus(encoder, documents, out, dtype=dtype, on_start=start, progress=bar.advance)
+        index = encode_corpus(encoder, documents, out, dtype=vectors, on_start=start, progress=bar.advance)
     speed = f"; {bar.speed}" if bar.texts else ""
     console.say(f"{out}: {len(index):,} vectors of size {index.dimension} as {index.dtype}{speed}")
 
 
 @app.command()
+@takes_model_options
 def export(
     model: ModelArgument,
     out: NewFolder,
-    dtype: Annotated[WeightDType | None, typer.Option(help="How weights are stored; as they are by default.")] = None,
+    options: ModelOptions,
+    weights: Annotated[WeightDType | None, typer.Option(help="How weights are stored; by default as --dtype.")] = None,
 ) -> None:
     """Write the direct mode of a model for sentence-transformers."""
     from ..model.export import export_sentence_transformers
 
     check_new(out)
-    export_sentence_transformers(load_encoder(model).backbone, out, dtype)
+    export_sentence_transformers(load_encoder(model, options).backbone, out, weights)
     console.say(f"{out}: load it with SentenceTransformer({str(out)!r})")
 
 
 @app.command()
+@takes_model_options
 def search(
     model: ModelArgument,
+    options: ModelOptions,
     query: Annotated[str | None, typer.Argument(help="The query; without it, a prompt to type queries at.")] = None,
     collection: CollectionOption = "atlas",
     mode: Annotated[ModeName, typer.Option(help="Reason first, or embed at once.")] = ModeName.reason,
     k: Annotated[int, typer.Option("-k", min=1, help="Documents to show.")] = 5,
     index: Annotated[Path | None, typer.Option(help="The collection as `encode` wrote it; else it is encoded.")] = None,
+    untrained: Untrained = False,
 ) -> None:
     """Search a collection: shows the reasoning as it is written, the ranked documents and their scores."""
     from ..data.load import load_collection
@@ -81,7 +92,7 @@ def search(
     if query is not None and not query.strip():
         raise DataError("the query is empty; give a text with at least one visible character")
     data = load_collection(collection)
-    encoder = load_encoder(model)
+    encoder = load_encoder(model, options, untrained)
     if index is None:
         with console.bar("documents", len(data.documents)) as bar:
             encoded = index_documents(encoder, data, progress=bar.advance)

@@ -94,8 +94,8 @@ class SearchR3MTEB:
         model: a directory, a hub id, `"builtin"`, or a loaded `SearchR3` (then device, dtype and revision are its own).
         revision: branch, tag or commit on the hub.
         mode: what queries do, `reason` or `direct`. Each mode has a model name of its own in mteb's results.
-        device: `cpu`, `cuda`, ...; by default `cuda` where there is one.
-        dtype: `float32`, `bfloat16` or `float16`; one other than `float32` keeps its results apart.
+        device: as of `SearchR3`.
+        dtype: as of `SearchR3`; results of a precision other than float32 are kept apart.
         batch_size: queries reasoned about at once; by default mteb's `batch_size`. Documents are batched by tokens.
         max_new_tokens: reasoning budget; by default the model's own. Another budget keeps its results apart.
 
@@ -118,7 +118,7 @@ class SearchR3MTEB:
         *,
         mode: Mode = "reason",
         device: str | None = None,
-        dtype: str = "float32",
+        dtype: str = "auto",
         batch_size: int | None = None,
         max_new_tokens: int | None = None,
     ) -> None:

@@ -7,6 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 from ..data.load import load_collection
 from ..errors import ConfigError
@@ -47,8 +48,7 @@ class EvaluationPlan:
         splits: names, `all`, or none for `test` (else `dev`, `validation`, `train`).
         options: how results are computed.
         batch_size: queries reasoned about at once.
-        device: of the models; by default a GPU where there is one.
-        dtype: of the models.
+        loading: what `SearchR3` takes beside a model: `device`, `dtype`, `prompts`, ...
     """
 
     models: dict[str, str]
@@ -58,8 +58,7 @@ class EvaluationPlan:
     splits: Sequence[str] = ()
     options: EvaluationOptions = field(default_factory=EvaluationOptions)
     batch_size: int = 128
-    device: str | None = None
-    dtype: str = "float32"
+    loading: Mapping[str, Any] = field(default_factory=dict)
 
 
 def label_models(sources: Sequence[str]) -> dict[str, str]:
@@ -107,7 +106,7 @@ def run_plan(plan: EvaluationPlan, folder: Path, watch: Watch | None = None) -> 
         for split in resolve_splits(collection, plan.splits):
             judged(collection, split)
     models = {
-        label: EncodedCollections(SearchR3(source, device=plan.device, dtype=plan.dtype), folder / "indexes")
+        label: EncodedCollections(SearchR3(source, **plan.loading), folder / "indexes")
         for label, source in plan.models.items()
     }
     systems = _systems(plan, models)

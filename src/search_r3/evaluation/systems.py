@@ -19,16 +19,16 @@ import numpy as np
 from ..data.collection import Collection
 from ..errors import ModelError
 from ..extras import extra
-from ..files import hash_folder
 from ..model.documents import check_finite
 from ..model.encoder import SearchR3
 from ..model.prompts import Mode
+from ..model.source import peer_files
 from ..retrieval.encode import encode_corpus
 from ..retrieval.index import ExactIndex
 from ..retrieval.lexical import BM25, Scored
 from ..retrieval.ranking import RankRequest, ranked, without
 from ..types import Array, Progress
-from .results import UNKNOWN, Cost, SystemInfo
+from .results import Cost, SystemInfo
 
 T = TypeVar("T")
 SENTENCE_TRANSFORMERS = "sentence-transformers:"
@@ -182,7 +182,8 @@ class EncodedCollections(_PerCollection[tuple[ExactIndex, float | None]]):
 
     def _path(self, collection: Collection) -> Path:
         assert self._folder is not None
-        return self._folder / f"{self.revision[:12]}-{self.model.backbone.dtype}-{collection.content_hash()[:12]}"
+        short = "+".join(part[:12] for part in self.revision.split("+"))
+        return self._folder / f"{short}-{self.model.backbone.dtype}-{collection.content_hash()[:12]}"
 
 
 class SearchR3System:
@@ -255,9 +256,11 @@ class SentenceTransformersSystem(_PerCollection[Searchable]):
     def __init__(self, source: str, batch_size: int = 32) -> None:
         with extra("integrations"):
             from sentence_transformers import SentenceTransformer
-        path = _package_folder(source) or Path(source)
         try:
-            self._model: Any = SentenceTransformer(str(path) if path.is_dir() else source)
+            files = peer_files(str(_package_folder(source) or source))
+            self._model: Any = SentenceTransformer(
+                str(files.folder), trust_remote_code=False, model_kwargs={"use_safetensors": True}
+            )
         except Exception as error:  # it raises whatever the library beneath it raises
             raise ModelError(
                 f"cannot load {source!r} with sentence-transformers: {str(error).splitlines()[0]}; give a directory, "
@@ -268,12 +271,11 @@ class SentenceTransformersSystem(_PerCollection[Searchable]):
         if similarity not in ("cosine", "dot"):
             raise ModelError(f"{source!r} compares vectors by {similarity}; only cosine and dot are supported")
         self._normalize = similarity == "cosine"
-        commit = getattr(self._model.model_card_data, "base_model_revision", None)
         self.info = SystemInfo(
             name=Path(source).name,
             kind="sentence-transformers",
             model=source,
-            revision=hash_folder(path) if path.is_dir() else str(commit or UNKNOWN),
+            revision=files.revision,
             settings={
                 "max_seq_length": self._model.max_seq_length,
                 "similarity": similarity,

@@ -20,8 +20,9 @@ from ..data.collection import Collection
 from ..data.restrictions import Restrictions
 from ..errors import DataError, ModelError
 from ..extras import extra
-from ..files import hash_folder, write_json
+from ..files import write_json
 from ..model.encoder import SearchR3
+from ..model.source import peer_files
 from ..retrieval.encode import Peer, encode_corpus
 from ..retrieval.index import DType, ExactIndex
 from ..retrieval.lexical import BM25
@@ -190,9 +191,11 @@ class CrossEncoderJudge:
     def __init__(self, source: str, batch_size: int = 32) -> None:
         with extra("integrations"):
             from sentence_transformers import CrossEncoder
-        path = Path(source)
         try:
-            self._model: Any = CrossEncoder(source)
+            files = peer_files(source)
+            self._model: Any = CrossEncoder(
+                str(files.folder), trust_remote_code=False, model_kwargs={"use_safetensors": True}
+            )
         except Exception as error:  # it raises whatever the library beneath it raises
             raise ModelError(
                 f"cannot load the cross-encoder {source!r}: {str(error).splitlines()[0]}; give a directory or a hub id"
@@ -200,11 +203,10 @@ class CrossEncoderJudge:
         if self._model.num_labels != 1:
             raise ModelError(f"{source!r} gives {self._model.num_labels} scores a pair; a judge gives one")
         self._batch_size, self._source = batch_size, source
-        commit = getattr(self._model.config, "_commit_hash", None)
         self.key = {
             "kind": "cross-encoder",
             "model": source,
-            "revision": hash_folder(path) if path.is_dir() else str(commit or "unknown"),
+            "revision": files.revision,
             "library": f"sentence-transformers {version('sentence-transformers')}",
         }
 

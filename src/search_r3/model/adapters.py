@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +37,7 @@ def add_adapters(backbone: Backbone, settings: LoRASettings) -> None:
         target_modules=list(settings.target_modules),
         trainable_token_indices={table: [backbone.embed_token_id] for table in tables},
         task_type="CAUSAL_LM",
+        revision=None if backbone.files is None else backbone.files.commit,
     )
     try:
         backbone.model = peft.get_peft_model(backbone.model, config)
@@ -55,7 +57,7 @@ def merge_adapters(backbone: Backbone, folder: Path, dtype: str) -> Backbone:
     with extra("train"):
         import peft
 
-    base = load_backbone(backbone.source, settings=backbone.settings, dtype=dtype)
+    commit = None if backbone.files is None else backbone.files.commit
+    base = load_backbone(backbone.source, settings=backbone.settings, dtype=dtype, device="cpu", revision=commit)
     tuned: Any = peft.PeftModel.from_pretrained(base.model, str(folder))
-    base.model = tuned.merge_and_unload()
-    return base
+    return replace(base, model=tuned.merge_and_unload(), settings=backbone.settings)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,11 +15,12 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor
 
-from ..files import atomic_directory, hash_folder, write_json
+from ..files import atomic_directory, write_json
+from .precision import torch_dtype
 from .prompts import EMBED_TOKEN, PROMPT_SETS, PromptEncoder, PromptSet
+from .source import ModelFiles
 
 SETTINGS_FILE = "search_r3.json"
-DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
 
 class EmbeddingSettings(BaseModel):
@@ -31,6 +32,8 @@ class EmbeddingSettings(BaseModel):
     prompts: PromptSet = Field(PROMPT_SETS["search-r3"], description="The wording the model was trained with.")
     max_length: int = Field(1024, ge=8, description="Longest prompt in tokens; longer texts lose their end, counted.")
     max_new_tokens: int = Field(512, ge=1, description="Reasoning budget in tokens, the embed token included.")
+    # No part of what vectors depend on; where it is not saved, the model is a trained one.
+    trained: bool = Field(True, exclude=True, description="Whether a stage has trained the embed token.")
 
 
 @dataclass
@@ -42,6 +45,7 @@ class Backbone:
     settings: EmbeddingSettings
     embed_token_id: int
     source: str
+    files: ModelFiles | None = None
 
     def __post_init__(self) -> None:
         self.prompt_encoder = PromptEncoder(
@@ -72,11 +76,13 @@ class Backbone:
 
     @property
     def revision(self) -> str:
-        """What names one state of the model: its commit on the hub, or the SHA-256 of the files in its directory."""
-        path = Path(self.source)
-        if path.is_dir():
-            return hash_folder(path)
-        return str(getattr(self.model.config, "_commit_hash", None) or "unknown")
+        """What names one state of the model: its commit on the hub, or the SHA-256 of its files (`ModelFiles`)."""
+        return "unknown" if self.files is None else self.files.revision
+
+    @property
+    def trained(self) -> bool:
+        """Whether a stage has trained the embed token; before, vectors mean nothing."""
+        return self.settings.trained
 
     @property
     def context_length(self) -> int:
@@ -121,8 +127,8 @@ class Backbone:
         model = copy.deepcopy(self.model).eval().requires_grad_(False)
         if dtype is not None:
             for parameter in model.parameters():  # and no buffers: the rotary frequencies need float32
-                parameter.data = parameter.data.to(DTYPES[dtype])
-        return Backbone(model, self.tokenizer, self.settings, self.embed_token_id, self.source)
+                parameter.data = parameter.data.to(torch_dtype(dtype))
+        return replace(self, model=model)
 
     def save(self, folder: str | Path, dtype: str | None = None, *, state: Mapping[str, Tensor] | None = None) -> None:
         """Write weights (safetensors), tokenizer and settings; an existing folder is replaced when all is written.
@@ -139,14 +145,15 @@ class Backbone:
     def save_companions(self, folder: Path) -> None:
         """Write what stands beside the weights: tokenizer and settings."""
         self.tokenizer.save_pretrained(folder)
-        write_json(folder / SETTINGS_FILE, self.settings.model_dump())
+        settings = self.settings.model_dump() | ({} if self.trained else {"trained": False})
+        write_json(folder / SETTINGS_FILE, settings)
 
 
 def storage_state(model: Any, dtype: str | None, state: Mapping[str, Tensor] | None = None) -> dict[str, Tensor]:
     """The weights in their storage type; tied ones stay one tensor, so that they are written once."""
     by_address: dict[int, Tensor] = {}
     return {
-        name: by_address.setdefault(value.data_ptr(), value if dtype is None else value.to(DTYPES[dtype]))
+        name: by_address.setdefault(value.data_ptr(), value if dtype is None else value.to(torch_dtype(dtype)))
         for name, value in (model.state_dict() if state is None else state).items()
     }
 

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from importlib.resources import files
 from pathlib import Path
 from typing import Any, Literal
 
@@ -53,16 +52,26 @@ class SearchR3:
     """A model that reasons about a query and then embeds it.
 
     Args:
-        model: a directory, a hub id, or `"builtin"` for the small base model of the package.
-        device: `cpu`, `cuda`, ...; by default `cuda` where there is one.
-        dtype: `float32`, `bfloat16` or `float16`.
+        model: a directory, a GGUF file, a hub id, or `"builtin"` for the small base model of the package.
+        device: `cpu`, `cuda`, `mps`, ...; by default a GPU where there is one.
+        dtype: `float32`, `bfloat16`, `float16` (or `fp32`, `bf16`, `fp16`, or torch's own); `auto`: bfloat16 on CUDA,
+            else float32.
         settings: wording and limits; by default those saved with the model.
+        prompts: the name of a prompt set, instead of the model's own.
+        max_length: longest prompt in tokens, instead of the model's own limit.
+        max_new_tokens: reasoning budget in tokens, instead of the model's own.
         revision: branch, tag or commit on the hub.
         truncate_dim: keep so many dimensions of a vector, the first ones (and normalise again); for models that stage 1
             trained with `sft.matryoshka_dimensions`.
+        model_kwargs: more for transformers' `from_pretrained`: `device_map`, `quantization_config`, ...
+        tokenizer_kwargs: more for that of the tokenizer.
+        cache_folder: of the hub's files; by default the hub library's own.
+        token: for the hub; by default the one that is logged in.
+        local_files_only: take what is in the cache, and ask nobody.
 
     Raises:
         ModelError: the model cannot be loaded, or has fewer dimensions; the message names the remedy.
+        ConfigError: an unknown dtype or device.
 
     Example:
         >>> from search_r3 import SearchR3
@@ -77,18 +86,43 @@ class SearchR3:
         self,
         model: str | Path | Backbone,
         *,
-        device: str | None = None,
-        dtype: str = "float32",
+        device: str | torch.device | None = None,
+        dtype: str | torch.dtype = "auto",
         settings: EmbeddingSettings | None = None,
+        prompts: str | None = None,
+        max_length: int | None = None,
+        max_new_tokens: int | None = None,
         revision: str | None = None,
         truncate_dim: int | None = None,
+        model_kwargs: Mapping[str, Any] | None = None,
+        tokenizer_kwargs: Mapping[str, Any] | None = None,
+        cache_folder: str | Path | None = None,
+        token: str | bool | None = None,
+        local_files_only: bool = False,
     ) -> None:
         if isinstance(model, Backbone):
             self.backbone = model
         else:
-            device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-            source = builtin_base_path() if model == "builtin" else model
-            self.backbone = load_backbone(source, settings=settings, dtype=dtype, device=device, revision=revision)
+            self.backbone = load_backbone(
+                model,
+                settings=settings,
+                prompts=prompts,
+                max_length=max_length,
+                max_new_tokens=max_new_tokens,
+                dtype=dtype,
+                device=device,
+                revision=revision,
+                model_kwargs=model_kwargs,
+                tokenizer_kwargs=tokenizer_kwargs,
+                cache_folder=cache_folder,
+                token=token,
+                local_files_only=local_files_only,
+            )
+            if not self.backbone.trained:
+                logger.warning(
+                    "%s is a base that no stage has trained: its vectors mean nothing before stage 1 (search-r3 sft)",
+                    model,
+                )
         if truncate_dim is not None and not 0 < truncate_dim <= self.backbone.dimension:
             raise ModelError(
                 f"truncate_dim={truncate_dim}, but the vectors of {self.backbone.source} have "
@@ -324,11 +358,6 @@ class SearchR3:
         if truncated:
             limit = self.backbone.settings.max_length
             logger.warning("%d of %d documents were cut to max_length=%d tokens", truncated, count, limit)
-
-
-def builtin_base_path() -> Path:
-    """Directory of the small base model that ships with the package."""
-    return Path(str(files("search_r3"))) / "builtin"
 
 
 def _check_mode(mode: str) -> None:

@@ -1,117 +1,248 @@
-"""Load a causal LM with its tokenizer from a directory or the hub, and see to its embed token and settings."""
+"""Load a causal LM with its tokenizer from a directory, a GGUF file or the hub; see to its embed token and settings."""
 
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from importlib import import_module
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Unpack
 
 import torch
 from pydantic import ValidationError
 
-from ..errors import ModelError
+from ..errors import ConfigError, MissingExtraError, ModelError
 from ..extras import extra
-from .backbone import DTYPES, SETTINGS_FILE, Backbone, EmbeddingSettings
+from .backbone import SETTINGS_FILE, Backbone, EmbeddingSettings
 from .checks import check_output_layer
+from .precision import torch_device, torch_dtype
+from .prompts import EMBED_TOKEN, PROMPT_SETS
+from .source import ADAPTER_CONFIG, CONFIG, HubOptions, ModelFiles, find_files
 
 EmbedStart = Literal["mean", "end_of_turn"]
 """Where the row of an embed token that the model lacks starts."""
+_OURS = (
+    "trust_remote_code",
+    "use_safetensors",
+    "revision",
+    "token",
+    "cache_dir",
+    "local_files_only",
+    "gguf_file",
+    "dtype",
+)
+"""What `model_kwargs` and `tokenizer_kwargs` cannot say."""
 
 
 def load_backbone(
     source: str | Path,
     *,
     settings: EmbeddingSettings | None = None,
-    dtype: str = "float32",
-    device: str | torch.device = "cpu",
-    revision: str | None = None,
+    prompts: str | None = None,
+    max_length: int | None = None,
+    max_new_tokens: int | None = None,
+    dtype: str | torch.dtype = "auto",
+    device: str | torch.device | None = None,
     embed_start: EmbedStart = "mean",
+    model_kwargs: Mapping[str, Any] | None = None,
+    tokenizer_kwargs: Mapping[str, Any] | None = None,
+    **hub: Unpack[HubOptions],
 ) -> Backbone:
-    """Load a causal LM from a directory or the hub; add the embed token where the tokenizer lacks it.
+    """Load a causal LM from a directory, a GGUF file or the hub; add the embed token where the tokenizer lacks it.
+
+    No code that a model brings is run, and no pickle is read.
 
     Args:
-        source: a model directory, a directory of adapters (peft), or a hub id such as `Qwen/Qwen2.5-1.5B-Instruct`.
+        source: a model directory, a directory of adapters (peft), a GGUF file, a hub id such as
+            `Qwen/Qwen2.5-1.5B-Instruct` (of a GGUF file there `OWNER/NAME/FILE.gguf`), or `builtin`.
         settings: wording and limits; by default those saved with the model, else the `search-r3` set.
-        dtype: `float32`, `bfloat16` or `float16`.
-        device: where the weights go.
-        revision: branch, tag or commit on the hub.
+        prompts: the name of a prompt set, instead of theirs.
+        max_length: longest prompt in tokens, instead of theirs.
+        max_new_tokens: reasoning budget in tokens, instead of theirs.
+        dtype: precision of the weights (`torch_dtype`); `auto` leaves quantised weights as they are.
+        device: where the weights go; by default a GPU where there is one.
         embed_start: the row of an embed token that the model lacks: the mean of all rows, or the end of turn's.
+        model_kwargs: more for transformers' `from_pretrained`: `device_map`, `quantization_config`, ...
+        tokenizer_kwargs: more for that of the tokenizer.
+        hub: see `HubOptions`.
 
     Raises:
         ModelError: files are missing or do not fit together; the message names the remedy.
+        ConfigError: an unknown dtype or device, or an argument that `model_kwargs` cannot hold.
     """
-    path = Path(source)
-    if not path.is_dir() and (isinstance(source, Path) or source.startswith((".", "/")) or source.count("/") > 1):
-        raise ModelError(f"no model directory at {source}; give a directory with config.json, or a hub id")
-    if path.is_dir() and not any((path / name).is_file() for name in ("config.json", "adapter_config.json")):
-        raise ModelError(f"{source} is no model directory: config.json is missing")
-    tokenizer = _load_tokenizer(source, revision)
-    model, report = _load_model(source, tokenizer, dtype, revision)
-    # Adapters write the embed token's row of tied tables once, and transformers misses it in the other.
-    absent = sorted(key for key in report["missing_keys"] if "token_adapter" not in key)
-    if absent:
-        raise ModelError(f"{source} lacks {len(absent)} weights of its architecture (first: {absent[0]}); wrong files?")
-    embed_token = (settings or EmbeddingSettings()).embed_token
-    if settings is None:
-        settings = _saved_settings(source, model, revision)
-        embed_token = settings.embed_token
-    embed_token_id = _ensure_embed_token(model, tokenizer, embed_token, embed_start)
+    place = torch_device(device)
+    more = _checked(model_kwargs, "model_kwargs"), _checked(tokenizer_kwargs, "tokenizer_kwargs")
+    files = find_files(source, **hub)
+    model, tokenizer = _load_parts(files, torch_dtype(dtype, place), dtype == "auto", *more)
+    saved = _saved_settings(files.folder_of(SETTINGS_FILE), model, None)
+    settings = settings or saved
+    has_row = settings.embed_token in tokenizer.get_vocab()
+    embed_token_id = _ensure_embed_token(model, tokenizer, settings.embed_token, embed_start)
+    changes = _without_none(
+        prompts=PROMPT_SETS[prompts] if prompts else None, max_length=max_length, max_new_tokens=max_new_tokens
+    )
+    settings = settings.model_copy(update=changes | {"trained": has_row and saved.trained})
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
-    if torch.device(device).type == "cuda":
-        # On Hopper and Blackwell torch prefers cuDNN's attention, which builds a plan for every new shape, some tenths
-        # of a second each (torch 2.11). Here every decoding step and nearly every batch has a new one.
-        torch.backends.cuda.enable_cudnn_sdp(False)
-    model.to(device).eval()
-    backbone = Backbone(model, tokenizer, settings, embed_token_id, str(source))
+    _place(model, place)
+    backbone = Backbone(model.eval(), tokenizer, settings, embed_token_id, files.name, files)
     check_output_layer(backbone)
     return backbone
 
 
-def _load_tokenizer(source: str | Path, revision: str | None) -> Any:
+def _without_none(**values: Any) -> dict[str, Any]:
+    return {name: value for name, value in values.items() if value is not None}
+
+
+def _checked(more: Mapping[str, Any] | None, name: str) -> Mapping[str, Any]:
+    """Arguments for transformers, without those that it may not get, or gets otherwise."""
+    if refused := [key for key in _OURS if key in (more or {})]:
+        raise ConfigError(
+            f"{name} may not hold {refused[0]!r}: no code and no pickle is loaded, and where a model comes from and "
+            "its dtype are arguments of their own"
+        )
+    return more or {}
+
+
+def _place(model: Any, device: torch.device) -> None:
+    """Move a model to its device, unless it has been placed already (`device_map`, quantised weights)."""
+    if device.type == "cuda":
+        # On Hopper and Blackwell torch prefers cuDNN's attention, which builds a plan for every new shape, some tenths
+        # of a second each (torch 2.11). Here every decoding step and nearly every batch has a new one.
+        torch.backends.cuda.enable_cudnn_sdp(False)
+    if not (hasattr(model, "hf_device_map") or getattr(model, "quantization_method", None)):
+        model.to(device)
+
+
+def _load_parts(
+    files: ModelFiles,
+    dtype: torch.dtype,
+    is_auto: bool,
+    model_kwargs: Mapping[str, Any],
+    tokenizer_kwargs: Mapping[str, Any],
+) -> tuple[Any, Any]:
+    """The causal LM and its tokenizer; adapters are put into their base, whose tables grow first where they need it."""
+    whole = files.base or files
+    if files.gguf is not None or whole.gguf is not None:
+        with extra("gguf"):
+            import_module("gguf")  # transformers reads such files with it
+    if files.base is not None:
+        with extra("train"):
+            import_module("peft")  # transformers loads adapters with it
+    of_tokenizer = files if files.has_tokenizer else whole
+    tokenizer = _load_tokenizer(of_tokenizer, tokenizer_kwargs)
+    model, missing = _load_model(whole, dtype, is_auto, model_kwargs)
+    if files.base is not None:
+        _check_row(files, of_tokenizer, tokenizer, tokenizer_kwargs)
+        missing |= _put_in(files, model, len(tokenizer))
+    if missing:
+        raise ModelError(
+            f"{files.name} lacks {len(missing)} weights of its architecture (first: {min(missing)}); wrong files?"
+        )
+    return model, tokenizer
+
+
+def _load_tokenizer(files: ModelFiles, more: Mapping[str, Any]) -> Any:
     import transformers
 
-    path = Path(source)
-    if path.is_dir() and not any((path / name).is_file() for name in ("tokenizer.json", "tokenizer_config.json")):
-        raise ModelError(f"{source} has no tokenizer (tokenizer.json is missing); copy it next to the weights")
-    try:
-        tokenizer = transformers.AutoTokenizer.from_pretrained(source, revision=revision)
-    except (OSError, ValueError, ImportError) as error:
-        raise ModelError(f"cannot load a tokenizer from {source}: {_first_line(error)}") from error
+    if not files.has_tokenizer:
+        raise ModelError(f"{files.name} has no tokenizer (tokenizer.json is missing); copy it next to the weights")
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        files.json(name)
+    with _one_line(f"cannot load a tokenizer from {files.name}"):
+        # The configuration is read for the name: of some models of the hub transformers knows that theirs is wrong.
+        config = {} if files.gguf or not (files.folder / CONFIG).is_file() else {"config": _config(files)}
+        tokenizer = transformers.AutoTokenizer.from_pretrained(
+            files.folder, **more, **config, **_gguf(files), trust_remote_code=False
+        )
     if not tokenizer.is_fast:
-        raise ModelError(f"the tokenizer of {source} is a slow one; a tokenizer.json (fast tokenizer) is needed")
+        raise ModelError(f"the tokenizer of {files.name} is a slow one; a tokenizer.json (fast tokenizer) is needed")
     return tokenizer
 
 
-def _load_model(source: str | Path, tokenizer: Any, dtype: str, revision: str | None) -> tuple[Any, dict[str, Any]]:
-    """The causal LM and transformers' report; the tables of a base grow first where adapters need it."""
+def _config(files: ModelFiles) -> Any:
     import transformers
 
-    load = transformers.AutoModelForCausalLM.from_pretrained
+    config = transformers.AutoConfig.from_pretrained(files.folder, **_gguf(files), trust_remote_code=False)
+    config._name_or_path = files.name  # adapters remember what they were put into; a folder in a cache says nothing
+    return config
+
+
+def _gguf(files: ModelFiles) -> dict[str, Any]:
+    return {} if files.gguf is None else {"gguf_file": files.gguf}
+
+
+def _load_model(files: ModelFiles, dtype: torch.dtype, is_auto: bool, more: Mapping[str, Any]) -> tuple[Any, set[str]]:
+    """The causal LM, and the names of weights that its files lack."""
+    import transformers
+
+    with _one_line(f"cannot load a causal LM from {files.name}"):
+        config = _config(files)
+        is_quantised = "quantization_config" in more or getattr(config, "quantization_config", None) is not None
+        model, report = transformers.AutoModelForCausalLM.from_pretrained(
+            files.folder,
+            config=config,
+            dtype="auto" if is_auto and is_quantised else dtype,
+            output_loading_info=True,
+            **more,
+            **_gguf(files),
+            trust_remote_code=False,
+            use_safetensors=True,
+        )
+    if files.gguf is not None:
+        # Its blocks were unpacked to plain numbers; with the note that they are quantised nothing could be saved.
+        model.hf_quantizer = model.quantization_method = None
+        if hasattr(model.config, "quantization_config"):
+            del model.config.quantization_config
+    return model, set(report["missing_keys"])
+
+
+def _check_row(files: ModelFiles, of_tokenizer: ModelFiles, tokenizer: Any, more: Mapping[str, Any]) -> None:
+    """Refuse adapters whose tokenizer has an embed token that nobody trained: neither they nor their base."""
+    assert files.base is not None
+    embed_token = files.json(SETTINGS_FILE).get("embed_token", EMBED_TOKEN)
+    config = files.json(ADAPTER_CONFIG)
+    learned = [*(config.get("modules_to_save") or ()), *(config.get("target_modules") or ())]
+    if config.get("trainable_token_indices") or {"embed_tokens", "wte", "embed_in"} & set(learned):
+        return
+    if embed_token in tokenizer.get_vocab() and of_tokenizer is files:
+        if not files.base.has_tokenizer or embed_token not in _load_tokenizer(files.base, more).get_vocab():
+            raise ModelError(
+                f"the adapters in {files.name} hold no row of {embed_token}, and their base {files.base.name} has "
+                "none: vectors would mean nothing; save them with trainable_token_indices, or save the merged model"
+            )
+
+
+def _put_in(files: ModelFiles, model: Any, rows: int) -> set[str]:
+    """Put adapters into their base; the names of weights that their file lacks."""
+    if model.get_input_embeddings().weight.shape[0] < rows:
+        model.resize_token_embeddings(rows, mean_resizing=False)
+    with _one_line(f"cannot put the adapters in {files.name} into {model.config._name_or_path}"):
+        info = model.load_adapter(str(files.folder))
+    # They write the embed token's row of tied tables once, and transformers misses it in the other.
+    return {key for key in getattr(info, "missing_keys", ()) if "token_adapter" not in key}
+
+
+@contextmanager
+def _one_line(what: str) -> Iterator[None]:
+    """Make one `ModelError` of whatever transformers and the libraries beneath it raise about a model's files."""
     try:
-        if (base := _base_without_the_row(Path(source), tokenizer)) is not None:
-            model, report = load(base, dtype=DTYPES[dtype], output_loading_info=True)
-            model.resize_token_embeddings(len(tokenizer), mean_resizing=False)
-            model.load_adapter(str(source))
-        else:
-            model, report = load(source, dtype=DTYPES[dtype], revision=revision, output_loading_info=True)
-    except (OSError, ValueError) as error:
-        raise ModelError(f"cannot load a causal LM from {source}: {_first_line(error)}") from error
-    return model, report
-
-
-def _base_without_the_row(path: Path, tokenizer: Any) -> str | None:
-    """The base of a directory of adapters where its tables lack the rows of their tokenizer's new tokens, else None."""
-    import transformers
-
-    if not (path / "adapter_config.json").is_file():
-        return None
-    with extra("train"):
-        import_module("peft")  # transformers loads adapters with it
-    base = str(json.loads((path / "adapter_config.json").read_text(encoding="utf-8"))["base_model_name_or_path"])
-    vocabulary = transformers.AutoConfig.from_pretrained(base).get_text_config().vocab_size
-    return base if vocabulary < len(tokenizer) else None
+        yield
+    except (ModelError, MissingExtraError):
+        raise
+    except Exception as error:
+        if "trust_remote_code" in str(error):
+            raise ModelError(
+                f"{what}: it needs code of its own (auto_map in its settings), and no code of a model is run; take an "
+                "architecture that transformers knows"
+            ) from error
+        if "ignore_mismatched_sizes" in str(error):
+            raise ModelError(
+                f"{what}: its weights have other shapes than its config.json says (listed above); the files are of two "
+                "models, fetch or copy them again"
+            ) from error
+        raise ModelError(f"{what}: {_first_line(error)}") from error
 
 
 def _saved_settings(source: str | Path, model: Any, revision: str | None) -> EmbeddingSettings:

@@ -171,7 +171,7 @@ def _read_results(
     of_run = [(run, REPORT)] if run is not None and (run / RESULTS).is_dir() else []
     for folder, record in [*of_run, *((folder, SUMMARY) for folder in folders)]:
         results = last_results(folder)
-        if record == SUMMARY and not any(result.system.revision in states for result in results):
+        if record == SUMMARY and not any(_is_of(result, states) for result in results):
             raise DataError(
                 f"no result in {folder / RESULTS} is of this model as it is now; evaluate it into that folder "
                 "(search-r3 evaluate --model ...), or leave the folder out"
@@ -196,7 +196,7 @@ def _newest(
 ) -> dict[tuple[str, tuple[str, str]], tuple[Path, Result]]:
     """(Name, split) -> folder and result; of each split only what is on the data of the model's newest result."""
     dated = sorted(rows, key=lambda row: str(row[1].provenance.get("date", "")))
-    own = [result for _, result in dated if result.system.revision in states]
+    own = [result for _, result in dated if _is_of(result, states)]
     data = {result.place: result.collection.hash for result in own}
     keys = {result.key for result in own}
     newest = {}
@@ -212,18 +212,23 @@ def _name(result: Result, states: set[str], earlier: set[str], keys: set[str]) -
     """What a system is called beside the model of these results; empty where it has nothing to do with it."""
     system = result.system
     if system.kind == "search-r3":
-        if system.revision in states:
+        if _is_of(result, states):
             return system.mode
-        return f"{system.mode}, {BEFORE_RL}" if system.revision in earlier else ""
+        return f"{system.mode}, {BEFORE_RL}" if _is_of(result, earlier) else ""
     if texts := system.settings.get("texts"):
         return "bm25+reasoning" if texts in keys else ""
     return system.name
 
 
+def _is_of(result: Result, states: set[str]) -> bool:
+    """Whether a result is of one of these states; that of adapters says their base's, too."""
+    return result.system.revision.partition("+")[0] in states
+
+
 def _report(run: Path, states: set[str]) -> dict[str, Any]:
     """The report of the run; empty where it is of another state of the model."""
     path = run / REPORT
-    is_of_model = path.is_file() and any(result.system.revision in states for result in last_results(run))
+    is_of_model = path.is_file() and any(_is_of(result, states) for result in last_results(run))
     return _read_object(path) if is_of_model else {}
 
 

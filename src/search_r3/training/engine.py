@@ -23,7 +23,7 @@ from ..errors import ConfigError, ModelError
 from ..extras import extra
 from ..model.adapters import add_adapters
 from ..model.backbone import Backbone, EmbeddingSettings
-from ..model.encoder import SearchR3, builtin_base_path
+from ..model.encoder import SearchR3
 from ..model.engine.forward import is_drivable
 from ..model.loading import load_backbone
 from ..model.prompts import PROMPT_SETS
@@ -332,7 +332,6 @@ def load_model(recipe: Recipe, source: str | Path) -> SearchR3:
         max_new_tokens=recipe.max_new_tokens,
     )
     device = str(PartialState(cpu=not torch.cuda.is_available()).device)
-    path = builtin_base_path() if source == "builtin" else source
     return SearchR3(
-        load_backbone(path, settings=settings, dtype=recipe.dtype, device=device, embed_start=recipe.embed_start)
+        load_backbone(source, settings=settings, dtype=recipe.dtype, device=device, embed_start=recipe.embed_start)
     )

@@ -26,6 +26,7 @@ def save_trained(engine: Engine, model: SearchR3, recipe: Recipe, folder: Path, 
         adapter: the directory of the adapters.
     """
     backbone = model.backbone
+    backbone.settings = backbone.settings.model_copy(update={"trained": True})
     state = _state(engine, backbone)
     if engine.rank == 0:
         if recipe.lora.rank:
