@@ -22,16 +22,19 @@ _PUBLIC = {
     "SearchR3Error": "errors",
 }
 # These need the extra `mteb`; they are not in `__all__`, so that a star import works without it.
-_WITH_MTEB = ("SearchR3MTEB", "collection_task", "run_mteb", "suite_tasks")
+_WITH_MTEB = {
+    "SearchR3MTEB": "evaluation.mteb",
+    "collection_task": "evaluation.mteb_tasks",
+    "run_mteb": "evaluation.mteb",
+    "suite_tasks": "evaluation.mteb",
+}
 
 __all__ = ["__version__", *_PUBLIC]
 
 
 def __getattr__(name: str) -> Any:
-    if name in _WITH_MTEB:
-        return getattr(import_module(".evaluation.mteb", __name__), name)
-    if name in _PUBLIC:
-        return getattr(import_module(f".{_PUBLIC[name]}", __name__), name)
+    if module := _PUBLIC.get(name) or _WITH_MTEB.get(name):
+        return getattr(import_module(f".{module}", __name__), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 

@@ -74,6 +74,12 @@ class SFTSettings(DevSettings):
         description="Share of reasoned sequences that hold another query's trace: their vector learns, the trace is "
         "not supervised. So the vector is not taught to believe whatever is written.",
     )
+    uninstructed: float = Field(
+        0.0,
+        ge=0,
+        le=1,
+        description="Share of the queries with an `instruction` that are trained without it, drawn anew at each use.",
+    )
     reasoning_styles: dict[str, float] = Field(
         {"chain": 0.6, "restate": 0.4},
         description="Sampling weight of each style of reasoning trace; a query that has one trace uses it.",
@@ -203,6 +209,12 @@ class GRPOSettings(DevSettings):
     max_grad_norm: float = Field(1.0, gt=0, description="Gradients are clipped to this norm.")
     weight_decay: float = Field(0.0, ge=0, description="AdamW's, as in stage 1.")
     splits: tuple[str, ...] = Field(("rl",), min_length=1, description="Splits whose queries are rolled out.")
+    uninstructed: float = Field(
+        0.0,
+        ge=0,
+        le=1,
+        description="Share of the queries with an `instruction` that are rolled out without it, whole groups.",
+    )
     sampling_temperature: float = Field(1.0, gt=0, description="Temperature of rollouts; log-probabilities use it too.")
     clip_epsilon: float = Field(0.2, gt=0, lt=1, description="PPO clip range of the probability ratio.")
     kl_coefficient: float = Field(0.0, ge=0, description="Weight of the KL to the stage-1 model (k3 estimate).")

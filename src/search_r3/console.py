@@ -211,10 +211,12 @@ def show_mteb(scores: Sequence[TaskScore]) -> None:
     from rich import print as rich_print
     from rich.table import Table
 
-    grid = Table("task", "mode", "measure", "score", "tokens/query", title="mteb")
+    from .evaluation.instructions import short
+
+    grid = Table("task", "mode", "instruction", "measure", "score", "tokens/query", title="mteb")
     for one in scores:
         tokens = f"{fmean(one.tokens_per_query.values()):.1f}" if one.tokens_per_query else ""
-        grid.add_row(one.task, one.mode, one.measure, f"{one.score:.4f}", tokens)
+        grid.add_row(one.task, one.mode, short(one.instruction), one.measure, f"{one.score:.4f}", tokens)
     rich_print(grid)
 
 

@@ -25,7 +25,8 @@ import search_r3
 from search_r3.data.collection import Collection, Document, Query
 from search_r3.errors import ConfigError, DataError
 from search_r3.evaluation.benchmark import EvaluationOptions, evaluate
-from search_r3.evaluation.mteb import BRIGHT, PAPER, SearchR3MTEB, collection_task, run_mteb, suite_tasks
+from search_r3.evaluation.mteb import BRIGHT, PAPER, SearchR3MTEB, run_mteb, suite_tasks
+from search_r3.evaluation.mteb_tasks import collection_task
 from search_r3.evaluation.systems import EncodedCollections, SearchR3System
 from search_r3.model.encoder import SearchR3
 from search_r3.model.prompts import MODES
@@ -92,9 +93,11 @@ def counted(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     return calls
 
 
-def encoded(encoder: SearchR3MTEB, rows: list[dict[str, str]], prompt_type: PromptType | None) -> Any:
-    """Rows through mteb's own loader and then through the encoder."""
-    metadata = mteb.get_task("SciFact").metadata
+def encoded(
+    encoder: SearchR3MTEB, rows: list[dict[str, str]], prompt_type: PromptType | None, metadata: Any = None
+) -> Any:
+    """Rows through mteb's own loader and then through the encoder; by default of a task without a prompt."""
+    metadata = metadata or mteb.get_task("SciFact").metadata.model_copy(update={"prompt": {}})
     column = None if prompt_type else "text"
     loader = create_dataloader(
         Dataset.from_list(rows), task_metadata=metadata, prompt_type=prompt_type, input_column=column, batch_size=2
@@ -121,6 +124,7 @@ def test_both_modes_score_as_our_own_evaluation_and_are_not_run_twice(
     ]
     for score in first:
         folder = tmp_path / "results" / f"local__{tiny_path.name}-{score.mode}" / model.backbone.revision
+        folder = folder / "experiments" / "instruction_own"
         assert score.path == folder / f"{task.metadata.name}.json"
         scores = scores_of(score.path, "test")
         ranked = rankings(model, collection, collection.qrels["test"], score.mode)
@@ -174,6 +178,66 @@ def test_each_side_reaches_its_own_encoder_as_one_text(model: SearchR3) -> None:
 
     reasoned = encoded(SearchR3MTEB(model), asked, PromptType.query)
     np.testing.assert_array_equal(reasoned, model.encode_query(instructed, "reason").vectors)
+
+
+def test_the_prompts_of_a_task_reach_their_side(model: SearchR3) -> None:
+    scifact = mteb.get_task("SciFact").metadata
+    own = scifact.prompt["query"]
+    rows = [{"id": "a", "text": "where is it?"}, {"id": "b", "text": "who is it?"}]
+    texts = [row["text"] for row in rows]
+    general = "Retrieve text based on user query."
+
+    def vectors(choice: str, prompt: Any, side: PromptType | None, rows: Any = rows) -> Any:
+        encoder = SearchR3MTEB(model, mode="direct", instruction=choice)
+        return encoded(encoder, rows, side, scifact.model_copy(update={"prompt": prompt}))
+
+    both = {"query": f"{own} ", "document": "A page."}
+    for choice, prompt, expected in (
+        ("own", scifact.prompt, own),
+        ("own", both, own),
+        ("own", own, own),
+        ("own", None, general),
+        ("own", {}, ""),
+        ("none", both, ""),
+        ("Find it.", both, "Find it."),
+    ):
+        found = vectors(choice, prompt, PromptType.query)
+        np.testing.assert_array_equal(found, model.encode_query(texts, "direct", instruction=expected).vectors)
+    for choice, prompt, expected in (("own", both, "A page."), ("own", own, ""), ("Find it.", both, "")):
+        found = vectors(choice, prompt, PromptType.document, [row | {"title": ""} for row in rows])
+        np.testing.assert_array_equal(found, model.encode_document(texts, instruction=expected))
+    np.testing.assert_array_equal(vectors("own", both, None), model.encode_document(texts), "no side, no search")
+    mixed = [row | {"instruction": one} for row, one in zip(rows, ("Only houses.", ""), strict=True)]
+    found = vectors("own", both, PromptType.query, mixed)
+    expected = model.encode_query(texts, "direct", instruction=["Only houses.", own]).vectors
+    np.testing.assert_array_equal(found, expected, "a query's own instruction comes first")
+    long = [{"id": "a", "text": "where is the red house? " * 200, "instruction": "Only houses."}]
+    whole, cut = vectors("own", both, PromptType.query, long), vectors("none", both, PromptType.query, long)
+    assert not np.array_equal(whole, cut), "the text loses its end, the instruction does not"
+
+
+def test_instructions_are_results_of_their_own(
+    model: SearchR3, tiny_path: Path, collection: Collection, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    queries = {
+        one: replace(query, text=f"{query.text} Only houses.", instruction="Only houses.")
+        for one, query in collection.queries.items()
+        if int(one[1:]) % 3
+    }
+    instructed = replace(collection, queries={**collection.queries, **queries})
+    calls = counted(monkeypatch)
+    task = collection_task(instructed)
+    scores = run_mteb(model, ["direct"], task, tmp_path, instructions=["own", "none", "Find a page; or a book."])
+    assert sorted(calls) == [10, 10, 10, 40], "the documents are encoded once for all instructions"
+    assert [score.instruction for score in scores] == ["own", "none", "Find a page; or a book."]
+    folders = [score.path.parent.name for score in scores]
+    assert folders[:2] == ["instruction_own", model.backbone.revision]
+    assert folders[2].startswith("instruction_Find-a-page-or-a-book-")
+    assert len({score.score for score in scores}) > 1
+    for score, choice in zip(scores, ("own", "none", "Find a page; or a book."), strict=True):
+        system = SearchR3System(EncodedCollections(model), "direct", instruction=choice)
+        options = EvaluationOptions(latency_queries=0, bootstrap=100)
+        assert score.score == round(evaluate(system, instructed, "test", options).scores["ndcg@10"], 5)
 
 
 def test_similarity_is_the_cosine(model: SearchR3) -> None:
@@ -300,11 +364,13 @@ def test_other_contents_make_another_task(collection: Collection) -> None:
 
 def test_dtype_and_budget_keep_their_results_apart(tiny_path: Path, model: SearchR3) -> None:
     meta = SearchR3MTEB(tiny_path, device="cpu", dtype="bfloat16", mode="direct", max_new_tokens=7).mteb_model_meta
-    assert meta.experiment_name == "dtype_bfloat16"
+    assert meta.experiment_name == "dtype_bfloat16__instruction_own"
     assert meta.model_name_as_path() == f"local__{tiny_path.name}-direct"
-    assert SearchR3MTEB(model, max_new_tokens=7).mteb_model_meta.experiment_name == "max_new_tokens_7"
-    meta = SearchR3MTEB(model).mteb_model_meta
-    assert meta.experiment_name is None
+    assert (
+        SearchR3MTEB(model, max_new_tokens=7, instruction="none").mteb_model_meta.experiment_name == "max_new_tokens_7"
+    )
+    meta = SearchR3MTEB(model, instruction="none").mteb_model_meta
+    assert meta.experiment_name is None and not meta.use_instructions, "the folders of before there were any"
     json.dumps(meta.to_dict())
     model.backbone.source = "owner/name"
     meta = SearchR3MTEB(model).mteb_model_meta
@@ -325,7 +391,7 @@ def test_queries_are_reasoned_about_in_batches_of_the_size_asked_for(
     task = collection_task(collection)
     [score] = run_mteb(model, ["reason"], task, tmp_path, batch_size=3, max_new_tokens=2)
     assert score.tokens_per_query[f"{task.metadata.name}/test/default"] <= 2
-    assert "experiments/max_new_tokens_2" in score.path.as_posix()
+    assert "experiments/instruction_own__max_new_tokens_2" in score.path.as_posix()
     assert score.path.is_file()
     mteb.evaluate(SearchR3MTEB(model, batch_size=5, max_new_tokens=2), task, cache=None, co2_tracker=False)
     assert sizes == [(3, 2), (5, 2)]

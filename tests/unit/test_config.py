@@ -142,6 +142,8 @@ QWEN: dict[str, Any] = {
     "max_new_tokens": 512,
     "mixed_precision": "bf16",
     "gradient_checkpointing": True,
+    "sft": {"uninstructed": 0.2},
+    "grpo": {"uninstructed": 0.2},
 }
 SFT: dict[str, Any] = {
     "steps": 900, "batch_size": 1024, "micro_batch_size": 8, "learning_rate": 2e-5, "warmup_steps": 100,
@@ -166,7 +168,7 @@ def test_the_recipes_of_qwen_have_the_values_that_they_had_as_whole_files(size: 
         "name": name, "run_dir": f"runs/{name}", "base": f"Qwen/Qwen2.5-{size.upper()}-Instruct",
         "collection": "data/paper" if stage == "sft" else "data/paper-rl",
         "save_every": 100 if stage == "sft" else 20,
-        stage: section | {"learning_rate": rates[stage]},
+        stage: QWEN[stage] | section | {"learning_rate": rates[stage]},
     }  # fmt: skip
     if lora:
         values |= {"dtype": "bfloat16", "lora": {"rank": 16, "alpha": 32}}

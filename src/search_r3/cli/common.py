@@ -37,6 +37,9 @@ CollectionOption = Annotated[
 ]
 ModelArgument = Annotated[str, typer.Argument(help="Model directory or hub id.")]
 NewFolder = Annotated[Path, typer.Argument(help="Folder to write; it must not exist.")]
+DocumentInstruction = Annotated[
+    str, typer.Option("--document-instruction", help="Follows each document; the index knows it.")
+]
 IndexDType = Literal["float16", "float32"]
 WeightDType = Literal["float16", "bfloat16", "float32"]
 

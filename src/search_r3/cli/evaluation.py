@@ -9,7 +9,17 @@ import typer
 
 from .. import console
 from ..errors import ConfigError
-from .common import ManyValues, ModelOptions, ModeName, app, check_new, hush, load_encoder, takes_model_options
+from .common import (
+    DocumentInstruction,
+    ManyValues,
+    ModelOptions,
+    ModeName,
+    app,
+    check_new,
+    hush,
+    load_encoder,
+    takes_model_options,
+)
 
 if TYPE_CHECKING:
     from ..evaluation.results import Result
@@ -24,6 +34,14 @@ Splits = Annotated[
     typer.Option("--splits", help="Splits of collections, or `all`; by default test, else dev or train."),
 ]
 Modes = Annotated[list[ModeName] | None, typer.Option("--modes", help="`direct`, `reason`; both by default.")]
+Instructions = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--instruction",
+        help="Instruction of the queries: `own` (the query's or the task's), `none`, or a text for those without one; "
+        "several are systems of their own.",
+    ),
+]
 BatchSize = Annotated[int, typer.Option(min=1, help="Queries reasoned about at once; changes results by rounding.")]
 Seed = Annotated[int, typer.Option(min=0, help="Of the intervals and of the tests.")]
 
@@ -43,6 +61,8 @@ def evaluate(
     ] = None,
     splits: Splits = None,
     modes: Modes = None,
+    instruction: Instructions = None,
+    document_instruction: DocumentInstruction = "",
     baselines: Annotated[
         list[str] | None,
         typer.Option("--baselines", help="`bm25`, `bm25+reasoning`, `sentence-transformers:NAME`."),
@@ -62,6 +82,8 @@ def evaluate(
 ) -> None:
     """Evaluate models and baselines on collections; a stopped evaluation goes on with the same command.
 
+    Where queries have instructions of their own, models are measured with and without them.
+
     Example: search-r3 evaluate --model runs/quickstart/model --collections atlas --baselines bm25 bm25+reasoning
     """
     from ..evaluation.benchmark import EvaluationOptions
@@ -79,6 +101,8 @@ def evaluate(
         measuring,
         batch_size,
         options.loading(),
+        _instructions(instruction),
+        document_instruction,
     )
     results = _run(plan, out)
     comparisons = write_summary(results, out, permutations, seed)
@@ -89,6 +113,13 @@ def evaluate(
 def _modes(names: list[ModeName] | None) -> list[Mode]:
     """The modes, each once."""
     return [name.value for name in dict.fromkeys(names or ModeName)]
+
+
+def _instructions(texts: list[str] | None) -> list[str]:
+    """The instructions, each once; none where none is given."""
+    if texts and not all(text.strip() for text in texts):
+        raise ConfigError("--instruction is empty; give a text, `own`, or `none`")
+    return list(dict.fromkeys(text.strip() for text in texts or []))
 
 
 def _run(plan: EvaluationPlan, out: Path) -> list[Result]:
@@ -116,18 +147,21 @@ def mteb(
     options: ModelOptions,
     splits: Splits = None,
     modes: Modes = None,
+    instruction: Instructions = None,
     out: Annotated[Path, typer.Option(help="Folder of mteb's own result files; they are not computed again.")] = Path(
         "runs/mteb"
     ),
     batch_size: BatchSize = 128,
 ) -> None:
-    """Run tasks of MTEB through the library mteb, each mode as a model of its own.
+    """Run tasks of MTEB through the library mteb, each mode as a model of its own, with the prompts of the tasks.
 
     Example: search-r3 mteb --model MODEL --tasks SciFact NFCorpus --modes direct reason
     """
     from ..data.load import load_collection
     from ..evaluation.benchmark import resolve_splits
-    from ..evaluation.mteb import collection_task, run_mteb, suite_tasks
+    from ..evaluation.instructions import OWN
+    from ..evaluation.mteb import run_mteb, suite_tasks
+    from ..evaluation.mteb_tasks import collection_task
 
     folders = [name for name in tasks if Path(name).is_dir()]
     if splits and len(folders) < len(tasks):
@@ -136,8 +170,10 @@ def mteb(
     for folder in folders:
         collection = load_collection(folder, skip_empty_documents=True)
         mteb_tasks += [collection_task(collection, split) for split in resolve_splits(collection, splits or [])]
+    instructions = _instructions(instruction) or [OWN]
     encoder = load_encoder(model, options)
-    console.show_mteb(run_mteb(encoder, _modes(modes), mteb_tasks, out, batch_size=batch_size))
+    scores = run_mteb(encoder, _modes(modes), mteb_tasks, out, batch_size=batch_size, instructions=instructions)
+    console.show_mteb(scores)
     console.say(f"mteb's result files: {out}/results")
 
 

@@ -10,6 +10,7 @@ import typer
 from .. import console
 from .common import (
     CollectionOption,
+    DocumentInstruction,
     IndexDType,
     ModelArgument,
     ModelOptions,
@@ -35,6 +36,7 @@ def encode(
     options: ModelOptions,
     collection: CollectionOption = "atlas",
     vectors: Annotated[IndexDType, typer.Option(help="How vectors are stored; --dtype is the model's.")] = "float16",
+    instruction: Annotated[str, typer.Option(help="Follows each document; a search of the index names it too.")] = "",
     untrained: Untrained = False,
 ) -> None:
     """Encode a collection of any size into an index folder; after a kill, the same command goes on."""
@@ -49,7 +51,9 @@ def encode(
             bar.begin(total, done)
 
         documents = _documents(collection)
-        index = encode_corpus(encoder, documents, out, dtype=vectors, on_start=start, progress=bar.advance)
+        index = encode_corpus(
+            *(encoder, documents, out), instruction=instruction, dtype=vectors, on_start=start, progress=bar.advance
+        )
     speed = f"; {bar.speed}" if bar.texts else ""
     console.say(f"{out}: {len(index):,} vectors of size {index.dimension} as {index.dtype}{speed}")
 
@@ -80,6 +84,8 @@ def search(
     mode: Annotated[ModeName, typer.Option(help="Reason first, or embed at once.")] = ModeName.reason,
     k: Annotated[int, typer.Option("-k", min=1, help="Documents to show.")] = 5,
     index: Annotated[Path | None, typer.Option(help="The collection as `encode` wrote it; else it is encoded.")] = None,
+    instruction: Annotated[str, typer.Option(help="Follows each query, e.g. `Find a passage that answers it.`")] = "",
+    document_instruction: DocumentInstruction = "",
     untrained: Untrained = False,
 ) -> None:
     """Search a collection: shows the reasoning as it is written, the ranked documents and their scores."""
@@ -95,10 +101,10 @@ def search(
     encoder = load_encoder(model, options, untrained)
     if index is None:
         with console.bar("documents", len(data.documents)) as bar:
-            encoded = index_documents(encoder, data, progress=bar.advance)
+            encoded = index_documents(encoder, data, instruction=document_instruction, progress=bar.advance)
     else:
-        encoded = load_corpus(encoder, data.texts().items(), index)
-    searcher = Searcher(encoder, data, encoded)
+        encoded = load_corpus(encoder, data.texts().items(), index, instruction=document_instruction)
+    searcher = Searcher(encoder, data, encoded, instruction)
     if query is not None:
         console.show_answer(searcher.stream(query, mode.value, k))
         return

@@ -6,14 +6,14 @@ import hashlib
 import json
 import reprlib
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from ..errors import DataError
 from ..files import atomic_directory, read_jsonl, read_lines, write_json
-from .rows import KnownIds, check_documents, check_judgements, check_lists, check_queries, string
+from .rows import KnownIds, bare_text, check_documents, check_judgements, check_lists, check_queries, string
 
 Qrels = dict[str, dict[str, int]]
 """query_id -> doc_id -> relevance (an integer; 0 and below mean not relevant)."""
@@ -37,14 +37,27 @@ class Document:
 class Query:
     """One query.
 
-    `metadata` may hold answers and proofs: it is for training and analysis, never for a model under test. `bare` is the
-    text without an instruction that was read apart from it, else empty or the text; it is neither saved nor compared.
+    `text` ends with the `instruction`, where the query has one apart (`instructed`); `bare` is the text without it.
+    `metadata` may hold answers and proofs: it is for training and analysis, never for a model under test.
+
+    Example:
+        >>> Query("q1", "Uzbek? Find a page.", instruction="Find a page.").bare
+        'Uzbek?'
     """
 
     query_id: str
     text: str
     metadata: Mapping[str, Any] = field(default_factory=dict)
-    bare: str = field(default="", compare=False)
+    instruction: str = ""
+
+    @property
+    def bare(self) -> str:
+        """The text without its instruction."""
+        return bare_text(self.text, self.instruction)
+
+    def without_instruction(self) -> Query:
+        """The same query, asked without its instruction."""
+        return replace(self, text=self.bare, instruction="")
 
 
 @dataclass(frozen=True)
@@ -102,7 +115,8 @@ class Collection:
         for document in sorted(self.documents.values(), key=lambda d: d.doc_id):
             digest.update(json.dumps([document.doc_id, document.title, document.text]).encode())
         for query in sorted(self.queries.values(), key=lambda q: q.query_id):
-            digest.update(json.dumps([query.query_id, query.text]).encode())
+            apart = [query.instruction] if query.instruction else []
+            digest.update(json.dumps([query.query_id, query.text, *apart]).encode())
         digest.update(json.dumps(self.qrels, sort_keys=True).encode())
         for name, lists in (("excluded", self.excluded), ("pools", self.pools), ("changed", self.changed)):
             if lists:  # the hash of a collection without them stays what it is in the runs that recorded it
@@ -164,7 +178,9 @@ class Collection:
         """
         documents = ({"_id": d.doc_id, "title": d.title, "text": d.text} for d in self.documents.values())
         queries = (
-            {"_id": q.query_id, "text": q.text} | ({"metadata": dict(q.metadata)} if q.metadata else {})
+            {"_id": q.query_id, "text": q.bare}
+            | ({"instruction": q.instruction} if q.instruction else {})
+            | ({"metadata": dict(q.metadata)} if q.metadata else {})
             for q in self.queries.values()
         )
         with atomic_directory(Path(folder)) as out:

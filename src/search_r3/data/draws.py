@@ -156,11 +156,17 @@ def _shared(example: TrainingExample, keys: Keys, chosen: list[TrainingExample],
     return None
 
 
-def text_keys(collection: Collection) -> Keys:
-    """The query's text, in small letters, and the texts of its positives: as short hashes, since they are many."""
+def text_keys(collection: Collection, *, bare: bool = False) -> Keys:
+    """The query's text, in small letters, and the texts of its positives: as short hashes, since they are many.
+
+    Args:
+        collection: holds the texts.
+        bare: take the query's text without its instruction, where queries are trained without theirs.
+    """
 
     def keys(example: TrainingExample) -> frozenset[str]:
-        texts = [f"query {example.query.text.casefold()}"]
+        text = example.query.bare if bare else example.query.text
+        texts = [f"query {text.casefold()}"]
         texts += [collection.documents[doc_id].full_text for doc_id in example.positive_ids]
         return frozenset(blake2b(text.encode(), digest_size=8).hexdigest() for text in texts)
 

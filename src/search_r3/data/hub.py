@@ -212,10 +212,12 @@ def _documents(table: Table, columns: Columns, skipped: set[str] | None) -> dict
 
 def _queries(rows: NamedRows, instructions: Mapping[str, str]) -> dict[str, Query]:
     """The queries, each with its instruction, which may also be in a config of its own."""
-    return {
-        query_id: Query(query_id, instructed(text, instructions.get(query_id, "")), bare=bare)
-        for query_id, text, _, bare in check_queries(rows)
-    }
+    queries = {}
+    for query_id, text, _, instruction in check_queries(rows):
+        other = instructions.get(query_id, "")
+        both = instructed(instruction, other) if instruction else other
+        queries[query_id] = Query(query_id, instructed(text, other), instruction=both)
+    return queries
 
 
 def _instructions(table: Table) -> dict[str, str]:

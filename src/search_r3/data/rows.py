@@ -61,18 +61,24 @@ def check_documents(rows: NamedRows, skipped: set[str] | None) -> Iterator[tuple
 
 
 def check_queries(rows: NamedRows) -> Iterator[tuple[str, str, Mapping[str, Any], str]]:
-    """Id, text, metadata and bare text of every query; its `instruction`, if any, follows its text as in MTEB."""
+    """Id, text, metadata and instruction of every query; the instruction, if any, follows the text as in MTEB."""
     for place, row in _unique(rows):
         text = string(row, "text", place)
         if not text.strip():
             raise DataError(f"{place}: query {row['_id']!r} has no text; remove it or give it text")
         instruction = "" if row.get("instruction") is None else string(row, "instruction", place)
-        yield row["_id"], instructed(text, instruction), row.get("metadata") or {}, text
+        instruction = instruction if instruction.strip() else ""
+        yield row["_id"], instructed(text, instruction), row.get("metadata") or {}, instruction
 
 
 def instructed(text: str, instruction: str) -> str:
-    """A query and its instruction as the one text that is encoded."""
+    """A text and its instruction as the one text that is encoded."""
     return f"{text} {instruction}" if instruction.strip() else text
+
+
+def bare_text(text: str, instruction: str) -> str:
+    """The text that `instructed` made one with this instruction."""
+    return text.removesuffix(f" {instruction}") if instruction.strip() else text
 
 
 def check_judgements(

@@ -164,6 +164,14 @@ def draw_trace(example: TrainingExample, styles: Mapping[str, float], rng: rando
     return traces[rng.choices(weighted, [styles[style] for style in weighted])[0]]
 
 
+def draw_uninstructed(queries: Sequence[Query], share: float, rng: random.Random) -> list[Query]:
+    """The queries, a share of those with an instruction without it; others draw no random number."""
+    return [
+        query.without_instruction() if share and query.instruction and rng.random() < share else query
+        for query in queries
+    ]
+
+
 def swap_traces(traces: list[str], rows: Sequence[int], share: float, rng: random.Random) -> frozenset[int]:
     """Give a share of these rows, where they have a trace, another one's, in a ring; returns which."""
     chosen = [row for row in rows if traces[row] and share and rng.random() < share]

@@ -1,7 +1,7 @@
-"""mteb, the benchmark of the field: Search-R3 as an encoder of mteb, suites of its tasks, collections as its tasks.
+"""mteb, the benchmark of the field: Search-R3 as an encoder of mteb, and suites of its tasks.
 
-mteb joins title and text by one space, as `Document.full_text` does, and appends an instruction to its query; both
-arrive here as one text. Equal scores rank by doc_id, the larger first, as in `retrieval.metrics`.
+mteb joins title and text by one space, as `Document.full_text` does. Equal scores rank by doc_id, the larger first, as
+in `retrieval.metrics`.
 """
 
 from __future__ import annotations
@@ -9,7 +9,6 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
@@ -21,22 +20,18 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader
 
-from ..data.collection import Collection
-from ..data.restrictions import Restrictions, restrictions
 from ..errors import ConfigError, DataError
 from ..extras import extra
 from ..model.encoder import SearchR3
 from ..model.prompts import MODES, Mode
 from ..types import Array
-from .benchmark import judged
+from .instructions import NONE, OWN, choose, file_label, task_instruction
 from .systems import short_name
 
 with extra("mteb"):
     import mteb
-    from datasets import Dataset, are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
+    from datasets import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
     from mteb import AbsTask, ResultCache, TaskMetadata
-    from mteb._evaluators.retrieval_metrics import evaluate_p_mrr_change
-    from mteb.abstasks import AbsTaskRetrieval
     from mteb.models import ModelMeta
     from mteb.models.model_meta import ScoringFunction
     from mteb.types import BatchedInput, PromptType
@@ -67,6 +62,7 @@ class TaskScore:
         task: mteb's name of the task.
         mode: `direct` or `reason`.
         model: the name in mteb's results, the mode in it.
+        instruction: of the queries: `own`, `none` or a text.
         measure: the task's main score, e.g. `ndcg_at_10`.
         score: its mean over splits and subsets.
         scores: `split/subset` -> main score.
@@ -77,6 +73,7 @@ class TaskScore:
     task: str
     mode: Mode
     model: str
+    instruction: str
     measure: str
     score: float
     scores: dict[str, float]
@@ -98,6 +95,9 @@ class SearchR3MTEB:
         dtype: as of `SearchR3`; results of a precision other than float32 are kept apart.
         batch_size: queries reasoned about at once; by default mteb's `batch_size`. Documents are batched by tokens.
         max_new_tokens: reasoning budget; by default the model's own. Another budget keeps its results apart.
+        instruction: `own` gives each query its own instruction, else the prompt of the task, else that of mteb for such
+            tasks, and documents the task's prompt for them, where it has one; `none` gives none; a text goes to the
+            queries without their own. All but `none` keep their results apart.
 
     Attributes:
         mteb_model_meta: name (`owner/name-reason`, `local/folder-reason`), revision and sizes.
@@ -121,6 +121,7 @@ class SearchR3MTEB:
         dtype: str = "auto",
         batch_size: int | None = None,
         max_new_tokens: int | None = None,
+        instruction: str = OWN,
     ) -> None:
         if mode not in MODES:
             raise DataError(f"unknown mode {mode!r}; expected one of {', '.join(MODES)}")
@@ -130,7 +131,8 @@ class SearchR3MTEB:
         self.mode = mode
         self.batch_size = batch_size
         self.max_new_tokens = max_new_tokens
-        self.mteb_model_meta = _model_meta(model, mode, max_new_tokens)
+        self.instruction = instruction
+        self.mteb_model_meta = _model_meta(model, mode, max_new_tokens, instruction)
         self.tokens_per_query: dict[str, float] = {}
         self._cache: dict[str, Array] | None = None  # hash of texts -> vectors, shared between modes by run_mteb
 
@@ -154,17 +156,28 @@ class SearchR3MTEB:
         """
         if kwargs.get("precision") not in (None, "float32"):
             raise ConfigError(f"precision={kwargs['precision']!r}: the vectors are float32; leave the precision out")
-        texts = [text for batch in cast("Iterable[Mapping[str, list[str]]]", inputs) for text in batch["text"]]
+        of_query = prompt_type == PromptType.query
+        texts: list[str] = []
+        instructions: list[str] = []
+        of_task = task_instruction(task_metadata, "query") if of_query and self.instruction == OWN else ""
+        for batch in cast("Iterable[Mapping[str, list[str]]]", inputs):
+            # `text` of a query ends with its instruction; `query` does not.
+            texts += batch["query"] if of_query and "query" in batch else batch["text"]
+            own = batch["instruction"] if of_query and "instruction" in batch else [""] * len(batch["text"])
+            instructions += [choose(self.instruction, one, of_task) for one in own]
         place = f"{task_metadata.name}/{hf_split}/{hf_subset}"
         visible = [row for row, text in enumerate(texts) if text.strip()]
         if empty := len(texts) - len(visible):
             logger.warning("%s: %d of %d texts are empty and get the zero vector", place, empty, len(texts))
         vectors = np.zeros((len(texts), self.model.dimension), dtype=np.float32)
-        if visible and prompt_type == PromptType.query:
+        if visible and of_query:
             batch_size = self.batch_size or kwargs.get("batch_size") or 128
-            vectors[visible] = self._queries([texts[row] for row in visible], place, batch_size)
+            rows = [texts[row] for row in visible], [instructions[row] for row in visible]
+            vectors[visible] = self._queries(*rows, place, batch_size)
         elif visible:
-            vectors[visible] = self._documents([texts[row] for row in visible])
+            own_side = prompt_type == PromptType.document and self.instruction == OWN
+            of_task = task_instruction(task_metadata, "document") if own_side else ""
+            vectors[visible] = self._documents([texts[row] for row in visible], of_task)
         return vectors
 
     def similarity(self, embeddings1: Any, embeddings2: Any) -> torch.Tensor:
@@ -176,18 +189,23 @@ class SearchR3MTEB:
         """Cosine similarity of corresponding rows, `N`."""
         return (torch.as_tensor(embeddings1).float() * torch.as_tensor(embeddings2).float()).sum(-1)
 
-    def _queries(self, texts: list[str], place: str, batch_size: int) -> Array:
-        queries = self.model.encode_query(texts, self.mode, batch_size=batch_size, max_new_tokens=self.max_new_tokens)
+    def _queries(self, texts: list[str], instructions: list[str], place: str, batch_size: int) -> Array:
+        queries = self.model.encode_query(
+            *(texts, self.mode),
+            instruction=instructions,
+            batch_size=batch_size,
+            max_new_tokens=self.max_new_tokens,
+        )
         self.tokens_per_query[place] = fmean(queries.reasoning_tokens)
         if all(queries.forced):
             logger.warning("%s: the model emitted its embed token for none of %d queries", place, len(texts))
         return queries.vectors
 
-    def _documents(self, texts: list[str]) -> Array:
+    def _documents(self, texts: list[str], instruction: str) -> Array:
         cache = {} if self._cache is None else self._cache
-        key = hashlib.sha256(json.dumps(texts).encode()).hexdigest()
+        key = hashlib.sha256(json.dumps([texts, instruction]).encode()).hexdigest()
         if key not in cache:
-            cache[key] = np.concatenate(list(self.model.stream_document(texts)))
+            cache[key] = np.concatenate(list(self.model.stream_document(texts, instruction=instruction)))
         return cache[key]
 
 
@@ -213,43 +231,6 @@ def suite_tasks(names: str | Sequence[str]) -> list[AbsTask]:
     return tasks
 
 
-def collection_task(
-    collection: Collection, split: str = "test", *, languages: Sequence[str] = ("eng-Latn",)
-) -> AbsTaskRetrieval:
-    """One split of a collection as a retrieval task of mteb; nothing is downloaded.
-
-    Queries without a relevant document are left out. Pools and excluded documents become mteb's `top_ranked`. A
-    document with the query's id is dropped from its ranking, unless some query's own document is relevant to it: then
-    equal ids mean nothing. The main score is `ndcg_at_10`, or `p-MRR` where instructions change. The task's name ends
-    with a hash of its contents, because mteb takes results of that name for results on the same data.
-
-    Args:
-        collection: documents, queries and judgements.
-        split: the split.
-        languages: of the texts, as mteb writes them.
-
-    Raises:
-        DataError: there is no such split, or no query of it has a relevant document.
-    """
-    qrels = judged(collection, split)
-    revision = hashlib.sha256(json.dumps([collection.content_hash(), split]).encode()).hexdigest()
-    name = re.sub(r"[^\w.-]+", "_", collection.name)
-    metadata = TaskMetadata(
-        name=f"{name}-{split}-{revision[:8]}",
-        description=f"The split {split} of the collection {collection.name}.",
-        dataset={"path": f"local/{name}", "revision": revision},
-        type="Retrieval",
-        category="t2t",
-        eval_splits=[split],
-        eval_langs=list(languages),
-        main_score="p-MRR" if collection.changed else "ndcg_at_10",
-    )
-    # mteb keeps the metadata in the class: unloading a task deletes those of the instance.
-    identical = not any(gains.get(query_id, 0) > 0 for query_id, gains in qrels.items())
-    kind = type("CollectionTask", (_CollectionTask,), {"metadata": metadata, "ignore_identical_ids": identical})
-    return cast("AbsTaskRetrieval", kind(collection, qrels))
-
-
 def run_mteb(
     model: str | Path | SearchR3,
     modes: Sequence[Mode],
@@ -258,11 +239,13 @@ def run_mteb(
     *,
     batch_size: int = 128,
     max_new_tokens: int | None = None,
+    instructions: Sequence[str] = (OWN,),
     save_predictions: bool = False,
 ) -> list[TaskScore]:
-    """Run tasks of mteb in each mode; what `out_folder` already holds is read, not computed again.
+    """Run tasks of mteb in each mode and with each instruction.
 
-    Documents are encoded once for all modes; their vectors stay in memory for the duration of a task.
+    What `out_folder` already holds is read, not computed again. Documents are encoded once for all of these; their
+    vectors stay in memory for the duration of a task.
 
     Args:
         model: a directory, a hub id, `"builtin"`, or a `SearchR3` loaded with a device or dtype of choice.
@@ -271,10 +254,11 @@ def run_mteb(
         out_folder: takes mteb's files, `results/MODEL/REVISION/TASK.json`, each written when its task is done.
         batch_size: queries reasoned about at once.
         max_new_tokens: reasoning budget; by default the model's own.
+        instructions: as in `SearchR3MTEB`.
         save_predictions: also write the rankings, `predictions/MODEL/REVISION/TASK_predictions.json`.
 
     Returns:
-        The scores task by task, and mode by mode within a task.
+        The scores task by task, within a task mode by mode, and within a mode by instruction.
 
     Raises:
         DataError: an unknown task, suite or mode, or a task whose data cannot be had; what was measured before is kept.
@@ -284,7 +268,11 @@ def run_mteb(
     queue = suite_tasks([item for item in items if isinstance(item, str)])
     queue += [item for item in items if isinstance(item, AbsTask)]
     model = model if isinstance(model, SearchR3) else SearchR3(model)
-    encoders = [SearchR3MTEB(model, mode=mode, max_new_tokens=max_new_tokens) for mode in modes]
+    encoders = [
+        SearchR3MTEB(model, mode=mode, max_new_tokens=max_new_tokens, instruction=instruction)
+        for mode in modes
+        for instruction in dict.fromkeys(instructions)
+    ]
     cache = ResultCache(out_folder)
     scores = []
     for task in queue:
@@ -319,51 +307,11 @@ def _run(encoder: SearchR3MTEB, task: AbsTask, cache: ResultCache, batch_size: i
     subsets = ((split, subset) for split, subsets in result.scores.items() for subset in subsets)
     scores = {f"{split}/{subset['hf_subset']}": round(float(subset["main_score"]), 6) for split, subset in subsets}
     mean, measure, tokens = fmean(scores.values()), task.metadata.main_score, encoder.tokens_per_query
-    return TaskScore(name, encoder.mode, str(meta.name), measure, mean, scores, tokens, path)
+    system = encoder.mode, str(meta.name), encoder.instruction
+    return TaskScore(name, *system, measure, mean, scores, tokens, path)
 
 
-class _CollectionTask(AbsTaskRetrieval):
-    """What `collection_task` makes, but for the metadata."""
-
-    def __init__(self, collection: Collection, qrels: Mapping[str, Mapping[str, int]]) -> None:
-        super().__init__()
-        self.collection = collection
-        self.qrels = qrels
-
-    def load_data(self, num_proc: int | None = None, **kwargs: Any) -> None:
-        queries, documents = self.collection.queries, self.collection.documents.values()
-        corpus = [{"id": document.doc_id, "title": document.title, "text": document.text} for document in documents]
-        data: Any = {
-            "corpus": Dataset.from_list(corpus),
-            "queries": Dataset.from_list([{"id": query_id, "text": queries[query_id].text} for query_id in self.qrels]),
-            "relevant_docs": self.qrels,
-            "top_ranked": _top_ranked(self.collection, self.qrels),
-        }
-        self.dataset = {"default": {self.metadata.eval_splits[0]: data}}
-        self.data_loaded = True
-
-    def task_specific_scores(self, scores: Any, qrels: Any, results: Any, *args: Any, **kwargs: Any) -> dict[str, Any]:
-        if not self.collection.changed:
-            return {}
-        changed = {query: sorted(doc_ids) for query, doc_ids in self.collection.changed.items()}
-        return evaluate_p_mrr_change(qrels, results, changed, self.k_values)
-
-
-def _top_ranked(collection: Collection, query_ids: Iterable[str]) -> dict[str, list[str]] | None:
-    """The documents to rank for each query; mteb skips a query that is not listed, so it is all queries or none."""
-    limits = {name: restrictions(collection, name, {}, keep_identical_ids=True) for name in query_ids}
-    if all(limit == Restrictions() for limit in limits.values()):
-        return None
-    everything = list(collection.documents)
-    return {
-        query_id: [
-            doc_id for doc_id in (everything if limit.pool is None else sorted(limit.pool)) if limit.allow(doc_id)
-        ]
-        for query_id, limit in limits.items()
-    }
-
-
-def _model_meta(model: SearchR3, mode: Mode, max_new_tokens: int | None) -> ModelMeta:
+def _model_meta(model: SearchR3, mode: Mode, max_new_tokens: int | None, instruction: str) -> ModelMeta:
     source, weights = model.backbone.source, list(model.backbone.model.parameters())
     on_hub = "/" in source and not Path(source).is_dir()
     name = source if on_hub else f"local/{short_name(str(Path(source).resolve()))}"
@@ -371,6 +319,8 @@ def _model_meta(model: SearchR3, mode: Mode, max_new_tokens: int | None) -> Mode
     experiment: dict[str, Any] = {} if dtype == "float32" else {"dtype": dtype}
     if mode == "reason" and max_new_tokens is not None:
         experiment["max_new_tokens"] = max_new_tokens
+    if instruction != NONE:
+        experiment["instruction"] = file_label(instruction)
     unknown = ("loader", "reference", "release_date", "languages", "license", "training_datasets")
     return ModelMeta(
         **dict.fromkeys((*unknown, "public_training_code", "public_training_data")),
@@ -383,7 +333,7 @@ def _model_meta(model: SearchR3, mode: Mode, max_new_tokens: int | None) -> Mode
         open_weights=True,
         framework=["PyTorch", "Transformers"],
         similarity_fn_name=ScoringFunction.COSINE,
-        use_instructions=True,
+        use_instructions=instruction != NONE,
         experiment_kwargs=experiment or None,
     )
 

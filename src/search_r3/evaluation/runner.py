@@ -15,8 +15,10 @@ from ..files import write_json, write_text
 from ..model.encoder import SearchR3
 from ..model.prompts import Mode
 from ..types import Watch
+from . import instructions
 from .benchmark import EvaluationOptions, evaluate, judged, resolve_splits
-from .results import Result
+from .instructions import NONE, OWN
+from .results import Result, SystemInfo
 from .significance import Comparison, compare
 from .systems import (
     SENTENCE_TRANSFORMERS,
@@ -49,6 +51,10 @@ class EvaluationPlan:
         options: how results are computed.
         batch_size: queries reasoned about at once.
         loading: what `SearchR3` takes beside a model: `device`, `dtype`, `prompts`, ...
+        instructions: of the queries, each a system of its own: `own`, `none` or a text (`instructions.choose`). Without
+            any, `own`, and also `none` on the splits whose queries have their own, unless the collection measures how
+            rankings follow them (p-MRR).
+        document_instruction: of the documents.
     """
 
     models: dict[str, str]
@@ -59,6 +65,8 @@ class EvaluationPlan:
     options: EvaluationOptions = field(default_factory=EvaluationOptions)
     batch_size: int = 128
     loading: Mapping[str, Any] = field(default_factory=dict)
+    instructions: Sequence[str] = ()
+    document_instruction: str = ""
 
 
 def label_models(sources: Sequence[str]) -> dict[str, str]:
@@ -106,7 +114,7 @@ def run_plan(plan: EvaluationPlan, folder: Path, watch: Watch | None = None) -> 
         for split in resolve_splits(collection, plan.splits):
             judged(collection, split)
     models = {
-        label: EncodedCollections(SearchR3(source, **plan.loading), folder / "indexes")
+        label: EncodedCollections(SearchR3(source, **plan.loading), folder / "indexes", plan.document_instruction)
         for label, source in plan.models.items()
     }
     systems = _systems(plan, models)
@@ -114,7 +122,10 @@ def run_plan(plan: EvaluationPlan, folder: Path, watch: Watch | None = None) -> 
         collection = load_collection(source, skip_empty_documents=True)
         run = partial(evaluate, options=plan.options, source=source, folder=folder / RESULTS, watch=watch)
         for split in resolve_splits(collection, plan.splits):
+            asked = plan.instructions or instructions.choices(collection, split)
             for system in systems:
+                if system.info.kind == "search-r3" and system.info.settings.get("instruction", OWN) not in asked:
+                    continue
                 yield (result := run(system, collection, split))
                 if REASONING_NAME in plan.baselines and result.system.mode == "reason":
                     yield run(reasoning_baseline(result), collection, split)
@@ -129,9 +140,9 @@ def reasoning_baseline(result: Result, name: str | None = None) -> BM25System:
         result: of a mode that reasons.
         name: as in the tables; by default `bm25+reasoning`, with the label of the model.
     """
-    _, _, label = result.system.name.partition("/")
     texts = dict(zip(result.query_ids, result.reasoning, strict=True))
-    return BM25System(name or "/".join(filter(None, [REASONING_NAME, label])), texts, result.key, result.cost)
+    name = name or REASONING_NAME + result.system.name.removeprefix("reason")
+    return BM25System(name, texts, result.key, result.cost)
 
 
 def write_summary(results: Sequence[Result], folder: Path, permutations: int, seed: int) -> list[Comparison]:
@@ -174,10 +185,15 @@ def _systems(plan: EvaluationPlan, models: Mapping[str, EncodedCollections]) -> 
             systems.append(SentenceTransformersSystem(name.removeprefix(SENTENCE_TRANSFORMERS)))
     for label, collections in models.items():
         for mode in plan.modes:
-            systems.append(SearchR3System(collections, mode, f"{mode}/{label}" if label else mode, plan.batch_size))
-    sources = {system.info.name: system.info.model for system in systems}
-    for system in systems:
-        if sources[system.info.name] != system.info.model:
-            pair = f"{system.info.model} and {sources[system.info.name]}"
-            raise ConfigError(f"two systems are called {system.info.name!r}: {pair}; rename a folder, or leave one out")
+            for choice in plan.instructions or (OWN, NONE):
+                name = (f"{mode}/{label}" if label else mode) + instructions.label(choice)
+                systems.append(SearchR3System(collections, mode, name, plan.batch_size, choice))
+    named: dict[str, SystemInfo] = {}
+    for info in (system.info for system in systems):
+        other = named.setdefault(info.name, info)
+        if other.model != info.model:
+            pair = f"{other.model} and {info.model}"
+            raise ConfigError(f"two systems are called {info.name!r}: {pair}; rename a folder, or leave one out")
+        if other != info:
+            raise ConfigError(f"two instructions begin alike and are both called {info.name!r}; leave one out")
     return systems

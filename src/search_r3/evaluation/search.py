@@ -30,10 +30,13 @@ class Searcher:
         model: the model.
         collection: what is searched.
         index: the collection as this model encoded it; without it, it is encoded here.
+        instruction: of every query.
     """
 
-    def __init__(self, model: SearchR3, collection: Collection, index: ExactIndex | None = None) -> None:
-        self.model, self.collection = model, collection
+    def __init__(
+        self, model: SearchR3, collection: Collection, index: ExactIndex | None = None, instruction: str = ""
+    ) -> None:
+        self.model, self.collection, self.instruction = model, collection, instruction
         self.index = index or index_documents(model, collection)
 
     def search(self, query: str, mode: Mode = "reason", k: int = 10) -> Answer:
@@ -42,7 +45,7 @@ class Searcher:
         Raises:
             DataError: the query is empty.
         """
-        return self._answer(self.model.encode_query([query], mode), k)
+        return self._answer(self.model.encode_query([query], mode, instruction=self.instruction), k)
 
     def stream(self, query: str, mode: Mode = "reason", k: int = 10) -> Iterator[str | Answer]:
         """Pieces of the reasoning as the model writes them, then the answer that `search` gives.
@@ -50,7 +53,7 @@ class Searcher:
         Raises:
             DataError: the query is empty.
         """
-        for piece in self.model.stream_query(query, mode):
+        for piece in self.model.stream_query(query, mode, instruction=self.instruction):
             yield piece if isinstance(piece, str) else self._answer(piece, k)
 
     def _answer(self, query: QueryEmbeddings, k: int) -> Answer:

@@ -28,6 +28,7 @@ from ..retrieval.index import ExactIndex
 from ..retrieval.lexical import BM25, Scored
 from ..retrieval.ranking import RankRequest, ranked, without
 from ..types import Array, Progress
+from .instructions import OWN, choose, file_label
 from .results import Cost, SystemInfo
 
 T = TypeVar("T")
@@ -147,17 +148,18 @@ class EncodedCollections(_PerCollection[tuple[ExactIndex, float | None]]):
     Args:
         model: the encoder.
         folder: where a collection is kept while it is encoded, so that a kill costs one block; in memory without it.
+        instruction: of the documents.
     """
 
-    def __init__(self, model: SearchR3, folder: Path | None = None) -> None:
-        self.model = model
+    def __init__(self, model: SearchR3, folder: Path | None = None, instruction: str = "") -> None:
+        self.model, self.instruction = model, instruction.strip()
         self.revision = model.backbone.revision
         self._folder = folder
 
     def _make_index(self, collection: Collection, progress: Progress | None) -> tuple[ExactIndex, float | None]:
         started, count = time.perf_counter(), len(collection.documents)
         if self._folder is None:
-            index = index_documents(self.model, collection, progress=progress)
+            index = index_documents(self.model, collection, instruction=self.instruction, progress=progress)
             return index, count / (time.perf_counter() - started)
 
         def begin(total: int, resume_at: int) -> None:
@@ -168,6 +170,7 @@ class EncodedCollections(_PerCollection[tuple[ExactIndex, float | None]]):
             self.model,
             sorted(collection.texts().items()),  # the key is that of the documents in any order
             self._path(collection),
+            instruction=self.instruction,
             dtype="float32",
             on_start=begin,
             progress=progress,
@@ -183,7 +186,8 @@ class EncodedCollections(_PerCollection[tuple[ExactIndex, float | None]]):
     def _path(self, collection: Collection) -> Path:
         assert self._folder is not None
         short = "+".join(part[:12] for part in self.revision.split("+"))
-        return self._folder / f"{short}-{self.model.backbone.dtype}-{collection.content_hash()[:12]}"
+        name = f"{short}-{self.model.backbone.dtype}-{collection.content_hash()[:12]}"
+        return self._folder / (f"{name}-{file_label(self.instruction)}" if self.instruction else name)
 
 
 class SearchR3System:
@@ -194,16 +198,26 @@ class SearchR3System:
         mode: `direct` or `reason`.
         name: as in the tables; by default the mode.
         batch_size: queries reasoned about at once; it changes results by rounding only.
+        instruction: of the queries, see `instructions.choose`.
     """
 
     before: Cost | None = None
 
     def __init__(
-        self, collections: EncodedCollections, mode: Mode, name: str | None = None, batch_size: int = 128
+        self,
+        collections: EncodedCollections,
+        mode: Mode,
+        name: str | None = None,
+        batch_size: int = 128,
+        instruction: str = OWN,
     ) -> None:
         backbone = collections.model.backbone
         self.mode: Mode = mode
-        self.collections, self.batch_size = collections, batch_size
+        self.collections, self.batch_size, self.instruction = collections, batch_size, instruction
+        # Without instructions a result has the key that it had before there were any.
+        instructions = {} if instruction == OWN else {"instruction": instruction}
+        if collections.instruction:
+            instructions["document_instruction"] = collections.instruction
         self.info = SystemInfo(
             name=name or mode,
             kind="search-r3",
@@ -214,13 +228,14 @@ class SearchR3System:
                 **backbone.settings.model_dump(),
                 "dtype": backbone.dtype,
                 "sampling_temperature": 0.0,
+                **instructions,
             },
         )
 
     def index(self, collection: Collection, progress: Progress | None = None) -> Searchable:
         """Encode all documents, unless the other mode has."""
         index, speed = self.collections.index(collection, progress)
-        return _Reasoning(self.collections.model, self.mode, self.batch_size, index, speed)
+        return _Reasoning(self.collections.model, self.mode, self.batch_size, self.instruction, index, speed)
 
 
 @dataclass(frozen=True)
@@ -228,12 +243,17 @@ class _Reasoning:
     _model: SearchR3
     _mode: Mode
     _batch_size: int
+    _instruction: str
     _index: ExactIndex
     documents_per_second: float | None
 
     def answer(self, requests: Sequence[RankRequest], depth: int, progress: Progress | None = None) -> Answers:
         queries = self._model.encode_query(
-            [request.text for request in requests], self._mode, batch_size=self._batch_size, progress=progress
+            [request.bare for request in requests],
+            self._mode,
+            instruction=[choose(self._instruction, request.instruction) for request in requests],
+            batch_size=self._batch_size,
+            progress=progress,
         )
         rankings, truncated = ranked(self._index, queries.vectors, requests, depth), sum(queries.truncated)
         if self._mode == "direct":
@@ -333,10 +353,13 @@ def short_name(source: str) -> str:
     return path.parent.name if path.name == "model" and path.parent.name else path.name
 
 
-def index_documents(model: SearchR3, collection: Collection, *, progress: Progress | None = None) -> ExactIndex:
+def index_documents(
+    model: SearchR3, collection: Collection, *, instruction: str = "", progress: Progress | None = None
+) -> ExactIndex:
     """Encode a whole collection into an exact index."""
     texts = collection.texts()
-    return ExactIndex(list(texts), model.encode_document(list(texts.values()), progress=progress))
+    vectors = model.encode_document(list(texts.values()), instruction=instruction, progress=progress)
+    return ExactIndex(list(texts), vectors)
 
 
 def _package_folder(source: str) -> Path | None:

@@ -28,6 +28,7 @@ def encode_stream(
     texts: Iterable[str],
     kind: Kind,
     *,
+    instruction: str | Sequence[str] = "",
     batch_tokens: int | None = None,
     window: int = WINDOW,
     progress: Progress | None = None,
@@ -38,6 +39,7 @@ def encode_stream(
         backbone: the model.
         texts: read as far as the next block needs.
         kind: `direct` or `document`.
+        instruction: one that follows each text, or one per text where all are one block.
         batch_tokens: tokens computed together, padding included; it changes vectors by rounding only.
         window: texts per block; within it texts of like length share a batch.
         progress: called after each batch with the numbers of texts and of their tokens.
@@ -46,7 +48,7 @@ def encode_stream(
         The block's prompts and its vectors, `N x D`, float32, L2-normalised.
 
     Raises:
-        DataError: a text is empty (its place in the block is named).
+        DataError: a text is empty (its place in the block is named), or an instruction leaves no room for its text.
         ModelError: a vector holds NaN or infinity.
     """
     if batch_tokens is None:
@@ -56,7 +58,7 @@ def encode_stream(
     prefix = None
     source = iter(texts)
     while block := list(islice(source, window)):
-        prompts = backbone.prompt_encoder.encode_batch(block, kind)
+        prompts = backbone.prompt_encoder.encode_batch(block, kind, instruction)
         if prefix is None and len(block) > 1:
             with torch.inference_mode():
                 prefix = compute_prefix(backbone.causal_lm, backbone.prompt_encoder.prefix_of(prompts[0].ids))

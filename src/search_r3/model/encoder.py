@@ -140,6 +140,7 @@ class SearchR3:
         texts: str | Sequence[str],
         mode: Mode = "reason",
         *,
+        instruction: str | Sequence[str] = "",
         batch_size: int = 128,
         max_new_tokens: int | None = None,
         sampling_temperature: float = 0.0,
@@ -152,6 +153,8 @@ class SearchR3:
         Args:
             texts: queries; a single string counts as one.
             mode: `reason` or `direct`.
+            instruction: what is looked for, e.g. `Find a passage that answers this question.`; it follows the text, as
+                in training. One for all, or one per query; an empty one is none.
             batch_size: queries reasoned about at once; it changes vectors by rounding, which can tip a near tie between
                 tokens (rarely in float32).
             max_new_tokens: reasoning budget; by default the model's own.
@@ -161,16 +164,17 @@ class SearchR3:
             progress: called with the numbers of queries done, and of tokens (written, or in direct mode read).
 
         Raises:
-            DataError: no texts, or an empty one (its place is named).
+            DataError: no texts, an empty one (its place is named), another number of instructions than of texts, or an
+                instruction that leaves no room for its text.
             ModelError: a vector holds NaN or infinity.
         """
         _check_mode(mode)
         texts = _as_list(texts, "query")
         if mode == "direct":
-            vectors, truncated = self._vectors(texts, "direct", None, progress)
+            vectors, truncated = self._vectors(texts, "direct", instruction, None, progress)
             empty = [""] * len(texts), [0] * len(texts), [False] * len(texts)
             return QueryEmbeddings(vectors, *empty, truncated)
-        prompts = self.backbone.prompt_encoder.encode_batch(texts, mode)
+        prompts = self.backbone.prompt_encoder.encode_batch(texts, mode, instruction)
         rollouts = self.rollouts(
             [prompt.ids for prompt in prompts],
             max_new_tokens=max_new_tokens,
@@ -187,23 +191,24 @@ class SearchR3:
         text: str,
         mode: Mode = "reason",
         *,
+        instruction: str = "",
         max_new_tokens: int | None = None,
         sampling_temperature: float = 0.0,
         top_p: float = 1.0,
         seed: int = 0,
     ) -> Iterator[str | QueryEmbeddings]:
-        """Encode one query and show the reasoning while it is written.
+        """Encode one query and show the reasoning while it is written; arguments as in `encode_query`.
 
         Yields:
             Pieces of the reasoning as the model writes them, then the same `QueryEmbeddings` as `encode_query` returns.
             Closing the iterator stops the model.
 
         Raises:
-            DataError: the query is empty.
+            DataError: the query is empty, or the instruction leaves no room for it.
         """
         _check_mode(mode)
         encoder = self.backbone.prompt_encoder
-        [prompt] = encoder.encode_batch(_as_list(text, "query"), mode)
+        [prompt] = encoder.encode_batch(_as_list(text, "query"), mode, instruction)
         budget = self.backbone.settings.max_new_tokens if max_new_tokens is None else max_new_tokens
         budget = budget if mode == "reason" else 0
         decoder = Decoder(self.backbone, slots=1)
@@ -225,6 +230,7 @@ class SearchR3:
         self,
         texts: str | Sequence[str],
         *,
+        instruction: str | Sequence[str] = "",
         batch_tokens: int | None = None,
         progress: Progress | None = None,
     ) -> Array:
@@ -234,15 +240,17 @@ class SearchR3:
 
         Args:
             texts: documents; a single string counts as one.
+            instruction: as in `encode_query`; the recipes train documents without one.
             batch_tokens: tokens computed together; by default what suits the device. It changes vectors by
                 rounding only.
             progress: called after each batch with the numbers of documents and of their tokens.
 
         Raises:
-            DataError: no texts, or an empty one (its place is named).
+            DataError: as in `encode_query`.
             ModelError: a vector holds NaN or infinity.
         """
-        vectors, truncated = self._vectors(_as_list(texts, "document"), "document", batch_tokens, progress)
+        texts = _as_list(texts, "document")
+        vectors, truncated = self._vectors(texts, "document", instruction, batch_tokens, progress)
         self._warn_of(sum(truncated), len(truncated))
         return vectors
 
@@ -250,6 +258,7 @@ class SearchR3:
         self,
         texts: Iterable[str],
         *,
+        instruction: str = "",
         batch_tokens: int | None = None,
         window: int = WINDOW,
         progress: Progress | None = None,
@@ -258,6 +267,7 @@ class SearchR3:
 
         Args:
             texts: read as far as the next block needs.
+            instruction: one for all, as in `encode_document`.
             batch_tokens: as in `encode_document`.
             window: documents per block; within it documents of like length are computed together.
             progress: as in `encode_document`.
@@ -269,7 +279,11 @@ class SearchR3:
             DataError: a text is empty (its place in its block is named).
         """
         for prompts, vectors in encode_stream(
-            self.backbone, texts, "document", batch_tokens=batch_tokens, window=window, progress=progress
+            *(self.backbone, texts, "document"),
+            instruction=instruction,
+            batch_tokens=batch_tokens,
+            window=window,
+            progress=progress,
         ):
             self._warn_of(sum(prompt.truncated for prompt in prompts), len(prompts))
             yield self._shorten(vectors)
@@ -329,10 +343,19 @@ class SearchR3:
         self.backbone.save(folder, dtype)
 
     def _vectors(
-        self, texts: Sequence[str], kind: Kind, batch_tokens: int | None, progress: Progress | None
+        self,
+        texts: Sequence[str],
+        kind: Kind,
+        instruction: str | Sequence[str],
+        batch_tokens: int | None,
+        progress: Progress | None,
     ) -> tuple[Array, list[bool]]:
         [(prompts, vectors)] = encode_stream(
-            self.backbone, texts, kind, batch_tokens=batch_tokens, window=len(texts), progress=progress
+            *(self.backbone, texts, kind),
+            instruction=instruction,
+            batch_tokens=batch_tokens,
+            window=len(texts),
+            progress=progress,
         )
         return self._shorten(vectors), [prompt.truncated for prompt in prompts]
 

@@ -7,12 +7,14 @@ at the user's text; that text is then tokenized with special tokens switched off
 
 from __future__ import annotations
 
+import reprlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from ..data.rows import instructed
 from ..errors import DataError, ModelError
 
 EMBED_TOKEN = "<|embed_token|>"  # noqa: S105 - the token's name in the paper, no secret
@@ -114,21 +116,25 @@ class PromptEncoder:
             if room < 1:
                 raise ModelError(f"max_length={max_length} leaves no room for text in the {kind} prompt; set it higher")
 
-    def encode(self, text: str, kind: Kind) -> EncodedPrompt:
+    def encode(self, text: str, kind: Kind, instruction: str = "") -> EncodedPrompt:
         """Token ids for a text.
 
-        For `direct` and `document` they end with the embed token, for `reason` where the model's reply begins.
+        For `direct` and `document` they end with the embed token, for `reason` where the model's reply begins. The
+        instruction follows the text; where both are too long, the text loses its end and the instruction stays whole.
 
         Raises:
-            DataError: the text is empty or blank.
+            DataError: the text is empty or blank, or the instruction leaves no room for it.
         """
-        return self.encode_batch([text], kind)[0]
+        return self.encode_batch([text], kind, instruction)[0]
 
-    def encode_batch(self, texts: Sequence[str], kind: Kind) -> list[EncodedPrompt]:
-        """`encode` for many texts at once, which is faster.
+    def encode_batch(
+        self, texts: Sequence[str], kind: Kind, instruction: str | Sequence[str] = ""
+    ) -> list[EncodedPrompt]:
+        """`encode` for many texts at once, which is faster; with one instruction for all, or one per text.
 
         Raises:
-            DataError: a text is empty or blank (its place is named).
+            DataError: a text is empty or blank (its place is named), an instruction leaves no room, or there is another
+                number of instructions than of texts.
         """
         if not texts:
             return []
@@ -141,8 +147,31 @@ class PromptEncoder:
             )
         before, after = self.frame(kind)
         room = self.max_length - len(before) - len(after)
-        tokens = self.tokenizer(stripped, add_special_tokens=False, split_special_tokens=True)["input_ids"]
-        return [EncodedPrompt([*before, *ids[:room], *after], len(ids) > room) for ids in tokens]
+        endings = [instruction] * len(texts) if isinstance(instruction, str) else instruction
+        if len(endings) != len(texts):
+            raise DataError(f"{len(endings)} instructions for {len(texts)} texts; give one for all, or one per text")
+        whole = [instructed(text, end).strip() for text, end in zip(texts, endings, strict=True)]
+        tokens = self.tokenizer(whole, add_special_tokens=False, split_special_tokens=True)["input_ids"]
+        return [
+            EncodedPrompt([*before, *self._cut(text, end, ids, room), *after], len(ids) > room)
+            for text, end, ids in zip(whole, endings, tokens, strict=True)
+        ]
+
+    def _cut(self, whole: str, instruction: str, ids: list[int], room: int) -> list[int]:
+        """The ids of a text with its instruction; of one without room, without the end of the text."""
+        if len(ids) <= room or not instruction.strip():
+            return ids[:room]
+        offsets = self.tokenizer(
+            whole, add_special_tokens=False, split_special_tokens=True, return_offsets_mapping=True
+        )["offset_mapping"]
+        text_length = len(whole[: -len(instruction.strip())].rstrip())
+        ending = ids[sum(end <= text_length for _, end in offsets) :]
+        if len(ending) >= room:
+            raise DataError(
+                f"the instruction {reprlib.repr(instruction)} takes {len(ending)} tokens, but max_length="
+                f"{self.max_length} has room for {room} with the text; shorten it, or set max_length higher"
+            )
+        return [*ids[: room - len(ending)], *ending]
 
     def frame(self, kind: Kind) -> tuple[list[int], list[int]]:
         """The ids of a whole prompt before and after the user's text, the reply of `direct` and `document` included."""

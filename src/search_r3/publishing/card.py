@@ -17,6 +17,7 @@ import yaml
 from huggingface_hub import EvalResult, ModelCardData
 
 from ..evaluation.benchmark import package_versions
+from ..evaluation.instructions import INSTRUCTIONS
 from ..evaluation.table import AVERAGED, markdown
 from ..retrieval.metrics import MAIN
 from .facts import BEFORE_RL, STAGES, Facts
@@ -91,9 +92,13 @@ def _front_matter(facts: Facts, repo_id: str, license_id: str | None) -> ModelCa
             dataset_split=result.collection.split,
             dataset_args={"sha256": result.collection.hash},
             metric_type=measure.replace("@", "_at_"),
-            metric_name=f"{measure}, {result.system.mode}",
+            metric_name=f"{measure}, {result.system.name}",
             metric_value=result.scores[measure],
-            metric_args={"mode": result.system.mode, "interval_95": list(result.intervals[measure])},
+            metric_args={
+                "mode": result.system.mode,
+                **{key: result.system.settings[key] for key in INSTRUCTIONS if key in result.system.settings},
+                "interval_95": list(result.intervals[measure]),
+            },
         )
         for result in facts.own
         for measure in AVERAGED

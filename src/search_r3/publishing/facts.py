@@ -7,7 +7,7 @@ state of this one, is not taken for its own.
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,7 @@ from pydantic import ValidationError
 
 from ..data.load import split_name
 from ..errors import DataError, ModelError, RunError
+from ..evaluation.instructions import OWN, label
 from ..evaluation.report.report import METRICS, last_results
 from ..evaluation.results import Result
 from ..evaluation.runner import RESULTS, SUMMARY
@@ -198,7 +199,7 @@ def _newest(
     dated = sorted(rows, key=lambda row: str(row[1].provenance.get("date", "")))
     own = [result for _, result in dated if _is_of(result, states)]
     data = {result.place: result.collection.hash for result in own}
-    keys = {result.key for result in own}
+    keys = {result.key: _label(result) for result in own}
     newest = {}
     for folder, result in dated:
         name = _name(result, states, earlier, keys)
@@ -208,16 +209,24 @@ def _newest(
     return dict(sorted(newest.items(), key=lambda item: order.index(item[0][1])))
 
 
-def _name(result: Result, states: set[str], earlier: set[str], keys: set[str]) -> str:
-    """What a system is called beside the model of these results; empty where it has nothing to do with it."""
+def _name(result: Result, states: set[str], earlier: set[str], keys: Mapping[str, str]) -> str:
+    """What a system is called beside the model of these results; empty where it has nothing to do with it.
+
+    `keys` holds what their names say of their instructions.
+    """
     system = result.system
     if system.kind == "search-r3":
         if _is_of(result, states):
-            return system.mode
-        return f"{system.mode}, {BEFORE_RL}" if _is_of(result, earlier) else ""
+            return system.mode + _label(result)
+        return f"{system.mode}{_label(result)}, {BEFORE_RL}" if _is_of(result, earlier) else ""
     if texts := system.settings.get("texts"):
-        return "bm25+reasoning" if texts in keys else ""
+        return f"bm25+reasoning{keys[texts]}" if texts in keys else ""
     return system.name
+
+
+def _label(result: Result) -> str:
+    """What its name says of its instructions."""
+    return label(result.system.settings.get("instruction", OWN))
 
 
 def _is_of(result: Result, states: set[str]) -> bool:

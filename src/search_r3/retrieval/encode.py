@@ -24,6 +24,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from ..data.rows import instructed
 from ..errors import DataError, VectorIndexError
 from ..model.documents import unusable_rows
 from ..model.encoder import SearchR3
@@ -68,9 +69,11 @@ class Peer:
         """The size of a vector, `D`."""
         return int(self.encode(["size"], "document").shape[1])
 
-    def encode_document(self, texts: Sequence[str], *, progress: Progress | None = None) -> Array:
-        """The vectors of these texts, `N x D`."""
-        vectors = self.encode(texts, "document")
+    def encode_document(
+        self, texts: Sequence[str], *, instruction: str = "", progress: Progress | None = None
+    ) -> Array:
+        """The vectors of these texts, `N x D`; an instruction follows each text."""
+        vectors = self.encode([instructed(text, instruction) for text in texts], "document")
         if progress is not None:
             progress(len(texts), 0)
         return vectors
@@ -97,6 +100,7 @@ def encode_corpus(
     documents: Documents,
     folder: str | Path,
     *,
+    instruction: str = "",
     dtype: DType = "float16",
     block_size: int | None = None,
     on_start: Callable[[int, int], None] | None = None,
@@ -110,6 +114,7 @@ def encode_corpus(
         model: the encoder.
         documents: doc_ids and texts; they are iterated over twice, so a generator will not do.
         folder: made if missing.
+        instruction: of the documents, as in `SearchR3.encode_document`.
         dtype: how vectors are stored.
         block_size: documents that a kill may cost, by default what suits the device; within a block the model puts
             texts of like length together.
@@ -122,8 +127,9 @@ def encode_corpus(
     Raises:
         DataError: no documents, a doubled doc_id, a text without a visible character, or documents that change while
             they are read.
-        VectorIndexError: `folder` belongs to another model, other documents or another dtype, or is damaged; a vector
-            is not finite or too large for `dtype`; the disk is full. What is done stays done.
+        VectorIndexError: `folder` belongs to another model, other documents, another instruction of documents or
+            another dtype, or is damaged; a vector is not finite or too large for `dtype`; the disk is full. What is
+            done stays done.
     """
     if block_size is None:
         block_size = BLOCK_SIZES.get(_device_type(model), BLOCK_SIZES["cuda"])
@@ -131,7 +137,7 @@ def encode_corpus(
         raise VectorIndexError(f"a block holds at least 1 document; block_size was {block_size}")
     folder, survey = Path(folder), _survey_documents(documents, block_size)
     count = len(survey.doc_ids)
-    facts, probe = _identity(model, survey)
+    facts, probe = _identity(model, survey, instruction)
     facts["dtype"] = dtype
     complete = _read_state(folder, storage.MANIFEST, facts, probe)
     resume_at, paths = complete or _open_state(folder, facts, probe)
@@ -141,7 +147,7 @@ def encode_corpus(
         storage.sweep(folder, {path.name for path in paths.values()})
     else:
         for start, block in _remaining(documents, survey, block_size, resume_at):
-            vectors, end = _vectors(model, block, dtype, progress), start + len(block)
+            vectors, end = _vectors(model, block, instruction, dtype, progress), start + len(block)
             with storage.writable(folder):
                 storage.write_rows(paths["vectors.npy"], survey.rows[start:end].tolist(), vectors)
             storage.save_state(folder, paths, {**facts, "done": end}, storage.UNFINISHED)
@@ -150,15 +156,15 @@ def encode_corpus(
     return ExactIndex.load(folder, mmap=True)
 
 
-def load_corpus(model: SearchR3, documents: Documents, folder: str | Path) -> ExactIndex:
+def load_corpus(model: SearchR3, documents: Documents, folder: str | Path, *, instruction: str = "") -> ExactIndex:
     """The index that `encode_corpus` made of these documents with this model, its vectors memory-mapped.
 
     Raises:
         DataError: as in `encode_corpus`.
-        VectorIndexError: there is none, or it is of another model or of other documents.
+        VectorIndexError: there is none, or it is of another model or of other documents, or has another instruction.
     """
     folder = Path(folder)
-    facts, probe = _identity(model, _survey_documents(documents, BLOCK_SIZES["cpu"]))
+    facts, probe = _identity(model, _survey_documents(documents, BLOCK_SIZES["cpu"]), instruction)
     if _read_state(folder, storage.MANIFEST, facts, probe) is None:
         unfinished = (folder / storage.UNFINISHED).exists()
         content = "an encoding that is not finished" if unfinished else "no index"
@@ -227,9 +233,12 @@ def _origin(model: SearchR3 | Peer) -> Mapping[str, Any]:
     }
 
 
-def _identity(model: SearchR3 | Peer, survey: _Survey) -> tuple[dict[str, Any], Array]:
+def _identity(model: SearchR3 | Peer, survey: _Survey, instruction: str) -> tuple[dict[str, Any], Array]:
     """What a manifest says about model and documents, and the model's vector of the probe, `1 x D`."""
-    origin = {**_origin(model), "documents_sha256": survey.digests[-1], "search_r3": version("search-r3")}
+    origin = dict(_origin(model))
+    if instruction.strip():
+        origin["settings"] = {**origin["settings"], "document_instruction": instruction.strip()}
+    origin |= {"documents_sha256": survey.digests[-1], "search_r3": version("search-r3")}
     facts = {"documents": len(survey.doc_ids), "dimension": model.dimension, "origin": origin}
     return facts, model.encode_document([PROBE])
 
@@ -287,9 +296,9 @@ def _difference(then: dict[str, Any], now: dict[str, Any], stored_probe: Array, 
         return f"as {then['dtype']}, not as {now['dtype']}"
     if stored_settings != settings:
         changes = [
-            f"{name}={stored_settings.get(name)!r}, not {value!r}"
-            for name, value in settings.items()
-            if stored_settings.get(name) != value
+            f"{name}={stored_settings.get(name, '')!r}, not {settings.get(name, '')!r}"
+            for name in {**stored_settings, **settings}
+            if stored_settings.get(name) != settings.get(name)
         ]
         return f"with {'; '.join(changes)}"
     model = f"by another model, {then['origin']['model']}"
@@ -322,10 +331,11 @@ def _remaining(
 
 
 def _vectors(
-    model: SearchR3 | Peer, block: list[tuple[str, str]], dtype: DType, progress: Progress | None
+    model: SearchR3 | Peer, block: list[tuple[str, str]], instruction: str, dtype: DType, progress: Progress | None
 ) -> NDArray[Any]:
     """The vectors of a block in the dtype of the index, each checked."""
-    vectors = np.asarray(model.encode_document([text for _, text in block], progress=progress))
+    texts = [text for _, text in block]
+    vectors = np.asarray(model.encode_document(texts, instruction=instruction, progress=progress))
     if vectors.shape != (len(block), model.dimension):
         raise VectorIndexError(
             f"expected {len(block)} vectors of size {model.dimension} from the model, found shape {vectors.shape}"

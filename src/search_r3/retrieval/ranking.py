@@ -29,6 +29,7 @@ import numpy as np
 
 from ..data.collection import Collection
 from ..data.restrictions import Restrictions, restrictions
+from ..data.rows import bare_text
 from ..types import Array, Rows
 from .index import VectorIndex
 from .lexical import Scored
@@ -41,10 +42,16 @@ margin is all noise, every document is scored once more."""
 
 @dataclass(frozen=True)
 class RankRequest(Restrictions):
-    """One query as a system sees it, with what must not stand in its ranking."""
+    """One query as a system sees it (`data.collection.Query`), with what must not stand in its ranking."""
 
     query_id: str
     text: str
+    instruction: str = ""
+
+    @property
+    def bare(self) -> str:
+        """The text without its instruction."""
+        return bare_text(self.text, self.instruction)
 
 
 def make_requests(
@@ -54,8 +61,10 @@ def make_requests(
     requests = []
     for query_id, relevance in qrels.items():
         limits = restrictions(collection, query_id, relevance, keep_identical_ids=keep_identical_ids)
-        text = collection.queries[query_id].text
-        requests.append(RankRequest(query_id, text, left_out=limits.left_out, pool=limits.pool))
+        query = collection.queries[query_id]
+        requests.append(
+            RankRequest(query_id, query.text, query.instruction, left_out=limits.left_out, pool=limits.pool)
+        )
     return requests
 
 

@@ -8,14 +8,14 @@ from __future__ import annotations
 
 import random
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from ..config import SFTSettings
 from ..data.collection import Collection
-from ..data.triples import TrainingExample, draw_negatives, draw_trace, swap_traces
+from ..data.triples import TrainingExample, draw_negatives, draw_trace, draw_uninstructed, swap_traces
 from ..model.backbone import pad
 from ..model.prompts import PromptEncoder
 
@@ -140,7 +140,7 @@ def make_batch(
         collection: holds the texts.
         doc_ids: its documents, from which random negatives are drawn.
         examples: `B`.
-        settings: how many negatives, and the weights of the styles of traces.
+        settings: how many negatives, the weights of the styles of traces, and how many queries lose their instruction.
         rng: of the step, so that every process draws the same.
 
     Raises:
@@ -156,8 +156,10 @@ def make_batch(
     columns = {doc_id: column for column, doc_id in enumerate(distinct)}
     reasoned = [row for row, trace in enumerate(traces) if trace or settings.untraced == "embed"]
     swaps = swap_traces(traces, reasoned, settings.swapped_traces, rng)
+    # Drawn last, so that a share of 0 leaves all other draws as they are.
+    queries = draw_uninstructed([example.query for example in examples], settings.uninstructed, rng)
     return Batch(
-        examples,
+        [replace(example, query=query) for example, query in zip(examples, queries, strict=True)],
         traces,
         distinct,
         torch.tensor([columns[doc_id] for doc_id in positives]),
@@ -196,16 +198,17 @@ def tokenise(
 
     A trace that does not fit into `max_new_tokens`, the embed token included, loses its end: no reply will be longer.
     """
-    texts = [batch.examples[row].query.text for row in rows]
+    queries = [example.query for example in batch.examples]
+    texts, instructions = [queries[row].bare for row in rows], [queries[row].instruction for row in rows]
     place_of = {row: place for place, row in enumerate(batch.owners) if place >= len(batch.examples)}
     direct, reasoned, cut = [], [], 0
     completion = encoder.direct_completion()
-    for row, encoded in zip(rows, encoder.encode_batch(texts, "direct"), strict=True):
+    for row, encoded in zip(rows, encoder.encode_batch(texts, "direct", instructions), strict=True):
         prompt = encoded.ids[: -completion.embed_position - 1]
         direct.append(TrainingSequence(prompt + completion.ids, len(encoded.ids) - 1, row, len(prompt)))
     reason_rows = [row for row in rows if row in place_of]
-    texts = [batch.examples[row].query.text for row in reason_rows]
-    for row, encoded in zip(reason_rows, encoder.encode_batch(texts, "reason"), strict=True):
+    texts, instructions = [queries[row].bare for row in reason_rows], [queries[row].instruction for row in reason_rows]
+    for row, encoded in zip(reason_rows, encoder.encode_batch(texts, "reason", instructions), strict=True):
         prompt, completion = encoded.ids, encoder.reason_completion(batch.traces[row])
         length = min(completion.embed_position, max_new_tokens - 1)
         cut += length < completion.embed_position

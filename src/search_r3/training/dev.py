@@ -92,8 +92,13 @@ class DevSplit:
         return ExactIndex(list(texts), vectors)
 
     def _scores(self, model: SearchR3, index: ExactIndex, requests: Sequence[RankRequest], mode: Mode) -> list[float]:
-        vectors = model.encode_query([request.text for request in requests], mode, batch_size=self.batch_size).vectors
-        rankings = ranked(index, vectors, requests, DEPTH)
+        queries = model.encode_query(
+            [request.bare for request in requests],
+            mode,
+            instruction=[request.instruction for request in requests],
+            batch_size=self.batch_size,
+        )
+        rankings = ranked(index, queries.vectors, requests, DEPTH)
         return [
             ndcg([doc_id for doc_id, _ in ranking], self.qrels[request.query_id], DEPTH)
             for request, ranking in zip(requests, rankings, strict=True)

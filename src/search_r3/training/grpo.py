@@ -25,10 +25,10 @@ import torch
 from torch import Tensor
 
 from ..config import GRPOSettings, Recipe
-from ..data.collection import Collection
+from ..data.collection import Query
 from ..data.draws import step_rng
 from ..data.load import load_collection
-from ..data.triples import judged_queries
+from ..data.triples import draw_uninstructed, judged_queries
 from ..environment.environment import Feedback, RetrievalEnvironment
 from ..errors import DataError, RunError
 from ..model.encoder import SearchR3
@@ -45,14 +45,19 @@ LOGGED_GROUPS = 2
 
 @dataclass(frozen=True)
 class Experience:
-    """One batch of rollouts with its rewards; `rollouts[i * G + j]` is the j-th of query i."""
+    """One batch of rollouts with its rewards; `rollouts[i * G + j]` is the j-th of query i, as it was asked."""
 
-    query_ids: list[str]
+    queries: list[Query]
     rollouts: list[Rollout]
     feedback: Feedback
     advantages: Tensor  # Q*G
     equal_share: float
     rollout_seconds: float = 0.0
+
+    @property
+    def query_ids(self) -> list[str]:
+        """Of the queries, in their order."""
+        return [query.query_id for query in self.queries]
 
 
 def train_grpo(recipe: Recipe, run: Run, base: Path, observe: Observer = silent) -> Path:
@@ -111,7 +116,7 @@ def train_grpo(recipe: Recipe, run: Run, base: Path, observe: Observer = silent)
             if dev is not None and evaluations.due(step + 1, settings.steps):
                 values |= dev.evaluate(model, engine)
             run.log(stage, step + 1, values)
-            run.log_rollouts(rollout_rows(experience, collection, step + 1, settings.group_size))
+            run.log_rollouts(rollout_rows(experience, step + 1, settings.group_size))
             engine.track(stage, step + 1, values)
             evaluations.add(step + 1, values)
             observe(stage, step + 1, settings.steps, values)
@@ -130,8 +135,11 @@ def collect(
     seeds = [[rng.getrandbits(62) for _ in range(group_size)] for _ in everyone]
     own = engine.share(len(everyone), "grpo.queries_per_step")
     query_ids = [everyone[place] for place in own]
-    texts = [environment.collection.queries[query_id].text for query_id in query_ids]
-    prompts = [model.backbone.prompt_encoder.encode(text, "reason").ids for text in texts]
+    queries = [environment.collection.queries[query_id] for query_id in everyone]
+    queries = draw_uninstructed(queries, settings.uninstructed, step_rng(recipe.seed, "uninstructed", step))
+    queries = queries[own.start : own.stop]
+    encode = model.backbone.prompt_encoder.encode
+    prompts = [encode(query.bare, "reason", query.instruction).ids for query in queries]
     started = time.perf_counter()
     rollouts = model.rollouts(
         [prompt for prompt in prompts for _ in range(group_size)],
@@ -151,7 +159,7 @@ def collect(
     rewards = [reward for rewards in engine.communicator.all_gather(feedback.rewards) for reward in rewards]
     advantages = losses.group_advantages(torch.tensor(rewards).view(-1, group_size), settings.advantage_scale)
     values = advantages.values[own.start : own.stop].flatten()
-    return Experience(query_ids, rollouts, feedback, values, advantages.equal_share, seconds)
+    return Experience(queries, rollouts, feedback, values, advantages.equal_share, seconds)
 
 
 def audit(
@@ -319,17 +327,17 @@ def describe(experience: Experience, engine: Engine) -> dict[str, float]:
     return values | {"rollout_seconds": experience.rollout_seconds} | experience.feedback.refresh.metrics()
 
 
-def rollout_rows(experience: Experience, collection: Collection, step: int, group_size: int) -> list[dict[str, Any]]:
+def rollout_rows(experience: Experience, step: int, group_size: int) -> list[dict[str, Any]]:
     """Rows for `rollouts.jsonl`: the first groups of the step, whole."""
     rows = []
     for place in range(min(LOGGED_GROUPS * group_size, len(experience.rollouts))):
-        rollout, query_id = experience.rollouts[place], experience.query_ids[place // group_size]
+        rollout, query = experience.rollouts[place], experience.queries[place // group_size]
         rows.append(
             {
                 "stage": "grpo",
                 "step": step,
-                "query_id": query_id,
-                "query": collection.queries[query_id].text,
+                "query_id": query.query_id,
+                "query": query.text,
                 "reasoning": rollout.reasoning,
                 "reasoning_tokens": rollout.reasoning_tokens,
                 "forced": rollout.forced,

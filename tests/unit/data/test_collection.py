@@ -226,6 +226,19 @@ def test_the_instruction_of_a_query_follows_its_text(tmp_path: Path) -> None:
         Collection.load(tmp_path / "lists")
 
 
+def test_an_instruction_is_saved_apart_and_tells_two_collections_from_each_other(tmp_path: Path) -> None:
+    joined = replace(
+        with_lists(), changed={}, queries={"q": Query("q", "which? Newest first.")}, qrels={"t": {"q": {}}}
+    )
+    apart = replace(joined, queries={"q": Query("q", "which? Newest first.", {"by": 1}, "Newest first.")})
+    assert (apart.queries["q"].bare, joined.queries["q"].bare) == ("which?", "which? Newest first.")
+    assert apart.queries["q"].without_instruction() == Query("q", "which?", {"by": 1})
+    assert apart.content_hash() != joined.content_hash(), "long queries are cut otherwise, and training may ask without"
+    apart.save(tmp_path / "apart")
+    row = json.loads((tmp_path / "apart" / "queries.jsonl").read_text())
+    assert row == {"_id": "q", "text": "which?", "instruction": "Newest first.", "metadata": {"by": 1}}
+
+
 def test_judgements_that_are_not_utf_8_are_named(tmp_path: Path, collection_path: Path) -> None:
     shutil.copytree(collection_path, tmp_path / "c")
     (tmp_path / "c" / "qrels" / "test.tsv").write_bytes(b"\xff\xfe")

@@ -131,19 +131,6 @@ def test_a_query_is_held_without_its_instruction_too(tmp_path: Path) -> None:
     assert made.find_query(f"so {' '.join(asked.split()[:12])}") == EvaluationText(str(hub), "q", asked)
 
 
-def test_the_text_without_an_instruction_is_neither_saved_nor_compared(tmp_path: Path) -> None:
-    folder = Path(evaluation(tmp_path / "set", {"test": "who was it"}))
-    (folder / "queries.jsonl").write_text('{"_id": "test", "text": "who was it", "instruction": "Find it."}\n')
-    collection = Collection.load(folder)
-    assert (collection.queries["test"].text, collection.queries["test"].bare) == ("who was it Find it.", "who was it")
-    collection.save(tmp_path / "again")
-    assert json.loads((tmp_path / "again" / "queries.jsonl").read_text()) == {
-        "_id": "test", "text": "who was it Find it.",
-    }  # fmt: skip
-    again = Collection.load(tmp_path / "again")
-    assert again.queries == collection.queries and again.content_hash() == collection.content_hash()
-
-
 def test_a_positive_is_a_hit_by_one_n_gram_of_a_relevant_document_or_query_only_where_it_is_asked(
     tmp_path: Path,
 ) -> None:

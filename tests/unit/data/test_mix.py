@@ -120,8 +120,14 @@ def test_a_query_with_another_instruction_is_another_query_and_loads_as_it_was_s
     collection = Collection.load(tmp_path / "out")
     assert texts(collection, "a") == {"cats asleep Find a page.": (["one"], [])}
     assert texts(collection, "b") == {"cats asleep": (["two"], [])}
+    assert [query.bare for query in collection.queries.values()] == ["cats asleep"] * 2, "training may ask without"
     collection.save(tmp_path / "again")
     assert Collection.load(tmp_path / "again").queries == collection.queries
+
+    mix(settings({"name": "c", "reader": "beir", "path": str(tmp_path / "again"), "split": "a", "instruction": "Now."}),
+        tmp_path / "both")  # fmt: skip
+    [query] = Collection.load(tmp_path / "both").queries.values()
+    assert (query.bare, query.instruction) == ("cats asleep", "Find a page. Now."), "a mix of a mix keeps them apart"
 
 
 def test_the_same_text_is_one_document_in_all_sources(tmp_path: Path) -> None:

@@ -28,6 +28,23 @@ def test_vectors_do_not_depend_on_company_or_batch_size(model: SearchR3) -> None
         assert np.abs(together[0] - together[1]).max() > 1e-3, "different texts must give different vectors"
 
 
+def test_an_instruction_follows_queries_and_documents(model: SearchR3) -> None:
+    joined = [f"{text} Only red things." for text in TEXTS]
+    for mode in ("direct", "reason"):
+        told = model.encode_query(TEXTS, mode, instruction="Only red things.", max_new_tokens=4)
+        expected = model.encode_query(joined, mode, max_new_tokens=4)
+        np.testing.assert_array_equal(told, expected)
+        assert np.abs(told.vectors - model.encode_query(TEXTS, mode, max_new_tokens=4).vectors).max() > 1e-3
+        last = list(model.stream_query(TEXTS[0], mode, instruction="Only red things.", max_new_tokens=4))[-1]
+        np.testing.assert_allclose(last.vectors, expected.vectors[:1], atol=1e-5)
+    each = model.encode_document(TEXTS, instruction=["", "Only red things.", ""])
+    np.testing.assert_array_equal(each, model.encode_document([TEXTS[0], joined[1], TEXTS[2]]))
+    blocks = model.stream_document(TEXTS, instruction="Only red things.", window=2)
+    np.testing.assert_allclose(np.concatenate(list(blocks)), model.encode_document(joined), atol=1e-5)
+    with pytest.raises(DataError, match="2 instructions for 3 texts; give one for all, or one per text"):
+        model.encode_document(TEXTS, instruction=["", ""])
+
+
 def test_the_shared_beginning_is_computed_once_and_changes_nothing(model: SearchR3) -> None:
     backbone = model.backbone
     prompts = [backbone.prompt_encoder.encode(text, "document").ids for text in TEXTS]

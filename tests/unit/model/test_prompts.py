@@ -62,6 +62,30 @@ def test_a_long_text_loses_its_end_and_says_so(tiny_path: Path) -> None:
     assert long.ids[-1] == backbone.embed_token_id, "the template's end and the embed token must survive"
 
 
+@pytest.mark.parametrize("kind", ["direct", "reason", "document"])
+def test_an_instruction_follows_the_text_and_outlives_its_end(tiny_path: Path, kind: Any) -> None:
+    encoder = load_backbone(tiny_path, settings=EmbeddingSettings(max_length=80)).prompt_encoder
+    joined = encoder.encode("where is it? Only red things.", kind)
+    assert encoder.encode(" where is it?", kind, "Only red things. ") == joined, "the ids of training data"
+    assert encoder.encode("where is it?", kind, " ") == encoder.encode("where is it?", kind)
+    before, after = encoder.frame(kind)
+    long = encoder.encode("a blue house " * 50, kind, "Only red things.")
+    assert long.truncated and len(long.ids) == 80
+    text = encoder.tokenizer.decode(long.ids[len(before) : len(long.ids) - len(after)])
+    assert text.startswith("a blue house a blue house") and text.endswith(" Only red things.")
+    assert encoder.encode("a blue house " * 50 + "Only red things.", kind).ids != long.ids, "part of the text is cut"
+
+
+def test_instructions_are_one_for_all_or_one_per_text_and_must_leave_room(tiny_path: Path) -> None:
+    encoder = load_backbone(tiny_path, settings=EmbeddingSettings(max_length=80)).prompt_encoder
+    both = encoder.encode_batch(["a house", "a boat"], "direct", ["Red.", ""])
+    assert both == [encoder.encode("a house Red.", "direct"), encoder.encode("a boat", "direct")]
+    with pytest.raises(DataError, match="3 instructions for 2 texts; give one for all, or one per text"):
+        encoder.encode_batch(["a house", "a boat"], "direct", ["Red."] * 3)
+    with pytest.raises(DataError, match=r"the instruction 'red .* takes \d+ tokens, but max_length=80 has room"):
+        encoder.encode("a house", "direct", "red " * 90)
+
+
 def test_a_budget_without_room_for_text_is_refused(tiny_path: Path) -> None:
     with pytest.raises(ModelError, match="max_length=10 leaves no room for text in the direct prompt"):
         load_backbone(tiny_path, settings=EmbeddingSettings(max_length=10))

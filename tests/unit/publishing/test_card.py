@@ -195,6 +195,30 @@ def test_bm25_over_reasoning_stands_only_beside_the_model_that_reasoned(run: Pat
         assert ("`bm25+reasoning`" in card_of(run, folder)) == shown
 
 
+def test_results_with_and_without_instructions_stand_beside_each_other(run: Path, tmp_path: Path) -> None:
+    model = run / "model"
+    own = result_of(model, "reason", "reason")
+    without = result_of(model, "reason (none)", "reason", key="b" * 64)
+    settings = without.system.settings | {"instruction": "none"}
+    without = without.model_copy(
+        update={"system": without.system.model_copy(update={"settings": settings}), "scores": own.scores | {"map": 0.1}}
+    )
+    lexical = [
+        one.model_copy(update={"system": one.system.model_copy(update={"settings": {"texts": of.key}})})
+        for one, of in ((result_of(None, "bm25+reasoning", ""), own), (result_of(None, "x", "", key="c" * 64), without))
+    ]
+    folder = make_evaluation(tmp_path / "evaluation", [own, without, *lexical])
+    card = card_of(model, folder)
+    for name in ("reason", "reason (none)", "bm25+reasoning", "bm25+reasoning (none)"):
+        assert row_of(card, name), name
+    (tmp_path / "card.md").write_text(card)
+    found = ModelCard.load(tmp_path / "card.md").data.eval_results
+    assert {(one.metric_name, one.metric_value) for one in found if one.metric_type == "map"} == {
+        ("map, reason", own.scores["map"]), ("map, reason (none)", 0.1),
+    }  # fmt: skip
+    assert [one.metric_args.get("instruction") for one in found if one.metric_value == 0.1] == ["none"]
+
+
 def test_shares_that_a_user_should_know_are_among_the_limits(run: Path, tmp_path: Path) -> None:
     reason = result_of(run / "model", "reason", "reason")
     cost = reason.cost.model_copy(update={"forced_share": 0.25, "truncated_queries": 3})

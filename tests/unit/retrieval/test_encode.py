@@ -47,7 +47,8 @@ class FakeEncoder:
         random = np.random.default_rng(int.from_bytes(digest[:8])).normal(size=self.dimension)
         return self.special.get(text, (random / np.linalg.norm(random)).astype(np.float32))
 
-    def encode_document(self, texts: list[str], *, progress: Any = None) -> np.ndarray:
+    def encode_document(self, texts: list[str], *, instruction: str = "", progress: Any = None) -> np.ndarray:
+        texts = [f"{text} {instruction}".strip() for text in texts]
         for text in texts:
             if text != PROBE:
                 self.seen.append(text)
@@ -299,7 +300,7 @@ def test_memory_does_not_grow_with_texts_and_vectors(tmp_path: Path) -> None:
 
 
 class Forgetful(FakeEncoder):
-    def encode_document(self, texts: list[str], *, progress: Any = None) -> np.ndarray:
+    def encode_document(self, texts: list[str], **options: Any) -> np.ndarray:
         return np.stack([self.vector(text[:20]) for text in texts])
 
 
@@ -338,6 +339,7 @@ def test_another_job_is_refused_and_nothing_is_lost(finished: bool, tmp_path: Pa
         (model, swapped, {}, "in another order"),
         (model, retold, {}, "from other documents"),
         (model, DOCUMENTS, {"dtype": "float32"}, "as float16, not as float32"),
+        (model, DOCUMENTS, {"instruction": "A page."}, "with document_instruction='', not 'A page.'"),
     ):
         with pytest.raises(VectorIndexError, match=message) as caught:
             encode_corpus(other, documents, tmp_path, **options)
@@ -540,6 +542,19 @@ def test_an_encoded_corpus_opens_for_its_model_and_documents_only(tmp_path: Path
         load_corpus(FakeEncoder("other"), DOCUMENTS, tmp_path / "x")
     with pytest.raises(VectorIndexError, match="from other documents"):
         load_corpus(model, [*DOCUMENTS, ("more", "text")], tmp_path / "x")
+
+
+def test_an_instruction_of_documents_is_part_of_their_index(tmp_path: Path) -> None:
+    model = FakeEncoder()
+    index = encode_corpus(model, DOCUMENTS, tmp_path / "x", instruction="A page. ", dtype="float32")
+    assert model.seen == [f"{text} A page." for _, text in DOCUMENTS]
+    settings = json.loads((tmp_path / "x" / "manifest.json").read_text())["origin"]["settings"]
+    assert settings["document_instruction"] == "A page."
+    same = load_corpus(model, DOCUMENTS, tmp_path / "x", instruction="A page.")
+    assert np.array_equal(same.vectors_at(np.arange(23)), index.vectors_at(np.arange(23)))
+    for other in ("", "A book."):
+        with pytest.raises(VectorIndexError, match=f"with document_instruction='A page.', not '{other}'; nothing"):
+            load_corpus(model, DOCUMENTS, tmp_path / "x", instruction=other)
 
 
 def test_a_real_model_streams_a_file_into_the_index_that_it_gives_in_memory(

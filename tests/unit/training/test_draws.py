@@ -99,6 +99,16 @@ def test_keys_are_short_and_see_equal_texts(collection: Collection) -> None:
     assert all(len(key) == 16 for key in keys(one))
 
 
+def test_queries_that_lose_their_instruction_share_a_text_with_those_that_have_another(collection: Collection) -> None:
+    examples = [
+        replace(example(name, "", (doc_id,)), query=Query(name, f"Who? {told}", instruction=told))
+        for name, told, doc_id in (("a", "Find it.", "d1"), ("b", "Find code.", "d2"))
+    ]
+    for bare, shared in ((False, 0), (True, 1)):
+        own, other = map(text_keys(collection, bare=bare), examples)
+        assert len(own & other) == shared
+
+
 def test_batches_too_small_for_the_processes_are_refused_at_the_start(caplog: pytest.LogCaptureFixture) -> None:
     few = {"a": EXAMPLES["a"], "b": EXAMPLES["b"][:3]}
     with pytest.raises(ConfigError, match=r"batches of 3 of sft.batch_size=8 queries in split 'b', too few for 4 proc"):

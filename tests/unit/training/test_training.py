@@ -21,7 +21,7 @@ from search_r3.model.encoder import SearchR3
 from search_r3.retrieval.lexical import BM25
 from search_r3.retrieval.metrics import probe_cosine
 from search_r3.training import grpo, sft
-from search_r3.training.batches import collate, find_false_negatives, make_batch, tokenise
+from search_r3.training.batches import Batch, collate, find_false_negatives, make_batch, tokenise
 from search_r3.training.engine import Engine, make_engine, warmup_cosine
 from search_r3.training.run import Run
 from tests.conftest import favour
@@ -217,6 +217,60 @@ def test_a_stage_goes_on_only_from_the_model_it_began_from(model: SearchR3, tmp_
         run.begin_from("grpo", model.backbone)
 
 
+def instructed(collection: Collection) -> Collection:
+    """Two thirds of the queries have an instruction."""
+    queries = {
+        one: replace(query, text=f"{query.text} Find it.", instruction="Find it.")
+        for one, query in collection.queries.items()
+        if int(one[1:]) % 3
+    }
+    return replace(collection, queries={**collection.queries, **queries})
+
+
+def test_a_share_of_the_queries_is_trained_without_instruction(model: SearchR3, collection: Collection) -> None:
+    whole = instructed(collection)
+    examples, doc_ids = training_examples(whole, "train"), list(whole.documents)
+
+    def batch(share: float, seed: int = 0) -> Batch:
+        return make_batch(whole, doc_ids, examples, SFTSettings(uninstructed=share), random.Random(seed))
+
+    own, half, bare = batch(0.0), batch(0.5), batch(1.0)
+    assert [one.query for one in own.examples] == [one.query for one in examples]
+    assert not any(one.query.instruction for one in bare.examples)
+    assert [one.query.text for one in bare.examples] == [
+        collection.queries[one.query.query_id].text for one in examples
+    ]
+    count = sum(bool(one.query.instruction) for one in own.examples)
+    assert 0 < sum(bool(one.query.instruction) for one in half.examples) < count
+    assert half.examples == batch(0.5).examples != batch(0.5, 1).examples, "by the step's random numbers"
+    for other in (half, bare):
+        assert (other.traces, other.doc_ids, other.owners) == (own.traces, own.doc_ids, own.owners), "all else stays"
+    encoder = model.backbone.prompt_encoder
+    share = tokenise(half, whole, encoder, range(20), [], 60)
+    for one, sequence in zip(half.examples, share.reason, strict=True):
+        assert sequence.ids[: sequence.prompt_length] == encoder.encode(one.query.text, "reason").ids
+
+
+def test_a_share_of_the_groups_is_rolled_out_without_instruction(model: SearchR3, collection: Collection) -> None:
+    whole = instructed(collection)
+    rolled = {}
+    for share in (0.0, 0.5, 1.0):
+        settings = recipe(uninstructed=share, queries_per_step=12)
+        favour(model.backbone, model.backbone.embed_token_id, 3.5)
+        engine = make_engine(model, settings, settings.grpo)
+        batch = grpo.collect(model, world(model, whole, settings.grpo), settings, 1, engine)
+        rolled[share] = batch.queries
+        encode = model.backbone.prompt_encoder.encode
+        for place, rollout in enumerate(batch.rollouts):
+            query = batch.queries[place // 4]
+            assert list(rollout.prompt_ids) == encode(query.text, "reason").ids, "a whole group asks alike"
+        rows = grpo.rollout_rows(batch, step=1, group_size=4)
+        assert [row["query"] for row in rows[::4]] == [query.text for query in batch.queries[: len(rows) // 4]]
+    assert [query.query_id for query in rolled[0.5]] == [query.query_id for query in rolled[0.0]]
+    counts = [sum(bool(query.instruction) for query in rolled[share]) for share in (0.0, 0.5, 1.0)]
+    assert counts[0] > counts[1] > counts[2] == 0
+
+
 def test_a_style_without_weight_is_named(collection: Collection) -> None:
     settings = SFTSettings(reasoning_styles={"poem": 1.0})
     examples = training_examples(collection, "train")[:2]
@@ -239,7 +293,8 @@ def experience(
     query_ids = ["q00", "q01", "q04"]
     feedback = environment.feedback(rollouts, [query_id for query_id in query_ids for _ in range(4)], 0)
     advantages = torch.randn(12, generator=torch.Generator().manual_seed(0))
-    return environment, grpo.Experience(query_ids, rollouts, feedback, advantages, 0.0)
+    queries = [collection.queries[query_id] for query_id in query_ids]
+    return environment, grpo.Experience(queries, rollouts, feedback, advantages, 0.0)
 
 
 @pytest.mark.parametrize("micro_batch_size", [1, 5, 12])
@@ -380,7 +435,7 @@ def test_metrics_of_a_batch_by_hand(model: SearchR3, collection: Collection) -> 
     sequences = sum(len(r.prompt_ids) + len(r.completion_ids) for r in batch.rollouts)
     decoded = sum(len(r.completion_ids) for r in batch.rollouts)
     assert values["tokens"] == sequences and values["decoded_tokens_per_second"] == pytest.approx(decoded / 2.0)
-    rows = grpo.rollout_rows(batch, collection, step=3, group_size=4)
+    rows = grpo.rollout_rows(batch, step=3, group_size=4)
     assert [row["query_id"] for row in rows] == ["q00"] * 4 + ["q01"] * 4
     assert rows[0]["parts"]["ranking"] == batch.feedback.parts[0].ranking
 

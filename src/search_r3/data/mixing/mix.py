@@ -68,6 +68,7 @@ class _MixQuery:
     """A query of the mix, with the doc_ids of its documents; `spare` are positives that found no room."""
 
     text: str
+    instruction: str
     source: SourceSettings
     dev: bool = False
     positives: dict[str, None] = field(default_factory=dict)
@@ -154,7 +155,8 @@ class _Mixer:
         if fault := self._fault(query, example, source, report):
             report.dropped[fault] += 1
             return
-        key = f"{_normal(query)}\n{source.instruction}"
+        instruction = " ".join(filter(str.strip, (_whole(example.instruction), source.instruction)))
+        key = f"{_normal(query)}\n{instruction}"
         positives = self._documents(example.positives, report)
         entry, dev = self.queries.get(key), _share(query) < self.settings.dev
         if entry:
@@ -163,7 +165,7 @@ class _Mixer:
             report.dropped["one too many for dev"] += 1
             return
         elif positives:
-            entry = self.queries[key] = _MixQuery(instructed(query, source.instruction), source, dev)
+            entry = self.queries[key] = _MixQuery(query, instruction, source, dev)
             report.queries += 1
             report.dev += dev
         else:
@@ -237,7 +239,8 @@ class _Mixer:
                 metadata["reasoning"] = entry.reasoning
             if entry.negatives:
                 metadata["negatives"] = list(entry.negatives)
-            queries[query_id] = Query(query_id, entry.text, metadata)
+            text = instructed(entry.text, entry.instruction)
+            queries[query_id] = Query(query_id, text, metadata, entry.instruction)
             split = dev if entry.dev else qrels[entry.source.name]
             split[query_id] = dict.fromkeys(entry.positives, 1)
             doc_ids.update(entry.positives | entry.negatives)

@@ -45,12 +45,14 @@ class SourceExample:
         positives: the documents that answer it; a row without any is for the caller to count.
         negatives: documents that do not, hardest first where the source orders them.
         reasoning: style -> trace.
+        instruction: of this query alone, where the source has it apart.
     """
 
     query: str
     positives: tuple[Passage, ...]
     negatives: tuple[Passage, ...] = ()
     reasoning: Mapping[str, str] = field(default_factory=dict)
+    instruction: str = ""
 
 
 @dataclass(frozen=True)
@@ -348,4 +350,4 @@ def _judged_example(collection: Collection, split: str, query_id: str) -> Source
         tuple(Passage(collection.documents[one].title, collection.documents[one].text) for one in doc_ids)
         for doc_ids in (positives, negatives)
     ]
-    return SourceExample(query.text, passages[0], passages[1], reasoning_traces(query))
+    return SourceExample(query.bare, passages[0], passages[1], reasoning_traces(query), query.instruction)

@@ -6,6 +6,7 @@ import json
 import resource
 import sys
 from collections.abc import Callable, Sequence
+from itertools import product
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -17,10 +18,12 @@ from ...data.collection import Collection
 from ...errors import DataError
 from ...files import atomic_directory, read_jsonl, write_json
 from ...model.encoder import SearchR3
+from ...model.prompts import MODES
 from ...retrieval.index import ExactIndex
 from ...retrieval.metrics import ndcg
 from ...retrieval.ranking import make_requests, ranked
 from ..benchmark import EvaluationOptions, evaluate, judged, package_versions
+from ..instructions import NONE, OWN, choices, label
 from ..results import Result, load_results
 from ..runner import RESULTS, SUMMARY, reasoning_baseline
 from ..significance import compare
@@ -58,8 +61,9 @@ def evaluate_run(
     for stage in STAGES:
         note(f"evaluating the {stage} model on {split}")
         collections = EncodedCollections(SearchR3(models[stage], dtype=recipe.dtype))
-        for mode in ("direct", "reason"):
-            system = SearchR3System(collections, mode, f"{mode}/{stage}", settings.batch_size)
+        for choice, mode in product(reversed(choices(collection, split)), MODES):
+            name = f"{mode}/{stage}{label(choice)}"
+            system = SearchR3System(collections, mode, name, settings.batch_size, choice)
             results.append(evaluate(system, collection, split, options, source=recipe.collection, folder=folder))
         rewards["before" if stage == "sft" else "after"], forced = sampled_rewards(
             collections.model,
@@ -75,7 +79,8 @@ def evaluate_run(
         )
     lexical = reasoning_baseline(results[-1], "bm25+reasoning")
     results.append(evaluate(lexical, collection, split, options, source=recipe.collection, folder=folder))
-    return sorted(results, key=lambda result: ORDER.index(result.system.name)), rewards, forced
+    order = [name + label(choice) for name in ORDER for choice in (OWN, NONE)]
+    return sorted(results, key=lambda result: order.index(result.system.name)), rewards, forced
 
 
 def sampled_rewards(
@@ -109,8 +114,9 @@ def sampled_rewards(
     spread = np.linspace(0, len(qrels) - 1, min(queries, len(qrels))).round().astype(int)
     query_ids = [list(qrels)[i] for i in spread for _ in range(group_size)]
     rollouts = model.encode_query(
-        [collection.queries[query_id].text for query_id in query_ids],
+        [collection.queries[query_id].bare for query_id in query_ids],
         "reason",
+        instruction=[collection.queries[query_id].instruction for query_id in query_ids],
         batch_size=batch_size,
         sampling_temperature=sampling_temperature,
         seed=seed,
