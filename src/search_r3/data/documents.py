@@ -96,6 +96,13 @@ class ReadReport:
             examples.append(safe_id(place))
         logger.debug("%s is not read: %s", place, reason)
 
+    @property
+    def summary(self) -> str:
+        """All of it on one line."""
+        parts = f", {self.chunks:,} chunks" if self.chunks != self.documents else ""
+        skipped = f"; not read: {'; '.join(self.lines())}" if self.skipped else ""
+        return f"{self.documents:,} documents{parts}{skipped}"
+
     def lines(self) -> list[str]:
         """The reasons with their numbers and first places, the most frequent first."""
         return [
@@ -108,6 +115,7 @@ class DocumentStream:
     """Chunks of documents, read anew in every iteration; made by `read_documents`.
 
     Attributes:
+        chunking: as in `read_documents`; another one holds from the next iteration on.
         report: of the last iteration, complete when it has ended.
     """
 
@@ -115,7 +123,8 @@ class DocumentStream:
         self._sources = [_Source.of(name, prefix) for prefix, name in _named(sources)]
         if not self._sources:
             raise DataError("no source of documents was given; give at least one file, folder or data set")
-        self._columns, self._chunking, self._max_file_bytes = columns, chunking, max_file_bytes
+        self.chunking = chunking
+        self._columns, self._max_file_bytes = columns, max_file_bytes
         self.report = ReadReport()
 
     def __iter__(self) -> Iterator[Chunk]:
@@ -131,11 +140,11 @@ class DocumentStream:
                     )
                 known.add(document.parent_id)
                 report.documents += 1
-                for chunk in _chunks(document, self._chunking):
+                for chunk in _chunks(document, self.chunking):
                     report.chunks += 1
                     yield chunk
         if not report.documents:
-            found = "; ".join(report.lines()) or "there are no files"
+            found = "; ".join(report.lines()) or "it is empty"
             raise DataError(f"no document with text in {', '.join(source.name for source in self._sources)}: {found}")
 
     def texts(self) -> EncodableTexts:

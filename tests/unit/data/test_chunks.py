@@ -38,14 +38,21 @@ def test_paragraphs_stay_whole_and_share_a_chunk_while_they_fit() -> None:
 def test_a_long_paragraph_is_cut_between_sentences_and_a_long_sentence_between_words() -> None:
     text = " ".join(f"Sentence {number} has exactly six words." for number in range(5))
     assert all(piece.endswith("words.") for piece in pieces(text, 16))
-    assert [len(piece.split()) for piece in pieces("word " * 50, 16)] == [15, 15, 15, 5]
+    assert [len(piece.split()) for piece in pieces("word " * 50, 16)] == [13, 13, 13, 11]
     assert pieces("".join(f"第{number}句有十个字左右吧。" for number in range(9)), 16) != []
 
 
-def test_sections_begin_chunks_of_their_own_and_small_ones_join() -> None:
+SECTIONS = (Section(0, ("Title",)), Section(6, ("Title", "A")), Section(28, ("Title", "B")))
+
+
+@pytest.mark.parametrize(("size", "first_words"), [(20, ["Title", "B"]), (16, ["Title", "B"]), (100, ["Title"])])
+def test_sections_begin_chunks_of_their_own_and_a_heading_stays_with_the_section_after_it(
+    size: int, first_words: list[str]
+) -> None:
     text = "Title\nA " + "a " * 10 + "B " + "b " * 10
-    sections = (Section(0, ("Title",)), Section(6, ("Title", "A")), Section(28, ("Title", "B")))
-    assert [piece.split()[0] for piece in pieces(SourceText(text, sections=sections), 18)] == ["Title", "B"]
+    assert [piece.split()[0] for piece in pieces(SourceText(text, sections=SECTIONS), size)] == first_words
+    long = SourceText("Title\nA " + "a " * 40, sections=SECTIONS[:2])
+    assert pieces(long, 20)[0].startswith("Title\nA a")
 
 
 def test_chunks_overlap_by_whole_sentences() -> None:

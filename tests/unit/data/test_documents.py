@@ -272,7 +272,7 @@ def test_a_file_in_two_sources_is_read_once(tmp_path: Path) -> None:
 
 
 def test_without_any_document_the_error_says_what_was_passed_over(tmp_path: Path) -> None:
-    assert "there are no files" in message(tmp_path)
+    assert ": it is empty" in message(tmp_path)
     write(tmp_path, scan_pdf=pdf([""]), empty_txt="")
     found = message(tmp_path)
     assert "1 x a PDF without text (scanned pages?)" in found

@@ -318,7 +318,7 @@ def test_p_mrr_looks_deeper_than_the_other_measures(model: SearchR3, collection:
     lost = {"1": frozenset(collection.documents)}
     followed = Collection("f", collection.documents, queries, judged, changed=lost)
     system = SearchR3System(EncodedCollections(model), "direct")
-    index = index_documents(model, collection)
+    index = index_documents(model, collection.documents)
     texts = [query.text for query in queries.values()]
     before, after = index.search(model.encode_query(texts, "direct").vectors, 40).doc_ids
     expected = p_mrr({"1": before}, {"1": after}, lost)["1"]
@@ -357,7 +357,7 @@ def test_a_model_that_gives_nan_is_refused_by_name(model: SearchR3, collection: 
 
 
 def test_sampled_rewards_are_the_ranking_part(reasons: SearchR3, collection: Collection) -> None:
-    index = index_documents(reasons, collection)
+    index = index_documents(reasons, collection.documents)
     rewards, forced = sampled_rewards(
         reasons, collection, "test", queries=5, group_size=3, k=10, seed=0, index=index, batch_size=4
     )
@@ -371,7 +371,7 @@ def test_sampled_rewards_are_the_ranking_part(reasons: SearchR3, collection: Col
 
 
 def test_a_searcher_returns_documents_best_first(model: SearchR3, collection: Collection) -> None:
-    answer = Searcher(model, collection).search("where is the red house?", "direct", k=7)
+    answer = Searcher(model, collection.documents).search("where is the red house?", "direct", k=7)
     scores = [score for _, score in answer.documents]
     assert len(scores) == 7
     assert scores == sorted(scores, reverse=True)
@@ -380,8 +380,8 @@ def test_a_searcher_returns_documents_best_first(model: SearchR3, collection: Co
 
 def test_a_search_that_streams_ends_with_the_same_answer(model: SearchR3, collection: Collection) -> None:
     favour(model.backbone, model.backbone.tokenizer.convert_tokens_to_ids("a"), 50.0)
-    index = index_documents(model, collection)
-    searcher = Searcher(model, collection, index)
+    index = index_documents(model, collection.documents)
+    searcher = Searcher(model, collection.documents, index)
     assert searcher.index is index, "what is encoded is not encoded again"
     *pieces, answer = searcher.stream("where is the red house?", k=7)
     whole = searcher.search("where is the red house?", k=7)

@@ -178,7 +178,7 @@ def test_training_measures_dev_queries_with_their_own_instructions(
 
 
 def test_a_search_asks_with_its_instruction(model: SearchR3, collection: Collection) -> None:
-    plain, told = (Searcher(model, collection, instruction=one) for one in ("", OWN))
+    plain, told = (Searcher(model, collection.documents, instruction=one) for one in ("", OWN))
     joined = plain.search(f"a house {OWN}", "direct")
     assert told.search("a house", "direct").documents == joined.documents
     assert list(told.stream("a house", "direct"))[-1].documents == joined.documents

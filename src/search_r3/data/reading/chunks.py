@@ -21,7 +21,7 @@ CUTS = (
     re.compile(r"\s+"),
 )
 SMALL = 4
-"""A section begins a chunk of its own, unless what is before it fills less than one part in so many of a chunk."""
+"""What fills less than one part in so many of a chunk (a heading alone, mostly) stays with the section after it."""
 
 
 def estimate_tokens(texts: Sequence[str]) -> list[int]:
@@ -76,18 +76,16 @@ def cut(source: SourceText, chunking: Chunking) -> list[Span]:
     starts = sorted({0, *(section.start for section in source.sections)})
     sections = [span for span in zip(starts, [*starts[1:], len(text)], strict=True) if text[slice(*span)].strip()]
     sizes = _sizes(source, sections, count)
-    chunks: list[Span] = []
-    room = 0  # what the last chunk has left for small sections
+    joined: list[tuple[Span, int]] = []
     for span, size in zip(sections, sizes, strict=True):
-        if chunks and size <= room and chunking.max_tokens - room < chunking.max_tokens // SMALL:
-            chunks[-1] = (chunks[-1][0], span[1])
-            room -= size
-        elif size <= chunking.max_tokens:
-            chunks.append(span)
-            room = chunking.max_tokens - size
+        if joined and joined[-1][1] * SMALL < chunking.max_tokens:
+            (start, _), before = joined.pop()
+            joined.append(((start, span[1]), before + size))
         else:
-            chunks += _cut_section(source, span, chunking)
-            room = 0
+            joined.append((span, size))
+    chunks: list[Span] = []
+    for span, size in joined:
+        chunks += [span] if size <= chunking.max_tokens else _cut_section(source, span, chunking)
     return [(start, end) for start, end in (_trim(text, span) for span in chunks) if start < end]
 
 
@@ -107,9 +105,10 @@ def _sizes(source: SourceText, spans: Sequence[Span], count: Count) -> Sequence[
 
 def _cut_section(source: SourceText, span: Span, chunking: Chunking) -> list[Span]:
     """The chunks of a section that is too large for one."""
-    context = " ".join([source.title, *source.headings_at(span[0])])
+    # It may begin with a small section, whose headings differ.
+    contexts = [" ".join([source.title, *source.headings_at(place)]) for place in (span[0], span[1] - 1)]
     # A context that leaves little room is cut by the model, not the text.
-    room = max(chunking.max_tokens - chunking.count([context])[0] - 1, chunking.max_tokens // 2)
+    room = max(chunking.max_tokens - max(chunking.count(contexts)) - 1, chunking.max_tokens // 2)
     units = _units(source.text, span, room - chunking.overlap, chunking.count)
     chunks: list[Span] = []
     for first, last in _pack(source.text, units, room - chunking.overlap, chunking.count):
@@ -145,11 +144,13 @@ def _slices(span: Span, size: int) -> list[Span]:
 
 
 def _pack(text: str, units: list[tuple[Span, int]], room: int, count: Count) -> list[tuple[int, int]]:
-    """Numbers of the first and the last unit of every chunk."""
+    """Numbers of the first and the last unit of every chunk; chunks are alike in size, no last one is tiny."""
     packed: list[tuple[int, int]] = []
+    total = sum(tokens for _, tokens in units)
+    target = total / max(1, -(-total // room))
     size = room + 1
     for number, (_, tokens) in enumerate(units):
-        if size + tokens > room:
+        if size + tokens > room or size >= target:
             packed.append((number, number))
             size = tokens
         else:
