@@ -85,10 +85,14 @@ def bar(what: str, total: int | None = None) -> Iterator[Bar]:
 
 
 def _progress() -> Progress:
+    from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
     columns = (TextColumn("{task.description}"), BarColumn(20), MofNCompleteColumn(), TimeRemainingColumn())
-    return Progress(*columns, TextColumn("{task.fields[speed]}"), transient=True)
+    speed = TextColumn("{task.fields[speed]}")
+    # On stderr: results that are piped hold nothing else, and what is said meanwhile stays where it belongs.
+    screen, redirect = Console(stderr=True), sys.stdout.isatty()
+    return Progress(*columns, speed, console=screen, redirect_stdout=redirect, transient=True)
 
 
 LIVE_VALUES = ("loss", "info_nce", "reward", "share_ge_half", "dev_ndcg@10_direct", "dev_ndcg@10_reason")

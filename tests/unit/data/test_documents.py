@@ -12,12 +12,12 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pypdf
 import pytest
-from documents_made import encrypted, pdf
 
 from search_r3.data.documents import Chunk, ReadReport, read_documents
 from search_r3.data.reading.chunks import Chunking
 from search_r3.errors import ConfigError, DataError
 from search_r3.retrieval.encode import encode_corpus
+from tests.documents_made import encrypted, pdf
 
 
 def write(folder: Path, **files: str | bytes) -> Path:
