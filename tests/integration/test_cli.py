@@ -180,7 +180,7 @@ def notes(tmp_path: Path) -> Path:
     (folder / "sub" / "house.md").write_text("# Houses\n\n" + "A red [house]. " * 60 + "\n\n## Boats\n\nGreen boats.\n")
     (folder / "page.html").write_text("<title>Lamps</title><h1>Black lamps</h1><p>A black lamp.")
     (folder / "paper.pdf").write_bytes(pdf(["A white chair.", "A blue river."]))
-    (folder / "rows.csv").write_text("url,body,year\nu1,A black horse.,1999\nu2,A white stone.,2001\n")
+    (folder / "rows.csv").write_text("url,body,year\nu1,A black [horse].,1999\nu2,A white stone.,2001\n")
     (folder / "scan.pdf").write_bytes(pdf([""]))
     (folder / "image.png").write_bytes(b"\x89PNG\0\0")
     return folder
@@ -194,7 +194,7 @@ def test_own_documents_are_searched_and_encoded(
     assert call(monkeypatch, *search, "-k", 9) == 0
     out, err = capsys.readouterr()
     assert len(ranked(out)) == 5
-    assert "rows.csv:u1" in out and "page 1," in out and "[house]" in out
+    assert "rows.csv:u1" in out and "page 1," in out and "A black [horse]." in out
     read = re.search(r"5 documents, (\d+) chunks; not read: (.*)", err)
     assert "1 x binary: " in read[2] and "1 x a PDF without text (scanned pages?): " in read[2]
     assert call(monkeypatch, *search, "--json", "--top", 5) == 0
