@@ -3,10 +3,11 @@
     python benchmarks/smol_data.py PAIRS DATA_ROOT data/smol           # on any machine: texts, traces, hard negatives
     python benchmarks/smol.py --base SMOL_DIRECTORY --data data/smol --work runs/smol --out runs/smol/out --seconds 420
 
-`--base` may also be the two parts of benchmarks/smol_base.py, `--data` the archive of benchmarks/smol_data.py. Stages:
-base, data, sft, evaluate, grpo, evaluate; a stage that is finished is not repeated. The steps of both trainings follow
-from the measured speed of their first ones, so that each cosine ends within its share of `--seconds`; what is done by
-then is in `--out` (adapters in float16, metrics, dev results, replies). `--quick`: a few steps on a CPU.
+`--base` may also be a GGUF file, or its parts as `split -n 2` writes them, `--data` the archive of
+benchmarks/smol_data.py. Stages: base, data, sft, evaluate, grpo, evaluate; a stage that is finished is not repeated.
+The steps of both trainings follow from the measured speed of their first ones, so that each cosine ends within its
+share of `--seconds`; what is done by then is in `--out` (adapters in float16, metrics, dev results, replies).
+`--quick`: a few steps on a CPU.
 """
 
 from __future__ import annotations
@@ -32,7 +33,6 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 import torch
 from common import machine, say
 from safetensors.torch import load_file, save_file
-from smol_base import unpack
 from smol_eval import evaluate
 
 from search_r3.config import Recipe, load_recipe
@@ -77,12 +77,12 @@ class Clock:
 
 
 def prepare(options: argparse.Namespace, work: Path) -> tuple[Path, Path]:
-    """The base as a directory, the data as a folder, and the collection of stage 2."""
+    """The base, the data as a folder, and the collection of stage 2."""
     base, data = options.base[0], options.data
-    if len(options.base) == 2:
-        base = work / "base"
-        if not (base / "config.json").exists():
-            unpack(options.base, base)
+    if len(options.base) > 1:
+        base = work / "base.gguf"
+        work.mkdir(parents=True, exist_ok=True)
+        base.write_bytes(b"".join(part.read_bytes() for part in options.base))
     if data.is_file():
         data = work / "data"
         if not (data / "manifest.json").exists():

@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 import transformers
 from conftest import SMALL, call
+from safetensors.torch import save_file
 
 import search_r3
 from search_r3.config import Recipe
@@ -176,6 +177,7 @@ COMMANDS = {
     "scipy": [("eval", "evaluate --collections {data} --baselines bm25 --out {out}/e")],
     "matplotlib": [("eval", "report {evaluated} --out {out}/report")],
     "mteb": [("mteb", "mteb --model {model} --tasks SciFact")],
+    "gguf": [("gguf", "search {gguf} --collection {data} red")],
     "sentence_transformers": [
         ("integrations", "evaluate --collections {data} --baselines sentence-transformers:x --out {out}/e"),
         ("integrations", "data mine {data} {out}/mined --with bm25 --cross-encoder x"),
@@ -198,9 +200,12 @@ def test_a_command_that_lacks_a_package_ends_with_the_one_error(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     adapter, mix, evaluated = tmp_path / "adapter", tmp_path / "mix.yaml", tmp_path / "evaluated"
+    gguf = tmp_path / "model.gguf"
+    gguf.write_bytes(b"GGUF")
     if "{adapter}" in command:
         SearchR3(tiny_path).backbone.tokenizer.save_pretrained(adapter)
         (adapter / "adapter_config.json").write_text(f'{{"base_model_name_or_path": "{tiny_path}"}}')
+        save_file({}, adapter / "adapter_model.safetensors")
     if "{documents}" in command:
         (tmp_path / "documents").mkdir()
         suffix = {"pypdf": "pdf", "selectolax": "html", "pyarrow": "parquet"}[package]
@@ -214,7 +219,7 @@ def test_a_command_that_lacks_a_package_ends_with_the_one_error(
     settings = [f"run_dir={tmp_path}/run", f"base={tiny_path}", f"collection={collection_path}"]
     words = command.format(
         small="SMALL", settings="SETTINGS", model=tiny_path, data=collection_path, out=tmp_path, adapter=adapter,
-        mix=mix, evaluated=evaluated, documents=tmp_path / "documents",
+        mix=mix, evaluated=evaluated, gguf=gguf, documents=tmp_path / "documents",
     ).split()  # fmt: skip
     spread = {"SMALL": SMALL, "SETTINGS": settings}
     if package == "mteb":

@@ -85,7 +85,12 @@ def load_backbone(
     settings = settings.model_copy(update=changes | {"trained": has_row and saved.trained})
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
-    _place(model, place)
+    if place.type == "cuda":
+        # On Hopper and Blackwell torch prefers cuDNN's attention, which builds a plan for every new shape, some tenths
+        # of a second each (torch 2.11). Here every decoding step and nearly every batch has a new one.
+        torch.backends.cuda.enable_cudnn_sdp(False)
+    if not ("device_map" in more[0] or getattr(model, "quantization_method", None)):
+        model.to(place)  # else the weights are where they belong
     backbone = Backbone(model.eval(), tokenizer, settings, embed_token_id, files.name, files)
     check_output_layer(backbone)
     return backbone
@@ -105,16 +110,6 @@ def _checked(more: Mapping[str, Any] | None, name: str) -> Mapping[str, Any]:
     return more or {}
 
 
-def _place(model: Any, device: torch.device) -> None:
-    """Move a model to its device, unless it has been placed already (`device_map`, quantised weights)."""
-    if device.type == "cuda":
-        # On Hopper and Blackwell torch prefers cuDNN's attention, which builds a plan for every new shape, some tenths
-        # of a second each (torch 2.11). Here every decoding step and nearly every batch has a new one.
-        torch.backends.cuda.enable_cudnn_sdp(False)
-    if not (hasattr(model, "hf_device_map") or getattr(model, "quantization_method", None)):
-        model.to(device)
-
-
 def _load_parts(
     files: ModelFiles,
     dtype: torch.dtype,
@@ -124,9 +119,10 @@ def _load_parts(
 ) -> tuple[Any, Any]:
     """The causal LM and its tokenizer; adapters are put into their base, whose tables grow first where they need it."""
     whole = files.base or files
-    if files.gguf is not None or whole.gguf is not None:
-        with extra("gguf"):
-            import_module("gguf")  # transformers reads such files with it
+    if whole.gguf is not None:
+        with extra("gguf"):  # transformers reads such files with them
+            import_module("gguf")
+            import_module("accelerate")
     if files.base is not None:
         with extra("train"):
             import_module("peft")  # transformers loads adapters with it
@@ -164,13 +160,22 @@ def _load_tokenizer(files: ModelFiles, more: Mapping[str, Any]) -> Any:
 def _config(files: ModelFiles) -> Any:
     import transformers
 
+    files.json(CONFIG)
     config = transformers.AutoConfig.from_pretrained(files.folder, **_gguf(files), trust_remote_code=False)
-    config._name_or_path = files.name  # adapters remember what they were put into; a folder in a cache says nothing
+    config.name_or_path = files.name
     return config
 
 
 def _gguf(files: ModelFiles) -> dict[str, Any]:
     return {} if files.gguf is None else {"gguf_file": files.gguf}
+
+
+def _unpacked(files: ModelFiles) -> dict[str, Any]:
+    """Has the blocks of a GGUF file become plain numbers, where transformers could also compute in them."""
+    import transformers
+
+    has_choice = files.gguf is not None and hasattr(transformers, "GgufConfig")
+    return {"quantization_config": transformers.GgufConfig(dequantize=True)} if has_choice else {}
 
 
 def _load_model(files: ModelFiles, dtype: torch.dtype, is_auto: bool, more: Mapping[str, Any]) -> tuple[Any, set[str]]:
@@ -185,13 +190,15 @@ def _load_model(files: ModelFiles, dtype: torch.dtype, is_auto: bool, more: Mapp
             config=config,
             dtype="auto" if is_auto and is_quantised else dtype,
             output_loading_info=True,
-            **more,
+            **(_unpacked(files) | {**more}),
             **_gguf(files),
             trust_remote_code=False,
             use_safetensors=True,
         )
+    # Adapters remember what they were put into, and to others a folder in a cache says nothing.
+    model.name_or_path = model.config.name_or_path = files.name
     if files.gguf is not None:
-        # Its blocks were unpacked to plain numbers; with the note that they are quantised nothing could be saved.
+        # With the note that it was quantised it could not be saved.
         model.hf_quantizer = model.quantization_method = None
         if hasattr(model.config, "quantization_config"):
             del model.config.quantization_config
@@ -218,7 +225,7 @@ def _put_in(files: ModelFiles, model: Any, rows: int) -> set[str]:
     """Put adapters into their base; the names of weights that their file lacks."""
     if model.get_input_embeddings().weight.shape[0] < rows:
         model.resize_token_embeddings(rows, mean_resizing=False)
-    with _one_line(f"cannot put the adapters in {files.name} into {model.config._name_or_path}"):
+    with _one_line(f"cannot put the adapters in {files.name} into {model.name_or_path}"):
         info = model.load_adapter(str(files.folder))
     # They write the embed token's row of tied tables once, and transformers misses it in the other.
     return {key for key in getattr(info, "missing_keys", ()) if "token_adapter" not in key}

@@ -14,7 +14,7 @@ import huggingface_hub
 import numpy as np
 import pytest
 from conftest import call
-from hub_server import TOKEN, Hub, Repository
+from hub_server import TOKEN, Hub, Repository, reached_hub
 from huggingface_hub import ModelCard, constants
 from model_folders import add_results, make_adapter, make_run
 
@@ -39,19 +39,8 @@ def run(tmp_path_factory: pytest.TempPathFactory, tiny_path: Path) -> Path:
 @pytest.fixture
 def hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Hub]:
     """A hub at which this process is logged in."""
-    hub = Hub()
-    for name, value in {
-        "HF_HUB_OFFLINE": False,
-        "ENDPOINT": hub.url,
-        "HUGGINGFACE_CO_URL_TEMPLATE": hub.url + "/{repo_id}/resolve/{revision}/{filename}",
-        "HF_HUB_DISABLE_XET": True,  # the server speaks the older LFS protocol, which is what remains without hf-xet
-        "HF_HUB_DISABLE_PROGRESS_BARS": True,
-        "HF_TOKEN_PATH": str(tmp_path / "no-token"),
-    }.items():
-        monkeypatch.setattr(constants, name, value)
-    monkeypatch.setenv("HF_TOKEN", TOKEN)
-    yield hub
-    hub.close()
+    with reached_hub(monkeypatch, tmp_path) as hub:
+        yield hub
 
 
 def model_files(folder: Path) -> dict[str, bytes]:
