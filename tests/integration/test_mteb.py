@@ -186,9 +186,11 @@ def test_the_prompts_of_a_task_reach_their_side(model: SearchR3) -> None:
     rows = [{"id": "a", "text": "where is it?"}, {"id": "b", "text": "who is it?"}]
     texts = [row["text"] for row in rows]
     general = "Retrieve text based on user query."
+    cache: dict[str, Any] = {}  # of documents, as the encoders of one run share it
 
     def vectors(choice: str, prompt: Any, side: PromptType | None, rows: Any = rows) -> Any:
         encoder = SearchR3MTEB(model, mode="direct", instruction=choice)
+        encoder._cache = cache
         return encoded(encoder, rows, side, scifact.model_copy(update={"prompt": prompt}))
 
     both = {"query": f"{own} ", "document": "A page."}

@@ -156,16 +156,16 @@ def _shared(example: TrainingExample, keys: Keys, chosen: list[TrainingExample],
     return None
 
 
-def text_keys(collection: Collection, *, bare: bool = False) -> Keys:
+def text_keys(collection: Collection, settings: SFTSettings) -> Keys:
     """The query's text, in small letters, and the texts of its positives: as short hashes, since they are many.
 
     Args:
         collection: holds the texts.
-        bare: take the query's text without its instruction, where queries are trained without theirs.
+        settings: whether queries are trained without their instructions; then their texts are compared without.
     """
 
     def keys(example: TrainingExample) -> frozenset[str]:
-        text = example.query.bare if bare else example.query.text
+        text = example.query.bare if settings.uninstructed else example.query.text
         texts = [f"query {text.casefold()}"]
         texts += [collection.documents[doc_id].full_text for doc_id in example.positive_ids]
         return frozenset(blake2b(text.encode(), digest_size=8).hexdigest() for text in texts)

@@ -72,8 +72,7 @@ def train_sft(recipe: Recipe, run: Run, observe: Observer = silent) -> Path:
     run.begin_from(stage, model.backbone)
     engine = make_engine(model, recipe, settings)
     guard = Guard(run, stage, engine)
-    keys = text_keys(collection, bare=settings.uninstructed > 0)
-    draws = Draws(examples, settings, recipe.seed, keys, engine.world_size)
+    draws = Draws(examples, settings, recipe.seed, text_keys(collection, settings), engine.world_size)
 
     def prepare(step: int) -> tuple[Batch, LocalBatch]:
         rng = step_rng(recipe.seed, stage, step)

@@ -17,7 +17,7 @@ from search_r3.evaluation.instructions import choose
 from search_r3.evaluation.report import report
 from search_r3.evaluation.runner import EvaluationPlan, reasoning_baseline, run_plan, write_summary
 from search_r3.evaluation.search import Searcher
-from search_r3.evaluation.systems import EncodedCollections, SearchR3System
+from search_r3.evaluation.systems import EncodedCollections, SearchR3System, index_documents
 from search_r3.model.encoder import SearchR3
 from search_r3.model.prompts import MODES
 from search_r3.training.dev import DevSplit
@@ -165,6 +165,15 @@ def test_the_report_of_a_run_has_both(
     assert [result.system.name for result in results] == ["bm25", "bm25+reasoning", *systems]
     by_name = {result.system.name: result for result in results}
     assert by_name["bm25+reasoning"].system.settings["texts"] == by_name["reason/rl"].key
+
+
+def test_sampled_rollouts_of_a_report_have_the_queries_own_instructions(
+    model: SearchR3, instructed: Collection, asked: list[str]
+) -> None:
+    index = index_documents(model, instructed)
+    report.sampled_rewards(model, instructed, "test", queries=10, group_size=1, k=5, seed=0, index=index)
+    queries = [instructed.queries[query_id] for query_id in instructed.split("test")]
+    assert asked == [f"{query.bare}|{query.instruction}" for query in queries]
 
 
 def test_training_measures_dev_queries_with_their_own_instructions(

@@ -92,7 +92,7 @@ def test_examples_that_wait_for_one_document_do_not_end_the_pass() -> None:
 
 def test_keys_are_short_and_see_equal_texts(collection: Collection) -> None:
     documents = collection.documents | {"twin": replace(collection.documents["d1"], doc_id="twin")}
-    keys = text_keys(replace(collection, documents=documents))
+    keys = text_keys(replace(collection, documents=documents), SETTINGS)
     one, other = example("a", "Who?", ("d1",)), example("b", "who?", ("d2",))
     assert len(keys(one) & keys(other)) == 1 and len(keys(example("c", "how?", ("twin",))) & keys(one)) == 1
     assert not keys(example("c", "how?", ("d3",))) & keys(one)
@@ -104,8 +104,8 @@ def test_queries_that_lose_their_instruction_share_a_text_with_those_that_have_a
         replace(example(name, "", (doc_id,)), query=Query(name, f"Who? {told}", instruction=told))
         for name, told, doc_id in (("a", "Find it.", "d1"), ("b", "Find code.", "d2"))
     ]
-    for bare, shared in ((False, 0), (True, 1)):
-        own, other = map(text_keys(collection, bare=bare), examples)
+    for share, shared in ((0.0, 0), (0.2, 1)):
+        own, other = map(text_keys(collection, SFTSettings(uninstructed=share)), examples)
         assert len(own & other) == shared
 
 
