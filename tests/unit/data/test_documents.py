@@ -76,6 +76,7 @@ SKIPPED: dict[str, tuple[bytes | str, str]] = {
     "blank.txt": (" \r\n\t", "without text"),
     "image.png": (b"\x89PNG\r\n\x1a\n\0\0\0\rIHDR", "binary"),
     "packed.txt": (bytes(range(128, 160)) * 3 + b"\x01\x02", "binary"),
+    "code.bin": (b"\xe9\x01\x02\x03 what Windows-1252 could be", "binary"),
     "nul.md": (b"text \0 text", "binary"),
     ".hidden.txt": ("secret", "hidden"),
     ".git/config": ("[core]", "hidden"),

@@ -23,6 +23,9 @@ CUTS = (
 SMALL = 4
 """What fills less than one part in so many of a chunk (a heading alone, mostly) stays with the section after it."""
 
+WIDEST = 16
+"""A text of more characters per token of a chunk is cut unmeasured: that takes as long as its parts."""
+
 
 def estimate_tokens(texts: Sequence[str]) -> list[int]:
     """A fourth of the bytes in UTF-8, for who has no tokenizer at hand.
@@ -71,7 +74,8 @@ def cut(source: SourceText, chunking: Chunking) -> list[Span]:
     """
     text, count = source.text, chunking.count
     whole = _trim(text, (0, len(text)))
-    if not text.strip() or _sizes(source, [whole], count)[0] <= chunking.max_tokens:
+    may_fit = len(text) <= WIDEST * chunking.max_tokens
+    if not text.strip() or (may_fit and _sizes(source, [whole], count)[0] <= chunking.max_tokens):
         return [whole]
     starts = sorted({0, *(section.start for section in source.sections)})
     sections = [span for span in zip(starts, [*starts[1:], len(text)], strict=True) if text[slice(*span)].strip()]
