@@ -237,8 +237,7 @@ def look(
     name: str, model: Path, data: Path, out: Path, sizes: tuple[int, int], clock: Clock, until: float
 ) -> dict[str, Any]:
     """Dev results of one model, as long as there is time."""
-    dtype = "bfloat16" if torch.cuda.is_available() else "float32"
-    encoder = SearchR3(model, dtype=dtype)
+    encoder = SearchR3(model)
     found = evaluate(name, encoder, data, out, sizes, clock.say, lambda: clock.left() > until)
     del encoder
     free()

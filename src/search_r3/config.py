@@ -256,7 +256,9 @@ class Recipe(Section):
     collection: str = Field(
         "atlas", description="`atlas`, `atlas-wide` (`:SEED` divides by another seed), or a folder in the BEIR layout."
     )
-    base: str = Field("builtin", description="`builtin` (the small model in the package), a directory or a hub id.")
+    base: str = Field(
+        "builtin", description="`builtin` (the small model in the package), directory, GGUF file or hub id."
+    )
     prompts: Literal["search-r3", "published"] = Field("search-r3", description="Prompt set, saved with the model.")
     embed_start: Literal["mean", "end_of_turn"] = Field(
         "mean",

@@ -15,7 +15,7 @@ class ConfigError(SearchR3Error):
     """A setting, a recipe or an override that cannot be used."""
 
 
-class MissingExtraError(ConfigError):
+class MissingExtraError(ConfigError, ImportError):
     """What was asked for needs packages that are not installed."""
 
 

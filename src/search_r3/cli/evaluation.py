@@ -27,7 +27,8 @@ if TYPE_CHECKING:
     from ..model.prompts import Mode
 
 Models = Annotated[
-    list[str] | None, typer.Option("--model", "-m", help="Directory or hub id; NAME=SOURCE to name one of several.")
+    list[str] | None,
+    typer.Option("--model", "-m", help="Directory, GGUF file or hub id; NAME=SOURCE to name one of several."),
 ]
 Splits = Annotated[
     list[str] | None,
@@ -139,7 +140,7 @@ def _run(plan: EvaluationPlan, out: Path) -> list[Result]:
 @app.command(cls=ManyValues)
 @takes_model_options
 def mteb(
-    model: Annotated[str, typer.Option("--model", "-m", help="Directory or hub id.")],
+    model: Annotated[str, typer.Option("--model", "-m", help="Directory, GGUF file or hub id.")],
     tasks: Annotated[
         list[str],
         typer.Option("--tasks", help="Tasks of mteb, suites (`paper`, `bright`, `followir`), folders."),

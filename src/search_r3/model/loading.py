@@ -18,7 +18,7 @@ from .backbone import SETTINGS_FILE, Backbone, EmbeddingSettings
 from .checks import check_output_layer
 from .precision import torch_device, torch_dtype
 from .prompts import EMBED_TOKEN, PROMPT_SETS
-from .source import ADAPTER_CONFIG, CONFIG, HubOptions, ModelFiles, find_files
+from .source import ADAPTER_CONFIG, CONFIG, TOKENIZER, HubOptions, ModelFiles, check_whole, find_files
 
 EmbedStart = Literal["mean", "end_of_turn"]
 """Where the row of an embed token that the model lacks starts."""
@@ -144,8 +144,8 @@ def _load_tokenizer(files: ModelFiles, more: Mapping[str, Any]) -> Any:
 
     if not files.has_tokenizer:
         raise ModelError(f"{files.name} has no tokenizer (tokenizer.json is missing); copy it next to the weights")
-    for name in ("tokenizer.json", "tokenizer_config.json"):
-        files.json(name)
+    for path in filter(Path.is_file, (files.folder / name for name in TOKENIZER)):
+        check_whole(path)
     with _one_line(f"cannot load a tokenizer from {files.name}"):
         # The configuration is read for the name: of some models of the hub transformers knows that theirs is wrong.
         config = {} if files.gguf or not (files.folder / CONFIG).is_file() else {"config": _config(files)}
@@ -171,7 +171,7 @@ def _gguf(files: ModelFiles) -> dict[str, Any]:
 
 
 def _unpacked(files: ModelFiles) -> dict[str, Any]:
-    """Has the blocks of a GGUF file become plain numbers, where transformers could also compute in them."""
+    """Has a GGUF file's blocks become plain numbers; a model that computes in them could neither learn nor be saved."""
     import transformers
 
     has_choice = files.gguf is not None and hasattr(transformers, "GgufConfig")
@@ -197,11 +197,6 @@ def _load_model(files: ModelFiles, dtype: torch.dtype, is_auto: bool, more: Mapp
         )
     # Adapters remember what they were put into, and to others a folder in a cache says nothing.
     model.name_or_path = model.config.name_or_path = files.name
-    if files.gguf is not None:
-        # With the note that it was quantised it could not be saved.
-        model.hf_quantizer = model.quantization_method = None
-        if hasattr(model.config, "quantization_config"):
-            del model.config.quantization_config
     return model, set(report["missing_keys"])
 
 

@@ -19,7 +19,7 @@ from ..files import hash_file, hash_folder
 CONFIG, ADAPTER_CONFIG = "config.json", "adapter_config.json"
 _WEIGHTS, _ADAPTER_WEIGHTS = "model.safetensors", "adapter_model.safetensors"
 _INDEX = "model.safetensors.index.json"
-_TOKENIZER = ("tokenizer.json", "tokenizer_config.json")
+TOKENIZER = ("tokenizer.json", "tokenizer_config.json")
 _DATA = ("*.json", "*.jinja", "*.txt", "*.model")  # all but weights
 _PEER_DATA = (*_DATA, "*.safetensors")
 _LFS_POINTER = b"version https://git-lfs"
@@ -73,7 +73,7 @@ class ModelFiles:
     @property
     def has_tokenizer(self) -> bool:
         """Whether a tokenizer is among the files."""
-        return self.gguf is not None or any((self.folder / name).is_file() for name in _TOKENIZER)
+        return self.gguf is not None or any((self.folder / name).is_file() for name in TOKENIZER)
 
     def folder_of(self, name: str) -> Path:
         """The folder that holds a file of that name, or may: adapters lean on their base for what they lack."""

@@ -11,18 +11,21 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import typer
 from conftest import call, save_tiny, tiny_model
 from hub_server import Hub, Repository, reached_hub
 from model_folders import make_adapter
 from safetensors.torch import load_file, save_file
 
 from search_r3 import SearchR3
+from search_r3.cli import app
 from search_r3.config import LoRASettings
 from search_r3.errors import ConfigError, ModelError
 from search_r3.files import hash_file, hash_folder
 from search_r3.model.adapters import add_adapters, merge_adapters, save_adapters
 from search_r3.model.loading import load_backbone
 from search_r3.model.precision import torch_dtype
+from search_r3.model.prompts import PROMPT_SETS
 from search_r3.model.source import find_files, peer_files
 
 TEXT = "where is the red house?"
@@ -119,8 +122,8 @@ POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n"
         ("config.json", POINTER, "config.json is a pointer of Git LFS"),
         ("model.safetensors", b"", "model.safetensors is empty; fetch or copy it again"),
         ("model.safetensors", None, "model.safetensors is damaged or not whole .*; fetch or copy it again"),
-        ("tokenizer.json", b"{", "tokenizer.json is not valid JSON .*; fetch or save"),
-        ("tokenizer.json", b"{}", "cannot load a tokenizer from"),
+        ("config.json", b"{", "config.json is not valid JSON .*; fetch or save the model again"),
+        ("tokenizer.json", b"{", "cannot load a tokenizer from"),
     ],
 )
 def test_damaged_files_are_named_with_the_remedy(base: Path, name: str, content: bytes | None, message: str) -> None:
@@ -194,6 +197,31 @@ def test_an_untrained_model_searches_only_when_told_so(
         assert "no stage has trained" in shown and "or add --untrained" in shown
         assert call(monkeypatch, *command, "-c", collection_path, "--untrained") == 0
         assert "WARNING" not in capsys.readouterr().err
+
+
+def test_every_command_that_loads_a_model_has_the_same_options() -> None:
+    top = typer.main.get_command(app).commands
+    commands = [
+        top["data"].commands["mine"],
+        *(top[name] for name in ("encode", "search", "export", "evaluate", "mteb")),
+    ]
+    shared = ["--device", "--dtype", "--revision", "--prompts", "--max-length", "--max-new-tokens"]
+    helps = [{name: param.help for param in command.params for name in param.opts} for command in commands]
+    assert all({name: helps[0][name] for name in shared}.items() <= one.items() for one in helps)
+
+
+def test_the_options_reach_the_model(
+    base: Path, collection_path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    options = ["--dtype", "bf16", "--max-length", "60", "--max-new-tokens", "3", "--prompts", "published"]
+    least = ["--permutations", "100", "--bootstrap", "100", "--modes", "direct", "--out", tmp_path / "out"]
+    assert call(monkeypatch, "evaluate", "-m", base, "-c", collection_path, *least, *options) == 0
+    [path] = (tmp_path / "out" / "results").glob("*.json")
+    settings = json.loads(path.read_text())["system"]["settings"]
+    assert (settings["dtype"], settings["max_length"], settings["max_new_tokens"]) == ("bfloat16", 60, 3)
+    assert settings["prompts"] == PROMPT_SETS["published"].model_dump()
+    assert call(monkeypatch, "export", base, tmp_path / "exported", "--dtype", "int8") == 2
+    assert "unknown dtype 'int8'" in capsys.readouterr().err
 
 
 def test_adapters_are_a_state_of_their_base_too(base: Path, tmp_path: Path) -> None:
@@ -323,9 +351,7 @@ def write_gguf(path: Path, tokenizer: Any) -> Any:
     return model
 
 
-def test_a_gguf_file_is_a_model_and_is_saved_as_safetensors(
-    tokenizer: Any, tmp_path: Path, hub: Hub, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_gguf_file_is_a_model_and_is_saved_as_safetensors(tokenizer: Any, tmp_path: Path, hub: Hub) -> None:
     path = tmp_path / "tiny.gguf"
     model = write_gguf(path, tokenizer)
     model.save_pretrained(tmp_path / "plain")
@@ -342,6 +368,10 @@ def test_a_gguf_file_is_a_model_and_is_saved_as_safetensors(
     assert (tmp_path / "saved" / "model.safetensors").is_file()
     assert "quantization_config" not in json.loads((tmp_path / "saved" / "config.json").read_text())
     assert np.abs(vector(tmp_path / "saved") - expected).max() < 1e-6
+
+    add_adapters(backbone, LoRASettings(rank=2))
+    save_adapters(backbone, backbone.model.state_dict(), tmp_path / "adapter")
+    assert np.abs(vector(tmp_path / "adapter") - expected).max() < 1e-6, "new adapters change nothing"
 
     hub.repositories["o/m"] = Repository()
     hub.repositories["o/m"].commit("main", {"q/tiny.gguf": path.read_bytes(), "q/other.gguf": b"not fetched"})
