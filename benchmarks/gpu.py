@@ -91,7 +91,7 @@ def build(options: argparse.Namespace, scratch: Path) -> Any:
     import torch
     import transformers
 
-    from search_r3.model.backbone import Backbone, EmbeddingSettings
+    from search_r3.model.backbone import Backbone
     from search_r3.model.loading import load_backbone
 
     vocabulary = 2000 if options.quick else 8000
@@ -115,8 +115,8 @@ def build(options: argparse.Namespace, scratch: Path) -> Any:
     torch.backends.cuda.enable_cudnn_sdp(False)  # as `load_backbone` does, and so for the peers too
     with torch.device(options.device):
         model = transformers.AutoModelForCausalLM.from_config(config, dtype=getattr(torch, options.dtype)).eval()
-    limits = EmbeddingSettings(max_length=1024, max_new_tokens=512)
-    return Backbone(model, small.tokenizer, limits, small.embed_token_id, "random")
+    settings = small.settings.model_copy(update={"max_length": 1024, "max_new_tokens": 512})
+    return Backbone(model, small.tokenizer, settings, small.embed_token_id, "random")
 
 
 def texts_of(count: int, median_words: int, seed: int) -> list[str]:

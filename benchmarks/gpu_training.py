@@ -160,13 +160,15 @@ def longest(recipe: Any, stage: str) -> Any:
 
     from search_r3.data.load import load_collection
     from search_r3.data.triples import reasoning_traces
-    from search_r3.model.prompts import EMBED_TOKEN, PROMPT_SETS, PromptEncoder
+    from search_r3.model.prompts import EMBED_TOKEN, PromptEncoder, prompt_set, render_frames
+    from search_r3.model.templates import TEMPLATE_ARGUMENTS
     from search_r3.planning.footprint import Lengths
 
     collection = load_collection(recipe.collection)
     tokenizer = transformers.AutoTokenizer.from_pretrained(recipe.base)
     embed = tokenizer.convert_tokens_to_ids(EMBED_TOKEN)
-    encoder = PromptEncoder(tokenizer, PROMPT_SETS[recipe.prompts], embed, recipe.max_length)
+    frames = render_frames(tokenizer, prompt_set(recipe.prompts or "search-r3"), embed, TEMPLATE_ARGUMENTS)
+    encoder = PromptEncoder(tokenizer, frames, embed, recipe.max_length)
     queries, documents = list(collection.queries.values()), list(collection.documents.values())
     traces = [encoder.reason_completion(next(iter(reasoning_traces(query).values()))).ids for query in queries]
     return Lengths(

@@ -38,7 +38,7 @@ from search_r3.files import write_json
 from search_r3.model.encoder import SearchR3
 from search_r3.training import losses
 from search_r3.training.engine import load_model, make_engine
-from search_r3.training.grpo import Experience, collect, per_rollout, train_grpo, update
+from search_r3.training.grpo import Experience, collect, train_grpo, update
 from search_r3.training.run import Run
 from search_r3.training.sft import train_sft
 from search_r3.types import DocumentEncoder
@@ -104,7 +104,7 @@ class Shadow:
     def answer(self, truth: RetrievalEnvironment, experience: Experience, step: int, recipe: Recipe) -> None:
         """Refresh by the policy, score the rollouts, and write down what that cost and how far it is from the truth."""
         settings, own = recipe.grpo, self.environment
-        feedback = own.feedback(experience.rollouts, per_rollout(experience.query_ids, settings.group_size), step)
+        feedback = own.feedback(experience.rollouts, experience.query_ids, step)
         self.rewards += feedback.rewards
         true = np.array(experience.feedback.rewards)
         groups = torch.tensor(feedback.rewards).view(-1, settings.group_size)

@@ -321,7 +321,7 @@ def their_queries(options: argparse.Namespace, backbone: Any, environment: Any) 
         for query_id in queries_of_step(sorted(environment.qrels), options.prompts, options.seed, step):
             text = environment.collection.queries[query_id].text
             messages = [
-                {"role": "system", "content": encoder.prompts.reason_system},
+                {"role": "system", "content": backbone.settings.prompts.reason_system},
                 {"role": "user", "content": text},
             ]
             ids = backbone.tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=True)

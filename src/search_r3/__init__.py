@@ -13,7 +13,7 @@ __version__ = "0.2.0"
 _PUBLIC = {
     "SearchR3": "model.encoder",
     "QueryEmbeddings": "model.encoder",
-    "EmbeddingSettings": "model.backbone",
+    "EmbeddingSettings": "model.settings",
     "PromptSet": "model.prompts",
     "PROMPT_SETS": "model.prompts",
     "Collection": "data.collection",

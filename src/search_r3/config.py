@@ -246,6 +246,11 @@ class EvaluationSettings(Section):
     permutations: int = Field(10_000, ge=100, description="Permutations of the paired randomisation tests.")
     bootstrap: int = Field(1_000, ge=100, description="Resamples of the confidence intervals.")
 
+    @property
+    def held_out(self) -> list[str]:
+        """The splits that are measured on."""
+        return list(dict.fromkeys((self.dev_split, self.test_split)))
+
 
 class Recipe(Section):
     """One training, from collection to report."""
@@ -256,10 +261,10 @@ class Recipe(Section):
     collection: str = Field(
         "atlas", description="`atlas`, `atlas-wide` (`:SEED` divides by another seed), or a folder in the BEIR layout."
     )
-    base: str = Field(
-        "builtin", description="`builtin` (the small model in the package), directory, GGUF file or hub id."
+    base: str = Field("builtin", description="`builtin` (the package's own), a directory, a GGUF file or a hub id.")
+    prompts: Literal["search-r3", "published", "thinking"] | None = Field(
+        None, description="Prompt set, saved with the model; null: the one of `base`, or search-r3 where it has none."
     )
-    prompts: Literal["search-r3", "published"] = Field("search-r3", description="Prompt set, saved with the model.")
     embed_start: Literal["mean", "end_of_turn"] = Field(
         "mean",
         description="Where a new embed token's row starts: at the mean of all rows, or at the row of the token that "

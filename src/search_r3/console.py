@@ -161,30 +161,32 @@ def table(title: str, rows: Mapping[str, dict[str, Any]]) -> None:
 
     `tok` are reasoning tokens per query, `ms` the median time of a single query, `gain` nDCG@10 per 100 tokens.
     """
-    from rich import print as rich_print
     from rich.box import SIMPLE_HEAD
-    from rich.table import Table
+    from rich.table import Column
 
     from .evaluation.table import shorten
 
-    grid = Table(title=title, box=SIMPLE_HEAD, show_edge=False, padding=0)
-    grid.add_column("", overflow="fold")
-    for name in ("nDCG@10", "95 %", "R@100", "MRR@10"):
-        grid.add_column(name, no_wrap=True)
-    for name in ("tok", "ms", "q/s", "docs/s", "gain"):
-        grid.add_column(name, no_wrap=True, justify="right")
+    columns = [Column(overflow="fold")]
+    columns += [Column(name, no_wrap=True) for name in ("nDCG@10", "95 %", "R@100", "MRR@10")]
+    columns += [Column(name, no_wrap=True, justify="right") for name in ("tok", "ms", "q/s", "docs/s", "gain")]
+    lines = []
     for name, row in rows.items():
         low, high = row["ndcg@10_interval"]
         cells = [f"{row['ndcg@10']:.3f}", f"{low:.2f}-{high:.2f}", f"{row['recall@100']:.3f}", f"{row['mrr@10']:.3f}"]
         cost = [row[key] for key in ("ms_per_query", "queries_per_second", "documents_per_second")]
-        gain = row["gain_per_100_tokens"]
-        grid.add_row(
-            name,
-            *cells,
-            f"{row['tokens_per_query']:.1f}",
-            *map(shorten, cost),
-            "" if gain is None else f"{gain:+.3f}",
-        )
+        gain = "" if row["gain_per_100_tokens"] is None else f"{row['gain_per_100_tokens']:+.3f}"
+        lines.append([name, *cells, f"{row['tokens_per_query']:.1f}", *map(shorten, cost), gain])
+    _show_grid(columns, lines, title=title, box=SIMPLE_HEAD, show_edge=False, padding=0)
+
+
+def _show_grid(columns: Iterable[Any], rows: Iterable[Sequence[str]], **options: Any) -> None:
+    """Show a table of rich; `options` are those of its `Table`."""
+    from rich import print as rich_print
+    from rich.table import Table
+
+    grid = Table(*columns, **options)
+    for row in rows:
+        grid.add_row(*row)
     rich_print(grid)
 
 
@@ -193,23 +195,19 @@ MOST_TESTS = 20
 
 def show_comparisons(results: Sequence[Result], comparisons: Sequence[Comparison]) -> None:
     """Show means over splits and paired tests; of many tests only how many there are."""
-    from rich import print as rich_print
-    from rich.table import Table
-
     from .evaluation.table import AVERAGED, averages
 
     if means := averages(results):
         splits = len({result.place for result in results})
-        grid = Table("", *AVERAGED, title=f"mean over {splits} splits")
-        for name, row in means.items():
-            grid.add_row(name, *(f"{row[key]:.3f}" for key in AVERAGED))
-        rich_print(grid)
+        lines = [[name, *(f"{row[key]:.3f}" for key in AVERAGED)] for name, row in means.items()]
+        _show_grid(["", *AVERAGED], lines, title=f"mean over {splits} splits")
     if 0 < len(comparisons) <= MOST_TESTS:
-        grid = Table("nDCG@10 of", "minus that of", "", "p", "p (Holm)", title="paired randomisation tests")
+        lines = []
         for one in comparisons:
             numbers = f"{one.difference:+.3f}", f"{one.p:.4f}", f"{one.p_holm:.4f}"
-            grid.add_row(f"{one.collection}, {one.split}: {one.first}", one.second, *numbers)
-        rich_print(grid)
+            lines.append([f"{one.collection}, {one.split}: {one.first}", one.second, *numbers])
+        columns = ["nDCG@10 of", "minus that of", "", "p", "p (Holm)"]
+        _show_grid(columns, lines, title="paired randomisation tests")
     elif comparisons:
         sure = sum(one.p_holm < 0.05 for one in comparisons)
         say(f"{len(comparisons)} paired tests, {sure} with p < 0.05 after Holm's correction: see summary.md")
@@ -217,16 +215,13 @@ def show_comparisons(results: Sequence[Result], comparisons: Sequence[Comparison
 
 def show_mteb(scores: Sequence[TaskScore]) -> None:
     """Show the main score of each task in each mode."""
-    from rich import print as rich_print
-    from rich.table import Table
-
     from .evaluation.instructions import short
 
-    grid = Table("task", "mode", "instruction", "measure", "score", "tokens/query", title="mteb")
+    lines = []
     for one in scores:
         tokens = f"{fmean(one.tokens_per_query.values()):.1f}" if one.tokens_per_query else ""
-        grid.add_row(one.task, one.mode, short(one.instruction), one.measure, f"{one.score:.4f}", tokens)
-    rich_print(grid)
+        lines.append([one.task, one.mode, short(one.instruction), one.measure, f"{one.score:.4f}", tokens])
+    _show_grid(["task", "mode", "instruction", "measure", "score", "tokens/query"], lines, title="mteb")
 
 
 def show_report(folder: Path) -> None:

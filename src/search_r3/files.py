@@ -139,7 +139,7 @@ def read_log(path: Path) -> list[dict[str, Any]]:
     """The rows of a log; a last line that a killed process left unfinished is not one of them.
 
     Raises:
-        RunError: a whole line is not JSON.
+        RunError: a whole line is not a JSON object.
     """
     if not path.exists():
         return []
@@ -147,9 +147,9 @@ def read_log(path: Path) -> list[dict[str, Any]]:
     for number, line in enumerate(path.read_bytes().splitlines(keepends=True), 1):
         if line.endswith(b"\n"):
             try:
-                rows.append(json.loads(line))
-            except ValueError as error:
-                raise RunError(f"{path}:{number}: not valid JSON; mend or remove the line") from error
+                rows.append(dict(json.loads(line)))
+            except (ValueError, TypeError) as error:
+                raise RunError(f"{path}:{number}: not a JSON object; mend or remove the line") from error
     return rows
 
 

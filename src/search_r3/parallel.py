@@ -15,13 +15,15 @@ import os
 import time
 from collections.abc import Callable, Iterator, Sequence
 from datetime import timedelta
-from typing import Any, Protocol
+from pathlib import Path
+from typing import Any, TypeVar
 
 import numpy as np
 
 from .errors import RunError
 from .types import Array
 
+T = TypeVar("T")
 PATIENCE = timedelta(minutes=30)
 NAMING = timedelta(seconds=60)
 """How long the processes wait for each other, after the error of a collective, to find out which of them has died."""
@@ -30,43 +32,24 @@ LINGER = timedelta(seconds=5)
 _LOST = "search-r3/lost"
 
 
-class Communicator(Protocol):
-    """One process's view of all of them."""
-
-    rank: int
-    world_size: int
-
-    def barrier(self, patience: timedelta | None = None) -> None:
-        """Wait until every process is here, for `patience` or as long as is usual."""
-        ...
-
-    def all_gather(self, value: Any) -> list[Any]:
-        """Every process's value, in rank order."""
-        ...
-
-    def all_gather_rows(self, rows: Array, counts: Sequence[int]) -> list[Array]:
-        """Every process's matrix, in rank order; `counts[r]` is the number of rows of rank `r`."""
-        ...
-
-
-class SingleProcess:
-    """A single process."""
+class Communicator:
+    """One process's view of all of them; this one is alone."""
 
     rank, world_size = 0, 1
 
     def barrier(self, patience: timedelta | None = None) -> None:
-        """There is nobody to wait for."""
+        """Wait until every process is here, for `patience` or as long as is usual."""
 
     def all_gather(self, value: Any) -> list[Any]:
-        """The value."""
+        """Every process's value, in rank order."""
         return [value]
 
     def all_gather_rows(self, rows: Array, counts: Sequence[int]) -> list[Array]:
-        """The matrix."""
+        """Every process's matrix, in rank order; `counts[r]` is the number of rows of rank `r`."""
         return [rows]
 
 
-class ProcessGroup:
+class ProcessGroup(Communicator):
     """The processes of the default process group, over gloo.
 
     Args:
@@ -178,12 +161,12 @@ def first_process() -> bool:
 
 
 def make_communicator() -> Communicator:
-    """`ProcessGroup` where a process group of more than one process is up, else `SingleProcess`."""
+    """`ProcessGroup` where a process group of more than one process is up."""
     import torch.distributed as dist
 
     if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
         return ProcessGroup()
-    return SingleProcess()
+    return Communicator()
 
 
 def is_of_a_collective(error: RuntimeError) -> bool:
@@ -201,6 +184,30 @@ def name_the_missing(communicator: Communicator) -> None:
     """
     if communicator.world_size > 1:
         communicator.barrier(NAMING)
+
+
+def agree(communicator: Communicator, target: Path, work: Callable[[], T], verb: str = "write") -> T:
+    """Do one part of writing (or what `verb` says) `target` in every process; where one fails, all raise.
+
+    Raises:
+        RunError: the part failed somewhere; the first one of those that processes raised themselves, as it is.
+    """
+    fault, cause = "", None
+    try:
+        result = work()
+    except RunError as error:
+        fault, cause = str(error), error.__cause__
+    except Exception as error:  # of whatever library wrote the file: a full disk has many names
+        fault = (
+            f"cannot {verb} {target} (rank {communicator.rank}: {type(error).__name__}: "
+            f"{' '.join(str(error).split())}); what was saved before is intact: mend that (of a full disk: make room), "
+            "then go on with --resume"
+        )
+        cause = error
+    faults = list(filter(None, communicator.all_gather(fault)))
+    if faults:
+        raise RunError(faults[0]) from cause
+    return result
 
 
 def divide(lengths: Sequence[int], world_size: int) -> list[list[int]]:

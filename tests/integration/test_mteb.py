@@ -233,7 +233,7 @@ def test_instructions_are_results_of_their_own(
     assert sorted(calls) == [10, 10, 10, 40], "the documents are encoded once for all instructions"
     assert [score.instruction for score in scores] == ["own", "none", "Find a page; or a book."]
     folders = [score.path.parent.name for score in scores]
-    assert folders[:2] == ["instruction_own", model.backbone.revision]
+    assert folders[:2] == ["instruction_own", "instruction_none"]
     assert folders[2].startswith("instruction_Find-a-page-or-a-book-")
     assert len({score.score for score in scores}) > 1
     for score, choice in zip(scores, ("own", "none", "Find a page; or a book."), strict=True):
@@ -368,11 +368,10 @@ def test_dtype_and_budget_keep_their_results_apart(tiny_path: Path, model: Searc
     meta = SearchR3MTEB(tiny_path, device="cpu", dtype="bfloat16", mode="direct", max_new_tokens=7).mteb_model_meta
     assert meta.experiment_name == "dtype_bfloat16__instruction_own"
     assert meta.model_name_as_path() == f"local__{tiny_path.name}-direct"
-    assert (
-        SearchR3MTEB(model, max_new_tokens=7, instruction="none").mteb_model_meta.experiment_name == "max_new_tokens_7"
-    )
+    budget = SearchR3MTEB(model, max_new_tokens=7, instruction="none").mteb_model_meta
+    assert budget.experiment_name == "instruction_none__max_new_tokens_7"
     meta = SearchR3MTEB(model, instruction="none").mteb_model_meta
-    assert meta.experiment_name is None and not meta.use_instructions, "the folders of before there were any"
+    assert meta.experiment_name == "instruction_none" and not meta.use_instructions
     json.dumps(meta.to_dict())
     model.backbone.source = "owner/name"
     meta = SearchR3MTEB(model).mteb_model_meta

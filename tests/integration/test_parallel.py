@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from search_r3.parallel import SingleProcess, divide
+from search_r3.parallel import Communicator, divide
 
 WORKER = """
 import os, sys
@@ -132,7 +132,7 @@ def test_shares_are_even_in_tokens_and_lose_nothing() -> None:
 
 
 def test_a_single_process_talks_to_itself() -> None:
-    alone = SingleProcess()
+    alone = Communicator()
     alone.barrier()
     assert alone.all_gather("x") == ["x"]
     rows = np.ones((2, 3), np.float32)

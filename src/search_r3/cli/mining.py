@@ -26,7 +26,7 @@ from .common import (
 )
 
 if TYPE_CHECKING:
-    from ..data.writing.asking import Estimate, Standing
+    from ..data.writing.asking import Standing
     from ..data.writing.written import Writer, WrittenReport
     from ..mining.candidates import Judge, Retriever
     from ..mining.mining import MiningReport
@@ -42,21 +42,9 @@ With = Annotated[
     list[str],
     typer.Option("--with", help="What proposes candidates: `bm25`, `sentence-transformers:NAME`, a Search-R3 model."),
 ]
-CrossEncoder = Annotated[str | None, typer.Option(help="Directory or hub id of a cross-encoder that scores them.")]
-Mined = Annotated[int, typer.Option(min=1, help="Negatives for each query.")]
-Depth = Annotated[int, typer.Option(min=1, help="Candidates of each retriever.")]
-Skip = Annotated[int, typer.Option(min=0, help="Best-ranked candidates of each that are left out.")]
-MaxShare = Annotated[float, typer.Option(help="Highest share of the positive's score that a negative may have.")]
-Margin = Annotated[float | None, typer.Option(min=0, help="Least distance from the positive's score, too.")]
-Unfiltered = Annotated[bool, typer.Option("--unfiltered", help="No limit on the scores of negatives.")]
-DropOld = Annotated[bool, typer.Option("--replace", help="Drop the negatives that queries have already.")]
-QueryMode = Annotated[ModeName, typer.Option(help="How a Search-R3 model encodes queries.")]
-Cache = Annotated[Path | None, typer.Option(help="Folder for vectors and scores; OUT.cache by default.")]
 
 Endpoint = Annotated[str, typer.Option(help="OpenAI-compatible address, usually ending in /v1.")]
 ModelName = Annotated[str, typer.Option(help="The model's name there.")]
-PerQuery = Annotated[int, typer.Option(min=0, help="Hard negatives for each query; 0 with --articles: queries alone.")]
-PerArticle = Annotated[int, typer.Option(min=1, help="Queries for each article; several with --per-query 0.")]
 Limit = Annotated[int | None, typer.Option(min=1, help="Size of a random sample of the queries or articles.")]
 Concurrency = Annotated[int, typer.Option(min=1, help="Requests under way at once.")]
 MaxTokens = Annotated[int, typer.Option(min=1, help="Length of a reply; more for models that reason.")]
@@ -75,18 +63,22 @@ def data_mine(
     with_: With,
     options: ModelOptions,
     splits: Splits = None,
-    cross_encoder: CrossEncoder = None,
-    per_query: Mined = 4,
-    depth: Depth = 50,
-    skip: Skip = 0,
-    max_share: MaxShare = 0.95,
-    margin: Margin = None,
-    unfiltered: Unfiltered = False,
+    cross_encoder: Annotated[
+        str | None, typer.Option(help="Directory or hub id of a cross-encoder that scores them.")
+    ] = None,
+    per_query: Annotated[int, typer.Option(min=1, help="Negatives for each query.")] = 4,
+    depth: Annotated[int, typer.Option(min=1, help="Candidates of each retriever.")] = 50,
+    skip: Annotated[int, typer.Option(min=0, help="Best-ranked candidates of each that are left out.")] = 0,
+    max_share: Annotated[
+        float, typer.Option(help="Highest share of the positive's score that a negative may have.")
+    ] = 0.95,
+    margin: Annotated[float | None, typer.Option(min=0, help="Least distance from the positive's score, too.")] = None,
+    unfiltered: Annotated[bool, typer.Option("--unfiltered", help="No limit on the scores of negatives.")] = False,
     sampling: Annotated[Literal["top", "random"], typer.Option(help="Take the highest scores, or draw.")] = "top",
-    drop_old: DropOld = False,
-    mode: QueryMode = ModeName.direct,
+    drop_old: Annotated[bool, typer.Option("--replace", help="Drop the negatives that queries have already.")] = False,
+    mode: Annotated[ModeName, typer.Option(help="How a Search-R3 model encodes queries.")] = ModeName.direct,
     seed: Seed = 0,
-    cache: Cache = None,
+    cache: Annotated[Path | None, typer.Option(help="Folder for vectors and scores; OUT.cache by default.")] = None,
 ) -> None:
     """Mine hard negatives, without the false ones; after a kill, the same command goes on.
 
@@ -136,8 +128,10 @@ def data_triples(
         bool, typer.Option("--articles", help="Write queries, too: a JSONL file, a folder or a hub id of articles.")
     ] = False,
     splits: Splits = None,
-    per_query: PerQuery = 1,
-    per_article: PerArticle = 1,
+    per_query: Annotated[
+        int, typer.Option(min=0, help="Hard negatives for each query; 0 with --articles: queries alone.")
+    ] = 1,
+    per_article: Annotated[int, typer.Option(min=1, help="Queries for each article; several with --per-query 0.")] = 1,
     limit: Limit = None,
     concurrency: Concurrency = 8,
     max_tokens: MaxTokens = 1024,
@@ -293,16 +287,15 @@ def _cost_bar(what: str, writer: Writer) -> Iterator[Writer]:
     position = 0
     with console.bar(what) as bar:
 
-        def start(estimate: Estimate) -> None:
+        def start(whole: Standing) -> None:
             nonlocal position
-            position = estimate.total - estimate.pending
-            tokens = f"{estimate.prompt_tokens:,} tokens read, {estimate.completion_tokens:,} written"
-            how = "by the mean so far" if estimate.measured else "one reply each, as long as --max-tokens lets it"
-            cost = "" if estimate.cost is None else f"; cost {estimate.cost:,.2f}"
-            console.say(
-                f"{estimate.pending:,} of {estimate.total:,} {what} to ask about; in all {tokens}{cost} ({how})"
-            )
-            bar.begin(estimate.total, position)
+            position = whole.done
+            tokens = f"{whole.prompt_tokens:,} tokens read, {whole.completion_tokens:,} written"
+            how = "by the mean so far" if whole.measured else "one reply each, as long as --max-tokens lets it"
+            cost = "" if whole.cost is None else f"; cost {whole.cost:,.2f}"
+            pending = whole.total - whole.done
+            console.say(f"{pending:,} of {whole.total:,} {what} to ask about; in all {tokens}{cost} ({how})")
+            bar.begin(whole.total, position)
 
         def advance(standing: Standing) -> None:
             nonlocal position

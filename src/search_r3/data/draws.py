@@ -32,7 +32,7 @@ class Draws:
         least: examples that each batch needs, one for every process.
 
     Raises:
-        ConfigError: `batching: homogeneous` would give batches of fewer than `least` examples.
+        ConfigError: `batching: homogeneous` would give some step a batch of fewer than `least` examples.
         DataError: a split holds no query.
     """
 
@@ -50,23 +50,25 @@ class Draws:
         for split in settings.splits:
             if not examples[split]:
                 raise DataError(f"split {split!r} holds no query; leave it out of sft.splits")
-            if settings.batching == "homogeneous":
-                self._check(split, least)
+        if settings.batching == "homogeneous":
+            self._check(least)
 
-    def _check(self, split: str, least: int) -> None:
-        size, first = self.settings.batch_size, len(self._batch_of(split, 0))
-        if min(first, size / 2) < least:  # a pass may end with half a batch
-            raise ConfigError(
-                f"sft.batching=homogeneous gives batches of {min(first, (size + 1) // 2)} of sft.batch_size={size} "
-                f"queries in split {split!r}, too few for {least} processes; raise batch_size, launch fewer, or set "
-                "batching=mixed"
-            )
-        if first < size / 2:
-            logger.warning(
-                "split %r: no more than %d of sft.batch_size=%d queries share no text and no positive; a batch from it "
-                "is that small, and sft.batching=mixed would not be",
-                *(split, first, size),
-            )
+    def _check(self, least: int) -> None:
+        size = self.settings.batch_size
+        for step in range(self.settings.steps if least > 1 else 0):  # the passes of a split differ
+            if (count := len(self.batch(step, random.Random()))) < least:
+                raise ConfigError(
+                    f"sft.batching=homogeneous gives step {step + 1} a batch of {count} of sft.batch_size={size} "
+                    f"queries, of split {self._drawn[step][0]!r}, too few for {least} processes; raise batch_size, "
+                    "launch fewer, or set batching=mixed"
+                )
+        for split in self.settings.splits:
+            if (first := len(self._batch_of(split, 0))) < size / 2:
+                logger.warning(
+                    "split %r: no more than %d of sft.batch_size=%d queries share no text and no positive; a batch "
+                    "from it is that small, and sft.batching=mixed would not be",
+                    *(split, first, size),
+                )
 
     def batch(self, step: int, rng: random.Random) -> list[TrainingExample]:
         """The examples of one step; steps may be asked for in any order.
@@ -102,18 +104,11 @@ class Draws:
 
 @dataclass
 class _Passes:
-    """The pass over a split that was looked at last.
+    """The pass over a split that was looked at last."""
 
-    Attributes:
-        drawn: batches that the steps so far have taken of the split.
-        number: of the pass.
-        before: batches of the passes before it.
-        batches: its batches.
-    """
-
-    drawn: int = 0
-    number: int = -1
-    before: int = 0
+    drawn: int = 0  # batches that the steps so far have taken of the split
+    number: int = -1  # of the pass
+    before: int = 0  # batches of the passes before it
     batches: list[list[TrainingExample]] = field(default_factory=list)
 
 

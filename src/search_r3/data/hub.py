@@ -85,21 +85,13 @@ def load_hub(
 
 @dataclass(frozen=True)
 class _Reader:
-    """Reads one subset in the BEIR or MTEB layout.
+    """Reads one subset in the BEIR or MTEB layout."""
 
-    Attributes:
-        repository: what is read.
-        layout: part -> config.
-        subset: name of the subset; empty where there are none.
-        split: the only split that is read; None for all.
-        skipped: as in `check_documents`.
-    """
-
-    repository: Repository
-    layout: dict[str, str]
-    subset: str
-    split: str | None
-    skipped: set[str] | None
+    repository: Repository  # what is read
+    layout: dict[str, str]  # part -> config
+    subset: str  # name of the subset; empty where there are none
+    split: str | None  # the only split that is read; None for all
+    skipped: set[str] | None  # as in `check_documents`
 
     def read(self, name: str) -> Collection:
         judgements = self._judgement_tables()

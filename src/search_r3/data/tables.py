@@ -40,17 +40,11 @@ def is_hub_folder(folder: Path) -> bool:
 
 @dataclass(frozen=True)
 class Repository:
-    """A data set on the hub, or in a directory.
+    """A data set on the hub, or in a directory."""
 
-    Attributes:
-        source: its id or path.
-        revision: branch, tag or commit on the hub.
-        scratch: a folder for what lasts no longer than the reading.
-    """
-
-    source: str
-    revision: str | None
-    scratch: str
+    source: str  # its id or path
+    revision: str | None  # branch, tag or commit on the hub
+    scratch: str  # a folder for what lasts no longer than the reading
 
     @property
     def local(self) -> bool:

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import logging
 import random
 from collections.abc import Callable, Container, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from ..errors import ConfigError, DataError
 from .collection import Collection, Query
 from .restrictions import Restrictions, restrictions
+
+logger = logging.getLogger(__name__)
 
 LexicalSearch = Callable[[Sequence[str], int, Sequence[frozenset[str] | None]], list[list[str]]]
 """`(texts, k, pools) -> doc_ids of the k best documents of each text`, of its pool where it has one; `BM25.search`."""
@@ -110,6 +113,46 @@ def judged_queries(collection: Collection, splits: Sequence[str]) -> dict[str, d
         if not any(gain > 0 for gain in relevance.values()):
             raise DataError(f"query {query_id!r} has no document with a score above 0; remove it")
     return judged
+
+
+def hold_out(collection: Collection, splits: Sequence[str], held_out: Sequence[str]) -> Collection:
+    """The collection without those queries of the training splits that stand in a held-out split too; a warning counts.
+
+    A query stands in both under one id, or with the same text (whatever its case) and the same pool: a question about a
+    text of its own (babi) is another one.
+
+    Args:
+        collection: documents, queries and judgements; what the other splits say of a query stays.
+        splits: what is trained on.
+        held_out: what is measured on; a split that is not there holds nothing.
+
+    Raises:
+        ConfigError: a split is both.
+    """
+    if both := set(splits) & set(held_out):
+        raise ConfigError(
+            f"the split {min(both)!r} is trained on and is evaluation.dev_split or test_split: what has been learned "
+            "measures nothing; leave it out of the training, or name another split there"
+        )
+
+    def content(query_id: str) -> tuple[str, frozenset[str] | None]:
+        return collection.queries[query_id].text.casefold(), collection.pools.get(query_id)
+
+    measured = {content(query_id) for split in held_out for query_id in collection.qrels.get(split, {})}
+    qrels = dict(collection.qrels)
+    for split in splits:
+        qrels[split] = {
+            query_id: relevance
+            for query_id, relevance in collection.split(split).items()
+            if content(query_id) not in measured
+        }
+    lost = [query_id for split in splits for query_id in collection.qrels[split] if query_id not in qrels[split]]
+    if lost:
+        logger.warning(
+            "%d queries of %s are not trained on, since %s holds them too, by id or by text; the first is %r",
+            *(len(lost), ", ".join(splits), " or ".join(held_out), lost[0]),
+        )
+    return replace(collection, qrels=qrels)
 
 
 def reasoning_traces(query: Query) -> dict[str, str]:

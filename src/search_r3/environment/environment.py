@@ -9,6 +9,7 @@ import random
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import TypeVar
 
@@ -20,7 +21,7 @@ from ..data.collection import Collection, Qrels
 from ..data.restrictions import restrictions
 from ..errors import DataError, RewardError
 from ..model.engine.decoding import Rollout
-from ..parallel import Communicator, SingleProcess, divide, encode_sharded
+from ..parallel import Communicator, divide, encode_sharded
 from ..retrieval.approximate import ApproximateIndex
 from ..retrieval.index import ExactIndex, VectorIndex, descending
 from ..retrieval.ranking import RestrictedRows, ranked_rows, ranks, restricted_rows
@@ -120,7 +121,7 @@ class RetrievalEnvironment:
     ) -> None:
         self.collection, self.qrels, self.encoder, self.refresh = collection, qrels, encoder, refresh
         self.weights, self.k, self.max_new_tokens = weights, k, max_new_tokens
-        self.seed, self.communicator = seed, communicator or SingleProcess()
+        self.seed, self.communicator = seed, communicator or Communicator()
         self.policy = make_policy(refresh)
         self._rows_by_query: dict[str, QueryRows] = {}
         self._tokens = np.full(len(collection.documents), -1, dtype=np.int64)  # N, -1 where they were never counted
@@ -215,6 +216,15 @@ class RetrievalEnvironment:
                 restricted_rows(self.index, restrictions(self.collection, query_id, relevance)),
             )
         return self._rows_by_query[query_id]
+
+    def same_text(self, rows: Rows) -> Rows:
+        """The documents whose text is that of one of these; they are among them."""
+        return np.flatnonzero(np.isin(self._text_hashes, self._text_hashes[rows]))
+
+    @cached_property
+    def _text_hashes(self) -> NDArray[np.int64]:
+        documents = self.collection.documents
+        return np.fromiter((hash(documents[doc_id].full_text) for doc_id in self._doc_ids), np.int64)
 
     def save(self, folder: Path) -> None:
         """Write the environment's state: the index with its versions, and what the policy keeps."""

@@ -61,23 +61,19 @@ class RefreshPolicy(ABC):
         """Take up the state that `save` wrote for this index."""
 
 
-class Never(RefreshPolicy):
-    """No document but the batch's positives (and the sample of the drift correction) is ever encoded again."""
-
-    def choose(self, request: RefreshRequest) -> Rows:
-        """Nothing."""
-        return np.arange(0)
-
-
 class Periodic(RefreshPolicy):
-    """Every document is encoded again at every `every`-th version, none between; at every one: the truth, in full."""
+    """Every document is encoded again at every `every`-th version, none between; at every one: the truth, in full.
+
+    With `every=0` no document but the batch's positives (and the sample of the drift correction) is ever encoded again.
+    """
 
     def __init__(self, every: int) -> None:
         self.every = every
 
     def choose(self, request: RefreshRequest) -> Rows:
         """Everything, or nothing."""
-        return np.arange(len(request.index) if request.policy_version % self.every == 0 else 0)
+        due = self.every > 0 and request.policy_version % self.every == 0
+        return np.arange(len(request.index) if due else 0)
 
 
 class Shortlist(RefreshPolicy):
@@ -146,7 +142,7 @@ def make_policy(settings: RefreshSettings) -> RefreshPolicy:
     """The policy that the settings name. `drift` encodes what `never` does; the environment corrects the rest."""
     match settings.policy:
         case "never" | "drift":
-            return Never()
+            return Periodic(every=0)
         case "periodic":
             return Periodic(settings.every)
         case "shortlist":

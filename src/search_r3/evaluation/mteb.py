@@ -97,7 +97,7 @@ class SearchR3MTEB:
         max_new_tokens: reasoning budget; by default the model's own. Another budget keeps its results apart.
         instruction: `own` gives each query its own instruction, else the prompt of the task, else that of mteb for such
             tasks, and documents the task's prompt for them, where it has one; `none` gives none; a text goes to the
-            queries without their own. All but `none` keep their results apart.
+            queries without their own. Each keeps its results apart.
 
     Attributes:
         mteb_model_meta: name (`owner/name-reason`, `local/folder-reason`), revision and sizes.
@@ -316,11 +316,12 @@ def _model_meta(model: SearchR3, mode: Mode, max_new_tokens: int | None, instruc
     on_hub = "/" in source and not Path(source).is_dir()
     name = source if on_hub else f"local/{short_name(str(Path(source).resolve()))}"
     dtype = model.backbone.dtype
-    experiment: dict[str, Any] = {} if dtype == "float32" else {"dtype": dtype}
+    # Always, since the results of 0.1 had other instructions, without saying so.
+    experiment: dict[str, Any] = {"instruction": file_label(instruction)}
+    if dtype != "float32":
+        experiment["dtype"] = dtype
     if mode == "reason" and max_new_tokens is not None:
         experiment["max_new_tokens"] = max_new_tokens
-    if instruction != NONE:
-        experiment["instruction"] = file_label(instruction)
     unknown = ("loader", "reference", "release_date", "languages", "license", "training_datasets")
     return ModelMeta(
         **dict.fromkeys((*unknown, "public_training_code", "public_training_data")),
@@ -334,7 +335,7 @@ def _model_meta(model: SearchR3, mode: Mode, max_new_tokens: int | None, instruc
         framework=["PyTorch", "Transformers"],
         similarity_fn_name=ScoringFunction.COSINE,
         use_instructions=instruction != NONE,
-        experiment_kwargs=experiment or None,
+        experiment_kwargs=experiment,
     )
 
 

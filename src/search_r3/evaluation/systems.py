@@ -225,7 +225,7 @@ class SearchR3System:
             revision=collections.revision,
             mode=mode,
             settings={
-                **backbone.settings.model_dump(),
+                **backbone.settings.model_dump(exclude={"frames"}),  # a part of the revision
                 "dtype": backbone.dtype,
                 "sampling_temperature": 0.0,
                 **instructions,

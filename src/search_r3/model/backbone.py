@@ -12,33 +12,18 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor
 
 from ..files import atomic_directory, write_json
 from .precision import torch_dtype
-from .prompts import EMBED_TOKEN, PROMPT_SETS, PromptEncoder, PromptSet
+from .prompts import PromptEncoder
+from .settings import SETTINGS_FILE, EmbeddingSettings
 from .source import ModelFiles
-
-SETTINGS_FILE = "search_r3.json"
-
-
-class EmbeddingSettings(BaseModel):
-    """What a model directory says about its vectors, in `search_r3.json` next to the weights."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-    embed_token: str = Field(EMBED_TOKEN, description="The token whose hidden state is the search embedding.")
-    prompts: PromptSet = Field(PROMPT_SETS["search-r3"], description="The wording the model was trained with.")
-    max_length: int = Field(1024, ge=8, description="Longest prompt in tokens; longer texts lose their end, counted.")
-    max_new_tokens: int = Field(512, ge=1, description="Reasoning budget in tokens, the embed token included.")
-    # No part of what vectors depend on; where it is not saved, the model is a trained one.
-    trained: bool = Field(True, exclude=True, description="Whether a stage has trained the embed token.")
 
 
 @dataclass
 class Backbone:
-    """A causal LM ready to embed. `prompt_encoder` is the only way from text to ids."""
+    """A causal LM ready to embed, with settings that have their frames. `prompt_encoder` is the only way to ids."""
 
     model: Any
     tokenizer: Any
@@ -48,8 +33,9 @@ class Backbone:
     files: ModelFiles | None = None
 
     def __post_init__(self) -> None:
+        assert self.settings.frames is not None
         self.prompt_encoder = PromptEncoder(
-            self.tokenizer, self.settings.prompts, self.embed_token_id, self.settings.max_length
+            self.tokenizer, self.settings.frames, self.embed_token_id, self.settings.max_length
         )
 
     @property

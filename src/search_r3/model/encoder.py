@@ -12,13 +12,14 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from ..errors import DataError, ModelError
+from ..errors import ConfigError, DataError, ModelError
 from ..types import Array, Progress
-from .backbone import Backbone, EmbeddingSettings
+from .backbone import Backbone
 from .documents import WINDOW, check_finite, encode_stream
 from .engine.decoding import Decoder, DecodeRequest, Rollout
 from .loading import load_backbone
-from .prompts import MODES, Kind, Mode
+from .prompts import MODES, Kind, Mode, PromptSet
+from .settings import EmbeddingSettings
 
 logger = logging.getLogger(__name__)
 
@@ -56,10 +57,10 @@ class SearchR3:
         device: `cpu`, `cuda`, `mps`, ...; by default a GPU where there is one.
         dtype: `float32`, `bfloat16`, `float16` (or `fp32`, `bf16`, `fp16`, or torch's own); `auto`: bfloat16 on CUDA,
             else float32.
-        settings: wording and limits; by default those saved with the model.
-        prompts: the name of a prompt set, instead of the model's own.
-        max_length: longest prompt in tokens, instead of the model's own limit.
-        max_new_tokens: reasoning budget in tokens, instead of the model's own.
+        settings: wording and limits in place of all that are saved with the model.
+        prompts: wording in place of the saved one: a name of `PROMPT_SETS`, or a `PromptSet`.
+        max_length: in place of the saved limit: the longest prompt, in tokens.
+        max_new_tokens: in place of the saved reasoning budget, in tokens.
         revision: branch, tag or commit on the hub.
         truncate_dim: keep so many dimensions of a vector, the first ones (and normalise again); for models that stage 1
             trained with `sft.matryoshka_dimensions`.
@@ -71,7 +72,7 @@ class SearchR3:
 
     Raises:
         ModelError: the model cannot be loaded, or has fewer dimensions; the message names the remedy.
-        ConfigError: an unknown dtype or device.
+        ConfigError: an unknown dtype or device, unknown prompts, or limits that do not fit into the model's context.
 
     Example:
         >>> from search_r3 import SearchR3
@@ -89,7 +90,7 @@ class SearchR3:
         device: str | torch.device | None = None,
         dtype: str | torch.dtype = "auto",
         settings: EmbeddingSettings | None = None,
-        prompts: str | None = None,
+        prompts: str | PromptSet | None = None,
         max_length: int | None = None,
         max_new_tokens: int | None = None,
         revision: str | None = None,
@@ -101,6 +102,8 @@ class SearchR3:
         local_files_only: bool = False,
     ) -> None:
         if isinstance(model, Backbone):
+            if any(one is not None for one in (settings, prompts, max_length, max_new_tokens)):
+                raise ConfigError("a Backbone has its settings already; give them to load_backbone")
             self.backbone = model
         else:
             self.backbone = load_backbone(

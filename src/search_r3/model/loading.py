@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from importlib import import_module
@@ -10,15 +9,16 @@ from pathlib import Path
 from typing import Any, Literal, Unpack
 
 import torch
-from pydantic import ValidationError
 
 from ..errors import ConfigError, MissingExtraError, ModelError
 from ..extras import extra
-from .backbone import SETTINGS_FILE, Backbone, EmbeddingSettings
+from .backbone import Backbone
 from .checks import check_output_layer
 from .precision import torch_device, torch_dtype
-from .prompts import EMBED_TOKEN, PROMPT_SETS
+from .prompts import EMBED_TOKEN, PromptSet
+from .settings import SETTINGS_FILE, EmbeddingSettings, choose_settings, read_settings, with_frames
 from .source import ADAPTER_CONFIG, CONFIG, TOKENIZER, HubOptions, ModelFiles, check_whole, find_files
+from .templates import ChatTemplate
 
 EmbedStart = Literal["mean", "end_of_turn"]
 """Where the row of an embed token that the model lacks starts."""
@@ -39,7 +39,7 @@ def load_backbone(
     source: str | Path,
     *,
     settings: EmbeddingSettings | None = None,
-    prompts: str | None = None,
+    prompts: str | PromptSet | None = None,
     max_length: int | None = None,
     max_new_tokens: int | None = None,
     dtype: str | torch.dtype = "auto",
@@ -56,10 +56,11 @@ def load_backbone(
     Args:
         source: a model directory, a directory of adapters (peft), a GGUF file, a hub id such as
             `Qwen/Qwen2.5-1.5B-Instruct` (of a GGUF file there `OWNER/NAME/FILE.gguf`), or `builtin`.
-        settings: wording and limits; by default those saved with the model, else the `search-r3` set.
-        prompts: the name of a prompt set, instead of theirs.
-        max_length: longest prompt in tokens, instead of theirs.
-        max_new_tokens: reasoning budget in tokens, instead of theirs.
+        settings: wording and limits in place of all that are saved with the model; where none are saved, `search-r3`
+            and limits that fit into the context.
+        prompts: wording in place of the saved one: a name of `PROMPT_SETS`, or a `PromptSet`.
+        max_length: in place of the saved limit.
+        max_new_tokens: in place of the saved budget.
         dtype: precision of the weights (`torch_dtype`); `auto` leaves quantised weights as they are.
         device: where the weights go; by default a GPU where there is one.
         embed_start: the row of an embed token that the model lacks: the mean of all rows, or the end of turn's.
@@ -69,22 +70,15 @@ def load_backbone(
 
     Raises:
         ModelError: files are missing or do not fit together; the message names the remedy.
-        ConfigError: an unknown dtype or device, or an argument that `model_kwargs` cannot hold.
+        ConfigError: an unknown dtype or device, unknown prompts, limits that do not fit into the model's context, or an
+            argument that `model_kwargs` cannot hold.
     """
     place = torch_device(device)
     more = _checked(model_kwargs, "model_kwargs"), _checked(tokenizer_kwargs, "tokenizer_kwargs")
     files = find_files(source, **hub)
     model, tokenizer = _load_parts(files, torch_dtype(dtype, place), dtype == "auto", *more)
-    saved = _saved_settings(files.folder_of(SETTINGS_FILE), model, None)
-    settings = settings or saved
-    has_row = settings.embed_token in tokenizer.get_vocab()
-    embed_token_id = _ensure_embed_token(model, tokenizer, settings.embed_token, embed_start)
-    changes = _without_none(
-        prompts=PROMPT_SETS[prompts] if prompts else None, max_length=max_length, max_new_tokens=max_new_tokens
-    )
-    settings = settings.model_copy(update=changes | {"trained": has_row and saved.trained})
-    if tokenizer.pad_token_id is None:
-        tokenizer.pad_token = tokenizer.eos_token
+    overrides = {"prompts": prompts, "max_length": max_length, "max_new_tokens": max_new_tokens}
+    settings, embed_token_id = _settle(files, model, tokenizer, settings, overrides, embed_start)
     if place.type == "cuda":
         # On Hopper and Blackwell torch prefers cuDNN's attention, which builds a plan for every new shape, some tenths
         # of a second each (torch 2.11). Here every decoding step and nearly every batch has a new one.
@@ -94,10 +88,6 @@ def load_backbone(
     backbone = Backbone(model.eval(), tokenizer, settings, embed_token_id, files.name, files)
     check_output_layer(backbone)
     return backbone
-
-
-def _without_none(**values: Any) -> dict[str, Any]:
-    return {name: value for name, value in values.items() if value is not None}
 
 
 def _checked(more: Mapping[str, Any] | None, name: str) -> Mapping[str, Any]:
@@ -247,31 +237,35 @@ def _one_line(what: str) -> Iterator[None]:
         raise ModelError(f"{what}: {_first_line(error)}") from error
 
 
-def _saved_settings(source: str | Path, model: Any, revision: str | None) -> EmbeddingSettings:
-    """The settings next to the weights; without them the defaults, cut to the model's context."""
-    from transformers.utils import cached_file
+def _settle(
+    files: ModelFiles,
+    model: Any,
+    tokenizer: Any,
+    settings: EmbeddingSettings | None,
+    overrides: Mapping[str, Any],
+    start: EmbedStart,
+) -> tuple[EmbeddingSettings, int]:
+    """The settings with their frames, and the id of the embed token; that and the padding token are seen to."""
+    saved = read_settings(files.folder_of(SETTINGS_FILE))
+    settings = choose_settings(files.name, model.config, tokenizer, saved=saved, settings=settings, **overrides)
+    trained = settings.embed_token in tokenizer.get_vocab() and (saved is None or saved.trained)
+    eos = getattr(model.generation_config, "eos_token_id", None)  # one id, several or none
+    eos_token_ids = {eos} if isinstance(eos, int) else set(eos or ())
+    if settings.frames is not None:
+        end_token_id = settings.frames.end_token_id
+    else:
+        end_token_id, _ = ChatTemplate(tokenizer, settings.template_arguments).end_tokens(eos_token_ids)
+    embed_token_id = _ensure_embed_token(model, tokenizer, settings.embed_token, start, end_token_id)
+    settings = with_frames(settings, tokenizer, embed_token_id, eos_token_ids, files.name)
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.convert_ids_to_tokens(end_token_id)
+    return settings.model_copy(update={"trained": trained}), embed_token_id
 
-    try:
-        file = cached_file(str(source), SETTINGS_FILE, revision=revision, _raise_exceptions_for_missing_entries=False)
-    except OSError:
-        file = None
-    if file is not None:
-        try:
-            return EmbeddingSettings.model_validate(json.loads(Path(file).read_text(encoding="utf-8")))
-        except (ValidationError, json.JSONDecodeError) as error:
-            raise ModelError(f"{file}: not usable as model settings: {_first_line(error)}") from error
-    context = int(model.config.get_text_config().max_position_embeddings)
-    return EmbeddingSettings(max_length=min(1024, context), max_new_tokens=max(1, min(512, context // 2)))
 
-
-def _ensure_embed_token(model: Any, tokenizer: Any, embed_token: str, start: EmbedStart) -> int:
+def _ensure_embed_token(model: Any, tokenizer: Any, embed_token: str, start: EmbedStart, end_token_id: int) -> int:
     """The id of the embed token, added where it is missing; the embedding table grows only if no spare row is left."""
     token_id = tokenizer.get_vocab().get(embed_token)
     if token_id is None:
-        if start == "end_of_turn" and tokenizer.eos_token_id is None:
-            raise ModelError(
-                "embed_start=end_of_turn, but the tokenizer names no end (eos_token); set embed_start=mean"
-            )
         tokenizer.add_special_tokens({"additional_special_tokens": [embed_token]}, replace_extra_special_tokens=False)
         token_id = tokenizer.convert_tokens_to_ids(embed_token)
         tables = [model.get_input_embeddings(), model.get_output_embeddings()]
@@ -283,7 +277,7 @@ def _ensure_embed_token(model: Any, tokenizer: Any, embed_token: str, start: Emb
         with torch.no_grad():
             # A spare row was never trained (or does not exist yet): the mean of the rows in use is a neutral start,
             # the same at every load. Tied tables are one tensor, so the second write repeats the first.
-            ends = [tokenizer.eos_token_id] if start == "end_of_turn" else slice(count)
+            ends = [end_token_id] if start == "end_of_turn" else slice(count)
             rows_of_start = [table.weight[ends].float().mean(0) for table in tables]
             for table, row in zip(tables, rows_of_start, strict=True):
                 table.weight[token_id] = row.to(table.weight.dtype)

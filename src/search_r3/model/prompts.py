@@ -1,27 +1,27 @@
 """The only place where text becomes token ids.
 
-A prompt is the tokenizer's own chat template around the user's text. The template is rendered once per mode and cut
-at the user's text; that text is then tokenized with special tokens switched off, so that a query which contains
-`<|im_end|>` or `<|embed_token|>` stays plain text and cannot end a turn or move the vector.
+A prompt is the frame that the model's chat template gives (`templates.py`), around the user's text. That text is
+tokenized with special tokens switched off, so that a query which contains `<|im_end|>` or `<|embed_token|>` stays plain
+text and cannot end a turn or move the vector.
 """
 
 from __future__ import annotations
 
 import reprlib
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
 from ..data.rows import instructed
-from ..errors import DataError, ModelError
+from ..errors import ConfigError, DataError, ModelError
+from .templates import ChatTemplate, Frame, Frames
 
 EMBED_TOKEN = "<|embed_token|>"  # noqa: S105 - the token's name in the paper, no secret
 Mode = Literal["direct", "reason"]
 MODES: tuple[Mode, ...] = ("direct", "reason")
 Kind = Literal["direct", "reason", "document"]
-_USER_TEXT = "\u2402user text\u2403"
 
 
 class PromptSet(BaseModel):
@@ -40,6 +40,9 @@ class PromptSet(BaseModel):
     document_system: str = Field(description="System message for documents.")
     reply_before: str = Field("The embedding is ", description="Reply text before the embed token (direct, document).")
     reply_after: str = Field(".", description="Reply text after the embed token (direct, document).")
+    thinks: bool = Field(
+        False, description="Reason mode reasons in the thought tags of the model's own template (<think>...</think>)."
+    )
 
 
 _PUBLISHED_DIRECT = "Please representation user queries."
@@ -59,7 +62,77 @@ PROMPT_SETS = {
         reason_system=_REASON,
         document_system=_PUBLISHED_DIRECT,
     ),
+    # For models that think by themselves: their thoughts are the reasoning.
+    "thinking": PromptSet(
+        name="thinking",
+        direct_system=_PUBLISHED_DIRECT,
+        reason_system=_REASON,
+        document_system="Represent the document.",
+        thinks=True,
+    ),
 }
+
+
+def prompt_set(prompts: str | PromptSet) -> PromptSet:
+    """A prompt set by its name in `PROMPT_SETS`, or as it is.
+
+    Raises:
+        ConfigError: there is none of this name.
+    """
+    if isinstance(prompts, PromptSet):
+        return prompts
+    if prompts not in PROMPT_SETS:
+        raise ConfigError(f"prompts={prompts!r} is no prompt set; expected {', '.join(PROMPT_SETS)}, or a PromptSet")
+    return PROMPT_SETS[prompts]
+
+
+def render_frames(
+    tokenizer: Any,
+    prompts: PromptSet,
+    embed_token_id: int,
+    arguments: Mapping[str, Any] | None,
+    eos_token_ids: Iterable[int] = (),
+) -> Frames:
+    """The token ids that the tokenizer's chat template puts around texts and at the ends of replies.
+
+    Args:
+        tokenizer: a fast Hugging Face tokenizer with a chat template.
+        prompts: the wording.
+        embed_token_id: the id of the embed token.
+        arguments: for the template; None passes nothing and mends nothing in what it renders.
+        eos_token_ids: of the model's generation settings.
+
+    Raises:
+        ModelError: the template is missing, cannot be rendered or loses a text, or nothing ends a reply.
+        ConfigError: the prompts think, and the template has no thoughts.
+    """
+    template = ChatTemplate(tokenizer, arguments)
+    tags = template.thought_tags()
+    if prompts.thinks and not tags:
+        raise ConfigError(
+            f"prompts={prompts.name!r} reason in the model's thoughts, and its chat template has none: use search-r3"
+        )
+    ends = template.end_tokens(eos_token_ids)
+
+    def ids_of(text: str, special: bool = True) -> tuple[int, ...]:
+        """Where `special` is off, names of special tokens stay plain text."""
+        return tuple(tokenizer.encode(text, add_special_tokens=False, split_special_tokens=not special)) if text else ()
+
+    def frame(system: str, thinks: bool, reply: tuple[int, ...]) -> Frame:
+        before, after = template.around(system, thinks)
+        return Frame(before=ids_of(before), after=ids_of(after), reply=reply)
+
+    reply = (*ids_of(prompts.reply_before, special=False), embed_token_id)
+    return Frames(
+        direct=frame(prompts.direct_system, False, reply),
+        reason=frame(prompts.reason_system, prompts.thinks, ()),
+        document=frame(prompts.document_system, False, reply),
+        reply_end=(*ids_of(prompts.reply_after, special=False), ends[0]),
+        thought_end=ids_of(f"\n{tags[1]}\n\n") if prompts.thinks else (),
+        thought_tags=tags,
+        end_token_id=ends[0],
+        end_token_ids=tuple(sorted(ends[1] - {embed_token_id})),
+    )
 
 
 @dataclass(frozen=True)
@@ -72,48 +145,47 @@ class EncodedPrompt:
 
 @dataclass(frozen=True)
 class Completion:
-    """Token ids of one supervised reply; `embed_position` is the index of the embed token in `ids`."""
+    """Token ids of one supervised reply; `embed_position` is the index of the embed token in `ids`.
+
+    `truncated`: the reasoning was longer than its budget and lost its end.
+    """
 
     ids: list[int]
     embed_position: int
+    truncated: bool = False
 
 
 class PromptEncoder:
     """Turns queries, documents and replies into token ids.
 
     Args:
-        tokenizer: a fast Hugging Face tokenizer with a chat template.
-        prompts: the wording.
+        tokenizer: a fast Hugging Face tokenizer.
+        frames: the ids around texts.
         embed_token_id: the id of the embed token.
         max_length: longest prompt in tokens, template and direct reply included; longer texts lose their end.
 
+    Attributes:
+        end_token_id: the token that ends a turn; supervised at the ends of replies.
+        end_token_ids: all tokens that end a reply.
+
     Raises:
-        ModelError: no chat template, a template that drops the user's text, or no room for any text.
+        ModelError: no room for any text.
     """
 
-    def __init__(self, tokenizer: Any, prompts: PromptSet, embed_token_id: int, max_length: int) -> None:
-        if not tokenizer.chat_template:
-            raise ModelError(
-                "the tokenizer has no chat template; Search-R3 needs a chat model, for instance an -Instruct one"
-            )
+    def __init__(self, tokenizer: Any, frames: Frames, embed_token_id: int, max_length: int) -> None:
         self.tokenizer = tokenizer
-        self.prompts = prompts
+        self.frames = frames
         self.embed_token_id = embed_token_id
         self.max_length = max_length
-        self.end_token_id: int = tokenizer.eos_token_id
-        self.end_token_ids = frozenset({self.end_token_id})
-        systems = {
-            "direct": prompts.direct_system,
-            "reason": prompts.reason_system,
-            "document": prompts.document_system,
+        self.end_token_id = frames.end_token_id
+        self.end_token_ids = frozenset(frames.end_token_ids)
+        self._frames: dict[Kind, Frame] = {
+            "direct": frames.direct,
+            "reason": frames.reason,
+            "document": frames.document,
         }
-        self._frames = {kind: self._frame(system) for kind, system in systems.items()}
-        reply = [*self._plain(prompts.reply_before), embed_token_id]
-        self._reply = {"direct": reply, "document": reply, "reason": []}
-        self._after = [*self._plain(prompts.reply_after), self.end_token_id]
-        for kind, (before, after) in self._frames.items():
-            room = max_length - len(before) - len(after) - len(self._reply[kind])
-            if room < 1:
+        for kind in self._frames:
+            if self.room(kind) < 1:
                 raise ModelError(f"max_length={max_length} leaves no room for text in the {kind} prompt; set it higher")
 
     def encode(self, text: str, kind: Kind, instruction: str = "") -> EncodedPrompt:
@@ -188,44 +260,40 @@ class PromptEncoder:
 
     def frame(self, kind: Kind) -> tuple[list[int], list[int]]:
         """The ids of a whole prompt before and after the user's text, the reply of `direct` and `document` included."""
-        before, after = self._frames[kind]
-        return before, [*after, *self._reply[kind]]
+        frame = self._frames[kind]
+        return list(frame.before), [*frame.after, *frame.reply]
 
     def prefix_of(self, ids: Sequence[int]) -> tuple[int, ...]:
         """The template before the text with which these ids of a prompt begin (empty if with none)."""
-        befores = [tuple(before) for before, _ in self._frames.values()]
+        befores = [frame.before for frame in self._frames.values()]
         return max((before for before in befores if tuple(ids[: len(before)]) == before), key=len, default=())
 
     def direct_completion(self) -> Completion:
         """The supervised reply of direct mode: `The embedding is <|embed_token|>.` and the end of the turn."""
-        return Completion([*self._reply["direct"], *self._after], len(self._reply["direct"]) - 1)
+        reply = self.frames.direct.reply
+        return Completion([*reply, *self.frames.reply_end], len(reply) - 1)
 
-    def reason_completion(self, reasoning: str) -> Completion:
-        """The supervised reply of reason mode: the reasoning, the embed token and the end of the turn."""
+    def reason_completion(self, reasoning: str, max_new_tokens: int | None = None) -> Completion:
+        """The supervised reply of reason mode: the reasoning, the embed token and the end of the turn.
+
+        Args:
+            reasoning: the trace.
+            max_new_tokens: the budget, the embed token included; what does not fit loses its end, since no reply will
+                be longer. The tag that ends a thought stays.
+        """
         ids = self._plain(reasoning)
-        return Completion([*ids, self.embed_token_id, self.end_token_id], len(ids))
+        room = len(ids) + len(self.frames.thought_end) if max_new_tokens is None else max_new_tokens - 1
+        thought_end = self.frames.thought_end[:room]
+        kept = ids[: room - len(thought_end)]
+        head = [*kept, *thought_end]
+        return Completion([*head, self.embed_token_id, self.end_token_id], len(head), len(kept) < len(ids))
 
     def decode(self, ids: list[int]) -> str:
-        """The text of generated ids, special tokens left out."""
-        return str(self.tokenizer.decode(ids, skip_special_tokens=True)).strip()
+        """The text of generated ids, special tokens and tags of thoughts left out."""
+        text = str(self.tokenizer.decode(ids, skip_special_tokens=True))
+        for tag in self.frames.thought_tags:
+            text = text.replace(tag, "")
+        return text.strip()
 
     def _plain(self, text: str) -> list[int]:
         return list(self.tokenizer.encode(text, add_special_tokens=False, split_special_tokens=True)) if text else []
-
-    def _frame(self, system: str) -> tuple[list[int], list[int]]:
-        """The template's ids before and after the user's text."""
-        from jinja2 import TemplateError
-
-        try:
-            rendered = self._render([{"role": "system", "content": system}, {"role": "user", "content": _USER_TEXT}])
-        except TemplateError:
-            # Templates without a system role (Gemma, some Mistral) refuse it; their own guides put it before the text.
-            rendered = self._render([{"role": "user", "content": f"{system}\n\n{_USER_TEXT}"}])
-        before, text, after = rendered.partition(_USER_TEXT)
-        if not text:
-            raise ModelError("the chat template does not show the user's text; check chat_template in the tokenizer")
-        encode = self.tokenizer.encode
-        return list(encode(before, add_special_tokens=False)), list(encode(after, add_special_tokens=False))
-
-    def _render(self, messages: list[dict[str, str]]) -> str:
-        return str(self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True))

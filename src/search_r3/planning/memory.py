@@ -31,25 +31,15 @@ PREFILL_TOKENS = 4096
 
 @dataclass(frozen=True)
 class Precision:
-    """In which bytes a step computes.
+    """In which bytes a step computes."""
 
-    Attributes:
-        weights: of a base weight as it is stored.
-        trainable: of a weight that learns, and of each of its moments in AdamW.
-        compute: `c`.
-        residual: `r`.
-        casts: whether every linear layer casts its own input and weight (autocast over float32 weights).
-        adapters: of an adapter's weight in the forward pass.
-        copies: whether every adapter casts its own input.
-    """
-
-    weights: int
-    trainable: int
-    compute: int
-    residual: int
-    casts: bool
-    adapters: int
-    copies: bool
+    weights: int  # of a base weight as it is stored
+    trainable: int  # of a weight that learns, and of each of its moments in AdamW
+    compute: int  # `c`
+    residual: int  # `r`
+    casts: bool  # whether every linear layer casts its own input and weight (autocast over float32 weights)
+    adapters: int  # of an adapter's weight in the forward pass
+    copies: bool  # whether every adapter casts its own input
 
     @classmethod
     def of(cls, recipe: Recipe, strategy: Strategy) -> Precision:
@@ -71,17 +61,11 @@ class Precision:
 
 @dataclass(frozen=True)
 class Pass:
-    """One forward pass with gradients: `b` sequences, padded to `T` tokens.
+    """One forward pass with gradients: `b` sequences, padded to `T` tokens."""
 
-    Attributes:
-        sequences: `b`.
-        length: `T`.
-        with_mask: whether attention takes a mask, and keys and values by query head; training gives none.
-    """
-
-    sequences: int
-    length: int
-    with_mask: bool = False
+    sequences: int  # `b`
+    length: int  # `T`
+    with_mask: bool = False  # whether attention takes a mask, and keys and values by query head; training gives none
 
     @property
     def tokens(self) -> int:

@@ -130,7 +130,7 @@ def plan(
     )
     job.check()
     work = Work(job)
-    tokens, flops = work.tokens(), work.flops()
+    tokens, flops = {kind: count for kind, (count, _, _) in work.kinds().items()}, work.flops()
     return MemoryPlan(
         stage=stage,
         strategy=job.strategy,
@@ -206,31 +206,35 @@ def _changed(recipe: Recipe, changes: Mapping[str, Any]) -> Recipe:
 
 @dataclass(frozen=True)
 class Work:
-    """What a stage computes in a step.
-
-    Attributes:
-        job: the stage.
-    """
+    """What a stage computes in a step."""
 
     job: Job
 
-    def tokens(self) -> dict[str, int]:
-        """Tokens of a step by kind, padding apart, all GPUs together."""
-        lengths, template = self.job.lengths, self.job.lengths.template
+    def kinds(self) -> dict[str, tuple[int, int, int]]:
+        """Kind of sequence -> its tokens in a step, their length, and the forward passes that its work equals.
+
+        Tokens are those of all GPUs together, padding apart.
+        """
+        recipe, lengths = self.job.recipe, self.job.lengths
+        prompt, document = lengths.query + lengths.template, lengths.document + lengths.template
+        reply = prompt + lengths.reasoning
+        passes = 2 if recipe.lora.rank else 3  # a frozen weight has no gradient of its own to compute
+        passes += recipe.gradient_checkpointing
         if self.job.stage == "sft":
-            queries = self.job.recipe.sft.batch_size
+            queries, passes = recipe.sft.batch_size, passes + (recipe.sft.micro_batch_size is not None)
             return {
-                "direct": queries * (lengths.query + template),
-                "reasoned": queries * (lengths.query + template + lengths.reasoning),
-                "documents": self.job.batch_documents * (lengths.document + template),
+                "direct": (queries * prompt, prompt, passes),
+                "reasoned": (queries * reply, reply, passes),
+                "documents": (self.job.batch_documents * document, document, passes),
             }
-        settings = self.job.recipe.grpo
-        rollouts, prompt = settings.queries_per_step * settings.group_size, lengths.query + template
+        settings = recipe.grpo
+        rollouts = settings.queries_per_step * settings.group_size
         return {
-            "prompts": settings.queries_per_step * prompt,
-            "rollouts": rollouts * lengths.reasoning,
-            "refresh": self.refreshed() * (lengths.document + template),
-            "trained": settings.num_iterations * rollouts * (prompt + lengths.reasoning),
+            "prompts": (settings.queries_per_step * prompt, prompt, 1),
+            # A decoded token sees all before it.
+            "rollouts": (rollouts * lengths.reasoning, 2 * prompt + lengths.reasoning, 1),
+            "refresh": (self.refreshed() * document, document, 1),
+            "trained": (settings.num_iterations * rollouts * reply, reply, passes),
         }
 
     def refreshed(self) -> int:
@@ -257,26 +261,17 @@ class Work:
 
     def flops(self) -> dict[str, float]:
         """FLOP of a step by kind: 2 per weight and token forward, twice that backward, and the extra passes."""
-        lengths, tokens, template = self.job.lengths, self.tokens(), self.job.lengths.template
-        prompt = lengths.query + template
-        length = {
-            "direct": prompt,
-            "reasoned": prompt + lengths.reasoning,
-            "documents": lengths.document + template,
-            "prompts": prompt,
-            "rollouts": 2 * prompt + lengths.reasoning,  # a decoded token sees all before it
-            "refresh": lengths.document + template,
-            "trained": prompt + lengths.reasoning,
-        }
-        found = {kind: count * self.forward(length[kind]) * self._times(kind) for kind, count in tokens.items()}
-        found["logits"] = 2.0 * self.job.shape.table * self._logits()
+        kinds, prompt = self.kinds(), self.job.lengths.query + self.job.lengths.template
+        flops = {kind: tokens * self.forward(length) * passes for kind, (tokens, length, passes) in kinds.items()}
+        flops["logits"] = 2.0 * self.job.shape.table * self._logits()
         if self.job.stage == "sft" and self.job.has_reference:
-            found["reference"] = (
+            flops["reference"] = (
                 self.job.recipe.sft.batch_size * prompt * (self.forward(prompt) + 2.0 * self.job.shape.table)
             )
         elif self.job.has_reference:
-            found["reference"] = tokens["trained"] * self.forward(length["trained"])
-        return found
+            tokens, length, _ = kinds["trained"]
+            flops["reference"] = tokens * self.forward(length)
+        return flops
 
     def forward(self, length: float) -> float:
         """FLOP of one token's forward pass through all blocks in a sequence of that length.
@@ -284,14 +279,6 @@ class Work:
         Two products with causal attention, of which a token sees half of the sequence on average.
         """
         return self.job.shape.layers * (2.0 * self.job.shape.linear_weights + 2.0 * self.job.shape.query_width * length)
-
-    def _times(self, kind: str) -> int:
-        """Forward passes that a kind's work equals; a frozen weight has no gradient of its own to compute."""
-        if kind in ("prompts", "rollouts", "refresh"):
-            return 1
-        times = 2 if self.job.recipe.lora.rank else 3
-        cached = self.job.stage == "sft" and self.job.recipe.sft.micro_batch_size is not None
-        return times + cached + self.job.recipe.gradient_checkpointing
 
     def _logits(self) -> float:
         """Positions with logits, weighted by their passes."""

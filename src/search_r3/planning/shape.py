@@ -22,31 +22,18 @@ NORMS_PER_LAYER = 2
 
 @dataclass(frozen=True)
 class ModelShape:
-    """A model whose layers are built as Llama's are.
+    """A model whose layers are built as Llama's are."""
 
-    Attributes:
-        vocabulary: rows of the token table, spare ones included.
-        hidden: `D`.
-        layers: `L`.
-        heads: heads of queries.
-        key_heads: heads of keys, and of values.
-        head_size: width of a head.
-        intermediate: `F`.
-        tied: whether the output layer is the token table.
-        bias: whether queries, keys and values have biases (Qwen2).
-        head_norms: whether queries and keys are normalised by head (Qwen3).
-    """
-
-    vocabulary: int
-    hidden: int
-    layers: int
-    heads: int
-    key_heads: int
-    head_size: int
-    intermediate: int
-    tied: bool
-    bias: bool = True
-    head_norms: bool = False
+    vocabulary: int  # rows of the token table, spare ones included
+    hidden: int  # `D`
+    layers: int  # `L`
+    heads: int  # heads of queries
+    key_heads: int  # heads of keys, and of values
+    head_size: int  # width of a head
+    intermediate: int  # `F`
+    tied: bool  # whether the output layer is the token table
+    bias: bool = True  # whether queries, keys and values have biases (Qwen2)
+    head_norms: bool = False  # whether queries and keys are normalised by head (Qwen3)
 
     @property
     def query_width(self) -> int:

@@ -22,8 +22,8 @@ from ..evaluation.report.report import METRICS, last_results
 from ..evaluation.results import Result
 from ..evaluation.runner import RESULTS, SUMMARY
 from ..evaluation.significance import Comparison
-from ..files import hash_file, hash_folder, read_lines
-from ..model.backbone import SETTINGS_FILE, EmbeddingSettings
+from ..files import hash_file, hash_folder, read_log
+from ..model.settings import SETTINGS_FILE, EmbeddingSettings
 
 RECIPE, REPORT = "settings.yaml", "report.json"
 CONFIG, ADAPTER_CONFIG = "config.json", "adapter_config.json"
@@ -33,33 +33,22 @@ STAGES = ("sft", "grpo")
 
 @dataclass(frozen=True)
 class Facts:
-    """What is known of a model; what no file says is empty.
+    """What is known of a model; what no file says is empty."""
 
-    Attributes:
-        settings: its prompts and limits.
-        config: its config.json, or the adapter_config.json of an adapter.
-        adapter: whether it is an adapter (peft) instead of whole weights.
-        revision: SHA-256 of its files.
-        recipe: the settings of the run that made it.
-        recipe_hash: SHA-256 of the file that holds them.
-        metrics: stage -> rows of metrics.jsonl, for the stages that made this model.
-        report: report.json of the run, where its results are of this model.
-        results: of this model (named by their mode), of its state before RL, and of baselines on the same data.
-        comparisons: paired tests between these results in which this model takes part.
-        places: folders from which a relative path of the run may have been meant.
-    """
-
-    settings: EmbeddingSettings
-    config: dict[str, Any]
-    adapter: bool
-    revision: str
-    recipe: dict[str, Any] = field(default_factory=dict)
-    recipe_hash: str = ""
+    settings: EmbeddingSettings  # its prompts and limits
+    config: dict[str, Any]  # its config.json, or the adapter_config.json of an adapter
+    adapter: bool  # whether it is an adapter (peft) instead of whole weights
+    revision: str  # SHA-256 of its files
+    recipe: dict[str, Any] = field(default_factory=dict)  # the settings of the run that made it
+    recipe_hash: str = ""  # SHA-256 of the file that holds them
+    # stage -> rows of metrics.jsonl, for the stages that made this model
     metrics: dict[str, list[dict[str, Any]]] = field(default_factory=dict)
-    report: dict[str, Any] = field(default_factory=dict)
+    report: dict[str, Any] = field(default_factory=dict)  # report.json of the run, where its results are of this model
+    # of this model (named by their mode), of its state before RL, and of baselines on the same data
     results: list[Result] = field(default_factory=list)
+    # paired tests between these results in which this model takes part
     comparisons: list[Comparison] = field(default_factory=list)
-    places: tuple[Path, ...] = ()
+    places: tuple[Path, ...] = ()  # folders from which a relative path of the run may have been meant
 
     @property
     def stage(self) -> str:
@@ -129,6 +118,7 @@ def gather_facts(model: Path, folders: Sequence[Path] = ()) -> Facts:
     before = run / "sft" / "model" if run and stage == "grpo" else None
     earlier = {hash_folder(before)} - states if before is not None and before.is_dir() else set()
     results, comparisons = _read_results(run, folders, states, earlier)
+    log = read_log(run / METRICS) if run else []
     places = [Path.cwd(), *(run.parents if run else ()), *(place for one in folders for place in one.resolve().parents)]
     return Facts(
         settings=_embedding_settings(model / SETTINGS_FILE),
@@ -138,7 +128,9 @@ def gather_facts(model: Path, folders: Sequence[Path] = ()) -> Facts:
         # Read as it stands: the run may be of a version with other settings, and a card only repeats them.
         recipe=_read_object(run / RECIPE) if run else {},
         recipe_hash=hash_file(run / RECIPE) if run else "",
-        metrics=_metrics(run / METRICS, STAGES[: STAGES.index(stage) + 1]) if run else {},
+        metrics={one: [row for row in log if row.get("stage") == one] for one in STAGES[: STAGES.index(stage) + 1]}
+        if run
+        else {},
         report=_report(run, states) if run else {},
         results=results,
         comparisons=comparisons,
@@ -239,20 +231,6 @@ def _report(run: Path, states: set[str]) -> dict[str, Any]:
     path = run / REPORT
     is_of_model = path.is_file() and any(_is_of(result, states) for result in last_results(run))
     return _read_object(path) if is_of_model else {}
-
-
-def _metrics(path: Path, stages: Sequence[str]) -> dict[str, list[dict[str, Any]]]:
-    """The rows of each stage, in the order of the stages; a line that is being written is not one of them."""
-    rows: dict[str, list[dict[str, Any]]] = {stage: [] for stage in stages}
-    for number, line in read_lines(path) if path.is_file() else ():
-        if not line.endswith("\n"):
-            continue
-        try:
-            row = json.loads(line)
-            rows.setdefault(row["stage"], []).append(row)
-        except (json.JSONDecodeError, KeyError, TypeError) as error:
-            raise RunError(f"{path}:{number}: not a line of metrics; mend or remove the line") from error
-    return {stage: rows[stage] for stage in stages}
 
 
 def _embedding_settings(path: Path) -> EmbeddingSettings:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ..errors import ConfigError, HubError, ModelError, SearchR3Error
-from ..model.backbone import SETTINGS_FILE
+from ..model.settings import SETTINGS_FILE
 from .card import is_own_card
 from .facts import ADAPTER_CONFIG, CONFIG
 

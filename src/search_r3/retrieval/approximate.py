@@ -22,7 +22,7 @@ from ..extras import extra
 from ..types import Array, Rows
 from . import storage
 from .index import ExactIndex, VectorIndex
-from .selection import count_ahead
+from .selection import count_ahead, groups_alike
 
 GraphDType = Literal["f32", "f16", "bf16", "i8"]
 
@@ -128,14 +128,16 @@ class ApproximateIndex(VectorIndex):
         """
         depth, left_out = self.settings.rank_depth, left_out or [np.empty(0, np.int64)] * len(rows)
         depths = [depth + len(line) for line in left_out]
-        shallow = [i for i, deep in enumerate(depths) if deep < len(self)]
+        shallow = {i: len(left_out[i]) for i, deep in enumerate(depths) if deep < len(self)}
         if not shallow or len(rows) != len(queries):
             return self.store.ranks(queries, rows, left_out)
         queries = self.store.check_queries(queries)
         result: list[list[int]] = [[] for _ in rows]
-        proposals = self._propose(queries[shallow], max(depths[i] for i in shallow))
-        for i, candidates in zip(shallow, proposals, strict=True):
-            if candidates[depths[i] - 1] >= 0:
+        for group in groups_alike(shallow):
+            proposals = self._propose(queries[group], max(depths[i] for i in group))
+            for i, candidates in zip(group, proposals, strict=True):
+                if candidates[depths[i] - 1] < 0:
+                    continue
                 targets = np.array(rows[i], dtype=np.int64)
                 rivals = np.union1d(np.setdiff1d(candidates[: depths[i]], left_out[i]), targets)
                 scores, rival_scores = self.scores_at(targets, queries[i]), self.scores_at(rivals, queries[i])

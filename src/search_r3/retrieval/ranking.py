@@ -33,7 +33,7 @@ from ..data.rows import bare_text
 from ..types import Array, Rows
 from .index import VectorIndex
 from .lexical import Scored
-from .selection import NOISE, count_ahead
+from .selection import NOISE, count_ahead, groups_alike
 
 MARGIN = 32
 """Documents beyond the depth that are scored once more, since a matrix product may order equal ones wrongly. Where the
@@ -82,11 +82,7 @@ def ranked_rows(
 ) -> list[tuple[Rows, Array]]:
     """The rows of each query `Q x D`, best first, at most `depth`, under its restrictions, and their scores."""
     candidates = [limit.pool for limit in limits]
-    groups: dict[int, list[int]] = {}  # of like numbers of left-out documents, so that none makes all search deep
-    for i, limit in enumerate(limits):
-        if limit.pool is None:
-            groups.setdefault((len(limit.left_out) // 64).bit_length(), []).append(i)
-    for group in groups.values():
+    for group in groups_alike({i: len(limit.left_out) for i, limit in enumerate(limits) if limit.pool is None}):
         deepest = depth + MARGIN + max(len(limits[i].left_out) for i in group)
         nearest, products = index.search_rows(vectors[group], deepest)
         for i, rows, scores in zip(group, nearest, products, strict=True):

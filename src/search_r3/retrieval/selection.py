@@ -7,7 +7,7 @@ Shapes: `Q` queries.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 import torch
 
@@ -86,6 +86,14 @@ def count_better(
             count += query[ahead].bincount(minlength=len(target))
     lists = [count.tolist() for count in counts]
     return [[lists[slot][place] for slot in range(len(rows))] for place, rows in enumerate(targets)]
+
+
+def groups_alike(counts: Mapping[int, int]) -> list[list[int]]:
+    """The queries by how many documents are left out for each, so that one of many does not make all search deep."""
+    groups: dict[int, list[int]] = {}
+    for query, count in counts.items():
+        groups.setdefault((count // 64).bit_length(), []).append(query)
+    return list(groups.values())
 
 
 def count_ahead(rows: Rows, scores: Array, rivals: Rows, rival_scores: Array) -> list[int]:

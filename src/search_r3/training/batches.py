@@ -22,28 +22,18 @@ from ..model.prompts import PromptEncoder
 
 @dataclass(frozen=True)
 class Batch:
-    """What a step learns from, the same in every process; columns are documents.
+    """What a step learns from, the same in every process; columns are documents."""
 
-    Attributes:
-        examples: `B`.
-        traces: one reasoning trace for each.
-        doc_ids: `M`.
-        positives: `B`, columns.
-        negatives: `B x K`, columns.
-        excluded: `B x M`, True where a document is no negative of the query: another positive, one with the text of a
-            positive, or one that its rankings leave out.
-        owners: `R`, the query of each vector.
-        swaps: queries whose trace is another's, so that it is not supervised.
-    """
-
-    examples: list[TrainingExample]
-    traces: list[str]
-    doc_ids: list[str]
-    positives: Tensor
-    negatives: Tensor
+    examples: list[TrainingExample]  # `B`
+    traces: list[str]  # one reasoning trace for each
+    doc_ids: list[str]  # `M`
+    positives: Tensor  # `B`, columns
+    negatives: Tensor  # `B x K`, columns
+    # `B x M`, True where a document is no negative of the query: another positive, one with the text of a positive, or
+    # one that its rankings leave out
     excluded: Tensor
-    owners: list[int]
-    swaps: frozenset[int] = frozenset()
+    owners: list[int]  # `R`, the query of each vector
+    swaps: frozenset[int] = frozenset()  # queries whose trace is another's, so that it is not supervised
 
     def names(self) -> dict[str, list[str]]:
         """The ids of its queries and documents."""
@@ -52,21 +42,13 @@ class Batch:
 
 @dataclass(frozen=True)
 class TrainingSequence:
-    """One sequence: a query's prompt and completion, or a document's prompt.
+    """One sequence: a query's prompt and completion, or a document's prompt."""
 
-    Attributes:
-        ids: tokens.
-        embed_position: where the embed token stands, whose hidden state is the vector.
-        place: the row of its vector, among the `R` of the queries or among the `M` of the documents.
-        prompt_length: tokens before the supervised completion; all tokens where nothing is supervised.
-        in_kl: whether the KL to the base is measured on its prompt.
-    """
-
-    ids: list[int]
-    embed_position: int
-    place: int
-    prompt_length: int
-    in_kl: bool = False
+    ids: list[int]  # tokens
+    embed_position: int  # where the embed token stands, whose hidden state is the vector
+    place: int  # the row of its vector, among the `R` of the queries or among the `M` of the documents
+    prompt_length: int  # tokens before the supervised completion; all tokens where nothing is supervised
+    in_kl: bool = False  # whether the KL to the base is measured on its prompt
 
 
 @dataclass(frozen=True)
@@ -106,25 +88,15 @@ class LocalBatch:
 
 @dataclass(frozen=True)
 class MicroBatch:
-    """Padded tensors of some sequences.
+    """Padded tensors of some sequences."""
 
-    Attributes:
-        ids: `b x T`.
-        mask: `b x T`.
-        embed: `b`, position of the embed token.
-        places: `b`, see `TrainingSequence.place`.
-        replies: `b x T`, True where the next token is supervised.
-        targets: the supervised tokens, in the order of `replies`.
-        prompts: `b x T`, True where the KL is measured.
-    """
-
-    ids: Tensor
-    mask: Tensor
-    embed: Tensor
-    places: Tensor
-    replies: Tensor
-    targets: Tensor
-    prompts: Tensor
+    ids: Tensor  # `b x T`
+    mask: Tensor  # `b x T`
+    embed: Tensor  # `b`, position of the embed token
+    places: Tensor  # `b`, see `TrainingSequence.place`
+    replies: Tensor  # `b x T`, True where the next token is supervised
+    targets: Tensor  # the supervised tokens, in the order of `replies`
+    prompts: Tensor  # `b x T`, True where the KL is measured
 
 
 def make_batch(
@@ -209,11 +181,9 @@ def tokenise(
     reason_rows = [row for row in rows if row in place_of]
     texts, instructions = [queries[row].bare for row in reason_rows], [queries[row].instruction for row in reason_rows]
     for row, encoded in zip(reason_rows, encoder.encode_batch(texts, "reason", instructions), strict=True):
-        prompt, completion = encoded.ids, encoder.reason_completion(batch.traces[row])
-        length = min(completion.embed_position, max_new_tokens - 1)
-        cut += length < completion.embed_position
-        ids, position = prompt + completion.ids[:length], len(prompt) + length
-        ids += completion.ids[completion.embed_position :]
+        prompt, completion = encoded.ids, encoder.reason_completion(batch.traces[row], max_new_tokens)
+        cut += completion.truncated
+        ids, position = prompt + completion.ids, len(prompt) + completion.embed_position
         supervised_from = len(ids) if row in batch.swaps else len(prompt)
         # Direct and reasoned prompts hold the same queries; one of them is enough for the KL.
         reasoned.append(TrainingSequence(ids, position, place_of[row], supervised_from, in_kl=row not in batch.swaps))

@@ -20,12 +20,12 @@ from ..data.collection import Collection
 from ..errors import DataError
 from ..model.encoder import SearchR3
 from ..model.prompts import MODES, Mode
-from ..parallel import Communicator, divide, encode_sharded
+from ..parallel import Communicator, agree, divide, encode_sharded
 from ..retrieval.index import ExactIndex
 from ..retrieval.metrics import ndcg, probe_cosine, relevant_ids
 from ..retrieval.ranking import RankRequest, make_requests, ranked
 from .engine import Engine
-from .run import Run, agree
+from .run import Run
 from .saving import save_trained
 
 logger = logging.getLogger(__name__)

@@ -22,11 +22,12 @@ from ..config import GRPOSettings, Recipe, SFTSettings
 from ..errors import ConfigError, ModelError
 from ..extras import extra
 from ..model.adapters import add_adapters
-from ..model.backbone import Backbone, EmbeddingSettings
+from ..model.backbone import Backbone
 from ..model.encoder import SearchR3
 from ..model.engine.forward import is_drivable
 from ..model.loading import load_backbone
-from ..model.prompts import PROMPT_SETS
+from ..model.settings import SETTINGS_FILE, read_settings
+from ..model.source import find_files
 from ..parallel import Communicator, make_communicator
 from .policy import Policy, Reference, make_reference
 from .tracking import check_trackers, start_trackers
@@ -36,25 +37,15 @@ T = TypeVar("T")
 
 @dataclass
 class Engine:
-    """Accelerate's objects around one model.
-
-    Attributes:
-        accelerator: accelerate's own.
-        policy: the prepared `Policy`; what learns.
-        optimizer: prepared.
-        scheduler: prepared.
-        communicator: the other processes.
-        reference: what the KL term stays close to; None without one.
-        adapters: whether only adapters learn; the reference is then the policy without them.
-    """
+    """Accelerate's objects around one model."""
 
     accelerator: Any
-    policy: Any
-    optimizer: Any
-    scheduler: Any
-    communicator: Communicator
-    reference: Reference | None
-    adapters: bool
+    policy: Any  # the prepared `Policy`; what learns
+    optimizer: Any  # prepared
+    scheduler: Any  # prepared
+    communicator: Communicator  # the other processes
+    reference: Reference | None  # what the KL term stays close to; None without one
+    adapters: bool  # whether only adapters learn; the reference is then the policy without them
 
     @property
     def rank(self) -> int:
@@ -322,16 +313,36 @@ def rates(tokens: float, started: float, ready: float) -> dict[str, float]:
 
 
 def load_model(recipe: Recipe, source: str | Path) -> SearchR3:
-    """A model for training, with the recipe's prompts and limits, on this process's device."""
+    """A model for training, with its own prompts and the recipe's limits, on this process's device.
+
+    Raises:
+        ConfigError: the recipe names other prompts than those that are saved with the model, or its limits do not fit
+            into the context.
+    """
     with extra("train"):
         from accelerate import PartialState
 
-    settings = EmbeddingSettings(
-        prompts=PROMPT_SETS[recipe.prompts],
+    device = str(PartialState(cpu=not torch.cuda.is_available()).device)
+    saved = read_settings(find_files(source).folder_of(SETTINGS_FILE))
+    own = saved.prompts.name if saved is not None and saved.trained else None
+    if None not in (own, recipe.prompts) and recipe.prompts != own:
+        raise ConfigError(
+            f"prompts={recipe.prompts}, but {source} was trained with the prompts {own!r}; leave prompts out of the "
+            "recipe (it then takes the model's own), or start from the model's base"
+        )
+    backbone = load_backbone(
+        source,
+        prompts=None if own is not None else recipe.prompts,
         max_length=recipe.max_length,
         max_new_tokens=recipe.max_new_tokens,
+        dtype=recipe.dtype,
+        device=device,
+        embed_start=recipe.embed_start,
     )
-    device = str(PartialState(cpu=not torch.cuda.is_available()).device)
-    return SearchR3(
-        load_backbone(source, settings=settings, dtype=recipe.dtype, device=device, embed_start=recipe.embed_start)
-    )
+    longest = recipe.max_length + recipe.max_new_tokens + 1  # a supervised reply goes on to the end of its turn
+    if longest > backbone.context_length:
+        raise ConfigError(
+            f"max_length={recipe.max_length}, max_new_tokens={recipe.max_new_tokens} and the end of the turn do not "
+            f"fit into the context of {source}, {backbone.context_length} tokens; lower them"
+        )
+    return SearchR3(backbone)

@@ -28,7 +28,7 @@ from ..config import GRPOSettings, Recipe
 from ..data.collection import Query
 from ..data.draws import step_rng
 from ..data.load import load_collection
-from ..data.triples import draw_uninstructed, judged_queries
+from ..data.triples import draw_uninstructed, hold_out, judged_queries
 from ..environment.environment import Feedback, RetrievalEnvironment
 from ..errors import DataError, RunError
 from ..model.encoder import SearchR3
@@ -47,7 +47,7 @@ LOGGED_GROUPS = 2
 class Experience:
     """One batch of rollouts with its rewards; `rollouts[i * G + j]` is the j-th of query i, as it was asked."""
 
-    queries: list[Query]
+    queries: list[Query]  # Q*G
     rollouts: list[Rollout]
     feedback: Feedback
     advantages: Tensor  # Q*G
@@ -75,7 +75,7 @@ def train_grpo(recipe: Recipe, run: Run, base: Path, observe: Observer = silent)
     settings, stage = recipe.grpo, "grpo"
     if run.finished(stage):
         return run.model_path(stage)
-    collection = load_collection(recipe.collection)
+    collection = hold_out(load_collection(recipe.collection), settings.splits, recipe.evaluation.held_out)
     qrels = judged_queries(collection, settings.splits)
     dev = DevSplit(collection, recipe.evaluation) if settings.evaluate_every else None
     queries_of_step(list(qrels), settings.queries_per_step, recipe.seed, 0)  # refuses too few before a model is loaded
@@ -106,7 +106,8 @@ def train_grpo(recipe: Recipe, run: Run, base: Path, observe: Observer = silent)
             started = time.perf_counter()
             with engine.full_params():
                 experience = collect(model, environment, recipe, step, engine)
-                values = audit(environment, experience, settings, step)
+                due = settings.refresh.audit_every > 0 and (step + 1) % settings.refresh.audit_every == 0
+                values = environment.audit(experience.rollouts, experience.query_ids, step).metrics() if due else {}
             ready = time.perf_counter()
             check = partial(guard.check, step=step + 1, batch={"query_ids": experience.query_ids})
             values |= update(model, engine, environment, experience, settings, check)
@@ -134,12 +135,12 @@ def collect(
     rng = step_rng(recipe.seed, "rollouts", step)
     seeds = [[rng.getrandbits(62) for _ in range(group_size)] for _ in everyone]
     own = engine.share(len(everyone), "grpo.queries_per_step")
-    query_ids = [everyone[place] for place in own]
     queries = [environment.collection.queries[query_id] for query_id in everyone]
     queries = draw_uninstructed(queries, settings.uninstructed, step_rng(recipe.seed, "uninstructed", step))
     queries = queries[own.start : own.stop]
     encode = model.backbone.prompt_encoder.encode
     prompts = [encode(query.bare, "reason", query.instruction).ids for query in queries]
+    queries = [query for query in queries for _ in range(group_size)]
     started = time.perf_counter()
     rollouts = model.rollouts(
         [prompt for prompt in prompts for _ in range(group_size)],
@@ -154,23 +155,13 @@ def collect(
             f"{model.backbone.settings.max_new_tokens} tokens; train stage 1 (search-r3 sft) first, "
             "or set max_new_tokens higher"
         )
-    feedback = environment.feedback(rollouts, per_rollout(query_ids, group_size), policy_version=step)
+    query_ids = [query.query_id for query in queries]
+    feedback = environment.feedback(rollouts, query_ids, policy_version=step)
     # The scale of the advantages is that of all rollouts, whichever process made them.
     rewards = [reward for rewards in engine.communicator.all_gather(feedback.rewards) for reward in rewards]
     advantages = losses.group_advantages(torch.tensor(rewards).view(-1, group_size), settings.advantage_scale)
     values = advantages.values[own.start : own.stop].flatten()
     return Experience(queries, rollouts, feedback, values, advantages.equal_share, seconds)
-
-
-def audit(
-    environment: RetrievalEnvironment, experience: Experience, settings: GRPOSettings, step: int
-) -> dict[str, float]:
-    """The account of the live index, at the steps where it is due; it changes nothing."""
-    every = settings.refresh.audit_every
-    if every == 0 or (step + 1) % every:
-        return {}
-    owners = per_rollout(experience.query_ids, settings.group_size)
-    return environment.audit(experience.rollouts, owners, policy_version=step).metrics()
 
 
 def update(
@@ -250,10 +241,8 @@ def _micro_loss(
     }
     values = {name: float(term.detach()) / totals["tokens"] for name, term in terms.items()}
     if vectors is not None:
-        owners = per_rollout(experience.query_ids, settings.group_size)
-        embedding = embedding_loss(
-            vectors, environment, [owners[row] for row in rows], settings.contrastive_temperature
-        )
+        query_ids = [experience.query_ids[row] for row in rows]
+        embedding = embedding_loss(vectors, environment, query_ids, settings.contrastive_temperature)
         share = len(rollouts) / totals["rollouts"]
         loss = loss + settings.embedding_loss_weight * embedding * share
         values["embedding_loss"] = embedding.item() * share
@@ -269,8 +258,8 @@ def embedding_loss(
 ) -> Tensor:
     """InfoNCE of rollout vectors `B x D` against all vectors of the live index, which get no gradient.
 
-    The positive is the query's best relevant document; its other relevant documents are left out of the sum, and so is
-    what its rankings leave out.
+    The positive is the query's best relevant document; left out of the sum are its other relevant ones, documents with
+    the text of one, and what its rankings leave out.
     """
     index = environment.index
     documents = torch.from_numpy(index.vectors_at(np.arange(len(index)))).to(vectors.device)  # N x D
@@ -279,17 +268,12 @@ def embedding_loss(
     for row, query_id in enumerate(query_ids):
         rows = environment.query_rows(query_id)
         best = int(rows.positives[int((documents[rows.positives] @ vectors[row].detach()).argmax())])
-        excluded[row, [*rows.positives, *rows.limits.left_out]] = True
+        excluded[row, [*environment.same_text(rows.positives), *rows.limits.left_out]] = True
         excluded[row, best] = False
         positives.append(best)
     return losses.info_nce(
         vectors, documents, torch.tensor(positives, device=vectors.device), excluded, contrastive_temperature
     )
-
-
-def per_rollout(query_ids: Sequence[str], group_size: int) -> list[str]:
-    """The query of every rollout: each query `group_size` times."""
-    return [query_id for query_id in query_ids for _ in range(group_size)]
 
 
 def queries_of_step(query_ids: Sequence[str], count: int, seed: int, step: int) -> list[str]:
@@ -312,26 +296,27 @@ def queries_of_step(query_ids: Sequence[str], count: int, seed: int, step: int) 
 def describe(experience: Experience, engine: Engine) -> dict[str, float]:
     """The metrics of the rollouts of all processes (docs/metrics.md)."""
     rollouts = [(one.forced, one.reasoning_tokens, len(one.prompt_ids)) for one in experience.rollouts]  # and no tensor
-    everyone = engine.communicator.all_gather((experience.feedback.parts, experience.feedback.rewards, rollouts))
-    parts = [part for own, _, _ in everyone for part in own]
-    forced, lengths, prompts = zip(*(one for _, _, own in everyone for one in own), strict=True)
+    own = experience.feedback.parts, experience.feedback.rewards, rollouts, experience.rollout_seconds
+    parts_of, rewards_of, rollouts_of, seconds_of = zip(*engine.communicator.all_gather(own), strict=True)
+    parts = [part for own in parts_of for part in own]
+    forced, lengths, prompts = zip(*(one for own in rollouts_of for one in own), strict=True)
     values = {f"reward_{name}": fmean(getattr(part, name) for part in parts) for name in asdict(parts[0])}
-    values["reward"] = fmean(reward for _, own, _ in everyone for reward in own)
+    values["reward"] = fmean(reward for own in rewards_of for reward in own)
     values["share_ge_half"] = fmean(part.ranking >= 0.5 for part in parts)
     values["equal_reward_share"] = experience.equal_share
     values["forced_share"] = fmean(forced)
     values |= {"reasoning_tokens": fmean(lengths), "reasoning_tokens_max": max(lengths)}
     decoded = sum(lengths) + len(lengths)  # the embed tokens
-    speed = decoded / experience.rollout_seconds if experience.rollout_seconds else 0.0
-    values |= {"tokens": decoded + sum(prompts), "decoded_tokens_per_second": speed}
-    return values | {"rollout_seconds": experience.rollout_seconds} | experience.feedback.refresh.metrics()
+    seconds = max(seconds_of)  # the others wait for the slowest
+    values |= {"tokens": decoded + sum(prompts), "decoded_tokens_per_second": decoded / seconds if seconds else 0.0}
+    return values | {"rollout_seconds": seconds} | experience.feedback.refresh.metrics()
 
 
 def rollout_rows(experience: Experience, step: int, group_size: int) -> list[dict[str, Any]]:
     """Rows for `rollouts.jsonl`: the first groups of the step, whole."""
     rows = []
     for place in range(min(LOGGED_GROUPS * group_size, len(experience.rollouts))):
-        rollout, query = experience.rollouts[place], experience.queries[place // group_size]
+        rollout, query = experience.rollouts[place], experience.queries[place]
         rows.append(
             {
                 "stage": "grpo",

@@ -15,9 +15,9 @@ from typing import Any
 
 from ..errors import ModelError, RewardError, RunError, StoppedError, VectorIndexError
 from ..files import write_json
-from ..parallel import is_of_a_collective, name_the_missing
-from .engine import deepspeed_plugin
-from .run import Run, TrainingState, agree
+from ..parallel import agree, is_of_a_collective, name_the_missing
+from .engine import Engine, deepspeed_plugin
+from .run import Run
 
 TOGETHER_S = 10.0
 """Seconds in which a second SIGTERM counts as the first: scheduler and launcher may both signal a process."""
@@ -29,14 +29,14 @@ class Guard:
     Args:
         run: where it saves.
         stage: `sft` or `grpo`.
-        trained: what it saves.
+        engine: holds what it saves.
         save_extra: writes what the stage keeps beside that.
     """
 
     def __init__(
-        self, run: Run, stage: str, state: TrainingState, save_extra: Callable[[Path], None] = lambda folder: None
+        self, run: Run, stage: str, engine: Engine, save_extra: Callable[[Path], None] = lambda folder: None
     ) -> None:
-        self.run, self.stage, self.state, self.save_extra = run, stage, state, save_extra
+        self.run, self.stage, self.engine, self.save_extra = run, stage, engine, save_extra
         self._stop, self._stop_at = False, 0.0
         self._moved = -1  # the last step that has changed the weights
 
@@ -52,14 +52,14 @@ class Guard:
         before = signal.signal(signal.SIGTERM, self._on_signal) if main else None
         try:
             yield self
-            if any(self.state.communicator.all_gather(self._stop)):
+            if any(self.engine.communicator.all_gather(self._stop)):
                 raise StoppedError(f"stopped by SIGTERM; {self.stage} is complete: what follows goes on with --resume")
         except RuntimeError as error:
             if is_of_a_collective(error):
-                name_the_missing(self.state.communicator)
+                name_the_missing(self.engine.communicator)
             raise
         except (ModelError, RewardError, VectorIndexError) as error:
-            if not _are_finite(self.state.policy):
+            if not _are_finite(self.engine.policy):
                 raise self._not_finite_error(f"{error}") from error
             raise
         finally:
@@ -81,10 +81,10 @@ class Guard:
             RunError: the checkpoint cannot be written, or the weights are no numbers: they are not saved.
             StoppedError: SIGTERM came; all is saved.
         """
-        communicator = self.state.communicator
+        communicator = self.engine.communicator
         stop = any(communicator.all_gather(self._stop))
         if stop or step % self.run.recipe.save_every == 0:
-            if not all(communicator.all_gather(_are_finite(self.state.policy))):
+            if not all(communicator.all_gather(_are_finite(self.engine.policy))):
                 raise self._not_finite_error("they are not saved")
             self.save(step)
         if stop:
@@ -94,7 +94,7 @@ class Guard:
 
     def save(self, step: int) -> None:
         """Write a checkpoint of the weights after `step`."""
-        self.run.save_checkpoint(self.stage, step, self.state, self.save_extra)
+        self.run.save_checkpoint(self.stage, step, self.engine, self.save_extra)
 
     def check(self, values: Mapping[str, float], step: int, batch: Mapping[str, Any]) -> None:
         """Refuse to go on from values that are no numbers; the weights before `step` are saved, if they are numbers.
@@ -107,7 +107,7 @@ class Guard:
         Raises:
             RunError: a value is NaN or infinite; step, batch and what to do are named.
         """
-        communicator, path = self.state.communicator, self.run.folder / "failed-batch.json"
+        communicator, path = self.engine.communicator, self.run.folder / "failed-batch.json"
         faults = communicator.all_gather({name: value for name, value in values.items() if not math.isfinite(value)})
         nans = {name: value for own in faults for name, value in own.items()}
         if not nans:
@@ -117,9 +117,9 @@ class Guard:
         whole = {name: list(dict.fromkeys(item for own in everyone for item in own[name])) for name in batch}
         record = {"stage": self.stage, "step": step, "not_finite": list(nans), **whole}
         agree(communicator, path, lambda: write_json(path, record) if self.run.first else None)
-        if not all(communicator.all_gather(_are_finite(self.state.policy))):
+        if not all(communicator.all_gather(_are_finite(self.engine.policy))):
             remedy = "the weights before that step hold NaN or infinity already, and are not saved again"
-        elif self._moved == step or deepspeed_plugin(self.state.accelerator) is not None:  # it steps in backward
+        elif self._moved == step or deepspeed_plugin(self.engine.accelerator) is not None:  # it steps in backward
             remedy = "the step had changed the weights already: they stand in the checkpoint before it"
         else:
             self.save(step - 1)

@@ -20,7 +20,7 @@ import shutil
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 from torch import OutOfMemoryError
 
@@ -38,8 +38,8 @@ from ..files import (
 )
 from ..loader import flat_settings
 from ..model.backbone import Backbone
-from ..parallel import Communicator, first_process, is_of_a_collective
-from .engine import deepspeed_plugin
+from ..parallel import agree, first_process, is_of_a_collective
+from .engine import Engine, deepspeed_plugin
 
 logger = logging.getLogger(__name__)
 
@@ -52,14 +52,6 @@ MANIFEST = "checkpoint.json"
 
 def silent(stage: str, step: int, steps: int, values: dict[str, float]) -> None:
     """The observer that shows nothing."""
-
-
-class TrainingState(Protocol):
-    """What a checkpoint holds; `Engine` is one."""
-
-    accelerator: Any
-    policy: Any
-    communicator: Communicator
 
 
 class Run:
@@ -75,6 +67,7 @@ class Run:
     def __init__(self, recipe: Recipe) -> None:
         self.recipe = recipe
         self.folder = Path(recipe.run_dir)
+        self.metrics_path, self.rollouts_path = self.folder / "metrics.jsonl", self.folder / "rollouts.jsonl"
         self.first = first_process()
         settings = self.folder / "settings.yaml"
         if settings.exists():
@@ -101,16 +94,6 @@ class Run:
             )
         if self.finished(stage):  # by a process that was killed before it had removed them
             shutil.rmtree(self.checkpoints_path(stage), ignore_errors=True)
-
-    @property
-    def metrics_path(self) -> Path:
-        """`metrics.jsonl`."""
-        return self.folder / "metrics.jsonl"
-
-    @property
-    def rollouts_path(self) -> Path:
-        """`rollouts.jsonl`."""
-        return self.folder / "rollouts.jsonl"
 
     def model_path(self, stage: str) -> Path:
         """The model directory of a stage; the last stage's model is `model/` itself."""
@@ -155,7 +138,7 @@ class Run:
         return [row for row in read_log(self.metrics_path) if row["stage"] == stage]
 
     def save_checkpoint(
-        self, stage: str, step: int, state: TrainingState, save_extra: Callable[[Path], None] = lambda folder: None
+        self, stage: str, step: int, engine: Engine, save_extra: Callable[[Path], None] = lambda folder: None
     ) -> None:
         """Write weights, optimizer, schedule, random states and what `save_extra` adds; keep the newest two.
 
@@ -165,13 +148,13 @@ class Run:
             RunError: it could not be written; the checkpoints before it are as they were.
         """
         target = self.checkpoints_path(stage) / f"step-{step:06d}"
-        if state.communicator.all_gather(self.first and target.exists() and find_damage(target, MANIFEST) is None)[0]:
+        if engine.communicator.all_gather(self.first and target.exists() and find_damage(target, MANIFEST) is None)[0]:
             return
         scratch = target.with_name(f".{target.name}.partial")
         try:
-            agree(state.communicator, target, lambda: self._begin(scratch))
-            agree(state.communicator, target, lambda: state.accelerator.save_state(str(scratch)))
-            agree(state.communicator, target, lambda: self._complete(scratch, target, stage, step, save_extra))
+            agree(engine.communicator, target, lambda: self._begin(scratch))
+            agree(engine.communicator, target, lambda: engine.accelerator.save_state(str(scratch)))
+            agree(engine.communicator, target, lambda: self._complete(scratch, target, stage, step, save_extra))
         except RunError:
             if self.first:
                 shutil.rmtree(scratch, ignore_errors=True)
@@ -213,7 +196,7 @@ class Run:
                 )
         write_json(path, {"revision": revision, "source": source})
 
-    def restore(self, stage: str, state: TrainingState) -> tuple[int, Path | None]:
+    def restore(self, stage: str, engine: Engine) -> tuple[int, Path | None]:
         """Load the newest whole checkpoint of a stage; lines logged after it are dropped.
 
         A checkpoint whose files are not those that were written is passed over, with a warning, for the one before it.
@@ -225,40 +208,40 @@ class Run:
             RunError: there are checkpoints, and all are broken or the newest is of another version; or the logs cannot
                 be read or written.
         """
-        if self.first:
-            self._remove_leftovers(stage)
-        checkpoint = state.communicator.all_gather(self._newest_whole(stage) if self.first else None)[0]
-        step = 0 if checkpoint is None else int(checkpoint.name.removeprefix("step-"))
+        newest = agree(engine.communicator, self.folder, lambda: self._newest_whole(stage) if self.first else None)
+        checkpoint = engine.communicator.all_gather(newest)[0]
         if checkpoint is not None:
-            # With adapters only what learns was saved; the rest is in the model that they were put into.
-            partial = self.recipe.lora.rank > 0 and deepspeed_plugin(state.accelerator) is None  # it saves all
-            try:
-                state.accelerator.load_state(str(checkpoint), **({"strict": False} if partial else {}))
-            except (ValueError, RuntimeError, KeyError) as error:  # as torch says that a state does not fit
-                if isinstance(error, RuntimeError) and (
-                    is_of_a_collective(error) or isinstance(error, OutOfMemoryError)
-                ):
-                    raise  # the checkpoint may well fit
-                raise RunError(
-                    f"{checkpoint} does not fit this training ({str(error).splitlines()[0]}): another version of "
-                    f"search-r3 wrote it; go on with that one, or remove {checkpoint.parent} and the stage begins anew"
-                ) from error
-        if self.first:
-            for path in (self.metrics_path, self.rollouts_path):
-                if path.exists():
-                    rows = [row for row in read_log(path) if row["stage"] != stage or (step and row["step"] <= step)]
-                    with _explained(path):
-                        write_text(path, "".join(map(jsonl_line, rows)))
+            agree(engine.communicator, checkpoint, lambda: self._load(checkpoint, engine), "read")
+        step = 0 if checkpoint is None else int(checkpoint.name.removeprefix("step-"))
+        agree(engine.communicator, self.folder, lambda: self._drop_later(stage, step) if self.first else None)
         return step, checkpoint
 
-    def _remove_leftovers(self, stage: str) -> None:
-        """What killed processes had begun to write: a run directory belongs to one run, so nobody else is at it."""
+    def _load(self, checkpoint: Path, engine: Engine) -> None:
+        # With adapters only what learns was saved; the rest is in the model that they were put into.
+        partial = self.recipe.lora.rank > 0 and deepspeed_plugin(engine.accelerator) is None  # it saves all
+        try:
+            engine.accelerator.load_state(str(checkpoint), **({"strict": False} if partial else {}))
+        except (ValueError, RuntimeError, KeyError) as error:  # as torch says that a state does not fit
+            if isinstance(error, RuntimeError) and (is_of_a_collective(error) or isinstance(error, OutOfMemoryError)):
+                raise  # the checkpoint may well fit
+            raise RunError(
+                f"{checkpoint} does not fit this training ({str(error).splitlines()[0]}): another version of "
+                f"search-r3 wrote it; go on with that one, or remove {checkpoint.parent} and the stage begins anew"
+            ) from error
+
+    def _drop_later(self, stage: str, step: int) -> None:
+        for path in (self.metrics_path, self.rollouts_path):
+            if path.exists():
+                rows = [row for row in read_log(path) if row["stage"] != stage or (step and row["step"] <= step)]
+                with _explained(path):
+                    write_text(path, "".join(map(jsonl_line, rows)))
+
+    def _newest_whole(self, stage: str) -> Path | None:
+        """Removes what killed processes had begun to write, too: nobody else is at the directory of a run."""
         for target in (self.model_path(stage), self.adapter_path(stage), self.metrics_path, self.rollouts_path):
             remove_leftovers(target)
         for leftover in self.checkpoints_path(stage).glob(".step-*"):
             shutil.rmtree(leftover)
-
-    def _newest_whole(self, stage: str) -> Path | None:
         checkpoints = self._saved(stage)
         damages: list[str] = []
         for checkpoint in reversed(checkpoints):
@@ -275,14 +258,14 @@ class Run:
             )
         return None
 
-    def finish(self, stage: str, state: TrainingState, save_model: Callable[[Path], None]) -> None:
+    def finish(self, stage: str, engine: Engine, save_model: Callable[[Path], None]) -> None:
         """Write the stage's model; its checkpoints are then no longer needed. Every process takes part.
 
         Raises:
             RunError: it could not be written; the checkpoints are as they were.
         """
         path = self.model_path(stage)
-        agree(state.communicator, path, lambda: save_model(path))
+        agree(engine.communicator, path, lambda: save_model(path))
         if self.first:
             shutil.rmtree(self.checkpoints_path(stage), ignore_errors=True)
 
@@ -300,25 +283,6 @@ class Run:
             path.parent.mkdir(parents=True, exist_ok=True)
             with path.open("a", encoding="utf-8") as file:
                 file.writelines(map(jsonl_line, rows))
-
-
-def agree(communicator: Communicator, target: Path, work: Callable[[], None]) -> None:
-    """Do one part of writing `target` in every process; where one fails, all raise.
-
-    Raises:
-        RunError: the part failed somewhere.
-    """
-    fault = ""
-    try:
-        work()
-    except Exception as error:  # of whatever library wrote the file: a full disk has many names
-        fault = f"{type(error).__name__}: {' '.join(str(error).split())}"
-    failures = [(rank, text) for rank, text in enumerate(communicator.all_gather(fault)) if text]
-    if failures:
-        raise RunError(
-            f"cannot write {target} (rank {failures[0][0]}: {failures[0][1]}); what was saved before is intact: mend "
-            "that (of a full disk: make room), then go on with --resume"
-        )
 
 
 @contextmanager
@@ -345,6 +309,8 @@ def _only_leftovers(folder: Path, settings: Path) -> bool:
 
 
 def _check_same(before: Recipe, now: Recipe, path: Path) -> None:
+    if now.prompts is None and before.prompts == "search-r3":  # one and the same; version 0.1 wrote the name
+        before = before.model_copy(update={"prompts": None})
     old, new = flat_settings(before.model_dump()), flat_settings(now.model_dump())
     for key in new | old:
         if key != "run_dir" and old.get(key) != new.get(key):

@@ -26,7 +26,7 @@ from ..config import Recipe, SFTSettings
 from ..data.collection import Collection
 from ..data.draws import Draws, step_rng, text_keys
 from ..data.load import load_collection
-from ..data.triples import TrainingExample, training_examples
+from ..data.triples import TrainingExample, hold_out, training_examples
 from ..errors import ConfigError
 from ..model.backbone import Backbone, shorten
 from ..model.encoder import SearchR3
@@ -57,7 +57,7 @@ def train_sft(recipe: Recipe, run: Run, observe: Observer = silent) -> Path:
     settings, stage = recipe.sft, "sft"
     if run.finished(stage):
         return run.model_path(stage)
-    collection = load_collection(recipe.collection)
+    collection = hold_out(load_collection(recipe.collection), list(settings.splits), recipe.evaluation.held_out)
     doc_ids = list(collection.documents)
     examples = _examples(collection, settings)
     if not any(example.reasoning for of_split in examples.values() for example in of_split):
@@ -207,20 +207,15 @@ def _cached(
 
 @dataclass(frozen=True)
 class Output:
-    """What the forward pass of a chunk of `b` sequences gives.
+    """What the forward pass of a chunk of `b` sequences gives."""
 
-    Attributes:
-        vectors: `b x D`, search embeddings.
-        places: `b`, see `TrainingSequence.place`.
-        replies: logits `S x V` at supervised positions and their targets `S`; None where there are none.
-        prompts: logits `S x V` of the policy and of its reference on prompts; None where no KL is measured.
-        nothing: 0, with a gradient path through the output layer, which DDP expects of every backward pass.
-    """
-
-    vectors: Tensor
-    places: Tensor
+    vectors: Tensor  # `b x D`, search embeddings
+    places: Tensor  # `b`, see `TrainingSequence.place`
+    # logits `S x V` at supervised positions and their targets `S`; None where there are none
     replies: tuple[Tensor, Tensor] | None
+    # logits `S x V` of the policy and of its reference on prompts; None where no KL is measured
     prompts: tuple[Tensor, Tensor] | None
+    # 0, with a gradient path through the output layer, which DDP expects of every backward pass
     nothing: Tensor | float
 
 

@@ -9,8 +9,6 @@ from ..config import Recipe
 from ..errors import ConfigError
 from ..loader import flat_settings
 
-PACKAGES = {"tensorboard": "tensorboard", "wandb": "wandb", "trackio": "trackio"}
-
 
 def check_trackers(recipe: Recipe) -> None:
     """Make sure that the recipe's trackers are installed.
@@ -18,11 +16,11 @@ def check_trackers(recipe: Recipe) -> None:
     Raises:
         ConfigError: a tracker's package is not installed.
     """
-    for name in recipe.trackers:
-        if find_spec(PACKAGES[name]) is None:
+    for name in recipe.trackers:  # as their packages are called
+        if find_spec(name) is None:
             raise ConfigError(
-                f"trackers={list(recipe.trackers)}: the package {PACKAGES[name]} is not installed; "
-                f"pip install {PACKAGES[name]}, or leave it out"
+                f"trackers={list(recipe.trackers)}: the package {name} is not installed; pip install {name}, or leave "
+                "it out"
             )
 
 

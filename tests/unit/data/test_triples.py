@@ -11,7 +11,8 @@ import pytest
 
 from search_r3.data.collection import Collection, Document, Query
 from search_r3.data.restrictions import restrictions
-from search_r3.data.triples import draw_negatives, training_examples
+from search_r3.data.triples import draw_negatives, hold_out, training_examples
+from search_r3.errors import ConfigError
 from search_r3.mining.candidates import DenseRetriever, LexicalRetriever
 from search_r3.mining.mining import MiningSettings, mine_negatives
 from search_r3.retrieval.encode import Peer
@@ -100,3 +101,35 @@ def test_mined_negatives_are_those_of_a_search_of_what_can_be_ranked(kind: str, 
         for query_id, query in Collection.load(out).queries.items():
             allowed = usable(collection, query_id)
             assert query.metadata["negatives"] == [name for name in order if name in allowed][: min(9, depth)]
+
+
+def test_queries_that_a_held_out_split_holds_too_are_not_trained_on(caplog: pytest.LogCaptureFixture) -> None:
+    documents = {name: Document(name, f"document {name}") for name in NAMES}
+    texts = {"both": "a", "twin": "Is it B?", "story": "who?", "free": "c", "b": "is it b?", "s": "who?"}
+    collection = Collection(
+        "leaky",
+        documents,
+        {query_id: Query(query_id, text) for query_id, text in texts.items()},
+        {
+            "train": {query_id: {"d00": 1} for query_id in ("both", "twin", "story", "free")},
+            "more": {"both": {"d02": 1}},
+            "dev": {"both": {"d01": 1}, "b": {"d01": 1}},
+            "test": {"s": {"d03": 1}},
+        },
+        pools={"story": frozenset({"d00"}), "s": frozenset({"d03"})},
+    )
+    held = hold_out(collection, ["train", "more"], ["dev", "test", "none"])
+    assert list(held.qrels["train"]) == ["story", "free"] and held.qrels["more"] == {}
+    assert {split: held.qrels[split] for split in ("dev", "test")} == {
+        split: collection.qrels[split] for split in ("dev", "test")
+    }
+    [line] = [record.getMessage() for record in caplog.records]
+    assert line.startswith("3 queries of train, more are not trained on, since dev or test or none holds them too")
+    assert line.endswith("the first is 'both'")
+
+
+def test_a_collection_whose_splits_are_apart_is_trained_on_whole(caplog: pytest.LogCaptureFixture) -> None:
+    collection = restricted()
+    assert hold_out(collection, ["train"], ["dev", "test"]) == collection and not caplog.records
+    with pytest.raises(ConfigError, match=r"the split 'train' is trained on and is evaluation.dev_split or test_split"):
+        hold_out(collection, ["train"], ["train", "test"])

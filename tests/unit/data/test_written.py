@@ -17,7 +17,7 @@ import pytest
 from search_r3.data.collection import Collection, Document, Query
 from search_r3.data.triples import training_examples
 from search_r3.data.writing import written_items
-from search_r3.data.writing.asking import REPLIES_PER_ITEM, STOP_AFTER, Estimate, Prices, Standing
+from search_r3.data.writing.asking import REPLIES_PER_ITEM, STOP_AFTER, Prices, Standing
 from search_r3.data.writing.replies import MENTION, SPECIAL, copied_share
 from search_r3.data.writing.written import Writer, _sample, write_negatives, write_traces, write_triples
 from search_r3.data.writing.written_items import find_passage_fault, find_trace_fault, length_like, show
@@ -182,7 +182,7 @@ POSITIVE = Document(
     ],
 )
 def test_a_passage_is_checked(found: object, fault: str | None) -> None:
-    others = [Document("", "This one is here already in other letters.")]
+    others = ["This one is here already in other letters."]
     assert find_passage_fault(found, [POSITIVE], others) == fault
 
 
@@ -321,7 +321,7 @@ def test_the_cost_is_estimated_before_and_counted_during(server: Server, tmp_pat
     server.answer = lambda title, turn: (
         completion("no") if title.endswith("amber0?") and turn == 0 else good_trace(title, turn)
     )
-    estimates: list[Estimate] = []
+    estimates: list[Standing] = []
     seen: list[Standing] = []
     options: dict[str, Any] = {
         "prices": Prices(2.0, 10.0), "max_tokens": 50, "concurrency": 1,
@@ -331,13 +331,13 @@ def test_the_cost_is_estimated_before_and_counted_during(server: Server, tmp_pat
     prompts = [body["messages"][0]["content"] for body in server.bodies]
     first = {prompt for prompt in prompts if "An earlier reply" not in prompt}
     read = sum(map(len, first)) // 4
-    assert estimates == [Estimate(2, 2, read, 100, pytest.approx(read * 2e-6 + 100 * 1e-5), measured=False)]
+    assert estimates == [Standing(0, 2, read, 100, pytest.approx(read * 2e-6 + 100 * 1e-5), measured=False)]
     spent = [(one.done, one.total, one.prompt_tokens, one.completion_tokens) for one in seen]
     each = [(len(prompts) - 1) * 100, 100] if len(prompts) == 3 else [100, 100]
     assert spent == [(1, 2, each[0], each[0] * 7 // 100), (2, 2, sum(each), sum(each) * 7 // 100)]
     assert seen[-1].cost == report.cost == pytest.approx((sum(each) * 2 + sum(each) * 0.07 * 10) / 1e6)
     again = write_traces(make_collection(), tmp_path / "out", writer(server, seed=4, **options))
-    assert estimates[1].pending == 1 and estimates[1].total == 3 and estimates[1].measured
+    assert estimates[1].done == 2 and estimates[1].total == 3 and estimates[1].measured
     assert estimates[1].prompt_tokens == round(sum(each) * 3 / 2)
     assert (again.resumed, again.requests) == (2, 1 + (len(prompts) == 2)), "a larger sample holds the smaller one"
 

@@ -22,8 +22,9 @@ from search_r3.data.collection import Collection, Document
 from search_r3.data.load import load_articles
 from search_r3.data.writing import chat, written, written_items
 from search_r3.data.writing.asking import REPLIES_PER_ITEM, STOP_AFTER, Standing
+from search_r3.data.writing.replies import read_object
 from search_r3.data.writing.written import Writer, WrittenReport, write_triples
-from search_r3.data.writing.written_items import QueriesItem, find_query_fault
+from search_r3.data.writing.written_items import find_query_fault, queries_item
 from search_r3.errors import DataError
 from tests.chat_server import Answer, Server, completion, running_server
 from tests.conftest import call
@@ -437,9 +438,8 @@ def test_a_folder_that_is_no_collection_is_not_replaced(server: Server, tmp_path
     ],
 )
 def test_queries_are_read_from_fences_and_after_reasoning(reply: str) -> None:
-    item = QueriesItem(Document("a", "some text"), 1)
-    assert item.take(reply) is None
-    assert [answer["query"] for answer in item.answer()] == ["one {two} three"]
+    item = queries_item(Document("a", "some text"), 1)
+    assert item.take(read_object(reply), []) == ([{"query": "one {two} three", "negatives": []}], "")
 
 
 @pytest.mark.parametrize(
@@ -457,7 +457,7 @@ def test_queries_are_read_from_fences_and_after_reasoning(reply: str) -> None:
 )
 def test_a_reply_without_queries_is_named(reply: str, message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        QueriesItem(Document("a", "some text"), 1).take(reply)
+        queries_item(Document("a", "some text"), 1).take(read_object(reply), [])
 
 
 @pytest.mark.parametrize(

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 
+from search_r3.config import EvaluationSettings, GRPOSettings, Recipe
 from search_r3.data.collection import Collection, Document, Query
 from search_r3.data.documents import read_documents
 from search_r3.data.reading.chunks import Chunking
@@ -361,15 +362,13 @@ def test_a_model_that_gives_nan_is_refused_by_name(model: SearchR3, collection: 
 
 def test_sampled_rewards_are_the_ranking_part(reasons: SearchR3, collection: Collection) -> None:
     index = index_documents(reasons, collection.documents)
-    rewards, forced = sampled_rewards(
-        reasons, collection, "test", queries=5, group_size=3, k=10, seed=0, index=index, batch_size=4
-    )
+    recipe = Recipe(evaluation=EvaluationSettings(rollout_queries=5, batch_size=4), grpo=GRPOSettings(group_size=3))
+    rewards, forced = sampled_rewards(recipe, collection, reasons, index)
     assert len(rewards) == 15
     assert all(0.0 <= reward <= 1.0 for reward in rewards)
     assert 0.0 <= forced < 1.0
-    again, _ = sampled_rewards(
-        reasons, collection, "test", queries=5, group_size=3, k=10, seed=0, index=index, batch_size=15
-    )
+    wide = recipe.model_copy(update={"evaluation": EvaluationSettings(rollout_queries=5, batch_size=15)})
+    again, _ = sampled_rewards(wide, collection, reasons, index)
     assert again == pytest.approx(rewards)
 
 

@@ -170,7 +170,7 @@ def test_the_report_of_a_run_has_both(
 def test_sampled_rollouts_of_a_report_have_the_queries_own_instructions(
     model: SearchR3, instructed: Collection, asked: list[str]
 ) -> None:
-    index = index_documents(model, instructed)
+    index = index_documents(model, instructed.documents)
     report.sampled_rewards(model, instructed, "test", queries=10, group_size=1, k=5, seed=0, index=index)
     queries = [instructed.queries[query_id] for query_id in instructed.split("test")]
     assert asked == [f"{query.bare}|{query.instruction}" for query in queries]

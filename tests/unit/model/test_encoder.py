@@ -9,8 +9,8 @@ import pytest
 from search_r3 import SearchR3
 from search_r3.data.documents import read_documents
 from search_r3.errors import ConfigError, DataError, ModelError
-from search_r3.model.backbone import EmbeddingSettings
 from search_r3.model.documents import document_chunking
+from search_r3.model.settings import EmbeddingSettings
 
 TEXTS = ["where is the red house?", "river", "a black horse and a white chair on a green boat"]
 

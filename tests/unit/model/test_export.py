@@ -19,11 +19,12 @@ from tokenizers import AddedToken
 
 from search_r3.errors import ModelError
 from search_r3.model import export
-from search_r3.model.backbone import Backbone, EmbeddingSettings
+from search_r3.model.backbone import Backbone
 from search_r3.model.encoder import SearchR3
 from search_r3.model.export import export_sentence_transformers
 from search_r3.model.loading import load_backbone
 from search_r3.model.prompts import EMBED_TOKEN, PROMPT_SETS
+from search_r3.model.settings import EmbeddingSettings, with_frames
 from search_r3.pretraining.tokenizer import CHAT_TEMPLATE
 
 TEXTS = [
@@ -90,7 +91,9 @@ def assert_same_ids(loaded: Any, backbone: Backbone, texts: list[str] = TEXTS) -
 def with_template(backbone: Backbone, template: str) -> Backbone:
     tokenizer = copy.deepcopy(backbone.tokenizer)
     tokenizer.chat_template = template
-    return Backbone(backbone.model, tokenizer, backbone.settings, backbone.embed_token_id, backbone.source)
+    settings = backbone.settings.model_copy(update={"frames": None})
+    settings = with_frames(settings, tokenizer, backbone.embed_token_id, set(), backbone.source)
+    return Backbone(backbone.model, tokenizer, settings, backbone.embed_token_id, backbone.source)
 
 
 @pytest.fixture(scope="module")
@@ -344,6 +347,15 @@ def test_other_chat_templates_give_the_same_vectors(tmp_path: Path, original: Se
     loaded = load(tmp_path / "export")
     assert_same_ids(loaded, backbone, [*TEXTS, " red  <think> \n house <think>\n", "<think> a "])
     assert largest_difference(loaded, SearchR3(backbone)) < 1e-5
+
+
+def test_the_saved_prompts_are_exported_and_not_what_the_template_writes_now(
+    tmp_path: Path, original: SearchR3
+) -> None:
+    original.save_pretrained(tmp_path / "model")
+    (tmp_path / "model" / "chat_template.jinja").write_text(BEHIND_A_TOKEN)
+    export_sentence_transformers(load_backbone(tmp_path / "model"), tmp_path / "export")
+    assert_same_ids(load(tmp_path / "export"), original.backbone)
 
 
 def test_a_tokenizer_that_merges_prompt_and_text_is_refused(tmp_path: Path, backbone: Backbone) -> None:

@@ -6,9 +6,10 @@ from typing import Any
 import pytest
 
 from search_r3.errors import DataError, ModelError
-from search_r3.model.backbone import Backbone, EmbeddingSettings
+from search_r3.model.backbone import Backbone
 from search_r3.model.loading import load_backbone
-from search_r3.model.prompts import EMBED_TOKEN, PROMPT_SETS, PromptEncoder
+from search_r3.model.prompts import EMBED_TOKEN, PROMPT_SETS
+from search_r3.model.settings import EmbeddingSettings
 
 
 def rendered(backbone: Backbone, ids: list[int]) -> str:
@@ -100,25 +101,3 @@ def test_reason_completion_ends_with_the_token_and_the_turn(backbone: Backbone) 
     completion = backbone.prompt_encoder.reason_completion("It is red.")
     assert rendered(backbone, completion.ids) == "It is red.<|embed_token|><|im_end|>"
     assert completion.ids[completion.embed_position] == backbone.embed_token_id
-
-
-def test_a_template_without_system_role_gets_the_wording_before_the_text(backbone: Backbone, tokenizer: Any) -> None:
-    import copy
-
-    own = copy.deepcopy(backbone.tokenizer)
-    own.chat_template = (
-        "{% for m in messages %}{% if m['role'] == 'system' %}{{ raise_exception('no system role') }}{% endif %}"
-        "[{{ m['role'] }}]{{ m['content'] }}{% endfor %}[model]"
-    )
-    encoder = PromptEncoder(own, backbone.settings.prompts, backbone.embed_token_id, 120)
-    text = own.decode(encoder.encode("red house", "reason").ids)
-    assert text == f"[user]{backbone.settings.prompts.reason_system}\n\nred house[model]"
-
-
-def test_a_tokenizer_without_chat_template_is_refused(backbone: Backbone) -> None:
-    import copy
-
-    own = copy.deepcopy(backbone.tokenizer)
-    own.chat_template = None
-    with pytest.raises(ModelError, match="no chat template"):
-        PromptEncoder(own, backbone.settings.prompts, backbone.embed_token_id, 120)

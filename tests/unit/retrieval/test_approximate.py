@@ -140,6 +140,20 @@ def test_a_starved_query_is_ranked_exactly(monkeypatch) -> None:
     assert index.ranks(queries, rows) == index.store.ranks(queries, rows)
 
 
+def test_a_query_that_leaves_much_out_makes_no_other_search_deep(monkeypatch) -> None:
+    index = build(2000, graph=GraphSettings(dtype="f32", expansion_add=256, expansion_search=1024, rank_depth=50))
+    queries, asked = unit(np.random.default_rng(1), 3), []
+    left_out = [np.arange(3), np.arange(900), np.empty(0, np.int64)]
+    propose = index._propose
+    monkeypatch.setattr(
+        index, "_propose", lambda queries, count: asked.append((len(queries), count)) or propose(queries, count)
+    )
+    nearest = [line[:5] for line in index.store.search_rows(queries, 5)[0]]
+    rows = [np.setdiff1d(line, out).tolist() for line, out in zip(nearest, left_out, strict=True)]
+    assert index.ranks(queries, rows, left_out) == index.store.ranks(queries, rows, left_out)
+    assert sorted(asked) == [(1, 950), (2, 53)]
+
+
 def test_what_the_audits_found_survives_a_save(tmp_path) -> None:
     index = build(300, audit_every=3)
     assert np.isnan(index.last_recall)

@@ -23,8 +23,8 @@ from hypothesis import strategies as st
 
 from search_r3.data.collection import Collection, CorpusFile
 from search_r3.errors import DataError, VectorIndexError
-from search_r3.model.backbone import EmbeddingSettings
 from search_r3.model.encoder import SearchR3
+from search_r3.model.settings import EmbeddingSettings
 from search_r3.retrieval import storage
 from search_r3.retrieval.encode import PROBE, encode_corpus, load_corpus
 from search_r3.retrieval.index import ExactIndex

@@ -111,12 +111,28 @@ def test_queries_that_lose_their_instruction_share_a_text_with_those_that_have_a
 
 def test_batches_too_small_for_the_processes_are_refused_at_the_start(caplog: pytest.LogCaptureFixture) -> None:
     few = {"a": EXAMPLES["a"], "b": EXAMPLES["b"][:3]}
-    with pytest.raises(ConfigError, match=r"batches of 3 of sft.batch_size=8 queries in split 'b', too few for 4 proc"):
+    with pytest.raises(ConfigError, match=r"a batch of 3 of sft.batch_size=8 queries, of split 'b', too few for 4"):
         Draws(few, SETTINGS, 0, keys, 4)
-    with pytest.raises(ConfigError, match=r"batches of 4 of sft.batch_size=8 queries in split 'a', too few for 5 proc"):
+    with pytest.raises(ConfigError, match=r"a batch of 4 of sft.batch_size=8 queries, of split 'a', too few for 5"):
         Draws(EXAMPLES, SETTINGS, 0, keys, 5)
     assert Draws(few, SETTINGS, 0, keys, 3).batch(0, random.Random(0))
     assert "split 'b': no more than 3 of sft.batch_size=8 queries share no text" in caplog.text
+
+
+def test_a_later_pass_too_small_for_the_processes_is_refused_at_the_start() -> None:
+    """Of two times three queries each goes with its own kind and with its twin: three of a kind, or two twins."""
+    pairs = [(i, j) for i in range(3) for j in range(3) if i != j]
+    order = [example(f"u{i}", f"u{i}", tuple(str(pair) for pair in pairs if pair[0] == i)) for i in range(3)]
+    order += [example(f"v{j}", f"v{j}", tuple(str(pair) for pair in pairs if pair[1] == j)) for j in range(3)]
+    settings = SFTSettings(batching="homogeneous", batch_size=8, splits={"a": 1.0}, steps=40)
+
+    def draws(least: int, seed: int) -> Draws:
+        return Draws({"a": order}, settings, seed, lambda one: frozenset(one.positive_ids), least)
+
+    seed = next(seed for seed in range(20) if len(draws(1, seed).batch(0, random.Random(0))) == 3)
+    assert {len(draws(2, seed).batch(step, random.Random(0))) for step in range(40)} == {2, 3}
+    with pytest.raises(ConfigError, match=r"gives step \d+ a batch of 2 of sft.batch_size=8 queries.*3 processes"):
+        draws(3, seed)
 
 
 @pytest.mark.parametrize("batching", ["mixed", "homogeneous"])

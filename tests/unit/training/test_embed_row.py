@@ -11,7 +11,6 @@ import torch
 import transformers
 
 from search_r3.config import LoRASettings
-from search_r3.errors import ModelError
 from search_r3.model.adapters import add_adapters
 from search_r3.model.encoder import SearchR3
 from search_r3.model.loading import load_backbone
@@ -36,12 +35,13 @@ def test_a_new_row_starts_where_it_is_told(base: Path) -> None:
     assert torch.equal(table[ended.embed_token_id], table[ended.tokenizer.eos_token_id])
 
 
-def test_a_row_cannot_start_as_an_end_that_the_tokenizer_lacks(base: Path) -> None:
+def test_a_row_starts_as_the_end_of_the_template_and_not_as_the_eos_of_the_tokenizer(base: Path) -> None:
     tokenizer = transformers.AutoTokenizer.from_pretrained(base)
-    tokenizer.eos_token = None
+    tokenizer.eos_token = "<|im_start|>"
     tokenizer.save_pretrained(base)
-    with pytest.raises(ModelError, match=r"names no end .* set embed_start=mean"):
-        load_backbone(base, embed_start="end_of_turn")
+    ended = load_backbone(base, embed_start="end_of_turn")
+    table, end = ended.model.get_input_embeddings().weight, tokenizer.convert_tokens_to_ids("<|im_end|>")
+    assert torch.equal(table[ended.embed_token_id], table[end])
 
 
 def test_the_row_learns_at_its_own_rate(base: Path) -> None:

@@ -8,7 +8,9 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -19,9 +21,9 @@ import torch
 from search_r3.config import Recipe
 from search_r3.errors import ConfigError, RunError, StoppedError
 from search_r3.files import atomic_directory, find_damage, leftovers, remove_leftovers, write_json, write_manifest
-from search_r3.parallel import SingleProcess
+from search_r3.parallel import Communicator, agree
 from search_r3.training import guard
-from search_r3.training.run import MANIFEST, Run, agree
+from search_r3.training.run import MANIFEST, Run
 
 KILLED = """
 import os, signal, sys
@@ -85,7 +87,7 @@ def test_a_manifest_that_cannot_be_read_is_damage(tmp_path: Path, text: str) -> 
     assert find_damage(folder, MANIFEST) == f"{MANIFEST} cannot be read"
 
 
-class Two(SingleProcess):
+class Two(Communicator):
     """The first of two processes; the other one says always the same."""
 
     world_size = 2
@@ -99,19 +101,19 @@ class Two(SingleProcess):
 
 def test_work_that_all_have_done_is_agreed_on(tmp_path: Path) -> None:
     done = []
-    agree(Two(""), tmp_path, lambda: done.append(1))
+    assert agree(Two(""), tmp_path, lambda: done.append(1) or "result") == "result"
     assert done == [1]
 
 
 def test_where_one_process_fails_all_raise_and_name_it(tmp_path: Path) -> None:
-    with pytest.raises(RunError, match=r"cannot write .*target \(rank 1: OSError: No space\); .* --resume"):
-        agree(Two("OSError: No space"), tmp_path / "target", lambda: None)
+    with pytest.raises(RunError, match=r"^what rank 1 says$"):
+        agree(Two("what rank 1 says"), tmp_path / "target", lambda: None)
 
     def fails() -> None:
         raise OSError(28, "No space left\non device")
 
-    with pytest.raises(RunError, match=r"\(rank 0: OSError: \[Errno 28\] No space left on device\)"):
-        agree(SingleProcess(), tmp_path / "target", fails)
+    with pytest.raises(RunError, match=r"write .*target \(rank 0: OSError: .* No space left on device\); .* --resume"):
+        agree(Communicator(), tmp_path / "target", fails)
 
 
 def test_an_interruption_is_no_failure_to_write(tmp_path: Path) -> None:
@@ -119,7 +121,7 @@ def test_an_interruption_is_no_failure_to_write(tmp_path: Path) -> None:
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        agree(SingleProcess(), tmp_path, interrupted)
+        agree(Communicator(), tmp_path, interrupted)
 
 
 @pytest.mark.parametrize("kind", ["folder", "file"])
@@ -186,7 +188,7 @@ def test_a_broken_line_of_metrics_is_named(tmp_path: Path) -> None:
     with run.metrics_path.open("ab") as file:
         file.write(b'{"stage": "s\xff"\n')
         file.write(b'{"stage": "unfinis')
-    with pytest.raises(RunError, match=r"metrics\.jsonl:2: not valid JSON; mend or remove the line"):
+    with pytest.raises(RunError, match=r"metrics\.jsonl:2: not a JSON object; mend or remove the line"):
         run.metrics("sft")
 
 
@@ -214,8 +216,43 @@ def test_a_checkpoint_that_a_full_gpu_or_a_lost_process_keeps_from_loading_is_no
     run = Run(Recipe(run_dir=str(tmp_path / "run")))
     checkpoint(run.checkpoints_path("sft") / "step-000001")
     accelerator = SimpleNamespace(load_state=load_state, state=SimpleNamespace())
-    with pytest.raises(RuntimeError, match=str(error)):
-        run.restore("sft", SimpleNamespace(accelerator=accelerator, policy=None, communicator=SingleProcess()))
+    with pytest.raises(RunError, match=rf"cannot read .*step-000001 \(rank 0: {type(error).__name__}: {error}\)"):
+        run.restore("sft", SimpleNamespace(accelerator=accelerator, policy=None, communicator=Communicator()))
+
+
+def test_a_checkpoint_that_one_process_cannot_load_stops_all(tmp_path: Path) -> None:
+    """Each of two threads is a process; the second one's GPU is full."""
+    run = Run(Recipe(run_dir=str(tmp_path / "run")))
+    checkpoint(run.checkpoints_path("sft") / "step-000001")
+    meeting, values = threading.Barrier(2, timeout=10), {}
+
+    class Rank(Communicator):
+        world_size = 2
+
+        def __init__(self, rank: int) -> None:
+            self.rank = rank
+
+        def all_gather(self, value: Any) -> list[Any]:
+            values[self.rank] = value
+            meeting.wait()
+            everyone = [values[0], values[1]]
+            meeting.wait()
+            return everyone
+
+        def load_state(self, folder: str) -> None:
+            if self.rank == 1:
+                raise torch.OutOfMemoryError("CUDA out of memory")
+
+    def restore(rank: int) -> str:
+        one = Rank(rank)
+        accelerator = SimpleNamespace(load_state=one.load_state, state=SimpleNamespace())
+        with pytest.raises(RunError) as error:
+            run.restore("sft", SimpleNamespace(accelerator=accelerator, policy=None, communicator=one))
+        return str(error.value)
+
+    with ThreadPoolExecutor(2) as pool:
+        first, second = pool.map(restore, range(2))
+    assert first == second and "step-000001 (rank 1: OutOfMemoryError: CUDA out of memory)" in first
 
 
 def test_sigterm_is_held_back_only_while_a_stage_runs(tmp_path: Path) -> None:
@@ -224,7 +261,7 @@ def test_sigterm_is_held_back_only_while_a_stage_runs(tmp_path: Path) -> None:
     from search_r3.training.guard import Guard
 
     before = signal.getsignal(signal.SIGTERM)
-    guard = Guard(Run(Recipe(run_dir=str(tmp_path / "run"))), "sft", SimpleNamespace(communicator=SingleProcess()))  # type: ignore[arg-type]
+    guard = Guard(Run(Recipe(run_dir=str(tmp_path / "run"))), "sft", SimpleNamespace(communicator=Communicator()))  # type: ignore[arg-type]
     with pytest.raises(ZeroDivisionError), guard.watching():
         os.kill(os.getpid(), signal.SIGTERM)
         raise ZeroDivisionError
@@ -234,7 +271,7 @@ def test_sigterm_is_held_back_only_while_a_stage_runs(tmp_path: Path) -> None:
 def test_a_second_sigterm_later_ends_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The first one waits for the end of the step."""
     run = Run(Recipe(run_dir=str(tmp_path / "run")))
-    trained = SimpleNamespace(communicator=SingleProcess(), accelerator=None, policy=None)
+    trained = SimpleNamespace(communicator=Communicator(), accelerator=None, policy=None)
     monkeypatch.setattr(guard, "TOGETHER_S", 0.0)
     for signals, status in ((1, 0), (2, -signal.SIGTERM)):
         child = os.fork()

@@ -6,6 +6,7 @@ import pickle
 import random
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -18,6 +19,7 @@ from search_r3.environment.environment import RetrievalEnvironment
 from search_r3.errors import ConfigError, DataError, RunError
 from search_r3.model.backbone import shorten
 from search_r3.model.encoder import SearchR3
+from search_r3.parallel import Communicator
 from search_r3.retrieval.lexical import BM25
 from search_r3.retrieval.metrics import probe_cosine
 from search_r3.training import grpo, sft
@@ -262,10 +264,11 @@ def test_a_share_of_the_groups_is_rolled_out_without_instruction(model: SearchR3
         rolled[share] = batch.queries
         encode = model.backbone.prompt_encoder.encode
         for place, rollout in enumerate(batch.rollouts):
-            query = batch.queries[place // 4]
+            query = batch.queries[place]
+            assert query == batch.queries[place // 4 * 4]
             assert list(rollout.prompt_ids) == encode(query.text, "reason").ids, "a whole group asks alike"
         rows = grpo.rollout_rows(batch, step=1, group_size=4)
-        assert [row["query"] for row in rows[::4]] == [query.text for query in batch.queries[: len(rows) // 4]]
+        assert [row["query"] for row in rows] == [query.text for query in batch.queries[: len(rows)]]
     assert [query.query_id for query in rolled[0.5]] == [query.query_id for query in rolled[0.0]]
     counts = [sum(bool(query.instruction) for query in rolled[share]) for share in (0.0, 0.5, 1.0)]
     assert counts[0] > counts[1] > counts[2] == 0
@@ -290,8 +293,8 @@ def experience(
     rollouts = model.rollouts(
         prompts, max_new_tokens=6, sampling_temperature=settings.grpo.sampling_temperature, seeds=range(12)
     )
-    query_ids = ["q00", "q01", "q04"]
-    feedback = environment.feedback(rollouts, [query_id for query_id in query_ids for _ in range(4)], 0)
+    query_ids = [query_id for query_id in ("q00", "q01", "q04") for _ in range(4)]
+    feedback = environment.feedback(rollouts, query_ids, 0)
     advantages = torch.randn(12, generator=torch.Generator().manual_seed(0))
     queries = [collection.queries[query_id] for query_id in query_ids]
     return environment, grpo.Experience(queries, rollouts, feedback, advantages, 0.0)
@@ -335,6 +338,24 @@ def test_a_query_without_a_positive_is_named_before_a_model_is_loaded(
         grpo=GRPOSettings(splits=("train",)),
     )
     with pytest.raises(DataError, match="query 'q00' has no document with a score above 0; remove it"):
+        if stage == "sft":
+            sft.train_sft(settings, Run(settings))
+        else:
+            grpo.train_grpo(settings, Run(settings), tmp_path / "no-model")
+
+
+@pytest.mark.parametrize("stage", ["sft", "grpo"])
+def test_no_stage_trains_on_what_is_measured_on(stage: str, tmp_path: Path, collection: Collection) -> None:
+    folder = tmp_path / "data"
+    collection.save(folder)
+    settings = Recipe(
+        collection=str(folder),
+        run_dir=str(tmp_path / "run"),
+        base="no/model/there",
+        sft=SFTSettings(splits={"test": 1.0}),
+        grpo=GRPOSettings(splits=("dev",)),
+    )
+    with pytest.raises(ConfigError, match=f"the split '{'test' if stage == 'sft' else 'dev'}' is trained on"):
         if stage == "sft":
             sft.train_sft(settings, Run(settings))
         else:
@@ -388,6 +409,16 @@ def test_the_embedding_term_does_not_push_from_what_is_never_ranked(model: Searc
     assert grpo.embedding_loss(vectors, world(model, limited, GRPOSettings()), ["q00"], 0.05).item() == 0 < whole.item()
 
 
+def test_the_embedding_term_does_not_push_from_a_positives_text(model: SearchR3, collection: Collection) -> None:
+    twin = replace(collection.documents["d00"], doc_id="twin")
+    doubled = replace(collection, documents={"twin": twin, **collection.documents})
+    vectors = torch.nn.functional.normalize(torch.ones(1, 32), dim=-1)
+    alone, both = (
+        grpo.embedding_loss(vectors, world(model, one, GRPOSettings()), ["q00"], 0.05) for one in (collection, doubled)
+    )
+    assert both.item() == pytest.approx(alone.item(), abs=1e-5)
+
+
 def test_every_query_is_seen_once_a_pass_in_a_seeded_order() -> None:
     ids = [f"q{i}" for i in range(12)]
     first = [query_id for step in range(3) for query_id in grpo.queries_of_step(ids, 4, 0, step)]
@@ -438,6 +469,19 @@ def test_metrics_of_a_batch_by_hand(model: SearchR3, collection: Collection) -> 
     rows = grpo.rollout_rows(batch, step=3, group_size=4)
     assert [row["query_id"] for row in rows] == ["q00"] * 4 + ["q01"] * 4
     assert rows[0]["parts"]["ranking"] == batch.feedback.parts[0].ranking
+
+
+def test_the_speed_of_several_processes_is_that_of_the_slowest(model: SearchR3, collection: Collection) -> None:
+    class Two(Communicator):
+        def all_gather(self, value: Any) -> list[Any]:
+            return [value, (*value[:-1], 4.0)]
+
+    settings = recipe()
+    _, batch = experience(model, collection, settings)
+    engine = replace(make_engine(model, settings, settings.grpo), communicator=Two())
+    values = grpo.describe(replace(batch, rollout_seconds=2.0), engine)
+    decoded = 2 * sum(len(r.completion_ids) for r in batch.rollouts)
+    assert values["rollout_seconds"] == 4.0 and values["decoded_tokens_per_second"] == pytest.approx(decoded / 4.0)
 
 
 def test_no_tensor_is_told_to_another_process(

@@ -42,19 +42,12 @@ LEFT_OUT = {"test", "tests", "idlelib", "lib2to3", "turtledemo", "ensurepip", "p
 
 @dataclass(frozen=True)
 class Function:
-    """A documented function or method.
+    """A documented function or method."""
 
-    Attributes:
-        doc_id: `module:Class.method`.
-        code: signature and body without the docstring.
-        summary: the first paragraph of the docstring, as `summarize` gives it.
-        body_key: equal for functions whose arguments and bodies differ only in comments and layout.
-    """
-
-    doc_id: str
-    code: str
-    summary: str
-    body_key: str
+    doc_id: str  # `module:Class.method`
+    code: str  # signature and body without the docstring
+    summary: str  # the first paragraph of the docstring, as `summarize` gives it
+    body_key: str  # equal for functions whose arguments and bodies differ only in comments and layout
 
 
 def build_stdlib(seed: int = 0) -> Collection:

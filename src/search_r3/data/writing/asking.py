@@ -14,11 +14,12 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 from ...errors import DataError
 from ...files import read_jsonl
 from .chat import ChatEndpoint, NoReplyError, Reply
+from .replies import read_object
 
 REPLIES_PER_ITEM = 3
 """How often an item is asked for before its replies count as unusable."""
@@ -30,30 +31,22 @@ KEYS = {"id", "answer", "failed", "prompt_tokens", "completion_tokens"}
 """Of every line of a progress file but the first."""
 
 
-class WritingTask(Protocol):
-    """One thing to ask about, which gathers what can be used from the replies."""
+Take = Callable[[dict[str, Any], Any], tuple[Any, str]]
+"""`(object in a reply, answer so far) -> (answer, fault)`: takes what can be used, and says why more is needed.
 
-    @property
-    def item_id(self) -> str:
-        """Unique among the items."""
-        ...
+Raises:
+    ValueError: nothing can be read at all; the message says why.
+"""
 
-    @property
-    def prompt(self) -> str:
-        """What is asked."""
-        ...
 
-    def take(self, reply: str) -> str | None:
-        """Take what can be used; None when nothing more is needed, else why another reply is.
+@dataclass
+class Item:
+    """One thing to ask about."""
 
-        Raises:
-            ValueError: the reply cannot be read at all; the message says why.
-        """
-        ...
-
-    def answer(self) -> Any:
-        """What was taken, for JSON; something false where that is nothing."""
-        ...
+    item_id: str  # unique among the items
+    prompt: Callable[[], str]  # gives what is asked; many of them would fill the memory
+    take: Take  # reads a reply
+    answer: Any  # what was taken so far, for JSON; something false where that is nothing
 
 
 @dataclass(frozen=True)
@@ -86,42 +79,14 @@ class Prices:
 
 @dataclass(frozen=True)
 class Standing:
-    """How far a call is.
+    """How far a call is, and what that took; or, before it begins, what the whole takes (`Asking.estimate`)."""
 
-    Attributes:
-        done: items that are finished, without a usable reply or with one.
-        total: items of the call.
-        prompt_tokens: read so far, by earlier calls that are continued too; so are the next.
-        completion_tokens: written so far.
-        cost: so far; None without prices.
-    """
-
-    done: int
-    total: int
-    prompt_tokens: int
-    completion_tokens: int
-    cost: float | None
-
-
-@dataclass(frozen=True)
-class Estimate:
-    """What the whole of a call takes, before it begins.
-
-    Attributes:
-        pending: items to be asked about now.
-        total: items of the whole.
-        prompt_tokens: of the whole, what earlier calls spent included; so are the next.
-        completion_tokens: likewise.
-        cost: None without prices.
-        measured: whether it is the mean of finished items, else counted from the prompts with replies of full length.
-    """
-
-    pending: int
-    total: int
-    prompt_tokens: int
-    completion_tokens: int
-    cost: float | None
-    measured: bool
+    done: int  # items that are finished, without a usable reply or with one
+    total: int  # items of the whole
+    prompt_tokens: int  # read, by earlier calls that are continued too; so are the next
+    completion_tokens: int  # written
+    cost: float | None  # None without prices
+    measured: bool = True  # False where the tokens are counted from the prompts, with one reply of full length each
 
 
 class ProgressFile:
@@ -167,13 +132,12 @@ class ProgressFile:
                 "file to begin anew, or choose another folder"
             )
 
-    def add(self, item: WritingTask, fault: str, replies: Sequence[Reply]) -> None:
+    def add(self, item: Item, fault: str, replies: Sequence[Reply]) -> None:
         """Write what is known of a finished item through to the disk."""
-        answer = item.answer()
         row = {
             "id": item.item_id,
-            "answer": answer,
-            "failed": None if answer else fault,
+            "answer": item.answer,
+            "failed": None if item.answer else fault,
             "prompt_tokens": sum(reply.prompt_tokens for reply in replies),
             "completion_tokens": sum(reply.completion_tokens for reply in replies),
         }
@@ -210,7 +174,7 @@ class Asking:
 
     def __init__(
         self,
-        items: Sequence[WritingTask],
+        items: Sequence[Item],
         what: str,
         settings: Mapping[str, Any],
         file: ProgressFile,
@@ -227,28 +191,23 @@ class Asking:
         self.completion_tokens = sum(row["completion_tokens"] for row in self.rows.values())
         self._prices, self._progress, self._in_a_row = prices, progress, 0
 
-    def estimate(self) -> Estimate:
+    def estimate(self) -> Standing:
         """What the whole takes: by the mean of finished items where there are any, else by one reply for each item."""
-        pending = [item for item in self.items if item.item_id not in self.rows]
-        measured = self.prompt_tokens > 0
-        if measured:
+        if self.prompt_tokens:
             share = len(self.items) / len(self.rows)
-            prompt_tokens, completion_tokens = round(self.prompt_tokens * share), round(self.completion_tokens * share)
-        else:
-            prompt_tokens = sum(len(item.prompt) for item in pending) // CHARS_PER_TOKEN
-            completion_tokens = len(pending) * self.settings["max_tokens"]
-        cost = self._cost(prompt_tokens, completion_tokens)
-        return Estimate(len(pending), len(self.items), prompt_tokens, completion_tokens, cost, measured)
+            return self._standing(round(self.prompt_tokens * share), round(self.completion_tokens * share))
+        pending = [item for item in self.items if item.item_id not in self.rows]
+        characters = sum(len(item.prompt()) for item in pending)
+        return self._standing(characters // CHARS_PER_TOKEN, len(pending) * self.settings["max_tokens"], measured=False)
 
     def standing(self) -> Standing:
         """How far the call is."""
-        return Standing(
-            len(self.rows) + len(self.unanswered),
-            len(self.items),
-            self.prompt_tokens,
-            self.completion_tokens,
-            self._cost(self.prompt_tokens, self.completion_tokens),
-        )
+        return self._standing(self.prompt_tokens, self.completion_tokens)
+
+    def _standing(self, read: int, written: int, measured: bool = True) -> Standing:
+        cost = None if self._prices is None else self._prices.cost(read, written)
+        done = len(self.rows) + len(self.unanswered)
+        return Standing(done, len(self.items), read, written, cost, measured)
 
     def answers(self) -> dict[str, Any]:
         """item_id -> answer of every item that has one, in the order of the items."""
@@ -291,7 +250,7 @@ class Asking:
             first = errors.exceptions[0]
             raise first from first.__cause__
 
-    async def _work(self, pending: Iterator[WritingTask]) -> None:
+    async def _work(self, pending: Iterator[Item]) -> None:
         for item in pending:  # all workers draw from the same iterator
             try:
                 await self._ask(item)
@@ -308,7 +267,7 @@ class Asking:
             if self._progress:
                 self._progress(self.standing())
 
-    async def _ask(self, item: WritingTask) -> None:
+    async def _ask(self, item: Item) -> None:
         """Ask for one item until its replies can be used or are too many, and write it to the file."""
         fault, replies = "", list[Reply]()
         for attempt in range(REPLIES_PER_ITEM):
@@ -318,29 +277,21 @@ class Asking:
             reply = await self.chat.complete(
                 {
                     **{name: self.settings[name] for name in ("model", "max_tokens", "temperature")},
-                    "messages": [{"role": "user", "content": item.prompt + complaint}],
+                    "messages": [{"role": "user", "content": item.prompt() + complaint}],
                     "seed": int.from_bytes(seed[:4]) >> 1,
                 }
             )
             replies.append(reply)
             self.prompt_tokens += reply.prompt_tokens
             self.completion_tokens += reply.completion_tokens
-            fault = _fault_of(item, reply)
+            try:
+                item.answer, fault = item.take(read_object(reply.text), item.answer)
+            except ValueError as error:
+                fault = "the reply was cut at max_tokens" if reply.cut else str(error)
             if not fault:
                 break
         self.file.add(item, fault, replies)
         self.rows[item.item_id] = self.file.rows[item.item_id]
-
-    def _cost(self, prompt_tokens: float, completion_tokens: float) -> float | None:
-        return None if self._prices is None else self._prices.cost(prompt_tokens, completion_tokens)
-
-
-def _fault_of(item: WritingTask, reply: Reply) -> str:
-    """What is wrong with a reply; empty where nothing more is needed."""
-    try:
-        return item.take(reply.text) or ""
-    except ValueError as error:
-        return "the reply was cut at max_tokens" if reply.cut else str(error)
 
 
 def check_output(out: Path) -> None:

@@ -26,19 +26,12 @@ BACKOFF_S, MAX_WAIT_S = 1.0, 300.0
 
 @dataclass(frozen=True)
 class Reply:
-    """What a model replied.
+    """What a model replied."""
 
-    Attributes:
-        text: "" where it said nothing.
-        cut: whether it ended because it reached the limit of tokens.
-        prompt_tokens: as the server counts; 0 where it does not. So is the next.
-        completion_tokens: likewise.
-    """
-
-    text: str
-    cut: bool
-    prompt_tokens: int
-    completion_tokens: int
+    text: str  # "" where it said nothing
+    cut: bool  # whether it ended because it reached the limit of tokens
+    prompt_tokens: int  # as the server counts; 0 where it does not. So is the next.
+    completion_tokens: int  # likewise
 
 
 class NoReplyError(Exception):

@@ -13,17 +13,16 @@ import math
 import random
 import re
 import time
-from bisect import bisect_right
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
-from itertools import accumulate
 from pathlib import Path
 from typing import Any, TypeVar
 
 from ...errors import DataError
 from ..collection import Collection, Document, Query
+from ..generators.splits import divide_groups
 from ..triples import judged_queries, listed_negatives, reasoning_traces
-from .asking import Asking, Estimate, Prices, ProgressFile, Standing, WritingTask, check_output
+from .asking import Asking, Item, Prices, ProgressFile, Standing, check_output
 from .chat import ChatEndpoint
 from .replies import SURROGATE
 from .written_items import (
@@ -33,10 +32,10 @@ from .written_items import (
     QUERIES_PROMPT,
     TRACE_PROMPT,
     TRIPLE_PROMPT,
-    NegativesItem,
-    QueriesItem,
-    TraceItem,
-    TripleItem,
+    negatives_item,
+    queries_item,
+    trace_item,
+    triple_item,
 )
 
 T = TypeVar("T")
@@ -78,7 +77,7 @@ class Writer:
     seed: int = 0
     prices: Prices | None = None
     limit: int | None = None
-    on_start: Callable[[Estimate], None] | None = None
+    on_start: Callable[[Standing], None] | None = None
     progress: Callable[[Standing], None] | None = None
 
 
@@ -143,7 +142,7 @@ def write_negatives(
         )
         for query_id in query_ids
     }
-    items = [NegativesItem(collection.queries[query_id], positives[query_id], per_query) for query_id in query_ids]
+    items = [negatives_item(collection.queries[query_id], positives[query_id], per_query) for query_id in query_ids]
     settings = {"written": "negatives", "per_query": per_query, "collection": collection.content_hash()}
 
     def merge(answers: Mapping[str, Any]) -> tuple[Collection, int, int]:
@@ -190,9 +189,7 @@ def write_triples(
         )
     split_of = _divide(articles, splits, writer.seed)
     sample = [articles[doc_id] for doc_id in _sample(list(articles), writer)]
-    items: list[WritingTask] = [
-        TripleItem(article, per_query) if per_query else QueriesItem(article, per_article) for article in sample
-    ]
+    items = [triple_item(one, per_query) if per_query else queries_item(one, per_article) for one in sample]
 
     def merge(answers: Mapping[str, Any]) -> tuple[Collection, int, int]:
         documents, queries = dict(articles), dict[str, Query]()
@@ -246,7 +243,7 @@ def write_traces(
     positives = _positives(collection, splits)
     query_ids = _sample(list(positives), writer)
     old = {query_id: reasoning_traces(collection.queries[query_id]) for query_id in query_ids}
-    items = [TraceItem(collection.queries[query_id], positives[query_id], max_words) for query_id in query_ids]
+    items = [trace_item(collection.queries[query_id], positives[query_id], max_words) for query_id in query_ids]
     settings = {"written": "traces", "max_words": max_words, "collection": collection.content_hash()}
 
     def merge(answers: Mapping[str, Any]) -> tuple[Collection, int, int]:
@@ -259,7 +256,7 @@ def write_traces(
 
 
 def _write(
-    items: Sequence[WritingTask],
+    items: Sequence[Item],
     what: str,
     result: str,
     out: str | Path,
@@ -367,10 +364,7 @@ def _divide(articles: Mapping[str, Document], splits: Mapping[str, float], seed:
             f"the splits {dict(splits)} cannot be used; expected names of letters, digits, '.', '-' and '_', and "
             "positive shares that sum to 1"
         )
-    order, names, bounds = sorted(articles), list(splits), list(accumulate(splits.values()))
-    random.Random(seed).shuffle(order)
-    places = [bisect_right(bounds, (position + 0.5) / len(order)) for position in range(len(order))]
-    return {doc_id: names[min(place, len(names) - 1)] for doc_id, place in zip(order, places, strict=True)}
+    return divide_groups(dict.fromkeys(articles, 1), splits, seed)
 
 
 def _check_articles(articles: Mapping[str, Document]) -> None:

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 from typing import Any
 
 from ..collection import Document, Query
-from .replies import MENTION, SPECIAL, SURROGATE, copied_share, plain, read_object
+from .asking import Item
+from .replies import MENTION, SPECIAL, SURROGATE, copied_share, plain
 
 MAX_SHOWN_CHARS = 12_000
 """How much of the documents a prompt holds; about 3000 tokens of English."""
@@ -116,8 +116,8 @@ def find_query_fault(query: object, article: Document, others: Sequence[str]) ->
     return None
 
 
-def find_passage_fault(passage: object, positives: Sequence[Document], others: Sequence[Document]) -> str | None:
-    """Why a passage is no hard negative beside these positives and the passages `others`; None where it is one.
+def find_passage_fault(passage: object, positives: Sequence[Document], others: Sequence[str]) -> str | None:
+    """Why a passage is no hard negative beside these positives and the texts `others`; None where it is one.
 
     What only a reader can see is not checked: whether it answers the query after all.
     """
@@ -136,7 +136,7 @@ def find_passage_fault(passage: object, positives: Sequence[Document], others: S
         return "a passage held a special token"
     if copied_share(text, [document.full_text for document in positives], COPIED_RUN) > MAX_COPIED:
         return "a passage was copied from what answers the query"
-    if plain(text) in {plain(other.text) for other in others}:
+    if plain(text) in map(plain, others):
         return "a passage came twice"
     return None
 
@@ -168,162 +168,83 @@ def _read_list(reply: dict[str, Any], key: str) -> list[Any]:
     return values
 
 
-def _take_passages(reply: dict[str, Any], positives: Sequence[Document], wanted: int, passages: list[Document]) -> str:
-    """Add the usable passages of a reply to `passages`, up to `wanted`; returns what was wrong with the others.
+def _take_passages(
+    reply: dict[str, Any], positives: Sequence[Document], wanted: int, before: Sequence[dict[str, str]] = ()
+) -> tuple[list[dict[str, str]], str]:
+    """The passages so far with the usable ones of a reply, up to `wanted`; and, of too few, what was wrong with others.
 
     Raises:
         ValueError: there is no list of them.
     """
     titled = any(document.title for document in positives)
-    fault = "the reply had too few negatives"
+    passages, fault = list(before), "the reply had too few negatives"
     for passage in _read_list(reply, "negatives"):
-        problem = find_passage_fault(passage, positives, passages)
+        problem = find_passage_fault(passage, positives, [other["text"] for other in passages])
         if problem:
             fault = problem
         elif len(passages) < wanted:
             # Without titles in the corpus, a title would give the written passages away.
-            title = passage["title"].strip() if titled else ""
-            passages.append(Document("", passage["text"].strip(), title))
-    return fault
+            passages.append({"title": passage["title"].strip() if titled else "", "text": passage["text"].strip()})
+    return passages, "" if len(passages) == wanted else fault
 
 
-def _rows(documents: Sequence[Document]) -> list[dict[str, str]]:
-    return [{"title": document.title, "text": document.text} for document in documents]
+def negatives_item(query: Query, positives: Sequence[Document], wanted: int) -> Item:
+    """Hard negatives for a query; the answer is a list of passages."""
+
+    def prompt() -> str:
+        like, words = "what answers it", length_like(positives)
+        return NEGATIVES_PROMPT.format(count=wanted, like=like, words=words, query=query.text, shown=show(positives))
+
+    return Item(query.query_id, prompt, lambda reply, passages: _take_passages(reply, positives, wanted, passages), [])
 
 
-@dataclass
-class _QueryItem:
-    """A query, its positives, and what was written for it."""
+def queries_item(article: Document, wanted: int) -> Item:
+    """Queries for an article; the answer is a list of them, as of triples without passages."""
 
-    query: Query
-    positives: Sequence[Document]
-
-    @property
-    def item_id(self) -> str:
-        """The query's id."""
-        return self.query.query_id
-
-
-@dataclass
-class _ArticleItem:
-    """An article, and what was written for it, of which `wanted` pieces are enough."""
-
-    article: Document
-    wanted: int
-
-    @property
-    def item_id(self) -> str:
-        """The article's id."""
-        return self.article.doc_id
-
-
-@dataclass
-class NegativesItem(_QueryItem):
-    """Hard negatives for a query."""
-
-    wanted: int
-    _passages: list[Document] = field(default_factory=list)
-
-    @property
-    def prompt(self) -> str:
-        """What is asked."""
-        return NEGATIVES_PROMPT.format(
-            count=self.wanted,
-            like="what answers it",
-            words=length_like(self.positives),
-            query=self.query.text,
-            shown=show(self.positives),
-        )
-
-    def take(self, reply: str) -> str | None:
-        """Add the usable passages of a reply; None when they are enough."""
-        fault = _take_passages(read_object(reply), self.positives, self.wanted, self._passages)
-        return None if len(self._passages) == self.wanted else fault
-
-    def answer(self) -> list[dict[str, str]]:
-        """The passages."""
-        return _rows(self._passages)
-
-
-@dataclass
-class QueriesItem(_ArticleItem):
-    """Queries for an article."""
-
-    _queries: list[str] = field(default_factory=list)
-
-    @property
-    def prompt(self) -> str:
-        """What is asked."""
-        return QUERIES_PROMPT.format(count=self.wanted, shown=show([self.article]))
-
-    def take(self, reply: str) -> str | None:
-        """Add the usable queries of a reply, up to the number wanted; None when they are enough."""
-        fault = "the reply had too few queries"
-        for query in _read_list(read_object(reply), "queries"):
-            problem = find_query_fault(query, self.article, self._queries)
+    def take(reply: dict[str, Any], before: list[dict[str, Any]]) -> tuple[list[dict[str, Any]], str]:
+        queries, fault = [one["query"] for one in before], "the reply had too few queries"
+        for query in _read_list(reply, "queries"):
+            problem = find_query_fault(query, article, queries)
             if problem:
                 fault = problem
-            elif len(self._queries) < self.wanted:
-                self._queries.append(" ".join(query.split()))
-        return None if len(self._queries) == self.wanted else fault
+            elif len(queries) < wanted:
+                queries.append(" ".join(query.split()))
+        answer = [{"query": query, "negatives": []} for query in queries]
+        return answer, "" if len(queries) == wanted else fault
 
-    def answer(self) -> list[dict[str, Any]]:
-        """The queries, without passages."""
-        return [{"query": query, "negatives": []} for query in self._queries]
-
-
-@dataclass
-class TripleItem(_ArticleItem):
-    """A query for an article, with its hard negatives."""
-
-    _query: str = ""
-    _passages: list[Document] = field(default_factory=list)
-
-    @property
-    def prompt(self) -> str:
-        """What is asked."""
-        return TRIPLE_PROMPT.format(
-            count=self.wanted, like="the article", words=length_like([self.article]), shown=show([self.article])
-        )
-
-    def take(self, reply: str) -> str | None:
-        """Keep the reply with the most usable passages: they belong to its query. None when they are enough."""
-        values = read_object(reply)
-        query, passages = values.get("query"), list[Document]()
-        if problem := find_query_fault(query, self.article, []):
-            return problem
-        fault = _take_passages(values, [self.article], self.wanted, passages)
-        if len(passages) > len(self._passages):
-            self._query, self._passages = " ".join(str(query).split()), passages
-        return None if len(self._passages) == self.wanted else fault
-
-    def answer(self) -> list[dict[str, Any]]:
-        """The one query with its passages; empty where no reply had both."""
-        return [{"query": self._query, "negatives": _rows(self._passages)}] if self._passages else []
+    return Item(article.doc_id, lambda: QUERIES_PROMPT.format(count=wanted, shown=show([article])), take, [])
 
 
-@dataclass
-class TraceItem(_QueryItem):
-    """The reasoning that leads from a query to its positives."""
+def triple_item(article: Document, wanted: int) -> Item:
+    """A query for an article with its hard negatives; the answer is a list of the one, or empty: no reply had both."""
 
-    max_words: int
-    _trace: str = ""
+    def prompt() -> str:
+        like, words = "the article", length_like([article])
+        return TRIPLE_PROMPT.format(count=wanted, like=like, words=words, shown=show([article]))
 
-    @property
-    def prompt(self) -> str:
-        """What is asked."""
-        return TRACE_PROMPT.format(
-            low=MIN_TRACE_WORDS, high=self.max_words, query=self.query.text, shown=show(self.positives)
-        )
+    def take(reply: dict[str, Any], before: list[dict[str, Any]]) -> tuple[list[dict[str, Any]], str]:
+        """Keep the reply with the most usable passages: they belong to its query."""
+        query = reply.get("query")
+        if problem := find_query_fault(query, article, []):
+            return before, problem
+        passages, fault = _take_passages(reply, [article], wanted)
+        if len(passages) > max((len(one["negatives"]) for one in before), default=0):
+            return [{"query": " ".join(str(query).split()), "negatives": passages}], fault
+        return before, fault
 
-    def take(self, reply: str) -> str | None:
-        """Take the reasoning of a reply; None where it can be used."""
-        trace = read_object(reply).get("reasoning")
-        fault = find_trace_fault(trace, self.positives, self.max_words)
-        if fault is None:
-            self._trace = " ".join(str(trace).split())
-        return fault
+    return Item(article.doc_id, prompt, take, [])
 
-    def answer(self) -> str:
-        """The reasoning."""
-        return self._trace
+
+def trace_item(query: Query, positives: Sequence[Document], max_words: int) -> Item:
+    """The reasoning that leads from a query to its positives; the answer is a text."""
+
+    def prompt() -> str:
+        return TRACE_PROMPT.format(low=MIN_TRACE_WORDS, high=max_words, query=query.text, shown=show(positives))
+
+    def take(reply: dict[str, Any], before: str) -> tuple[str, str]:
+        trace = reply.get("reasoning")
+        if fault := find_trace_fault(trace, positives, max_words):
+            return before, fault
+        return " ".join(str(trace).split()), ""
+
+    return Item(query.query_id, prompt, take, "")

@@ -165,18 +165,13 @@ def plot_reasoning(results: Sequence[Result], path: Path) -> bool:
 
 def plot_training(metrics: Sequence[Mapping[str, Any]], path: Path) -> bool:
     """Reward of each step's rollouts and nDCG@10 on dev over the steps of stage 2."""
-    steps = [row for row in metrics if "reward_ranking" in row]
-    if not steps:
+    if not any("reward_ranking" in row for row in metrics):
         return False
     figure, (axes,) = _figure(1, 1)
-    rewards = [row["reward_ranking"] for row in steps]
-    axes.plot([row["step"] for row in steps], rewards, color="0.6", label="rollouts: nDCG reward")
+    _curve(axes, metrics, "reward_ranking", color="0.6", label="rollouts: nDCG reward")
     for mode, marker in (("direct", "s"), ("reason", "o")):
-        key = f"dev_ndcg@10_{mode}"
-        points = [row for row in metrics if key in row]
-        values = [row[key] for row in points]
         label = f"dev nDCG@10, {mode}"
-        axes.plot([row["step"] for row in points], values, marker=marker, color=COLOURS[mode][0], label=label)
+        _curve(axes, metrics, f"dev_ndcg@10_{mode}", marker=marker, color=COLOURS[mode][0], label=label)
     axes.set(xlabel="GRPO step", ylabel="nDCG@10", ylim=(0, 1.02), title="Stage 2: what the policy learns")
     axes.legend(fontsize=8)
     return _save(figure, path)
@@ -184,22 +179,26 @@ def plot_training(metrics: Sequence[Mapping[str, Any]], path: Path) -> bool:
 
 def plot_account(metrics: Sequence[Mapping[str, Any]], path: Path) -> bool:
     """The audits of the live index over the steps of stage 2; a run without audits gets no plot."""
-    audits = [row for row in metrics if "audit_reward_error" in row]
+    audits = [{**row, "missed": 1 - row["audit_top10_overlap"]} for row in metrics if "audit_reward_error" in row]
     if not audits:
         return False
     figure, (axes,) = _figure(1, 1)
-    steps = [row["step"] for row in audits]
-    blue, red, green = COLOURS["reason"][0], COLOURS["direct"][0], COLOURS[""][0]
-    for marker, colour, values, label in (
-        ("o", blue, [row["audit_reward_error"] for row in audits], "mean error of the reward"),
-        ("s", red, [1 - row["audit_top10_overlap"] for row in audits], "top-10 documents missed"),
-        ("^", green, [row["audit_drift_mean"] for row in audits], "drift of a document, 1 - cos"),
+    for marker, family, key, label in (
+        ("o", "reason", "audit_reward_error", "mean error of the reward"),
+        ("s", "direct", "missed", "top-10 documents missed"),
+        ("^", "", "audit_drift_mean", "drift of a document, 1 - cos"),
     ):
-        axes.plot(steps, values, marker=marker, color=colour, label=label)
+        _curve(axes, audits, key, marker=marker, color=COLOURS[family][0], label=label)
     axes.set(xlabel="GRPO step", ylabel="held against freshly encoded vectors", title="The account of the live index")
     axes.set_ylim(bottom=0)
     axes.legend(fontsize=8)
     return _save(figure, path)
+
+
+def _curve(axes: Axes, rows: Sequence[Mapping[str, Any]], key: str, **style: Any) -> None:
+    """One metric over the steps that have it."""
+    points = [(row["step"], row[key]) for row in rows if key in row]
+    axes.plot(*zip(*points, strict=True), **style)
 
 
 def plot_rewards(rewards: Mapping[str, Sequence[float]], path: Path) -> bool:

@@ -65,18 +65,9 @@ def evaluate_run(
             name = f"{mode}/{stage}{label(choice)}"
             system = SearchR3System(collections, mode, name, settings.batch_size, choice)
             results.append(evaluate(system, collection, split, options, source=recipe.collection, folder=folder))
-        rewards["before" if stage == "sft" else "after"], forced = sampled_rewards(
-            collections.model,
-            collection,
-            split,
-            queries=settings.rollout_queries,
-            group_size=recipe.grpo.group_size,
-            k=recipe.grpo.reward_k,
-            seed=recipe.seed,
-            index=collections.index(collection)[0],
-            batch_size=settings.batch_size,
-            sampling_temperature=recipe.grpo.sampling_temperature,
-        )
+        index = collections.index(collection)[0]
+        sampled = sampled_rewards(recipe, collection, collections.model, index)
+        rewards["before" if stage == "sft" else "after"], forced = sampled
     lexical = reasoning_baseline(results[-1], "bm25+reasoning")
     results.append(evaluate(lexical, collection, split, options, source=recipe.collection, folder=folder))
     order = [name + label(choice) for name in ORDER for choice in (OWN, NONE)]
@@ -84,42 +75,29 @@ def evaluate_run(
 
 
 def sampled_rewards(
-    model: SearchR3,
-    collection: Collection,
-    split: str,
-    *,
-    queries: int,
-    group_size: int,
-    k: int,
-    seed: int,
-    index: ExactIndex,
-    batch_size: int = 128,
-    sampling_temperature: float = 1.0,
+    recipe: Recipe, collection: Collection, model: SearchR3, index: ExactIndex
 ) -> tuple[list[float], float]:
     """The ranking part of the reward over sampled rollouts, as in training, and the share of forced ones.
 
+    The queries are `evaluation.rollout_queries` of the test split, evenly spread over it.
+
     Args:
-        model: the policy.
+        recipe: the run's settings.
         collection: documents and queries.
-        split: judgements.
-        queries: how many queries, evenly spread over the split.
-        group_size: rollouts per query.
-        k: depth of the nDCG.
-        seed: of the sampling.
-        index: the collection encoded by the same model.
-        batch_size: rollouts decoded together.
-        sampling_temperature: as in training.
+        model: the policy.
+        index: the collection encoded by it.
     """
-    qrels = judged(collection, split)
-    spread = np.linspace(0, len(qrels) - 1, min(queries, len(qrels))).round().astype(int)
-    query_ids = [list(qrels)[i] for i in spread for _ in range(group_size)]
+    settings, k = recipe.evaluation, recipe.grpo.reward_k
+    qrels = judged(collection, settings.test_split)
+    spread = np.linspace(0, len(qrels) - 1, min(settings.rollout_queries, len(qrels))).round().astype(int)
+    query_ids = [list(qrels)[i] for i in spread for _ in range(recipe.grpo.group_size)]
     rollouts = model.encode_query(
         [collection.queries[query_id].bare for query_id in query_ids],
         "reason",
         instruction=[collection.queries[query_id].instruction for query_id in query_ids],
-        batch_size=batch_size,
-        sampling_temperature=sampling_temperature,
-        seed=seed,
+        batch_size=settings.batch_size,
+        sampling_temperature=recipe.grpo.sampling_temperature,
+        seed=recipe.seed,
     )
     request_of = {request.query_id: request for request in make_requests(collection, qrels)}
     rankings = ranked(index, rollouts.vectors, [request_of[query_id] for query_id in query_ids], k)
