@@ -171,9 +171,10 @@ def test_sampled_rollouts_of_a_report_have_the_queries_own_instructions(
     model: SearchR3, instructed: Collection, asked: list[str]
 ) -> None:
     index = index_documents(model, instructed.documents)
-    report.sampled_rewards(model, instructed, "test", queries=10, group_size=1, k=5, seed=0, index=index)
+    recipe = Recipe(evaluation=EvaluationSettings(rollout_queries=10), grpo=GRPOSettings(group_size=2))
+    report.sampled_rewards(recipe, instructed, model, index)
     queries = [instructed.queries[query_id] for query_id in instructed.split("test")]
-    assert asked == [f"{query.bare}|{query.instruction}" for query in queries]
+    assert asked == [f"{query.bare}|{query.instruction}" for query in queries for _ in range(2)]
 
 
 def test_training_measures_dev_queries_with_their_own_instructions(
