@@ -12,7 +12,8 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from ..errors import ModelError
+from ..data.reading.chunks import Chunking
+from ..errors import ConfigError, ModelError
 from ..types import Array, Progress, Rows
 from .backbone import Backbone
 from .engine.engines import Engine, make_engine
@@ -22,6 +23,8 @@ from .prompts import EncodedPrompt, Kind
 # On a CPU a batch should fit into the caches; a GPU wants to be filled (benchmarks/documents.py).
 BATCH_TOKENS = {"cpu": 1024, "mps": 8192, "cuda": 32768}
 WINDOW = 4096
+CHUNK_TOKENS = 512
+"""The largest chunk of a document where nothing else is asked for and the model has room for it."""
 
 
 def encode_stream(
@@ -66,6 +69,31 @@ def encode_stream(
         vectors = _vectors(backbone, [prompt.ids for prompt in prompts], engine, batch_tokens, progress)
         check_finite(vectors, block, backbone.source)
         yield prompts, vectors
+
+
+def document_chunking(
+    backbone: Backbone, max_tokens: int | None = None, *, overlap: int = 0, instruction: str = ""
+) -> Chunking:
+    """How documents are cut for a model, in its own tokens, so that none loses its end.
+
+    Args:
+        backbone: the model.
+        max_tokens: the largest chunk; by default 512, or what the model has room for.
+        overlap: as in `Chunking`.
+        instruction: of the documents.
+
+    Raises:
+        ConfigError: the model has no room for such chunks.
+    """
+    encoder = backbone.prompt_encoder
+    # One more for the blank before the instruction.
+    room = encoder.room("document") - (encoder.count_tokens([instruction])[0] + 1 if instruction.strip() else 0)
+    if max_tokens is not None and max_tokens > room:
+        raise ConfigError(
+            f"chunks of {max_tokens} tokens, but with max_length={encoder.max_length} the model has room for {room} "
+            "beside its prompt; make the chunks smaller or max_length larger"
+        )
+    return Chunking(min(CHUNK_TOKENS, room) if max_tokens is None else max_tokens, overlap, encoder.count_tokens)
 
 
 def check_finite(vectors: NDArray[np.floating], texts: Sequence[str], source: str) -> None:
