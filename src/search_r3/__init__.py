@@ -19,6 +19,7 @@ _PUBLIC = {
     "Collection": "data.collection",
     "Document": "data.collection",
     "Query": "data.collection",
+    "read_documents": "data.documents",
     "SearchR3Error": "errors",
 }
 # These need the extra `mteb`; they are not in `__all__`, so that a star import works without it.

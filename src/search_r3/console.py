@@ -39,10 +39,15 @@ def say(text: str) -> None:
         get_console().print(text, markup=False, soft_wrap=True)
 
 
-def ask() -> str:
+def aside(text: str) -> None:
+    """Show one line that is no result, on stderr."""
+    print(text, file=sys.stderr)
+
+
+def ask(prompt: str) -> str:
     """A query typed at the prompt; empty at the end of the input."""
     try:
-        return input("query> ").strip()
+        return input(prompt).strip()
     except EOFError:
         return ""
 
@@ -81,10 +86,14 @@ def bar(what: str, total: int | None = None) -> Iterator[Bar]:
 
 
 def _progress() -> Progress:
+    from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
     columns = (TextColumn("{task.description}"), BarColumn(20), MofNCompleteColumn(), TimeRemainingColumn())
-    return Progress(*columns, TextColumn("{task.fields[speed]}"), transient=True)
+    speed = TextColumn("{task.fields[speed]}")
+    # On stderr: results that are piped hold nothing else, and what is said meanwhile stays where it belongs.
+    screen, redirect = Console(stderr=True), sys.stdout.isatty()
+    return Progress(*columns, speed, console=screen, redirect_stdout=redirect, transient=True)
 
 
 LIVE_VALUES = ("loss", "info_nce", "reward", "share_ge_half", "dev_ndcg@10_direct", "dev_ndcg@10_reason")
@@ -291,6 +300,9 @@ def show_answer(pieces: Iterable[str | Answer]) -> None:
     from rich.markup import escape
     from rich.table import Table
 
+    from .data.documents import Chunk
+    from .evaluation.search import snippet
+
     console = get_console()
     reasoning = False
     for piece in pieces:
@@ -306,7 +318,20 @@ def show_answer(pieces: Iterable[str | Answer]) -> None:
             console.print("[yellow]the query was longer than the model's max_length and lost its end[/]")
         if piece.forced:
             console.print("[yellow]the model did not emit the embed token; it was forced[/]")
-        grid = Table("score", "id", "document", box=None)
+        grid = Table("score", box=None)
+        grid.add_column("document", overflow="fold")
+        grid.add_column("text")
         for document, score in piece.documents:
-            grid.add_row(f"{score:.3f}", escape(document.doc_id), escape(document.full_text))
+            name, text = escape(document.doc_id), document.full_text
+            if isinstance(document, Chunk):
+                text = document.text
+                name = f"{escape(document.parent_id)}\n[dim]{escape(document.place)}[/]"
+            grid.add_row(f"{score:.3f}", name, escape(snippet(text, piece.query)))
         console.print(grid)
+
+
+def print_answer(pieces: Iterable[str | Answer]) -> None:
+    """Print the answer alone, as one line of JSON."""
+    for piece in pieces:
+        if not isinstance(piece, str):
+            print(json.dumps(piece.as_dict(), ensure_ascii=False))

@@ -22,6 +22,7 @@ from search_r3.model.encoder import SearchR3
 from search_r3.retrieval import encode as encoding
 from search_r3.retrieval.index import ExactIndex
 from tests.conftest import SMALL, call, save_tiny, small_collection
+from tests.documents_made import pdf
 
 
 def test_quickstart_leaves_everything_it_promises(run_dir: Path) -> None:
@@ -169,6 +170,77 @@ def test_an_encoded_collection_is_searched_without_encoding_it_again(
     assert encoded == []
     assert call(monkeypatch, "encode", model, tmp_path / "wide", "-c", collection_path, "--vectors", "float32") == 0
     assert ExactIndex.load(tmp_path / "wide").dtype == "float32"
+
+
+@pytest.fixture
+def notes(tmp_path: Path) -> Path:
+    """Own documents: five files and two that are no texts."""
+    folder = tmp_path / "notes [1]"
+    (folder / "sub").mkdir(parents=True)
+    (folder / "sub" / "house.md").write_text("# Houses\n\n" + "A red [house]. " * 60 + "\n\n## Boats\n\nGreen boats.\n")
+    (folder / "page.html").write_text("<title>Lamps</title><h1>Black lamps</h1><p>A black lamp.")
+    (folder / "paper.pdf").write_bytes(pdf(["A white chair.", "A blue river."]))
+    (folder / "rows.csv").write_text("url,body,year\nu1,A black [horse].,1999\nu2,A white stone.,2001\n")
+    (folder / "scan.pdf").write_bytes(pdf([""]))
+    (folder / "image.png").write_bytes(b"\x89PNG\0\0")
+    return folder
+
+
+def test_own_documents_are_searched_and_encoded(
+    tiny_path: Path, notes: Path, tmp_path: Path, monkeypatch: Any, capsys: Any
+) -> None:
+    own = ["--documents", notes, "--column", "id=url", "--chunk-tokens", 64, "--untrained"]
+    search = ["search", tiny_path, "a red house", "--mode", "direct", *own]
+    assert call(monkeypatch, *search, "-k", 9) == 0
+    out, err = capsys.readouterr()
+    assert len(ranked(out)) == 5
+    assert "rows.csv:u1" in out and "page 1," in out and "A black [horse]." in out
+    read = re.search(r"5 documents, (\d+) chunks; not read: (.*)", err)
+    assert "1 x binary: " in read[2] and "1 x a PDF without text (scanned pages?): " in read[2]
+    assert call(monkeypatch, *search, "--json", "--top", 5) == 0
+    out = capsys.readouterr().out
+    answer = json.loads(out)
+    assert len(out.splitlines()) == 1
+    parents = {"sub/house.md", "page.html", "paper.pdf", "rows.csv:u1", "rows.csv:u2"}
+    assert {hit["parent_id"] for hit in answer["hits"]} == parents
+    assert [hit["score"] for hit in answer["hits"]] == sorted((hit["score"] for hit in answer["hits"]), reverse=True)
+    assert call(monkeypatch, "encode", tiny_path, tmp_path / "index", *own) == 0
+    assert f"{read[1]} vectors of size" in capsys.readouterr().out
+    assert len(ExactIndex.load(tmp_path / "index")) == int(read[1])
+    assert call(monkeypatch, *search, "--json", "--top", 5, "--index", tmp_path / "index") == 0
+    again = json.loads(capsys.readouterr().out)
+    assert [hit["id"] for hit in again["hits"]] == [hit["id"] for hit in answer["hits"]]
+    (notes / "new.txt").write_text("written since")
+    assert call(monkeypatch, *search, "--index", tmp_path / "index") == 2
+    assert "was encoded from other documents" in capsys.readouterr().err
+
+
+def test_own_documents_that_cannot_be_had_are_one_line(
+    tiny_path: Path, notes: Path, monkeypatch: Any, capsys: Any
+) -> None:
+    for args, message in (
+        (["-d", notes / "no"], "no documents at "),
+        (["-d", notes / "scan.pdf"], "no document with text in "),
+        (["-d", notes, "-c", "atlas"], "--collection and --documents: give one of them"),
+        (["-d", notes, "--column", "text"], "--column text: expected FIELD=COLUMN"),
+        (["-d", notes, "--column", "txt=a"], "unknown field 'txt'"),
+        (["-d", notes / "rows.csv", "--column", "text=no"], "no column 'no'; it has 'body', 'url', 'year'"),
+        (["-d", notes, "--chunk-tokens", "9999"], "chunks of 9999 tokens, but with max_length="),
+        (["-d", notes, "--chunk-overlap", "400"], "an overlap of 400 tokens: expected 0 to "),
+    ):
+        assert call(monkeypatch, "search", tiny_path, "x", "--mode", "direct", "--untrained", *args) == 2, args
+        err = capsys.readouterr().err.strip().splitlines()
+        assert err[-1].startswith("error: ") and message in err[-1], (args, err)
+
+
+def test_a_prompt_with_json_answers_each_line_with_one(
+    tiny_path: Path, notes: Path, monkeypatch: Any, capsys: Any
+) -> None:
+    lines = iter(["a red house", "a lamp", ""])
+    monkeypatch.setattr("builtins.input", lambda prompt: sys.stdout.write(prompt) * "" or next(lines))
+    assert call(monkeypatch, "search", tiny_path, "-d", notes, "--mode", "direct", "--json", "--untrained") == 0
+    answers = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert [answer["query"] for answer in answers] == ["a red house", "a lamp"]
 
 
 def test_encode_goes_on_where_it_was_stopped(

@@ -84,7 +84,7 @@ def test_an_import_is_of_the_core_or_names_the_extra_that_brings_it(path: Path) 
 
 
 def test_all_and_the_old_names_of_extras_are_whole() -> None:
-    assert brought_by("all") >= brought_by("train") | brought_by("eval") | brought_by("mteb")
+    assert brought_by("all") >= brought_by("train") | brought_by("eval") | brought_by("mteb") | brought_by("documents")
     assert "peft" in brought_by("lora")
 
 
@@ -167,6 +167,9 @@ COMMANDS = {
         ("train", "data mix {mix} {out}/mix"),
         ("eval", "evaluate --collections owner/name --baselines bm25 --out {out}/e"),
     ],
+    "pypdf": [("documents", "search {model} --documents {documents} --untrained red")],
+    "selectolax": [("documents", "encode {model} {out}/i --documents {documents} --untrained")],
+    "pyarrow": [("documents", "search {model} --documents {documents} --untrained red")],
     "bm25s": [
         ("eval", "evaluate --collections {data} --baselines bm25 --out {out}/e"),
         ("eval", "data mine {data} {out}/mined --with bm25"),
@@ -203,6 +206,10 @@ def test_a_command_that_lacks_a_package_ends_with_the_one_error(
         SearchR3(tiny_path).backbone.tokenizer.save_pretrained(adapter)
         (adapter / "adapter_config.json").write_text(f'{{"base_model_name_or_path": "{tiny_path}"}}')
         save_file({}, adapter / "adapter_model.safetensors")
+    if "{documents}" in command:
+        (tmp_path / "documents").mkdir()
+        suffix = {"pypdf": "pdf", "selectolax": "html", "pyarrow": "parquet"}[package]
+        (tmp_path / "documents" / f"a.{suffix}").write_bytes(b"PAR1 or whatever it is")
     if "{mix}" in command:
         (tmp_path / "rows.jsonl").write_text('{"anchor": "a question", "positive": "an answer of some length"}\n')
         mix.write_text(f"sources:\n  - {{name: own, reader: pairs, path: {tmp_path}/rows.jsonl}}\n")
@@ -212,7 +219,7 @@ def test_a_command_that_lacks_a_package_ends_with_the_one_error(
     settings = [f"run_dir={tmp_path}/run", f"base={tiny_path}", f"collection={collection_path}"]
     words = command.format(
         small="SMALL", settings="SETTINGS", model=tiny_path, data=collection_path, out=tmp_path, adapter=adapter,
-        mix=mix, evaluated=evaluated, gguf=gguf,
+        mix=mix, evaluated=evaluated, gguf=gguf, documents=tmp_path / "documents",
     ).split()  # fmt: skip
     spread = {"SMALL": SMALL, "SETTINGS": settings}
     if package == "mteb":

@@ -32,8 +32,14 @@ app.add_typer(data_app, name="data")
 RecipeOption = Annotated[Path | None, typer.Option("--recipe", "-r", help="YAML recipe; without it, the defaults.")]
 Overrides = Annotated[list[str] | None, typer.Argument(help="Settings as key=value, e.g. grpo.steps=10.")]
 Resume = Annotated[bool, typer.Option("--resume", help="Go on with the run in run_dir.")]
+DEFAULT_COLLECTION = "atlas"
 CollectionOption = Annotated[
-    str, typer.Option("--collection", "-c", help="`atlas`, `atlas-wide`, `stdlib`, a folder, or a hub id.")
+    str | None,
+    typer.Option(
+        "--collection",
+        "-c",
+        help=f"`atlas`, `atlas-wide`, `stdlib`, a folder, or a hub id; by default `{DEFAULT_COLLECTION}`.",
+    ),
 ]
 ModelArgument = Annotated[str, typer.Argument(help="Model directory, GGUF file, hub id, or `builtin`.")]
 NewFolder = Annotated[Path, typer.Argument(help="Folder to write; it must not exist.")]

@@ -9,6 +9,7 @@ import typer
 
 from .. import console
 from .common import (
+    DEFAULT_COLLECTION,
     CollectionOption,
     DocumentInstruction,
     IndexDType,
@@ -23,9 +24,14 @@ from .common import (
     load_encoder,
     takes_model_options,
 )
+from .documents import ChunkOverlap, ChunkTokens, ColumnOption, DocumentsOption, cut_for, own_documents
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Iterable, Mapping
+
+    from ..data.collection import Document
+    from ..model.encoder import SearchR3
+    from ..retrieval.index import ExactIndex
 
 
 @app.command()
@@ -34,25 +40,35 @@ def encode(
     model: ModelArgument,
     out: Annotated[Path, typer.Argument(help="Index folder; an encoding that was begun there goes on.")],
     options: ModelOptions,
-    collection: CollectionOption = "atlas",
+    collection: CollectionOption = None,
     vectors: Annotated[IndexDType, typer.Option(help="How vectors are stored; --dtype is the model's.")] = "float16",
     instruction: Annotated[str, typer.Option(help="Follows each document; a search of the index names it too.")] = "",
+    documents: DocumentsOption = None,
+    column: ColumnOption = None,
+    chunk_tokens: ChunkTokens = None,
+    chunk_overlap: ChunkOverlap = 0,
     untrained: Untrained = False,
 ) -> None:
-    """Encode a collection of any size into an index folder; after a kill, the same command goes on."""
+    """Encode documents of any number into an index folder; after a kill, the same command goes on."""
     from ..retrieval.encode import encode_corpus
 
+    own = own_documents(documents, column, collection) if documents else None
     encoder = load_encoder(model, options, untrained)
-    with console.bar("documents") as bar:
+    if own is not None:
+        cut_for(encoder, own, chunk_tokens, chunk_overlap, instruction)
+    what = "documents" if own is None else "chunks"
+    with console.bar(what) as bar:
 
         def start(total: int, done: int) -> None:
+            if own is not None:
+                console.say(own.report.summary)
             if done:
-                console.say(f"{done:,} of {total:,} documents are encoded already")
+                console.say(f"{done:,} of {total:,} {what} are encoded already")
             bar.begin(total, done)
 
-        documents = _documents(collection)
+        texts = _texts(collection or DEFAULT_COLLECTION) if own is None else own.texts()
         index = encode_corpus(
-            *(encoder, documents, out), instruction=instruction, dtype=vectors, on_start=start, progress=bar.advance
+            *(encoder, texts, out), instruction=instruction, dtype=vectors, on_start=start, progress=bar.advance
         )
     speed = f"; {bar.speed}" if bar.texts else ""
     console.say(f"{out}: {len(index):,} vectors of size {index.dimension} as {index.dtype}{speed}")
@@ -80,40 +96,64 @@ def search(
     model: ModelArgument,
     options: ModelOptions,
     query: Annotated[str | None, typer.Argument(help="The query; without it, a prompt to type queries at.")] = None,
-    collection: CollectionOption = "atlas",
+    collection: CollectionOption = None,
     mode: Annotated[ModeName, typer.Option(help="Reason first, or embed at once.")] = ModeName.reason,
-    k: Annotated[int, typer.Option("-k", min=1, help="Documents to show.")] = 5,
-    index: Annotated[Path | None, typer.Option(help="The collection as `encode` wrote it; else it is encoded.")] = None,
+    k: Annotated[int, typer.Option("--top", "-k", min=1, help="Documents to show.")] = 5,
+    index: Annotated[
+        Path | None, typer.Option(help="The documents as `encode` wrote them; else they are encoded.")
+    ] = None,
     instruction: Annotated[str, typer.Option(help="Follows each query, e.g. `Find a passage that answers it.`")] = "",
     document_instruction: DocumentInstruction = "",
+    documents: DocumentsOption = None,
+    column: ColumnOption = None,
+    chunk_tokens: ChunkTokens = None,
+    chunk_overlap: ChunkOverlap = 0,
+    as_json: Annotated[bool, typer.Option("--json", help="One line of JSON for each query, and nothing else.")] = False,
     untrained: Untrained = False,
 ) -> None:
-    """Search a collection: shows the reasoning as it is written, the ranked documents and their scores."""
+    """Search a collection or own documents: shows the reasoning as it is written, then documents and scores."""
     from ..data.load import load_collection
     from ..errors import DataError
     from ..evaluation.search import Searcher
-    from ..evaluation.systems import index_documents
-    from ..retrieval.encode import load_corpus
 
     if query is not None and not query.strip():
         raise DataError("the query is empty; give a text with at least one visible character")
-    data = load_collection(collection)
+    own = own_documents(documents, column, collection) if documents else None
+    searched: dict[str, Document] = (
+        {} if own is not None else load_collection(collection or DEFAULT_COLLECTION).documents
+    )
     encoder = load_encoder(model, options, untrained)
-    if index is None:
-        with console.bar("documents", len(data.documents)) as bar:
-            encoded = index_documents(encoder, data, instruction=document_instruction, progress=bar.advance)
-    else:
-        encoded = load_corpus(encoder, data.texts().items(), index, instruction=document_instruction)
-    searcher = Searcher(encoder, data, encoded, instruction)
+    if own is not None:
+        cut_for(encoder, own, chunk_tokens, chunk_overlap, document_instruction)
+        with console.bar("reading"):
+            searched = {chunk.doc_id: chunk for chunk in own}
+    summary = f"{len(searched):,} documents" if own is None else own.report.summary
+    encoded = _index(encoder, searched, index, document_instruction)
+    searcher = Searcher(encoder, searched, encoded, instruction)
+    show = console.print_answer if as_json else console.show_answer
     if query is not None:
-        console.show_answer(searcher.stream(query, mode.value, k))
+        if own is not None:
+            console.aside(summary)
+        show(searcher.stream(query, mode.value, k))
         return
-    console.say(f"{len(data.documents)} documents, mode {mode.value}. Type a query; an empty line ends.")
-    while text := console.ask():
-        console.show_answer(searcher.stream(text, mode.value, k))
+    console.aside(f"{summary}; mode {mode.value}. Type a query; an empty line ends.")
+    while text := console.ask("" if as_json else "query> "):
+        show(searcher.stream(text, mode.value, k))
 
 
-def _documents(collection: str) -> Iterable[tuple[str, str]]:
+def _index(encoder: SearchR3, documents: Mapping[str, Document], folder: Path | None, instruction: str) -> ExactIndex:
+    """The documents as they are encoded in a folder, or are encoded here."""
+    from ..evaluation.systems import index_documents
+    from ..retrieval.encode import load_corpus
+
+    if folder is not None:
+        texts = [(doc_id, document.full_text) for doc_id, document in documents.items()]
+        return load_corpus(encoder, texts, folder, instruction=instruction)
+    with console.bar("encoding", len(documents)) as bar:
+        return index_documents(encoder, documents, instruction=instruction, progress=bar.advance)
+
+
+def _texts(collection: str) -> Iterable[tuple[str, str]]:
     """Doc_ids and texts; those of a folder in the BEIR layout are read as they are needed."""
     from ..data.collection import CorpusFile
     from ..data.load import load_collection

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import os
 import random
 import re
 from collections.abc import Callable, Mapping
@@ -68,7 +69,10 @@ def split_name(name: str) -> tuple[str, str | None, str | None] | None:
         ('wikimedia/wikipedia', '20231101.en', None)
     """
     match = NAME.fullmatch(name)
-    if match is None or not (Path(match["source"]).is_dir() or HUB_ID.fullmatch(match["source"])):
+    if match is None:
+        return None
+    # A Path raises where a name is too long for one.
+    if not os.path.isdir(match["source"]) and not HUB_ID.fullmatch(match["source"]):  # noqa: PTH112
         return None
     return match["source"], match["subset"], match["revision"]
 

@@ -16,7 +16,7 @@ from typing import Any, Generic, Protocol, TypeVar
 
 import numpy as np
 
-from ..data.collection import Collection
+from ..data.collection import Collection, Document
 from ..errors import ModelError
 from ..extras import extra
 from ..model.documents import check_finite
@@ -159,7 +159,7 @@ class EncodedCollections(_PerCollection[tuple[ExactIndex, float | None]]):
     def _make_index(self, collection: Collection, progress: Progress | None) -> tuple[ExactIndex, float | None]:
         started, count = time.perf_counter(), len(collection.documents)
         if self._folder is None:
-            index = index_documents(self.model, collection, instruction=self.instruction, progress=progress)
+            index = index_documents(self.model, collection.documents, instruction=self.instruction, progress=progress)
             return index, count / (time.perf_counter() - started)
 
         def begin(total: int, resume_at: int) -> None:
@@ -354,12 +354,15 @@ def short_name(source: str) -> str:
 
 
 def index_documents(
-    model: SearchR3, collection: Collection, *, instruction: str = "", progress: Progress | None = None
+    model: SearchR3,
+    documents: Mapping[str, Document],
+    *,
+    instruction: str = "",
+    progress: Progress | None = None,
 ) -> ExactIndex:
-    """Encode a whole collection into an exact index."""
-    texts = collection.texts()
-    vectors = model.encode_document(list(texts.values()), instruction=instruction, progress=progress)
-    return ExactIndex(list(texts), vectors)
+    """Encode all documents (by their ids) into an exact index."""
+    texts = [document.full_text for document in documents.values()]
+    return ExactIndex(list(documents), model.encode_document(texts, instruction=instruction, progress=progress))
 
 
 def _package_folder(source: str) -> Path | None:

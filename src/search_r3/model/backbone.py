@@ -6,10 +6,12 @@ Shapes: `B` sequences, `T` tokens, `D` hidden size, `V` vocabulary.
 from __future__ import annotations
 
 import copy
+import inspect
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -20,10 +22,18 @@ from .prompts import PromptEncoder
 from .settings import SETTINGS_FILE, EmbeddingSettings
 from .source import ModelFiles
 
+# What a configuration calls the factor on its logits (Granite, Cohere, Falcon-H1); Granite's divides them.
+LOGIT_FACTORS = {"logits_scaling": -1, "logit_scale": 1, "lm_head_multiplier": 1}
+NO_LIMIT = 2**31 - 1
+
 
 @dataclass
 class Backbone:
-    """A causal LM ready to embed, with settings that have their frames. `prompt_encoder` is the only way to ids."""
+    """A causal LM ready to embed, with settings that have their frames. `prompt_encoder` is the only way to ids.
+
+    `engine` computes what is encoded: ours (`fast`), or the one that serves every architecture (`fallback`); which of
+    them is right for a model is found out when it is loaded.
+    """
 
     model: Any
     tokenizer: Any
@@ -31,12 +41,17 @@ class Backbone:
     embed_token_id: int
     source: str
     files: ModelFiles | None = None
+    engine: Literal["fast", "fallback"] = "fast"
 
     def __post_init__(self) -> None:
         assert self.settings.frames is not None
         self.prompt_encoder = PromptEncoder(
             self.tokenizer, self.settings.frames, self.embed_token_id, self.settings.max_length
         )
+        config = self.model.config.get_text_config()
+        factors = {name: getattr(config, name, None) or 1.0 for name in LOGIT_FACTORS}
+        self._logit_factor = math.prod(factors[name] ** power for name, power in LOGIT_FACTORS.items())
+        self._logit_cap = getattr(config, "final_logit_softcapping", None)
 
     @property
     def causal_lm(self) -> Any:
@@ -72,8 +87,8 @@ class Backbone:
 
     @property
     def context_length(self) -> int:
-        """The longest sequence the model was made for, in tokens."""
-        return int(self.model.config.get_text_config().max_position_embeddings)
+        """The longest sequence the model was made for, in tokens; `NO_LIMIT` where it has none (states, ALiBi)."""
+        return getattr(self.model.config.get_text_config(), "max_position_embeddings", None) or NO_LIMIT
 
     def hidden_states(self, ids: Tensor, mask: Tensor | None) -> Tensor:
         """Output of the final norm, `B x T x D`, where the output layer reads.
@@ -81,9 +96,11 @@ class Backbone:
         Padding on either side is allowed. None for the mask is right where padding stands on the right and the model
         `looks_back_only`: then no real token sees it, and attention needs no mask.
         """
-        positions = None if mask is None else position_ids(mask)
-        output = self.causal_lm.base_model(input_ids=ids, attention_mask=mask, position_ids=positions, use_cache=False)
-        hidden: Tensor = output.last_hidden_state
+        base = self.causal_lm.base_model
+        options = {}
+        if mask is not None and "position_ids" in inspect.signature(base.forward).parameters:
+            options["position_ids"] = position_ids(mask)
+        hidden: Tensor = base(input_ids=ids, attention_mask=mask, use_cache=False, **options).last_hidden_state
         return hidden
 
     @torch.no_grad()
@@ -95,9 +112,11 @@ class Backbone:
         return bool((one - other).abs().max() <= 1e-3 * one.abs().max())
 
     def logits(self, hidden: Tensor) -> Tensor:
-        """Next-token logits `... x V` for hidden states `... x D`, in float32."""
-        scores: Tensor = self.causal_lm.get_output_embeddings()(hidden)
-        return scores.float()
+        """Next-token logits `... x V` for hidden states `... x D`, in float32, scaled and capped as the model does."""
+        scores: Tensor = self.causal_lm.get_output_embeddings()(hidden).float()
+        if self._logit_factor != 1.0:
+            scores = scores * self._logit_factor
+        return scores if self._logit_cap is None else self._logit_cap * torch.tanh(scores / self._logit_cap)
 
     def embed(self, sequences: Sequence[Sequence[int]]) -> Tensor:
         """Vectors `B x D` (float32, L2-normalised) of sequences that end with the embed token, with gradients."""

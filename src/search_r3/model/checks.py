@@ -1,27 +1,161 @@
-"""What is verified of a model when it is loaded: that its vectors and log-probabilities can be computed here."""
+"""What is verified of a model when it is loaded: that its vectors and log-probabilities can be computed here.
+
+Shapes: `T` tokens, `D` hidden size.
+"""
 
 from __future__ import annotations
 
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
 import torch
+from torch import Tensor
 
 from ..errors import ModelError
 from .backbone import Backbone
+from .engine.attention import OURS, WindowRecorder, register
+from .engine.engines import Engine
+from .engine.fallback import FallbackEngine
+from .engine.forward import is_drivable, last_hidden, layer_windows
+from .engine.rope import freeze_rope
+from .engine.slots import SlotEngine
+
+logger = logging.getLogger(__name__)
+
+# How far a state may be from the model's own, as a share of its length: many times the rounding of deep models.
+_TOLERANCES = {torch.float32: 1e-3, torch.float16: 3e-2, torch.bfloat16: 0.1}
 
 
-def check_output_layer(backbone: Backbone) -> None:
-    """Refuse broken weights, and architectures that scale or cap logits after the output layer.
+def check_backbone(backbone: Backbone) -> None:
+    """Make a loaded model ready: fix its rotary frequencies, and choose the engine that computes as it does itself.
 
-    Of those our log-probabilities would be wrong.
+    Raises:
+        ModelError: its weights are broken, its logits cannot be computed from its hidden states, or no engine computes
+            as its own forward pass does.
     """
-    ids = torch.tensor([[backbone.embed_token_id] * 2], device=backbone.device)
-    with torch.no_grad():
-        expected = backbone.model(input_ids=ids).logits.float()
-        logits = backbone.logits(backbone.hidden_states(ids, torch.ones_like(ids)))
+    longest = min(backbone.settings.max_length + backbone.settings.max_new_tokens, backbone.context_length)
+    freeze_rope(backbone.causal_lm, longest)
+    with _naming(backbone):
+        probe = _Probe(backbone)
+        _check_output_layer(backbone, probe)
+    if _has_plain_layers(backbone.causal_lm) and _suits_slots(backbone, probe):
+        backbone.engine = "fast"
+        return
+    backbone.engine = "fallback"
+    with _naming(backbone):
+        error = probe.deviation(FallbackEngine(backbone))
+    if not error <= probe.tolerance:
+        raise _unsupported(backbone, f"its states are off by {error:.0e} of their length")
+    name = type(backbone.causal_lm).__name__
+    logger.warning("%s (%s) is encoded through transformers' own cache, which is slower", backbone.source, name)
+
+
+@contextmanager
+def _naming(backbone: Backbone) -> Iterator[None]:
+    """Make one `ModelError` of whatever an unknown architecture trips over."""
+    try:
+        yield
+    except (ModelError, torch.OutOfMemoryError):
+        raise
+    except Exception as problem:
+        raise _unsupported(backbone, f"{type(problem).__name__}: {str(problem).strip()[:120]}") from problem
+
+
+def _unsupported(backbone: Backbone, why: str) -> ModelError:
+    return ModelError(
+        f"{backbone.source}: {type(backbone.causal_lm).__name__} cannot be encoded here as its own forward pass "
+        f"computes it ({why}); choose a base of another architecture (docs/models.md lists those that work)"
+    )
+
+
+@torch.no_grad()
+def _check_output_layer(backbone: Backbone, probe: _Probe) -> None:
+    """Refuse broken weights, and architectures that do to their logits what `Backbone.logits` does not."""
+    ids = torch.tensor([probe.sequences[0][:2]], device=backbone.device)
+    expected = backbone.model(input_ids=ids).logits[0].float()
+    logits = backbone.logits(probe.states[0, :2])
     if not (torch.isfinite(expected).all() and torch.isfinite(logits).all()):
         raise ModelError(
             f"{backbone.source} computes NaN or infinity from a prompt of two tokens: its weights are broken, or its "
             "dtype is too narrow; try float32 or bfloat16"
         )
     if not torch.allclose(expected, logits, atol=1e-2, rtol=1e-2):
-        name = type(backbone.model).__name__
-        raise ModelError(f"{name} changes its logits after the output layer (scaling or capping): not supported yet")
+        raise _unsupported(backbone, "its logits are not those of its output layer")
+
+
+def _has_plain_layers(model: Any) -> bool:
+    """Whether all layers are attention, causal or within a window, as far as class and configuration tell."""
+    config = model.config.get_text_config()
+    plain = {"full_attention", "sliding_attention"}.issuperset(getattr(config, "layer_types", None) or ())
+    ours = is_drivable(model) or model.config._attn_implementation in ("sdpa", OURS)
+    return plain and ours and not getattr(model, "_is_stateful", False)
+
+
+def _suits_slots(backbone: Backbone, probe: _Probe) -> bool:
+    """Whether the fast engine is right; a model that is not driven keeps our attention only then."""
+    model = backbone.causal_lm
+    before = model.config._attn_implementation
+    try:
+        if not is_drivable(model):
+            register()
+            model.set_attn_implementation(OURS)
+        if _windows(backbone) == layer_windows(model.config.get_text_config()):
+            error = probe.deviation(SlotEngine(backbone))
+            if error <= probe.tolerance:
+                return True
+            logger.debug("%s: the fast engine is off by %.0e", backbone.source, error)
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as problem:
+        logger.debug("%s: the fast engine fails: %s", backbone.source, problem)
+    if not is_drivable(model):
+        model.set_attn_implementation(before)
+    return False
+
+
+def _windows(backbone: Backbone) -> list[int | None]:
+    """By layer, the window that the attention asks for; what is longer than a window, no short probe shows."""
+    token = torch.tensor([[backbone.embed_token_id]], device=backbone.device)
+    place, recorder = torch.zeros_like(token), WindowRecorder()
+    last_hidden(backbone.causal_lm, token, place, place[:, 0], recorder)
+    return [recorder.windows[layer] for layer in sorted(recorder.windows)]
+
+
+class _Probe:
+    """Two short sequences of a model's own tokens with one beginning, and their states by its own forward pass.
+
+    They are equally long there, so that nothing is padded; engines get them cut to unlike lengths.
+    """
+
+    def __init__(self, backbone: Backbone) -> None:
+        before, after = backbone.prompt_encoder.frame("direct")
+        tokens = [*before, *after][-12:]
+        one = (tokens * 12)[:12]
+        self.sequences = [one, [*one[:3], *one[:2:-1]]]
+        self.tolerance = _TOLERANCES.get(next(backbone.causal_lm.parameters()).dtype, 0.1)
+        with torch.no_grad():
+            self.states = backbone.hidden_states(torch.tensor(self.sequences, device=backbone.device), None)
+
+    def deviation(self, engine: Engine) -> float:
+        """How far an engine's states are from the model's own, at most, as a share of their length."""
+        pairs = [
+            (state.float(), self.states[sequence, place].float())
+            for states, places in self._computed(engine)
+            for state, (sequence, place) in zip(states, places, strict=True)
+        ]
+        return max(float(((state - own).norm() / own.norm()).nan_to_num(torch.inf)) for state, own in pairs)
+
+    @torch.no_grad()
+    def _computed(self, engine: Engine) -> Iterator[tuple[Tensor, list[tuple[int, int]]]]:
+        """States, with sequence and place of each: whole, after a shared beginning, and token by token."""
+        one, two = self.sequences
+        prompts = [tuple(one[:9]), tuple(two[:5])]
+        yield engine.prompt_states(prompts), [(0, 8), (1, 4)]
+        engine.admit(prompts)
+        yield engine.advance([one[9], two[5]]), [(0, 9), (1, 5)]
+        engine.remove([0])
+        yield engine.advance([two[6]]), [(1, 6)]
+        engine.share(one[:3])
+        yield engine.encode([one, two[:8]]), [(0, 11), (1, 7)]

@@ -12,15 +12,19 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from ..errors import ModelError
+from ..data.reading.chunks import Chunking
+from ..errors import ConfigError, ModelError
 from ..types import Array, Progress, Rows
 from .backbone import Backbone
-from .engine.forward import Prefix, compute_prefix, length_batches, prefill
+from .engine.engines import Engine, make_engine
+from .engine.forward import length_batches
 from .prompts import EncodedPrompt, Kind
 
 # On a CPU a batch should fit into the caches; a GPU wants to be filled (benchmarks/documents.py).
-BATCH_TOKENS = {"cpu": 1024, "cuda": 32768}
+BATCH_TOKENS = {"cpu": 1024, "mps": 8192, "cuda": 32768}
 WINDOW = 4096
+CHUNK_TOKENS = 512
+"""The largest chunk of a document where nothing else is asked for and the model has room for it."""
 
 
 def encode_stream(
@@ -55,16 +59,41 @@ def encode_stream(
         batch_tokens = BATCH_TOKENS.get(backbone.device.type, BATCH_TOKENS["cuda"])
     elif batch_tokens < 1:
         raise ValueError(f"batch_tokens={batch_tokens}: expected at least 1")
-    prefix = None
+    engine = make_engine(backbone)
     source = iter(texts)
     while block := list(islice(source, window)):
         prompts = backbone.prompt_encoder.encode_batch(block, kind, instruction)
-        if prefix is None and len(block) > 1:
+        if not engine.beginning and len(block) > 1:
             with torch.inference_mode():
-                prefix = compute_prefix(backbone.causal_lm, backbone.prompt_encoder.prefix_of(prompts[0].ids))
-        vectors = _vectors(backbone, [prompt.ids for prompt in prompts], prefix, batch_tokens, progress)
+                engine.share(backbone.prompt_encoder.prefix_of(prompts[0].ids))
+        vectors = _vectors(backbone, [prompt.ids for prompt in prompts], engine, batch_tokens, progress)
         check_finite(vectors, block, backbone.source)
         yield prompts, vectors
+
+
+def document_chunking(
+    backbone: Backbone, max_tokens: int | None = None, *, overlap: int = 0, instruction: str = ""
+) -> Chunking:
+    """How documents are cut for a model, in its own tokens, so that none loses its end.
+
+    Args:
+        backbone: the model.
+        max_tokens: the largest chunk; by default 512, or what the model has room for.
+        overlap: as in `Chunking`.
+        instruction: of the documents.
+
+    Raises:
+        ConfigError: the model has no room for such chunks.
+    """
+    encoder = backbone.prompt_encoder
+    # One more for the blank before the instruction.
+    room = encoder.room("document") - (encoder.count_tokens([instruction])[0] + 1 if instruction.strip() else 0)
+    if max_tokens is not None and max_tokens > room:
+        raise ConfigError(
+            f"chunks of {max_tokens} tokens, but with max_length={encoder.max_length} the model has room for {room} "
+            "beside its prompt; make the chunks smaller or max_length larger"
+        )
+    return Chunking(min(CHUNK_TOKENS, room) if max_tokens is None else max_tokens, overlap, encoder.count_tokens)
 
 
 def check_finite(vectors: NDArray[np.floating], texts: Sequence[str], source: str) -> None:
@@ -91,15 +120,14 @@ def unusable_rows(vectors: NDArray[np.floating], dtype: str = "float32") -> Rows
 def _vectors(
     backbone: Backbone,
     sequences: Sequence[Sequence[int]],
-    prefix: Prefix | None,
+    engine: Engine,
     batch_tokens: int,
     progress: Progress | None,
 ) -> Array:
     vectors = np.empty((len(sequences), backbone.dimension), dtype=np.float32)
-    start = len(prefix.ids) if prefix is not None else 0
-    rest = [sequence[start:] for sequence in sequences]
-    for batch in length_batches(rest, batch_tokens):
-        hidden, _ = prefill(backbone.causal_lm, [rest[i] for i in batch], prefix)
+    start = len(engine.beginning)
+    for batch in length_batches([sequence[start:] for sequence in sequences], batch_tokens):
+        hidden = engine.encode([sequences[i] for i in batch])
         vectors[batch] = torch.nn.functional.normalize(hidden.float(), dim=-1).cpu().numpy()
         if progress is not None:
             progress(len(batch), sum(len(sequences[i]) for i in batch))

@@ -13,7 +13,7 @@ import torch
 from ..errors import ConfigError, MissingExtraError, ModelError
 from ..extras import extra
 from .backbone import Backbone
-from .checks import check_output_layer
+from .checks import check_backbone
 from .precision import torch_device, torch_dtype
 from .prompts import EMBED_TOKEN, PromptSet
 from .settings import SETTINGS_FILE, EmbeddingSettings, choose_settings, read_settings, with_frames
@@ -86,7 +86,7 @@ def load_backbone(
     if not ("device_map" in more[0] or getattr(model, "quantization_method", None)):
         model.to(place)  # else the weights are where they belong
     backbone = Backbone(model.eval(), tokenizer, settings, embed_token_id, files.name, files)
-    check_output_layer(backbone)
+    check_backbone(backbone)
     return backbone
 
 

@@ -184,8 +184,8 @@ class PromptEncoder:
             "reason": frames.reason,
             "document": frames.document,
         }
-        for kind, frame in self._frames.items():
-            if max_length - len(frame.before) - len(frame.after) - len(frame.reply) < 1:
+        for kind in self._frames:
+            if self.room(kind) < 1:
                 raise ModelError(f"max_length={max_length} leaves no room for text in the {kind} prompt; set it higher")
 
     def encode(self, text: str, kind: Kind, instruction: str = "") -> EncodedPrompt:
@@ -218,7 +218,7 @@ class PromptEncoder:
                 f"{name} number {place} is {texts[place]!r}; expected a text with at least one visible character"
             )
         before, after = self.frame(kind)
-        room = self.max_length - len(before) - len(after)
+        room = self.room(kind)
         endings = [instruction] * len(texts) if isinstance(instruction, str) else instruction
         if len(endings) != len(texts):
             raise DataError(f"{len(endings)} instructions for {len(texts)} texts; give one for all, or one per text")
@@ -244,6 +244,19 @@ class PromptEncoder:
                 f"{self.max_length} has room for {room} with the text; shorten it, or set max_length higher"
             )
         return [*ids[: room - len(ending)], *ending]
+
+    def room(self, kind: Kind) -> int:
+        """The tokens that a text may have, its instruction included, before it loses its end."""
+        before, after = self.frame(kind)
+        return self.max_length - len(before) - len(after)
+
+    def count_tokens(self, texts: Sequence[str]) -> list[int]:
+        """The tokens of each text alone, however many; a blank one has none."""
+        if not texts:
+            return []
+        stripped = [text.strip() for text in texts]
+        tokens = self.tokenizer(stripped, add_special_tokens=False, split_special_tokens=True)["input_ids"]
+        return [len(ids) for ids in tokens]
 
     def frame(self, kind: Kind) -> tuple[list[int], list[int]]:
         """The ids of a whole prompt before and after the user's text, the reply of `direct` and `document` included."""

@@ -172,7 +172,8 @@ def rollout_logits_memory(vocabulary: int, positions: int, reference: bool) -> i
 def cache_memory(shape: ModelShape, slots: int, prompt: int, new_tokens: int, bytes_each: int) -> int:
     """Bytes of the decoder's keys and values when its room grows for the last time.
 
-    The room (`SlotCache` in `model/engine/forward.py`) grows by a half at least; the old one lives until it is copied.
+    The room (`SlotCache` in `model/engine/attention.py`) grows by a half at least; the old one lives until it is
+    copied.
     """
     per_token = 2 * shape.layers * shape.key_width * bytes_each
     room, before, needed = prompt + 1, 0, prompt + new_tokens

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 from pathlib import Path
 
@@ -11,12 +12,14 @@ import torch
 
 from search_r3.config import EvaluationSettings, GRPOSettings, Recipe
 from search_r3.data.collection import Collection, Document, Query
+from search_r3.data.documents import read_documents
+from search_r3.data.reading.chunks import Chunking
 from search_r3.errors import ConfigError, DataError, ModelError
 from search_r3.evaluation.benchmark import EvaluationOptions, evaluate, resolve_splits
 from search_r3.evaluation.report.report import sampled_rewards
 from search_r3.evaluation.results import Result, load_result, load_results
 from search_r3.evaluation.runner import reasoning_baseline
-from search_r3.evaluation.search import Searcher
+from search_r3.evaluation.search import Searcher, snippet
 from search_r3.evaluation.systems import (
     BM25System,
     EncodedCollections,
@@ -319,7 +322,7 @@ def test_p_mrr_looks_deeper_than_the_other_measures(model: SearchR3, collection:
     lost = {"1": frozenset(collection.documents)}
     followed = Collection("f", collection.documents, queries, judged, changed=lost)
     system = SearchR3System(EncodedCollections(model), "direct")
-    index = index_documents(model, collection)
+    index = index_documents(model, collection.documents)
     texts = [query.text for query in queries.values()]
     before, after = index.search(model.encode_query(texts, "direct").vectors, 40).doc_ids
     expected = p_mrr({"1": before}, {"1": after}, lost)["1"]
@@ -358,7 +361,7 @@ def test_a_model_that_gives_nan_is_refused_by_name(model: SearchR3, collection: 
 
 
 def test_sampled_rewards_are_the_ranking_part(reasons: SearchR3, collection: Collection) -> None:
-    index = index_documents(reasons, collection)
+    index = index_documents(reasons, collection.documents)
     recipe = Recipe(evaluation=EvaluationSettings(rollout_queries=5, batch_size=4), grpo=GRPOSettings(group_size=3))
     rewards, forced = sampled_rewards(recipe, collection, reasons, index)
     assert len(rewards) == 15
@@ -370,7 +373,7 @@ def test_sampled_rewards_are_the_ranking_part(reasons: SearchR3, collection: Col
 
 
 def test_a_searcher_returns_documents_best_first(model: SearchR3, collection: Collection) -> None:
-    answer = Searcher(model, collection).search("where is the red house?", "direct", k=7)
+    answer = Searcher(model, collection.documents).search("where is the red house?", "direct", k=7)
     scores = [score for _, score in answer.documents]
     assert len(scores) == 7
     assert scores == sorted(scores, reverse=True)
@@ -379,8 +382,8 @@ def test_a_searcher_returns_documents_best_first(model: SearchR3, collection: Co
 
 def test_a_search_that_streams_ends_with_the_same_answer(model: SearchR3, collection: Collection) -> None:
     favour(model.backbone, model.backbone.tokenizer.convert_tokens_to_ids("a"), 50.0)
-    index = index_documents(model, collection)
-    searcher = Searcher(model, collection, index)
+    index = index_documents(model, collection.documents)
+    searcher = Searcher(model, collection.documents, index)
     assert searcher.index is index, "what is encoded is not encoded again"
     *pieces, answer = searcher.stream("where is the red house?", k=7)
     whole = searcher.search("where is the red house?", k=7)
@@ -388,3 +391,36 @@ def test_a_search_that_streams_ends_with_the_same_answer(model: SearchR3, collec
     assert "".join(pieces) == answer.reasoning == whole.reasoning
     assert [document for document, _ in answer.documents] == [document for document, _ in whole.documents]
     assert (answer.reasoning_tokens, answer.forced, answer.truncated) == (whole.reasoning_tokens, whole.forced, False)
+
+
+def test_of_a_document_in_chunks_only_the_best_is_shown(model: SearchR3, tmp_path: Path) -> None:
+    (tmp_path / "long.txt").write_text("The red house stands here. " * 60)
+    (tmp_path / "short.txt").write_text("A green boat.")
+    chunks = {one.doc_id: one for one in read_documents(tmp_path, chunking=Chunking(32))}
+    assert len(chunks) > 8
+    answer = Searcher(model, chunks).search("The red house stands here.", "direct", k=2)
+    assert sorted(one.parent_id for one, _ in answer.documents) == ["long.txt", "short.txt"]
+    best = {one.parent_id: score for one, score in answer.documents}
+    scores = model.similarity(
+        model.encode_query(["The red house stands here."], "direct").vectors,
+        model.encode_document([one.full_text for one in chunks.values()]),
+    )[0]
+    assert best["long.txt"] == pytest.approx(max(scores[:-1]), abs=1e-5)
+    facts = answer.as_dict()
+    assert facts["query"] == "The red house stands here."
+    assert [hit["rank"] for hit in facts["hits"]] == [1, 2]
+    hit = next(hit for hit in facts["hits"] if hit["parent_id"] == "long.txt")
+    assert hit["path"] == str(tmp_path / "long.txt")
+    assert (tmp_path / "long.txt").read_text()[hit["start"] : hit["end"]] == hit["text"]
+    json.dumps(facts)
+
+
+def test_a_snippet_shows_where_the_words_of_the_query_are() -> None:
+    text = "Nothing here. " * 50 + "The red\nhouse stands by the river. " + "Nothing there. " * 50
+    shown = snippet(text, "a RED house?")
+    assert shown.startswith("… The red house stands") and shown.endswith(" …")
+    assert 250 < len(shown) <= 300
+    assert snippet("short\n text", "x") == "short text"
+    assert snippet("word " * 100, "none of them").startswith("word word")
+    assert len(snippet("x" * 1000, "x")) <= 300
+    assert snippet("a " * 300 + "end", "end").endswith("a end")

@@ -170,10 +170,11 @@ def test_the_report_of_a_run_has_both(
 def test_sampled_rollouts_of_a_report_have_the_queries_own_instructions(
     model: SearchR3, instructed: Collection, asked: list[str]
 ) -> None:
-    index = index_documents(model, instructed)
-    report.sampled_rewards(model, instructed, "test", queries=10, group_size=1, k=5, seed=0, index=index)
+    index = index_documents(model, instructed.documents)
+    recipe = Recipe(evaluation=EvaluationSettings(rollout_queries=10), grpo=GRPOSettings(group_size=2))
+    report.sampled_rewards(recipe, instructed, model, index)
     queries = [instructed.queries[query_id] for query_id in instructed.split("test")]
-    assert asked == [f"{query.bare}|{query.instruction}" for query in queries]
+    assert asked == [f"{query.bare}|{query.instruction}" for query in queries for _ in range(2)]
 
 
 def test_training_measures_dev_queries_with_their_own_instructions(
@@ -187,7 +188,7 @@ def test_training_measures_dev_queries_with_their_own_instructions(
 
 
 def test_a_search_asks_with_its_instruction(model: SearchR3, collection: Collection) -> None:
-    plain, told = (Searcher(model, collection, instruction=one) for one in ("", OWN))
+    plain, told = (Searcher(model, collection.documents, instruction=one) for one in ("", OWN))
     joined = plain.search(f"a house {OWN}", "direct")
     assert told.search("a house", "direct").documents == joined.documents
     assert list(told.stream("a house", "direct"))[-1].documents == joined.documents

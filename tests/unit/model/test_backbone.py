@@ -128,8 +128,12 @@ def test_no_directory_and_broken_settings_are_named(tmp_path: Path, tiny_path: P
         load_backbone(tmp_path / "broken")
 
 
-def test_a_model_that_scales_its_logits_is_refused(tmp_path: Path, tokenizer: Any) -> None:
+def test_a_model_that_does_to_its_logits_what_we_do_not_is_refused(
+    tmp_path: Path, tokenizer: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
     import transformers
+
+    monkeypatch.setattr("search_r3.model.backbone.LOGIT_FACTORS", {})
 
     config = transformers.GraniteConfig(
         vocab_size=len(tokenizer) + 4, hidden_size=32, num_hidden_layers=1, intermediate_size=32,
@@ -137,7 +141,7 @@ def test_a_model_that_scales_its_logits_is_refused(tmp_path: Path, tokenizer: An
         eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id,
     )  # fmt: skip
     save_model(tmp_path / "g", tokenizer, transformers.AutoModelForCausalLM.from_config(config))
-    with pytest.raises(ModelError, match="changes its logits after the output layer"):
+    with pytest.raises(ModelError, match=r"GraniteForCausalLM cannot be .*not those of its output layer"):
         load_backbone(tmp_path / "g")
 
 

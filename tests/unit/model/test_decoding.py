@@ -59,11 +59,17 @@ def mixed_requests(backbone: Backbone) -> list[DecodeRequest]:
     ]
 
 
+@pytest.fixture(params=["fast", "fallback"])
+def engine(request: pytest.FixtureRequest) -> str:
+    return str(request.param)
+
+
 @pytest.mark.parametrize("slots", [1, 2, 3, 8, 100])
-def test_every_request_gets_what_it_would_get_alone(backbone: Backbone, slots: int) -> None:
+def test_every_request_gets_what_it_would_get_alone(backbone: Backbone, slots: int, engine: str) -> None:
     favour(backbone, backbone.embed_token_id, 1.0)
     requests = mixed_requests(backbone)
     alone = [Decoder(backbone, 1).run([request])[0] for request in requests]
+    backbone.engine = engine  # type: ignore[assignment]
     for one, other in zip(alone, Decoder(backbone, slots).run(requests), strict=True):
         assert_same(one, other)
     for one, other in zip(alone, Decoder(backbone, slots).run(requests[::-1])[::-1], strict=True):
@@ -120,9 +126,10 @@ def test_what_prompts_share_is_computed_once(quiet: Backbone, slots: int) -> Non
     assert len({tuple(rollout.completion_ids) for rollout in rollouts}) > 8, "each of a group goes its own way"
 
 
-def test_cancelling_frees_the_slot_and_leaves_the_others(quiet: Backbone) -> None:
+def test_cancelling_frees_the_slot_and_leaves_the_others(quiet: Backbone, engine: str) -> None:
     requests = [DecodeRequest(prompt(quiet, i), 6, temperature=1.0, seed=i) for i in range(5)]
     expected = [Decoder(quiet).run([request])[0] for request in requests]
+    quiet.engine = engine  # type: ignore[assignment]
     decoder = Decoder(quiet, slots=2)
     tickets = [decoder.submit(request) for request in requests]
     decoder.step()
@@ -143,7 +150,8 @@ def test_cancelling_frees_the_slot_and_leaves_the_others(quiet: Backbone) -> Non
     assert decoder.step() == []
 
 
-def test_a_decoder_serves_again_after_it_was_empty(quiet: Backbone) -> None:
+def test_a_decoder_serves_again_after_it_was_empty(quiet: Backbone, engine: str) -> None:
+    quiet.engine = engine  # type: ignore[assignment]
     decoder = Decoder(quiet, slots=2)
     first = decoder.run([DecodeRequest(prompt(quiet, 0), 3), DecodeRequest(prompt(quiet, 1), 5)])
     later = decoder.run([DecodeRequest(prompt(quiet, i), 9) for i in (0, 1, 2)])
@@ -235,9 +243,98 @@ def test_greedy_rows_take_the_likeliest_and_their_logprob_at_temperature_one() -
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
-def test_logits_that_are_not_finite_are_refused(bad: float) -> None:
-    with pytest.raises(ModelError, match="not finite"):
-        choose_tokens(torch.tensor([[0.0, 1.0], [bad, 0.0]]), [0.0, 1.0], [1.0, 1.0], [0.5, 0.5])
+@pytest.mark.parametrize("top_p", [1.0, 0.5])
+def test_a_row_of_logits_that_are_not_finite_has_no_logprob_and_spoils_no_other(bad: float, top_p: float) -> None:
+    logits = torch.tensor([[0.0, 1.0], [bad, 0.0], [0.0, 2.0]])
+    tokens, logprobs = choose_tokens(logits, [0.0, 1.0, 1.0], [top_p] * 3, [0.5] * 3)
+    assert logprobs.isnan().tolist() == [False, True, False]
+    assert tokens[[0, 2]].tolist() == [1, 1]
+    assert 0 <= tokens[1] < 2
+
+
+def test_devices_without_float64_sample_on_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Elsewhere(torch.Tensor):
+        """Logits that say they are on a Mac's GPU."""
+
+        @property
+        def device(self) -> torch.device:  # type: ignore[override]
+            return torch.device("mps")
+
+        def cpu(self) -> torch.Tensor:  # type: ignore[override]
+            return logits
+
+    logits = torch.randn(2, 300, generator=torch.Generator().manual_seed(0))
+    expected = choose_tokens(logits, [1.0, 0.5], [0.9, 1.0], [0.3, 0.6])
+    for one, two in zip(
+        choose_tokens(logits.as_subclass(Elsewhere), [1.0, 0.5], [0.9, 1.0], [0.3, 0.6]), expected, strict=True
+    ):
+        assert type(one) is torch.Tensor
+        assert torch.equal(one, two)
+
+
+def spoil(backbone: Backbone, word: str) -> None:
+    """Let every sequence that holds this word have states of NaN."""
+    [*_, token] = backbone.tokenizer(f"red {word}", add_special_tokens=False)["input_ids"]
+    with torch.no_grad():
+        table = backbone.causal_lm.get_input_embeddings()
+        table.weight = torch.nn.Parameter(table.weight.clone())  # the output layer's stays whole
+        table.weight[token] = float("nan")
+
+
+def test_a_request_with_states_that_are_not_finite_ends_alone(quiet: Backbone, engine: str) -> None:
+    texts = ["the green lamp and the red house " * 2, TEXTS[3], TEXTS[1], TEXTS[0]]
+    good = [DecodeRequest(quiet.prompt_encoder.encode(text, "reason").ids, 9) for text in texts]
+    expected = [Decoder(quiet).run([request])[0] for request in good]
+    spoil(quiet, "horse")
+    quiet.engine = engine  # type: ignore[assignment]
+    bad = DecodeRequest(quiet.prompt_encoder.encode("the horse and the green lamp", "reason").ids, 6, 1.0, seed=3)
+    decoder = Decoder(quiet, slots=3)
+    # The bad one is the last of the three, and a shorter one takes its place beside a longer one.
+    tickets = [decoder.submit(request) for request in (good[0], good[1], bad, good[2], good[3])]
+    done = dict(decoder.step())
+    assert list(done) == [tickets[2]]
+    assert done[tickets[2]].vector.isnan().all()
+    assert (done[tickets[2]].completion_ids, done[tickets[2]].completion_mask) == ([quiet.embed_token_id], [0])
+    while len(decoder):
+        done.update(decoder.step())
+    for ticket, rollout in zip([tickets[i] for i in (0, 1, 3, 4)], expected, strict=True):
+        assert_same(done[ticket], rollout)
+
+
+def test_a_run_that_fails_names_the_request_and_leaves_nothing_behind(quiet: Backbone) -> None:
+    other = DecodeRequest(prompt(quiet, 0), 3)
+    [expected] = Decoder(quiet).run([other])
+    spoil(quiet, "horse")
+    decoder = Decoder(quiet, slots=2)
+    with pytest.raises(ModelError, match="not finite in request 1 of those given"):
+        decoder.run([DecodeRequest(prompt(quiet, 1), 4), DecodeRequest(prompt(quiet, 2), 4)])
+    with pytest.raises(ModelError, match="exceed the model's context"):
+        decoder.run([DecodeRequest(prompt(quiet, 1), 4), DecodeRequest(prompt(quiet, 1), 400)])
+    assert len(decoder) == 0
+    assert_same(decoder.run([other])[0], expected)
+
+
+def test_a_run_is_not_mixed_with_requests_of_others(quiet: Backbone) -> None:
+    decoder = Decoder(quiet)
+    decoder.submit(DecodeRequest(prompt(quiet, 0), 3))
+    with pytest.raises(ValueError, match="1 requests are waiting or in work"):
+        decoder.run([DecodeRequest(prompt(quiet, 1), 3)])
+    assert len(decoder) == 1
+
+
+def test_requests_wait_on_where_their_prompts_cannot_be_taken_in(
+    quiet: Backbone, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    decoder = Decoder(quiet)
+    decoder.submit(DecodeRequest(prompt(quiet, 0), 3))
+    for part in ("prompt_states", "admit"):
+        with monkeypatch.context() as patch:
+            patch.setattr(decoder._engine, part, lambda prompts: 1 / 0)
+            with pytest.raises(ZeroDivisionError):
+                decoder.step()
+    assert len(decoder) == 1
+    decoder.step()
+    assert len(decoder.reply(1)) == 1
 
 
 def test_a_prompt_that_does_not_fit_is_refused_before_anything_is_computed(backbone: Backbone) -> None:

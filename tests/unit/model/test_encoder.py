@@ -7,7 +7,9 @@ import numpy as np
 import pytest
 
 from search_r3 import SearchR3
-from search_r3.errors import DataError, ModelError
+from search_r3.data.documents import read_documents
+from search_r3.errors import ConfigError, DataError, ModelError
+from search_r3.model.documents import document_chunking
 from search_r3.model.settings import EmbeddingSettings
 
 TEXTS = ["where is the red house?", "river", "a black horse and a white chair on a green boat"]
@@ -64,6 +66,25 @@ def test_document_tokens_are_counted_as_they_are_encoded(model: SearchR3) -> Non
     counts = model.count_document_tokens(TEXTS)
     assert counts == [len(model.backbone.prompt_encoder.encode(text, "document").ids) for text in TEXTS]
     assert counts[1] < counts[0] < counts[2]
+
+
+@pytest.mark.parametrize("instruction", ["", "Represent it for retrieval of facts."])
+def test_chunks_for_a_model_lose_no_end_and_fill_its_room(
+    tiny_path: Path, tmp_path: Path, instruction: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    model = SearchR3(tiny_path, max_length=120)
+    (tmp_path / "a.txt").write_text("The red house stands by the river. " * 80 + "x1y2" * 300)
+    chunking = document_chunking(model.backbone, instruction=instruction)
+    chunks = list(read_documents(tmp_path, chunking=chunking))
+    encoder = model.backbone.prompt_encoder
+    prompts = encoder.encode_batch([one.full_text for one in chunks], "document", instruction)
+    assert not any(prompt.truncated for prompt in prompts)
+    assert max(len(prompt.ids) for prompt in prompts) > 100
+    assert encoder.count_tokens(["", " \n", "red"]) == [0, 0, len(encoder.count_tokens(["red"]))]
+    with pytest.raises(ConfigError, match="chunks of 120 tokens, but with max_length=120 the model has room for "):
+        document_chunking(model.backbone, 120)
+    assert document_chunking(model.backbone, 20, overlap=3, instruction=instruction).max_tokens == 20
+    assert "longer than" not in caplog.text
 
 
 def test_reason_mode_returns_what_was_thought(model: SearchR3) -> None:

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +13,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from search_r3 import SearchR3
-from search_r3.errors import ModelError
 from search_r3.model.backbone import Backbone
-from search_r3.model.engine import forward
+from search_r3.model.engine import attention, forward
 from search_r3.model.engine.forward import compute_prefix, length_batches, prefill
 from search_r3.model.loading import load_backbone
 from tests.conftest import save_model, save_tiny
@@ -55,7 +55,6 @@ def any_backbone(request: Any, tmp_path: Path, tokenizer: Any, monkeypatch: pyte
 
 def test_hidden_states_equal_the_models_own(any_backbone: Backbone) -> None:
     model, prompts = any_backbone.causal_lm, prompts_of(any_backbone)
-    before = model.config._attn_implementation
     expected = torch.stack([plain(any_backbone, ids) for ids in prompts])
     together, _ = prefill(model, prompts)
     torch.testing.assert_close(together, expected, atol=1e-5, rtol=1e-5)
@@ -73,7 +72,6 @@ def test_hidden_states_equal_the_models_own(any_backbone: Backbone) -> None:
             atol=1e-5,
             rtol=1e-5,
         )
-    assert model.config._attn_implementation == before, "training goes on with the attention it had"
 
 
 def test_rollouts_and_documents_of_any_architecture_equal_a_teacher_forced_pass(any_backbone: Backbone) -> None:
@@ -99,14 +97,43 @@ def windowed(tmp_path: Path, tokenizer: Any, window: int) -> SearchR3:
     return SearchR3(save_model(tmp_path / "model", tokenizer, model), device="cpu")
 
 
-def test_a_sliding_window_is_fine_until_it_would_cut(tmp_path: Path, tokenizer: Any) -> None:
-    model = windowed(tmp_path / "wide", tokenizer, 200)
+@pytest.mark.parametrize("how", ["driven", "generic"])
+@pytest.mark.parametrize("window", [200, 8, 1])
+def test_a_sliding_window_cuts_as_the_model_cuts(
+    tmp_path: Path, tokenizer: Any, window: int, how: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if how == "generic":
+        monkeypatch.setattr(forward, "LLAMA_LIKE", set())
+    model = windowed(tmp_path, tokenizer, window)
+    assert model.backbone.engine == "fast"
     expected = [plain(model.backbone, ids) for ids in prompts_of(model.backbone)]
     np.testing.assert_allclose(
         model.encode_document(TEXTS), torch.stack([hidden / hidden.norm() for hidden in expected]), atol=1e-5
     )
-    with pytest.raises(ModelError, match="a sliding window of 8 tokens, and a sequence has"):
-        windowed(tmp_path / "narrow", tokenizer, 8).encode_document(TEXTS)
+    prompts = [model.backbone.prompt_encoder.encode(text, "reason").ids for text in TEXTS]
+    for rollout in model.rollouts(prompts, max_new_tokens=[9, 1, 12, 5]):
+        hidden = plain(model.backbone, [*rollout.prompt_ids, *rollout.completion_ids])
+        torch.testing.assert_close(rollout.vector, hidden / hidden.norm(), atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("padding", ["none", "right", "left"])
+def test_a_model_around_our_attention_has_its_own_elsewhere(tmp_path: Path, tokenizer: Any, padding: str) -> None:
+    """Its forward pass, as training runs it, is that of `sdpa`, also while another thread encodes."""
+    monkey = windowed(tmp_path, tokenizer, 8).backbone.source
+    own = transformers.AutoModelForCausalLM.from_pretrained(monkey).eval()
+    ours = transformers.AutoModelForCausalLM.from_pretrained(monkey).eval()
+    attention.register()
+    ours.set_attn_implementation(attention.OURS)
+    ids, mask = torch.arange(3, 27).reshape(2, 12), torch.ones(2, 12, dtype=torch.long)
+    if padding != "none":
+        mask[0, slice(5) if padding == "left" else slice(7, None)] = 0
+    with torch.no_grad(), attention.attending(attention.CausalAttention(torch.tensor([12, 12]))):
+        found = []
+        thread = threading.Thread(target=lambda: found.append(ours(input_ids=ids, attention_mask=mask).logits))
+        thread.start()
+        thread.join()
+    expected = own(input_ids=ids, attention_mask=mask).logits
+    torch.testing.assert_close(found[0][mask.bool()], expected[mask.bool()], atol=0, rtol=0)
 
 
 @pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")  # peft's own call

@@ -94,22 +94,34 @@ def test_an_emitted_token_is_not_forced_and_ends_the_reply(backbone: Backbone) -
 
 def test_a_token_that_is_never_emitted_is_forced_at_the_budgets_end(backbone: Backbone) -> None:
     favour(backbone, backbone.embed_token_id, -100.0)
-    end = backbone.prompt_encoder.end_token_id
+    favour(backbone, backbone.prompt_encoder.end_token_id, -100.0)
     for rollout in SearchR3(backbone).rollouts(prompts_of(backbone), max_new_tokens=8):
         assert rollout.forced
-        assert len(rollout.completion_ids) == 8 or rollout.completion_ids[-2] == end
+        assert len(rollout.completion_ids) == 8
         assert rollout.completion_ids[-1] == backbone.embed_token_id
         assert rollout.completion_mask == [1] * (len(rollout.completion_ids) - 1) + [0]
         assert rollout.logprobs[-1] == 0.0
 
 
-def test_a_turn_that_ends_without_the_token_is_forced_at_once(backbone: Backbone) -> None:
-    end = backbone.prompt_encoder.end_token_id
-    favour(backbone, end, 100.0)
-    rollout = SearchR3(backbone).rollouts(prompts_of(backbone)[:1], max_new_tokens=8)[0]
-    assert rollout.completion_ids == [end, backbone.embed_token_id]
+def test_a_turn_that_would_end_without_the_token_gets_it_in_the_place_of_the_end(backbone: Backbone) -> None:
+    options = {"max_new_tokens": 8, "sampling_temperature": 1.0, "seeds": [3]}
+    [free] = SearchR3(backbone).rollouts(prompts_of(backbone)[:1], **options)  # type: ignore[arg-type]
+    end = free.completion_ids[3]  # a second token that ends turns
+    assert end not in free.completion_ids[:3]
+    backbone.prompt_encoder.end_token_ids |= {end}
+    [rollout] = SearchR3(backbone).rollouts(prompts_of(backbone)[:1], **options)  # type: ignore[arg-type]
+    assert rollout.completion_ids == [*free.completion_ids[:3], backbone.embed_token_id]
     assert rollout.forced
-    assert rollout.completion_mask == [1, 0], "the end of the turn was the model's choice and is trained on"
+    assert rollout.completion_mask == [1, 1, 1, 0]
+    expected = backbone.embed([[*rollout.prompt_ids, *rollout.completion_ids]])[0].detach()
+    torch.testing.assert_close(rollout.vector, expected, atol=1e-5, rtol=1e-5)
+
+
+def test_a_reply_that_only_ends_is_the_forced_token_alone(backbone: Backbone) -> None:
+    favour(backbone, backbone.prompt_encoder.end_token_id, 100.0)
+    [rollout] = SearchR3(backbone).rollouts(prompts_of(backbone)[:1], max_new_tokens=8)
+    assert (rollout.completion_ids, rollout.completion_mask) == ([backbone.embed_token_id], [0])
+    assert (rollout.forced, rollout.reasoning_tokens, rollout.reasoning) == (True, 0, "")
 
 
 def test_bad_requests_are_refused(backbone: Backbone) -> None:
@@ -122,7 +134,7 @@ def test_bad_requests_are_refused(backbone: Backbone) -> None:
 def test_broken_weights_are_named(backbone: Backbone) -> None:
     with torch.no_grad():
         backbone.model.get_input_embeddings().weight[:] = float("nan")
-    with pytest.raises(ModelError, match="logits are not finite"):
+    with pytest.raises(ModelError, match="states are not finite in request 0"):
         SearchR3(backbone).rollouts(prompts_of(backbone), max_new_tokens=4)
 
 

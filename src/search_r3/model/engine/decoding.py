@@ -9,9 +9,11 @@ Shapes: `B` sequences in work, `D` hidden size, `V` vocabulary.
 
 from __future__ import annotations
 
+import math
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from itertools import islice
 
 import torch
 import torch.nn.functional as F  # noqa: N812 - its usual name
@@ -20,11 +22,8 @@ from torch import Tensor
 from ...errors import ModelError
 from ...types import Progress
 from ..backbone import Backbone
-from .forward import Prefix, SlotAttention, SlotCache, compute_prefix, last_hidden, length_batches, prefill
+from .engines import make_engine
 from .sampling import choose_tokens
-
-# Tokens of prompts that are computed together; it bounds memory and does not change results.
-PREFILL_TOKENS = 4096
 
 
 @dataclass(frozen=True)
@@ -34,8 +33,8 @@ class DecodeRequest:
     Attributes:
         prompt_ids: ids of the prompt.
         max_new_tokens: budget of the reply, the embed token included. A reply that has not emitted the embed token by
-            then, or that ends its turn without it, gets the token forced. With 0 the prompt itself ends with the embed
-            token (direct mode) and there is no reply.
+            then gets it forced, and so does one that would end its turn without it, in the place of the end. With 0 the
+            prompt itself ends with the embed token (direct mode) and there is no reply.
         temperature: 0 decodes greedily (log-probabilities are then at temperature 1).
         top_p: sample among the likeliest tokens that together reach this probability.
         seed: where this reply's random numbers start; needed when the temperature is above 0.
@@ -100,19 +99,11 @@ class _Row:
     mask: list[int] = field(default_factory=list)
     logprobs: list[float] = field(default_factory=list)
 
-    @property
-    def length(self) -> int:
-        """Tokens whose keys and values are stored: all but the newest."""
-        return len(self.prompt) + len(self.completion) - 1
-
-
-@dataclass(frozen=True)
-class _Prompt:
-    """A computed prompt: keys and values after its prefix, and the final norm's output at its end."""
-
-    prefix: Prefix | None
-    values: Tensor  # L x 2 x h x T x d
-    hidden: Tensor  # D
+    def append(self, token: int, logprob: float | None) -> None:
+        """Take a token into the reply: one that the model chose, or (without a log-probability) a forced one."""
+        self.completion.append(token)
+        self.mask.append(int(logprob is not None))
+        self.logprobs.append(logprob or 0.0)
 
 
 class Decoder:
@@ -136,11 +127,9 @@ class Decoder:
         if slots < 1:
             raise ValueError(f"slots={slots}: expected at least 1")
         self.backbone, self.slots = backbone, slots
+        self._engine = make_engine(backbone)
         self._waiting: deque[_Row] = deque()
-        self._rows: list[_Row] = []  # row i holds slot i
-        self._cache: SlotCache | None = None
-        self._prefixes: dict[tuple[int, ...], Prefix] = {}
-        self._prompts: dict[tuple[int, ...], _Prompt] = {}
+        self._rows: list[_Row] = []  # as the engine numbers them
         self._tickets = 0
 
     def submit(self, request: DecodeRequest) -> int:
@@ -168,7 +157,7 @@ class Decoder:
         for row in [*self._waiting, *self._rows]:
             if row.ticket == ticket:
                 if row in self._rows:
-                    self._free([self._rows.index(row)])
+                    self._remove([row])
                 else:
                     self._waiting.remove(row)
                 self._forget_prompts()
@@ -184,22 +173,35 @@ class Decoder:
         return len(self._waiting) + len(self._rows)
 
     def run(self, requests: Sequence[DecodeRequest], progress: Progress | None = None) -> list[Rollout]:
-        """Decode requests to their ends, in their order.
+        """Decode requests to their ends, in their order; there may be no others here.
 
         Args:
             requests: what is asked.
             progress: called with the numbers of requests finished, and tokens of their replies, since the last call.
 
         Raises:
-            ModelError: a request does not fit into the context, or a logit is not finite.
+            ModelError: a request does not fit into the context, or its reply's vector is not finite.
+            ValueError: other requests are waiting or in work; `step` returns theirs.
         """
-        tickets = [self.submit(request) for request in requests]
+        if len(self):
+            raise ValueError(f"{len(self)} requests are waiting or in work; call step until they have ended")
+        tickets: list[int] = []
         rollouts: dict[int, Rollout] = {}
-        while len(rollouts) < len(tickets):
-            news = self.step()
-            rollouts.update(news)
-            if news and progress is not None:
-                progress(len(news), sum(len(rollout.completion_ids) for _, rollout in news))
+        try:
+            for request in requests:
+                tickets.append(self.submit(request))
+            while len(rollouts) < len(tickets):
+                news = self.step()
+                for ticket, rollout in news:
+                    _check_finite(rollout, ticket - tickets[0])
+                rollouts.update(news)
+                if news and progress is not None:
+                    progress(len(news), sum(len(rollout.completion_ids) for _, rollout in news))
+        except BaseException:
+            self._waiting.clear()
+            self._remove(self._rows)
+            self._forget_prompts()
+            raise
         return [rollouts[ticket] for ticket in tickets]
 
     @torch.no_grad()
@@ -207,106 +209,66 @@ class Decoder:
         """Take waiting requests in if slots are free, and give every request in work one more token.
 
         Returns:
-            Tickets and rollouts of the requests that ended in this step.
-
-        Raises:
-            ModelError: a logit is not finite; its weights hold NaN or infinity.
+            Tickets and rollouts of the requests that ended in this step. A request whose logits are not finite ends at
+            once, with a forced token and a vector of NaN; the others go on.
         """
         results = self._decode() if self._rows else []
         free = self.slots - len(self._rows)
         # A prompt costs a forward pass of its own: under a long queue a few slots are collected before they are filled.
         if self._waiting and free >= min(len(self._waiting), max(1, self.slots // 8)):
-            results += self._admit([self._waiting.popleft() for _ in range(min(free, len(self._waiting)))])
+            results += self._admit(min(free, len(self._waiting)))
         return results
 
     def _decode(self) -> list[tuple[int, Rollout]]:
         """One forward pass over all rows in work."""
-        cache, rows, device = self._cache, self._rows, self.backbone.device
-        assert cache is not None
-        lengths = [row.length for row in rows]
-        cache.reserve(len(rows), max(lengths) + 1)
-        attention = SlotAttention(cache, lengths)
-        ids = torch.tensor([row.completion[-1] for row in rows], device=device)[:, None]
-        places = attention.lengths[:, None]
-        hidden = last_hidden(self.backbone.causal_lm, ids, places, torch.zeros_like(places[:, 0]), attention)
+        rows = self._rows
+        hidden = self._engine.advance([row.completion[-1] for row in rows])
         embed = self.backbone.embed_token_id
         last = [i for i, row in enumerate(rows) if row.completion[-1] == embed]
         results = self._finish([rows[i] for i in last], hidden[last])
         rest = [i for i, row in enumerate(rows) if row.completion[-1] != embed]
-        self._choose([rows[i] for i in rest], hidden[rest])
-        self._free(last)
-        return results
+        return results + self._choose([rows[i] for i in rest], hidden[rest], [rows[i] for i in last])
 
-    def _free(self, slots: list[int]) -> None:
-        """Give slots back; the last rows move into the gaps, so that rows in work are always the first slots."""
-        assert self._cache is not None
-        for slot in sorted(slots, reverse=True):
-            last = len(self._rows) - 1
-            if slot != last:
-                self._cache.move(last, slot)
-                self._rows[slot] = self._rows[last]
-            self._rows.pop()
+    def _remove(self, rows: Sequence[_Row], broken: Sequence[_Row] = ()) -> None:
+        """Take rows out of work."""
+        if rows:
+            places = {id(row): place for place, row in enumerate(self._rows)}
+            order = self._engine.remove([places[id(row)] for row in rows], [places[id(row)] for row in broken])
+            self._rows = [self._rows[place] for place in order]
 
-    def _admit(self, rows: list[_Row]) -> list[tuple[int, Rollout]]:
-        """Compute prompts, put rows that reply into slots and choose their first tokens."""
-        self._compute({row.prompt for row in rows} - self._prompts.keys())
-        hidden = torch.stack([self._prompts[row.prompt].hidden for row in rows])
+    def _admit(self, count: int) -> list[tuple[int, Rollout]]:
+        """Compute the prompts of the first that wait, take those that reply into work and choose their first tokens."""
+        rows = list(islice(self._waiting, count))
+        hidden = self._engine.prompt_states([row.prompt for row in rows])
         direct = [i for i, row in enumerate(rows) if row.request.max_new_tokens == 0]
-        results = self._finish([rows[i] for i in direct], hidden[direct])
         rest = [i for i, row in enumerate(rows) if row.request.max_new_tokens > 0]
-        if rest:
-            newcomers = [rows[i] for i in rest]
-            self._store(newcomers)
-            self._choose(newcomers, hidden[rest])
+        newcomers = [rows[i] for i in rest]
+        if newcomers:
+            self._engine.admit([row.prompt for row in newcomers])
+        for _ in rows:  # only now: where the device has no room for them, they wait on
+            self._waiting.popleft()
+        self._rows += newcomers
+        results = self._finish([rows[i] for i in direct], hidden[direct])
+        results += self._choose(newcomers, hidden[rest], [])
         self._forget_prompts()
         return results
 
-    def _store(self, rows: list[_Row]) -> None:
-        """Write the rows' prompts into free slots."""
-        if self._cache is None:
-            self._cache = SlotCache(self.backbone.causal_lm)
-        slots: dict[tuple[int, ...], list[int]] = {}
-        for row in rows:
-            slots.setdefault(row.prompt, []).append(len(self._rows))
-            self._rows.append(row)
-        self._cache.reserve(len(self._rows), max(map(len, slots)) + 1)
-        for ids, places in slots.items():
-            prompt, start = self._prompts[ids], 0
-            if prompt.prefix is not None:
-                start = len(prompt.prefix.ids)
-                self._cache.write(places, 0, prompt.prefix.values)
-            self._cache.write(places, start, prompt.values)
-
-    def _compute(self, prompts: set[tuple[int, ...]]) -> None:
-        """Keys, values and last hidden states of prompts, those of like length together."""
-        by_prefix: dict[Prefix | None, list[tuple[int, ...]]] = {}
-        for ids in sorted(prompts):
-            by_prefix.setdefault(self._prefix_of(ids, len(prompts)), []).append(ids)
-        for prefix, group in by_prefix.items():
-            rest = [ids[len(prefix.ids) if prefix is not None else 0 :] for ids in group]
-            for batch in length_batches(rest, PREFILL_TOKENS):
-                hidden, cache = prefill(self.backbone.causal_lm, [rest[i] for i in batch], prefix, keep=True)
-                assert cache is not None
-                for row, place in enumerate(batch):
-                    values = cache[:, :, row, :, : len(rest[place])]
-                    self._prompts[group[place]] = _Prompt(prefix, values, hidden[row])
-
-    def _prefix_of(self, ids: tuple[int, ...], company: int) -> Prefix | None:
-        """The template before the text, computed when a second prompt can use it."""
-        template = self.backbone.prompt_encoder.prefix_of(ids)
-        if template not in self._prefixes and company > 1:
-            self._prefixes[template] = compute_prefix(self.backbone.causal_lm, template)
-        return self._prefixes.get(template)
-
     def _forget_prompts(self) -> None:
         """Keep only the prompts for which another request waits."""
-        waiting = {row.prompt for row in self._waiting}
-        self._prompts = {ids: prompt for ids, prompt in self._prompts.items() if ids in waiting}
+        self._engine.forget({row.prompt for row in self._waiting})
 
-    def _choose(self, rows: list[_Row], hidden: Tensor) -> None:
-        """Append one token to every row."""
-        if not rows:
-            return
+    def _choose(self, rows: list[_Row], hidden: Tensor, ended: list[_Row]) -> list[tuple[int, Rollout]]:
+        """Append one token to every row; those that ended, or have no next token, leave.
+
+        Returns:
+            Tickets and rollouts of rows whose logits are not finite.
+        """
+        broken = self._append(rows, hidden) if rows else []
+        self._remove([*ended, *broken], broken)
+        return self._finish(broken, torch.full((len(broken), hidden.shape[-1]), math.nan)) if broken else []
+
+    def _append(self, rows: list[_Row], hidden: Tensor) -> list[_Row]:
+        """Append one token to every row; rows whose logits are not finite get the embed token and are returned."""
         requests = [row.request for row in rows]
         draws = [row.uniforms[len(row.completion)] if row.uniforms else 0.0 for row in rows]
         tokens, logprobs = choose_tokens(
@@ -315,17 +277,24 @@ class Decoder:
             [request.top_p for request in requests],
             draws,
         )
-        embed, end = self.backbone.embed_token_id, self.backbone.prompt_encoder.end_token_id
+        embed, ends = self.backbone.embed_token_id, self.backbone.prompt_encoder.end_token_ids
+        broken = []
         for row, token, logprob in zip(rows, tokens.tolist(), logprobs.tolist(), strict=True):
-            end_of_turn = bool(row.completion) and row.completion[-1] == end
-            # The budget counts the embed token, so the last place is its own: sampled if the model chose it.
-            out_of_budget = len(row.completion) == row.request.max_new_tokens - 1 and token != embed
-            forced = end_of_turn or out_of_budget
-            row.completion.append(embed if forced else token)
-            row.mask.append(0 if forced else 1)
-            row.logprobs.append(0.0 if forced else logprob)
+            # The budget counts the embed token, so the last place is its own: sampled if the model chose it. Where the
+            # turn would end, the embed token takes the end's place: behind an end the model has never seen it.
+            last = len(row.completion) == row.request.max_new_tokens - 1
+            if math.isnan(logprob):
+                broken.append(row)
+                row.append(embed, None)
+            elif token != embed and (last or token in ends):
+                row.append(embed, None)
+            else:
+                row.append(token, logprob)
+        return broken
 
     def _finish(self, rows: list[_Row], hidden: Tensor) -> list[tuple[int, Rollout]]:
+        if not rows:
+            return []
         vectors = F.normalize(hidden.float(), dim=-1).cpu()  # all at once
         decode = self.backbone.prompt_encoder.decode
         return [
@@ -335,6 +304,14 @@ class Decoder:
             )
             for row, vector in zip(rows, vectors, strict=True)
         ]
+
+
+def _check_finite(rollout: Rollout, number: int) -> None:
+    if not rollout.vector.isfinite().all():
+        raise ModelError(
+            f"the model's states are not finite in request {number} of those given: its weights hold NaN or infinity, "
+            "or its dtype is too narrow; try float32 or bfloat16"
+        )
 
 
 def _uniforms(seed: int | None, length: int) -> list[float]:

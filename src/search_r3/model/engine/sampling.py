@@ -11,9 +11,9 @@ import torch
 import torch.nn.functional as F  # noqa: N812 - its usual name
 from torch import Tensor
 
-from ...errors import ModelError
-
 SUM_BLOCK = 256
+# Sums of probabilities are taken in float64, which these devices lack.
+_WITHOUT_FLOAT64 = {"mps"}
 
 
 def choose_tokens(
@@ -28,18 +28,16 @@ def choose_tokens(
         draws: per row, uniform in [0, 1).
 
     Returns:
-        Ids and their log-probabilities at the row's temperature (1 where it is 0), before `top_p`, each `B`.
-
-    Raises:
-        ModelError: a logit is NaN or plus infinity.
+        Ids and their log-probabilities at the row's temperature (1 where it is 0), before `top_p`, each `B`. A row with
+        a logit that is NaN or plus infinity has the log-probability NaN, and its id means nothing.
     """
+    if logits.device.type in _WITHOUT_FLOAT64:
+        logits = logits.cpu()
     divisors = torch.tensor([temperature or 1.0 for temperature in temperatures], device=logits.device)
     scaled = logits / divisors[:, None] if any(t not in (0.0, 1.0) for t in temperatures) else logits
     largest = scaled.amax(-1, keepdim=True)
     weights = (scaled - largest).exp_()
     totals = weights.sum(-1)
-    if not torch.isfinite(totals).all():
-        raise ModelError("the model's logits are not finite; its weights hold NaN or infinity")
     tokens = logits.argmax(-1)
     sampling = [row for row, temperature in enumerate(temperatures) if temperature > 0]
     if sampling:

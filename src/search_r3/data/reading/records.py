@@ -1,0 +1,270 @@
+"""Rows of tables that name no columns of ours: JSON Lines, CSV, TSV, Parquet, and data sets of the hub."""
+
+from __future__ import annotations
+
+import csv
+import json
+import math
+import sys
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ...errors import ConfigError, DataError
+from ...extras import extra
+from ..tables import Repository, find_layouts, is_bright, quoted
+from .files import Skip
+from .texts import UnreadableError, clean, encoding_of
+
+SUFFIXES = (".jsonl", ".ndjson", ".csv", ".tsv", ".parquet")
+GUESSES = {
+    "id": ("_id", "id", "doc_id", "docid", "document_id", "uuid"),
+    "title": ("title", "headline"),
+    "text": ("text", "contents", "content", "body", "passage", "document", "abstract"),
+    "metadata": ("metadata",),
+}
+"""Field -> the columns that are taken for it where none is named, the first that is there."""
+SAMPLE = 2**20
+"""Bytes by which the encoding of a table is told."""
+
+
+@dataclass(frozen=True)
+class ColumnNames:
+    """Which columns of a table hold what; what is not named is guessed (`GUESSES`).
+
+    Attributes:
+        id: empty: rows are numbered.
+        title: empty: none.
+        text: one or several, which are joined by blank lines.
+        metadata: kept beside the text.
+    """
+
+    id: str | None = None
+    title: str | None = None
+    text: tuple[str, ...] = ()
+    metadata: tuple[str, ...] = ()
+
+    @classmethod
+    def of(cls, columns: Mapping[str, str | Sequence[str]] | None) -> ColumnNames:
+        """The names as a user gives them.
+
+        Raises:
+            ConfigError: an unknown field, or several columns where one is expected.
+        """
+        names: dict[str, Any] = {}
+        for field, value in (columns or {}).items():
+            if field not in GUESSES:
+                raise ConfigError(f"columns: unknown field {field!r}; expected {', '.join(GUESSES)}")
+            several = (value,) if isinstance(value, str) else tuple(value)
+            if field in ("id", "title") and len(several) != 1:
+                raise ConfigError(f"columns: {field} is one column, found {len(several)}")
+            names[field] = several if field in ("text", "metadata") else several[0]
+        return cls(**names)
+
+    def choose(self, present: Sequence[str], *, strict: bool = True) -> dict[str, tuple[str, ...]]:
+        """Field -> columns, of those that a table has.
+
+        Raises:
+            UnreadableError: a named column is not there (if `strict`), or none can be taken for the text.
+        """
+        lower = {name.lower(): name for name in reversed(present)}
+        columns: dict[str, tuple[str, ...]] = {
+            field: next(((lower[name],) for name in names if name in lower), ()) for field, names in GUESSES.items()
+        }
+        if len(present) == 1 and not any(columns.values()):
+            columns["text"] = tuple(present)
+        columns |= self.named()
+        if strict and (missing := sorted({one for names in columns.values() for one in names} - set(present))):
+            raise UnreadableError(f"no column {missing[0]!r}; it has {quoted(present) or 'none'}")
+        columns = {field: tuple(one for one in names if one in present) for field, names in columns.items()}
+        if not columns["text"]:
+            raise UnreadableError(f"no column that is known to hold text; it has {quoted(present) or 'none'}")
+        return columns
+
+    def named(self) -> dict[str, tuple[str, ...]]:
+        """Field -> columns, of the fields for which something is named."""
+        named = {"id": None if self.id is None else (self.id,), "title": None if self.title is None else (self.title,)}
+        several = {"text": self.text or None, "metadata": self.metadata or None}
+        return {field: tuple(filter(None, names)) for field, names in (named | several).items() if names is not None}
+
+
+@dataclass(frozen=True)
+class Record:
+    """A row: its id (None where the table has none), title, text and metadata."""
+
+    record_id: str | None
+    title: str
+    text: str
+    metadata: Mapping[str, Any]
+
+
+def read_table(path: Path, names: ColumnNames, skip: Skip) -> Iterator[tuple[str, Record]]:
+    """Number (of the line, or of the row, from 1) and record of every row of a file, one after the other.
+
+    A row that is broken or has no text is told to `skip`.
+
+    Raises:
+        UnreadableError: the file is damaged, or lacks a column.
+        MissingExtraError: Parquet, and the extra `documents` is not installed.
+    """
+    suffix = path.suffix.lower()
+    try:
+        if suffix == ".parquet":
+            rows = _parquet(path, names)
+        elif suffix in (".csv", ".tsv"):
+            rows = _csv(path, suffix)
+        else:
+            rows = _json_lines(path, skip)
+        columns: dict[str, tuple[str, ...]] = {}
+        keys: tuple[str, ...] = ()
+        for number, row in rows:
+            place = f"{path}:{number}"
+            if not columns or keys != tuple(row):  # rows of JSON Lines may differ
+                try:
+                    columns = names.choose(list(row), strict=not columns)
+                except UnreadableError:
+                    if not columns:
+                        raise
+                    skip(place, "a row without text")
+                    continue
+                keys = tuple(row)
+            if (record := _record(row, columns, place, skip)) is not None:
+                yield str(number), record
+    except OSError as error:
+        raise UnreadableError(f"unreadable ({error.strerror or error})") from error
+    except csv.Error as error:
+        raise UnreadableError(f"a damaged CSV file ({error})") from error
+
+
+def read_hub(
+    source: str, subset: str | None, revision: str | None, names: ColumnNames, skip: Skip
+) -> Iterator[tuple[str, Record]]:
+    """Number (`SPLIT:ROW`) and record of the rows of a data set; of a collection those of its documents.
+
+    Raises:
+        DataError: it cannot be read, has several configs of which none was asked for, or lacks a column.
+    """
+    with ExitStack() as stack:
+        repository = Repository(source, revision, stack.enter_context(tempfile.TemporaryDirectory()))
+        config, only = _config(repository, subset)
+        named = names.named()
+        # Guessed fields take a name that no column has.
+        fields: dict[str, tuple[str, ...]] = {one: (one,) for several in named.values() for one in several}
+        fields |= {f"?{field}": guesses for field, guesses in GUESSES.items() if field not in named}
+        columns: dict[str, tuple[str, ...]] = {field: named.get(field) or (f"?{field}",) for field in GUESSES}
+        optional = ("?id", "?title", "?metadata")
+        for split, table in repository.tables(config, streaming=True).items():
+            if only not in (None, split):
+                continue
+            for number, (place, row) in enumerate(table.rows(fields, optional)):
+                present: dict[str, tuple[str, ...]] = {
+                    field: tuple(one for one in several if one in row) for field, several in columns.items()
+                }
+                if (record := _record(row, present, place, skip)) is not None:
+                    yield f"{split}:{number}", record
+
+
+def _config(repository: Repository, subset: str | None) -> tuple[str, str | None]:
+    """The config that holds documents, and its only split that is asked for (None: all)."""
+    configs = repository.configs()
+    if is_bright(configs):
+        if subset is None:
+            raise DataError(f"{repository.source}: it has several domains; ask for one as the subset")
+        return "documents", subset
+    layouts = find_layouts(configs)
+    if layouts and (subset or "") in layouts:
+        return layouts[subset or ""]["corpus"], None
+    if subset in configs:
+        return str(subset), None
+    if subset is None and len(layouts) == 1:
+        return next(iter(layouts.values()))["corpus"], None
+    if subset is None and (len(configs) == 1 or "default" in configs):
+        return configs[0] if len(configs) == 1 else "default", None
+    fault = "it has several subsets" if subset is None else f"no subset {subset!r}"
+    raise DataError(f"{repository.source}: {fault}; ask for one of {quoted(filter(None, layouts or configs))}")
+
+
+def _record(row: Mapping[str, Any], columns: Mapping[str, Sequence[str]], place: str, skip: Skip) -> Record | None:
+    values = [row[name] for name in columns["text"]]
+    if any(value is not None and not isinstance(value, str | int | float) for value in values):
+        skip(place, "a row whose text is no string")
+        return None
+    text = "\n\n".join(clean(str(value)) for value in values if value is not None)
+    titles = [row[name] for name in columns["title"] if row[name] is not None]
+    title = " ".join(clean(str(titles[0])).split()) if titles else ""
+    if not (title + text).strip():
+        skip(place, "a row without text")
+        return None
+    ids = [row[name] for name in columns["id"] if row[name] not in (None, "")]
+    metadata = {name.lstrip("?"): _plain(row[name]) for name in columns["metadata"] if row[name] is not None}
+    if len(metadata) == 1 and isinstance(only := next(iter(metadata.values())), dict):
+        metadata = only
+    return Record(clean(str(ids[0])) if ids else None, title, text, metadata)
+
+
+def _json_lines(path: Path, skip: Skip) -> Iterator[tuple[int, dict[str, Any]]]:
+    for number, line in _lines(path):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+        except (ValueError, RecursionError):
+            skip(f"{path}:{number}", "a line that is not JSON")
+            continue
+        if isinstance(row, dict):
+            yield number, row
+        else:
+            skip(f"{path}:{number}", "a line that is no JSON object")
+
+
+def _csv(path: Path, suffix: str) -> Iterator[tuple[int, dict[str, Any]]]:
+    with path.open("rb") as file:
+        encoding = encoding_of(file.read(SAMPLE))
+    csv.field_size_limit(min(sys.maxsize, 2**31 - 1))  # texts are longer than the 128 KiB that it admits
+    with path.open(encoding=encoding, errors="replace", newline="") as lines:
+        head = lines.readline()
+        lines.seek(0)
+        delimiter = "\t" if suffix == ".tsv" else max(",;\t", key=head.count)
+        for number, row in enumerate(csv.DictReader(lines, delimiter=delimiter), 1):
+            yield number, {name: value for name, value in row.items() if name is not None}
+
+
+def _parquet(path: Path, names: ColumnNames) -> Iterator[tuple[int, dict[str, Any]]]:
+    with extra("documents"):
+        import pyarrow
+        from pyarrow import parquet
+    try:
+        with parquet.ParquetFile(path) as file:
+            columns = [one for several in names.choose(file.schema_arrow.names).values() for one in several]
+            number = 0
+            for batch in file.iter_batches(batch_size=1000, columns=columns):
+                for row in batch.to_pylist():
+                    number += 1
+                    yield number, row
+    except pyarrow.ArrowException as error:
+        raise UnreadableError("a damaged Parquet file") from error
+
+
+def _lines(path: Path) -> Iterator[tuple[int, str]]:
+    with path.open("rb") as file:
+        encoding = encoding_of(file.read(SAMPLE))
+    with path.open(encoding=encoding, errors="replace") as lines:
+        yield from enumerate(lines, 1)
+
+
+def _plain(value: Any) -> Any:
+    """A value as JSON has it."""
+    if isinstance(value, str):
+        return clean(value)
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if value is None or isinstance(value, int):
+        return value
+    if isinstance(value, Mapping):
+        return {clean(str(name)): _plain(one) for name, one in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(one) for one in value]
+    return clean(str(value))
