@@ -42,7 +42,7 @@ def encode(
     options: ModelOptions,
     collection: CollectionOption = None,
     vectors: Annotated[IndexDType, typer.Option(help="How vectors are stored; --dtype is the model's.")] = "float16",
-    instruction: Annotated[str, typer.Option(help="Follows each document; a search of the index names it too.")] = "",
+    document_instruction: DocumentInstruction = "",
     documents: DocumentsOption = None,
     column: ColumnOption = None,
     chunk_tokens: ChunkTokens = None,
@@ -55,7 +55,7 @@ def encode(
     own = own_documents(documents, column, collection) if documents else None
     encoder = load_encoder(model, options, untrained)
     if own is not None:
-        cut_for(encoder, own, chunk_tokens, chunk_overlap, instruction)
+        cut_for(encoder, own, chunk_tokens, chunk_overlap, document_instruction)
     what = "documents" if own is None else "chunks"
     with console.bar(what) as bar:
 
@@ -68,7 +68,11 @@ def encode(
 
         texts = _texts(collection or DEFAULT_COLLECTION) if own is None else own.texts()
         index = encode_corpus(
-            *(encoder, texts, out), instruction=instruction, dtype=vectors, on_start=start, progress=bar.advance
+            *(encoder, texts, out),
+            instruction=document_instruction,
+            dtype=vectors,
+            on_start=start,
+            progress=bar.advance,
         )
     speed = f"; {bar.speed}" if bar.texts else ""
     console.say(f"{out}: {len(index):,} vectors of size {index.dimension} as {index.dtype}{speed}")

@@ -205,7 +205,9 @@ def test_the_commands_take_instructions(
 ) -> None:
     instructed.save(tmp_path / "data")
     index, where = tmp_path / "index", ["-c", tmp_path / "data"]
-    assert call(monkeypatch, "encode", tiny_path, index, *where, "--instruction", "A page.", "--untrained") == 0
+    assert (
+        call(monkeypatch, "encode", tiny_path, index, *where, "--document-instruction", "A page.", "--untrained") == 0
+    )
     search = ["search", tiny_path, "a house", *where, "--mode", "direct", "--untrained", "-k", 3, "--index", index]
     capsys.readouterr()
     assert call(monkeypatch, *search) == 2
