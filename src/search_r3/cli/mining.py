@@ -221,6 +221,7 @@ def _retriever(name: str, mode: ModeName, options: ModelOptions) -> Retriever:
         "model": model.backbone.source,
         "revision": model.backbone.revision,
         "settings": model.backbone.settings.model_dump(mode="json"),
+        "precision": model.backbone.dtype,
         "mode": mode.value,
     }
     return DenseRetriever(model, lambda texts: model.encode_query(texts, mode.value).vectors, key)
