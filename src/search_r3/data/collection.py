@@ -13,10 +13,20 @@ from typing import Any
 
 from ..errors import DataError
 from ..files import atomic_directory, read_jsonl, read_lines, write_json
-from .rows import KnownIds, bare_text, check_documents, check_judgements, check_lists, check_queries, string
+from .rows import (
+    KnownIds,
+    bare_text,
+    check_documents,
+    check_judgements,
+    check_lists,
+    check_queries,
+    plain_value,
+    string,
+)
 
 Qrels = dict[str, dict[str, int]]
 """query_id -> doc_id -> relevance (an integer; 0 and below mean not relevant)."""
+_FIELDS = {"_id", "title", "text", "query-id", "doc-ids", "excluded"}
 
 
 @dataclass(frozen=True)
@@ -239,7 +249,7 @@ def _rows(path: Path, *, optional: bool = False) -> Iterator[tuple[str, dict[str
         return
     number = 0
     for number, row in read_jsonl(path):
-        yield f"{path}:{number}", row
+        yield f"{path}:{number}", row | {name: plain_value(name, row[name]) for name in _FIELDS & row.keys()}
     if not number and not optional:
         raise DataError(f"{path}: the file has no rows")
 
