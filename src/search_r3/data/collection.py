@@ -218,14 +218,19 @@ class Collection:
 class CorpusFile:
     """Pairs of doc_id and full text, read from a `corpus.jsonl` anew in every iteration, so that none needs to be held.
 
+    Attributes:
+        path: the file.
+        skipped: as in `iter_documents`.
+
     Raises:
         DataError: in an iteration, as `iter_documents`.
     """
 
     path: Path
+    skipped: set[str] | None = None
 
     def __iter__(self) -> Iterator[tuple[str, str]]:
-        return ((document.doc_id, document.full_text) for document in iter_documents(self.path))
+        return ((document.doc_id, document.full_text) for document in iter_documents(self.path, self.skipped))
 
 
 def iter_documents(path: Path, skipped: set[str] | None = None) -> Iterator[Document]:
