@@ -146,6 +146,12 @@ def string(row: Mapping[str, Any], key: str, place: str, default: str | None = N
     value = row.get(key, default)
     if not isinstance(value, str):
         raise DataError(f"{place}: the field {key!r} {_value_text(row, key)}; expected a string")
+    try:
+        value.encode()
+    except UnicodeEncodeError as error:
+        raise DataError(
+            f"{place}: the field {key!r} holds half a surrogate pair, which is no text; mend or remove it"
+        ) from error
     return value
 
 

@@ -35,6 +35,8 @@ def test_the_hash_sees_every_part(collection: Collection) -> None:
             '{"_id": 7.5, "text": "number"}',
             "corpus.jsonl:41: the field '_id' is 7.5; expected a string",
         ),
+        ("corpus.jsonl", '{"_id": "x", "text": "\\ud83d"}', "corpus.jsonl:41: the field 'text' holds half a surrogate"),
+        ("queries.jsonl", '{"_id": "x", "text": "\\ud83d"}', "queries.jsonl:41: the field 'text' holds half a"),
         ("corpus.jsonl", '{"_id": "x", "text": "  "}', "corpus.jsonl:41: document 'x' has no text"),
         ("corpus.jsonl", '{"_id": "x", "title": "only"}', "corpus.jsonl:41: the field 'text' is missing"),
         ("corpus.jsonl", '{"_id": "x", ', "corpus.jsonl:41: not valid JSON"),
