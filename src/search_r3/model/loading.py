@@ -115,13 +115,14 @@ def _load_parts(
             import_module("accelerate")
     if files.base is not None:
         with extra("train"):
-            import_module("peft")  # transformers loads adapters with it
+            import_module("peft")
     of_tokenizer = files if files.has_tokenizer else whole
     tokenizer = _load_tokenizer(of_tokenizer, tokenizer_kwargs)
     model, missing = _load_model(whole, dtype, is_auto, model_kwargs)
     if files.base is not None:
         _check_row(files, of_tokenizer, tokenizer, tokenizer_kwargs)
-        missing |= _put_in(files, model, len(tokenizer))
+        model, lacking = _put_in(files, model, len(tokenizer))
+        missing |= lacking
     if missing:
         raise ModelError(
             f"{files.name} lacks {len(missing)} weights of its architecture (first: {min(missing)}); wrong files?"
@@ -206,14 +207,24 @@ def _check_row(files: ModelFiles, of_tokenizer: ModelFiles, tokenizer: Any, more
             )
 
 
-def _put_in(files: ModelFiles, model: Any, rows: int) -> set[str]:
-    """Put adapters into their base; the names of weights that their file lacks."""
+def _put_in(files: ModelFiles, model: Any, rows: int) -> tuple[Any, set[str]]:
+    """The base with the adapters in its weights, and the names of weights that their file lacks.
+
+    So it can be trained, saved and exported as any other. Into quantised weights they are not merged, which would lose
+    them in the rounding.
+    """
+    import peft
+
     if model.get_input_embeddings().weight.shape[0] < rows:
         model.resize_token_embeddings(rows, mean_resizing=False)
     with _one_line(f"cannot put the adapters in {files.name} into {model.name_or_path}"):
-        info = model.load_adapter(str(files.folder))
-    # They write the embed token's row of tied tables once, and transformers misses it in the other.
-    return {key for key in getattr(info, "missing_keys", ()) if "token_adapter" not in key}
+        folder = str(files.folder)
+        tuned: Any = peft.get_peft_model(model, peft.PeftConfig.from_pretrained(folder))
+        info = tuned.load_adapter(folder, "default")
+        if not getattr(model, "quantization_method", None):
+            tuned = tuned.merge_and_unload()
+            tuned.name_or_path = tuned.config.name_or_path = files.name  # what further adapters are put into
+    return tuned, set(info.missing_keys)
 
 
 @contextmanager

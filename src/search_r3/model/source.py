@@ -9,12 +9,14 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from importlib.resources import files as package_files
 from pathlib import Path
 from typing import Any, TypedDict, Unpack
 
 from ..errors import ModelError
 from ..files import hash_file, hash_folder
+from .settings import SETTINGS_FILE
 
 CONFIG, ADAPTER_CONFIG = "config.json", "adapter_config.json"
 _WEIGHTS, _ADAPTER_WEIGHTS = "model.safetensors", "adapter_model.safetensors"
@@ -62,11 +64,12 @@ class ModelFiles:
     gguf: str | None = None
     base: ModelFiles | None = None
 
-    @property
+    @cached_property  # hashing reads all weights
     def revision(self) -> str:
         """What names this state: the commit on the hub, or the SHA-256 of the files; of adapters with their base's."""
         if self.gguf is not None:  # a commit may hold several
-            return hash_file(self.folder / self.gguf)
+            own, settings = hash_file(self.folder / self.gguf), self.folder / SETTINGS_FILE
+            return f"{own}+{hash_file(settings)}" if settings.is_file() else own
         own = self.commit or hash_folder(self.folder)
         return own if self.base is None else f"{own}+{self.base.revision}"
 
@@ -170,9 +173,15 @@ def _base_of(adapters: ModelFiles, hub: HubOptions) -> ModelFiles:
         )
     hub = {**hub, "revision": None if Path(base).exists() else config.get("revision")}
     try:
-        return find_files(base, **hub)
+        found = find_files(base, **hub)
     except ModelError as error:
         raise ModelError(f"the base of the adapters in {adapters.name} cannot be loaded: {error}") from error
+    if found.base is not None:
+        raise ModelError(
+            f"{base}, the base of the adapters in {adapters.name}, holds adapters too; load the merged model (a stage "
+            "writes it beside its adapters), or name a whole model in base_model_name_or_path"
+        )
+    return found
 
 
 def _fetched(name: str, hub: HubOptions) -> ModelFiles:

@@ -323,7 +323,8 @@ def load_model(recipe: Recipe, source: str | Path) -> SearchR3:
         from accelerate import PartialState
 
     device = str(PartialState(cpu=not torch.cuda.is_available()).device)
-    saved = read_settings(find_files(source).folder_of(SETTINGS_FILE))
+    files = find_files(source)
+    saved = read_settings(files.folder_of(SETTINGS_FILE))
     own = saved.prompts.name if saved is not None and saved.trained else None
     if None not in (own, recipe.prompts) and recipe.prompts != own:
         raise ConfigError(
@@ -338,6 +339,7 @@ def load_model(recipe: Recipe, source: str | Path) -> SearchR3:
         dtype=recipe.dtype,
         device=device,
         embed_start=recipe.embed_start,
+        revision=files.commit,  # the commit whose settings were read
     )
     longest = recipe.max_length + recipe.max_new_tokens + 1  # a supervised reply goes on to the end of its turn
     if longest > backbone.context_length:
