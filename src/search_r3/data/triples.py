@@ -118,22 +118,21 @@ def judged_queries(collection: Collection, splits: Sequence[str]) -> dict[str, d
 def hold_out(collection: Collection, splits: Sequence[str], held_out: Sequence[str]) -> Collection:
     """The collection without those queries of the training splits that stand in a held-out split too; a warning counts.
 
-    A query stands in both under one id, or with the same text (whatever its case) and the same pool: a question about a
+    A split that is named as both is trained on whole, with a warning: it measures nothing afterwards. A query stands in both under one id, or with the same text (whatever its case) and the same pool: a question about a
     text of its own (babi) is another one.
 
     Args:
         collection: documents, queries and judgements; what the other splits say of a query stays.
         splits: what is trained on.
         held_out: what is measured on; a split that is not there holds nothing.
-
-    Raises:
-        ConfigError: a split is both.
     """
-    if both := set(splits) & set(held_out):
-        raise ConfigError(
-            f"the split {min(both)!r} is trained on and is evaluation.dev_split or test_split: what has been learned "
-            "measures nothing; leave it out of the training, or name another split there"
+    for split in sorted(set(splits) & set(held_out)):
+        logger.warning(
+            "the split %r is trained on and is evaluation.dev_split or test_split: what has been learned measures "
+            "nothing; leave it out of the training, or name another split there",
+            split,
         )
+    held_out = [split for split in held_out if split not in splits]
 
     def content(query_id: str) -> tuple[str, frozenset[str] | None]:
         return collection.queries[query_id].text.casefold(), collection.pools.get(query_id)

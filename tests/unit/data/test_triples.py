@@ -12,7 +12,6 @@ import pytest
 from search_r3.data.collection import Collection, Document, Query
 from search_r3.data.restrictions import restrictions
 from search_r3.data.triples import draw_negatives, hold_out, training_examples
-from search_r3.errors import ConfigError
 from search_r3.mining.candidates import DenseRetriever, LexicalRetriever
 from search_r3.mining.mining import MiningSettings, mine_negatives
 from search_r3.retrieval.encode import Peer
@@ -131,5 +130,10 @@ def test_queries_that_a_held_out_split_holds_too_are_not_trained_on(caplog: pyte
 def test_a_collection_whose_splits_are_apart_is_trained_on_whole(caplog: pytest.LogCaptureFixture) -> None:
     collection = restricted()
     assert hold_out(collection, ["train"], ["dev", "test"]) == collection and not caplog.records
-    with pytest.raises(ConfigError, match=r"the split 'train' is trained on and is evaluation.dev_split or test_split"):
-        hold_out(collection, ["train"], ["train", "test"])
+
+
+def test_a_split_that_is_trained_on_and_measured_on_is_warned_of(caplog: pytest.LogCaptureFixture) -> None:
+    collection = restricted()
+    assert hold_out(collection, ["train"], ["train", "test"]) == collection
+    [line] = [record.getMessage() for record in caplog.records]
+    assert line.startswith("the split 'train' is trained on and is evaluation.dev_split or test_split")
