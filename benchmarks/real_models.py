@@ -1,0 +1,249 @@
+"""Real pretrained models, untrained by us: their vectors, their prompts and replies, and what they cost.
+
+`python benchmarks/real_models.py MODEL.gguf ... --out FOLDER` does three things with each model, or those of `--parts`:
+
+- `parity`: vectors and log-probabilities of both engines, in float32, against the model's own forward pass over each
+  sequence alone, by a model that transformers loaded without us.
+- `replies`: a page, `replies.md`, with a prompt as the model sees it and its greedy reasoning on ten queries.
+- `timing`: seconds per query and documents per second, in float32 and bfloat16, against transformers' `generate` in the
+  same batch and a plain forward pass over padded batches, in alternating runs; a table, `timing.md`.
+
+A GGUF file is unpacked once, into a model directory under `--out`. One JSON object goes to stdout and `record.json`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from dataclasses import replace
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+from common import (
+    GenerateThenEmbed,
+    alternating,
+    atlas_texts,
+    check_vectors,
+    fastest,
+    finish,
+    machine,
+    need,
+    never_ending,
+    prepare,
+    ratio_of_medians,
+    say,
+    versions,
+)
+
+PARTS = ("parity", "replies", "timing")
+QUERIES = [
+    "What is the capital of France?",
+    "why do leaves turn red in autumn",
+    "How do I reverse a list in Python without changing the original?",
+    "the author of the book about a whale and the captain who hunts it",
+    "side effects of taking ibuprofen with aspirin",
+    "Which river flows through Vienna, Budapest and Belgrade?",
+    "cheap way to keep a house cool in summer",
+    "What happens to the boiling point of water on a high mountain?",
+    "function that removes duplicate rows from a table in SQL",
+    "Who was the first woman to win a Nobel Prize, and in what field?",
+]
+NEW_TOKENS = 48
+NEAR = {"vectors": 1e-5, "logprobs": 1e-4}
+"""What rounding in float32 may change: in a coordinate of a vector of length 1, and in a log-probability."""
+
+
+def long_texts(count: int, words: int) -> list[str]:
+    """Texts of about that many words, made of the facts of the collection `atlas-wide`."""
+    flow = " ".join(atlas_texts()).split()
+    step = words + words // 7  # so that texts are of unlike lengths
+    return [" ".join(flow[i * step : i * step + words * 3 // 4 + i * 37 % (words // 2)]) for i in range(count)]
+
+
+def unpacked(path: Path, out: Path, chat_template: Path | None) -> Path:
+    """The model as a directory, which loads in a second; a GGUF file takes minutes."""
+    if path.is_dir():
+        return path
+    folder = out / path.stem
+    if not folder.is_dir():
+        from gguf import GGUFReader
+
+        from search_r3 import SearchR3
+
+        say(f"unpacking {path.name}")
+        more = {}
+        if "tokenizer.chat_template" not in GGUFReader(path).fields and chat_template is not None:
+            more = {"chat_template": chat_template.read_text(encoding="utf-8")}
+        SearchR3(path, dtype="float32", device="cpu", tokenizer_kwargs=more).save_pretrained(folder)
+    return folder
+
+
+def own_model(folder: Path, dtype: str) -> Any:
+    """The model as transformers alone loads it."""
+    import transformers
+
+    return transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).eval()
+
+
+def parity(folder: Path, options: argparse.Namespace) -> dict[str, Any]:
+    """How far both engines are at most from the model's own forward pass, and whether that is rounding."""
+    import torch
+
+    from search_r3 import SearchR3
+
+    backbone = SearchR3(folder, dtype="float32", device="cpu").backbone
+    own = own_model(folder, "float32")
+
+    @torch.no_grad()
+    def forward(ids: list[int]) -> tuple[Any, Any]:
+        output = own(input_ids=torch.tensor([ids]), use_cache=False, output_hidden_states=True)
+        vector = torch.nn.functional.normalize(output.hidden_states[-1][0, -1], dim=-1)
+        return vector, output.logits[0].log_softmax(-1)
+
+    encode = backbone.prompt_encoder.encode_batch
+    texts = [QUERIES[0], *long_texts(3, 100), *(" ".join(long_texts(count, 100)) for count in (3, 5))]
+    prompts = [prompt.ids for prompt in encode(texts, "document")]
+    documents = [forward(ids)[0] for ids in prompts]
+    found: dict[str, Any] = {"engine": backbone.engine, "tokens": [len(ids) for ids in prompts]}
+    engines = {"fast": backbone, "fallback": replace(backbone, model=own, engine="fallback")}
+    for name, one in engines.items():
+        if name == "fast" and backbone.engine != "fast":
+            continue
+        model = SearchR3(one)
+        vectors = torch.from_numpy(model.encode_document(texts, batch_tokens=10**6))  # all in one batch
+        worst = {"vectors": max(float((a - b).abs().max()) for a, b in zip(vectors, documents, strict=True))}
+        worst |= {"logprobs": 0.0, "behind_best": 0.0}
+        asked = [QUERIES[0], QUERIES[2], texts[-1]]
+        asked_ids = [prompt.ids for prompt in encode(asked, "reason")]
+        for reply in model.rollouts(asked_ids, max_new_tokens=8 if options.quick else NEW_TOKENS):
+            vector, logprobs = forward([*reply.prompt_ids, *reply.completion_ids])
+            logprobs = logprobs[len(reply.prompt_ids) - 1 : -1]
+            chosen = logprobs.gather(-1, torch.tensor(reply.completion_ids)[:, None])[:, 0]
+            mask = torch.tensor(reply.completion_mask)
+            gap = float(((chosen - torch.tensor(reply.logprobs)) * mask).abs().max())
+            behind = float(((logprobs.max(-1).values - chosen) * mask).max())
+            worst["vectors"] = max(worst["vectors"], float((vector - reply.vector).abs().max()))
+            worst["logprobs"] = max(worst["logprobs"], gap)
+            worst["behind_best"] = max(worst["behind_best"], behind)  # greedy: none was likelier
+        found[name] = worst
+        say(f"{folder.name} {name}: {worst}")
+        if worst["vectors"] > NEAR["vectors"] or max(worst["logprobs"], worst["behind_best"]) > NEAR["logprobs"]:
+            found["wrong"] = True
+    return found
+
+
+def replies(folder: Path, options: argparse.Namespace) -> tuple[dict[str, Any], str]:
+    """The model's reasoning on the queries, and its part of the page."""
+    from search_r3 import SearchR3
+
+    model = SearchR3(folder, dtype="float32", device="cpu")
+    queries = QUERIES[:2] if options.quick else QUERIES
+    result = model.encode_query(queries, max_new_tokens=8 if options.quick else 128)
+    encoder, tokenizer = model.backbone.prompt_encoder, model.backbone.tokenizer
+    shown = {kind: tokenizer.decode(encoder.encode(queries[0], kind).ids) for kind in ("reason", "document")}
+    ends = ", ".join(f"`{one}`" for one in tokenizer.convert_ids_to_tokens(sorted(encoder.end_token_ids)))
+    lines = [f"## {folder.name}", "", f"{model.backbone.causal_lm.config.model_type}; a reply ends at {ends}.", ""]
+    for kind, text in shown.items():
+        lines += [f"Prompt ({kind}):", "", "```", text, "```", ""]
+    for query, reasoning, count, forced in zip(
+        queries, result.reasoning, result.reasoning_tokens, result.forced, strict=True
+    ):
+        lines += [f"**{query}** ({count} tokens{', embed token forced' if forced else ''})", ""]
+        lines += ["```", reasoning, "```", ""]
+    record = {"prompts": shown, "queries": queries, "reasoning": result.reasoning, "tokens": result.reasoning_tokens}
+    return record | {"forced": result.forced}, "\n".join(lines)
+
+
+def timing(folder: Path, dtype: str, options: argparse.Namespace) -> dict[str, Any]:
+    """Seconds of both sides on the same work: reasoning, direct queries, documents."""
+    from search_r3 import SearchR3
+
+    queries = QUERIES[:2] if options.quick else QUERIES
+    documents = long_texts(4 if options.quick else 200, 100)
+    budget = 8 if options.quick else NEW_TOKENS
+    model, own = SearchR3(folder, dtype=dtype, device="cpu"), own_model(folder, dtype)
+    backbone, encode = model.backbone, model.backbone.prompt_encoder.encode_batch
+    reason, direct = ([prompt.ids for prompt in encode(queries, kind)] for kind in ("reason", "direct"))
+    document_ids = [prompt.ids for prompt in encode(documents, "document")]
+    never_ending(backbone)  # so that both sides write as many tokens
+    own.set_output_embeddings(backbone.causal_lm.get_output_embeddings())
+    peer = GenerateThenEmbed(own, backbone.tokenizer.pad_token_id, backbone.embed_token_id, 0.0)
+    lengths = [budget - 1] * len(queries)
+    size, tried = fastest(lambda size: peer.embed(document_ids, size), (4, 32))
+    work = {
+        "reason": (
+            lambda: model.encode_query(queries, max_new_tokens=budget),
+            lambda: peer(reason, lengths, len(queries)),
+        ),
+        "direct": (lambda: model.encode_query(queries, mode="direct"), lambda: peer.embed(direct, len(queries))),
+        "documents": (lambda: model.encode_document(documents), lambda: peer.embed(document_ids, size)),
+    }
+    found: dict[str, Any] = {"peer_batch": size, "peer_batches_tried": tried}
+    for name, (ours, theirs) in work.items():
+        a, b = ours(), theirs()  # also a warm-up
+        if name == "reason":
+            assert a.reasoning_tokens == lengths
+            texts = map(backbone.prompt_encoder.decode, b[1])
+            found["replies_alike"] = sum(x == y for x, y in zip(a.reasoning, texts, strict=True))  # near ties may tip
+        elif dtype == "float32":
+            check_vectors(getattr(a, "vectors", a), b, NEAR["vectors"])
+        spent = alternating({"search-r3": ours, "peer": theirs}, options.runs)
+        count = len(documents) if name == "documents" else len(queries)
+        found[name] = {"count": count, "seconds": spent, "ratio": ratio_of_medians(*spent.values())}
+    return found
+
+
+def timing_rows(name: str, found: dict[str, Any]) -> list[str]:
+    """A model's rows of the table."""
+    rows = []
+    for dtype, one in found.items():
+        cells = []
+        for kind in ("reason", "direct", "documents"):
+            ours, peer = (median(values) / one[kind]["count"] for values in one[kind]["seconds"].values())
+            cells += [f"{1 / ours:.1f} | {1 / peer:.1f}" if kind == "documents" else f"{ours:.3f} | {peer:.3f}"]
+        rows.append(f"| {name} | {dtype} | {' | '.join(cells)} |")
+    return rows
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("models", nargs="+", type=Path, metavar="MODEL", help="a GGUF file or a model directory")
+    parser.add_argument("--out", type=Path, required=True, help="folder of unpacked models and of what is found")
+    parser.add_argument("--chat-template", type=Path, help="a file for models that have none, such as bases")
+    parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS)
+    parser.add_argument("--runs", type=int, default=3, help="alternating runs; medians count")
+    parser.add_argument("--threads", type=int, default=machine()["cores"])
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--quick", action="store_true", help="few texts, few tokens, one run")
+    options = parser.parse_args()
+    options.runs = 1 if options.quick else options.runs
+    need("babel", "gguf", "accelerate")
+    prepare(options)
+    options.out.mkdir(parents=True, exist_ok=True)
+    packages = versions("torch", "transformers", "search-r3")
+    record: dict[str, Any] = {**machine(), "threads": options.threads, "versions": packages, "models": {}}
+    pages = [f"# Replies of models that no stage has trained\n\nGreedy, float32; {json.dumps(packages)}\n"]
+    head = "| model | precision | reasoning, s/query | `generate` | direct, s/query | plain | documents/s | plain |"
+    table = [head, "|---|---|---|---|---|---|---|---|"]
+    for path in options.models:
+        folder = unpacked(path, options.out, options.chat_template)
+        found = record["models"][folder.name] = {}
+        if "parity" in options.parts:
+            found["parity"] = parity(folder, options)
+        if "replies" in options.parts:
+            found["replies"], page = replies(folder, options)
+            pages.append(page)
+        if "timing" in options.parts:
+            found["timing"] = {dtype: timing(folder, dtype, options) for dtype in ("float32", "bfloat16")}
+            table += timing_rows(folder.name, found["timing"])
+    for name, lines in {"replies": pages, "timing": table}.items():
+        if name in options.parts:
+            (options.out / f"{name}.md").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    finish(record, options.out / "record.json")
+    return int(any(one.get("parity", {}).get("wrong", False) for one in record["models"].values()))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
