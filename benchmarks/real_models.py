@@ -97,10 +97,11 @@ def parity(folder: Path, options: argparse.Namespace) -> dict[str, Any]:
     own = own_model(folder, "float32")
 
     @torch.no_grad()
-    def forward(ids: list[int]) -> tuple[Any, Any]:
-        output = own(input_ids=torch.tensor([ids]), use_cache=False, output_hidden_states=True)
+    def forward(ids: list[int], reply: int = 0) -> tuple[Any, Any]:
+        options = {"use_cache": False, "output_hidden_states": True, "logits_to_keep": reply + 1}
+        output = own(input_ids=torch.tensor([ids]), **options)
         vector = torch.nn.functional.normalize(output.hidden_states[-1][0, -1], dim=-1)
-        return vector, output.logits[0].log_softmax(-1)
+        return vector, output.logits[0, :-1].log_softmax(-1)
 
     encode = backbone.prompt_encoder.encode_batch
     texts = [QUERIES[0], *long_texts(3, 100), *(" ".join(long_texts(count, 100)) for count in (3, 5))]
@@ -118,8 +119,7 @@ def parity(folder: Path, options: argparse.Namespace) -> dict[str, Any]:
         asked = [QUERIES[0], QUERIES[2], texts[-1]]
         asked_ids = [prompt.ids for prompt in encode(asked, "reason")]
         for reply in model.rollouts(asked_ids, max_new_tokens=8 if options.quick else NEW_TOKENS):
-            vector, logprobs = forward([*reply.prompt_ids, *reply.completion_ids])
-            logprobs = logprobs[len(reply.prompt_ids) - 1 : -1]
+            vector, logprobs = forward([*reply.prompt_ids, *reply.completion_ids], len(reply.completion_ids))
             chosen = logprobs.gather(-1, torch.tensor(reply.completion_ids)[:, None])[:, 0]
             mask = torch.tensor(reply.completion_mask)
             gap = float(((chosen - torch.tensor(reply.logprobs)) * mask).abs().max())

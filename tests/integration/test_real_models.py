@@ -56,11 +56,12 @@ def loaded(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
 
 
 @torch.no_grad()
-def forward(own: Any, ids: list[int]) -> tuple[torch.Tensor, torch.Tensor]:
-    """Vector at the last token, and log-probabilities at all, by the model's own forward pass."""
-    output = own(input_ids=torch.tensor([ids]), use_cache=False, output_hidden_states=True)
+def forward(own: Any, ids: list[int], reply: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
+    """Vector at the last token, and log-probabilities of the reply's tokens, by the model's own forward pass."""
+    options = {"use_cache": False, "output_hidden_states": True, "logits_to_keep": reply + 1}
+    output = own(input_ids=torch.tensor([ids]), **options)
     vector = torch.nn.functional.normalize(output.hidden_states[-1][0, -1], dim=-1)
-    return vector, output.logits[0].log_softmax(-1)
+    return vector, output.logits[0, :-1].log_softmax(-1)
 
 
 @pytest.mark.parametrize("engine", ["fast", "fallback"])
@@ -74,9 +75,9 @@ def test_documents_and_replies_are_those_of_the_models_own_forward_pass(loaded: 
     assert np.abs(model.encode_document(TEXTS, batch_tokens=10**6) - expected).max() <= 1e-5
     prompts = backbone.prompt_encoder.encode_batch([QUERY, TEXTS[-1]], "reason")
     for reply in model.rollouts([prompt.ids for prompt in prompts], max_new_tokens=12):
-        vector, logprobs = forward(loaded.own, [*reply.prompt_ids, *reply.completion_ids])
+        ids = [*reply.prompt_ids, *reply.completion_ids]
+        vector, logprobs = forward(loaded.own, ids, len(reply.completion_ids))
         assert (vector - reply.vector).abs().max() <= 1e-5
-        logprobs = logprobs[len(reply.prompt_ids) - 1 : -1]
         for row, token, mask, logprob in zip(
             logprobs, reply.completion_ids, reply.completion_mask, reply.logprobs, strict=True
         ):
