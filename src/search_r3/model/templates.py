@@ -105,8 +105,8 @@ class ChatTemplate:
         source = self.tokenizer.chat_template
         if not source:
             raise ModelError(
-                "the tokenizer has no chat template; take a chat model, for instance an -Instruct one, or give this one "
-                "the template of its family: SearchR3(..., tokenizer_kwargs={'chat_template': TEXT}), whose "
+                "the tokenizer has no chat template; take a chat model, for instance an -Instruct one, or give this "
+                "one the template of its family: SearchR3(..., tokenizer_kwargs={'chat_template': TEXT}), whose "
                 "save_pretrained keeps it"
             )
         if isinstance(source, Mapping):
