@@ -14,7 +14,6 @@ A GGUF file is unpacked once, into a model directory under `--out`. One JSON obj
 from __future__ import annotations
 
 import argparse
-import json
 import random
 import sys
 from dataclasses import replace
@@ -111,7 +110,7 @@ def parity(folder: Path, options: argparse.Namespace) -> dict[str, Any]:
     prompts = [prompt.ids for prompt in encode(texts, "document")]
     assert 600 < max(map(len, prompts)) < backbone.settings.max_length, "longer than a window of 512, and whole"
     documents = [forward(ids)[0] for ids in prompts]
-    found: dict[str, Any] = {"engine": backbone.engine, "tokens": [len(ids) for ids in prompts]}
+    found: dict[str, Any] = {"engine": backbone.engine, "tokens": list(map(len, prompts))}
     engines = {"fallback": replace(backbone, model=own, engine="fallback"), backbone.engine: backbone}
     for name, one in engines.items():
         model = SearchR3(one)
@@ -145,7 +144,7 @@ def replies(folder: Path, options: argparse.Namespace) -> tuple[dict[str, Any], 
     encoder, tokenizer = model.backbone.prompt_encoder, model.backbone.tokenizer
     shown = {kind: tokenizer.decode(encoder.encode(queries[0], kind).ids) for kind in ("reason", "document")}
     ends = ", ".join(f"`{one}`" for one in tokenizer.convert_ids_to_tokens(sorted(encoder.end_token_ids)))
-    lines = [f"## {folder.name}", "", f"{model.backbone.causal_lm.config.model_type}; a reply ends at {ends}.", ""]
+    lines = [f"## {folder.name}", "", f"A reply ends at {ends}.", ""]
     for kind, text in shown.items():
         lines += [f"Prompt ({kind}):", "", "```", text, "```", ""]
     for query, reasoning, count, forced in zip(
@@ -224,10 +223,10 @@ def main() -> int:
     prepare(options)
     options.out.mkdir(parents=True, exist_ok=True)
     packages = versions("torch", "transformers", "search-r3")
-    record: dict[str, Any] = {**machine(), "threads": options.threads, "versions": packages, "models": {}}
-    pages = [f"# Replies of models that no stage has trained\n\nGreedy, float32; {json.dumps(packages)}\n"]
-    head = "| model | precision | reasoning, s/query | `generate` | direct, s/query | plain | documents/s | plain |"
-    table = [head, "|---|---|---|---|---|---|---|---|"]
+    record: dict[str, Any] = machine() | {"threads": options.threads, "versions": packages, "models": {}}
+    pages = [f"# Replies of models that no stage has trained\n\nGreedy, float32; {packages}\n"]
+    table = ["| model | precision | reasoning, s/query | `generate` | direct, s/query | plain | documents/s | plain |"]
+    table.append("|---" * 8 + "|")
     for path in options.models:
         folder = unpacked(path, options.out, options.chat_template)
         found = record["models"][folder.name] = {}
