@@ -8,7 +8,7 @@
 - `timing`: seconds per query and documents per second, in float32 and bfloat16, against transformers' `generate` in the
   same batch and a plain forward pass over padded batches, in alternating runs; a table, `timing.md`.
 
-A GGUF file is unpacked once, into a model directory under `--out`. One JSON object goes to stdout and `record.json`.
+A model is saved once, as a directory under `--out`. One JSON object goes to stdout and `record.json`.
 """
 
 from __future__ import annotations
@@ -65,20 +65,24 @@ def long_texts(count: int, words: int) -> list[str]:
 
 
 def unpacked(path: Path, out: Path, chat_template: Path | None) -> Path:
-    """The model as a directory, which loads in a second; a GGUF file takes minutes."""
-    if path.is_dir():
+    """The model as a directory that holds the embed token's row, too; a GGUF file takes minutes, once."""
+    from search_r3 import SearchR3
+    from search_r3.errors import ModelError
+
+    if (path / "search_r3.json").is_file():
         return path
-    folder = out / path.stem
+    folder = out / path.name.removesuffix(".gguf")
     if not folder.is_dir():
-        from gguf import GGUFReader
-
-        from search_r3 import SearchR3
-
         say(f"unpacking {path.name}")
-        more = {}
-        if "tokenizer.chat_template" not in GGUFReader(path).fields and chat_template is not None:
+        options: dict[str, Any] = {"dtype": "float32", "device": "cpu"}
+        try:
+            model = SearchR3(path, **options)
+        except ModelError as error:
+            if chat_template is None or "no chat template" not in str(error):
+                raise
             more = {"chat_template": chat_template.read_text(encoding="utf-8")}
-        SearchR3(path, dtype="float32", device="cpu", tokenizer_kwargs=more).save_pretrained(folder)
+            model = SearchR3(path, tokenizer_kwargs=more, **options)
+        model.save_pretrained(folder)
     return folder
 
 
@@ -124,9 +128,8 @@ def parity(folder: Path, options: argparse.Namespace) -> dict[str, Any]:
             mask = torch.tensor(reply.completion_mask)
             gap = float(((chosen - torch.tensor(reply.logprobs)) * mask).abs().max())
             behind = float(((logprobs.max(-1).values - chosen) * mask).max())
-            worst["vectors"] = max(worst["vectors"], float((vector - reply.vector).abs().max()))
-            worst["logprobs"] = max(worst["logprobs"], gap)
-            worst["behind_best"] = max(worst["behind_best"], behind)  # greedy: none was likelier
+            off = {"vectors": float((vector - reply.vector).abs().max()), "logprobs": gap, "behind_best": behind}
+            worst = {key: max(worst[key], off[key]) for key in worst}  # `behind_best`: greedy, so none was likelier
         found[name] = worst
         say(f"{folder.name} {name}: {worst}")
         if worst["vectors"] > NEAR["vectors"] or max(worst["logprobs"], worst["behind_best"]) > NEAR["logprobs"]:
