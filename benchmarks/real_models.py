@@ -150,13 +150,11 @@ def replies(folder: Path, options: argparse.Namespace) -> tuple[dict[str, Any], 
     lines = [f"## {folder.name}", "", f"A reply ends at {ends}.", ""]
     for kind, text in shown.items():
         lines += [f"Prompt ({kind}):", "", "```", text, "```", ""]
-    for query, reasoning, count, forced in zip(
-        queries, result.reasoning, result.reasoning_tokens, result.forced, strict=True
-    ):
+    rows = zip(queries, result.reasoning, result.reasoning_tokens, result.forced, strict=True)
+    for query, reasoning, count, forced in rows:
         lines += [f"**{query}** ({count} tokens{', embed token forced' if forced else ''})", ""]
         lines += ["```", reasoning, "```", ""]
-    record = {"prompts": shown, "queries": queries, "reasoning": result.reasoning, "tokens": result.reasoning_tokens}
-    return record | {"forced": result.forced}, "\n".join(lines)
+    return {"prompts": shown, "queries": queries, "reasoning": result.reasoning}, "\n".join(lines)
 
 
 def timing(folder: Path, dtype: str, options: argparse.Namespace) -> dict[str, Any]:
@@ -168,8 +166,8 @@ def timing(folder: Path, dtype: str, options: argparse.Namespace) -> dict[str, A
     budget = 8 if options.quick else NEW_TOKENS
     model, own = SearchR3(folder, dtype=dtype, device="cpu"), own_model(folder, dtype)
     backbone, encode = model.backbone, model.backbone.prompt_encoder.encode_batch
-    reason, direct = ([prompt.ids for prompt in encode(queries, kind)] for kind in ("reason", "direct"))
-    document_ids = [prompt.ids for prompt in encode(documents, "document")]
+    work_texts = {"reason": queries, "direct": queries, "document": documents}
+    reason, direct, document_ids = ([one.ids for one in encode(texts, kind)] for kind, texts in work_texts.items())
     never_ending(backbone)  # so that both sides write as many tokens
     own.set_output_embeddings(backbone.causal_lm.get_output_embeddings())
     peer = GenerateThenEmbed(own, backbone.tokenizer.pad_token_id, backbone.embed_token_id, 0.0)
@@ -218,11 +216,10 @@ def main() -> int:
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS)
     parser.add_argument("--runs", type=int, default=3, help="alternating runs; medians count")
     parser.add_argument("--threads", type=int, default=machine()["cores"])
-    parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--quick", action="store_true", help="few texts, few tokens, one run")
     options = parser.parse_args()
-    options.runs = 1 if options.quick else options.runs
     need("babel", "gguf", "accelerate")
+    options.runs, options.seed = 1 if options.quick else options.runs, 0
     prepare(options)
     options.out.mkdir(parents=True, exist_ok=True)
     packages = versions("torch", "transformers", "search-r3")
