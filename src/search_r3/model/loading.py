@@ -76,7 +76,8 @@ def load_backbone(
     place = torch_device(device)
     more = _checked(model_kwargs, "model_kwargs"), _checked(tokenizer_kwargs, "tokenizer_kwargs")
     files = find_files(source, **hub)
-    model, tokenizer = _load_parts(files, torch_dtype(dtype, place), dtype == "auto", *more)
+    has_settings = settings is not None or (files.folder_of(SETTINGS_FILE) / SETTINGS_FILE).is_file()
+    model, tokenizer = _load_parts(files, torch_dtype(dtype, place), dtype == "auto", has_settings, *more)
     overrides = {"prompts": prompts, "max_length": max_length, "max_new_tokens": max_new_tokens}
     settings, embed_token_id = _settle(files, model, tokenizer, settings, overrides, embed_start)
     if place.type == "cuda":
@@ -104,6 +105,7 @@ def _load_parts(
     files: ModelFiles,
     dtype: torch.dtype,
     is_auto: bool,
+    has_settings: bool,
     model_kwargs: Mapping[str, Any],
     tokenizer_kwargs: Mapping[str, Any],
 ) -> tuple[Any, Any]:
@@ -118,6 +120,8 @@ def _load_parts(
             import_module("peft")
     of_tokenizer = files if files.has_tokenizer else whole
     tokenizer = _load_tokenizer(of_tokenizer, tokenizer_kwargs)
+    if not has_settings:  # which may hold what the template wrote
+        _ = ChatTemplate(tokenizer, None).source  # what has none is refused before its weights are read for minutes
     model, missing = _load_model(whole, dtype, is_auto, model_kwargs)
     if files.base is not None:
         _check_row(files, of_tokenizer, tokenizer, tokenizer_kwargs)

@@ -105,7 +105,9 @@ class ChatTemplate:
         source = self.tokenizer.chat_template
         if not source:
             raise ModelError(
-                "the tokenizer has no chat template; Search-R3 needs a chat model, for instance an -Instruct one"
+                "the tokenizer has no chat template; take a chat model, for instance an -Instruct one, or give this "
+                "one the template of its family: SearchR3(..., tokenizer_kwargs={'chat_template': TEXT}), whose "
+                "save_pretrained keeps it"
             )
         if isinstance(source, Mapping):
             if "default" not in source:

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import transformers
 import typer
 from conftest import call, save_tiny, tiny_model
 from hub_server import Hub, Repository, reached_hub
@@ -330,7 +331,7 @@ def test_what_is_not_on_the_hub_is_one_line(hub: Hub, base: Path) -> None:
         assert "\n" not in str(caught.value)
 
 
-def write_gguf(path: Path, tokenizer: Any) -> Any:
+def write_gguf(path: Path, tokenizer: Any, chat_template: str | None) -> Any:
     """A tiny Qwen2 in a GGUF file; returns the model."""
     gguf = pytest.importorskip("gguf")
     model = tiny_model("qwen2", tokenizer)
@@ -353,7 +354,8 @@ def write_gguf(path: Path, tokenizer: Any) -> Any:
     writer.add_token_merges([merge if isinstance(merge, str) else " ".join(merge) for merge in merges])
     writer.add_eos_token_id(tokenizer.eos_token_id)
     writer.add_pad_token_id(tokenizer.pad_token_id)
-    writer.add_chat_template(tokenizer.chat_template)
+    if chat_template is not None:
+        writer.add_chat_template(chat_template)
     names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.QWEN2, config.num_hidden_layers)
     for name, value in model.state_dict().items():
         if name != "lm_head.weight":  # tied
@@ -368,7 +370,7 @@ def write_gguf(path: Path, tokenizer: Any) -> Any:
 
 def test_a_gguf_file_is_a_model_and_is_saved_as_safetensors(tokenizer: Any, tmp_path: Path, hub: Hub) -> None:
     path = tmp_path / "tiny.gguf"
-    model = write_gguf(path, tokenizer)
+    model = write_gguf(path, tokenizer, tokenizer.chat_template)
     model.save_pretrained(tmp_path / "plain")
     tokenizer.save_pretrained(tmp_path / "plain")
     loaded = SearchR3(path, device="cpu")
@@ -397,9 +399,28 @@ def test_a_gguf_file_is_a_model_and_is_saved_as_safetensors(tokenizer: Any, tmp_
     assert fetched.files is not None and [one.name for one in fetched.files.folder.iterdir()] == ["tiny.gguf"]
 
 
+def test_a_base_without_a_chat_template_takes_a_given_one_and_keeps_it(
+    tokenizer: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "base.gguf"
+    write_gguf(path, tokenizer, None)
+    with monkeypatch.context() as patch:
+        patch.setattr(transformers.AutoModelForCausalLM, "from_pretrained", None)  # no weights are read for an error
+        with pytest.raises(ModelError, match=r"no chat template; .*tokenizer_kwargs=\{'chat_template': TEXT\}"):
+            load_backbone(path)
+    template = (Path(__file__).parents[2] / "templates" / "gemma-3.jinja").read_text(encoding="utf-8")
+    given = SearchR3(path, device="cpu", tokenizer_kwargs={"chat_template": template})
+    prompt = given.backbone.tokenizer.decode(given.backbone.prompt_encoder.encode(TEXT, "direct").ids)
+    assert f"{TEXT}<end_of_turn>" in prompt and prompt.count("<start_of_turn>") == 2
+    given.save_pretrained(tmp_path / "saved")
+    again = load_backbone(tmp_path / "saved", device="cpu")
+    assert again.settings.frames == given.backbone.settings.frames
+    assert again.tokenizer.chat_template == template
+
+
 def test_a_damaged_gguf_file_is_one_error(tokenizer: Any, tmp_path: Path) -> None:
     path = tmp_path / "tiny.gguf"
-    write_gguf(path, tokenizer)
+    write_gguf(path, tokenizer, tokenizer.chat_template)
     whole = path.read_bytes()
     for content in (POINTER, whole[: len(whole) // 2], b"GGML" + whole[4:]):
         path.write_bytes(content)

@@ -187,7 +187,7 @@ def test_a_system_message_that_a_template_drops_stands_before_the_text(tokenizer
         ("{{ 1 + 'a' }}", r"cannot be rendered \(TypeError: unsupported operand"),
         ("{{ raise_exception('not today') }}", r"cannot be rendered \(TemplateError: not today\)"),
         ("{% if %}", r"cannot be rendered \(TemplateSyntaxError"),
-        (None, "no chat template; Search-R3 needs a chat model"),
+        (None, r"no chat template; .* tokenizer_kwargs=\{'chat_template': TEXT\}"),
         ({"rag": "x", "tool_use": "y"}, "by the names rag, tool_use, and none by the name default"),
     ],
 )
