@@ -118,8 +118,9 @@ def judged_queries(collection: Collection, splits: Sequence[str]) -> dict[str, d
 def hold_out(collection: Collection, splits: Sequence[str], held_out: Sequence[str]) -> Collection:
     """The collection without those queries of the training splits that stand in a held-out split too; a warning counts.
 
-    A split that is named as both is trained on whole, with a warning: it measures nothing afterwards. A query stands in both under one id, or with the same text (whatever its case) and the same pool: a question about a
-    text of its own (babi) is another one.
+    A split that is named as both is trained on whole, with a warning: it measures nothing afterwards. A query stands in
+    both under one id, or with the same text (whatever its case) and the same pool: a question about a text of its own
+    (babi) is another one.
 
     Args:
         collection: documents, queries and judgements; what the other splits say of a query stays.
