@@ -12,9 +12,7 @@ from __future__ import annotations
 import argparse
 import json
 import random
-from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import real_collections
@@ -23,27 +21,14 @@ from common import machine, say, spread
 DIRECT_REPLY = "The embedding is "
 
 
-def forced_vectors(model: Any, queries: Sequence[str], texts: Sequence[str]) -> np.ndarray:
-    """Vectors `B x D` of queries in reason mode where the model has written these texts."""
-    import torch
-
-    encoder, sequences = model.backbone.prompt_encoder, []
-    for query, text in zip(queries, texts, strict=True):
-        reply = encoder.reason_completion(text)
-        sequences.append(encoder.encode(query, "reason").ids + reply.ids[: reply.embed_position + 1])
-    with torch.no_grad():
-        parts = [model.backbone.embed(sequences[start : start + 64]) for start in range(0, len(sequences), 64)]
-    return torch.cat(parts).cpu().numpy()
-
-
 def score(root: Path, out: Path, name: str, seed: int) -> dict[str, float]:
     """nDCG@10 on dev of one collection, by what was written."""
     from traces import query_traces
 
     from search_r3.data.collection import Collection
+    from search_r3.evaluation.swapped import measure_in, vectors_after
     from search_r3.model.encoder import SearchR3
     from search_r3.retrieval.index import ExactIndex
-    from search_r3.retrieval.metrics import ndcg
 
     model = SearchR3(out / f"seed{seed}" / "sft" / "model", device="cpu")
     source = Collection.load(root / real_collections.FOLDERS[name])
@@ -53,9 +38,10 @@ def score(root: Path, out: Path, name: str, seed: int) -> dict[str, float]:
     queries = [source.queries[query_id].text for query_id in qrels]
     traces = [query_traces(source.queries[i], [source.documents[d] for d in gains]) for i, gains in qrels.items()]
 
+    measure = measure_in(index, source, qrels)
+
     def ranked(vectors: np.ndarray) -> float:
-        found = index.search(vectors, 10).doc_ids
-        return float(np.mean([ndcg(ids, gains, 10) for ids, gains in zip(found, qrels.values(), strict=True)]))
+        return float(np.mean(measure(vectors)))
 
     scores = {"direct mode": ranked(model.encode_query(queries, "direct").vectors)}
     scores["its own"] = ranked(model.encode_query(queries, "reason").vectors)
@@ -64,7 +50,7 @@ def score(root: Path, out: Path, name: str, seed: int) -> dict[str, float]:
     for style in sorted(set.intersection(*map(set, traces))):
         given[f"true: {style}"] = [trace[style] for trace in traces]
         given[f"another query's: {style}"] = random.Random(0).sample(given[f"true: {style}"], len(queries))
-    return scores | {what: ranked(forced_vectors(model, queries, said)) for what, said in given.items()}
+    return scores | {what: ranked(vectors_after(model, queries, said)) for what, said in given.items()}
 
 
 def main() -> None:

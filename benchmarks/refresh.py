@@ -38,7 +38,8 @@ from search_r3.files import write_json
 from search_r3.model.encoder import SearchR3
 from search_r3.training import losses
 from search_r3.training.engine import load_model, make_engine
-from search_r3.training.grpo import Experience, collect, train_grpo, update
+from search_r3.training.grpo import train_grpo, update
+from search_r3.training.rl.rollouts import Experience, collect
 from search_r3.training.run import Run
 from search_r3.training.sft import train_sft
 from search_r3.types import DocumentEncoder

@@ -118,7 +118,7 @@ def load(options: argparse.Namespace, folder: Path) -> tuple[Any, Any]:
         "grpo.advantage_scale": "group",
         "grpo.refresh.policy": "never",
         "grpo.reward_k": 1000,  # all of atlas: a random model finds nothing among ten, and equal rewards teach nothing
-        "grpo.reward.similarity": 0,
+        "grpo.reward.log_rank": 0,
         "grpo.reward.format": 0,
     }
     recipe = load_recipe(None, [f"{key}={value}" for key, value in settings.items()])
@@ -134,7 +134,7 @@ def peer_of(backbone: Any, model: Any) -> GenerateThenEmbed:
 def measure_rollouts(options: argparse.Namespace, model: Any, recipe: Any) -> dict[str, Any]:
     """The rollout part of a step on both sides."""
     from search_r3.data.load import load_collection
-    from search_r3.training.grpo import queries_of_step
+    from search_r3.training.rl.rollouts import queries_of_step
 
     collection = load_collection("atlas")
     query_ids = queries_of_step(sorted(collection.split("rl")), options.prompts, options.seed, 0)
@@ -175,7 +175,8 @@ def our_step(
 ) -> tuple[Callable[..., Any], Parts]:
     """The step of `train_grpo`, by its number, and what its parts took."""
     from search_r3.training.engine import make_engine
-    from search_r3.training.grpo import collect, update
+    from search_r3.training.grpo import update
+    from search_r3.training.rl.rollouts import collect
 
     parts, lengths, decode = Parts(), schedule(options), model.rollouts
     engine = make_engine(model, recipe, recipe.grpo)
@@ -314,7 +315,7 @@ def their_queries(options: argparse.Namespace, backbone: Any, environment: Any) 
     """The queries of all steps in our order, as chat messages; both sides' prompt ids must be the same."""
     from datasets import Dataset
 
-    from search_r3.training.grpo import queries_of_step
+    from search_r3.training.rl.rollouts import queries_of_step
 
     encoder, rows = backbone.prompt_encoder, []
     for step in range(options.runs + 1):

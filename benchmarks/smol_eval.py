@@ -9,14 +9,10 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from real_traces import forced_vectors
-
 from search_r3.data.collection import Collection
+from search_r3.evaluation.swapped import measure_in, swapped_reasoning
 from search_r3.model.encoder import SearchR3
 from search_r3.retrieval.index import ExactIndex
-from search_r3.retrieval.metrics import ndcg
-from search_r3.retrieval.ranking import make_requests, ranked
-from search_r3.types import Array
 
 ORDER = (
     "openbookqa",
@@ -83,17 +79,10 @@ def measured(
 ) -> tuple[dict[str, float], list[dict[str, Any]]]:
     """Measures of one collection, and replies."""
     qrels = collection.split("dev")
-    query_ids, requests, documents = list(qrels), make_requests(collection, qrels), collection.texts()
-    texts = [request.text for request in requests]
+    query_ids, documents = list(qrels), collection.texts()
+    texts = [collection.queries[query_id].text for query_id in query_ids]
     index = ExactIndex(list(documents), model.encode_document(list(documents.values())))
-
-    def score(vectors: Array) -> list[float]:
-        rankings = ranked(index, vectors, requests, 10)
-        return [
-            ndcg([doc_id for doc_id, _ in ranking], qrels[query_id], 10)
-            for query_id, ranking in zip(query_ids, rankings, strict=True)
-        ]
-
+    score = measure_in(index, collection, qrels)
     direct = score(model.encode_query(texts, "direct").vectors)
     started = time.perf_counter()
     reasoned = model.encode_query(texts, "reason")
@@ -108,23 +97,11 @@ def measured(
         "ms": 1000 * seconds / len(texts),
         "distinct": len(set(reasoned.reasoning)) / len(texts),
     }
-    said = {
-        "own": reasoned.reasoning,
-        "other": [*reasoned.reasoning[1:], reasoned.reasoning[0]],
-        "none": [""] * len(texts),
-    }
-    for kind, reasoning in said.items():
-        values[f"swap_{kind}"] = fmean(score(forced_vectors(model, texts, reasoning)))
-    known = [place for place, one in enumerate(query_ids) if traces.get(one)]
-    if known:
-        true = [traces.get(one, "") for one in query_ids]
-        after_true = score(forced_vectors(model, texts, true))
-        values["swap_true"] = fmean(after_true[place] for place in known)
-        values["own_where_true"] = fmean(own[place] for place in known)
-        values["copied"] = fmean(
-            reasoned.reasoning[place].strip().rstrip(".").lower() == true[place].strip().rstrip(".").lower()
-            for place in known
-        )
+    true = {place: traces[one] for place, one in enumerate(query_ids) if traces.get(one)}
+    swapped = swapped_reasoning(model, texts, reasoned.reasoning, score, true)
+    values |= {name if name == "own_where_true" else f"swap_{name}": value for name, value in swapped.items()}
+    if true:
+        values["copied"] = fmean(_plain(reasoned.reasoning[place]) == _plain(trace) for place, trace in true.items())
     rows = [
         {
             "collection": collection.name,
@@ -138,3 +115,7 @@ def measured(
         for place in range(min(len(texts), 40))
     ]
     return values, rows
+
+
+def _plain(text: str) -> str:
+    return text.strip().rstrip(".").lower()

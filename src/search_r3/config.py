@@ -135,13 +135,30 @@ class LoRASettings(Section):
     )
 
 
-class RewardWeights(Section):
-    """Weights of the reward parts; the reward is their weighted sum."""
+class RewardSettings(Section):
+    """Weights of the reward's parts, whose weighted sum it is, and what the parts need."""
 
-    ranking: float = Field(1.0, ge=0, description="nDCG@k of the rollout's vector over the live corpus, 0 to 1.")
-    similarity: float = Field(0.1, ge=0, description="(1 + cosine to the positives) / 2, 0 to 1.")
+    ndcg: float = Field(1.0, ge=0, description="nDCG@k of the rollout's vector over the live corpus, 0 to 1.")
+    log_rank: float = Field(
+        0.5, ge=0, description="1 - log(rank) / log(1000) of the relevant documents, the mean; 0 to 1, 0 from 1,000 on."
+    )
+    contrastive: float = Field(
+        0.0, ge=0, description="Softmax probability of the relevant documents among the best of the index, 0 to 1."
+    )
     format: float = Field(0.1, ge=0, description="1 if the model emitted the embed token itself, else 0.")
-    length: float = Field(0.0, ge=0, description="Minus the used share of the budget, -1 to 0.")
+    length: float = Field(0.0, ge=0, description="0 up to three quarters of the budget, -1 where it is used up.")
+    tokens: float = Field(0.0, ge=0, description="A price per token: minus the used share of the budget, -1 to 0.")
+    custom: float = Field(1.0, ge=0, description="What `function` returns.")
+    function: str | None = Field(
+        None,
+        pattern=r"^[\w.]+:\w+$",
+        description="`module:function`, a part of your own: `environment.reward.RewardFunction`.",
+    )
+    forced_ranks: bool = Field(
+        False, description="Whether replies whose embed token was forced earn ndcg, log_rank and contrastive."
+    )
+    contrastive_temperature: float = Field(0.05, gt=0, description="tau of the part contrastive.")
+    contrastive_depth: int = Field(100, ge=1, description="Best documents of the index that contrastive looks at.")
 
 
 class RefreshSettings(Section):
@@ -222,16 +239,51 @@ class GRPOSettings(DevSettings):
         "batch",
         description="What centred rewards are divided by: the group's, the batch's standard deviation, or 1.",
     )
-    embedding_loss_weight: float = Field(
-        0.0, ge=0, description="Weight of InfoNCE on the rollouts' own vectors against the live index."
+    baseline: Literal["group_mean", "leave_one_out", "direct"] = Field(
+        "group_mean",
+        description="What is taken from a reward: the mean of its group, of the group's others, or what direct mode "
+        "earns with the same weights, so that reasoning is paid for what it adds.",
     )
-    contrastive_temperature: float = Field(0.05, gt=0, description="tau of that InfoNCE.")
-    reward: RewardWeights = RewardWeights()
-    reward_k: int = Field(10, ge=1, description="k of the nDCG in the ranking part.")
+    redraws: int = Field(
+        0, ge=0, description="Times that a step replaces groups whose ranks are all alike by other queries'."
+    )
+    curriculum: int = Field(
+        1,
+        ge=1,
+        description="Queries looked at in direct mode for each that is rolled out; those that it ranks 2 to 1,000 come "
+        "first. 1: none.",
+    )
+    embedding_loss_weight: float = Field(
+        0.0, ge=0, description="Weight of InfoNCE on the rollouts' own vectors against the best of their rankings."
+    )
+    embedding_loss_on: Literal["all", "winners"] = Field(
+        "all",
+        description="The rollouts that it is taken of. winners: those with an advantage above 0, so that the vector is "
+        "not taught to find the way after reasoning that leads astray, that is, to look past what is written.",
+    )
+    direct_loss_weight: float = Field(0.0, ge=0, description="Weight of the same InfoNCE on the direct vectors.")
+    embedding_depth: int = Field(100, ge=1, description="Best documents of a ranking that these terms look at.")
+    contrastive_temperature: float = Field(0.05, gt=0, description="tau of these terms.")
+    reward: RewardSettings = RewardSettings()
+    reward_k: int = Field(10, ge=1, description="k of the nDCG in the reward.")
     refresh: RefreshSettings = RefreshSettings()
     rollout_batch_size: int = Field(256, ge=1, description="Rollouts decoded at once; changes results by rounding.")
     micro_batch_size: int = Field(128, ge=1, description="Rollouts per forward and backward pass; changes memory only.")
     evaluate_every: int = Field(10, ge=0, description="Steps between evaluations on `evaluation.dev_split`; 0: none.")
+
+    @property
+    def pathwise(self) -> bool:
+        """Whether a vector is trained by InfoNCE."""
+        return self.embedding_loss_weight > 0 or self.direct_loss_weight > 0
+
+    @model_validator(mode="after")
+    def _a_baseline_that_fits(self) -> GRPOSettings:
+        if self.baseline == "direct" and self.advantage_scale == "group":
+            raise ValueError(
+                "baseline=direct with advantage_scale=group divides by 0 where all rewards of a group are equal, but "
+                "not direct mode's; set advantage_scale=batch"
+            )
+        return self
 
 
 class EvaluationSettings(Section):

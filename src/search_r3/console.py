@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from .evaluation.search import Answer
     from .evaluation.significance import Comparison
     from .planning.plan import MemoryPlan
+    from .training.probe import ProbeReport
 
 
 def fail(message: str, status: int) -> NoReturn:
@@ -278,6 +279,19 @@ def show_plan(plan: MemoryPlan, base: str, gpu_bytes: float, remedy: str) -> Non
     if not plan.fits(gpu_bytes):
         say(f"change first: {remedy}" if remedy else "no setting of the recipe is enough: use more or larger GPUs")
     say("")
+
+
+def show_probe(report: ProbeReport) -> None:
+    """Show what a probe found: its values, then a sentence for each finding."""
+    from rich import print as rich_print
+    from rich.table import Table
+
+    grid = Table("value", f"of {report.queries} queries", box=None)
+    for name, value in report.values.items():
+        grid.add_row(name, f"{value:.3f}")
+    rich_print(grid)
+    for finding in report.findings:
+        say(f"{finding.text} Mend {finding.mend}.")
 
 
 def show_answer(pieces: Iterable[str | Answer]) -> None:

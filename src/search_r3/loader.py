@@ -21,8 +21,13 @@ class Section(BaseModel):
 
 
 S = TypeVar("S", bound=Section)
-RENAMED = {"sft.bm25_negatives": "sft.hard_negatives"}
-"""Settings by the names that earlier versions gave them -> by their own."""
+RENAMED = {
+    "sft.bm25_negatives": "is called 'sft.hard_negatives' now; write that",
+    "grpo.reward.ranking": "is called 'grpo.reward.ndcg' now; write that",
+    "grpo.reward.similarity": "has gone, since any text that says less raises a cosine; leave it out, and use "
+    "'grpo.reward.log_rank' or 'grpo.reward.contrastive' for what nDCG does not see",
+}
+"""Settings by the names that earlier versions gave them -> what became of them."""
 
 
 def load_settings(kind: type[S], path: str | Path | None, overrides: Sequence[str] = ()) -> S:
@@ -124,7 +129,7 @@ def _explain(
     where = f"{origin}: " if origin is not None else ""
     if first["type"] == "extra_forbidden":
         if key in RENAMED:
-            return f"{where}the setting {key!r} is called {RENAMED[key]!r} now; write that"
+            return f"{where}the setting {key!r} {RENAMED[key]}"
         section: type[Section] = kind
         for part in first["loc"][:-1]:
             section = section if isinstance(part, int) else _section(section.model_fields[part].annotation) or section

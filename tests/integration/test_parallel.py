@@ -18,7 +18,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.distributed as dist
-from search_r3.config import RefreshSettings, RewardWeights
+from search_r3.config import RefreshSettings, RewardSettings
 from search_r3.data.collection import Collection
 from search_r3.environment.environment import RetrievalEnvironment
 from search_r3.parallel import make_communicator
@@ -37,7 +37,7 @@ texts = []
 encode_document = model.encode_document
 model.encode_document = lambda own, **options: texts.extend(own) or encode_document(own, **options)
 environment = RetrievalEnvironment(
-    collection, collection.split("train"), model, RefreshSettings(policy=policy, **settings), RewardWeights(),
+    collection, collection.split("train"), model, RefreshSettings(policy=policy, **settings), RewardSettings(),
     k=10, max_new_tokens=8, communicator=make_communicator(),
 )
 everyone = sorted(environment.qrels)

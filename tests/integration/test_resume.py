@@ -90,20 +90,27 @@ REFRESHES = {
 }
 
 
-@pytest.mark.parametrize("refresh", REFRESHES)
+CHOSEN = [
+    "grpo.refresh={policy: shortlist}", "grpo.baseline=direct", "grpo.redraws=2", "grpo.curriculum=3",
+    "grpo.reward.contrastive=0.5", "grpo.embedding_loss_on=winners", "grpo.direct_loss_weight=0.2",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("refresh", [*REFRESHES, "chosen"])
 @pytest.mark.parametrize("stopped_at", [1, 5])
 def test_a_resumed_stage_2_equals_an_unbroken_one(
     tmp_path: Path, tiny_path: Path, collection_path: Path, stage_1: Path, refresh: str, stopped_at: int
 ) -> None:
-    option = f"grpo.refresh={REFRESHES[refresh]}"
-    whole = recipe(tmp_path / "whole", tiny_path, collection_path, option)
+    options = CHOSEN if refresh == "chosen" else [f"grpo.refresh={REFRESHES[refresh]}"]
+    whole = recipe(tmp_path / "whole", tiny_path, collection_path, *options)
     expected = train_grpo(whole, Run(whole), stage_1)
-    broken = recipe(tmp_path / "broken", tiny_path, collection_path, option)
+    broken = recipe(tmp_path / "broken", tiny_path, collection_path, *options)
     with pytest.raises(Stop):
         train_grpo(broken, Run(broken), stage_1, stop_at(stopped_at))
     run = Run(broken)
     assert same_weights(train_grpo(broken, run, stage_1), expected)
     assert steps_logged(run, "grpo") == list(range(8))
+    assert (sum(row.get("redrawn_groups", 0) for row in run.metrics("grpo")) > 0) == (refresh == "chosen")
     assert not same_weights(expected, stage_1)
     for one, two in zip(run.metrics("grpo"), Run(whole).metrics("grpo"), strict=True):
         assert {k: v for k, v in one.items() if "second" not in k} == {

@@ -48,7 +48,10 @@ def test_a_run_that_is_complete_stays_so_once_its_setting_has_the_new_name(
     call_again = ["sft", "run_dir=run", *SAME, "sft.hard_negatives=1", "--resume"]
     assert call(monkeypatch, *call_again) == 2
     assert "'sft.bm25_negatives' is called 'sft.hard_negatives' now" in capsys.readouterr().err
-    rename(there / "run" / "settings.yaml")
+    rename(there / "run" / "settings.yaml", "bm25_negatives", "hard_negatives")
+    assert call(monkeypatch, *call_again) == 2
+    assert "'grpo.reward.ranking' is called 'grpo.reward.ndcg' now" in capsys.readouterr().err
+    rename_all(there / "run" / "settings.yaml")
     assert call(monkeypatch, *call_again) == 0
 
 
@@ -56,7 +59,7 @@ def test_a_training_that_was_stopped_is_refused_with_the_remedy(
     there: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     call_again = ["sft", "run_dir=stopped", *SAME, "sft.hard_negatives=1", "--resume"]
-    rename(there / "stopped" / "settings.yaml")
+    rename_all(there / "stopped" / "settings.yaml")
     assert call(monkeypatch, *call_again) == 2, "norms and biases have a group of their own in the optimizer now"
     printed = " ".join(capsys.readouterr().err.split())
     assert "step-000001 does not fit this training" in printed and "another version of search-r3 wrote it" in printed
@@ -66,5 +69,10 @@ def test_a_training_that_was_stopped_is_refused_with_the_remedy(
     assert (there / "stopped" / "sft" / "model" / "model.safetensors").exists()
 
 
-def rename(settings: Path) -> None:
-    settings.write_text(settings.read_text().replace("bm25_negatives", "hard_negatives"))
+def rename(settings: Path, old: str, new: str) -> None:
+    settings.write_text(settings.read_text().replace(old, new))
+
+
+def rename_all(settings: Path) -> None:
+    rename(settings, "bm25_negatives", "hard_negatives")
+    rename(settings, "    ranking: 1.0\n    similarity: 0.1\n", "    ndcg: 1.0\n")

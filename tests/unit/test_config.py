@@ -195,4 +195,17 @@ def test_every_setting_has_a_description() -> None:
                 assert field.description, f"{model.__name__}.{name}"
 
     check(Recipe)
-    assert yaml.safe_load(dump_recipe(Recipe()))["grpo"]["reward"]["ranking"] == 1.0
+    assert yaml.safe_load(dump_recipe(Recipe()))["grpo"]["reward"]["ndcg"] == 1.0
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("ranking", "the setting 'grpo.reward.ranking' is called 'grpo.reward.ndcg' now"),
+        ("similarity", "'grpo.reward.similarity' has gone.* use 'grpo.reward.log_rank' or 'grpo.reward.contrastive'"),
+    ],
+)
+def test_a_reward_part_by_its_old_name_is_told_what_became_of_it(tmp_path: Path, name: str, message: str) -> None:
+    (tmp_path / "old.yaml").write_text(f"grpo:\n  reward: {{{name}: 1.0, format: 0.1}}\n")
+    with pytest.raises(ConfigError, match=message):
+        load_recipe(tmp_path / "old.yaml")

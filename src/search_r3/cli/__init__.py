@@ -10,13 +10,13 @@ import typer
 
 from .. import __version__, console
 from ..errors import SearchR3Error, StoppedError
-from . import data, evaluation, mining, mix, plan, push, search, training
+from . import data, evaluation, mining, mix, plan, probe, push, search, training
 from .common import app
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-__all__ = ["app", "data", "evaluation", "main", "mining", "mix", "plan", "push", "search", "training"]
+__all__ = ["app", "data", "evaluation", "main", "mining", "mix", "plan", "probe", "push", "search", "training"]
 
 INTERRUPTED = 130
 """Typer's exit status after Ctrl-C."""
@@ -28,6 +28,7 @@ ORDER = (
     "base",
     "plan",
     "sft",
+    "probe",
     "grpo",
     "evaluate",
     "mteb",

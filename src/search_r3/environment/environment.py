@@ -8,28 +8,27 @@ from __future__ import annotations
 import random
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
-from functools import cached_property
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
-from ..config import RefreshSettings, RewardWeights
+from ..config import RefreshSettings, RewardSettings
 from ..data.collection import Collection, Qrels
-from ..data.restrictions import restrictions
 from ..errors import DataError, RewardError
 from ..model.engine.decoding import Rollout
 from ..parallel import Communicator, divide, encode_sharded
 from ..retrieval.approximate import ApproximateIndex
-from ..retrieval.index import ExactIndex, VectorIndex, descending
-from ..retrieval.ranking import RestrictedRows, ranked_rows, ranks, restricted_rows
+from ..retrieval.index import ExactIndex, descending
+from ..retrieval.ranking import ranked_rows
 from ..types import Array, DocumentEncoder, Rows
 from .account import Audit, compare_scores
 from .drift import MIN_PAIRS, DriftCorrection, fit_drift
 from .refresh import RefreshRequest, make_policy
-from .reward import RewardParts, reward_parts
+from .reward import RewardParts
+from .scoring import QueryRows, Score, Scorer
 
 T = TypeVar("T")
 ROWS_AT_A_TIME = 65_536
@@ -65,28 +64,34 @@ class RefreshReport:
         values = asdict(self)
         return {"refresh_seconds": values.pop("seconds"), **values}
 
+    def with_more(self, later: RefreshReport) -> RefreshReport:
+        """Of two refreshes of one step, this one and a later one: what both cost, and the state after the later."""
+        return replace(
+            later,
+            documents_encoded=self.documents_encoded + later.documents_encoded,
+            tokens_encoded=self.tokens_encoded + later.tokens_encoded,
+            seconds=self.seconds + later.seconds,
+            drift_gain=self.drift_gain,
+        )
+
 
 @dataclass(frozen=True)
 class Feedback:
     """The environment's answer to a batch of rollouts, one entry per rollout."""
 
     rewards: list[float]
-    parts: list[RewardParts]
-    best_ranks: list[int]
+    scores: list[Score]
     refresh: RefreshReport
 
+    @property
+    def parts(self) -> list[RewardParts]:
+        """The parts of each reward."""
+        return [score.parts for score in self.scores]
 
-@dataclass(frozen=True)
-class QueryRows:
-    """A query's relevant documents as rows of an index, the gain of each, and what its ranking may hold."""
-
-    positives: Rows
-    gains: list[int]
-    limits: RestrictedRows
-
-    def within(self, rows: Rows) -> QueryRows:
-        """The same in an index of these rows alone, which ascend; the positives are among them."""
-        return QueryRows(np.searchsorted(rows, self.positives), self.gains, self.limits.within(rows))
+    @property
+    def best_ranks(self) -> list[int]:
+        """The best rank of a relevant document."""
+        return [score.best_rank for score in self.scores]
 
 
 class RetrievalEnvironment:
@@ -98,8 +103,9 @@ class RetrievalEnvironment:
         encoder: encodes document texts with the current weights.
         refresh: which documents are refreshed, and under which budget.
         weights: weights of the reward parts.
-        k: depth of the nDCG in the ranking part.
-        max_new_tokens: the reasoning budget, for the length part.
+        k: depth of the nDCG in the reward.
+        max_new_tokens: the reasoning budget.
+        depth: the number of best documents that a score names.
         seed: of the random samples of documents.
         communicator: the other processes, if there are any.
         state: a folder that `save` wrote; by default all documents are encoded now, as version 0.
@@ -111,16 +117,18 @@ class RetrievalEnvironment:
         qrels: Qrels,
         encoder: DocumentEncoder,
         refresh: RefreshSettings,
-        weights: RewardWeights,
+        weights: RewardSettings,
         *,
         k: int,
         max_new_tokens: int,
+        depth: int = 0,
         seed: int = 0,
         communicator: Communicator | None = None,
         state: Path | None = None,
     ) -> None:
         self.collection, self.qrels, self.encoder, self.refresh = collection, qrels, encoder, refresh
-        self.weights, self.k, self.max_new_tokens = weights, k, max_new_tokens
+        self.weights, self.k = weights, k
+        self.scorer = Scorer(collection, qrels, weights, k=k, max_new_tokens=max_new_tokens, depth=depth)
         self.seed, self.communicator = seed, communicator or Communicator()
         self.policy = make_policy(refresh)
         self._rows_by_query: dict[str, QueryRows] = {}
@@ -148,7 +156,7 @@ class RetrievalEnvironment:
     def feedback(self, rollouts: Sequence[Rollout], query_ids: Sequence[str], policy_version: int) -> Feedback:
         """Refresh the index, rank every rollout's vector in it and score the ranks.
 
-        With several processes each gives its own rollouts; the refresh serves all of them.
+        With several processes each gives its own rollouts, which may be none; the refresh serves all of them.
 
         Args:
             rollouts: `B` rollouts made by the weights of `policy_version`.
@@ -156,20 +164,23 @@ class RetrievalEnvironment:
             policy_version: version of the weights; encoded documents get it.
 
         Raises:
-            RewardError: no rollouts, or a query without a relevant document.
+            RewardError: nobody gave a rollout, a query without a relevant document, or a reward cannot be computed.
         """
         lacking = [query_id for query_id in query_ids if not self.positives(query_id)]
-        if not rollouts or lacking:
+        if lacking:
             raise RewardError(
                 f"query {lacking[0]!r} has no relevant document and so no reward; remove it from the training split"
-                if lacking
-                else "no rollouts were given; every process needs at least one"
             )
-        vectors, targets = rollout_vectors(rollouts), [self.query_rows(query_id) for query_id in query_ids]
+        vectors = rollout_vectors(rollouts)
         report = self._refresh(vectors, query_ids, policy_version)
-        parts, best_ranks = self._score(self.index, rollouts, vectors, targets)
+        scores = self.score(rollouts, query_ids)
         self.communicator.barrier()
-        return Feedback([part.total(self.weights) for part in parts], parts, best_ranks, report)
+        return Feedback([score.parts.total(self.weights) for score in scores], scores, report)
+
+    def score(self, rollouts: Sequence[Rollout], query_ids: Sequence[str]) -> list[Score]:
+        """Rank and score replies in the index as it is; those of direct mode are empty."""
+        vectors = rollout_vectors(rollouts)
+        return self.scorer.score(self.index, rollouts, vectors, [self.query_rows(one) for one in query_ids])
 
     def audit(self, rollouts: Sequence[Rollout], query_ids: Sequence[str], policy_version: int) -> Audit:
         """Score the same rollouts against freshly encoded documents; the index stays as it is.
@@ -179,7 +190,8 @@ class RetrievalEnvironment:
         exact search. With several processes each audits its own rollouts.
         """
         started = time.perf_counter()
-        vectors, targets = rollout_vectors(rollouts), [self.query_rows(query_id) for query_id in query_ids]
+        vectors = rollout_vectors(rollouts)
+        targets = [self.query_rows(query_id) for query_id in query_ids]
         size, rows = self.refresh.audit_documents, np.arange(len(self.index))
         sample = rows
         if size and size < len(rows):
@@ -190,12 +202,12 @@ class RetrievalEnvironment:
         limits = [query.limits for query in targets]
         live = ExactIndex(doc_ids, self.index.vectors_at(rows))
         fresh = ExactIndex(doc_ids, self.encoder.encode_document(self._texts(rows)))
-        scores = [self._score(index, rollouts, vectors, targets) for index in (live, fresh)]
+        scores = [self.scorer.score(index, rollouts, vectors, targets) for index in (live, fresh)]
         tops = [ranked_rows(index, vectors, limits, self.k) for index in (live, fresh)]
         self.communicator.barrier()
         return compare_scores(
-            rewards=[[part.total(self.weights) for part in parts] for parts, _ in scores],
-            ranks=[best_ranks for _, best_ranks in scores],
+            rewards=[[score.parts.total(self.weights) for score in side] for side in scores],
+            ranks=[[score.best_rank for score in side] for side in scores],
             top=[[ranking.tolist() for ranking, _ in top] for top in tops],
             sample=[index.vectors_at(np.searchsorted(rows, sample)) for index in (live, fresh)],
             documents=len(rows),
@@ -209,51 +221,21 @@ class RetrievalEnvironment:
     def query_rows(self, query_id: str) -> QueryRows:
         """The rows that a query's ranking is about: its relevant documents, and what its ranking may hold."""
         if query_id not in self._rows_by_query:
-            relevance, positives = self.qrels[query_id], self.positives(query_id)
-            self._rows_by_query[query_id] = QueryRows(
-                self.index.rows_of(positives),
-                [relevance[doc_id] for doc_id in positives],
-                restricted_rows(self.index, restrictions(self.collection, query_id, relevance)),
-            )
+            self._rows_by_query[query_id] = self.scorer.query_rows(self.index, query_id)
         return self._rows_by_query[query_id]
-
-    def same_text(self, rows: Rows) -> Rows:
-        """The documents whose text is that of one of these; they are among them."""
-        return np.flatnonzero(np.isin(self._text_hashes, self._text_hashes[rows]))
-
-    @cached_property
-    def _text_hashes(self) -> NDArray[np.int64]:
-        documents = self.collection.documents
-        return np.fromiter((hash(documents[doc_id].full_text) for doc_id in self._doc_ids), np.int64)
 
     def save(self, folder: Path) -> None:
         """Write the environment's state: the index with its versions, and what the policy keeps."""
         self.index.save(folder / "index")
         self.policy.save(folder / "policy")
 
-    def _score(
-        self, index: VectorIndex, rollouts: Sequence[Rollout], vectors: Array, targets: Sequence[QueryRows]
-    ) -> tuple[list[RewardParts], list[int]]:
-        """Reward parts and the best rank of a relevant document, per rollout."""
-        rank_lists = ranks(index, vectors, [query.positives for query in targets], [query.limits for query in targets])
-        parts = [
-            reward_parts(
-                own,
-                (index.vectors_at(query.positives) @ vector).tolist(),
-                query.gains,
-                k=self.k,
-                forced=rollout.forced,
-                reasoning_tokens=rollout.reasoning_tokens,
-                max_new_tokens=self.max_new_tokens,
-            )
-            for rollout, vector, own, query in zip(rollouts, vectors, rank_lists, targets, strict=True)
-        ]
-        return parts, [min(own) for own in rank_lists]
-
     def _refresh(self, vectors: Array, query_ids: Sequence[str], policy_version: int) -> RefreshReport:
         started = time.perf_counter()
         shares = self.communicator.all_gather((vectors, query_ids))
-        queries = np.concatenate([own for own, _ in shares])
+        given = [own for own, _ in shares if len(own)]
+        if not given:
+            raise RewardError("no rollouts were given; one process at least has to give one")
+        queries = np.concatenate(given)
         targets = [self.query_rows(query_id) for _, own in shares for query_id in own]
         positives = [query.positives for query in targets]
         first = self._stale(_by_doc_id(np.concatenate(positives)), policy_version)
@@ -264,7 +246,8 @@ class RetrievalEnvironment:
             if len(first) + len(sample) >= MIN_PAIRS:  # fewer would buy no map
                 first = np.concatenate([first, sample])
         gain = self._encode_again(first, policy_version, correct=correct)
-        request = RefreshRequest(self.index, policy_version, queries, positives, [query.limits for query in targets])
+        limits = [query.limits for query in targets]
+        request = RefreshRequest(self.index, policy_version, queries, positives, limits, self.k)
         urgent = self._stale(self.policy.choose(request), policy_version)
         second = self._agree(self._affordable(urgent, first))
         self._encode_again(second, policy_version, correct=False)
@@ -349,5 +332,7 @@ def _by_doc_id(rows: Rows) -> Rows:
 
 
 def rollout_vectors(rollouts: Sequence[Rollout]) -> Array:
-    """The vectors of `B` rollouts, `B x D`."""
+    """The vectors of `B` rollouts, `B x D`; of none, `0 x 0`."""
+    if not rollouts:
+        return np.empty((0, 0), np.float32)
     return np.stack([rollout.vector.numpy() for rollout in rollouts])

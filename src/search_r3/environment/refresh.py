@@ -23,6 +23,8 @@ from .neighbours import NeighbourGraph
 
 CLOSE = 0.01
 """A gap of this size between a document's score and a positive's halves the document's urgency."""
+CUTS = 2
+"""A document and a positive that both rank below so many times k change no reward by changing places."""
 
 
 @dataclass(frozen=True)
@@ -35,6 +37,7 @@ class RefreshRequest:
         queries: the vectors about to be ranked, `B x D`.
         positives: the rows of the relevant documents of each, `B` lists.
         limits: what the ranking of each may hold.
+        k: depth of the reward's nDCG.
     """
 
     index: VectorIndex
@@ -42,6 +45,7 @@ class RefreshRequest:
     queries: Array
     positives: Sequence[Rows]
     limits: Sequence[RestrictedRows]
+    k: int
 
 
 class RefreshPolicy(ABC):
@@ -96,7 +100,8 @@ class Selective(RefreshPolicy):
 
     A document changes a reward only by passing a positive of the query. So the most urgent is the one whose score is
     near a positive's, measured against how far it can have moved: `staleness / (|score - score of positive| + CLOSE)`,
-    the largest value over the rollouts.
+    the largest value over the rollouts. Pairs far below the cut of the reward do not count, however close: there the
+    ranking is densest, and what passes there changes nothing.
     """
 
     def __init__(self, depth: int, hops: int, neighbours: int) -> None:
@@ -108,17 +113,21 @@ class Selective(RefreshPolicy):
         index = request.index
         if self.graph is None:
             self.graph = NeighbourGraph.build(index, self.neighbours)
-        shortlists = ranked_rows(index, request.queries, request.limits, self.depth)
+        deep = max(self.depth, CUTS * request.k)
+        rankings = ranked_rows(index, request.queries, request.limits, deep)
+        shortlists = [rows[: self.depth] for rows, _ in rankings]
+        cuts = [scores[: CUTS * request.k][-1] for _, scores in rankings]
         positives = np.unique(np.concatenate(request.positives))
-        nearest = dict.fromkeys(row for rows, _ in shortlists for row in rows.tolist())
+        nearest = dict.fromkeys(row for rows in shortlists for row in rows.tolist())
         reached = np.array(self.graph.reach([*positives.tolist(), *nearest], self.hops))
         staleness = request.policy_version - index.encoded_at_version[reached]
         rows, staleness = reached[staleness > 0], staleness[staleness > 0]  # R
         scores = request.queries @ index.vectors_at(rows).T  # B x R
         gaps = np.full(len(rows), np.inf, dtype=np.float32)
-        for query, own, own_positives in zip(request.queries, scores, request.positives, strict=True):
+        for query, own, own_positives, cut in zip(request.queries, scores, request.positives, cuts, strict=True):
             bars = index.vectors_at(own_positives) @ query
-            gaps = np.minimum(gaps, np.abs(own[:, None] - bars).min(axis=1))
+            near = np.where(np.maximum(own[:, None], bars) >= cut, np.abs(own[:, None] - bars), np.inf)
+            gaps = np.minimum(gaps, near.min(axis=1))
         urgent: Rows = rows[np.argsort(-staleness / (gaps + CLOSE), kind="stable")]
         return urgent
 

@@ -251,8 +251,9 @@ class Job:
             self.shape.vocabulary, rollouts * lengths.longest_reasoning, self.has_reference
         )
         parts = self._activations([Pass(rollouts, length)], logits, 0)
-        if settings.embedding_loss_weight > 0:
-            parts["index"] = FULL * self.documents * (self.shape.hidden + 4 * rollouts)
+        if settings.pathwise:
+            documents = min(self.documents, rollouts * (settings.embedding_depth + 1))
+            parts["nearest documents"] = FULL * documents * (self.shape.hidden + 4 * rollouts)
         return parts
 
     @property

@@ -228,13 +228,15 @@ class Work:
                 "documents": (self.job.batch_documents * document, document, passes),
             }
         settings = recipe.grpo
-        rollouts = settings.queries_per_step * settings.group_size
+        queries, rollouts = settings.queries_per_step, settings.queries_per_step * settings.group_size
+        direct = {"direct": (settings.num_iterations * queries * prompt, prompt, passes)}
         return {
-            "prompts": (settings.queries_per_step * prompt, prompt, 1),
+            "prompts": (queries * prompt, prompt, 1),
             # A decoded token sees all before it.
             "rollouts": (rollouts * lengths.reasoning, 2 * prompt + lengths.reasoning, 1),
             "refresh": (self.refreshed() * document, document, 1),
             "trained": (settings.num_iterations * rollouts * reply, reply, passes),
+            **(direct if settings.direct_loss_weight > 0 else {}),
         }
 
     def refreshed(self) -> int:

@@ -71,21 +71,33 @@ class Advantages:
     equal_share: float
 
 
-def group_advantages(rewards: Tensor, scale: Literal["group", "batch", "none"], tolerance: float = 1e-6) -> Advantages:
-    """Group-relative advantages: reward minus its group's mean, divided once as `scale` says.
+def group_advantages(
+    rewards: Tensor,
+    scale: Literal["group", "batch", "none"],
+    baseline: Tensor | str = "group_mean",
+    tolerance: float = 1e-6,
+) -> Advantages:
+    """Group-relative advantages: reward minus a baseline, divided once as `scale` says.
 
     `group` divides by the group's own standard deviation (GRPO, arXiv 2402.03300), which gives the smallest
     differences the same weight as the largest; `batch` by the root mean square of all centred rewards; `none` by 1
-    (arXiv 2503.20783). A group whose rewards are equal within `tolerance` gets exactly 0.
+    (arXiv 2503.20783).
 
     Args:
         rewards: `Q x G`.
         scale: the divisor.
+        baseline: `group_mean`; `leave_one_out`, the mean of the group's others (arXiv 2402.14740), which differs by the
+            factor `G / (G - 1)` and so only where `scale` is `none`; or a reward for each query, `Q`. With the first
+            two a group whose rewards are equal within `tolerance` gets exactly 0.
         tolerance: rewards closer than this count as equal.
     """
-    centred = rewards - rewards.mean(-1, keepdim=True)
     equal = (rewards.amax(-1) - rewards.amin(-1)) <= tolerance
-    centred = centred.masked_fill(equal[:, None], 0.0)
+    if isinstance(baseline, Tensor):
+        centred = rewards - baseline[:, None]
+    else:
+        size = rewards.shape[-1]
+        factor = size / (size - 1) if baseline == "leave_one_out" else 1.0
+        centred = (factor * (rewards - rewards.mean(-1, keepdim=True))).masked_fill(equal[:, None], 0.0)
     if scale == "group":
         divisor = rewards.std(-1, keepdim=True) + 1e-4
     elif scale == "batch":

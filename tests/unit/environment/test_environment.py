@@ -9,11 +9,10 @@ import numpy as np
 import pytest
 import torch
 
-from search_r3.config import RefreshSettings, RewardWeights
+from search_r3.config import RefreshSettings, RewardSettings
 from search_r3.data.collection import Collection, Document, Query
 from search_r3.environment.environment import RetrievalEnvironment
 from search_r3.environment.refresh import Selective
-from search_r3.environment.reward import RewardParts, reward_parts
 from search_r3.errors import DataError, RewardError
 from search_r3.evaluation.benchmark import EvaluationOptions, evaluate
 from search_r3.evaluation.results import SystemInfo
@@ -24,7 +23,7 @@ from search_r3.retrieval.index import ExactIndex
 from search_r3.retrieval.metrics import ndcg, rank
 from search_r3.retrieval.ranking import RankRequest, ranked
 
-WEIGHTS = RewardWeights(ranking=1.0, similarity=0.5, format=0.25, length=0.1)
+WEIGHTS = RewardSettings(ndcg=1.0, log_rank=0.0, format=0.25, tokens=0.1)
 
 
 class MovingEncoder:
@@ -62,27 +61,11 @@ def versions_of(world: RetrievalEnvironment, doc_ids: Sequence[str]) -> list[int
     return [int(world.index.encoded_at_version[world.index.row(doc_id)]) for doc_id in doc_ids]
 
 
-def test_reward_parts_by_hand() -> None:
-    parts = reward_parts([2, 40], [0.5, -0.5], [1, 1], k=10, forced=False, reasoning_tokens=4, max_new_tokens=16)
-    ideal = 1 + 1 / np.log2(3)
-    assert parts.ranking == pytest.approx((1 / np.log2(3)) / ideal)
-    assert (parts.similarity, parts.format, parts.length) == (0.5, 1.0, -0.25)
-    assert parts.total(WEIGHTS) == pytest.approx(parts.ranking + 0.25 + 0.25 - 0.025)
-    assert RewardParts(1.0, 1.0, 1.0, 0.0).total(RewardWeights(similarity=0.0, format=0.0)) == 1.0
-
-
-def test_a_reward_that_cannot_be_computed_is_an_error_never_zero() -> None:
-    with pytest.raises(RewardError, match="without a relevant document"):
-        reward_parts([], [], [], k=10, forced=False, reasoning_tokens=1, max_new_tokens=4)
-    with pytest.raises(RewardError, match="not finite"):
-        reward_parts([1], [float("nan")], [1], k=10, forced=False, reasoning_tokens=1, max_new_tokens=4)
-
-
 def test_the_vector_that_ranks_the_right_document_first_earns_more(collection: Collection) -> None:
     world = environment(collection, MovingEncoder(collection), "never")
     feedback = world.feedback([rollout(0.0), rollout(0.07), rollout(1.1)], ["q00", "q00", "q00"], policy_version=0)
     assert feedback.best_ranks == [1, 5, 40]
-    rankings = [part.ranking for part in feedback.parts]
+    rankings = [part.ndcg for part in feedback.parts]
     assert rankings == pytest.approx([1.0, 1 / np.log2(6), 0.0])
     assert feedback.rewards == pytest.approx([part.total(WEIGHTS) for part in feedback.parts])
 
@@ -95,12 +78,6 @@ def test_feedback_for_nothing_or_for_a_query_without_an_answer_is_refused(collec
         world.qrels = {"q00": {"d00": 0}}
         with pytest.raises(RewardError, match="query 'q00' has no relevant document"):
             world.feedback([rollout(0.0)], ["q00"], 1)
-
-
-def test_a_forced_token_loses_the_format_part(collection: Collection) -> None:
-    world = environment(collection, MovingEncoder(collection), "never")
-    feedback = world.feedback([rollout(0.0), rollout(0.0, forced=True)], ["q00", "q00"], policy_version=0)
-    assert feedback.rewards[0] - feedback.rewards[1] == pytest.approx(WEIGHTS.format)
 
 
 def test_never_encodes_the_positives_of_the_batch_and_nothing_else(collection: Collection) -> None:
@@ -170,6 +147,24 @@ def test_selective_prefers_what_can_pass_a_positive_and_is_staler(collection: Co
     world.feedback([rollout(0.06)], ["q00"], policy_version=2)
     versions = dict(zip(world.index.doc_ids, world.index.encoded_at_version.tolist(), strict=True))
     assert versions["d02"] == 2, "twice as stale, and nearly as close"
+
+
+def test_selective_spends_nothing_on_what_passes_far_below_the_cut() -> None:
+    # The positive lies 1,000 documents away from the rollout's vector; what is near it changes no nDCG@10.
+    doc_ids = [f"d{i:04d}" for i in range(1200)]
+    data = Collection(
+        "long",
+        {doc_id: Document(doc_id, f"text {doc_id}") for doc_id in doc_ids},
+        {"q": Query("q", "where?")},
+        {"train": {"q": {"d1000": 1}}},
+    )
+    encode = MovingEncoder(data)
+    encode.place = {text: i / 15 for text, i in encode.place.items()}  # 0.002 apart: none behind the vector
+    world = environment(data, encode, "selective", depth=10, hops=200, neighbours=10, max_documents=21)
+    report = world.feedback([rollout(0.0)], ["q"], policy_version=1)
+    assert report.best_ranks == [1001]
+    fresh = {doc_id for doc_id, v in zip(world.index.doc_ids, world.index.encoded_at_version, strict=True) if v == 1}
+    assert fresh == {"d1000", *doc_ids[:20]}, "the 2 k best, and the positive that is always fresh"
 
 
 @pytest.mark.parametrize("policy", ["shortlist", "selective"])
@@ -377,7 +372,7 @@ def test_the_reward_is_the_measure_of_the_evaluation(kind: str, index: str) -> N
     world = environment(collection, MovingEncoder(collection), "shortlist", index=index)
     vectors = {"q": rollout(0.0).vector.numpy(), "r": rollout(0.1).vector.numpy()}
     feedback = world.feedback([rollout(0.0), rollout(0.1)], ["q", "r"], policy_version=0)
-    rewards = [part.ranking for part in feedback.parts]
+    rewards = [part.ndcg for part in feedback.parts]
     store = world.index if isinstance(world.index, ExactIndex) else world.index.store
     result = evaluate(
         FixedVectors(store, vectors), collection, "train", EvaluationOptions(latency_queries=0, bootstrap=10)

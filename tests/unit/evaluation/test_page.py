@@ -23,7 +23,7 @@ from search_r3.evaluation.report.page import SHOWN_QUERIES, choose_queries, defa
 from search_r3.evaluation.significance import compare
 
 STEPS = [
-    {"step": step, "reward_ranking": 0.5, "dev_ndcg@10_direct": 0.4, "dev_ndcg@10_reason": 0.6}
+    {"step": step, "reward_ndcg": 0.5, "dev_ndcg@10_direct": 0.4, "dev_ndcg@10_reason": 0.6}
     | {"audit_reward_error": 0.01, "audit_top10_overlap": 0.9, "audit_drift_mean": 0.1}
     for step in (1, 2)
 ]
@@ -359,6 +359,12 @@ def test_reasoning_lengths_are_shares_of_the_queries(figures: list[Any]) -> None
     assert [axes.get_title() for axes in figures[0].axes] == ["first / test", "second / test"]
     for axes in figures[0].axes:
         assert sum(bar.get_height() for bar in axes.patches if hasattr(bar, "get_height")) == pytest.approx(1)
+
+
+@pytest.mark.parametrize("name", ["reward_ndcg", "reward_ranking"])
+def test_the_reward_is_plotted_by_its_name_and_by_that_of_release_0_1(figures: list[Any], name: str) -> None:
+    assert plots.plot_training([{"step": 1, name: 0.25}, {"step": 2, name: 0.5}], Path("unused"))
+    assert figures[0].axes[0].lines[0].get_xydata().tolist() == [[1.0, 0.25], [2.0, 0.5]]
 
 
 def test_what_is_not_there_is_not_plotted(figures: list[Any]) -> None:

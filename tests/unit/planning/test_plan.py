@@ -175,6 +175,22 @@ def test_the_refresh_policy_decides_how_many_documents_are_encoded() -> None:
     assert documents(policy="drift", drift_sample=64) == 16 + 64
 
 
+def test_the_pathwise_terms_cost_direct_passes_and_the_best_documents() -> None:
+    lengths = Lengths(query=20, template=10)
+
+    def planned(**settings: Any) -> Any:
+        recipe = LARGE.model_copy(update={"max_length": 512, "grpo": LARGE.grpo.model_copy(update=settings)})
+        return plan(recipe, "grpo", gpus=1, documents=50_000, lengths=lengths)
+
+    grpo, without = LARGE.grpo, planned()
+    assert "direct" not in without.tokens
+    found = planned(direct_loss_weight=0.1, embedding_depth=50)
+    assert found.tokens["direct"] == grpo.queries_per_step * 30
+    rollouts, documents = grpo.micro_batch_size, grpo.micro_batch_size * 51
+    assert found.phases["train"]["nearest documents"] == 4 * documents * (1536 + 4 * rollouts)
+    assert "nearest documents" not in without.phases["train"]
+
+
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
 def test_every_large_recipe_fits_where_it_says(path: Path) -> None:
     recipe = load_recipe(path)

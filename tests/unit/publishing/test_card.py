@@ -113,7 +113,7 @@ def test_a_stage_1_model_is_told_without_what_came_after(run: Path) -> None:
     card = card_of(run / "sft" / "model")
     assert "Stage 1" in card and "Stage 2" not in card and "\ngrpo:" not in card and "before RL" not in card
     assert row_of(card, "reason")[4] == cell(summary(results["reason/sft"]), "ndcg@10")
-    assert "37.5% had a ranking reward" in card and "81.2%" not in card
+    assert "37.5% had an nDCG" in card and "81.2%" not in card
     assert len(ModelCard(card).data.eval_results) == 8
 
 

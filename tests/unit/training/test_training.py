@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 
-from search_r3.config import GRPOSettings, Recipe, RefreshSettings, SFTSettings
+from search_r3.config import GRPOSettings, Recipe, RefreshSettings, SFTSettings, load_recipe
 from search_r3.data.collection import Collection, Document, Query
 from search_r3.data.triples import draw_negatives, reasoning_traces, training_examples
 from search_r3.environment.environment import RetrievalEnvironment
@@ -25,6 +25,7 @@ from search_r3.retrieval.metrics import probe_cosine
 from search_r3.training import grpo, sft
 from search_r3.training.batches import Batch, collate, find_false_negatives, make_batch, tokenise
 from search_r3.training.engine import Engine, make_engine, warmup_cosine
+from search_r3.training.rl import rollouts, signals
 from search_r3.training.run import Run
 from tests.conftest import favour
 
@@ -32,7 +33,7 @@ from tests.conftest import favour
 def world(model: SearchR3, collection: Collection, settings: GRPOSettings) -> RetrievalEnvironment:
     return RetrievalEnvironment(
         collection, collection.split("train"), model, RefreshSettings(policy="full"), settings.reward,
-        k=10, max_new_tokens=6,
+        k=10, max_new_tokens=6, depth=settings.embedding_depth,
     )  # fmt: skip
 
 
@@ -286,25 +287,31 @@ def test_a_style_without_weight_is_named(collection: Collection) -> None:
 
 def experience(
     model: SearchR3, collection: Collection, settings: Recipe
-) -> tuple[RetrievalEnvironment, grpo.Experience]:
+) -> tuple[RetrievalEnvironment, rollouts.Experience]:
     favour(model.backbone, model.backbone.embed_token_id, 3.5)  # emitted by some rollouts, not by all
     environment = world(model, collection, settings.grpo)
     prompts = [model.backbone.prompt_encoder.encode("where is the red house?", "reason").ids] * 12
-    rollouts = model.rollouts(
+    replies = model.rollouts(
         prompts, max_new_tokens=6, sampling_temperature=settings.grpo.sampling_temperature, seeds=range(12)
     )
     query_ids = [query_id for query_id in ("q00", "q01", "q04") for _ in range(4)]
-    feedback = environment.feedback(rollouts, query_ids, 0)
+    feedback = environment.feedback(replies, query_ids, 0)
     advantages = torch.randn(12, generator=torch.Generator().manual_seed(0))
     queries = [collection.queries[query_id] for query_id in query_ids]
-    return environment, grpo.Experience(queries, rollouts, feedback, advantages, 0.0)
+    direct = rollouts.answer_directly(model, queries[::4], 8)
+    scores = environment.score(direct, query_ids[::4])
+    return environment, rollouts.Experience(
+        queries, replies, feedback, advantages, 0.0, direct=direct, direct_scores=scores
+    )
 
 
 @pytest.mark.parametrize("micro_batch_size", [1, 5, 12])
 def test_micro_batches_change_memory_only(
     model: SearchR3, collection: Collection, micro_batch_size: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    settings = recipe(embedding_loss_weight=0.5, kl_coefficient=0.1, micro_batch_size=micro_batch_size)
+    settings = recipe(
+        embedding_loss_weight=0.5, direct_loss_weight=0.3, kl_coefficient=0.1, micro_batch_size=micro_batch_size
+    )
     environment, batch = experience(model, collection, settings)
     engine = make_engine(model, settings, settings.grpo)
     monkeypatch.setattr(Engine, "clip", lambda self, norm: 0.0)
@@ -313,12 +320,15 @@ def test_micro_batches_change_memory_only(
     found = gradients(model)
     model.backbone.model.zero_grad()
     whole = settings.grpo.model_copy(update={"micro_batch_size": 12})
-    totals = {"tokens": sum(sum(rollout.completion_mask) for rollout in batch.rollouts), "rollouts": 12}
-    loss, expected = grpo._micro_loss(model, engine, environment, batch, range(12), whole, totals)
-    loss.backward()
+    totals = {"tokens": sum(sum(reply.completion_mask) for reply in batch.rollouts), "rollouts": 12, "queries": 3}
+    arguments = (model, engine, environment, batch)
+    loss, expected = grpo._micro_loss(*arguments, range(12), whole, totals)
+    direct_loss, direct = grpo._direct_loss(*arguments, range(3), whole, totals)
+    (loss + direct_loss).backward()
     difference = (found - gradients(model)).abs().max().item()
     assert difference <= 1e-5 * gradients(model).abs().max().item()
-    assert values["loss"] == pytest.approx(expected["loss"], abs=1e-5)
+    assert values["loss"] == pytest.approx(expected["loss"] + direct["loss"], abs=1e-5)
+    assert values["direct_loss"] == pytest.approx(direct["direct_loss"], abs=1e-5) and values["direct_loss"] > 0
     assert values["sampler_gap"] < 1e-5, "decoding and training must agree on the log-probabilities"
     assert values["clipped_share"] == 0.0
 
@@ -362,6 +372,15 @@ def test_no_stage_trains_on_what_is_measured_on(stage: str, tmp_path: Path, coll
             grpo.train_grpo(settings, Run(settings), tmp_path / "no-model")
 
 
+def test_a_reward_function_that_is_not_there_is_named_before_a_model_is_loaded(
+    tmp_path: Path, collection_path: Path
+) -> None:
+    where = [f"collection={collection_path}", f"run_dir={tmp_path / 'run'}"]
+    settings = load_recipe(None, [*where, "grpo.splits=[train]", "grpo.reward.function=no_such_module:f"])
+    with pytest.raises(ConfigError, match="No module named 'no_such_module'"):
+        grpo.train_grpo(settings, Run(settings), tmp_path / "no-model")
+
+
 def test_a_query_of_two_splits_has_the_positives_of_both(collection: Collection) -> None:
     twice = replace(collection, qrels={"train": {"q00": {"d00": 1}, "q01": {"d01": 1}}, "rl": {"q00": {"d05": 1}}})
     assert training_examples(twice, "rl")[0].positive_ids == ("d00", "d05")
@@ -390,53 +409,24 @@ def test_forced_tokens_are_not_trained_on(model: SearchR3, collection: Collectio
     assert sum(sum(rollout.completion_mask) for rollout in batch.rollouts) == tokens - forced
 
 
-def test_the_embedding_term_pulls_vectors_to_their_documents(model: SearchR3, collection: Collection) -> None:
-    environment = world(model, collection, GRPOSettings())
-    vectors = torch.nn.functional.normalize(torch.randn(2, 32, generator=torch.Generator().manual_seed(1)), dim=-1)
-    vectors.requires_grad_()
-    before = grpo.embedding_loss(vectors, environment, ["q00", "q01"], 0.05)
-    before.backward()
-    moved = torch.nn.functional.normalize(vectors.detach() - 0.01 * vectors.grad, dim=-1)
-    after = grpo.embedding_loss(moved, environment, ["q00", "q01"], 0.05)
-    assert after.item() < before.item()
-
-
-def test_the_embedding_term_does_not_push_from_what_is_never_ranked(model: SearchR3, collection: Collection) -> None:
-    left_out = [doc_id for doc_id in collection.documents if doc_id not in collection.split("train")["q00"]]
-    vectors = torch.nn.functional.normalize(torch.ones(1, 32), dim=-1)
-    whole = grpo.embedding_loss(vectors, world(model, collection, GRPOSettings()), ["q00"], 0.05)
-    limited = replace(collection, excluded={"q00": frozenset(left_out)})
-    assert grpo.embedding_loss(vectors, world(model, limited, GRPOSettings()), ["q00"], 0.05).item() == 0 < whole.item()
-
-
-def test_the_embedding_term_does_not_push_from_a_positives_text(model: SearchR3, collection: Collection) -> None:
-    twin = replace(collection.documents["d00"], doc_id="twin")
-    doubled = replace(collection, documents={"twin": twin, **collection.documents})
-    vectors = torch.nn.functional.normalize(torch.ones(1, 32), dim=-1)
-    alone, both = (
-        grpo.embedding_loss(vectors, world(model, one, GRPOSettings()), ["q00"], 0.05) for one in (collection, doubled)
-    )
-    assert both.item() == pytest.approx(alone.item(), abs=1e-5)
-
-
 def test_every_query_is_seen_once_a_pass_in_a_seeded_order() -> None:
     ids = [f"q{i}" for i in range(12)]
-    first = [query_id for step in range(3) for query_id in grpo.queries_of_step(ids, 4, 0, step)]
+    first = [query_id for step in range(3) for query_id in rollouts.queries_of_step(ids, 4, 0, step)]
     assert sorted(first) == sorted(ids)
-    second = [query_id for step in range(3, 6) for query_id in grpo.queries_of_step(ids, 4, 0, step)]
+    second = [query_id for step in range(3, 6) for query_id in rollouts.queries_of_step(ids, 4, 0, step)]
     assert sorted(second) == sorted(ids)
     assert first != second
-    assert grpo.queries_of_step(ids, 4, 0, 1) == first[4:8]
-    assert grpo.queries_of_step(ids, 4, 1, 1) != first[4:8]
+    assert rollouts.queries_of_step(ids, 4, 0, 1) == first[4:8]
+    assert rollouts.queries_of_step(ids, 4, 1, 1) != first[4:8]
     with pytest.raises(DataError, match="a step needs 13 queries but the split has 12"):
-        grpo.queries_of_step(ids, 13, 0, 0)
+        rollouts.queries_of_step(ids, 13, 0, 0)
 
 
 @pytest.mark.parametrize(("queries", "count"), [(12, 5), (11, 4), (7, 7), (7, 6), (9, 1)])
 def test_a_pass_drops_no_query_and_a_step_repeats_none(queries: int, count: int) -> None:
     ids, steps = [f"q{i}" for i in range(queries)], -(-queries // count)
     for number in range(3):
-        batches = [grpo.queries_of_step(ids, count, 0, number * steps + step) for step in range(steps)]
+        batches = [rollouts.queries_of_step(ids, count, 0, number * steps + step) for step in range(steps)]
         assert all(len(set(batch)) == count for batch in batches)
         assert {query_id for batch in batches for query_id in batch} == set(ids)
 
@@ -446,7 +436,7 @@ def test_a_policy_that_never_emits_the_token_is_named(model: SearchR3, collectio
     favour(model.backbone, model.backbone.embed_token_id, -1000.0)
     engine = make_engine(model, settings, settings.grpo)
     with pytest.raises(RunError, match=r"none of 12 rollouts at step 5 emitted the embed token within \d+ tokens"):
-        grpo.collect(model, world(model, collection, settings.grpo), settings, 4, engine)
+        rollouts.collect(model, world(model, collection, settings.grpo), settings, 4, engine)
 
 
 def test_the_collapse_alarm_tells_spread_from_collapsed_vectors() -> None:
@@ -458,28 +448,28 @@ def test_metrics_of_a_batch_by_hand(model: SearchR3, collection: Collection) -> 
     settings = recipe()
     _, batch = experience(model, collection, settings)
     batch = replace(batch, rollout_seconds=2.0)
-    values = grpo.describe(batch, make_engine(model, settings, settings.grpo))
+    values = signals.describe(batch, make_engine(model, settings, settings.grpo), settings.grpo.reward, 4)
     assert values["forced_share"] == pytest.approx(sum(r.forced for r in batch.rollouts) / 12)
     assert values["reward"] == pytest.approx(sum(batch.feedback.rewards) / 12)
-    assert values["share_ge_half"] == pytest.approx(sum(p.ranking >= 0.5 for p in batch.feedback.parts) / 12)
+    assert values["share_ge_half"] == pytest.approx(sum(p.ndcg >= 0.5 for p in batch.feedback.parts) / 12)
     assert values["reasoning_tokens_max"] == max(r.reasoning_tokens for r in batch.rollouts)
     sequences = sum(len(r.prompt_ids) + len(r.completion_ids) for r in batch.rollouts)
     decoded = sum(len(r.completion_ids) for r in batch.rollouts)
     assert values["tokens"] == sequences and values["decoded_tokens_per_second"] == pytest.approx(decoded / 2.0)
-    rows = grpo.rollout_rows(batch, step=3, group_size=4)
+    rows = signals.rollout_rows(batch, step=3, group_size=4)
     assert [row["query_id"] for row in rows] == ["q00"] * 4 + ["q01"] * 4
-    assert rows[0]["parts"]["ranking"] == batch.feedback.parts[0].ranking
+    assert rows[0]["parts"]["ndcg"] == batch.feedback.parts[0].ndcg
 
 
 def test_the_speed_of_several_processes_is_that_of_the_slowest(model: SearchR3, collection: Collection) -> None:
     class Two(Communicator):
         def all_gather(self, value: Any) -> list[Any]:
-            return [value, (*value[:-1], 4.0)]
+            return [value, (*value[:-1], [4.0])]
 
     settings = recipe()
     _, batch = experience(model, collection, settings)
     engine = replace(make_engine(model, settings, settings.grpo), communicator=Two())
-    values = grpo.describe(replace(batch, rollout_seconds=2.0), engine)
+    values = signals.describe(replace(batch, rollout_seconds=2.0), engine, settings.grpo.reward, 4)
     decoded = 2 * sum(len(r.completion_ids) for r in batch.rollouts)
     assert values["rollout_seconds"] == 4.0 and values["decoded_tokens_per_second"] == pytest.approx(decoded / 4.0)
 
@@ -492,7 +482,7 @@ def test_no_tensor_is_told_to_another_process(
     _, batch = experience(model, collection, settings)
     gathered: list[object] = []
     monkeypatch.setattr(engine.communicator, "all_gather", lambda value: gathered.append(value) or [value])
-    grpo.describe(batch, engine)
+    signals.describe(batch, engine, settings.grpo.reward, 4)
     assert gathered and b"torch" not in pickle.dumps(gathered), "unpickled on the sender's GPU"
 
 

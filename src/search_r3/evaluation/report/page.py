@@ -81,7 +81,7 @@ def write_page(
         results: what is shown, in this order.
         folder: where it is written; each file in one step.
         title: of the page.
-        rewards: `before` / `after` -> ranking rewards of sampled rollouts.
+        rewards: `before` / `after` -> nDCG of sampled rollouts.
         metrics: rows of stage 2's `metrics.jsonl`, for the training curves.
         comparisons: records of `significance.Comparison`.
 

@@ -165,10 +165,12 @@ def plot_reasoning(results: Sequence[Result], path: Path) -> bool:
 
 def plot_training(metrics: Sequence[Mapping[str, Any]], path: Path) -> bool:
     """Reward of each step's rollouts and nDCG@10 on dev over the steps of stage 2."""
-    if not any("reward_ranking" in row for row in metrics):
+    names = {name for row in metrics for name in ("reward_ndcg", "reward_ranking") if name in row}  # 0.1: the second
+    if not names:
         return False
     figure, (axes,) = _figure(1, 1)
-    _curve(axes, metrics, "reward_ranking", color="0.6", label="rollouts: nDCG reward")
+    for name in sorted(names):
+        _curve(axes, metrics, name, color="0.6", label="rollouts: nDCG reward")
     for mode, marker in (("direct", "s"), ("reason", "o")):
         label = f"dev nDCG@10, {mode}"
         _curve(axes, metrics, f"dev_ndcg@10_{mode}", marker=marker, color=COLOURS[mode][0], label=label)
@@ -202,7 +204,7 @@ def _curve(axes: Axes, rows: Sequence[Mapping[str, Any]], key: str, **style: Any
 
 
 def plot_rewards(rewards: Mapping[str, Sequence[float]], path: Path) -> bool:
-    """Distribution of the rollouts' ranking rewards before and after RL, with the share at or above 0.5."""
+    """Distribution of the rollouts' nDCG before and after RL, with the share at or above 0.5."""
     samples = {name: values for name, values in rewards.items() if values}
     if not samples:
         return False

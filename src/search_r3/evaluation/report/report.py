@@ -51,7 +51,7 @@ def evaluate_run(
         note: told what is being evaluated.
 
     Returns:
-        The results, `before` / `after` -> ranking rewards, and the share of forced rollouts after RL.
+        The results, `before` / `after` -> nDCG of sampled rollouts, and the share of forced rollouts after RL.
     """
     settings, split = recipe.evaluation, recipe.evaluation.test_split
     options = EvaluationOptions(bootstrap=settings.bootstrap, seed=recipe.seed)
@@ -77,7 +77,7 @@ def evaluate_run(
 def sampled_rewards(
     recipe: Recipe, collection: Collection, model: SearchR3, index: ExactIndex
 ) -> tuple[list[float], float]:
-    """The ranking part of the reward over sampled rollouts, as in training, and the share of forced ones.
+    """The nDCG of sampled rollouts, forced ones as any other, and the share of forced ones.
 
     The queries are `evaluation.rollout_queries` of the test split, evenly spread over it.
 

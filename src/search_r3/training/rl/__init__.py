@@ -1,0 +1,1 @@
+"""What stage 2 learns from: rollouts and their rewards, what they say, and the loss of their vectors."""
