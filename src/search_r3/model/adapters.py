@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import json
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -12,9 +14,10 @@ from torch import Tensor
 from ..config import LoRASettings
 from ..errors import ConfigError
 from ..extras import extra
-from ..files import atomic_directory
+from ..files import atomic_directory, write_json
 from .backbone import Backbone
 from .loading import load_backbone
+from .source import ADAPTER_CONFIG
 
 
 def add_adapters(backbone: Backbone, settings: LoRASettings) -> None:
@@ -50,6 +53,26 @@ def save_adapters(backbone: Backbone, state: Mapping[str, Tensor], folder: Path)
     with atomic_directory(folder) as out:
         backbone.model.save_pretrained(out, state_dict=state, save_embedding_layers=False)
         backbone.save_companions(out)
+
+
+def save_query_adapters(backbone: Backbone, state: Mapping[str, Tensor], folder: Path) -> None:
+    """Write adapters that lie within the directory of the model that they were put into, wherever it goes."""
+    backbone.model.save_pretrained(folder, state_dict=state, save_embedding_layers=False)
+    path = folder / ADAPTER_CONFIG
+    write_json(path, json.loads(path.read_text(encoding="utf-8")) | {"base_model_name_or_path": None, "revision": None})
+
+
+def merged_queries(backbone: Backbone) -> Backbone:
+    """What encodes queries with its adapters, where it has any, in a copy of the documents' weights."""
+    if backbone.documents is None or not hasattr(backbone.model, "peft_config"):
+        return backbone
+    with extra("train"):
+        import peft
+
+    assert backbone.files is not None and backbone.files.queries is not None
+    base = copy.deepcopy(backbone.documents.model)
+    tuned: Any = peft.PeftModel.from_pretrained(base, str(backbone.files.queries.folder))
+    return replace(backbone, model=tuned.merge_and_unload())
 
 
 def merge_adapters(backbone: Backbone, folder: Path, dtype: str) -> Backbone:
