@@ -10,6 +10,7 @@ import typer
 
 from .. import console
 from .common import (
+    DEFAULT_COLLECTION,
     CollectionOption,
     ModelArgument,
     ModelOptions,
@@ -28,7 +29,7 @@ def probe(
     model: ModelArgument,
     options: ModelOptions,
     overrides: Overrides = None,
-    collection: CollectionOption = "atlas",
+    collection: CollectionOption = None,
     recipe: RecipeOption = None,
     queries: Annotated[int, typer.Option(min=2, help="Queries looked at, spread over grpo.splits.")] = 64,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object instead of tables.")] = False,
@@ -41,7 +42,7 @@ def probe(
     from ..training.probe import probe as look
 
     settings = load_settings(recipe, overrides)
-    data = load_collection(collection)
+    data = load_collection(collection or DEFAULT_COLLECTION)
     encoder = load_encoder(model, options)
     report = look(encoder, data, settings, queries, (lambda text: None) if as_json else console.say)
     if as_json:

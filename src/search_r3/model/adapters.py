@@ -58,6 +58,7 @@ def save_adapters(backbone: Backbone, state: Mapping[str, Tensor], folder: Path)
 def save_query_adapters(backbone: Backbone, state: Mapping[str, Tensor], folder: Path) -> None:
     """Write adapters that lie within the directory of the model that they were put into, wherever it goes."""
     backbone.model.save_pretrained(folder, state_dict=state, save_embedding_layers=False)
+    (folder / "README.md").unlink(missing_ok=True)  # peft's, of the place where they were trained
     path = folder / ADAPTER_CONFIG
     write_json(path, json.loads(path.read_text(encoding="utf-8")) | {"base_model_name_or_path": None, "revision": None})
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import logging
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
@@ -21,6 +22,8 @@ from .prompts import EMBED_TOKEN, PromptSet
 from .settings import SETTINGS_FILE, EmbeddingSettings, choose_settings, read_settings, with_frames
 from .source import ADAPTER_CONFIG, CONFIG, TOKENIZER, HubOptions, ModelFiles, check_whole, find_files
 from .templates import ChatTemplate
+
+logger = logging.getLogger(__name__)
 
 EmbedStart = Literal["mean", "end_of_turn"]
 """Where the row of an embed token that the model lacks starts."""
@@ -237,10 +240,24 @@ def _put_in(files: ModelFiles, model: Any, rows: int) -> set[str]:
     """Put adapters into their base; the names of weights that their file lacks."""
     if model.get_input_embeddings().weight.shape[0] < rows:
         model.resize_token_embeddings(rows, mean_resizing=False)
-    with _one_line(f"cannot put the adapters in {files.name} into {model.name_or_path}"):
+    with _one_line(f"cannot put the adapters in {files.name} into {model.name_or_path}"), _unreported():
         info = model.load_adapter(str(files.folder))
+    if unexpected := getattr(info, "unexpected_keys", ()):
+        logger.warning("%d weights of %s fit nowhere (first: %s)", len(unexpected), files.name, min(unexpected))
     # They write the embed token's row of tied tables once, and transformers misses it in the other.
     return {key for key in getattr(info, "missing_keys", ()) if "token_adapter" not in key}
+
+
+@contextmanager
+def _unreported() -> Iterator[None]:
+    """Keep transformers from a report on adapters: of tied tables it advises to train on, and the rest is said here."""
+    log = logging.getLogger("transformers.integrations.peft")
+    level = log.level
+    log.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        log.setLevel(level)
 
 
 @contextmanager
