@@ -14,6 +14,7 @@ import peft
 import pytest
 import torch
 import transformers
+from safetensors.torch import load_file
 
 from search_r3.config import Recipe, load_recipe
 from search_r3.data.collection import Collection
@@ -126,6 +127,8 @@ def test_queries_are_what_the_weights_on_the_disk_compute(frozen: Frozen, traine
     """By transformers and peft alone; the embed token's row is a part of it."""
     auto = transformers.AutoModelForCausalLM
     if frozen.adapters:
+        names = load_file(frozen.path / "queries" / "adapter_model.safetensors")
+        assert any("token" in name for name in names), "the row of the embed token learns too"
         alone = peft.PeftModel.from_pretrained(auto.from_pretrained(frozen.stage_1), frozen.path / "queries")
     else:
         alone = auto.from_pretrained(frozen.path / "queries")
@@ -249,6 +252,7 @@ def test_sentence_transformers_gets_a_router(trained: SearchR3, tmp_path: Path) 
     assert np.abs(loaded.encode_document(TEXTS) - trained.encode_document(TEXTS)).max() < 1e-5
     assert np.abs(loaded.encode_query(TEXTS) - queries).max() < 1e-5
     assert np.abs(loaded.encode(TEXTS) - queries).max() < 1e-5
+    assert "weights of their own" in (tmp_path / "exported" / "README.md").read_text()
     assert not hasattr(merged_queries(trained.backbone).model, "peft_config")
     np.testing.assert_array_equal(trained.encode_query(TEXTS, "direct").vectors, queries)
 

@@ -54,15 +54,15 @@ print(model.similarity(queries, documents))
 ```
 
 - Texts longer than {max_length} tokens, prompt included, lose their end.
-{sides}- `encode` without a prompt name encodes a query. The prompts are in `config_sentence_transformers.json`; special tokens
+- `encode` without a prompt name encodes a query. The prompts are in `config_sentence_transformers.json`; special tokens
   are written there with the sign `{mark}` before their name. Only a text that spells that sign and such a name is read
   as the token; `<|im_end|>` and the like in a text stay plain text.
 - `tokenizer.json` holds the rest of the prompt and has to be loaded as it stands. sentence-transformers does so;
   `AutoTokenizer` by itself may build another tokenizer, which does not strip the text.
-"""
+{sides}"""
 
-_TWO_SIDES = """- Queries and documents have weights of their own (a `Router`, since sentence-transformers 5): call `encode_query` and
-  `encode_document`. `encode` takes those of queries, whatever its prompt.
+_TWO_SIDES = """- Queries and documents have weights of their own (a `Router`, since sentence-transformers 5): call
+  `encode_query` and `encode_document`. `encode` takes those of queries, whatever its prompt.
 """
 
 
