@@ -93,7 +93,8 @@ def _progress() -> Progress:
     speed = TextColumn("{task.fields[speed]}")
     # On stderr: results that are piped hold nothing else, and what is said meanwhile stays where it belongs.
     screen, redirect = Console(stderr=True), sys.stdout.isatty()
-    return Progress(*columns, speed, console=screen, redirect_stdout=redirect, transient=True)
+    off = not screen.is_terminal  # rich would end a bar that nobody sees with an empty line
+    return Progress(*columns, speed, console=screen, redirect_stdout=redirect, transient=True, disable=off)
 
 
 LIVE_VALUES = ("loss", "info_nce", "reward", "share_ge_half", "dev_ndcg@10_direct", "dev_ndcg@10_reason")

@@ -113,7 +113,7 @@ print(model.encode_document(["a text"]).shape)
 
 
 def test_every_module_imports_and_a_model_encodes_with_the_core_alone() -> None:
-    """Only the module whose classes extend mteb's needs mteb; it ends with the one error."""
+    """Only the modules whose classes extend mteb's need mteb; they end with the one error."""
     distributions = set().union(*map(brought_by, PROJECT["optional-dependencies"])) - CORE
     blocked = {module for module, names in OF_MODULE.items() if names and names <= distributions}
     assert {"accelerate", "babel", "matplotlib", "scipy"} <= blocked
@@ -122,6 +122,8 @@ def test_every_module_imports_and_a_model_encodes_with_the_core_alone() -> None:
     assert done.returncode == 0, done.stderr
     assert done.stdout.splitlines() == [
         "search_r3.evaluation.mteb the package mteb is not installed; it comes with the extra `mteb`: "
+        "pip install 'search-r3[mteb]'",
+        "search_r3.evaluation.mteb_tasks the package datasets is not installed; it comes with the extra `mteb`: "
         "pip install 'search-r3[mteb]'",
         "(1, 192)",
     ]

@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from typing import Any, Literal
 
 from ..data.collection import Collection
+from ..extras import extra
 
 OWN, NONE = "own", "none"
 INSTRUCTIONS = ("instruction", "document_instruction")
@@ -61,7 +62,8 @@ def task_instruction(metadata: Any, side: Literal["query", "document"]) -> str:
     if side == "document":
         return ""
     if not prompt:
-        from mteb.abstasks.abstask import get_abstask_prompt
+        with extra("mteb"):
+            from mteb.abstasks.abstask import get_abstask_prompt
 
         prompt = get_abstask_prompt(metadata.name)
     return str(prompt).strip()
