@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import fmean
@@ -36,7 +37,7 @@ from search_r3.training.grpo import train_grpo
 from search_r3.training.run import Run
 from search_r3.training.sft import train_sft
 from tests.conftest import call, save_tiny
-from tests.hub_server import Repository, reached_hub
+from tests.hub_server import Hub, Repository, reached_hub
 from tests.model_folders import make_adapter
 
 SETTINGS = [
@@ -257,9 +258,13 @@ def test_sentence_transformers_gets_a_router(trained: SearchR3, tmp_path: Path) 
     np.testing.assert_array_equal(trained.encode_query(TEXTS, "direct").vectors, queries)
 
 
-def test_it_goes_to_the_hub_and_back(
-    frozen: Frozen, trained: SearchR3, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+@pytest.fixture
+def hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Hub]:
+    with reached_hub(monkeypatch, tmp_path) as hub:
+        yield hub
+
+
+def test_it_goes_to_the_hub_and_back(frozen: Frozen, trained: SearchR3, hub: Hub) -> None:
     files = check_files(frozen.path)
     other = "model.safetensors" if frozen.adapters else "adapter_config.json"
     names = [*files, f"queries/{other}", "onnx/model.safetensors"]
@@ -268,13 +273,12 @@ def test_it_goes_to_the_hub_and_back(
     facts = gather_facts(frozen.path)
     assert "an index that the stage-1 model made stays valid" in model_card(facts, "o/m")
     assert "stays valid" not in model_card(gather_facts(frozen.stage_1), "o/m")
-    with reached_hub(monkeypatch, tmp_path) as hub:
-        repository = hub.repositories["o/m"] = Repository()
-        commit = repository.commit("main", {name: path.read_bytes() for name, path in files.items()})
-        fetched = SearchR3("o/m", device="cpu")
-        assert fetched.backbone.revision == commit
-        np.testing.assert_array_equal(fetched.encode_query(TEXTS).vectors, trained.encode_query(TEXTS).vectors)
-        np.testing.assert_array_equal(fetched.encode_document(TEXTS), trained.encode_document(TEXTS))
+    repository = hub.repositories["o/m"] = Repository()
+    commit = repository.commit("main", {name: path.read_bytes() for name, path in files.items()})
+    fetched = SearchR3("o/m", device="cpu")
+    assert fetched.backbone.revision == commit
+    np.testing.assert_array_equal(fetched.encode_query(TEXTS).vectors, trained.encode_query(TEXTS).vectors)
+    np.testing.assert_array_equal(fetched.encode_document(TEXTS), trained.encode_document(TEXTS))
 
 
 def test_a_query_side_that_is_not_whole_is_refused(frozen: Frozen, tmp_path: Path) -> None:
