@@ -106,8 +106,10 @@ def test_the_top_of_the_directory_is_the_model_of_stage_1(frozen: Frozen) -> Non
         assert hash_file(frozen.path / name) == hash_file(frozen.stage_1 / name), name
     then, now = (json.loads((path / "search_r3.json").read_text()) for path in (frozen.stage_1, frozen.path))
     assert now == {**then, "queries": "queries"}
-    weights = "adapter_model.safetensors" if frozen.adapters else "model.safetensors"
-    assert weights in {path.name for path in (frozen.path / "queries").iterdir()}
+    own = {"adapter_config.json", "adapter_model.safetensors"}
+    if not frozen.adapters:
+        own = {"config.json", "generation_config.json", "model.safetensors"}
+    assert {path.name for path in (frozen.path / "queries").iterdir()} == own
     assert not (frozen.folder / "grpo" / "adapter").exists(), "adapters by themselves would be on for documents too"
     said = "".join(path.read_text() for path in (frozen.path / "queries").glob("*.json"))
     assert str(frozen.stage_1) not in said, "the directory may be moved"
