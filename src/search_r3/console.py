@@ -36,7 +36,7 @@ def say(text: str) -> None:
     from rich import get_console
 
     if first_process():
-        get_console().print(text, markup=False, soft_wrap=True)
+        get_console().print(text, markup=False, emoji=False, soft_wrap=True)
 
 
 def aside(text: str) -> None:
@@ -181,14 +181,15 @@ def table(title: str, rows: Mapping[str, dict[str, Any]]) -> None:
     _show_grid(columns, lines, title=title, box=SIMPLE_HEAD, show_edge=False, padding=0)
 
 
-def _show_grid(columns: Iterable[Any], rows: Iterable[Sequence[str]], **options: Any) -> None:
-    """Show a table of rich; `options` are those of its `Table`."""
+def _show_grid(columns: Iterable[Any], rows: Iterable[Sequence[str]], title: str, **options: Any) -> None:
+    """Show a table of rich, names in it as they are; `options` are those of its `Table`."""
     from rich import print as rich_print
     from rich.table import Table
+    from rich.text import Text
 
-    grid = Table(*columns, **options)
+    grid = Table(*columns, title=Text(title), **options)
     for row in rows:
-        grid.add_row(*row)
+        grid.add_row(*map(Text, row))
     rich_print(grid)
 
 
@@ -298,8 +299,8 @@ def show_probe(report: ProbeReport) -> None:
 def show_answer(pieces: Iterable[str | Answer]) -> None:
     """Show reasoning while it is written, and then the answer that ends it."""
     from rich import get_console
-    from rich.markup import escape
     from rich.table import Table
+    from rich.text import Text
 
     from .data.documents import Chunk
     from .evaluation.search import snippet
@@ -323,11 +324,11 @@ def show_answer(pieces: Iterable[str | Answer]) -> None:
         grid.add_column("document", overflow="fold")
         grid.add_column("text")
         for document, score in piece.documents:
-            name, text = escape(document.doc_id), document.full_text
+            name, text = Text(document.doc_id), document.full_text
             if isinstance(document, Chunk):
                 text = document.text
-                name = f"{escape(document.parent_id)}\n[dim]{escape(document.place)}[/]"
-            grid.add_row(f"{score:.3f}", name, escape(snippet(text, piece.query)))
+                name = Text.assemble(document.parent_id, "\n", (document.place, "dim"))
+            grid.add_row(f"{score:.3f}", name, Text(snippet(text, piece.query)))
         console.print(grid)
 
 

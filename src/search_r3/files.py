@@ -115,14 +115,14 @@ def read_jsonl(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
 
 
 def read_lines(path: Path) -> Iterator[tuple[int, str]]:
-    """Yield `(line number, line)` for every line of a text file.
+    """Yield `(line number, line)` for every line of a text file; a byte order mark before the first is dropped.
 
     Raises:
         DataError: the file cannot be read, or is not UTF-8.
     """
     path = Path(path)
     try:
-        with path.open(encoding="utf-8") as file:
+        with path.open(encoding="utf-8-sig") as file:
             yield from enumerate(file, 1)
     except OSError as error:
         raise DataError(f"cannot read {path}: {error.strerror}") from error

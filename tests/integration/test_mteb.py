@@ -29,7 +29,7 @@ from search_r3.evaluation.mteb import BRIGHT, PAPER, SearchR3MTEB, run_mteb, sui
 from search_r3.evaluation.mteb_tasks import collection_task
 from search_r3.evaluation.systems import EncodedCollections, SearchR3System
 from search_r3.model.encoder import SearchR3
-from search_r3.model.prompts import MODES
+from search_r3.model.prompts import MODES, PROMPT_SETS
 from search_r3.retrieval.index import ExactIndex
 from search_r3.retrieval.metrics import measure, p_mrr
 from tests.conftest import favour
@@ -124,7 +124,7 @@ def test_both_modes_score_as_our_own_evaluation_and_are_not_run_twice(
     ]
     for score in first:
         folder = tmp_path / "results" / f"local__{tiny_path.name}-{score.mode}" / model.backbone.revision
-        folder = folder / "experiments" / "instruction_own"
+        folder = folder / "experiments" / str(SearchR3MTEB(model, mode=score.mode).mteb_model_meta.experiment_name)
         assert score.path == folder / f"{task.metadata.name}.json"
         scores = scores_of(score.path, "test")
         ranked = rankings(model, collection, collection.qrels["test"], score.mode)
@@ -233,7 +233,7 @@ def test_instructions_are_results_of_their_own(
     assert sorted(calls) == [10, 10, 10, 40], "the documents are encoded once for all instructions"
     assert [score.instruction for score in scores] == ["own", "none", "Find a page; or a book."]
     folders = [score.path.parent.name for score in scores]
-    assert folders[:2] == ["instruction_own", "instruction_none"]
+    assert [name.partition("__")[0] for name in folders[:2]] == ["instruction_own", "instruction_none"]
     assert folders[2].startswith("instruction_Find-a-page-or-a-book-")
     assert len({score.score for score in scores}) > 1
     for score, choice in zip(scores, ("own", "none", "Find a page; or a book."), strict=True):
@@ -364,14 +364,24 @@ def test_other_contents_make_another_task(collection: Collection) -> None:
     assert name() == names[0]
 
 
-def test_dtype_and_budget_keep_their_results_apart(tiny_path: Path, model: SearchR3) -> None:
-    meta = SearchR3MTEB(tiny_path, device="cpu", dtype="bfloat16", mode="direct", max_new_tokens=7).mteb_model_meta
-    assert meta.experiment_name == "dtype_bfloat16__instruction_own"
-    assert meta.model_name_as_path() == f"local__{tiny_path.name}-direct"
-    budget = SearchR3MTEB(model, max_new_tokens=7, instruction="none").mteb_model_meta
-    assert budget.experiment_name == "instruction_none__max_new_tokens_7"
+def test_what_changes_vectors_keeps_its_results_apart(tiny_path: Path, model: SearchR3) -> None:
+    def name(mode: Any = "reason", instruction: str = "own", budget: int | None = None, **loading: Any) -> str:
+        loaded = SearchR3(tiny_path, device="cpu", **loading)
+        meta = SearchR3MTEB(loaded, mode=mode, max_new_tokens=budget, instruction=instruction).mteb_model_meta
+        assert meta.model_name_as_path() == f"local__{tiny_path.name}-{mode}"
+        return str(meta.experiment_name)
+
+    settings = SearchR3(tiny_path, device="cpu").backbone.settings
+    usual = f"instruction_own__max_length_{settings.max_length}__max_new_tokens_{settings.max_new_tokens}"
+    assert name() == f"{usual}__prompts_search-r3"
+    assert "__max_new_tokens_7__" in name(budget=7) and "__max_new_tokens_7__" in name(max_new_tokens=7)
+    assert name("direct", budget=7) == name("direct") != name(), "nothing is written there"
+    own = PROMPT_SETS["search-r3"].model_copy(update={"direct_system": "Find."})
+    others = [name(dtype="bfloat16"), name(instruction="none"), name(max_length=64), name(prompts="published")]
+    others += [name(prompts=own), name(truncate_dim=8), name(max_new_tokens=7)]
+    assert len({name(), *others}) == 8
     meta = SearchR3MTEB(model, instruction="none").mteb_model_meta
-    assert meta.experiment_name == "instruction_none" and not meta.use_instructions
+    assert not meta.use_instructions
     json.dumps(meta.to_dict())
     model.backbone.source = "owner/name"
     meta = SearchR3MTEB(model).mteb_model_meta
@@ -392,7 +402,7 @@ def test_queries_are_reasoned_about_in_batches_of_the_size_asked_for(
     task = collection_task(collection)
     [score] = run_mteb(model, ["reason"], task, tmp_path, batch_size=3, max_new_tokens=2)
     assert score.tokens_per_query[f"{task.metadata.name}/test/default"] <= 2
-    assert "experiments/instruction_own__max_new_tokens_2" in score.path.as_posix()
+    assert "__max_new_tokens_2__" in score.path.as_posix()
     assert score.path.is_file()
     mteb.evaluate(SearchR3MTEB(model, batch_size=5, max_new_tokens=2), task, cache=None, co2_tracker=False)
     assert sizes == [(3, 2), (5, 2)]

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, get_type_hints
 import typer
 from typer.core import TyperCommand, TyperOption
 
+from .. import console
 from ..errors import ConfigError, ModelError
 
 if TYPE_CHECKING:
@@ -164,6 +165,12 @@ def load_encoder(model: str, options: ModelOptions, untrained: bool = True) -> S
             f"(search-r3 sft base={model}), or add --untrained"
         )
     return SearchR3(backbone)
+
+
+def say_without_text(count: int) -> None:
+    """Say how many documents are left out."""
+    if count:
+        console.aside(f"{count:,} documents without any text are left out")
 
 
 def check_new(path: Path) -> None:

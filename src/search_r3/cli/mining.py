@@ -22,6 +22,7 @@ from .common import (
     data_app,
     hush,
     load_encoder,
+    say_without_text,
     takes_model_options,
 )
 
@@ -100,7 +101,8 @@ def data_mine(
         seed=seed,
         keep=not drop_old,
     )
-    data = load_collection(collection)
+    data = load_collection(collection, skip_empty_documents=True)
+    say_without_text(data.without_text)
     retrievers = {name: _retriever(name, mode, options) for name in with_}
     judge = _judge(cross_encoder, retrievers)
     cache = cache or out.parent / f"{out.name}.cache"
@@ -221,6 +223,7 @@ def _retriever(name: str, mode: ModeName, options: ModelOptions) -> Retriever:
         "model": model.backbone.source,
         "revision": model.backbone.revision,
         "settings": model.backbone.settings.model_dump(mode="json"),
+        "precision": model.backbone.dtype,
         "mode": mode.value,
     }
     return DenseRetriever(model, lambda texts: model.encode_query(texts, mode.value).vectors, key)

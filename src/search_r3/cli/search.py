@@ -22,12 +22,13 @@ from .common import (
     app,
     check_new,
     load_encoder,
+    say_without_text,
     takes_model_options,
 )
 from .documents import ChunkOverlap, ChunkTokens, ColumnOption, DocumentsOption, cut_for, own_documents
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping
+    from collections.abc import Callable, Iterable, Mapping
 
     from ..data.collection import Document
     from ..model.encoder import SearchR3
@@ -42,7 +43,7 @@ def encode(
     options: ModelOptions,
     collection: CollectionOption = None,
     vectors: Annotated[IndexDType, typer.Option(help="How vectors are stored; --dtype is the model's.")] = "float16",
-    instruction: Annotated[str, typer.Option(help="Follows each document; a search of the index names it too.")] = "",
+    document_instruction: DocumentInstruction = "",
     documents: DocumentsOption = None,
     column: ColumnOption = None,
     chunk_tokens: ChunkTokens = None,
@@ -55,20 +56,25 @@ def encode(
     own = own_documents(documents, column, collection) if documents else None
     encoder = load_encoder(model, options, untrained)
     if own is not None:
-        cut_for(encoder, own, chunk_tokens, chunk_overlap, instruction)
+        cut_for(encoder, own, chunk_tokens, chunk_overlap, document_instruction)
+    texts, without_text = _texts(collection or DEFAULT_COLLECTION) if own is None else (own.texts(), int)
     what = "documents" if own is None else "chunks"
     with console.bar(what) as bar:
 
         def start(total: int, done: int) -> None:
             if own is not None:
                 console.say(own.report.summary)
+            say_without_text(without_text())
             if done:
                 console.say(f"{done:,} of {total:,} {what} are encoded already")
             bar.begin(total, done)
 
-        texts = _texts(collection or DEFAULT_COLLECTION) if own is None else own.texts()
         index = encode_corpus(
-            *(encoder, texts, out), instruction=instruction, dtype=vectors, on_start=start, progress=bar.advance
+            *(encoder, texts, out),
+            instruction=document_instruction,
+            dtype=vectors,
+            on_start=start,
+            progress=bar.advance,
         )
     speed = f"; {bar.speed}" if bar.texts else ""
     console.say(f"{out}: {len(index):,} vectors of size {index.dimension} as {index.dtype}{speed}")
@@ -119,9 +125,11 @@ def search(
     if query is not None and not query.strip():
         raise DataError("the query is empty; give a text with at least one visible character")
     own = own_documents(documents, column, collection) if documents else None
-    searched: dict[str, Document] = (
-        {} if own is not None else load_collection(collection or DEFAULT_COLLECTION).documents
-    )
+    searched: dict[str, Document] = {}
+    if own is None:
+        data = load_collection(collection or DEFAULT_COLLECTION, skip_empty_documents=True)
+        searched = data.documents
+        say_without_text(data.without_text)
     encoder = load_encoder(model, options, untrained)
     if own is not None:
         cut_for(encoder, own, chunk_tokens, chunk_overlap, document_instruction)
@@ -153,10 +161,14 @@ def _index(encoder: SearchR3, documents: Mapping[str, Document], folder: Path | 
         return index_documents(encoder, documents, instruction=instruction, progress=bar.advance)
 
 
-def _texts(collection: str) -> Iterable[tuple[str, str]]:
-    """Doc_ids and texts; those of a folder in the BEIR layout are read as they are needed."""
+def _texts(collection: str) -> tuple[Iterable[tuple[str, str]], Callable[[], int]]:
+    """Doc_ids and texts, and how many were left out; those of a folder in the BEIR layout are read as needed."""
     from ..data.collection import CorpusFile
     from ..data.load import load_collection
 
     path = Path(collection) / "corpus.jsonl"
-    return CorpusFile(path) if path.is_file() else load_collection(collection).texts().items()
+    if path.is_file():
+        skipped: set[str] = set()
+        return CorpusFile(path, skipped), lambda: len(skipped)
+    data = load_collection(collection, skip_empty_documents=True)
+    return data.texts().items(), lambda: data.without_text

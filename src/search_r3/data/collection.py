@@ -13,10 +13,20 @@ from typing import Any
 
 from ..errors import DataError
 from ..files import atomic_directory, read_jsonl, read_lines, write_json
-from .rows import KnownIds, bare_text, check_documents, check_judgements, check_lists, check_queries, string
+from .rows import (
+    KnownIds,
+    bare_text,
+    check_documents,
+    check_judgements,
+    check_lists,
+    check_queries,
+    plain_value,
+    string,
+)
 
 Qrels = dict[str, dict[str, int]]
 """query_id -> doc_id -> relevance (an integer; 0 and below mean not relevant)."""
+_FIELDS = {"_id", "title", "text", "query-id", "doc-ids", "excluded"}
 
 
 @dataclass(frozen=True)
@@ -208,14 +218,19 @@ class Collection:
 class CorpusFile:
     """Pairs of doc_id and full text, read from a `corpus.jsonl` anew in every iteration, so that none needs to be held.
 
+    Attributes:
+        path: the file.
+        skipped: as in `iter_documents`.
+
     Raises:
         DataError: in an iteration, as `iter_documents`.
     """
 
     path: Path
+    skipped: set[str] | None = None
 
     def __iter__(self) -> Iterator[tuple[str, str]]:
-        return ((document.doc_id, document.full_text) for document in iter_documents(self.path))
+        return ((document.doc_id, document.full_text) for document in iter_documents(self.path, self.skipped))
 
 
 def iter_documents(path: Path, skipped: set[str] | None = None) -> Iterator[Document]:
@@ -239,7 +254,7 @@ def _rows(path: Path, *, optional: bool = False) -> Iterator[tuple[str, dict[str
         return
     number = 0
     for number, row in read_jsonl(path):
-        yield f"{path}:{number}", row
+        yield f"{path}:{number}", row | {name: plain_value(name, row[name]) for name in _FIELDS & row.keys()}
     if not number and not optional:
         raise DataError(f"{path}: the file has no rows")
 

@@ -68,7 +68,10 @@ def check_queries(rows: NamedRows) -> Iterator[tuple[str, str, Mapping[str, Any]
             raise DataError(f"{place}: query {row['_id']!r} has no text; remove it or give it text")
         instruction = "" if row.get("instruction") is None else string(row, "instruction", place)
         instruction = instruction if instruction.strip() else ""
-        yield row["_id"], instructed(text, instruction), row.get("metadata") or {}, instruction
+        metadata = row.get("metadata") or {}
+        if not isinstance(metadata, Mapping):  # some collections have a text there, or a list
+            metadata = {"metadata": metadata}
+        yield row["_id"], instructed(text, instruction), metadata, instruction
 
 
 def instructed(text: str, instruction: str) -> str:
@@ -129,11 +132,26 @@ def check_lists(
     return {query_id: doc_ids for query_id, doc_ids in documents_of.items() if doc_ids or kind != "excluded"}
 
 
+def plain_value(field: str, value: Any) -> Any:
+    """A field as it is taken, whatever the file's format: ids as strings, a missing text as the empty one."""
+    if field in ("text", "title"):
+        return "" if value is None else value
+    if isinstance(value, list):
+        return [str(one) if type(one) is int else one for one in value]
+    return str(value) if field.endswith("id") and type(value) is int else value
+
+
 def string(row: Mapping[str, Any], key: str, place: str, default: str | None = None) -> str:
     """The string under `key`, or a DataError."""
     value = row.get(key, default)
     if not isinstance(value, str):
         raise DataError(f"{place}: the field {key!r} {_value_text(row, key)}; expected a string")
+    try:
+        value.encode()
+    except UnicodeEncodeError as error:
+        raise DataError(
+            f"{place}: the field {key!r} holds half a surrogate pair, which is no text; mend or remove it"
+        ) from error
     return value
 
 
@@ -159,11 +177,11 @@ def _unique(rows: NamedRows) -> Iterator[tuple[str, Mapping[str, Any]]]:
 
 
 def _integer(score: Any, place: str) -> int:
-    """A score as text or number; MTEB's are often floats."""
+    """A score as text or number; MTEB's are often floats, and some files write `1.0`."""
     try:
-        relevance = int(score)
-        if not isinstance(score, float) or relevance == score:
-            return relevance
+        number = float(score)
+        if number == int(number):
+            return int(number)
     except (TypeError, ValueError, OverflowError):
         pass
     raise DataError(f"{place}: the score {score!r} is not an integer")

@@ -16,6 +16,7 @@ from typing import Any
 
 from ..errors import DataError
 from ..extras import extra
+from .rows import plain_value
 
 PARTS = {
     "corpus": "corpus",
@@ -121,7 +122,7 @@ class Table:
                 break
             column_of = column_of or self._choose(columns, optional, list(batch))
             for values in zip(*(batch[column] for column in column_of.values()), strict=True):
-                row = {name: _clean(name, value) for name, value in zip(column_of, values, strict=True)}
+                row = {name: plain_value(name, value) for name, value in zip(column_of, values, strict=True)}
                 yield f"{self.place}, row {number}", row
                 number += 1
         if not number:
@@ -173,14 +174,6 @@ def _part_folders(folder: Path) -> list[str]:
         return []
     names = sorted(path.name for path in folder.iterdir() if path.is_dir())
     return names if find_layouts(names) or is_bright(names) else []
-
-
-def _clean(field: str, value: Any) -> Any:
-    if field in ("text", "title"):
-        return "" if value is None else value
-    if isinstance(value, list):
-        return [str(one) if type(one) is int else one for one in value]
-    return str(value) if field.endswith("id") and type(value) is int else value
 
 
 def quoted(names: Iterable[str]) -> str:

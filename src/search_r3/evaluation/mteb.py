@@ -23,7 +23,7 @@ from torch.utils.data import DataLoader
 from ..errors import ConfigError, DataError
 from ..extras import extra
 from ..model.encoder import SearchR3
-from ..model.prompts import MODES, Mode
+from ..model.prompts import MODES, PROMPT_SETS, Mode, PromptSet
 from ..types import Array
 from .instructions import NONE, OWN, choose, file_label, task_instruction
 from .systems import short_name
@@ -314,15 +314,21 @@ def _run(encoder: SearchR3MTEB, task: AbsTask, cache: ResultCache, batch_size: i
 def _model_meta(model: SearchR3, mode: Mode, max_new_tokens: int | None, instruction: str) -> ModelMeta:
     source, sides = model.backbone.source, (model.backbone, model.backbone.document_side)
     weights = list({weight: None for side in sides for weight in side.model.parameters()})
-    on_hub = "/" in source and not Path(source).is_dir()
+    on_hub = "/" in source and not Path(source).exists()
     name = source if on_hub else f"local/{short_name(str(Path(source).resolve()))}"
-    dtype = model.backbone.dtype
-    # Always, since the results of 0.1 had other instructions, without saying so.
-    experiment: dict[str, Any] = {"instruction": file_label(instruction)}
+    settings, dtype = model.backbone.settings, model.backbone.dtype
+    # All that scores depend on and that the model's files do not fix: mteb takes results of this name for the same.
+    experiment: dict[str, Any] = {
+        "instruction": file_label(instruction),
+        "max_length": settings.max_length,
+        "prompts": _prompts_label(settings.prompts),
+    }
+    if mode == "reason":
+        experiment["max_new_tokens"] = settings.max_new_tokens if max_new_tokens is None else max_new_tokens
     if dtype != "float32":
         experiment["dtype"] = dtype
-    if mode == "reason" and max_new_tokens is not None:
-        experiment["max_new_tokens"] = max_new_tokens
+    if model.truncate_dim is not None:
+        experiment["truncate_dim"] = model.truncate_dim
     unknown = ("loader", "reference", "release_date", "languages", "license", "training_datasets")
     return ModelMeta(
         **dict.fromkeys((*unknown, "public_training_code", "public_training_data")),
@@ -330,7 +336,7 @@ def _model_meta(model: SearchR3, mode: Mode, max_new_tokens: int | None, instruc
         revision=model.backbone.revision,
         n_parameters=sum(weight.numel() for weight in weights),
         memory_usage_mb=sum(weight.numel() * weight.element_size() for weight in weights) / 2**20,
-        max_tokens=model.backbone.settings.max_length,
+        max_tokens=settings.max_length,
         embed_dim=model.dimension,
         open_weights=True,
         framework=["PyTorch", "Transformers"],
@@ -338,6 +344,13 @@ def _model_meta(model: SearchR3, mode: Mode, max_new_tokens: int | None, instruc
         use_instructions=instruction != NONE,
         experiment_kwargs=experiment,
     )
+
+
+def _prompts_label(prompts: PromptSet) -> str:
+    """The name of a prompt set; with a hash of its wording where that is not ours."""
+    if prompts == PROMPT_SETS.get(prompts.name):
+        return prompts.name
+    return f"{prompts.name}-{hashlib.sha256(prompts.model_dump_json().encode()).hexdigest()[:8]}"
 
 
 def _nearest(name: str, choices: Sequence[str]) -> str:

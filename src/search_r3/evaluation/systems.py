@@ -6,6 +6,7 @@ documents left out of a ranking, and pools that are the only ones ranked.
 
 from __future__ import annotations
 
+import hashlib
 import shutil
 import time
 from collections.abc import Mapping, Sequence
@@ -186,7 +187,9 @@ class EncodedCollections(_PerCollection[tuple[ExactIndex, float | None]]):
     def _path(self, collection: Collection) -> Path:
         assert self._folder is not None
         short = "+".join(part[:12] for part in self.revision.split("+"))
-        name = f"{short}-{self.model.backbone.dtype}-{collection.content_hash()[:12]}"
+        used = f"{self.model.truncate_dim} {self.model.backbone.settings.model_dump_json(exclude={'frames'})}"
+        used = hashlib.sha256(used.encode()).hexdigest()[:8]  # limits and prompts may be given at each call
+        name = f"{short}-{self.model.backbone.dtype}-{used}-{collection.content_hash()[:12]}"
         return self._folder / (f"{name}-{file_label(self.instruction)}" if self.instruction else name)
 
 
@@ -218,6 +221,7 @@ class SearchR3System:
         instructions = {} if instruction == OWN else {"instruction": instruction}
         if collections.instruction:
             instructions["document_instruction"] = collections.instruction
+        shortened = {} if collections.model.truncate_dim is None else {"truncate_dim": collections.model.truncate_dim}
         self.info = SystemInfo(
             name=name or mode,
             kind="search-r3",
@@ -229,6 +233,7 @@ class SearchR3System:
                 "dtype": backbone.dtype,
                 "sampling_temperature": 0.0,
                 **instructions,
+                **shortened,
             },
         )
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import json
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -14,10 +13,9 @@ from torch import Tensor
 from ..config import LoRASettings
 from ..errors import ConfigError
 from ..extras import extra
-from ..files import atomic_directory, write_json
+from ..files import atomic_directory
 from .backbone import Backbone
 from .loading import load_backbone
-from .source import ADAPTER_CONFIG
 
 
 def add_adapters(backbone: Backbone, settings: LoRASettings) -> None:
@@ -55,25 +53,11 @@ def save_adapters(backbone: Backbone, state: Mapping[str, Tensor], folder: Path)
         backbone.save_companions(out)
 
 
-def save_query_adapters(backbone: Backbone, state: Mapping[str, Tensor], folder: Path) -> None:
-    """Write adapters that lie within the directory of the model that they were put into, wherever it goes."""
-    backbone.model.save_pretrained(folder, state_dict=state, save_embedding_layers=False)
-    (folder / "README.md").unlink(missing_ok=True)  # peft's, of the place where they were trained
-    path = folder / ADAPTER_CONFIG
-    write_json(path, json.loads(path.read_text(encoding="utf-8")) | {"base_model_name_or_path": None, "revision": None})
-
-
 def merged_queries(backbone: Backbone) -> Backbone:
-    """What encodes queries with its adapters, where it has any, in a copy of the documents' weights."""
+    """What encodes queries with its adapters, where it has any, merged into a copy of the weights."""
     if backbone.documents is None or not hasattr(backbone.model, "peft_config"):
         return backbone
-    with extra("train"):
-        import peft
-
-    assert backbone.files is not None and backbone.files.queries is not None
-    base = copy.deepcopy(backbone.documents.model)
-    tuned: Any = peft.PeftModel.from_pretrained(base, str(backbone.files.queries.folder))
-    return replace(backbone, model=tuned.merge_and_unload())
+    return replace(backbone, model=copy.deepcopy(backbone.model).merge_and_unload())
 
 
 def merge_adapters(backbone: Backbone, folder: Path, dtype: str) -> Backbone:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import copy
 import inspect
+import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -20,7 +21,7 @@ from ..files import atomic_directory, write_json
 from .precision import torch_dtype
 from .prompts import PromptEncoder
 from .settings import QUERIES, SETTINGS_FILE, EmbeddingSettings
-from .source import ModelFiles
+from .source import ADAPTER_CONFIG, ModelFiles
 
 # What a configuration calls the factor on its logits (Granite, Cohere, Falcon-H1); Granite's divides them.
 LOGIT_FACTORS = {"logits_scaling": -1, "logit_scale": 1, "lm_head_multiplier": 1}
@@ -150,12 +151,26 @@ class Backbone:
             state: the weights by name, where the model itself holds only a part of them.
         """
         with atomic_directory(Path(folder)) as out:
-            own = out
-            if self.documents is not None:
-                own = out / QUERIES
+            if self.documents is None:
+                self.model.save_pretrained(out, state_dict=storage_state(self.model, dtype, state))
+            else:
                 self.documents.model.save_pretrained(out, state_dict=storage_state(self.documents.model, dtype))
-            self.model.save_pretrained(own, state_dict=storage_state(self.model, dtype, state))
+                self.save_queries(out / QUERIES, dtype, state=state)
             self.save_companions(out)
+
+    def save_queries(
+        self, folder: Path, dtype: str | None = None, *, state: Mapping[str, Tensor] | None = None
+    ) -> None:
+        """Write what encodes queries beside what encodes documents: weights, or adapters that name no place as base."""
+        weights = storage_state(self.model, dtype, state)
+        if not hasattr(self.model, "peft_config"):
+            self.model.save_pretrained(folder, state_dict=weights)
+            return
+        self.model.save_pretrained(folder, state_dict=weights, save_embedding_layers=False)
+        (folder / "README.md").unlink(missing_ok=True)  # peft's, of the place where they were trained
+        path = folder / ADAPTER_CONFIG
+        config = json.loads(path.read_text(encoding="utf-8"))
+        write_json(path, config | {"base_model_name_or_path": None, "revision": None})
 
     def save_companions(self, folder: Path) -> None:
         """Write what stands beside the weights: tokenizer and settings."""

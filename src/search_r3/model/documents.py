@@ -63,9 +63,10 @@ def encode_stream(
     source = iter(texts)
     while block := list(islice(source, window)):
         prompts = backbone.prompt_encoder.encode_batch(block, kind, instruction)
-        if not engine.beginning and len(block) > 1:
+        prefix = backbone.prompt_encoder.prefix_of(prompts[0].ids)  # a bare template may have nothing before a text
+        if prefix and not engine.beginning and len(block) > 1:
             with torch.inference_mode():
-                engine.share(backbone.prompt_encoder.prefix_of(prompts[0].ids))
+                engine.share(prefix)
         vectors = _vectors(backbone, [prompt.ids for prompt in prompts], engine, batch_tokens, progress)
         check_finite(vectors, block, backbone.source)
         yield prompts, vectors

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import logging
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
@@ -22,8 +21,6 @@ from .prompts import EMBED_TOKEN, PromptSet
 from .settings import SETTINGS_FILE, EmbeddingSettings, choose_settings, read_settings, with_frames
 from .source import ADAPTER_CONFIG, CONFIG, TOKENIZER, HubOptions, ModelFiles, check_whole, find_files
 from .templates import ChatTemplate
-
-logger = logging.getLogger(__name__)
 
 EmbedStart = Literal["mean", "end_of_turn"]
 """Where the row of an embed token that the model lacks starts."""
@@ -127,13 +124,14 @@ def _load_parts(
             import_module("accelerate")
     if files.base is not None or (files.queries is not None and files.queries.base is not None):
         with extra("train"):
-            import_module("peft")  # transformers loads adapters with it
+            import_module("peft")
     of_tokenizer = files if files.has_tokenizer else whole
     tokenizer = _load_tokenizer(of_tokenizer, tokenizer_kwargs)
     model, missing = _load_model(whole, dtype, is_auto, model_kwargs)
     if files.base is not None:
         _check_row(files, of_tokenizer, tokenizer, tokenizer_kwargs)
-        missing |= _put_in(files, model, len(tokenizer))
+        model, lacking = _put_in(files, model, len(tokenizer))
+        missing |= lacking
     _check_complete(files, missing)
     return model, tokenizer
 
@@ -147,7 +145,7 @@ def _query_model(
     else:
         # Modules of its own, so that no adapter is ever on or off for the other side.
         model = copy.deepcopy(documents, {id(parameter): parameter for parameter in documents.parameters()})
-        missing = _put_in(files, model, 0)
+        model, missing = _put_in(files, model, 0, merge=False)
     _check_complete(files, missing)
     return model
 
@@ -236,28 +234,24 @@ def _check_row(files: ModelFiles, of_tokenizer: ModelFiles, tokenizer: Any, more
             )
 
 
-def _put_in(files: ModelFiles, model: Any, rows: int) -> set[str]:
-    """Put adapters into their base; the names of weights that their file lacks."""
+def _put_in(files: ModelFiles, model: Any, rows: int, merge: bool = True) -> tuple[Any, set[str]]:
+    """The base with the adapters in its weights, and the names of weights that their file lacks.
+
+    So it can be trained, saved and exported as any other. Into quantised weights they are not merged, which would lose
+    them in the rounding, nor where other modules share the weights (`merge`).
+    """
+    import peft
+
     if model.get_input_embeddings().weight.shape[0] < rows:
         model.resize_token_embeddings(rows, mean_resizing=False)
-    with _one_line(f"cannot put the adapters in {files.name} into {model.name_or_path}"), _unreported():
-        info = model.load_adapter(str(files.folder))
-    if unexpected := getattr(info, "unexpected_keys", ()):
-        logger.warning("%d weights of %s fit nowhere (first: %s)", len(unexpected), files.name, min(unexpected))
-    # They write the embed token's row of tied tables once, and transformers misses it in the other.
-    return {key for key in getattr(info, "missing_keys", ()) if "token_adapter" not in key}
-
-
-@contextmanager
-def _unreported() -> Iterator[None]:
-    """Keep transformers from a report on adapters: of tied tables it advises to train on, and the rest is said here."""
-    log = logging.getLogger("transformers.integrations.peft")
-    level = log.level
-    log.setLevel(logging.ERROR)
-    try:
-        yield
-    finally:
-        log.setLevel(level)
+    with _one_line(f"cannot put the adapters in {files.name} into {model.name_or_path}"):
+        folder = str(files.folder)
+        tuned: Any = peft.get_peft_model(model, peft.PeftConfig.from_pretrained(folder))
+        info = tuned.load_adapter(folder, "default")
+        if merge and not getattr(model, "quantization_method", None):
+            tuned = tuned.merge_and_unload()
+            tuned.name_or_path = tuned.config.name_or_path = files.name  # what further adapters are put into
+    return tuned, set(info.missing_keys)
 
 
 @contextmanager

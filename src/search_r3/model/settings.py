@@ -8,7 +8,7 @@ from collections.abc import Set
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field
 
 from ..errors import ConfigError, ModelError, SearchR3Error
 from .prompts import EMBED_TOKEN, PROMPT_SETS, PromptSet, prompt_set, render_frames
@@ -55,7 +55,7 @@ def read_settings(folder: Path) -> EmbeddingSettings | None:
     try:
         saved = json.loads(file.read_text(encoding="utf-8"))
         settings = EmbeddingSettings.model_validate(saved)
-    except (ValidationError, json.JSONDecodeError) as error:
+    except ValueError as error:  # of pydantic, JSON or UTF-8
         raise ModelError(f"{file}: not usable as model settings: {str(error).splitlines()[0]}") from error
     # Without them it was trained with what version 0.1 rendered.
     return settings if "template_arguments" in saved else settings.model_copy(update={"template_arguments": None})

@@ -10,6 +10,7 @@ import json
 import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from importlib.resources import files as package_files
 from pathlib import Path
 from typing import Any, TypedDict, Unpack
@@ -66,11 +67,12 @@ class ModelFiles:
     base: ModelFiles | None = None
     queries: ModelFiles | None = None
 
-    @property
+    @cached_property  # hashing reads all weights
     def revision(self) -> str:
         """What names this state: the commit on the hub, or the SHA-256 of the files; of adapters with their base's."""
         if self.gguf is not None:  # a commit may hold several
-            return hash_file(self.folder / self.gguf)
+            own, settings = hash_file(self.folder / self.gguf), self.folder / SETTINGS_FILE
+            return f"{own}+{hash_file(settings)}" if settings.is_file() else own
         own = self.commit or hash_folder(self.folder)
         return own if self.base is None else f"{own}+{self.base.revision}"
 
@@ -185,9 +187,15 @@ def _base_of(adapters: ModelFiles, hub: HubOptions) -> ModelFiles:
         )
     hub = {**hub, "revision": None if Path(base).exists() else config.get("revision")}
     try:
-        return find_files(base, **hub)
+        found = find_files(base, **hub)
     except ModelError as error:
         raise ModelError(f"the base of the adapters in {adapters.name} cannot be loaded: {error}") from error
+    if found.base is not None:
+        raise ModelError(
+            f"{base}, the base of the adapters in {adapters.name}, holds adapters too; load the merged model (a stage "
+            "writes it beside its adapters), or name a whole model in base_model_name_or_path"
+        )
+    return found
 
 
 def _queries_of(documents: ModelFiles, hub: HubOptions) -> ModelFiles:

@@ -9,12 +9,12 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
-from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
 from ..config import LoRASettings
 from ..errors import ConfigError, ModelError
+from ..model.source import BUILTIN, CONFIG, builtin_base_path
 
 KNOWN_TYPES = ("llama", "mistral", "qwen2", "qwen3")
 NORMS_PER_LAYER = 2
@@ -176,10 +176,8 @@ def shape_of(values: Mapping[str, Any], where: str) -> ModelShape:
 
 def _find(base: str) -> Path:
     """The `config.json` of a model directory or of the hub."""
-    if base == "builtin":
-        return Path(str(files("search_r3"))) / "builtin" / "config.json"
-    if Path(base).is_dir():
-        return Path(base) / "config.json"
+    if base == BUILTIN or Path(base).is_dir():
+        return (builtin_base_path() if base == BUILTIN else Path(base)) / CONFIG
     from huggingface_hub import hf_hub_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 

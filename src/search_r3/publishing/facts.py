@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from pydantic import ValidationError
 
 from ..data.load import split_name
 from ..errors import DataError, ModelError, RunError
@@ -23,10 +22,10 @@ from ..evaluation.results import Result
 from ..evaluation.runner import RESULTS, SUMMARY
 from ..evaluation.significance import Comparison
 from ..files import hash_file, hash_folder, read_log
-from ..model.settings import SETTINGS_FILE, EmbeddingSettings
+from ..model.settings import SETTINGS_FILE, EmbeddingSettings, read_settings
+from ..model.source import ADAPTER_CONFIG, CONFIG
 
 RECIPE, REPORT = "settings.yaml", "report.json"
-CONFIG, ADAPTER_CONFIG = "config.json", "adapter_config.json"
 BEFORE_RL = "before RL"
 STAGES = ("sft", "grpo")
 
@@ -121,7 +120,7 @@ def gather_facts(model: Path, folders: Sequence[Path] = ()) -> Facts:
     log = read_log(run / METRICS) if run else []
     places = [Path.cwd(), *(run.parents if run else ()), *(place for one in folders for place in one.resolve().parents)]
     return Facts(
-        settings=_embedding_settings(model / SETTINGS_FILE),
+        settings=_embedding_settings(model),
         config=_read_object(model / (ADAPTER_CONFIG if adapter else CONFIG)),
         adapter=adapter,
         revision=revision,
@@ -233,15 +232,14 @@ def _report(run: Path, states: set[str]) -> dict[str, Any]:
     return _read_object(path) if is_of_model else {}
 
 
-def _embedding_settings(path: Path) -> EmbeddingSettings:
-    try:
-        return EmbeddingSettings.model_validate_json(path.read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
+def _embedding_settings(model: Path) -> EmbeddingSettings:
+    settings = read_settings(model)
+    if settings is None:
         raise ModelError(
-            f"{path} is missing: prompts and limits of the model; save it with SearchR3.save_pretrained"
-        ) from error
-    except (ValidationError, UnicodeDecodeError) as error:
-        raise ModelError(f"{path}: not usable as model settings: {str(error).splitlines()[0]}") from error
+            f"{model / SETTINGS_FILE} is missing: prompts and limits of the model; save it with "
+            "SearchR3.save_pretrained"
+        )
+    return settings
 
 
 def _read_object(path: Path) -> dict[str, Any]:

@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING
 
 from ..errors import ConfigError, HubError, ModelError, SearchR3Error
 from ..model.settings import QUERIES, SETTINGS_FILE, read_settings
+from ..model.source import ADAPTER_CONFIG, CONFIG
 from .card import is_own_card
-from .facts import ADAPTER_CONFIG, CONFIG
 
 if TYPE_CHECKING:
     from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi

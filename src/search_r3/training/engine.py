@@ -344,6 +344,7 @@ def load_model(recipe: Recipe, source: str | Path) -> SearchR3:
         dtype=recipe.dtype,
         device=device,
         embed_start=recipe.embed_start,
+        revision=files.commit,  # the commit whose settings were read
     )
     longest = recipe.max_length + recipe.max_new_tokens + 1  # a supervised reply goes on to the end of its turn
     if longest > backbone.context_length:

@@ -9,8 +9,8 @@ from torch import Tensor
 from ..config import Recipe
 from ..errors import ConfigError
 from ..files import atomic_directory
-from ..model.adapters import merge_adapters, save_adapters, save_query_adapters
-from ..model.backbone import Backbone, storage_state
+from ..model.adapters import merge_adapters, save_adapters
+from ..model.backbone import Backbone
 from ..model.encoder import SearchR3
 from ..model.settings import QUERIES, read_settings
 from .engine import Engine
@@ -38,7 +38,7 @@ def save_trained(
     state = _state(engine, backbone)
     if engine.rank == 0:
         if frozen:
-            _save_queries(backbone, state, folder, adapters=recipe.lora.rank > 0)
+            _save_queries(backbone, state, folder)
         elif recipe.lora.rank:
             save_adapters(backbone, state, adapter)
             merge_adapters(backbone, adapter, recipe.dtype).save(folder)
@@ -72,14 +72,11 @@ def check_documents(backbone: Backbone) -> None:
         )
 
 
-def _save_queries(backbone: Backbone, state: dict[str, Tensor], folder: Path, *, adapters: bool) -> None:
+def _save_queries(backbone: Backbone, state: dict[str, Tensor], folder: Path) -> None:
     assert backbone.files is not None
     with atomic_directory(folder) as out:
         backbone.files.copy_to(out)
-        if adapters:
-            save_query_adapters(backbone, state, out / QUERIES)
-        else:
-            backbone.model.save_pretrained(out / QUERIES, state_dict=storage_state(backbone.model, None, state))
+        backbone.save_queries(out / QUERIES, state=state)
         backbone.save_settings(out, has_queries=True)
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from search_r3.data.collection import Collection, CorpusFile, Document, Query, iter_documents
+from search_r3.data.triples import reasoning_traces
 from search_r3.errors import DataError
 from search_r3.files import atomic_directory, write_text
 
@@ -29,7 +30,13 @@ def test_the_hash_sees_every_part(collection: Collection) -> None:
     [
         ("corpus.jsonl", '{"_id": "d00", "text": "again"}', "corpus.jsonl:41: the _id 'd00' stands in an earlier row"),
         ("corpus.jsonl", '{"text": "no id"}', "corpus.jsonl:41: the field '_id' is missing"),
-        ("corpus.jsonl", '{"_id": 7, "text": "number"}', "corpus.jsonl:41: the field '_id' is 7; expected a string"),
+        (
+            "corpus.jsonl",
+            '{"_id": 7.5, "text": "number"}',
+            "corpus.jsonl:41: the field '_id' is 7.5; expected a string",
+        ),
+        ("corpus.jsonl", '{"_id": "x", "text": "\\ud83d"}', "corpus.jsonl:41: the field 'text' holds half a surrogate"),
+        ("queries.jsonl", '{"_id": "x", "text": "\\ud83d"}', "queries.jsonl:41: the field 'text' holds half a"),
         ("corpus.jsonl", '{"_id": "x", "text": "  "}', "corpus.jsonl:41: document 'x' has no text"),
         ("corpus.jsonl", '{"_id": "x", "title": "only"}', "corpus.jsonl:41: the field 'text' is missing"),
         ("corpus.jsonl", '{"_id": "x", ', "corpus.jsonl:41: not valid JSON"),
@@ -50,6 +57,22 @@ def test_a_broken_line_is_named(tmp_path: Path, collection: Collection, file: st
     with pytest.raises(DataError) as error:
         Collection.load(tmp_path / "c")
     assert message in str(error.value)
+
+
+def test_files_may_write_ids_scores_titles_and_metadata_as_they_like(tmp_path: Path) -> None:
+    (tmp_path / "qrels").mkdir()
+    mark = b"\xef\xbb\xbf"
+    corpus = b'{"_id": 1, "title": null, "text": "a house"}\n{"_id": 2, "text": "a boat"}\n'
+    (tmp_path / "corpus.jsonl").write_bytes(mark + corpus)
+    (tmp_path / "queries.jsonl").write_bytes(mark + b'{"_id": 7, "text": "house?", "metadata": "topic 12"}\n')
+    (tmp_path / "qrels" / "test.tsv").write_bytes(mark + b"7\t1\t1.0\n")
+    (tmp_path / "pools.jsonl").write_text('{"query-id": 7, "doc-ids": [1, 2]}\n')
+    loaded = Collection.load(tmp_path)
+    assert loaded.documents["1"] == Document("1", "a house") and loaded.qrels == {"test": {"7": {"1": 1}}}
+    assert loaded.pools == {"7": frozenset({"1", "2"})} and reasoning_traces(loaded.queries["7"]) == {}
+    (tmp_path / "qrels" / "test.tsv").write_text("7\t1\t0.5\n")
+    with pytest.raises(DataError, match=r"the score '0\.5' is not an integer"):
+        Collection.load(tmp_path)
 
 
 def test_a_real_collection_with_an_empty_document_loads_when_told_so(tmp_path: Path, collection: Collection) -> None:
@@ -170,7 +193,11 @@ def test_excluded_documents_may_be_unknown(tmp_path: Path) -> None:
         ("excluded", {"query-id": "q", "excluded": []}, "query 'q' has a list in an earlier row too"),
         ("pools", {"query-id": "x", "doc-ids": ["s-1"]}, "query 'x' is not in queries.jsonl"),
         ("pools", {"query-id": "7-changed", "doc-ids": ["x"]}, "document 'x' is not in corpus.jsonl"),
-        ("pools", {"query-id": "7-changed", "doc-ids": [1]}, "the field 'doc-ids' is [1]; expected a list of docu"),
+        (
+            "pools",
+            {"query-id": "7-changed", "doc-ids": [None]},
+            "the field 'doc-ids' is [None]; expected a list",
+        ),
         ("pools", {"query-id": "7-changed", "doc-ids": []}, "the pool of query '7-changed' has no document to rank"),
         ("pools", {"query-id": "7-changed", "lines": [1]}, "the field 'prefix' is missing; expected a string"),
         ("pools", {"query-id": "7-changed", "prefix": "s-", "lines": ["1"]}, "['1']; expected a list of integers"),

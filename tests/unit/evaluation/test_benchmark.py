@@ -117,6 +117,13 @@ def test_a_corpus_on_the_disk_gives_the_same_result_and_is_removed(
     assert on_disk.per_query == run(SearchR3System(EncodedCollections(model), "direct"), collection).per_query
     later = EncodedCollections(model, tmp_path / "indexes")
     assert later.index(collection)[1] is None, "nothing was encoded again, so there is no speed"
+    limits = model.backbone.settings
+    model.backbone.settings = limits.model_copy(update={"max_length": 64})
+    other = EncodedCollections(model, tmp_path / "indexes")
+    assert other.index(collection)[1] is not None, "with another limit it is another index"
+    other.forget(collection)
+    assert len(list((tmp_path / "indexes").iterdir())) == 1
+    model.backbone.settings = limits
     later.forget(collection)
     assert not list((tmp_path / "indexes").iterdir())
 
@@ -143,6 +150,9 @@ def test_a_result_is_computed_once(model: SearchR3, collection: Collection, tmp_
     direct = again(SearchR3System(EncodedCollections(model), "direct"))
     model.backbone.settings = model.backbone.settings.model_copy(update={"max_length": 64})
     assert again(SearchR3System(EncodedCollections(model), "direct")).key != direct.key, "other limits"
+    whole = again(SearchR3System(EncodedCollections(model), "direct"))
+    model.truncate_dim = 8
+    assert again(SearchR3System(EncodedCollections(model), "direct")).key != whole.key, "fewer dimensions"
 
 
 def test_a_model_that_was_trained_on_is_another_revision(

@@ -200,12 +200,31 @@ def test_a_given_instruction_does_not_replace_the_own_one() -> None:
     assert [choose(choice, "", "Task's. ") for choice in ("own", "none", "Given.")] == ["Task's.", "", "Given."]
 
 
+def test_the_commands_leave_documents_without_text_out_and_say_so(
+    tiny_path: Path, instructed: Collection, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    instructed.save(tmp_path / "data")
+    with (tmp_path / "data" / "corpus.jsonl").open("a") as corpus:
+        corpus.write('{"_id": "zz", "text": ""}\n')
+    model = [tiny_path, "a house", "-c", tmp_path / "data", "--mode", "direct", "--untrained"]
+    for args in (
+        ["encode", tiny_path, tmp_path / "index", "-c", tmp_path / "data", "--untrained"],
+        ["search", *model, "--index", tmp_path / "index"],
+        ["search", *model],
+        ["data", "mine", tmp_path / "data", tmp_path / "mined", "--with", "bm25", "--splits", "test"],
+    ):
+        assert call(monkeypatch, *args) == 0
+        assert "1 documents without any text are left out" in capsys.readouterr().err
+
+
 def test_the_commands_take_instructions(
     tiny_path: Path, instructed: Collection, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
 ) -> None:
     instructed.save(tmp_path / "data")
     index, where = tmp_path / "index", ["-c", tmp_path / "data"]
-    assert call(monkeypatch, "encode", tiny_path, index, *where, "--instruction", "A page.", "--untrained") == 0
+    assert (
+        call(monkeypatch, "encode", tiny_path, index, *where, "--document-instruction", "A page.", "--untrained") == 0
+    )
     search = ["search", tiny_path, "a house", *where, "--mode", "direct", "--untrained", "-k", 3, "--index", index]
     capsys.readouterr()
     assert call(monkeypatch, *search) == 2

@@ -16,6 +16,8 @@ import pytest
 import torch
 import transformers
 
+from search_r3.cli.common import ModelOptions, ModeName
+from search_r3.cli.mining import _retriever
 from search_r3.data.collection import Collection, Document, Query
 from search_r3.data.triples import judged_queries, listed_negatives, training_examples
 from search_r3.errors import DataError, ModelError, VectorIndexError
@@ -381,6 +383,14 @@ def test_other_limits_need_no_new_search(tmp_path: Path) -> None:
     )
     assert len(first.seen) == 9 and second.seen == []
     assert len(found) == 2 and set(found) <= {"b", "c", "d"} and report.resumed == report.blocks == 1
+
+
+def test_another_precision_is_another_key(tiny_path: Path) -> None:
+    keys = [
+        _retriever(str(tiny_path), ModeName.direct, ModelOptions(device="cpu", dtype=dtype)).key
+        for dtype in ("float32", "bfloat16", "float32")
+    ]
+    assert keys[0] == keys[2] != keys[1]
 
 
 def test_another_key_begins_anew(tmp_path: Path) -> None:

@@ -123,9 +123,10 @@ def test_no_directory_and_broken_settings_are_named(tmp_path: Path, tiny_path: P
     with pytest.raises(ModelError, match=r"config\.json is missing"):
         load_backbone(tmp_path / "empty")
     backbone.save(tmp_path / "broken")
-    (tmp_path / "broken" / "search_r3.json").write_text('{"max_lenght": 3}')
-    with pytest.raises(ModelError, match="not usable as model settings"):
-        load_backbone(tmp_path / "broken")
+    for content in (b'{"max_lenght": 3}', b"{", b"[]", b'{"embed_token": "\xff"}'):
+        (tmp_path / "broken" / "search_r3.json").write_bytes(content)
+        with pytest.raises(ModelError, match="not usable as model settings"):
+            load_backbone(tmp_path / "broken")
 
 
 def test_a_model_that_does_to_its_logits_what_we_do_not_is_refused(

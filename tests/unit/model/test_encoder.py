@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import logging
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -10,6 +11,7 @@ from search_r3 import SearchR3
 from search_r3.data.documents import read_documents
 from search_r3.errors import ConfigError, DataError, ModelError
 from search_r3.model.documents import document_chunking
+from search_r3.model.prompts import PromptSet
 from search_r3.model.settings import EmbeddingSettings
 
 TEXTS = ["where is the red house?", "river", "a black horse and a white chair on a green boat"]
@@ -45,6 +47,17 @@ def test_an_instruction_follows_queries_and_documents(model: SearchR3) -> None:
     np.testing.assert_allclose(np.concatenate(list(blocks)), model.encode_document(joined), atol=1e-5)
     with pytest.raises(DataError, match="2 instructions for 3 texts; give one for all, or one per text"):
         model.encode_document(TEXTS, instruction=["", ""])
+
+
+def test_a_prompt_may_begin_with_the_text(tiny_path: Path, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(tiny_path, tmp_path / "bare"))
+    ends = "{% if m.role == 'assistant' %}{{ eos_token }}{% endif %}"
+    (folder / "chat_template.jinja").write_text("{% for m in messages %}{{ m.content }}" + ends + "{% endfor %}")
+    prompts = PromptSet(name="bare", direct_system="", reason_system="", document_system="")
+    model = SearchR3(folder, device="cpu", prompts=prompts)
+    assert model.backbone.prompt_encoder.frame("document")[0] == []
+    alone = np.concatenate([model.encode_document([text]) for text in TEXTS])
+    np.testing.assert_allclose(model.encode_document(TEXTS), alone, atol=1e-5)
 
 
 def test_the_shared_beginning_is_computed_once_and_changes_nothing(model: SearchR3) -> None:

@@ -21,7 +21,7 @@ from search_r3 import SearchR3
 from search_r3.cli import app
 from search_r3.config import LoRASettings
 from search_r3.errors import ConfigError, ModelError
-from search_r3.files import hash_file, hash_folder
+from search_r3.files import hash_file, hash_folder, write_json
 from search_r3.model.adapters import add_adapters, merge_adapters, save_adapters
 from search_r3.model.loading import load_backbone
 from search_r3.model.precision import torch_dtype
@@ -233,6 +233,21 @@ def test_adapters_are_a_state_of_their_base_too(base: Path, tmp_path: Path) -> N
     assert load_backbone(adapter).revision != revision
 
 
+def test_adapters_are_merged_into_their_base(base: Path, tmp_path: Path) -> None:
+    adapter = make_adapter(tmp_path / "adapter", base)
+    loaded = SearchR3(adapter, device="cpu")
+    assert not hasattr(loaded.backbone.model, "peft_config")
+    loaded.save_pretrained(tmp_path / "whole")
+    assert (tmp_path / "whole" / "model.safetensors").is_file() and not np.array_equal(vector(adapter), vector(base))
+    assert np.abs(vector(tmp_path / "whole") - vector(adapter)).max() < 1e-6
+    add_adapters(loaded.backbone, LoRASettings(rank=2))
+    save_adapters(loaded.backbone, loaded.backbone.model.state_dict(), tmp_path / "second")
+    with pytest.raises(ModelError, match=r"adapter, the base of the adapters in .*second, holds adapters too"):
+        load_backbone(tmp_path / "second")
+    merged = merge_adapters(loaded.backbone, tmp_path / "second", "float32")
+    assert np.abs(SearchR3(merged).encode_document([TEXT])[0] - loaded.encode_document([TEXT])[0]).max() < 1e-6
+
+
 def test_adapters_without_a_trained_embed_token_are_refused_or_said_to_be_untrained(base: Path, tmp_path: Path) -> None:
     adapter = make_adapter(tmp_path / "adapter", base)
     weights = load_file(adapter / "adapter_model.safetensors")
@@ -361,6 +376,8 @@ def test_a_gguf_file_is_a_model_and_is_saved_as_safetensors(tokenizer: Any, tmp_
     assert np.abs(loaded.encode_query([TEXT], mode="direct").vectors[0] - expected).max() < 1e-6
     backbone = loaded.backbone
     assert backbone.revision == hash_file(path) and backbone.tokenizer.eos_token == tokenizer.eos_token
+    write_json(tmp_path / "search_r3.json", backbone.settings.model_dump())
+    assert load_backbone(path).revision != hash_file(path), "the prompts beside it are a part of the model"
     assert backbone.tokenizer.chat_template == tokenizer.chat_template and not backbone.trained
     assert backbone.model.config.tie_word_embeddings
 
