@@ -59,6 +59,7 @@ STAGE_2 = {
     ],
     "documents-never": ["grpo.refresh.policy=never"],
     "documents-shortlist": ["grpo.refresh.policy=shortlist"],
+    "documents-frozen": ["grpo.documents=frozen"],
     "leave-one-out": ["grpo.baseline=leave_one_out", "grpo.advantage_scale=none"],
     "no-scale": ["grpo.advantage_scale=none"],
     "baseline-direct": ["grpo.baseline=direct"],

@@ -266,6 +266,11 @@ class GRPOSettings(DevSettings):
     contrastive_temperature: float = Field(0.05, gt=0, description="tau of these terms.")
     reward: RewardSettings = RewardSettings()
     reward_k: int = Field(10, ge=1, description="k of the nDCG in the reward.")
+    documents: Literal["moving", "frozen"] = Field(
+        "moving",
+        description="moving: documents follow the weights, as `refresh` says. frozen: they keep those that the stage "
+        "began from, an index made before stays valid, and of `refresh` only `index` counts.",
+    )
     refresh: RefreshSettings = RefreshSettings()
     rollout_batch_size: int = Field(256, ge=1, description="Rollouts decoded at once; changes results by rounding.")
     micro_batch_size: int = Field(128, ge=1, description="Rollouts per forward and backward pass; changes memory only.")

@@ -16,6 +16,7 @@ import torch
 from safetensors.torch import load_file
 
 from search_r3.data.collection import Collection
+from search_r3.files import hash_file
 from tests.distributed import train
 
 TOLERANCE = 1e-5
@@ -180,3 +181,21 @@ def test_shards_that_compute_in_bfloat16_give_losses_in_float32(
     assert found[0]["loss"] != expected[0]["loss"], "bfloat16 was used"
     weights = load_file(Path(torch.load(tmp_path / "bf16" / "sft-0.pt")["path"]) / "model.safetensors")
     assert all(value.dtype == torch.float32 for value in weights.values())
+
+
+def test_shards_of_a_query_side_are_written_whole(tmp_path: Path, stage_1: Path, collection_path: Path) -> None:
+    variants = {"full": ["grpo.documents=frozen"], "adapters": ["grpo.documents=frozen", "lora.rank=4"]}
+    trainings = {name: ("grpo", str(stage_1), options) for name, options in variants.items()}
+    launch(tmp_path / "shards", trainings, collection_path, **FSDP2)
+    for name, options in variants.items():
+        expected = train("grpo", tmp_path / name, str(stage_1), str(collection_path), options)
+        found = torch.load(tmp_path / "shards" / f"{name}-0.pt")
+        check_same(found, expected)
+        folders = [Path(kept["path"]) for kept in (found, expected)]
+        one, two = ({path.name: path for path in (folder / "queries").glob("*.safetensors")} for folder in folders)
+        assert one.keys() == two.keys()
+        for file in one:
+            saved, whole = load_file(one[file]), load_file(two[file])
+            assert saved.keys() == whole.keys()
+            assert all(torch.allclose(saved[key], whole[key], atol=1e-6, rtol=0) for key in whole)
+        assert hash_file(folders[0] / "model.safetensors") == hash_file(stage_1 / "model.safetensors")

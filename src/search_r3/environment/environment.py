@@ -107,6 +107,7 @@ class RetrievalEnvironment:
         max_new_tokens: the reasoning budget.
         depth: the number of best documents that a score names.
         seed: of the random samples of documents.
+        frozen: documents keep their first vectors, and `refresh` (but for its `index`) is not looked at.
         communicator: the other processes, if there are any.
         state: a folder that `save` wrote; by default all documents are encoded now, as version 0.
     """
@@ -123,11 +124,12 @@ class RetrievalEnvironment:
         max_new_tokens: int,
         depth: int = 0,
         seed: int = 0,
+        frozen: bool = False,
         communicator: Communicator | None = None,
         state: Path | None = None,
     ) -> None:
         self.collection, self.qrels, self.encoder, self.refresh = collection, qrels, encoder, refresh
-        self.weights, self.k = weights, k
+        self.weights, self.k, self.frozen = weights, k, frozen
         self.scorer = Scorer(collection, qrels, weights, k=k, max_new_tokens=max_new_tokens, depth=depth)
         self.seed, self.communicator = seed, communicator or Communicator()
         self.policy = make_policy(refresh)
@@ -235,6 +237,8 @@ class RetrievalEnvironment:
         given = [own for own, _ in shares if len(own)]
         if not given:
             raise RewardError("no rollouts were given; one process at least has to give one")
+        if self.frozen:
+            return RefreshReport(0, 0, time.perf_counter() - started, 0.0, 0, 0.0, self._recall)
         queries = np.concatenate(given)
         targets = [self.query_rows(query_id) for _, own in shares for query_id in own]
         positives = [query.positives for query in targets]
@@ -260,8 +264,12 @@ class RetrievalEnvironment:
             staleness_mean=float(staleness.mean()),
             staleness_max=int(staleness.max()),
             drift_gain=gain,
-            index_recall=self.index.last_recall if isinstance(self.index, ApproximateIndex) else 1.0,
+            index_recall=self._recall,
         )
+
+    @property
+    def _recall(self) -> float:
+        return self.index.last_recall if isinstance(self.index, ApproximateIndex) else 1.0
 
     def _agree(self, choice: T) -> T:
         """The first process's choice, for all: searches and fits of other machines may differ in a near tie."""

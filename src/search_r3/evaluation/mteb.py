@@ -312,7 +312,8 @@ def _run(encoder: SearchR3MTEB, task: AbsTask, cache: ResultCache, batch_size: i
 
 
 def _model_meta(model: SearchR3, mode: Mode, max_new_tokens: int | None, instruction: str) -> ModelMeta:
-    source, weights = model.backbone.source, list(model.backbone.model.parameters())
+    source, sides = model.backbone.source, (model.backbone, model.backbone.document_side)
+    weights = list({weight: None for side in sides for weight in side.model.parameters()})
     on_hub = "/" in source and not Path(source).exists()
     name = source if on_hub else f"local/{short_name(str(Path(source).resolve()))}"
     settings, dtype = model.backbone.settings, model.backbone.dtype

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -50,6 +51,13 @@ def save_adapters(backbone: Backbone, state: Mapping[str, Tensor], folder: Path)
     with atomic_directory(folder) as out:
         backbone.model.save_pretrained(out, state_dict=state, save_embedding_layers=False)
         backbone.save_companions(out)
+
+
+def merged_queries(backbone: Backbone) -> Backbone:
+    """What encodes queries with its adapters, where it has any, merged into a copy of the weights."""
+    if backbone.documents is None or not hasattr(backbone.model, "peft_config"):
+        return backbone
+    return replace(backbone, model=copy.deepcopy(backbone.model).merge_and_unload())
 
 
 def merge_adapters(backbone: Backbone, folder: Path, dtype: str) -> Backbone:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import copy
 import inspect
+import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -19,8 +20,8 @@ from torch import Tensor
 from ..files import atomic_directory, write_json
 from .precision import torch_dtype
 from .prompts import PromptEncoder
-from .settings import SETTINGS_FILE, EmbeddingSettings
-from .source import ModelFiles
+from .settings import QUERIES, SETTINGS_FILE, EmbeddingSettings
+from .source import ADAPTER_CONFIG, ModelFiles
 
 # What a configuration calls the factor on its logits (Granite, Cohere, Falcon-H1); Granite's divides them.
 LOGIT_FACTORS = {"logits_scaling": -1, "logit_scale": 1, "lm_head_multiplier": 1}
@@ -32,7 +33,7 @@ class Backbone:
     """A causal LM ready to embed, with settings that have their frames. `prompt_encoder` is the only way to ids.
 
     `engine` computes what is encoded: ours (`fast`), or the one that serves every architecture (`fallback`); which of
-    them is right for a model is found out when it is loaded.
+    them is right for a model is found out when it is loaded. Where `documents` is set, this one encodes queries only.
     """
 
     model: Any
@@ -42,6 +43,7 @@ class Backbone:
     source: str
     files: ModelFiles | None = None
     engine: Literal["fast", "fallback"] = "fast"
+    documents: Backbone | None = None
 
     def __post_init__(self) -> None:
         assert self.settings.frames is not None
@@ -58,6 +60,11 @@ class Backbone:
         """The causal LM itself, out of the wrapper of adapters where there is one; adapters stay in force."""
         unwrap = getattr(self.model, "get_base_model", None)
         return self.model if unwrap is None else unwrap()
+
+    @property
+    def document_side(self) -> Backbone:
+        """What encodes documents: this one, unless stage 2 kept them frozen."""
+        return self.documents or self
 
     @property
     def device(self) -> torch.device:
@@ -144,14 +151,36 @@ class Backbone:
             state: the weights by name, where the model itself holds only a part of them.
         """
         with atomic_directory(Path(folder)) as out:
-            self.model.save_pretrained(out, state_dict=storage_state(self.model, dtype, state))
+            if self.documents is None:
+                self.model.save_pretrained(out, state_dict=storage_state(self.model, dtype, state))
+            else:
+                self.documents.model.save_pretrained(out, state_dict=storage_state(self.documents.model, dtype))
+                self.save_queries(out / QUERIES, dtype, state=state)
             self.save_companions(out)
+
+    def save_queries(
+        self, folder: Path, dtype: str | None = None, *, state: Mapping[str, Tensor] | None = None
+    ) -> None:
+        """Write what encodes queries beside what encodes documents: weights, or adapters that name no place as base."""
+        weights = storage_state(self.model, dtype, state)
+        if not hasattr(self.model, "peft_config"):
+            self.model.save_pretrained(folder, state_dict=weights)
+            return
+        self.model.save_pretrained(folder, state_dict=weights, save_embedding_layers=False)
+        (folder / "README.md").unlink(missing_ok=True)  # peft's, of the place where they were trained
+        path = folder / ADAPTER_CONFIG
+        config = json.loads(path.read_text(encoding="utf-8"))
+        write_json(path, config | {"base_model_name_or_path": None, "revision": None})
 
     def save_companions(self, folder: Path) -> None:
         """Write what stands beside the weights: tokenizer and settings."""
         self.tokenizer.save_pretrained(folder)
-        settings = self.settings.model_dump() | ({} if self.trained else {"trained": False})
-        write_json(folder / SETTINGS_FILE, settings)
+        self.save_settings(folder, has_queries=self.documents is not None)
+
+    def save_settings(self, folder: Path, *, has_queries: bool) -> None:
+        """Write `search_r3.json`, which also says whether the folder has a query side of its own."""
+        more = ({} if self.trained else {"trained": False}) | ({"queries": QUERIES} if has_queries else {})
+        write_json(folder / SETTINGS_FILE, self.settings.model_dump() | more)
 
 
 def storage_state(model: Any, dtype: str | None, state: Mapping[str, Tensor] | None = None) -> dict[str, Tensor]:

@@ -282,7 +282,7 @@ class SearchR3:
             DataError: a text is empty (its place in its block is named).
         """
         for prompts, vectors in encode_stream(
-            *(self.backbone, texts, "document"),
+            *(self.backbone.document_side, texts, "document"),
             instruction=instruction,
             batch_tokens=batch_tokens,
             window=window,
@@ -353,8 +353,9 @@ class SearchR3:
         batch_tokens: int | None,
         progress: Progress | None,
     ) -> tuple[Array, list[bool]]:
+        side = self.backbone.document_side if kind == "document" else self.backbone
         [(prompts, vectors)] = encode_stream(
-            *(self.backbone, texts, kind),
+            *(side, texts, kind),
             instruction=instruction,
             batch_tokens=batch_tokens,
             window=len(texts),

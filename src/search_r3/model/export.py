@@ -15,6 +15,7 @@ from typing import Any
 
 from ..errors import ModelError
 from ..files import atomic_directory, write_json, write_text
+from .adapters import merged_queries
 from .backbone import Backbone, storage_state
 from .prompts import Kind
 
@@ -58,6 +59,10 @@ print(model.similarity(queries, documents))
   as the token; `<|im_end|>` and the like in a text stay plain text.
 - `tokenizer.json` holds the rest of the prompt and has to be loaded as it stands. sentence-transformers does so;
   `AutoTokenizer` by itself may build another tokenizer, which does not strip the text.
+{sides}"""
+
+_TWO_SIDES = """- Queries and documents have weights of their own (a `Router`, since sentence-transformers 5): call
+  `encode_query` and `encode_document`. `encode` takes those of queries, whatever its prompt.
 """
 
 
@@ -67,7 +72,7 @@ def export_sentence_transformers(backbone: Backbone, folder: str | Path, dtype: 
     Its `encode_query` gives the vectors of `SearchR3.encode_query(texts, mode="direct")` and its `encode_document`
     those of `SearchR3.encode_document(texts)`, to 1e-5 in float32. Written are the weights without the output layer, a
     tokenizer that adds the rest of the prompt, the prompts, and a model card; an existing folder is replaced when all
-    is written.
+    is written. Where documents have weights of their own, a Router holds both sides.
 
     Known limits: a text that spells a special token with the sign U+2402 before it is read as that token (the token's
     plain name stays text); a blank text gets a vector instead of an error; nothing tells that a text was cut.
@@ -81,7 +86,11 @@ def export_sentence_transformers(backbone: Backbone, folder: str | Path, dtype: 
         ModelError: adapters are not merged, the folder holds the model itself, or the prompt or the tokenizer cannot
             be expressed in sentence-transformers.
     """
-    _check_exportable(backbone, Path(folder))
+    sides = {"": backbone}
+    if backbone.documents is not None:
+        sides = {"query": merged_queries(backbone), "document": backbone.documents}
+    for side in sides.values():
+        _check_exportable(side, Path(folder))
     frames = {name: backbone.prompt_encoder.frame(kind) for name, kind in _KINDS.items()}
     suffix = frames["query"][1]
     if frames["document"][1] != suffix:
@@ -92,9 +101,10 @@ def export_sentence_transformers(backbone: Backbone, folder: str | Path, dtype: 
     tokenizer = _tokenizer(backbone, list(pieces.values()), suffix, special)
     _check_ids(backbone, tokenizer, prompts)
     with atomic_directory(Path(folder)) as out:
-        _save_weights(backbone.model.base_model, out, dtype)
-        _write_tokenizer(out, backbone, tokenizer, special)
-        _write_settings(out, backbone, prompts)
+        for name, side in sides.items():
+            _save_weights(side.model.base_model, out / name, dtype)
+            _write_tokenizer(out / name, backbone, tokenizer, special)
+        _write_settings(out, backbone, prompts, list(sides))
 
 
 def _check_exportable(backbone: Backbone, folder: Path) -> None:
@@ -202,9 +212,15 @@ def _save_weights(model: Any, out: Path, dtype: str | None) -> None:
         model.config.architectures = architectures
 
 
-def _write_settings(out: Path, backbone: Backbone, prompts: dict[str, str]) -> None:
+def _write_settings(out: Path, backbone: Backbone, prompts: dict[str, str], sides: Sequence[str]) -> None:
     """The files of sentence-transformers, in the spelling that its versions 4 to 6 read, and the model card."""
-    modules = [("", "Transformer"), ("1_Pooling", "Pooling"), ("2_Normalize", "Normalize")]
+    first = "Transformer"
+    if len(sides) > 1:
+        first = "Router"  # since version 5
+        types = dict.fromkeys(sides, "sentence_transformers.models.Transformer")
+        routes = {"types": types, "structure": {side: [side] for side in sides}}
+        write_json(out / "router_config.json", {**routes, "parameters": {"default_route": sides[0]}})
+    modules = [("", first), ("1_Pooling", "Pooling"), ("2_Normalize", "Normalize")]
     write_json(
         out / "modules.json",
         [
@@ -213,10 +229,9 @@ def _write_settings(out: Path, backbone: Backbone, prompts: dict[str, str]) -> N
         ],
     )
     max_length = backbone.settings.max_length
-    write_json(
-        out / "sentence_bert_config.json",
-        {"max_seq_length": max_length, "do_lower_case": False, "tokenizer_args": {"tokenizer_type": _PLAIN_TYPE}},
-    )
+    limits = {"max_seq_length": max_length, "do_lower_case": False, "tokenizer_args": {"tokenizer_type": _PLAIN_TYPE}}
+    for side in sides:
+        write_json(out / side / "sentence_bert_config.json", limits)
     write_json(
         out / "config_sentence_transformers.json",
         {"prompts": prompts, "default_prompt_name": "query", "similarity_fn_name": "cosine"},
@@ -227,7 +242,8 @@ def _write_settings(out: Path, backbone: Backbone, prompts: dict[str, str]) -> N
         {"word_embedding_dimension": backbone.dimension, **pooling, "include_prompt": True},
     )
     write_json(out / "2_Normalize" / "config.json", {})
-    card = _README.format(dimension=backbone.dimension, max_length=max_length, mark=_MARK)
+    note = _TWO_SIDES if len(sides) > 1 else ""
+    card = _README.format(dimension=backbone.dimension, max_length=max_length, mark=_MARK, sides=note)
     write_text(out / "README.md", card)
 
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import replace
 from importlib import import_module
 from pathlib import Path
 from typing import Any, Literal, Unpack
@@ -51,6 +53,8 @@ def load_backbone(
 ) -> Backbone:
     """Load a causal LM from a directory, a GGUF file or the hub; add the embed token where the tokenizer lacks it.
 
+    Of a model whose documents stage 2 kept frozen this is what encodes queries, with `documents` beside it.
+
     No code that a model brings is run, and no pickle is read.
 
     Args:
@@ -84,11 +88,16 @@ def load_backbone(
         # On Hopper and Blackwell torch prefers cuDNN's attention, which builds a plan for every new shape, some tenths
         # of a second each (torch 2.11). Here every decoding step and nearly every batch has a new one.
         torch.backends.cuda.enable_cudnn_sdp(False)
-    if not ("device_map" in more[0] or getattr(model, "quantization_method", None)):
-        model.to(place)  # else the weights are where they belong
-    backbone = Backbone(model.eval(), tokenizer, settings, embed_token_id, files.name, files)
-    check_backbone(backbone)
-    return backbone
+    models = [model]
+    if files.queries is not None:
+        models.append(_query_model(files.queries, model, torch_dtype(dtype, place), dtype == "auto", more[0]))
+    for one in models:
+        if not ("device_map" in more[0] or getattr(one, "quantization_method", None)):
+            one.to(place)  # else the weights are where they belong
+    sides = [Backbone(one.eval(), tokenizer, settings, embed_token_id, files.name, files) for one in models]
+    for side in sides:
+        check_backbone(side)
+    return sides[0] if files.queries is None else replace(sides[1], documents=sides[0])
 
 
 def _checked(more: Mapping[str, Any] | None, name: str) -> Mapping[str, Any]:
@@ -115,7 +124,7 @@ def _load_parts(
         with extra("gguf"):  # transformers reads such files with them
             import_module("gguf")
             import_module("accelerate")
-    if files.base is not None:
+    if files.base is not None or (files.queries is not None and files.queries.base is not None):
         with extra("train"):
             import_module("peft")
     of_tokenizer = files if files.has_tokenizer else whole
@@ -127,11 +136,29 @@ def _load_parts(
         _check_row(files, of_tokenizer, tokenizer, tokenizer_kwargs)
         model, lacking = _put_in(files, model, len(tokenizer))
         missing |= lacking
+    _check_complete(files, missing)
+    return model, tokenizer
+
+
+def _query_model(
+    files: ModelFiles, documents: Any, dtype: torch.dtype, is_auto: bool, model_kwargs: Mapping[str, Any]
+) -> Any:
+    """What encodes queries: a model of its own, or adapters in one that shares the weights of the documents' model."""
+    if files.base is None:
+        model, missing = _load_model(files, dtype, is_auto, model_kwargs)
+    else:
+        # Modules of its own, so that no adapter is ever on or off for the other side.
+        model = copy.deepcopy(documents, {id(parameter): parameter for parameter in documents.parameters()})
+        model, missing = _put_in(files, model, 0, merge=False)
+    _check_complete(files, missing)
+    return model
+
+
+def _check_complete(files: ModelFiles, missing: set[str]) -> None:
     if missing:
         raise ModelError(
             f"{files.name} lacks {len(missing)} weights of its architecture (first: {min(missing)}); wrong files?"
         )
-    return model, tokenizer
 
 
 def _load_tokenizer(files: ModelFiles, more: Mapping[str, Any]) -> Any:
@@ -211,11 +238,11 @@ def _check_row(files: ModelFiles, of_tokenizer: ModelFiles, tokenizer: Any, more
             )
 
 
-def _put_in(files: ModelFiles, model: Any, rows: int) -> tuple[Any, set[str]]:
+def _put_in(files: ModelFiles, model: Any, rows: int, merge: bool = True) -> tuple[Any, set[str]]:
     """The base with the adapters in its weights, and the names of weights that their file lacks.
 
     So it can be trained, saved and exported as any other. Into quantised weights they are not merged, which would lose
-    them in the rounding.
+    them in the rounding, nor where other modules share the weights (`merge`).
     """
     import peft
 
@@ -225,7 +252,7 @@ def _put_in(files: ModelFiles, model: Any, rows: int) -> tuple[Any, set[str]]:
         folder = str(files.folder)
         tuned: Any = peft.get_peft_model(model, peft.PeftConfig.from_pretrained(folder))
         info = tuned.load_adapter(folder, "default")
-        if not getattr(model, "quantization_method", None):
+        if merge and not getattr(model, "quantization_method", None):
             tuned = tuned.merge_and_unload()
             tuned.name_or_path = tuned.config.name_or_path = files.name  # what further adapters are put into
     return tuned, set(info.missing_keys)

@@ -6,7 +6,7 @@ import json
 import logging
 from collections.abc import Set
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
@@ -17,6 +17,8 @@ from .templates import TEMPLATE_ARGUMENTS, Frames
 logger = logging.getLogger(__name__)
 
 SETTINGS_FILE = "search_r3.json"
+QUERIES: Literal["queries"] = "queries"
+"""The folder of a model directory that holds what encodes queries, where other weights encode documents."""
 _PUBLISHED_ID, _PUBLISHED_CLASS = "ytgui/Search-R3.0-Small", "HFQwen2LM"
 
 
@@ -36,6 +38,9 @@ class EmbeddingSettings(BaseModel):
     frames: Frames | None = Field(None, description="Token ids around texts; rendered when a model is loaded without.")
     # No part of what vectors depend on; where it is not saved, the model is a trained one.
     trained: bool = Field(True, exclude=True, description="Whether a stage has trained the embed token.")
+    queries: Literal["queries"] | None = Field(
+        None, exclude=True, description="The folder of what encodes queries; null: all weights encode both."
+    )
 
 
 def read_settings(folder: Path) -> EmbeddingSettings | None:

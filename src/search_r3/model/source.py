@@ -7,6 +7,7 @@ library beneath looks for another revision, for code, or for a pickle.
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -16,7 +17,7 @@ from typing import Any, TypedDict, Unpack
 
 from ..errors import ModelError
 from ..files import hash_file, hash_folder
-from .settings import SETTINGS_FILE
+from .settings import QUERIES, SETTINGS_FILE
 
 CONFIG, ADAPTER_CONFIG = "config.json", "adapter_config.json"
 _WEIGHTS, _ADAPTER_WEIGHTS = "model.safetensors", "adapter_model.safetensors"
@@ -56,6 +57,7 @@ class ModelFiles:
         commit: of the hub; None for a directory of the user's.
         gguf: the name of the GGUF file that is the model.
         base: the model that adapters in `folder` were put into.
+        queries: what encodes queries, where `folder` itself encodes documents only; adapters have this model as base.
     """
 
     name: str
@@ -63,6 +65,7 @@ class ModelFiles:
     commit: str | None = None
     gguf: str | None = None
     base: ModelFiles | None = None
+    queries: ModelFiles | None = None
 
     @cached_property  # hashing reads all weights
     def revision(self) -> str:
@@ -81,6 +84,15 @@ class ModelFiles:
     def folder_of(self, name: str) -> Path:
         """The folder that holds a file of that name, or may: adapters lean on their base for what they lack."""
         return self.folder if self.base is None or (self.folder / name).is_file() else self.base.folder
+
+    def copy_to(self, folder: Path) -> None:
+        """Copy settings, tokenizer and weights of a model directory; nothing else that may lie there."""
+        data = [path for pattern in _DATA for path in self.folder.glob(pattern)]
+        templates = self.folder.glob("additional_chat_templates/*.jinja")
+        for path in (*data, *templates, *(self.folder / name for name in _weight_names(self))):
+            target = folder / path.relative_to(self.folder)
+            target.parent.mkdir(exist_ok=True)
+            shutil.copyfile(path, target)
 
     def json(self, name: str) -> dict[str, Any]:
         """The object in one of the JSON files; empty where there is no such file.
@@ -125,6 +137,8 @@ def find_files(source: str | Path, **hub: Unpack[HubOptions]) -> ModelFiles:
     elif found.gguf is None and not (found.folder / CONFIG).is_file():
         raise ModelError(f"{name} is no model directory: config.json is missing")
     _check_weights(found)
+    if found.base is None and found.gguf is None and found.json(SETTINGS_FILE).get("queries") is not None:
+        found = replace(found, queries=_queries_of(found, hub))
     return found
 
 
@@ -181,6 +195,22 @@ def _base_of(adapters: ModelFiles, hub: HubOptions) -> ModelFiles:
             f"{base}, the base of the adapters in {adapters.name}, holds adapters too; load the merged model (a stage "
             "writes it beside its adapters), or name a whole model in base_model_name_or_path"
         )
+    return found
+
+
+def _queries_of(documents: ModelFiles, hub: HubOptions) -> ModelFiles:
+    if documents.commit is not None:
+        patterns = [f"{QUERIES}/*.json", f"{QUERIES}/*.safetensors"]
+        _snapshot(documents.name, patterns, {**hub, "revision": documents.commit})
+    found = ModelFiles(f"{documents.name}/{QUERIES}", documents.folder / QUERIES, documents.commit)
+    if (found.folder / ADAPTER_CONFIG).is_file():
+        found = replace(found, base=documents)
+    elif not (found.folder / CONFIG).is_file():
+        raise ModelError(
+            f"{documents.name} encodes queries with other weights than documents ({SETTINGS_FILE}), but these are "
+            f"missing: {QUERIES}/{CONFIG} or {QUERIES}/{ADAPTER_CONFIG}; fetch or copy the model again"
+        )
+    _check_weights(found)
     return found
 
 

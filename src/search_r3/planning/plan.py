@@ -240,8 +240,10 @@ class Work:
         }
 
     def refreshed(self) -> int:
-        """Documents encoded per step, at most: by the policy, and the positives (one per query)."""
+        """Documents encoded per step, at most: by the policy, and the positives (one per query); frozen ones: none."""
         settings = self.job.recipe.grpo.refresh
+        if self.job.recipe.grpo.documents == "frozen":
+            return 0
         positives = self.job.recipe.grpo.queries_per_step
         rollouts = positives * self.job.recipe.grpo.group_size
         sample = settings.drift_sample if settings.correct_drift or settings.policy == "drift" else 0

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ..errors import ConfigError, HubError, ModelError, SearchR3Error
-from ..model.settings import SETTINGS_FILE
+from ..model.settings import QUERIES, SETTINGS_FILE, read_settings
 from ..model.source import ADAPTER_CONFIG, CONFIG
 from .card import is_own_card
 
@@ -59,18 +59,26 @@ def check_files(folder: Path) -> dict[str, Path]:
                 f"{path} is a pickle, or a zip file that may hold one, and can run code when it is loaded: only "
                 "safetensors are pushed; save the model again as safetensors, or remove the file"
             )
-    if CONFIG in files:
-        weights = _shards(files) or {"model.safetensors"}
-    elif ADAPTER_CONFIG in files:
-        weights = {"adapter_model.safetensors"}
-    else:
-        raise ModelError(f"{folder} is no model directory: it has neither {CONFIG} nor {ADAPTER_CONFIG}")
+    weights = _weights(files, folder)
+    settings = read_settings(folder)
+    if settings is not None and settings.queries is not None:
+        own = {name.removeprefix(f"{QUERIES}/"): path for name, path in files.items() if name.startswith(f"{QUERIES}/")}
+        weights |= {f"{QUERIES}/{name}" for name in _weights(own, folder / QUERIES)}
     for name in (*sorted(weights), "tokenizer.json", SETTINGS_FILE):
         if name not in files:
             raise ModelError(f"{folder} lacks {name}; save the model with search-r3 (`sft`, `grpo`, save_pretrained)")
     for name in weights:
         _check_weights(files[name])
     return files
+
+
+def _weights(files: Mapping[str, Path], folder: Path) -> set[str]:
+    """The names of the files that have to hold the weights."""
+    if CONFIG in files:
+        return _shards(files) or {"model.safetensors"}
+    if ADAPTER_CONFIG in files:
+        return {"adapter_model.safetensors"}
+    raise ModelError(f"{folder} is no model directory: it has neither {CONFIG} nor {ADAPTER_CONFIG}")
 
 
 def _check_weights(path: Path) -> None:
@@ -162,7 +170,9 @@ def _leftovers(there: list[str], files: Mapping[str, Path]) -> list[str]:
     return [
         name
         for name in there
-        if "/" not in name and name not in files and (name.endswith(weights) or name in (CONFIG, ADAPTER_CONFIG))
+        if (own := name.removeprefix(f"{QUERIES}/")).count("/") == 0
+        and name not in files
+        and (own.endswith(weights) or own in (CONFIG, ADAPTER_CONFIG))
     ]
 
 

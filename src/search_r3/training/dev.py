@@ -66,7 +66,7 @@ class DevSplit:
         Args:
             model: what is evaluated.
             engine: around it.
-            index: the corpus as these weights encode it, if that was done already.
+            index: the corpus as these weights encode it, if that was done already, or as frozen ones did.
         """
         started, communicator = time.perf_counter(), engine.communicator
         values = {}
@@ -123,7 +123,8 @@ class Evaluations:
     def __init__(self, run: Run, stage: str, recipe: Recipe, engine: Engine, model: SearchR3, start: int) -> None:
         self.run, self.stage, self.engine = run, stage, engine
         self.settings: DevSettings = recipe.sft if stage == "sft" else recipe.grpo
-        self._save: Callable[[Path, Path], None] = partial(save_trained, engine, model, recipe)
+        frozen = stage == "grpo" and recipe.grpo.documents == "frozen"
+        self._save: Callable[[Path, Path], None] = partial(save_trained, engine, model, recipe, frozen=frozen)
         rows = engine.communicator.all_gather(run.metrics(stage) if run.first else [])[0]
         self.scores: dict[int, float] = {row["step"]: row[DECIDING] for row in rows if DECIDING in row}
         self._remove(lambda step: step > start)

@@ -316,14 +316,19 @@ def load_model(recipe: Recipe, source: str | Path) -> SearchR3:
     """A model for training, with its own prompts and the recipe's limits, on this process's device.
 
     Raises:
-        ConfigError: the recipe names other prompts than those that are saved with the model, or its limits do not fit
-            into the context.
+        ConfigError: the recipe names other prompts than those that are saved with the model, its limits do not fit
+            into the context, or the model has a query side of its own.
     """
     with extra("train"):
         from accelerate import PartialState
 
     device = str(PartialState(cpu=not torch.cuda.is_available()).device)
     files = find_files(source)
+    if files.queries is not None:
+        raise ConfigError(
+            f"{source} encodes queries with other weights than documents (grpo.documents=frozen made it), and no stage "
+            "goes on from there; begin from the stage-1 model that it was made from"
+        )
     saved = read_settings(files.folder_of(SETTINGS_FILE))
     own = saved.prompts.name if saved is not None and saved.trained else None
     if None not in (own, recipe.prompts) and recipe.prompts != own:

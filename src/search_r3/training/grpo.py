@@ -37,6 +37,7 @@ from .rl.pathwise import embedding_loss
 from .rl.rollouts import Experience, collect, queries_of_step
 from .rl.signals import describe, rollout_rows
 from .run import Observer, Run, silent
+from .saving import check_documents
 
 
 def train_grpo(recipe: Recipe, run: Run, base: Path, observe: Observer = silent) -> Path:
@@ -61,6 +62,9 @@ def train_grpo(recipe: Recipe, run: Run, base: Path, observe: Observer = silent)
     if settings.reward.function is not None:
         load_function(settings.reward.function)  # likewise
     model = load_model(recipe, base)
+    frozen = settings.documents == "frozen"
+    if frozen:
+        check_documents(model.backbone)
     run.begin_from(stage, model.backbone)
     engine = make_engine(model, recipe, settings)
     guard = Guard(run, stage, engine)
@@ -73,6 +77,7 @@ def train_grpo(recipe: Recipe, run: Run, base: Path, observe: Observer = silent)
                 max_new_tokens=recipe.max_new_tokens,
                 depth=settings.embedding_depth if settings.pathwise else 0,
                 seed=recipe.seed,
+                frozen=frozen,
                 communicator=engine.communicator,
                 state=None if checkpoint is None else checkpoint / "environment",
             )
@@ -88,7 +93,8 @@ def train_grpo(recipe: Recipe, run: Run, base: Path, observe: Observer = silent)
             started = time.perf_counter()
             with engine.full_params():
                 experience = collect(model, environment, recipe, step, engine)
-                due = settings.refresh.audit_every > 0 and (step + 1) % settings.refresh.audit_every == 0
+                every = 0 if frozen else settings.refresh.audit_every
+                due = every > 0 and (step + 1) % every == 0
                 values = environment.audit(experience.rollouts, experience.query_ids, step).metrics() if due else {}
             ready = time.perf_counter()
             check = partial(guard.check, step=step + 1, batch={"query_ids": experience.query_ids})
@@ -99,7 +105,7 @@ def train_grpo(recipe: Recipe, run: Run, base: Path, observe: Observer = silent)
             values["tokens"] *= settings.num_iterations
             values |= rates(values["tokens"], started, ready)
             if dev is not None and evaluations.due(step + 1, settings.steps):
-                values |= dev.evaluate(model, engine)
+                values |= dev.evaluate(model, engine, environment.exact_index if frozen else None)
             run.log(stage, step + 1, values)
             run.log_rollouts(rollout_rows(experience, step + 1, settings.group_size))
             engine.track(stage, step + 1, values)

@@ -6,7 +6,8 @@ rollouts.jsonl           sampled rollouts with their reward parts
 <stage>/checkpoints/     step-000050/ ..., the newest two; with keep=best best-000040/, the best model
 <stage>/model/           the stage's model
 <stage>/begun-from.json  the model that the stage learns from
-<stage>/adapter/         with lora.rank above 0: the adapters alone, as peft writes them
+<stage>/adapter/         with lora.rank above 0: the adapters alone, as peft writes them; none with frozen documents,
+                         whose model holds them by themselves
 
 Of several processes the first one writes; the folder is on a disk that all of them see.
 """

@@ -7,16 +7,23 @@ from pathlib import Path
 from torch import Tensor
 
 from ..config import Recipe
+from ..errors import ConfigError
+from ..files import atomic_directory
 from ..model.adapters import merge_adapters, save_adapters
 from ..model.backbone import Backbone
 from ..model.encoder import SearchR3
+from ..model.settings import QUERIES, read_settings
 from .engine import Engine
 
 
-def save_trained(engine: Engine, model: SearchR3, recipe: Recipe, folder: Path, adapter: Path) -> None:
+def save_trained(
+    engine: Engine, model: SearchR3, recipe: Recipe, folder: Path, adapter: Path, frozen: bool = False
+) -> None:
     """Write the trained model, gathered from all processes, by the first of them.
 
     With adapters these are written too, by themselves; the model in `folder` then holds them merged into its weights.
+    With frozen documents `folder` holds the files that the stage began from, and beside them what encodes queries: the
+    adapters, or whole weights.
 
     Args:
         engine: holds the weights.
@@ -24,16 +31,53 @@ def save_trained(engine: Engine, model: SearchR3, recipe: Recipe, folder: Path, 
         recipe: says whether there are adapters.
         folder: the model directory.
         adapter: the directory of the adapters.
+        frozen: whether documents keep the weights that the stage began from.
     """
     backbone = model.backbone
     backbone.settings = backbone.settings.model_copy(update={"trained": True})
     state = _state(engine, backbone)
     if engine.rank == 0:
-        if recipe.lora.rank:
+        if frozen:
+            _save_queries(backbone, state, folder)
+        elif recipe.lora.rank:
             save_adapters(backbone, state, adapter)
             merge_adapters(backbone, adapter, recipe.dtype).save(folder)
         else:
             backbone.save(folder, state=state)
+
+
+def check_documents(backbone: Backbone) -> None:
+    """Refuse a model whose documents cannot stay as they are.
+
+    Raises:
+        ConfigError: no stage has trained it, it is no directory of whole weights, or it was saved with another
+            `max_length`.
+    """
+    files, limit = backbone.files, backbone.settings.max_length
+    if not backbone.trained:
+        raise ConfigError(
+            f"grpo.documents=frozen keeps the document vectors of {backbone.source}, which no stage has trained; train "
+            "stage 1 (search-r3 sft) first, or set grpo.documents=moving"
+        )
+    if files is None or files.base is not None or files.gguf is not None:
+        raise ConfigError(
+            f"grpo.documents=frozen copies the weights of {backbone.source}, which is no directory of whole weights "
+            "(adapters, or GGUF); begin from a merged model, such as stage 1 writes, or set grpo.documents=moving"
+        )
+    saved = read_settings(files.folder)
+    if saved is not None and saved.max_length != limit:
+        raise ConfigError(
+            f"grpo.documents=frozen with max_length={limit}, but {backbone.source} encodes documents with max_length="
+            f"{saved.max_length}; set that, or set grpo.documents=moving"
+        )
+
+
+def _save_queries(backbone: Backbone, state: dict[str, Tensor], folder: Path) -> None:
+    assert backbone.files is not None
+    with atomic_directory(folder) as out:
+        backbone.files.copy_to(out)
+        backbone.save_queries(out / QUERIES, state=state)
+        backbone.save_settings(out, has_queries=True)
 
 
 def _state(engine: Engine, backbone: Backbone) -> dict[str, Tensor]:

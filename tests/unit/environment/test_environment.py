@@ -50,10 +50,12 @@ def rollout(angle: float, forced: bool = False, tokens: int = 5) -> Rollout:
     return Rollout([0], ids, mask, [0.0] * len(ids), vector, "text")
 
 
-def environment(collection: Collection, encode: MovingEncoder, policy: str, **options: Any) -> RetrievalEnvironment:
+def environment(
+    collection: Collection, encode: MovingEncoder, policy: str, frozen: bool = False, **options: Any
+) -> RetrievalEnvironment:
     refresh = RefreshSettings(policy=policy, **options)  # type: ignore[arg-type]
     return RetrievalEnvironment(
-        collection, collection.split("train"), encode, refresh, WEIGHTS, k=10, max_new_tokens=10
+        collection, collection.split("train"), encode, refresh, WEIGHTS, k=10, max_new_tokens=10, frozen=frozen
     )
 
 
@@ -94,6 +96,26 @@ def test_never_encodes_the_positives_of_the_batch_and_nothing_else(collection: C
     encode.encoded.clear()
     world.feedback([rollout(0.61)], ["q00"], policy_version=3)
     assert encode.encoded == [], "what is fresh is not encoded again"
+
+
+def test_frozen_documents_keep_their_first_vectors_whatever_the_policy_says(collection: Collection) -> None:
+    encode = MovingEncoder(collection)
+    world = environment(collection, encode, "full", frozen=True)
+    before = world.exact_index.vectors_at(np.arange(40)).copy()
+    encode.encoded.clear()
+    encode.shift = 0.6
+    feedback = world.feedback([rollout(0.03)], ["q01"], policy_version=5)
+    assert encode.encoded == [] and feedback.best_ranks == [1]
+    report = feedback.refresh
+    assert (report.documents_encoded, report.tokens_encoded, report.staleness_max, report.staleness_mean) == (
+        0,
+        0,
+        0,
+        0,
+    )
+    np.testing.assert_array_equal(world.exact_index.vectors_at(np.arange(40)), before)
+    with pytest.raises(RewardError, match="no rollouts were given"):
+        world.feedback([], [], policy_version=6)
 
 
 def test_full_encodes_everything_at_every_version(collection: Collection) -> None:

@@ -162,8 +162,9 @@ def test_tokens_and_time_of_a_step() -> None:
 def test_the_refresh_policy_decides_how_many_documents_are_encoded() -> None:
     lengths = Lengths(document=100, template=0)
 
-    def documents(**settings: Any) -> float:
-        grpo = LARGE.grpo.model_copy(update={"refresh": RefreshSettings(**settings), "queries_per_step": 16})
+    def documents(kind: str = "moving", **settings: Any) -> float:
+        changes = {"refresh": RefreshSettings(**settings), "queries_per_step": 16, "documents": kind}
+        grpo = LARGE.grpo.model_copy(update=changes)
         recipe = LARGE.model_copy(update={"max_length": 512, "grpo": grpo})
         return plan(recipe, "grpo", documents=50_000, lengths=lengths).tokens["refresh"] / 100
 
@@ -173,6 +174,7 @@ def test_the_refresh_policy_decides_how_many_documents_are_encoded() -> None:
     assert documents(policy="shortlist", depth=10) == 16 * 8 * 10 + 16
     assert documents(policy="selective", max_documents=1000) == 1000
     assert documents(policy="drift", drift_sample=64) == 16 + 64
+    assert documents("frozen", policy="full") == 0
 
 
 def test_the_pathwise_terms_cost_direct_passes_and_the_best_documents() -> None:
