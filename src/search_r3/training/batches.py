@@ -33,7 +33,7 @@ class Batch:
         excluded: `B x M`, True where a document is no negative of the query: another positive, one with the text of a
             positive, or one that its rankings leave out.
         owners: `R`, the query of each vector.
-        swaps: queries whose trace is another's, so that it is not supervised.
+        unwritten: queries whose trace is not supervised: another's, or one that is only to be read.
     """
 
     examples: list[TrainingExample]
@@ -43,7 +43,7 @@ class Batch:
     negatives: Tensor
     excluded: Tensor
     owners: list[int]
-    swaps: frozenset[int] = frozenset()
+    unwritten: frozenset[int] = frozenset()
 
     def names(self) -> dict[str, list[str]]:
         """The ids of its queries and documents."""
@@ -147,15 +147,18 @@ def make_batch(
         ConfigError: an example has traces, none of which has a weight.
         DataError: the corpus is too small.
     """
-    traces, positives, negatives = [], [], []
+    styles, traces, positives, negatives = [], [], [], []
     for example in examples:
-        traces.append(draw_trace(example, settings.reasoning_styles, rng))
+        style, trace = draw_trace(example, settings.reasoning_styles, rng)
+        styles.append(style)
+        traces.append(trace)
         positives.append(rng.choice(example.positive_ids))
         negatives.append(draw_negatives(example, doc_ids, settings.random_negatives, settings.hard_negatives, rng))
     distinct = list(dict.fromkeys([*positives, *(doc_id for ids in negatives for doc_id in ids)]))
     columns = {doc_id: column for column, doc_id in enumerate(distinct)}
     reasoned = [row for row, trace in enumerate(traces) if trace or settings.untraced == "embed"]
-    swaps = swap_traces(traces, reasoned, settings.swapped_traces, rng)
+    read_only = {row for row in reasoned if styles[row] in settings.read_styles}
+    unwritten = read_only | swap_traces(traces, reasoned, settings.swapped_traces, rng)
     return Batch(
         examples,
         traces,
@@ -164,7 +167,7 @@ def make_batch(
         torch.tensor([[columns[doc_id] for doc_id in ids] for ids in negatives], dtype=torch.long),
         find_false_negatives(examples, positives, columns, collection),
         [*range(len(examples)), *reasoned],
-        swaps,
+        frozenset(unwritten),
     )
 
 
@@ -211,9 +214,11 @@ def tokenise(
         cut += length < completion.embed_position
         ids, position = prompt + completion.ids[:length], len(prompt) + length
         ids += completion.ids[completion.embed_position :]
-        supervised_from = len(ids) if row in batch.swaps else len(prompt)
+        supervised_from = len(ids) if row in batch.unwritten else len(prompt)
         # Direct and reasoned prompts hold the same queries; one of them is enough for the KL.
-        reasoned.append(TrainingSequence(ids, position, place_of[row], supervised_from, in_kl=row not in batch.swaps))
+        reasoned.append(
+            TrainingSequence(ids, position, place_of[row], supervised_from, in_kl=row not in batch.unwritten)
+        )
     texts = [collection.documents[batch.doc_ids[column]].full_text for column in columns]
     documents = [
         TrainingSequence(encoded.ids, len(encoded.ids) - 1, column, len(encoded.ids))
