@@ -17,17 +17,16 @@ import json
 import random
 import re
 import tarfile
-from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from real_collections import divide
+from smol_kinship import Kinship, Story
 from smol_traces import (
     Topics,
     fact_trace,
-    kinship_trace,
     proof_trace,
     question_trace,
     support_trace,
@@ -189,7 +188,7 @@ def pair_trace(name: str, row: dict[str, Any], topics: Topics) -> str:
 def collection_traces(name: str, whole: Collection, judged: Qrels) -> dict[str, str]:
     """query_id -> trace, of the human proofs, decompositions, chains and facts."""
     topics = Topics(whole.queries[one].text for one in judged)
-    table = kinship_table(whole, judged) if name == "clutrr_relation" else {}
+    relatives = Kinship(story_of(whole.queries[one], judged[one]) for one in judged if name == "clutrr_relation")
     found = {}
     for query_id, gains in judged.items():
         query, about = whole.queries[query_id], whole.queries[query_id].metadata
@@ -208,21 +207,16 @@ def collection_traces(name: str, whole: Collection, judged: Qrels) -> dict[str, 
         elif name == "babi_support":
             trace = support_trace(about["support"], about["answer"])
         elif name == "clutrr_relation":
-            trace = kinship_trace(query.text, about["chain"], next(iter(gains)), table)
+            trace = relatives.trace(story_of(query, gains))
         else:
             trace = ""
         found[query_id] = trace
     return found
 
 
-def kinship_table(whole: Collection, judged: Qrels) -> dict[tuple[str, str], str]:
-    """What two relations make together, by the stories of two."""
-    counts: dict[tuple[str, str], Counter[str]] = {}
-    for query_id, gains in judged.items():
-        chain = whole.queries[query_id].metadata["chain"]
-        if len(chain) == 2:
-            counts.setdefault((chain[0], chain[1]), Counter()).update(gains)
-    return {chain: made.most_common(1)[0][0] for chain, made in counts.items()}
+def story_of(query: Query, gains: dict[str, int]) -> Story:
+    """A question of clutrr_relation, its chain of relations and its answer."""
+    return query.text, query.metadata["chain"], next(iter(gains))
 
 
 def stories(folder: Path) -> Collection:

@@ -8,8 +8,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
-from itertools import pairwise, permutations
+from collections.abc import Iterable, Sequence
 
 from traces import join_sentences, proof_conclusions
 
@@ -116,43 +115,3 @@ def lower_first(text: str) -> str:
     first = text.split(" ", 1)[0]
     common = first.lower() in STOP or first.lower() in {"did", "which", "what", "who", "where", "when", "how"}
     return text[0].lower() + text[1:] if common and not first.isupper() else text
-
-
-def kinship_trace(text: str, chain: Sequence[str], target: str, table: Mapping[tuple[str, str], str]) -> str:
-    """Who is whose, person by person, with what follows after each step; empty where the story does not say it.
-
-    Args:
-        text: sentences, and at the end `How is B related to A?`.
-        chain: relations on the way from A to B.
-        target: what B is to A.
-        table: (relation, next relation) -> what they make together.
-    """
-    asked = re.search(r"How is (\w+) related to (\w+)\?", text)
-    if asked is None:
-        return ""
-    last, first = asked.groups()
-    story = text[: asked.start()]
-    sentences = re.split(r"(?<=[.?!])\s+", story)
-    names = [name for name in dict.fromkeys(re.findall(r"\b[A-Z][a-z]+\b", story)) if name not in (first, last)]
-
-    def near(one: str, other: str) -> bool:
-        windows = [*sentences, *(" ".join(pair) for pair in pairwise(sentences))]
-        return any(re.search(rf"\b{one}\b", part) and re.search(rf"\b{other}\b", part) for part in windows)
-
-    for middle in permutations(names, len(chain) - 1):
-        path = [first, *middle, last]
-        if all(near(one, other) for one, other in pairwise(path)):
-            break
-    else:
-        return ""
-    said, whole = [], chain[0]
-    for place, (one, other) in enumerate(pairwise(path)):
-        sentence = f"{one}'s {chain[place]} is {other}"
-        if place:
-            combined = table.get((whole, chain[place]))
-            if combined is None:
-                return ""
-            whole = combined
-            sentence += f", so {other} is {first}'s {whole}"
-        said.append(sentence + ".")
-    return " ".join(said) if whole == target else ""

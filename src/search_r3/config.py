@@ -84,6 +84,11 @@ class SFTSettings(DevSettings):
         {"chain": 0.6, "restate": 0.4},
         description="Sampling weight of each style of reasoning trace; a query that has one trace uses it.",
     )
+    read_styles: tuple[str, ...] = Field(
+        (),
+        description="Styles that are read and not written: the vector learns, the trace is not supervised. For the "
+        "model's own replies, wrong ones among them, so that the vector learns how far to trust them.",
+    )
     random_negatives: int = Field(1, ge=0, description="Random negatives per query.")
     hard_negatives: int = Field(
         1,
@@ -116,6 +121,15 @@ class SFTSettings(DevSettings):
             raise ValueError(
                 f"triplet_weight={self.triplet_weight} needs negatives, but random_negatives=0 and hard_negatives=0; "
                 "set triplet_weight=0 or ask for negatives"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _know_read_styles(self) -> SFTSettings:
+        if unknown := sorted(set(self.read_styles) - set(self.reasoning_styles)):
+            raise ValueError(
+                f"read_styles names {', '.join(unknown)}, which reasoning_styles gives no weight "
+                f"({', '.join(self.reasoning_styles)})"
             )
         return self
 

@@ -43,6 +43,7 @@ def test_the_dumped_settings_load_as_they_were(tmp_path: Path) -> None:
         ("grpo.refresh={policy: never, correct_drift: true}", "correct_drift=true goes with shortlist or selective"),
         ("dtype=bfloat16", "recipe: Value error, dtype=bfloat16 with lora.rank=0 would train weights in bfloat16"),
         ("dtype=bfloat16", "set dtype=float32 and mixed_precision=bf16 (products in bfloat16), or lora.rank=16"),
+        ("sft.read_styles=[own]", "read_styles names own, which reasoning_styles gives no weight (chain, restate)"),
         ("grpo.steps", "expected key=value"),
         ("name.first=x", "'name' is a single value, not a section"),
         ("sft.steps=[1", "cannot read the value"),

@@ -189,22 +189,23 @@ def draw_negatives(
     return chosen
 
 
-def draw_trace(example: TrainingExample, styles: Mapping[str, float], rng: random.Random) -> str:
-    """One reasoning trace by the weight of its style; a query without traces is supervised with none.
+def draw_trace(example: TrainingExample, styles: Mapping[str, float], rng: random.Random) -> tuple[str, str]:
+    """Style and text of one reasoning trace, by the weight of its style; both empty for a query without traces.
 
     Raises:
         ConfigError: no style of a query with several traces has a weight.
     """
     traces = example.reasoning
     if len(traces) <= 1:
-        return next(iter(traces.values()), "")
+        return next(iter(traces.items()), ("", ""))
     weighted = [style for style in traces if styles.get(style, 0) > 0]
     if not weighted:
         raise ConfigError(
             f"query {example.query.query_id!r} has reasoning styles {', '.join(traces)}, none of which has a weight in "
             f"sft.reasoning_styles ({', '.join(styles)})"
         )
-    return traces[rng.choices(weighted, [styles[style] for style in weighted])[0]]
+    style = rng.choices(weighted, [styles[style] for style in weighted])[0]
+    return style, traces[style]
 
 
 def draw_uninstructed(queries: Sequence[Query], share: float, rng: random.Random) -> list[Query]:

@@ -33,7 +33,7 @@ class Batch:
     # one that its rankings leave out
     excluded: Tensor
     owners: list[int]  # `R`, the query of each vector
-    swaps: frozenset[int] = frozenset()  # queries whose trace is another's, so that it is not supervised
+    unwritten: frozenset[int] = frozenset()  # queries whose trace is not supervised: another's, or one only to be read
 
     def names(self) -> dict[str, list[str]]:
         """The ids of its queries and documents."""
@@ -119,15 +119,18 @@ def make_batch(
         ConfigError: an example has traces, none of which has a weight.
         DataError: the corpus is too small.
     """
-    traces, positives, negatives = [], [], []
+    styles, traces, positives, negatives = [], [], [], []
     for example in examples:
-        traces.append(draw_trace(example, settings.reasoning_styles, rng))
+        style, trace = draw_trace(example, settings.reasoning_styles, rng)
+        styles.append(style)
+        traces.append(trace)
         positives.append(rng.choice(example.positive_ids))
         negatives.append(draw_negatives(example, doc_ids, settings.random_negatives, settings.hard_negatives, rng))
     distinct = list(dict.fromkeys([*positives, *(doc_id for ids in negatives for doc_id in ids)]))
     columns = {doc_id: column for column, doc_id in enumerate(distinct)}
     reasoned = [row for row, trace in enumerate(traces) if trace or settings.untraced == "embed"]
-    swaps = swap_traces(traces, reasoned, settings.swapped_traces, rng)
+    read_only = {row for row in reasoned if styles[row] in settings.read_styles}
+    unwritten = read_only | swap_traces(traces, reasoned, settings.swapped_traces, rng)
     # Drawn last, so that a share of 0 leaves all other draws as they are.
     queries = draw_uninstructed([example.query for example in examples], settings.uninstructed, rng)
     return Batch(
@@ -138,7 +141,7 @@ def make_batch(
         torch.tensor([[columns[doc_id] for doc_id in ids] for ids in negatives], dtype=torch.long),
         find_false_negatives(examples, positives, columns, collection),
         [*range(len(examples)), *reasoned],
-        swaps,
+        frozenset(unwritten),
     )
 
 
@@ -184,9 +187,11 @@ def tokenise(
         prompt, completion = encoded.ids, encoder.reason_completion(batch.traces[row], max_new_tokens)
         cut += completion.truncated
         ids, position = prompt + completion.ids, len(prompt) + completion.embed_position
-        supervised_from = len(ids) if row in batch.swaps else len(prompt)
+        supervised_from = len(ids) if row in batch.unwritten else len(prompt)
         # Direct and reasoned prompts hold the same queries; one of them is enough for the KL.
-        reasoned.append(TrainingSequence(ids, position, place_of[row], supervised_from, in_kl=row not in batch.swaps))
+        reasoned.append(
+            TrainingSequence(ids, position, place_of[row], supervised_from, in_kl=row not in batch.unwritten)
+        )
     texts = [collection.documents[batch.doc_ids[column]].full_text for column in columns]
     documents = [
         TrainingSequence(encoded.ids, len(encoded.ids) - 1, column, len(encoded.ids))

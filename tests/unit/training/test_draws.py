@@ -162,6 +162,19 @@ def test_swapped_traces_are_another_querys_and_known(collection: Collection) -> 
     examples = training_examples(collection, "sft")
     settings = SFTSettings(untraced="direct", swapped_traces=0.999, hard_negatives=0)
     batch = make_batch(collection, list(collection.documents), examples, settings, random.Random(0))
-    assert batch.swaps == {0, 2, 4, 6}
+    assert batch.unwritten == {0, 2, 4, 6}
     assert sorted(trace for trace in batch.traces if trace) == [f"trace {i}" for i in range(0, 8, 2)]
-    assert all(batch.traces[row] != f"trace {row}" for row in batch.swaps)
+    assert all(batch.traces[row] != f"trace {row}" for row in batch.unwritten)
+
+
+def test_styles_that_are_only_read_teach_the_vector_and_not_the_text(collection: Collection) -> None:
+    for i in range(0, 8, 2):
+        both = {"true": f"trace {i}", "own": f"reply {i}"}
+        collection.queries[f"q{i}"] = replace(collection.queries[f"q{i}"], metadata={"reasoning": both})
+    weights = {"true": 1.0, "own": 1.0}
+    settings = SFTSettings(untraced="direct", reasoning_styles=weights, read_styles=("own",), hard_negatives=0)
+    examples = training_examples(collection, "sft")
+    batch = make_batch(collection, list(collection.documents), examples, settings, random.Random(0))
+    own = {row for row, trace in enumerate(batch.traces) if trace.startswith("reply")}
+    assert own and own < {0, 2, 4, 6}, "the draw has both styles"
+    assert batch.unwritten == own and batch.owners == [*range(8), 0, 2, 4, 6]
