@@ -203,8 +203,9 @@ def read_documents(
         >>> _ = (folder / "tea.md").write_text("# Tea\n\nGreen tea is not oxidised.")
         >>> _ = (folder / "pot.bin").write_bytes(b"\0\1")
         >>> documents = read_documents(folder)
-        >>> [(chunk.doc_id, chunk.title, chunk.place) for chunk in documents]
-        [('tea.md#0', 'Tea', 'Tea, characters 0-33')]
+        >>> for chunk in documents:
+        ...     print(chunk.doc_id, chunk.title, chunk.place, sep="; ")
+        tea.md#0; Tea; Tea, characters 0-33
         >>> documents.report.skipped
         Counter({'binary': 1})
     """
