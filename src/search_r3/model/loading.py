@@ -79,25 +79,30 @@ def load_backbone(
     """
     place = torch_device(device)
     more = _checked(model_kwargs, "model_kwargs"), _checked(tokenizer_kwargs, "tokenizer_kwargs")
-    files = find_files(source, **hub)
+    files, precision = find_files(source, **hub), torch_dtype(dtype, place)
     has_settings = settings is not None or (files.folder_of(SETTINGS_FILE) / SETTINGS_FILE).is_file()
-    model, tokenizer = _load_parts(files, torch_dtype(dtype, place), dtype == "auto", has_settings, *more)
-    overrides = {"prompts": prompts, "max_length": max_length, "max_new_tokens": max_new_tokens}
-    settings, embed_token_id = _settle(files, model, tokenizer, settings, overrides, embed_start)
-    if place.type == "cuda":
-        # On Hopper and Blackwell torch prefers cuDNN's attention, which builds a plan for every new shape, some tenths
-        # of a second each (torch 2.11). Here every decoding step and nearly every batch has a new one.
-        torch.backends.cuda.enable_cudnn_sdp(False)
+    model, tokenizer = _load_parts(files, precision, dtype == "auto", has_settings, *more)
+    changes = {"prompts": prompts, "max_length": max_length, "max_new_tokens": max_new_tokens}
+    settings, embed_token_id = _settle(files, model, tokenizer, settings, changes, embed_start)
     models = [model]
     if files.queries is not None:
-        models.append(_query_model(files.queries, model, torch_dtype(dtype, place), dtype == "auto", more[0]))
+        models.append(_query_model(files.queries, model, precision, dtype == "auto", more[0]))
     for one in models:
-        if not ("device_map" in more[0] or getattr(one, "quantization_method", None)):
-            one.to(place)  # else the weights are where they belong
+        _put_on(place, one, has_map="device_map" in more[0])
     sides = [Backbone(one.eval(), tokenizer, settings, embed_token_id, files.name, files) for one in models]
     for side in sides:
         check_backbone(side)
     return sides[0] if files.queries is None else replace(sides[1], documents=sides[0])
+
+
+def _put_on(place: torch.device, model: Any, has_map: bool) -> None:
+    """Move the weights there; quantised ones, and those with a map, are where they belong."""
+    if place.type == "cuda":
+        # On Hopper and Blackwell torch prefers cuDNN's attention, which builds a plan for every new shape, some tenths
+        # of a second each (torch 2.11). Here every decoding step and nearly every batch has a new one.
+        torch.backends.cuda.enable_cudnn_sdp(False)
+    if not (has_map or getattr(model, "quantization_method", None)):
+        model.to(place)
 
 
 def _checked(more: Mapping[str, Any] | None, name: str) -> Mapping[str, Any]:
@@ -244,7 +249,8 @@ def _put_in(files: ModelFiles, model: Any, rows: int, merge: bool = True) -> tup
     So it can be trained, saved and exported as any other. Into quantised weights they are not merged, which would lose
     them in the rounding, nor where other modules share the weights (`merge`).
     """
-    import peft
+    with extra("train"):
+        import peft
 
     if model.get_input_embeddings().weight.shape[0] < rows:
         model.resize_token_embeddings(rows, mean_resizing=False)

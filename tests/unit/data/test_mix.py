@@ -170,22 +170,20 @@ def test_rows_that_cannot_be_used_are_dropped_and_counted_by_reason(tmp_path: Pa
     assert (reports["a"].read, reports["a"].queries) == (8, 1)
 
 
-def test_half_letters_are_taken_out(tmp_path: Path) -> None:
+def test_half_letters_are_refused_in_texts_and_taken_out_of_traces(tmp_path: Path) -> None:
     folder = tmp_path / "set"
-    document = Document("x", "half a \udfff letter and more of it")
-    query = Query("q", "half \ud800 a letter", {"reasoning": "\ud800 why"})
-    Collection("set", {"x": Document("x", "plain")}, {"q": Query("q", "plain")}, {"train": {"q": {"x": 1}}}).save(
-        folder
-    )
-    for name, row in (
-        ("corpus", {"_id": "x", "text": document.text}),
-        ("queries", {"_id": "q", "text": query.text, "metadata": dict(query.metadata)}),
-    ):
-        (folder / f"{name}.jsonl").write_text(json.dumps(row) + "\n")
-    mix(settings({"name": "a", "reader": "beir", "path": str(folder)}), tmp_path / "out")
-    collection = Collection.load(tmp_path / "out")
-    assert texts(collection, "a") == {"half a letter": (["half a  letter and more of it"], [])}
-    assert next(iter(collection.queries.values())).metadata["reasoning"] == {"trace": " why"}
+    document = Document("x", "a document of some length")
+    query = Query("q", "a plain question", {"reasoning": "\ud800 why"})
+    Collection("set", {"x": document}, {"q": Query("q", "plain")}, {"train": {"q": {"x": 1}}}).save(folder)
+    row = {"_id": "q", "text": query.text, "metadata": dict(query.metadata)}
+    (folder / "queries.jsonl").write_text(json.dumps(row) + "\n")
+    source = settings({"name": "a", "reader": "beir", "path": str(folder)})
+    mix(source, tmp_path / "out")
+    [mixed] = Collection.load(tmp_path / "out").queries.values()
+    assert mixed.metadata["reasoning"] == {"trace": " why"}
+    (folder / "corpus.jsonl").write_text(json.dumps({"_id": "x", "text": "half a \udfff letter"}) + "\n")
+    with pytest.raises(DataError, match=r"corpus.jsonl:1: the field 'text' holds half a surrogate pair"):
+        mix(source, tmp_path / "other")
 
 
 def test_reading_ends_with_the_queries_that_were_asked_for(tmp_path: Path) -> None:
