@@ -123,9 +123,14 @@ def test_no_directory_and_broken_settings_are_named(tmp_path: Path, tiny_path: P
     with pytest.raises(ModelError, match=r"config\.json is missing"):
         load_backbone(tmp_path / "empty")
     backbone.save(tmp_path / "broken")
-    for content in (b'{"max_lenght": 3}', b"{", b"[]", b'{"embed_token": "\xff"}'):
+    for content, message in (
+        (b'{"max_lenght": 3}', r"search_r3\.json: not usable as model settings"),
+        (b"{", r"search_r3\.json is not valid JSON"),
+        (b"[]", r"search_r3\.json: expected a JSON object, found list"),
+        (b'{"embed_token": "\xff"}', r"search_r3\.json is not valid JSON"),
+    ):
         (tmp_path / "broken" / "search_r3.json").write_bytes(content)
-        with pytest.raises(ModelError, match=r"search_r3\.json(: not usable|: expected a JSON| is not valid JSON)"):
+        with pytest.raises(ModelError, match=message):
             load_backbone(tmp_path / "broken")
 
 
