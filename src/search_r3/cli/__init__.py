@@ -10,13 +10,13 @@ import typer
 
 from .. import __version__, console
 from ..errors import SearchR3Error, StoppedError
-from . import data, evaluation, mining, mix, plan, probe, push, search, training
+from . import data, evaluation, mining, mix, plan, probe, push, search, store, training
 from .common import app
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-__all__ = ["app", "data", "evaluation", "main", "mining", "mix", "plan", "probe", "push", "search", "training"]
+__all__ = ["app", "data", "evaluation", "main", "mining", "mix", "plan", "probe", "push", "search", "store", "training"]
 
 INTERRUPTED = 130
 """Typer's exit status after Ctrl-C."""
@@ -33,6 +33,7 @@ ORDER = (
     "evaluate",
     "mteb",
     "report",
+    "index",
     "search",
     "encode",
     "export",
@@ -78,7 +79,9 @@ def main() -> None:
         console.fail(f"cannot read or write{place}: {error.strerror or error}", 2)
     except SystemExit as end:
         if end.code == INTERRUPTED:
-            console.fail("stopped; a training goes on with --resume, encode with the same command", INTERRUPTED)
+            console.fail(
+                "stopped; a training goes on with --resume, encode and index with the same command", INTERRUPTED
+            )
         if not end.code:
             _leave_the_others()
         raise
