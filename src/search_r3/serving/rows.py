@@ -101,7 +101,9 @@ def row_digest(chunk: Chunk) -> str:
 def _cell(chunk: Chunk, name: str) -> Any:
     if name == "metadata":
         try:
-            return json.dumps(dict(chunk.metadata), ensure_ascii=False, allow_nan=False, sort_keys=True)
+            # JSON has no NaN; of a table's empty cells it becomes null.
+            plain = json.loads(json.dumps(dict(chunk.metadata)), parse_constant=lambda _: None)
+            return json.dumps(plain, ensure_ascii=False, sort_keys=True)
         except (TypeError, ValueError) as error:
             raise DataError(f"document {chunk.parent_id!r}: its metadata is nothing for JSON ({error})") from error
     value = getattr(chunk, "doc_id" if name == "id" else name)

@@ -76,8 +76,7 @@ def _copy(store: Store, address: str | Path, facts: dict[str, object]) -> Store:
     count = len(store)
     copy = Store.create(address, store.info.fingerprint, batches=store.batches(), **facts)
     copy.compact()
-    if len(copy) < count or (problems := verify(copy)):
-        raise StoreError(
-            f"the copy at {address} is not whole: {'; '.join(problems) or 'chunks are missing'}; try again"
-        )
+    problems = verify(copy) + ["chunks are missing"] * (len(copy) < count)
+    if problems:
+        raise StoreError(f"the copy at {address} is not whole: {'; '.join(problems)}; try again")
     return copy
