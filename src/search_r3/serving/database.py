@@ -67,8 +67,8 @@ def exists(address: str | Path) -> bool:
         StoreError: an object store that cannot be reached.
     """
     place, folder = place_of(address)
-    if folder is not None:
-        return (folder / f"{TABLE}.lance").is_dir()
+    if folder is not None:  # a version: a table without one was being made when its maker was killed
+        return any((folder / f"{TABLE}.lance" / "_versions").glob("*.manifest"))
     with one_line(place, "look for a store"):
         return TABLE in tables_of(connect(place))
 

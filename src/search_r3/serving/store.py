@@ -21,11 +21,11 @@ from ..data.documents import Chunk
 from ..errors import DataError, StoreError
 from ..types import Array
 from . import rows
-from .database import TABLE, StoreInfo, connect, one_line, place_of, tables_of
+from .database import TABLE, StoreInfo, connect, exists, one_line, place_of, tables_of
 from .filters import Filter, one_of, to_sql
 from .fingerprint import Fingerprint
 from .guards import Guard
-from .nearest import Ranking, VectorSearch
+from .ranking import WORDS, Ranker, Ranking, first_of_each, fuse
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -34,10 +34,8 @@ OPTIMIZE_AFTER = 64
 """Commits after which files are put together; each slows every search."""
 VERSIONS_FOR = timedelta(hours=1)
 """How long versions stay, for readers and for `rollback`."""
-FUSION = 60
-"""Of reciprocal ranks: a list adds 1 / (60 + rank)."""
 FUSED_DEPTH = 50
-_WORDS = "full_text_idx"
+"""Hits of each list, at least, that are fused."""
 _IN = 5000
 """Ids in one condition."""
 
@@ -82,7 +80,7 @@ class Store:
     def __init__(self, address: str, table: Any, guard: Guard) -> None:
         self.address, self._table, self._guard = address, table, guard
         self.info = StoreInfo.read(table.schema.metadata, address)
-        self._search = VectorSearch(table, self.info.fingerprint.dimension)
+        self._ranker = Ranker(table, self.info.fingerprint.dimension)
         self._commits = 0
 
     @classmethod
@@ -121,7 +119,7 @@ class Store:
                 folder.mkdir(parents=True, exist_ok=True)
             database = connect(place)
             with guard.writing():
-                if TABLE in tables_of(database):
+                if exists(folder) if folder is not None else TABLE in tables_of(database):
                     raise StoreError(f"{place} is a store already; open it, or choose another place")
                 table = database.create_table(TABLE, schema=schema)
                 for batch in batches:
@@ -142,10 +140,10 @@ class Store:
         """
         place, folder = place_of(address)
         guard = Guard(folder, f"{TABLE}.lance")
-        if folder is not None and not (folder / f"{TABLE}.lance").is_dir():
-            raise StoreError(f"{place} is no store; make one with search-r3 index {address} --model MODEL FOLDER")
         with one_line(place, "open the store"):
             guard.set_aside_empty()
+            if folder is not None and not exists(folder):
+                raise StoreError(f"{place} is no store; make one with search-r3 index {address} --model MODEL FOLDER")
             store = cls(place, connect(place).open_table(TABLE), guard)
         if fingerprint is not None:
             store.info.fingerprint.check(fingerprint, place)
@@ -209,11 +207,11 @@ class Store:
         return len(parents)
 
     def delete(self, doc_ids: Sequence[str]) -> int:
-        """Remove documents, in one commit; unknown ids are passed over. How many were there."""
+        """Remove documents whole; unknown ids are passed over. How many were there."""
         found = sorted({row["parent_id"] for row in self._rows("parent_id", doc_ids, ["parent_id"])})
-        if found:
+        for start in range(0, len(found), _IN):
             with self._writing("delete"):
-                self._table.delete(one_of("parent_id", found))
+                self._table.delete(one_of("parent_id", found[start : start + _IN]))
         return len(found)
 
     def get(self, doc_id: str) -> list[Chunk]:
@@ -258,7 +256,7 @@ class Store:
     def indexed(self) -> dict[str, int]:
         """Index -> the rows that it finds."""
         with one_line(self.address, "read"):
-            stats = {name: self._table.index_stats(name) for name in sorted(self._indices())}
+            stats = {name: self._table.index_stats(name) for name in sorted(self._ranker.indices())}
             return {name: one.num_indexed_rows + one.num_unindexed_rows for name, one in stats.items()}
 
     def search(
@@ -292,23 +290,24 @@ class Store:
             raise DataError(f"{len(texts)} texts for {len(queries)} vectors; give one for each")
         condition = to_sql(where) if where else None
         depth = max(FUSED_DEPTH, 4 * k) if queries is not None and texts is not None else k
+        read: dict[str, dict[str, Any]] = {}
         with one_line(self.address, "search"):
             while True:
                 lists: list[list[Ranking]] = []
                 if queries is not None:
-                    lists.append(self._search.nearest(queries, depth, condition))
+                    lists.append(self._ranker.nearest(queries, depth, condition, read))
                 if texts is not None:
-                    lists.append([self._with_words(text, depth, condition) for text in texts])
-                best = [_first_of_each(_fuse(rankings), by_document) for rankings in zip(*lists, strict=True)]
+                    lists.append([self._ranker.with_words(text, depth, condition, read) for text in texts])
+                best = [first_of_each(fuse(rankings), by_document) for rankings in zip(*lists, strict=True)]
                 ended = (all(len(one) < depth for one in rankings) for rankings in zip(*lists, strict=True))
                 if all(len(one) >= k or end for one, end in zip(best, ended, strict=True)):
                     break
                 depth *= 4
         best = [one[:k] for one in best]
-        ids = sorted({chunk_id for one in best for chunk_id, _ in one})
-        chunks = {row["id"]: rows.chunk_of(row) for row in self._rows("id", ids, rows.CHUNK)}
+        missing = sorted({name for one in best for name, _ in one} - read.keys())
+        read |= {row["id"]: row for row in self._rows("id", missing, rows.CHUNK)}
         # What was deleted meanwhile is no hit.
-        return [[Hit(chunks[name], score) for name, score in one if name in chunks] for one in best]
+        return [[Hit(rows.chunk_of(read[name]), score) for name, score in one if name in read] for one in best]
 
     def compact(self, *, keep: timedelta = timedelta(minutes=1)) -> None:
         """Put files together, bring all rows into the indexes, and remove versions that are older.
@@ -321,22 +320,13 @@ class Store:
 
     def _optimize(self, keep: timedelta) -> None:
         self._table.optimize(cleanup_older_than=keep)
-        self._search.keep_index()
+        self._ranker.keep_indices()
         self._commits = 0
 
     @property
     def index(self) -> dict[str, str]:
         """What is known of the index of vectors; empty without one."""
-        return self._search.facts()
-
-    def _with_words(self, text: str, depth: int, condition: str | None) -> Ranking:
-        if not text.strip() or _WORDS not in self._indices():
-            return []
-        query = self._table.search(text, query_type="fts", fts_columns="full_text").limit(depth)
-        query = query.where(condition, prefilter=True) if condition else query
-        found = query.select(["id", "parent_id", "_score"]).to_arrow().to_pydict()
-        ranking = list(zip(found["id"], found["parent_id"], found["_score"], strict=True))
-        return sorted(ranking, key=lambda one: (one[2], one[0]), reverse=True)
+        return self._ranker.index()
 
     def _checked(self, vectors: Array, count: int | None) -> Array:
         array = np.asarray(vectors, dtype=np.float32)
@@ -351,9 +341,6 @@ class Store:
             raise StoreError("a vector is NaN, infinite or zero; the model that made it is broken")
         result: Array = (array / norms).astype(np.float32)
         return result
-
-    def _indices(self) -> set[str]:
-        return {index.name for index in self._table.list_indices()}
 
     def _rows(self, column: str, values: Sequence[str], columns: Sequence[str]) -> Iterator[dict[str, Any]]:
         """The rows in which a column has one of these values."""
@@ -375,32 +362,8 @@ class Store:
             self._table.checkout_latest()
             yield
             self._commits += 1
-            if _WORDS not in self._indices():
-                self._index_words()
             fragments = self._table.stats()["fragment_stats"]["num_small_fragments"]
             if max(self._commits, fragments) >= OPTIMIZE_AFTER:
                 self._optimize(VERSIONS_FOR)
-
-    def _index_words(self) -> None:
-        from lancedb.index import FTS
-
-        self._table.create_index("full_text", config=FTS(base_tokenizer="icu"), name=_WORDS)
-
-
-def _fuse(rankings: Sequence[Ranking]) -> Ranking:
-    """One ranking by the sum of reciprocal ranks."""
-    if len(rankings) == 1:
-        return rankings[0]
-    scores: dict[tuple[str, str], float] = {}
-    for ranking in rankings:
-        for rank, (name, parent, _) in enumerate(ranking, 1):
-            scores[name, parent] = scores.get((name, parent), 0.0) + 1 / (FUSION + rank)
-    fused = [(*names, score) for names, score in scores.items()]
-    return sorted(fused, key=lambda one: (one[2], one[0]), reverse=True)
-
-
-def _first_of_each(ranking: Ranking, by_document: bool) -> list[tuple[str, float]]:
-    best: dict[str, tuple[str, float]] = {}
-    for name, parent, score in ranking:
-        best.setdefault(parent if by_document else name, (name, score))
-    return list(best.values())
+            elif WORDS not in self._ranker.indices():
+                self._ranker.keep_indices()

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 from search_r3.errors import DataError, StoreError
-from search_r3.serving import Store, guards, nearest
+from search_r3.serving import Store, guards, ranking
 from search_r3.serving import store as stores
 from search_r3.serving.upkeep import copy_store, verify
 from tests.stores import SIZE, document, fingerprint, vector, vectors
@@ -311,7 +311,7 @@ def test_compacting_brings_all_into_the_indexes_and_removes_old_versions(store: 
 
 
 def test_many_vectors_get_an_index_with_measured_recall(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(nearest, "IN_MEMORY", 300)
+    monkeypatch.setattr(ranking, "IN_MEMORY", 300)
     put(store, *[document(f"d{number}", str(number)) for number in range(299)])
     store.compact()
     assert store.index == {}
@@ -328,8 +328,8 @@ def test_many_vectors_get_an_index_with_measured_recall(store: Store, monkeypatc
 
 
 def test_vectors_that_take_much_memory_are_indexed_as_bytes(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(nearest, "IN_MEMORY", 300)
-    monkeypatch.setattr(nearest, "FLAT_BYTES", 100)
+    monkeypatch.setattr(ranking, "IN_MEMORY", 300)
+    monkeypatch.setattr(ranking, "FLAT_BYTES", 100)
     put(store, *[document(f"d{number}", str(number)) for number in range(320)])
     store.compact()
     assert store.index["kind"] == "IvfSq" and float(store.index["recall"]) >= 0.95
@@ -338,9 +338,9 @@ def test_vectors_that_take_much_memory_are_indexed_as_bytes(store: Store, monkey
 
 
 def test_recall_is_that_of_the_index_and_not_a_matter_of_course(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(nearest, "IN_MEMORY", 300)
-    plain = nearest.VectorSearch._query
-    monkeypatch.setattr(nearest.VectorSearch, "_query", lambda *arguments: plain(*arguments)[:6])
+    monkeypatch.setattr(ranking, "IN_MEMORY", 300)
+    plain = ranking.Ranker._query
+    monkeypatch.setattr(ranking.Ranker, "_query", lambda *arguments: plain(*arguments)[:6])
     put(store, *[document(f"d{number}", str(number)) for number in range(300)])
     store.compact()
     assert float(store.index["recall"]) == pytest.approx(0.5)
@@ -396,3 +396,13 @@ def test_a_backup_that_is_not_whole_is_not_there(store: Store, tmp_path: Path, m
 def test_numbers_that_json_lacks_are_null(store: Store) -> None:
     put(store, document("a", metadata={"x": float("nan"), "y": [float("inf"), 1]}))
     assert store.get("a")[0].metadata == {"x": None, "y": [None, 1]} and verify(store) == []
+
+
+def test_a_store_whose_maker_was_killed_is_made_again(tmp_path: Path) -> None:
+    Store.create(tmp_path / "s", fingerprint())
+    for path in (tmp_path / "s" / "documents.lance" / "_versions").glob("*.manifest"):
+        path.write_bytes(b"")
+    with pytest.raises(StoreError, match="is no store"):
+        Store.open(tmp_path / "s")
+    again = Store.create(tmp_path / "s", fingerprint())
+    assert put(again, document("a")) == 1 and verify(again) == []
