@@ -14,8 +14,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
+import filelock
+
 from ..errors import StoreError
-from ..extras import extra
 
 logger = logging.getLogger(__name__)
 
@@ -90,9 +91,6 @@ class Guard:
 
     @contextmanager
     def _locked(self) -> Iterator[None]:
-        with extra("serve"):
-            import filelock
-
         if self.folder is None:
             yield
             return

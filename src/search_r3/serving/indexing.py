@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import groupby
 from pathlib import Path
@@ -69,7 +69,6 @@ def index_documents(
     sources: Sequence[str] | None = None,
     block: int | None = None,
     progress: Progress | None = None,
-    on_block: Callable[[IndexReport], None] | None = None,
 ) -> IndexReport:
     """Make a store hold these documents.
 
@@ -80,27 +79,18 @@ def index_documents(
         sources: documents of these that are not among them are removed at the end; by default what the stream reads.
         block: see `BLOCK`.
         progress: called with the numbers of chunks and tokens encoded since its last call.
-        on_block: called after each write.
 
     Raises:
         DataError: a document has the id of one from another source, or a source lies within another that is stored; or
             what reading them raises. What is done stays done.
         StoreError: the store cannot be read or written; the same.
     """
-    named = documents.sources if sources is None and isinstance(documents, DocumentStream) else list(sources or ())
+    named = documents.sources if sources is None and isinstance(documents, DocumentStream) else sources or ()
     roots = {root_of(name) for name in named}
     stored = store.revisions()
     _check_roots(roots, {root for root, _ in stored.values()}, store.address)
     size = block or BLOCK.get(model.backbone.device.type, BLOCK["cuda"])
     report, seen, waiting = IndexReport(), set[str](), list[Chunk]()
-
-    def write() -> None:
-        if waiting:
-            store.upsert(waiting, _vectors(store, model, waiting, report, progress))
-            waiting.clear()
-        if on_block is not None:
-            on_block(report)
-
     for parent_id, group in groupby(_rooted(documents), key=lambda chunk: chunk.parent_id):
         chunks = list(group)
         root, revision = stored.get(parent_id, (chunks[0].source, ""))
@@ -111,17 +101,17 @@ def index_documents(
                 "STORE --source SOURCE)"
             )
         seen.add(parent_id)
-        if revision == revision_of(chunks):
-            report.unchanged += 1
-            continue
-        report.changed += bool(revision)
+        now = revision_of(chunks)
+        report.unchanged += revision == now
         report.added += not revision
-        waiting += chunks
+        report.changed += revision not in ("", now)
+        waiting += chunks if revision != now else []
         if len(waiting) >= size:
-            write()
-    write()
-    gone = [doc_id for doc_id, (root, _) in stored.items() if root in roots and doc_id not in seen]
-    report.removed = store.delete(gone)
+            store.upsert(waiting, _vectors(store, model, waiting, report, progress))
+            waiting.clear()
+    if waiting:
+        store.upsert(waiting, _vectors(store, model, waiting, report, progress))
+    report.removed = store.delete([name for name, (root, _) in stored.items() if root in roots and name not in seen])
     if report.added or report.changed or report.removed:
         store.compact()
     return report

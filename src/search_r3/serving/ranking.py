@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 
+from ..extras import extra
 from ..types import Array
 from .rows import CHUNK
 
@@ -79,7 +80,8 @@ class Ranker:
 
     def keep_indices(self) -> None:
         """Build what is missing: of words always, of vectors from `IN_MEMORY` rows on, and anew for twice as many."""
-        from lancedb.index import FTS
+        with extra("serve"):
+            from lancedb.index import FTS
 
         if WORDS not in self.indices():
             self._table.create_index("full_text", config=FTS(base_tokenizer="icu"), name=WORDS)
@@ -90,7 +92,8 @@ class Ranker:
 
     def _build(self, kind: str, count: int) -> None:
         """Build the index, and find out how many of its partitions must be searched; the caller holds the lock."""
-        from lancedb.index import IvfFlat, IvfSq
+        with extra("serve"):
+            from lancedb.index import IvfFlat, IvfSq
 
         config = {"IvfSq": IvfSq, "IvfFlat": IvfFlat}[kind](distance_type="dot")
         self._table.create_index("vector", config=config, name=_VECTORS, replace=True)
