@@ -60,6 +60,7 @@ def test_a_full_disk_is_one_error_and_loses_nothing(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     [message] = done.stdout.splitlines()
     assert message.startswith(f"{store.address}: cannot write: ") and "File too large" in message
+    assert "what was acknowledged before is unchanged" in message
     assert [entry.doc_id for entry in store.documents()] == ["before"]
     assert verify(store) == []
     chunks = document("after")

@@ -68,7 +68,7 @@ def index(
 
     Example: search-r3 index notes.store --model runs/quickstart/model ~/notes papers/*.pdf
     """
-    from ..serving.indexing import collection_chunks, index_documents
+    from ..serving.indexing import collection_chunks, index_documents, root_of
 
     if (collection is None) == (not sources):
         raise ConfigError("index takes folders and files, or --collection: name one of both")
@@ -79,14 +79,15 @@ def index(
 
         data = load_collection(collection, skip_empty_documents=True)
         say_without_text(data.without_text)
-        documents = collection_chunks(data.documents.values(), f"collection {collection}")
+        source = f"collection {root_of(collection)}"
+        documents = collection_chunks(data.documents.values(), source)
     target, encoder = _open(store, model, options, untrained, document_instruction, chunk_tokens, chunk_overlap)
     if own is not None:
         cut_for(encoder, own, target.info.chunk_tokens, target.info.chunk_overlap, target.info.fingerprint.instruction)
     with console.bar("chunks") as bar:
         report = index_documents(
             *(target, encoder, documents),
-            sources=own.sources if own is not None else [f"collection {collection}"],
+            sources=[source] if own is None else own.sources,
             progress=lambda chunks, tokens: bar.advance(
                 chunks, tokens, f"; {own.report.documents:,} documents read" if own else ""
             ),
@@ -238,13 +239,12 @@ def delete(
 ) -> None:
     """Remove documents from a store."""
     from ..serving import Store
-    from ..serving.indexing import root_of
 
     if not ids and not source:
         raise ConfigError("delete takes ids of documents, or --source")
     opened = Store.open(store)
     entries = opened.documents()
-    roots = {name: {name, root_of(name)} for name in source or ()}
+    roots = {name: {name, os.path.abspath(name)} for name in source or ()}  # noqa: PTH100 - links stay
     unknown = set(ids or ()) - {one.doc_id for one in entries}
     unknown |= {name for name, names in roots.items() if not names & {one.source for one in entries}}
     if unknown:

@@ -97,14 +97,14 @@ def tables_of(database: Any) -> list[str]:
 
 
 @contextmanager
-def one_line(place: str, what: str) -> Iterator[None]:
+def one_line(place: str, what: str, remedy: str = "") -> Iterator[None]:
     """Make one `StoreError` of whatever LanceDB and the disk raise."""
     try:
         yield
     except SearchR3Error:
         raise
     except (RuntimeError, ValueError, OSError, KeyError, NotImplementedError) as error:
-        raise StoreError(f"{place}: cannot {what}: {_cause(error)}") from error
+        raise StoreError(f"{place}: cannot {what}: {_cause(error)}{remedy}") from error
 
 
 def _cause(error: Exception) -> str:

@@ -78,7 +78,7 @@ def index_documents(
         documents: chunks, those of a document one after the other; read once.
         sources: documents of these that are not among them are removed at the end; by default what the stream reads.
         block: see `BLOCK`.
-        progress: called with the numbers of chunks and tokens encoded since its last call.
+        progress: called with the numbers of chunks and tokens encoded since its last call; for each document, too.
 
     Raises:
         DataError: a document has the id of one from another source, or a source lies within another that is stored; or
@@ -101,6 +101,8 @@ def index_documents(
                 "STORE --source SOURCE)"
             )
         seen.add(parent_id)
+        if progress is not None:
+            progress(0, 0)
         now = revision_of(chunks)
         report.unchanged += revision == now
         report.added += not revision

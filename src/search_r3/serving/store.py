@@ -358,7 +358,8 @@ class Store:
     @contextmanager
     def _writing(self, what: str) -> Iterator[None]:
         """A commit on the newest version, without another writer, on the disk at the end; now and then, upkeep."""
-        with one_line(self.address, what), self._guard.writing():
+        remedy = "; what was acknowledged before is unchanged: mend this and try again"
+        with one_line(self.address, what, remedy), self._guard.writing():
             self._table.checkout_latest()
             yield
             self._commits += 1

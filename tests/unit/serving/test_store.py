@@ -97,6 +97,7 @@ def test_a_search_goes_deeper_until_there_are_enough_documents(store: Store) -> 
     put(store, document("a", *["same"] * 20), *[document(f"b{i}") for i in range(3)])
     assert len(found(store, "same", k=3)) == 3
     assert len(found(store, "same", k=3, where={"source": "/notes"})) == 3
+    assert found(store, "same", k=1, where={"path": "/notes/b0"}) == ["b0#0"]
     assert found(store, "same", k=3, where={"path": "/notes/a"})[0].startswith("a#")
 
 
