@@ -354,8 +354,8 @@ def show_store(store: Store, entries: Sequence[Entry], top: int) -> None:
     say(f"{store.address}: {len(entries):,} documents, {chunks:,} chunks, vectors of size {info.fingerprint.dimension}")
     say(f"model: {info.model}; made {info.created}; versions kept: {len(store.versions())}")
     if index:
-        rows = int(index["rows"])
-        say(f"index: {index['kind']}, built of {rows:,} vectors, recall@10 {index['recall']} against exact search")
+        built = f"{index['kind']}, built of {int(index['rows']):,} vectors"
+        say(f"index: {built}, recall@10 {index['recall']} against exact search")
     for source, count in Counter(entry.source for entry in entries).items():
         say(f"source: {source}: {count:,} documents")
     if top and entries:
