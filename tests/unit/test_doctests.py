@@ -28,6 +28,9 @@ MODULES = (
     "evaluation.runner",
     "mining.mining",
     "planning.plan",
+    "serving.filters",
+    "serving.fingerprint",
+    "serving.store",
     "config",
     "extras",
 )
@@ -35,6 +38,8 @@ MODULES = (
 
 @pytest.mark.parametrize("name", MODULES)
 def test_docstring_examples(name: str) -> None:
+    if name == "serving.store":
+        pytest.importorskip("lancedb")
     result = doctest.testmod(import_module(f"search_r3.{name}"))
     assert result.attempted > 0
     assert result.failed == 0

@@ -115,9 +115,9 @@ class Store:
         )
         schema = rows.schema_of(fingerprint.dimension, info.metadata)
         with one_line(place, "create the store"):
+            database = connect(place)
             if folder is not None:
                 folder.mkdir(parents=True, exist_ok=True)
-            database = connect(place)
             with guard.writing():
                 if exists(folder) if folder is not None else TABLE in tables_of(database):
                     raise StoreError(f"{place} is a store already; open it, or choose another place")
