@@ -68,19 +68,23 @@ def index(
 
     Example: search-r3 index notes.store --model runs/quickstart/model ~/notes papers/*.pdf
     """
-    from ..serving.indexing import collection_chunks, index_documents, root_of
+    from ..serving.indexing import index_documents, root_of
 
     if (collection is None) == (not sources):
         raise ConfigError("index takes folders and files, or --collection: name one of both")
     own = own_documents(sources, column, None) if sources else None
     documents: Any = own
     if collection is not None:
+        from ..data.documents import chunks_of
         from ..data.load import load_collection
 
         data = load_collection(collection, skip_empty_documents=True)
         say_without_text(data.without_text)
         source = f"collection {root_of(collection)}"
-        documents = collection_chunks(data.documents.values(), source)
+        each = data.documents.values()
+        documents = (
+            c for one in each for c in chunks_of(one.doc_id, one.text, one.title, chunking=None, source=source)
+        )
     target, encoder = _open(store, model, options, untrained, document_instruction, chunk_tokens, chunk_overlap)
     if own is not None:
         cut_for(encoder, own, target.info.chunk_tokens, target.info.chunk_overlap, target.info.fingerprint.instruction)

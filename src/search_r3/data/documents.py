@@ -219,6 +219,24 @@ def read_documents(
     return DocumentStream(sources, ColumnNames.of(columns), chunking, max_file_bytes)
 
 
+def chunks_of(
+    doc_id: str,
+    text: str,
+    title: str = "",
+    *,
+    metadata: Mapping[str, Any] | None = None,
+    chunking: Chunking | None = Chunking(),  # noqa: B008 - frozen
+    source: str = "",
+) -> Iterator[Chunk]:
+    """The chunks of one document that is at hand, as `read_documents` makes them.
+
+    Example:
+        >>> [chunk.doc_id for chunk in chunks_of("tea", "Green tea is not oxidised.")]
+        ['tea#0']
+    """
+    return _chunks(_Whole(doc_id, SourceText(text, title), doc_id, metadata=metadata or {}), chunking, source)
+
+
 @dataclass(frozen=True)
 class _Whole:
     """A document as it was read; `place` is for messages."""

@@ -44,7 +44,7 @@ class Fingerprint(BaseModel):
         >>> from search_r3 import SearchR3
         >>> made = Fingerprint.of(SearchR3("builtin"))
         >>> made.difference(made.model_copy(update={"max_length": 64}))
-        'max_length=1024, not max_length=64'
+        'max_length=512, not max_length=64'
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")

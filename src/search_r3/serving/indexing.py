@@ -7,8 +7,6 @@ are acknowledged block by block; a call that was killed has done what was acknow
 
 from __future__ import annotations
 
-import hashlib
-import json
 import os
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -18,7 +16,6 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from ..data.collection import Document
 from ..data.documents import Chunk, DocumentStream
 from ..errors import DataError
 from ..types import Array, Progress
@@ -117,20 +114,6 @@ def index_documents(
     if report.added or report.changed or report.removed:
         store.compact()
     return report
-
-
-def collection_chunks(documents: Iterable[Document], source: str) -> Iterator[Chunk]:
-    """The documents of a collection as they are, each of them one chunk under its own id."""
-    for one in documents:
-        content = hashlib.sha256(json.dumps([one.title, one.text]).encode()).hexdigest()
-        yield Chunk(
-            *(one.doc_id, one.text, one.title),
-            parent_id=one.doc_id,
-            start=0,
-            end=len(one.text),
-            content_hash=content,
-            source=source,
-        )
 
 
 def root_of(source: str) -> str:
