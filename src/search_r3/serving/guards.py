@@ -52,7 +52,7 @@ class Guard:
             self._flush(before)
 
     def set_aside_empty(self) -> list[Path]:
-        """Move newest versions whose manifest is empty out of the way; where they are now.
+        """Move newest versions whose manifest is empty, or zeros, out of the way; where they are now.
 
         No writer leaves one: it is written whole and then linked. A power cut does.
         """
@@ -84,7 +84,7 @@ class Guard:
         # Named by how far their number is from the largest one: the newest comes first.
         for path in sorted(self._table.glob("_versions/*.manifest")) if self.folder else ():
             with suppress(FileNotFoundError):
-                if path.stat().st_size:
+                if path.read_bytes().strip(b"\0"):
                     break
                 empty.append(path)
         return empty

@@ -271,11 +271,14 @@ def test_all_that_a_commit_wrote_is_flushed_before_it_is_acknowledged(
     assert new <= flushed and {path.parent for path in new} <= flushed
 
 
-def test_an_empty_newest_manifest_is_set_aside_and_said(store: Store, caplog: pytest.LogCaptureFixture) -> None:
+@pytest.mark.parametrize("left", [0, 100])
+def test_an_empty_newest_manifest_is_set_aside_and_said(
+    store: Store, caplog: pytest.LogCaptureFixture, left: int
+) -> None:
     put(store, document("a"))
     put(store, document("b"))
     newest = min((store.folder / "documents.lance" / "_versions").glob("*.manifest"))
-    newest.write_bytes(b"")
+    newest.write_bytes(bytes(left))
     with caplog.at_level(logging.WARNING):
         opened = Store.open(store.address)
     assert "not written whole" in caplog.text and str(opened.folder / guards.SET_ASIDE) in caplog.text
@@ -407,3 +410,10 @@ def test_a_store_whose_maker_was_killed_is_made_again(tmp_path: Path) -> None:
         Store.open(tmp_path / "s")
     again = Store.create(tmp_path / "s", fingerprint())
     assert put(again, document("a")) == 1 and verify(again) == []
+
+
+def test_vectors_are_normalised_when_they_come(store: Store) -> None:
+    chunks = document("a")
+    store.upsert(chunks, 5 * vectors(chunks))
+    [[hit]] = store.search(3 * vectors(chunks))
+    assert hit.score == pytest.approx(1.0) and verify(store) == []
