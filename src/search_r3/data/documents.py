@@ -231,8 +231,8 @@ def chunks_of(
     """The chunks of one document that is at hand, as `read_documents` makes them.
 
     Example:
-        >>> [chunk.doc_id for chunk in chunks_of("tea", "Green tea is not oxidised.")]
-        ['tea#0']
+        >>> next(chunks_of("tea", "Green tea is not oxidised.")).doc_id
+        'tea#0'
     """
     return _chunks(_Whole(doc_id, SourceText(text, title), doc_id, metadata=metadata or {}), chunking, source)
 

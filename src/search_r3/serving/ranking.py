@@ -108,9 +108,7 @@ class Ranker:
             shares = [(len(one & best) - 1) / (len(best) - 1) for one, best in zip(hits, truth, strict=True)]
             recall = float(np.mean(shares))
         self._table.update_field_metadata({"path": "vector", "metadata": facts | {"recall": f"{recall:.3f}"}})
-        logger.info(
-            "index of %d vectors: %s, %d of %d partitions, recall %.3f", count, kind, probes, partitions, recall
-        )
+        logger.info("index of %d vectors: %s, nprobes %d, recall %.3f", count, kind, probes, recall)
 
     def _query(
         self, query: Array, depth: int, condition: str | None, facts: dict[str, str], read: dict[str, dict[str, Any]]
