@@ -197,13 +197,11 @@ class Store:
         table = rows.to_table(chunks, array[list(last.values())])
         parents = sorted({chunk.parent_id for chunk in chunks})
         with self._writing("write"):
-            (
-                self._table.merge_insert("id")
-                .when_matched_update_all()
-                .when_not_matched_insert_all()
-                .when_not_matched_by_source_delete(one_of("parent_id", parents))
-                .execute(table)
-            )
+            merge = self._table.merge_insert("id").when_matched_update_all().when_not_matched_insert_all()
+            # Only where a document has fewer chunks than before: this reads the whole table.
+            if {row["id"] for row in self._rows("parent_id", parents, ["id"])} - last.keys():
+                merge = merge.when_not_matched_by_source_delete(one_of("parent_id", parents))
+            merge.execute(table)
         return len(parents)
 
     def delete(self, doc_ids: Sequence[str]) -> int:
