@@ -70,7 +70,7 @@ def exists(address: str | Path) -> bool:
     if folder is not None:  # a version: a table without one was being made when its maker was killed
         return any((folder / f"{TABLE}.lance" / "_versions").glob("*.manifest"))
     with one_line(place, "look for a store"):
-        return TABLE in tables_of(connect(place))
+        return TABLE in connect(place).list_tables().tables
 
 
 def place_of(address: str | Path) -> tuple[str, Path | None]:
@@ -89,11 +89,6 @@ def connect(place: str) -> Any:
 
     # Otherwise a table does not see what other processes write.
     return lancedb.connect(place, read_consistency_interval=timedelta(0))
-
-
-def tables_of(database: Any) -> list[str]:
-    """The names of its tables."""
-    return list(database.list_tables().tables)
 
 
 @contextmanager

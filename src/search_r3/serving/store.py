@@ -21,7 +21,7 @@ from ..data.documents import Chunk
 from ..errors import DataError, StoreError
 from ..types import Array
 from . import rows
-from .database import TABLE, StoreInfo, connect, exists, one_line, place_of, tables_of
+from .database import TABLE, StoreInfo, connect, exists, one_line, place_of
 from .filters import Filter, one_of, to_sql
 from .fingerprint import Fingerprint
 from .guards import Guard
@@ -119,7 +119,7 @@ class Store:
             if folder is not None:
                 folder.mkdir(parents=True, exist_ok=True)
             with guard.writing():
-                if exists(folder) if folder is not None else TABLE in tables_of(database):
+                if exists(address):
                     raise StoreError(f"{place} is a store already; open it, or choose another place")
                 table = database.create_table(TABLE, schema=schema)
                 for batch in batches:
@@ -142,7 +142,7 @@ class Store:
         guard = Guard(folder, f"{TABLE}.lance")
         with one_line(place, "open the store"):
             guard.set_aside_empty()
-            if folder is not None and not exists(folder):
+            if not exists(address):
                 raise StoreError(f"{place} is no store; make one with search-r3 index {address} --model MODEL FOLDER")
             store = cls(place, connect(place).open_table(TABLE), guard)
         if fingerprint is not None:
