@@ -20,6 +20,7 @@ _PUBLIC = {
     "Document": "data.collection",
     "Query": "data.collection",
     "read_documents": "data.documents",
+    "read_pairs": "data.pairs",
     "Recipe": "config",
     "load_recipe": "config",
     "train_sft": "training.sft",

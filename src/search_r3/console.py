@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 import sys
 import time
 from contextlib import contextmanager
@@ -248,9 +249,14 @@ def show_report(folder: Path) -> None:
     )
     memory = report["peak_memory_bytes"] / 2**30
     say(f"{report['seconds']:.0f} s, peak memory {memory:.2f} GiB; all in {folder}/, to look at: {folder}/report.html")
-    # Plain, so that it can be copied from a narrow terminal; with the path by which the command was called.
-    query = "what do people pay with in Tashkent?"
-    print(f'Next: {sys.argv[0]} search {folder}/model --collection atlas "{query}"')
+    show_next("search", f"{folder}/model", "--collection", "atlas", "what do people pay with in Tashkent?")
+
+
+def show_next(*words: str) -> None:
+    """Show the command that comes next."""
+    if first_process():
+        # Plain, so that it can be copied from a narrow terminal; with the path by which the command was called.
+        print(f"Next: {shlex.join([sys.argv[0], *words])}")
 
 
 STAGE_NAMES = {"sft": "stage 1", "grpo": "stage 2"}
