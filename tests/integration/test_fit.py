@@ -63,7 +63,6 @@ def test_it_leaves_a_collection_models_results_and_the_next_command(
     out = capsys.readouterr().out
     assert "40 rows (query: anchor; document: text; reasoning: reasoning)" in out
     assert "40 documents; queries: train 36, dev 4" in out
-    assert "no reasoning" not in out
     assert "direct/base" in out and "reason/rl" in out
     *_, last = out.strip().splitlines()
     assert last.startswith("Next: ")
@@ -87,7 +86,7 @@ def test_other_pairs_do_not_go_on_in_the_same_folder(
 
 
 def test_without_a_recipe_the_settings_suit_the_pairs_and_a_recipe_decides_all(
-    tmp_path: Path, tiny_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, tiny_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     trained: list[Any] = []
 
@@ -98,7 +97,6 @@ def test_without_a_recipe_the_settings_suit_the_pairs_and_a_recipe_decides_all(
     monkeypatch.setattr("search_r3.training.sft.train_sft", stop)
     pairs = write_pairs(tmp_path / "pairs.jsonl", negative="A thing of no colour.")
     assert call(monkeypatch, "fit", pairs, "--out", tmp_path / "a b", f"base={tiny_path}", "sft.batch_size=4") == 3
-    assert "no reasoning: reason mode learns to embed at once" in capsys.readouterr().out
     assert (trained[0].name, trained[0].sft.steps, trained[0].sft.batch_size) == ("a b", 100, 4)
     assert (trained[0].lora.rank, trained[0].sft.splits, trained[0].grpo.splits) == (16, {"train": 1.0}, ("train",))
     assert trained[0] == load_recipe(tmp_path / "a b" / "settings.yaml")
@@ -133,7 +131,9 @@ def test_what_cannot_be_used_is_one_line_and_leaves_nothing(
     assert [path.name for path in out.iterdir()] == ["thesis.txt"]
 
 
-def test_a_run_that_was_stopped_goes_on(tmp_path: Path, tiny_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_run_that_was_stopped_goes_on_and_says_what_the_lack_of_traces_means(
+    tmp_path: Path, tiny_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
     from search_r3.mining import mining
 
     pairs, save = write_pairs(tmp_path / "pairs.jsonl"), mining.replace
@@ -149,3 +149,21 @@ def test_a_run_that_was_stopped_goes_on(tmp_path: Path, tiny_path: Path, monkeyp
     assert call(monkeypatch, *words, "--resume") == 0
     run = Run(load_recipe(tmp_path / "run" / "settings.yaml"))
     assert run.finished("sft") and len(run.metrics("sft")) == 2
+    assert "has a reasoning trace: reason mode learns to embed at once" in caplog.text
+
+
+def test_the_python_that_the_page_shows_runs(tmp_path: Path, tiny_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    page = (Path(__file__).parents[2] / "docs" / "training.md").read_text().partition("## From Python")[2]
+    code = page.partition("```python\n")[2].partition("```")[0]
+    for shown, small in (
+        ('"base": "builtin"', f'"base": "{tiny_path}", "max_length": 120, "max_new_tokens": 16'),
+        ('"steps": 200,', '"steps": 100, "batch_size": 8, "learning_rate": 1e-2,'),
+        ('"steps": 40', '"steps": 2, "queries_per_step": 2, "group_size": 3'),
+    ):
+        assert shown in code
+        code = code.replace(shown, small)
+    monkeypatch.chdir(tmp_path)
+    write_pairs(Path("pairs.jsonl"), reasoning="A thing.")
+    names: dict[str, Any] = {}
+    exec(code, names)
+    assert names["model"].backbone.trained and names["result"].model_path == Path("runs/mine/model")

@@ -127,11 +127,6 @@ def _say_what_was_read(path: Path, data: Pairs) -> None:
     splits = ", ".join(f"{name} {len(qrels):,}" for name, qrels in data.collection.qrels.items())
     twice = f"; {data.duplicates:,} pairs stood there twice" if data.duplicates else ""
     console.say(f"{len(data.collection.documents):,} documents; queries: {splits}{twice}")
-    if "reasoning" not in data.columns:
-        console.say(
-            "no reasoning: reason mode learns to embed at once, as direct mode does; it becomes worth its tokens with "
-            "traces (`search-r3 data traces`) or what stage 2 finds"
-        )
 
 
 def _prepare(path: Path, data: Pairs, settings: Recipe, dev_share: float) -> None:

@@ -171,7 +171,7 @@ class _Reader:
             "train": {query_id: gains for query_id, gains in self._relevant.items() if query_id not in dev},
             "dev": {query_id: gains for query_id, gains in self._relevant.items() if query_id in dev},
         }
-        if not qrels["train"]:
+        if not (qrels["train"] and qrels["dev"]):
             raise DataError(f"{path}: all queries have the same text; expected at least two different ones")
         columns = {name: self.columns[name] for name in GUESSES if self.columns.get(name)}
         return Pairs(Collection(path.stem, documents, queries, qrels), columns, self.duplicates, self.report)
@@ -202,7 +202,7 @@ def _choose(
 ) -> dict[str, tuple[str, ...]]:
     """Field -> columns, of those that a row has; with `strict` all that are named and the two that are needed."""
     lower = {name.lower(): name for name in reversed(present)}
-    columns = {
+    columns: dict[str, tuple[str, ...]] = {
         name: next(((lower[guess],) for guess in guesses if guess in lower), ()) for name, guesses in GUESSES.items()
     }
     if numbered := tuple(name for name in present if NUMBERED.fullmatch(name.lower())):

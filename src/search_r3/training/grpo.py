@@ -60,6 +60,22 @@ def train_grpo(
         callbacks: as in `train_sft`; they are told of the evaluation before the first step too, as step 0.
         resume: as in `train_sft`.
 
+    Example:
+        >>> import tempfile
+        >>> from search_r3 import Collection, Document, Query, train_grpo, train_sft
+        >>> documents = {"d1": Document("d1", "Green tea is not oxidised."), "d2": Document("d2", "Chess has a board.")}
+        >>> queries = {"q1": Query("q1", "which tea is fresh?"), "q2": Query("q2", "a game of kings")}
+        >>> collection = Collection("tiny", documents, queries, {"train": {"q1": {"d1": 1}, "q2": {"d2": 1}}})
+        >>> recipe = {
+        ...     "sft": {"steps": 30, "batch_size": 2, "random_negatives": 0, "warmup_steps": 0},
+        ...     "grpo": {"steps": 1, "queries_per_step": 2, "group_size": 2, "evaluate_every": 0},
+        ... }
+        >>> folder = tempfile.mkdtemp()
+        >>> first = train_sft(recipe, run_dir=f"{folder}/run", collection=collection)
+        >>> result = train_grpo(first.recipe, collection=collection)
+        >>> result.model_path.relative_to(folder).as_posix(), "reward" in result.metrics
+        ('run/model', True)
+
     Raises:
         ConfigError: as by `train_sft`.
         DataError: a split is unknown, a query has no positive document, or there are fewer queries than a step needs.
@@ -78,7 +94,7 @@ def train_grpo(
     queries_of_step(list(qrels), settings.queries_per_step, recipe.seed, 0)  # refuses too few before a model is loaded
     if settings.reward.function is not None:
         load_function(settings.reward.function)  # likewise
-    encoder = load_model(recipe, model or run.model_path("sft"))
+    encoder = load_model(recipe, os.fspath(model or run.model_path("sft")))
     frozen = settings.documents == "frozen"
     if frozen:
         check_documents(encoder.backbone)

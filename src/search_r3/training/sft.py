@@ -97,9 +97,9 @@ def train_sft(
     examples = _examples(collection, settings)
     if not any(example.reasoning for of_split in examples.values() for example in of_split):
         logger.warning(
-            "no query of %s has a reasoning trace, so the mode reason learns to embed at once; `search-r3 data traces` "
-            "has them written",
-            recipe.collection,
+            "no query of %s has a reasoning trace: reason mode learns %s, and stage 2 will find little to choose from; "
+            "`search-r3 data traces` has traces written",
+            *(recipe.collection, "to embed at once" if settings.untraced == "embed" else "nothing"),
         )
     dev = DevSplit(collection, recipe.evaluation) if settings.evaluate_every else None
     encoder = load_model(recipe, recipe.base)

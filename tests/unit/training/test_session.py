@@ -16,6 +16,7 @@ from search_r3.config import SFTSettings
 from search_r3.data.collection import Collection
 from search_r3.errors import ConfigError
 from search_r3.model.encoder import SearchR3 as Encoder
+from search_r3.parallel import Communicator
 from search_r3.training.run import Run
 from tests.conftest import Stop, StopAt
 
@@ -115,6 +116,17 @@ def test_a_callback_can_have_a_checkpoint_written_and_end_the_stage_with_its_mod
     assert diary.entries[-1] == ("end", True)
     one, two = load_file(result.model_path / "model.safetensors"), load_file(tiny_path / "model.safetensors")
     assert any(not torch.equal(one[name], two[name]) for name in two if one[name].shape == two[name].shape)
+
+
+def test_a_stop_that_another_process_asks_for_holds_for_this_one(
+    tmp_path: Path, tiny_path: Path, collection: Collection, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def gather(self: Communicator, value: Any) -> list[Any]:
+        return [value, (True, False)] if isinstance(value, tuple) else [value]
+
+    monkeypatch.setattr(Communicator, "all_gather", gather)
+    result = train_sft(settings(tmp_path / "run", tiny_path), collection=collection)
+    assert [row["step"] for row in result.log_history] == [1]
 
 
 def test_what_a_callback_raises_ends_the_training_and_leaves_the_checkpoint(
