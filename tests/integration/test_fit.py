@@ -51,10 +51,7 @@ def test_it_leaves_a_collection_models_results_and_the_next_command(
     mined = [collection.queries[one].metadata.get("negatives") for one in collection.split("train")]
     assert all(mined) and not (run / "collection.cache").exists()
     results = {result.system.name: result.scores["ndcg@10"] for result in load_results(run / "results")}
-    assert set(results) == {
-        "bm25",
-        *(f"{mode}/{name}" for mode in ("direct", "reason") for name in ("base", "sft", "rl")),
-    }
+    assert set(results) == {"bm25", "direct/base", "direct/sft", "direct/rl", "reason/sft", "reason/rl"}
     assert results["direct/sft"] > results["direct/base"]
     again = ("fit", pairs, "--out", run, "--rl", f"base={tiny_path}", *SETTINGS)
     assert call(monkeypatch, *again) == 2
@@ -132,7 +129,11 @@ def test_what_cannot_be_used_is_one_line_and_leaves_nothing(
 
 
 def test_a_run_that_was_stopped_goes_on_and_says_what_the_lack_of_traces_means(
-    tmp_path: Path, tiny_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    tmp_path: Path,
+    tiny_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     from search_r3.mining import mining
 
@@ -150,6 +151,8 @@ def test_a_run_that_was_stopped_goes_on_and_says_what_the_lack_of_traces_means(
     run = Run(load_recipe(tmp_path / "run" / "settings.yaml"))
     assert run.finished("sft") and len(run.metrics("sft")) == 2
     assert "has a reasoning trace: reason mode learns to embed at once" in caplog.text
+    assert "reason mode is not measured: " in capsys.readouterr().err, "two steps do not teach it"
+    assert [result.system.name for result in load_results(tmp_path / "run" / "results")]
 
 
 def test_the_python_that_the_page_shows_runs(tmp_path: Path, tiny_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -157,7 +160,7 @@ def test_the_python_that_the_page_shows_runs(tmp_path: Path, tiny_path: Path, mo
     code = page.partition("```python\n")[2].partition("```")[0]
     for shown, small in (
         ('"base": "builtin"', f'"base": "{tiny_path}", "max_length": 120, "max_new_tokens": 16'),
-        ('"steps": 200,', '"steps": 100, "batch_size": 8, "learning_rate": 1e-2,'),
+        ('"steps": 200, "evaluate_every": 50', '"steps": 120, "evaluate_every": 120, "learning_rate": 1e-2'),
         ('"steps": 40', '"steps": 2, "queries_per_step": 2, "group_size": 3'),
     ):
         assert shown in code

@@ -105,7 +105,7 @@ def evaluate(
         _instructions(instruction),
         document_instruction,
     )
-    results = run_and_show(plan, out)
+    results = _run(plan, out)
     comparisons = write_summary(results, out, permutations, seed)
     console.show_comparisons(results, comparisons)
     console.say(f"tables: {out}/summary.md; records: {out}/results; a page to look at: search-r3 report {out}")
@@ -123,7 +123,7 @@ def _instructions(texts: list[str] | None) -> list[str]:
     return list(dict.fromkeys(text.strip() for text in texts or []))
 
 
-def run_and_show(plan: EvaluationPlan, out: Path) -> list[Result]:
+def _run(plan: EvaluationPlan, out: Path) -> list[Result]:
     """Evaluate, and show each split when it is complete."""
     from ..evaluation.runner import run_plan
 

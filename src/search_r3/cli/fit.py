@@ -4,17 +4,17 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from .. import console
-from ..errors import ConfigError
+from ..errors import ConfigError, ModelError
 from ..extras import extra
 from ..parallel import first_process
 from .common import Overrides, RecipeOption, Resume, app, columns_of, load_settings
-from .evaluation import run_and_show
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -176,25 +176,30 @@ def _mine(data: Pairs, folder: Path) -> None:
 
 
 def _measure(settings: Recipe, models: dict[str, Path]) -> None:
-    """Show the base, which has learned nothing, beside what became of it, on the queries that were held out."""
+    """Show BM25, the base, which has learned no reasoning, and what became of it, on the queries that were held out."""
     from ..evaluation.benchmark import EvaluationOptions
-    from ..evaluation.runner import EvaluationPlan, write_summary
-    from ..model.prompts import MODES
+    from ..evaluation.results import Result
+    from ..evaluation.runner import EvaluationPlan, run_plan, write_summary
 
     folder, measured = Path(settings.run_dir), settings.evaluation
-    loading: dict[str, Any] = {
-        "dtype": settings.dtype,
-        "max_length": settings.max_length,
-        "max_new_tokens": settings.max_new_tokens,
-    }
-    plan = EvaluationPlan(
-        {"base": settings.base, **{name: str(path) for name, path in models.items()}},
-        MODES,
-        ["bm25"],
-        [settings.collection],
-        ["dev"],
-        EvaluationOptions(bootstrap=measured.bootstrap, seed=settings.seed),
-        measured.batch_size,
-        loading if settings.prompts is None else loading | {"prompts": settings.prompts},
+    prompts = {} if settings.prompts is None else {"prompts": settings.prompts}
+    trained = {name: str(path) for name, path in models.items()}
+    direct = EvaluationPlan(
+        models={"base": settings.base, **trained},
+        modes=["direct"],
+        baselines=["bm25"],
+        collections=[settings.collection],
+        splits=["dev"],
+        options=EvaluationOptions(bootstrap=measured.bootstrap, seed=settings.seed),
+        batch_size=measured.batch_size,
+        loading={"dtype": settings.dtype, "max_length": settings.max_length, **prompts},
     )
-    write_summary(run_and_show(plan, folder), folder, measured.permutations, settings.seed)
+    results: list[Result] = []
+    with console.watching() as watch:
+        results += run_plan(direct, folder, watch)
+        try:
+            results += run_plan(replace(direct, models=trained, modes=["reason"], baselines=[]), folder, watch)
+        except ModelError as error:
+            console.aside(f"reason mode is not measured: {error}")
+    console.show_results(results)
+    write_summary(results, folder, measured.permutations, settings.seed)
