@@ -29,7 +29,7 @@ FIXED = ("run_dir", "collection", "sft.splits", "grpo.splits")
 PASSES, LEAST_STEPS, MOST_STEPS, BATCH = 3, 100, 2000, 32
 """Without a recipe stage 1 makes so many passes over the pairs, but not fewer or more steps than these."""
 OF_A_REAL_BASE = (
-    "max_length=256", "lora.rank=16", "lora.embed_row_rate=3.0", "embed_start=end_of_turn", "sft.learning_rate=2e-4",
+    "max_length=512", "lora.rank=16", "lora.embed_row_rate=3.0", "embed_start=end_of_turn", "sft.learning_rate=2e-4",
     "grpo.learning_rate=1e-4",
 )  # fmt: skip
 """Without a recipe, for other bases than the package's own: adapters, at a rate between those of `smol-sft.yaml` and of
@@ -65,6 +65,10 @@ def fit(
     data = read_pairs(pairs, columns=columns_of(column), dev_share=dev_share)
     settings = _settings(data, out, recipe, overrides or [], rl)
     _say_what_was_read(pairs, data)
+    if settings.base == "builtin":
+        console.say(
+            "base: builtin, which knows little but atlas and shows that all runs; base=MODEL gives a better one"
+        )
     _claim(settings, ("sft", "grpo") if rl else ("sft",), resume)
     _prepare(pairs, data, settings, dev_share)
     with console.live() as live:
@@ -86,7 +90,7 @@ def _settings(data: Pairs, out: Path, recipe: Path | None, overrides: list[str],
     if recipe is None:
         steps = min(max(LEAST_STEPS, PASSES * queries // BATCH), MOST_STEPS)
         defaults = [
-            *(f"name={json.dumps(out.name)}", f"sft.steps={steps}", f"sft.batch_size={BATCH}"),
+            *(f"name={json.dumps(out.name)}", "max_length=256", f"sft.steps={steps}", f"sft.batch_size={BATCH}"),
             *("sft.batching=homogeneous", "sft.random_negatives=0", f"grpo.queries_per_step={min(16, queries)}"),
         ]
         if load_settings(None, overrides).base != "builtin":
