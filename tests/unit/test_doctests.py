@@ -14,6 +14,7 @@ MODULES = (
     "data.collection",
     "data.load",
     "data.documents",
+    "data.pairs",
     "data.reading.texts",
     "data.reading.html",
     "data.reading.chunks",
@@ -31,6 +32,8 @@ MODULES = (
     "serving.filters",
     "serving.fingerprint",
     "serving.store",
+    "training.sft",
+    "training.grpo",
     "config",
     "extras",
 )
