@@ -51,20 +51,18 @@ class Guard:
             yield
             self._flush(before)
 
-    def set_aside_empty(self) -> list[Path]:
-        """Move newest versions whose manifest is empty, or zeros, out of the way; where they are now.
+    def set_aside_empty(self) -> None:
+        """Move newest versions whose manifest is empty, or zeros, out of the way, with a warning.
 
         No writer leaves one: it is written whole and then linked. A power cut does.
         """
         if not self._empty():
-            return []
-        moved = []
+            return
         with self._mutex, self._locked():
             for path in self._empty():
                 target = self._store / SET_ASIDE / path.name
                 target.parent.mkdir(exist_ok=True)
                 path.replace(target)
-                moved.append(target)
             for path in {self._table / "_versions", self._store}:
                 _fsync(path)
         logger.warning(
@@ -72,7 +70,6 @@ class Guard:
             "before it is there, search-r3 store verify looks at all of it",
             *(self._store, self._store / SET_ASIDE),
         )
-        return moved
 
     @property
     def _store(self) -> Path:
