@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import time
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -88,6 +89,7 @@ def index(
     target, encoder = _open(store, model, options, untrained, document_instruction, chunk_tokens, chunk_overlap)
     if own is not None:
         cut_for(encoder, own, target.info.chunk_tokens, target.info.chunk_overlap, target.info.fingerprint.instruction)
+    started = time.perf_counter()
     with console.bar("chunks") as bar:
         report = index_documents(
             *(target, encoder, documents),
@@ -99,8 +101,8 @@ def index(
     if own is not None:
         for line in own.report.lines():
             console.say(f"not read: {line}")
-    speed = f"; {bar.speed}" if bar.texts else ""
-    console.say(f"{store}: {report.summary}{speed}")
+    rate = report.documents / (time.perf_counter() - started)
+    console.say(f"{store}: {report.summary}; {rate:,.1f} documents/s" + f", chunks {bar.speed}" * (bar.texts > 0))
 
 
 def open_with_model(address: str, model: str | None, options: ModelOptions) -> tuple[Store, SearchR3]:

@@ -50,6 +50,11 @@ class IndexReport:
     taken_over: int = 0
 
     @property
+    def documents(self) -> int:
+        """How many were read."""
+        return self.added + self.changed + self.unchanged
+
+    @property
     def summary(self) -> str:
         """All of it on one line."""
         names = {"new": self.added, "changed": self.changed, "unchanged": self.unchanged, "removed": self.removed}

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import logging
 import multiprocessing
+import subprocess
+import sys
 import threading
 from dataclasses import replace
 from datetime import timedelta
@@ -417,3 +419,8 @@ def test_vectors_are_normalised_when_they_come(store: Store) -> None:
     store.upsert(chunks, 5 * vectors(chunks))
     [[hit]] = store.search(3 * vectors(chunks))
     assert hit.score == pytest.approx(1.0) and verify(store) == []
+
+
+def test_a_store_needs_no_torch() -> None:
+    code = "import sys, search_r3.serving.upkeep; assert 'torch' not in sys.modules and 'lancedb' not in sys.modules"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
