@@ -180,6 +180,13 @@ def test_an_indexing_that_was_killed_goes_on(store: Store, notes: Path) -> None:
     assert (report.unchanged, report.added, seen) == (2, 1, ["Another note."])
 
 
+def test_a_store_within_the_folder_that_it_holds_is_no_document_of_it(notes: Path) -> None:
+    inner = Store.create(notes / "own.store", fingerprint())
+    index(inner, notes)
+    report, seen = index(inner, notes)
+    assert (report.unchanged, report.added, seen) == (3, 0, [])
+
+
 def test_a_text_that_two_documents_share_is_encoded_once(store: Store, tmp_path: Path) -> None:
     for name in "abc":
         (tmp_path / f"{name}.txt").write_text("The same.")
