@@ -73,7 +73,9 @@ def best_of_n(
     settings = BestOfNSettings(
         samples, temperature, seed, style, min_ndcg, above_direct, accept_ended, drop_old, limit, batch_size
     )
-    if not (rounds and resume):
+    if rounds and out.exists() and not resume:
+        raise ConfigError(f"{out} exists; add --resume to go on with its rounds, or choose another")
+    if not rounds:
         check_new(out)
     if os.environ.get("WORLD_SIZE", "1") != "1":
         raise ConfigError("best-of-n samples in one process; launch search-r3 sft on what it writes with several")

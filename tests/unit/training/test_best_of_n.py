@@ -250,6 +250,8 @@ def test_stage_1_learns_from_what_the_command_writes(
     assert origin["source"] == str(model)
     assert call(monkeypatch, "best-of-n", model, out, *where) == 2
     assert "nothing is overwritten" in capsys.readouterr().err
+    assert call(monkeypatch, "best-of-n", model, out, *where, "--rounds", "1") == 2
+    assert "add --resume to go on with its rounds" in capsys.readouterr().err
 
 
 def test_each_round_samples_with_the_model_of_the_one_before(
