@@ -13,8 +13,9 @@ import pytest
 from search_r3.config import load_recipe
 from search_r3.data.collection import Collection
 from search_r3.errors import ConfigError, DataError
-from search_r3.evaluation.swapped import measure_in, vectors_after
+from search_r3.evaluation.swapped import measure_in
 from search_r3.model.encoder import SearchR3
+from search_r3.model.engine.decoding import Rollout
 from search_r3.retrieval.index import ExactIndex
 from search_r3.training.best_of_n import BestOfNSettings, best_of_n, choose, train_best_of_n
 from search_r3.training.rl import samples as sampling
@@ -101,26 +102,32 @@ def groups_of(writer: SearchR3, collection: Collection, cache: Path, query_ids: 
 
 
 def test_replies_are_scored_as_the_evaluation_scores_them(
-    writer: SearchR3, collection: Collection, tmp_path: Path
+    writer: SearchR3, collection: Collection, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    train, texts = list(collection.qrels["train"]), collection.texts()
-    groups = groups_of(writer, collection, tmp_path, train)
+    qrels, texts, rollouts = collection.qrels["train"], collection.texts(), list[Rollout]()
+    roll_out = writer.rollouts
+
+    def watched(*args: Any, **options: Any) -> list[Rollout]:
+        replies = roll_out(*args, **options)
+        rollouts.extend(replies if options.get("seeds") else [])
+        return replies
+
+    monkeypatch.setattr(writer, "rollouts", watched)
+    groups = groups_of(writer, collection, tmp_path, list(qrels))
     index = ExactIndex(list(texts), writer.encode_document(list(texts.values())))
-    qrels, asked = collection.qrels["train"], [collection.queries[one].text for one in train]
-    direct = measure_in(index, collection, qrels)(writer.encode_query(asked, "direct").vectors)
+    measure = measure_in(index, collection, qrels)
+    asked = [collection.queries[one].text for one in qrels]
+    direct = measure(writer.encode_query(asked, "direct").vectors)
     assert [group.direct.ndcg for group in groups] == pytest.approx(direct)
-    encoder, compared = writer.backbone.prompt_encoder, 0
-    for query_id, text, group in zip(train, asked, groups, strict=True):
-        assert group.query_id == query_id and len(group.samples) == 4
-        for one in group.samples:
-            if one.ending == "emitted" and encoder.reason_completion(one.reasoning).embed_position == one.tokens:
-                [value] = measure_in(index, collection, {query_id: qrels[query_id]})(
-                    vectors_after(writer, [text], [one.reasoning])
-                )
-                compared += abs(value - one.ndcg) < 1e-6
-    endings = [one.ending for group in groups for one in group.samples]
-    assert compared > 20 and len({one.reasoning for group in groups for one in group.samples}) > 20
-    assert endings.count("emitted") > 40
+    for place in range(4):
+        replies = rollouts[place::4]
+        own = [group.samples[place] for group in groups]
+        assert [one.ndcg for one in own] == pytest.approx(measure(np.stack([one.vector for one in replies])))
+        assert [one.reasoning for one in own] == [one.reasoning for one in replies]
+        assert [one.tokens for one in own] == [one.reasoning_tokens for one in replies]
+        assert [one.ending == "emitted" for one in own] == [not one.forced for one in replies]
+        assert all((one.ndcg > 0) <= (one.log_rank > 1 / 3) for one in own), "rank 10 is 2/3"
+    assert len({one.reasoning for group in groups for one in group.samples}) > 20
 
 
 def test_how_a_reply_ended_is_told_apart(writer: SearchR3, collection: Collection, tmp_path: Path) -> None:
@@ -179,7 +186,8 @@ def test_the_collection_holds_the_winners_and_the_other_splits(
     written = Collection.load(tmp_path / "out")
     train = list(collection.qrels["train"])
     qrels = {one: collection.qrels["train"][one] for one in train}
-    groups = Sampler(writer, collection, qrels, tmp_path / "cache", samples=3, sampling_temperature=1.0).groups()
+    sampler = Sampler(writer, collection, qrels, tmp_path / "cache", samples=3, sampling_temperature=1.0)
+    groups = list(sampler.groups())
     results = {group.query_id: choose(group.samples, group.direct, settings) for group in groups}
     winners = {one: result for one, result in results.items() if isinstance(result, Sample)}
     assert 0 < len(winners) < len(train)
@@ -192,7 +200,14 @@ def test_the_collection_holds_the_winners_and_the_other_splits(
     assert json.loads((tmp_path / "out" / "best-of-n.json").read_text()) == json.loads(json.dumps(report.__dict__))
     assert report.queries == len(train) and report.kept == len(winners)
     assert report.kept + sum(report.left_out.values()) == report.queries
-    assert report.ndcg_first <= report.ndcg_best >= report.ndcg_mean > 0
+    replies = [group.samples for group in groups]
+    assert report.ndcg_first == pytest.approx(np.mean([own[0].ndcg for own in replies]))
+    assert report.ndcg_mean == pytest.approx(np.mean([[one.ndcg for one in own] for own in replies]))
+    emitted = [[one.ndcg for one in own if one.ending == "emitted" and one.reasoning.strip()] for own in replies]
+    assert report.ndcg_best == pytest.approx(np.mean([max(own, default=0) for own in emitted]))
+    assert report.ndcg_direct == pytest.approx(np.mean([group.direct.ndcg for group in groups]))
+    assert report.tokens == sum(one.tokens for own in replies for one in own)
+    assert 0 < report.forced_share == np.mean([[one.ending != "emitted" for one in own] for own in replies]) < 1
 
     alone = replace(settings, replace=True, style="mine")
     best_of_n(writer, collection, tmp_path / "out", alone, cache=tmp_path / "cache", splits=["train"])
