@@ -231,13 +231,18 @@ def _with_winners(
 def choose(samples: Sequence[Sample], direct: Sample, settings: BestOfNSettings) -> Sample | Left:
     """The winner of a query's replies, or why it has none.
 
-    The highest nDCG@10 wins, then the higher `log_rank`, which tells apart what lies below the first ten, then fewer
-    tokens: what ranks alike is cheaper said in less. Of equal ones the first. A reply whose token was forced never
-    wins: it was cut off, or ended its turn instead, and would be learnt as if the token had come of itself
-    (`accept_ended` lets the second kind win). Nor does one without any text, which would be no trace.
+    The highest nDCG@10 wins, then the higher `log_rank`, which tells apart what lies below the first ten, then the
+    higher `contrastive`, then fewer tokens, and of equal ones the first. Where reasoning is often not needed, most
+    replies of a group rank alike, and the shortest of them says least: a model that learnt those forgot to reason. The
+    surest one is the reply that would rank best among more documents.
+
+    A reply whose token was forced never wins: it was cut off, or ended its turn instead, and would be learnt as if the
+    token had come of itself (`accept_ended` lets the second kind win). Nor does one without any text, which would be no
+    trace.
 
     Example:
-        >>> near, exact = Sample("a city", 2, "emitted", 0.63, 0.9), Sample("its country", 2, "emitted", 1.0, 1.0)
+        >>> near = Sample("a city", 2, "emitted", ndcg=0.63, log_rank=0.9, contrastive=0.4)
+        >>> exact = Sample("its country", 2, "emitted", ndcg=1.0, log_rank=1.0, contrastive=0.7)
         >>> choose([near, exact], near, BestOfNSettings()).reasoning
         'its country'
         >>> choose([near], near, BestOfNSettings(above_direct=True))
@@ -246,10 +251,10 @@ def choose(samples: Sequence[Sample], direct: Sample, settings: BestOfNSettings)
     candidates = usable(samples, settings)
     if not candidates:
         return "empty" if any(one.ending == "emitted" for one in samples) else "forced"
-    best = max(candidates, key=lambda one: (one.found, -one.tokens))  # the first of equal ones
-    if best.found[0] < settings.min_ndcg:
+    best = max(candidates, key=lambda one: (one.ranked, one.contrastive, -one.tokens))  # the first of equal ones
+    if best.ranked[0] < settings.min_ndcg:
         return "below_min_ndcg"
-    if settings.above_direct and best.found <= direct.found:
+    if settings.above_direct and best.ranked <= direct.ranked:
         return "not_above_direct"
     return best
 

@@ -22,9 +22,9 @@ from search_r3.training.rl import samples as sampling
 from search_r3.training.rl.samples import Sample, Sampler
 from tests.conftest import call, favour
 
-NEAR = Sample("near", 5, "emitted", 0.63, 0.9)
-FAR = Sample("far", 5, "emitted", 0.0, 0.4)
-DIRECT = Sample("", 0, "emitted", 0.63, 0.9)
+NEAR = Sample("near", 5, "emitted", 0.63, 0.9, 0.4)
+FAR = Sample("far", 5, "emitted", 0.0, 0.4, 0.1)
+DIRECT = Sample("", 0, "emitted", 0.63, 0.9, 0.4)
 KEEP_ALL = BestOfNSettings(samples=3, min_ndcg=0)
 
 
@@ -36,10 +36,11 @@ KEEP_ALL = BestOfNSettings(samples=3, min_ndcg=0)
     [
         ([FAR, NEAR], NEAR),
         ([FAR, replace(FAR, reasoning="nearer", log_rank=0.5)], "nearer"),
-        ([replace(NEAR, log_rank=0.95, tokens=60), replace(NEAR, tokens=1)], "near"),
+        ([replace(NEAR, reasoning="deep", log_rank=0.95, contrastive=0.2), NEAR], "deep"),
+        ([NEAR, replace(NEAR, reasoning="sure", contrastive=0.5, tokens=60)], "sure"),
         ([NEAR, replace(NEAR, reasoning="short", tokens=4)], "short"),
         ([NEAR, replace(NEAR, reasoning="second")], "near"),
-        ([NEAR, replace(NEAR, reasoning="noise", ndcg=0.63 + 1e-15, tokens=6)], "near"),
+        ([NEAR, replace(NEAR, reasoning="noise", ndcg=0.63 + 1e-15, contrastive=0.3)], "near"),
         ([replace(NEAR, ending="cut", ndcg=1.0), FAR], FAR),
         ([replace(NEAR, ending="ended", ndcg=1.0), FAR], FAR),
         ([replace(NEAR, reasoning=" \n", ndcg=1.0), FAR], FAR),
@@ -53,7 +54,6 @@ def test_the_best_ranking_reply_that_ended_by_itself_wins(samples: list[Sample],
         assert result == expected
     else:
         assert result.reasoning == expected
-        assert result.tokens < 60 or result.log_rank == max(one.log_rank for one in samples)
 
 
 def test_a_reply_that_ended_its_turn_wins_where_that_is_accepted() -> None:
@@ -67,6 +67,7 @@ def test_a_winner_reaches_the_minimum_and_passes_direct_mode_where_asked() -> No
     assert choose([NEAR, FAR], DIRECT, BestOfNSettings(min_ndcg=0.63)) == NEAR
     assert choose([NEAR, FAR], DIRECT, BestOfNSettings(min_ndcg=0.64)) == "below_min_ndcg"
     above = BestOfNSettings(above_direct=True, min_ndcg=0)
+    assert choose([replace(NEAR, contrastive=0.9)], DIRECT, above) == "not_above_direct", "ranks decide"
     assert choose([NEAR], DIRECT, above) == "not_above_direct"
     assert choose([NEAR], replace(DIRECT, log_rank=0.8), above) == NEAR, "deeper ranks count"
     assert choose([NEAR], replace(DIRECT, ndcg=0.7, log_rank=0.8), above) == "not_above_direct"

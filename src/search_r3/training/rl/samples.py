@@ -37,6 +37,7 @@ class Sample:
             or its budget had `cut` it off.
         ndcg: nDCG@10.
         log_rank: `environment.reward.log_rank`, which looks deeper.
+        contrastive: `environment.reward.contrastive`: by how much the relevant documents stand out among the best.
     """
 
     reasoning: str
@@ -44,10 +45,11 @@ class Sample:
     ending: Literal["emitted", "ended", "cut"]
     ndcg: float
     log_rank: float
+    contrastive: float
 
     @property
-    def found(self) -> tuple[float, float]:
-        """By what replies are compared; rounded, since sums over the same ranks may differ in their last bit."""
+    def ranked(self) -> tuple[float, float]:
+        """What the ranks are worth; rounded, since sums over the same ranks may differ in their last bit."""
         return round(self.ndcg, 9), round(self.log_rank, 9)
 
 
@@ -128,7 +130,7 @@ class Sampler:
         progress = self.watch("documents", len(documents))
         index = ExactIndex(list(documents), self.model.encode_document(list(documents.values()), progress=progress))
         # Forced replies earn what their ranks earn here: they are measured, and cannot win.
-        weights = RewardSettings(forced_ranks=True)
+        weights = RewardSettings(forced_ranks=True, contrastive=1.0)
         budget = self.model.backbone.settings.max_new_tokens
         return index, Scorer(self.collection, self.qrels, weights, k=K, max_new_tokens=budget)
 
@@ -166,4 +168,5 @@ def _row(rollout: Rollout, score: Score, budget: int) -> dict[str, Any]:
         "ending": "emitted" if not rollout.forced else "cut" if cut else "ended",
         "ndcg": score.parts.ndcg,
         "log_rank": score.parts.log_rank,
+        "contrastive": score.parts.contrastive,
     }
