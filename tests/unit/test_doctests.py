@@ -28,6 +28,7 @@ MODULES = (
     "evaluation.runner",
     "mining.mining",
     "planning.plan",
+    "training.best_of_n",
     "config",
     "extras",
 )

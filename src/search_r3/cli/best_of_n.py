@@ -26,7 +26,12 @@ from .common import (
 )
 
 if TYPE_CHECKING:
-    from ..training.best_of_n import BestOfNReport
+    from collections.abc import Sequence
+    from pathlib import Path
+
+    from ..config import Recipe
+    from ..data.collection import Collection
+    from ..training.best_of_n import BestOfNReport, BestOfNSettings
 
 Splits = Annotated[list[str] | None, typer.Option("--splits", help="Splits whose queries are meant; `rl` by default.")]
 
@@ -67,10 +72,9 @@ def best_of_n(
     """
     from ..data.load import load_collection
     from ..data.triples import hold_out
-    from ..training.best_of_n import BestOfNSettings, train_best_of_n
-    from ..training.best_of_n import best_of_n as sample
+    from ..training.best_of_n import BestOfNSettings as Settings
 
-    settings = BestOfNSettings(
+    settings = Settings(
         samples, temperature, seed, style, min_ndcg, above_direct, accept_ended, drop_old, limit, batch_size
     )
     if rounds and out.exists() and not resume:
@@ -82,22 +86,47 @@ def best_of_n(
     training, names = load_settings(recipe, overrides), splits or ["rl"]
     data = hold_out(load_collection(collection or training.collection), names, training.evaluation.held_out)
     if rounds:
-        path = train_best_of_n(
-            *(training, model, data, out, settings),
-            rounds=rounds,
-            splits=names,
-            resume=resume,
-            load=lambda source: load_encoder(source, options),
-            note=_show,
-            watching=console.watching,
-            live=console.live,
-        )
-        console.say(f"model: {path}")
-        return
+        _train(training, model, data, out, settings, rounds, names, resume, options)
+    else:
+        _sample(model, data, out, settings, names, options)
+
+
+def _sample(
+    model: str, data: Collection, out: Path, settings: BestOfNSettings, splits: Sequence[str], options: ModelOptions
+) -> None:
+    """One sampling."""
+    from ..training.best_of_n import best_of_n as sample
+
     encoder = load_encoder(model, options)
     with console.watching() as watch:
-        report = sample(encoder, data, out, settings, cache=out.parent / f"{out.name}.cache", splits=names, watch=watch)
-    _show(report)
+        _show(sample(encoder, data, out, settings, cache=out.parent / f"{out.name}.cache", splits=splits, watch=watch))
+
+
+def _train(
+    recipe: Recipe,
+    model: str,
+    data: Collection,
+    out: Path,
+    settings: BestOfNSettings,
+    rounds: int,
+    splits: Sequence[str],
+    resume: bool,
+    options: ModelOptions,
+) -> None:
+    """Rounds of sampling and stage 1."""
+    from ..training.best_of_n import train_best_of_n
+
+    path = train_best_of_n(
+        *(recipe, model, data, out, settings),
+        rounds=rounds,
+        splits=splits,
+        resume=resume,
+        load=lambda source: load_encoder(source, options),
+        note=_show,
+        watching=console.watching,
+        live=console.live,
+    )
+    console.say(f"model: {path}")
 
 
 def _show(report: BestOfNReport) -> None:

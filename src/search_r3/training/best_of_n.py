@@ -22,7 +22,7 @@ from statistics import fmean
 from typing import Any, Literal
 
 from ..config import Recipe
-from ..data.collection import Collection
+from ..data.collection import Collection, Qrels
 from ..data.triples import judged_queries, reasoning_traces
 from ..data.writing.asking import check_output
 from ..errors import ConfigError, DataError
@@ -147,7 +147,7 @@ def best_of_n(
 
     Args:
         model: writes the replies, and its vectors rank.
-        collection: documents, queries and judgements; all splits but these stay as they are.
+        collection: documents, queries, judgements; splits but these stay as they are.
         out: the folder; a collection there is replaced at the end.
         settings: how many replies, and which wins.
         cache: a folder for replies and scores; several calls may use it one after another.
@@ -160,12 +160,8 @@ def best_of_n(
     """
     out, started = Path(out).absolute(), time.monotonic()
     check_output(out)
-    qrels = judged_queries(collection, splits)
-    if settings.limit is not None and settings.limit < len(qrels):
-        drawn = set(random.Random(settings.seed).sample(sorted(qrels), settings.limit))
-        qrels = {query_id: relevance for query_id, relevance in qrels.items() if query_id in drawn}
     sampler = Sampler(
-        *(model, collection, qrels, Path(cache)),
+        *(model, collection, _drawn(judged_queries(collection, splits), settings), Path(cache)),
         samples=settings.samples,
         sampling_temperature=settings.sampling_temperature,
         seed=settings.seed,
@@ -175,12 +171,11 @@ def best_of_n(
     groups = list(sampler.groups())
     results = {group.query_id: choose(group.samples, group.direct, settings) for group in groups}
     winners = {query_id: result for query_id, result in results.items() if isinstance(result, Sample)}
-    left_out = Counter(result for result in results.values() if not isinstance(result, Sample))
+    left_out = dict(sorted(Counter(one for one in results.values() if not isinstance(one, Sample)).items()))
     if not winners:
-        reasons = ", ".join(f"{name} {count:,}" for name, count in sorted(left_out.items()))
+        reasons = ", ".join(f"{name} {count:,}" for name, count in left_out.items())
         raise DataError(
-            f"none of {len(groups):,} queries has a reply worth keeping ({reasons}); take more samples or a lower "
-            "min_ndcg, or train stage 1 on traces first"
+            f"none of {len(groups):,} queries has a winner ({reasons}); raise samples, lower min_ndcg, or train first"
         )
     report = BestOfNReport(
         model={"source": model.backbone.source, "revision": model.backbone.revision},
@@ -189,7 +184,7 @@ def best_of_n(
         settings=asdict(settings),
         queries=len(groups),
         kept=len(winners),
-        left_out=dict(sorted(left_out.items())),
+        left_out=left_out,
         tokens_kept=fmean(one.tokens for one in winners.values()),
         resumed=sampler.resumed,
         seconds=time.monotonic() - started,
@@ -197,6 +192,14 @@ def best_of_n(
     )
     _with_winners(collection, splits, winners, settings).save(out, reports={REPORT: asdict(report)})
     return report
+
+
+def _drawn(qrels: Qrels, settings: BestOfNSettings) -> Qrels:
+    """Those of as many queries as the limit lets."""
+    if settings.limit is None or settings.limit >= len(qrels):
+        return qrels
+    drawn = set(random.Random(settings.seed).sample(sorted(qrels), settings.limit))
+    return {query_id: relevance for query_id, relevance in qrels.items() if query_id in drawn}
 
 
 def _means(groups: Sequence[Group], settings: BestOfNSettings) -> dict[str, Any]:

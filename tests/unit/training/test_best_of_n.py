@@ -233,7 +233,7 @@ def test_no_winner_at_all_is_an_error_and_leaves_what_was_there(
     writer: SearchR3, collection: Collection, tmp_path: Path
 ) -> None:
     favour(writer.backbone, writer.backbone.embed_token_id, -1e4)
-    with pytest.raises(DataError, match=r"none of 20 queries .* \(forced 20\).* more samples"):
+    with pytest.raises(DataError, match=r"none of 20 queries .* \(forced 20\).* raise samples"):
         best_of_n(writer, collection, tmp_path / "out", KEEP_ALL, cache=tmp_path / "cache", splits=["train"])
     assert not (tmp_path / "out").exists()
     (tmp_path / "notes").mkdir()
