@@ -171,7 +171,7 @@ def best_of_n(
     groups = list(sampler.groups())
     results = {group.query_id: choose(group.samples, group.direct, settings) for group in groups}
     winners = {query_id: result for query_id, result in results.items() if isinstance(result, Sample)}
-    left_out = dict(sorted(Counter(one for one in results.values() if not isinstance(one, Sample)).items()))
+    left_out = dict(sorted(Counter(str(one) for one in results.values() if not isinstance(one, Sample)).items()))
     if not winners:
         reasons = ", ".join(f"{name} {count:,}" for name, count in left_out.items())
         raise DataError(
@@ -182,7 +182,6 @@ def best_of_n(
         collection={"name": collection.name, "content_hash": collection.content_hash()},
         splits=list(splits),
         settings=asdict(settings),
-        queries=len(groups),
         kept=len(winners),
         left_out=left_out,
         tokens_kept=fmean(one.tokens for one in winners.values()),
@@ -207,6 +206,7 @@ def _means(groups: Sequence[Group], settings: BestOfNSettings) -> dict[str, Any]
     replies = [one for group in groups for one in group.samples]
     best = [max((one.ndcg for one in usable(group.samples, settings)), default=0.0) for group in groups]
     return {
+        "queries": len(groups),
         "ndcg_direct": fmean(group.direct.ndcg for group in groups),
         "ndcg_first": fmean(group.samples[0].ndcg for group in groups),
         "ndcg_mean": fmean(one.ndcg for one in replies),

@@ -143,9 +143,14 @@ def test_how_a_reply_ended_is_told_apart(writer: SearchR3, collection: Collectio
 
 def test_a_query_has_the_same_replies_in_any_company(writer: SearchR3, collection: Collection, tmp_path: Path) -> None:
     train = list(collection.qrels["train"])
-    whole = groups_of(writer, collection, tmp_path, train)
-    assert groups_of(writer, collection, tmp_path, train[5:7]) == whole[5:7]
-    assert groups_of(writer, collection, tmp_path, train[5:7], seed=1) != whole[5:7]
+
+    def written(query_ids: list[str], **options: Any) -> list[list[str]]:
+        groups = groups_of(writer, collection, tmp_path, query_ids, **options)
+        return [[one.reasoning for one in group.samples] for group in groups]
+
+    whole = written(train)
+    assert written(train[5:7]) == whole[5:7]
+    assert written(train[5:7], seed=1) != whole[5:7]
 
 
 def test_a_killed_call_goes_on_and_another_rule_samples_nothing(
