@@ -16,6 +16,7 @@ from search_r3.errors import ConfigError, DataError
 from search_r3.evaluation.swapped import measure_in
 from search_r3.model.encoder import SearchR3
 from search_r3.model.engine.decoding import Rollout
+from search_r3.model.source import find_files
 from search_r3.retrieval.index import ExactIndex
 from search_r3.training.best_of_n import BestOfNSettings, best_of_n, choose, train_best_of_n
 from search_r3.training.rl import samples as sampling
@@ -306,6 +307,19 @@ def test_each_round_samples_with_the_model_of_the_one_before(
         rounds(2, replace(KEEP_ALL, min_ndcg=0.1), resume=True)
     before, after = (SearchR3(one, device="cpu").encode_document(["a red house"]) for one in (first, last))
     assert np.abs(before - after).max() > 1e-6, "each round trains"
+
+
+def test_a_model_that_no_stage_begins_from_is_refused_before_it_samples(
+    run_dir: Path, collection: Collection, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = run_dir / "sft" / "model"
+    files = replace(find_files(model), queries=model)
+    monkeypatch.setattr("search_r3.training.best_of_n.find_files", lambda source: files)
+    with pytest.raises(ConfigError, match="no stage goes on from there"):
+        train_best_of_n(
+            *(load_recipe(None, [*LEARN, *LIMITS]), model, collection, tmp_path / "out", KEEP_ALL), splits=["train"]
+        )
+    assert not (tmp_path / "out").exists()
 
 
 def test_wrong_calls_are_told_so(
