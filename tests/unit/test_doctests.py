@@ -14,6 +14,7 @@ MODULES = (
     "data.collection",
     "data.load",
     "data.documents",
+    "data.pairs",
     "data.reading.texts",
     "data.reading.html",
     "data.reading.chunks",
@@ -29,6 +30,8 @@ MODULES = (
     "mining.mining",
     "planning.plan",
     "training.best_of_n",
+    "training.sft",
+    "training.grpo",
     "config",
     "extras",
 )

@@ -10,7 +10,7 @@ import typer
 
 from .. import __version__, console
 from ..errors import SearchR3Error, StoppedError
-from . import best_of_n, data, evaluation, mining, mix, plan, probe, push, search, training
+from . import best_of_n, data, evaluation, fit, mining, mix, plan, probe, push, search, training
 from .common import app
 
 if TYPE_CHECKING:
@@ -21,6 +21,7 @@ __all__ = [
     "best_of_n",
     "data",
     "evaluation",
+    "fit",
     "main",
     "mining",
     "mix",
@@ -38,6 +39,7 @@ TERMINATED = 143
 
 ORDER = (
     "quickstart",
+    "fit",
     "base",
     "plan",
     "sft",

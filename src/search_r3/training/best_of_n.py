@@ -32,7 +32,7 @@ from ..model.source import find_files
 from ..types import Watch
 from .engine import check_begins
 from .rl.samples import Group, Sample, Sampler
-from .run import Observer, Run, silent
+from .run import Run
 from .sft import train_sft
 
 REPORT = "best-of-n.json"
@@ -281,7 +281,7 @@ def train_best_of_n(
     load: Callable[[str], SearchR3] = SearchR3,
     note: Callable[[BestOfNReport], None] = lambda report: None,
     watching: Callable[[], AbstractContextManager[Watch]] = lambda: nullcontext(quiet),
-    live: Callable[[], AbstractContextManager[Observer]] = lambda: nullcontext(silent),
+    live: Callable[[], AbstractContextManager[Any]] = nullcontext,
 ) -> Path:
     """Expert iteration: sample with a model, train stage 1 from it on the winners, and so on with what came of it.
 
@@ -299,7 +299,7 @@ def train_best_of_n(
         load: loads a model for sampling.
         note: told of each round's winners.
         watching: a progress display while a round samples.
-        live: one while it trains.
+        live: one while it trains: a callback of `train_sft`, or None.
 
     Returns:
         The model directory of the last round.
@@ -315,8 +315,8 @@ def train_best_of_n(
     for number in range(1, rounds + 1):
         folder = Path(out) / f"round-{number}"
         places = {"run_dir": str(folder), "collection": str(folder / "collection"), "base": source}
-        run = Run(recipe.model_copy(update=places))
-        run.claim("sft", resume)
+        stage_1 = recipe.model_copy(update=places)
+        Run(stage_1).claim("sft", resume)
         own = replace(settings, seed=settings.seed + number - 1)
         report = folder / "collection" / REPORT
         if report.exists():
@@ -325,8 +325,9 @@ def train_best_of_n(
             with watching() as watch:
                 cache = folder / "cache"
                 note(best_of_n(load(source), collection, report.parent, own, cache=cache, splits=splits, watch=watch))
-        with live() as observe:
-            source = str(train_sft(run.recipe, run, observe))
+        with live() as callback:
+            callbacks = [] if callback is None else [callback]
+            source = str(train_sft(stage_1, callbacks=callbacks, resume=resume).model_path)
     return Path(source)
 
 
