@@ -326,8 +326,7 @@ def train_best_of_n(
                 cache = folder / "cache"
                 note(best_of_n(load(source), collection, report.parent, own, cache=cache, splits=splits, watch=watch))
         with live() as callback:
-            callbacks = [] if callback is None else [callback]
-            source = str(train_sft(stage_1, callbacks=callbacks, resume=resume).model_path)
+            source = str(train_sft(stage_1, callbacks=filter(None, [callback]), resume=resume).model_path)
     return Path(source)
 
 
