@@ -71,15 +71,15 @@ STAGE_2 = {
     "best-of-n": [
         "sft.splits={rl: 1}",
         "sft.reasoning_styles={own: 1}",
-        "sft.steps=10",
-        "sft.warmup_steps=2",
+        "sft.steps=20",
+        "sft.warmup_steps=4",
         "sft.batch_size=64",
-        "sft.learning_rate=3e-4",
+        "sft.learning_rate=1e-4",
     ],
 }
 """Arm -> what it changes. The first of each stage is the reference of the others."""
-ROUNDS = 6
-SAMPLING = ["--rounds", ROUNDS, "--samples", 4, "--temperature", 0.8, "--replace"]
+ROUNDS = 3
+SAMPLING = ["--rounds", ROUNDS, "--samples", 8, "--temperature", 0.8, "--replace"]
 """Of the arm best-of-n, so that it has the queries, the steps and about the replies (8,112 for 7,680) of `grpo`."""
 MEASURES = ("reason", "direct", "tokens", "seconds", "other", "true", "forced")
 QUICK = ["sft.steps=60", "sft.batch_size=12", "grpo.steps=2", "grpo.queries_per_step=8", "grpo.group_size=4"]
