@@ -32,6 +32,7 @@ MODULES = (
     "serving.filters",
     "serving.fingerprint",
     "serving.store",
+    "training.best_of_n",
     "training.sft",
     "training.grpo",
     "config",

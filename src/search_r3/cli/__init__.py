@@ -10,7 +10,7 @@ import typer
 
 from .. import __version__, console
 from ..errors import SearchR3Error, StoppedError
-from . import data, evaluation, fit, mining, mix, plan, probe, push, search, store, training
+from . import best_of_n, data, evaluation, fit, mining, mix, plan, probe, push, search, store, training
 from .common import app
 
 if TYPE_CHECKING:
@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "app",
+    "best_of_n",
     "data",
     "evaluation",
     "fit",
@@ -44,6 +45,7 @@ ORDER = (
     "plan",
     "sft",
     "probe",
+    "best_of_n",
     "grpo",
     "evaluate",
     "mteb",
