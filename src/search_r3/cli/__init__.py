@@ -10,7 +10,7 @@ import typer
 
 from .. import __version__, console
 from ..errors import SearchR3Error, StoppedError
-from . import best_of_n, data, evaluation, fit, mining, mix, plan, probe, push, search, store, training
+from . import best_of_n, data, evaluation, fit, mining, plan, probe, push, search, store, training
 from .common import app
 
 if TYPE_CHECKING:
@@ -24,7 +24,6 @@ __all__ = [
     "fit",
     "main",
     "mining",
-    "mix",
     "plan",
     "probe",
     "push",
