@@ -35,6 +35,30 @@ class StoreError(SearchR3Error):
     """A store of documents that cannot be opened, read or written, or that another model made."""
 
 
+class NotFoundError(SearchR3Error):
+    """A model, a document or a page that a server does not have."""
+
+
+class TooLargeError(SearchR3Error):
+    """A request, or a text of it, that is larger than a server's limit."""
+
+
+class OverloadedError(SearchR3Error):
+    """A full queue; `retry_after` says in how many seconds to ask again."""
+
+    def __init__(self, message: str, retry_after: int) -> None:
+        super().__init__(message)
+        self.retry_after = retry_after
+
+
+class DeadlineError(SearchR3Error):
+    """A request that was not answered in its time."""
+
+
+class UnavailableError(SearchR3Error):
+    """A server that ends, or whose engine has ended."""
+
+
 class RewardError(SearchR3Error):
     """A reward that cannot be computed; it is never replaced by 0."""
 

@@ -111,6 +111,15 @@ def check_finite(vectors: NDArray[np.floating], texts: Sequence[str], source: st
         )
 
 
+def shorten(vectors: Array, dimension: int | None) -> Array:
+    """The first dimensions of vectors `N x D`, L2-normalised again; with None they are as they were."""
+    if dimension is None:
+        return vectors
+    head = vectors[:, :dimension]
+    result: Array = head / np.linalg.norm(head, axis=1, keepdims=True)
+    return result
+
+
 def unusable_rows(vectors: NDArray[np.floating], dtype: str = "float32") -> Rows:
     """The vectors (`N x D`) that cannot be compared, or stored as `dtype`: they hold NaN, infinity or too much."""
     # NaN fails every comparison.

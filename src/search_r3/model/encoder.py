@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from ..errors import ConfigError, DataError, ModelError
 from ..types import Array, Progress
 from .backbone import Backbone
-from .documents import WINDOW, check_finite, encode_stream
+from .documents import WINDOW, check_finite, encode_stream, shorten
 from .engine.decoding import Decoder, DecodeRequest, Rollout
 from .loading import load_backbone
 from .prompts import MODES, Kind, Mode, PromptSet
@@ -289,7 +289,7 @@ class SearchR3:
             progress=progress,
         ):
             self._warn_of(sum(prompt.truncated for prompt in prompts), len(prompts))
-            yield self._shorten(vectors)
+            yield shorten(vectors, self.truncate_dim)
 
     def count_document_tokens(self, texts: Sequence[str]) -> list[int]:
         """The tokens that each document takes when it is encoded: text (cut at `max_length`) and prompt."""
@@ -361,20 +361,13 @@ class SearchR3:
             window=len(texts),
             progress=progress,
         )
-        return self._shorten(vectors), [prompt.truncated for prompt in prompts]
-
-    def _shorten(self, vectors: Array) -> Array:
-        if self.truncate_dim is None:
-            return vectors
-        head = vectors[:, : self.truncate_dim]
-        result: Array = head / np.linalg.norm(head, axis=1, keepdims=True)
-        return result
+        return shorten(vectors, self.truncate_dim), [prompt.truncated for prompt in prompts]
 
     def _embeddings(self, rollouts: Sequence[Rollout], texts: Sequence[str], truncated: list[bool]) -> QueryEmbeddings:
         vectors = torch.stack([rollout.vector for rollout in rollouts]).numpy()
         check_finite(vectors, texts, self.backbone.source)
         return QueryEmbeddings(
-            self._shorten(vectors),
+            shorten(vectors, self.truncate_dim),
             [rollout.reasoning for rollout in rollouts],
             [rollout.reasoning_tokens for rollout in rollouts],
             [rollout.forced for rollout in rollouts],

@@ -1,0 +1,128 @@
+"""What is asked of the engine thread, and what it answers.
+
+Shapes: `N` texts, `D` vector size.
+"""
+
+from __future__ import annotations
+
+import copy
+import threading
+from collections import deque
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+import numpy as np
+
+from ..errors import TooLargeError
+from ..model.backbone import Backbone
+from ..model.prompts import EncodedPrompt, Kind, PromptEncoder
+from ..types import Array
+
+
+class Embedded(NamedTuple):
+    """One text.
+
+    Attributes:
+        vector: `D`, float32, L2-normalised.
+        prompt_tokens: tokens read, the template included.
+        truncated: whether the text lost its end.
+        reasoning: empty but for reasoned queries.
+        reasoning_tokens: its length.
+        forced: whether the embed token had to be forced.
+    """
+
+    vector: Array
+    prompt_tokens: int
+    truncated: bool
+    reasoning: str = ""
+    reasoning_tokens: int = 0
+    forced: bool = False
+
+
+class Outcome(NamedTuple):
+    """The texts of one request in their order, the seconds it waited and those it was in work."""
+
+    texts: list[Embedded]
+    queue_seconds: float
+    inference_seconds: float
+
+    @property
+    def vectors(self) -> Array:
+        """`N x D`."""
+        return np.stack([one.vector for one in self.texts])
+
+    @property
+    def prompt_tokens(self) -> int:
+        """Tokens read."""
+        return sum(one.prompt_tokens for one in self.texts)
+
+    @property
+    def reasoning_tokens(self) -> int:
+        """Tokens of the reasoning."""
+        return sum(one.reasoning_tokens for one in self.texts)
+
+
+@dataclass(eq=False)
+class Job:
+    """A request: all its texts are answered, or none; rows that nobody works on are `waiting`."""
+
+    kind: Kind
+    texts: Sequence[str]
+    budget: int
+    future: Future[Outcome]
+    submitted: float
+    deadline: float
+    on_piece: Callable[[str], None] | None
+    waiting: deque[Row] = field(default_factory=deque)
+    done: dict[int, Embedded] = field(default_factory=dict)
+    started: float | None = None
+
+
+@dataclass(eq=False)
+class Row:
+    """A text of a job; `shown` is what has been said of its reasoning."""
+
+    job: Job
+    place: int
+    prompt: EncodedPrompt
+    shown: str = ""
+
+
+class Reader:
+    """Turns texts into prompts, in any thread, with tokenizers of its own: one must not be used by two threads."""
+
+    def __init__(self, backbone: Backbone) -> None:
+        self._lock = threading.Lock()
+        queries, documents = (_copy_of(side.prompt_encoder) for side in (backbone, backbone.document_side))
+        self._encoders: dict[Kind, PromptEncoder] = {"direct": queries, "reason": queries, "document": documents}
+
+    def read(self, texts: Sequence[str], kind: Kind, instruction: str, truncate: bool) -> list[EncodedPrompt]:
+        """The prompts.
+
+        Raises:
+            DataError: an empty text.
+            TooLargeError: one is too long, and may not lose its end.
+        """
+        encoder = self._encoders[kind]
+        with self._lock:
+            prompts = encoder.encode_batch(texts, kind, instruction)
+        cut = [place for place, prompt in enumerate(prompts) if prompt.truncated]
+        if cut and not truncate:
+            raise TooLargeError(
+                f"text number {cut[0]} is longer than the {encoder.room(kind)} tokens that the model has room for "
+                f"(max_length={encoder.max_length}); shorten it, or say truncate=true"
+            )
+        return prompts
+
+    def count_document_tokens(self, texts: Sequence[str]) -> list[int]:
+        """The tokens of each text alone, as `Chunking` wants them."""
+        with self._lock:
+            return self._encoders["document"].count_tokens(texts)
+
+
+def _copy_of(encoder: PromptEncoder) -> PromptEncoder:
+    twin = copy.copy(encoder)
+    twin.tokenizer = copy.deepcopy(encoder.tokenizer)
+    return twin
