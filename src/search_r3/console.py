@@ -10,6 +10,8 @@ from contextlib import contextmanager
 from statistics import fmean
 from typing import TYPE_CHECKING, Any, NoReturn
 
+from .data.rows import check_text
+from .errors import DataError
 from .parallel import first_process
 
 if TYPE_CHECKING:
@@ -47,11 +49,17 @@ def aside(text: str) -> None:
 
 
 def ask(prompt: str) -> str:
-    """A query typed at the prompt; empty at the end of the input."""
+    """A query typed at the prompt; empty at the end of the input.
+
+    Raises:
+        DataError: it is no UTF-8.
+    """
     try:
-        return input(prompt).strip()
+        return check_text(input(prompt).strip(), "the query")
     except EOFError:
         return ""
+    except UnicodeDecodeError as error:
+        raise DataError(f"the input is no UTF-8 text (byte {error.start} of it); send it as UTF-8") from error
 
 
 class Bar:
@@ -247,8 +255,9 @@ def show_report(folder: Path) -> None:
         f"sampled rollouts with reward >= 0.5: {shares['share_ge_half_before']:.0%} before RL, "
         f"{shares['share_ge_half_after']:.0%} after; embed token forced: {shares['forced_share']:.1%}"
     )
-    memory = report["peak_memory_bytes"] / 2**30
-    say(f"{report['seconds']:.0f} s, peak memory {memory:.2f} GiB; all in {folder}/, to look at: {folder}/report.html")
+    peak = report["peak_memory_bytes"]
+    memory = "" if peak is None else f", peak memory {peak / 2**30:.2f} GiB"
+    say(f"{report['seconds']:.0f} s{memory}; all in {folder}/, to look at: {folder}/report.html")
     show_next("search", f"{folder}/model", "--collection", "atlas", "what do people pay with in Tashkent?")
 
 

@@ -311,7 +311,8 @@ def _cost_bar(what: str, writer: Writer) -> Iterator[Writer]:
 
 def _show_report(report: WrittenReport) -> None:
     for reason, number in report.failed.items():
-        console.say(f"{number:,} without: {reason}")
+        words = report.words.get(reason)
+        console.say(f"{number:,} without: {reason}{f' ({words})' if words else ''}")
     cost = "; --price-in and --price-out show the cost" if report.cost is None else f"; cost {report.cost:,.2f}"
     tokens = f"{report.prompt_tokens:,} read, {report.completion_tokens:,} written"
     console.say(f"tokens: {tokens}; {report.requests:,} requests{cost}")

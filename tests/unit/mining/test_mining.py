@@ -471,7 +471,7 @@ def test_what_cannot_be_mined_is_named_first(tmp_path: Path) -> None:
     encoder = Scripted(SCORES)
     with pytest.raises(DataError, match="nothing to mine with"):
         mine(scripted_collection(), tmp_path)
-    with pytest.raises(DataError, match="query 'q' has no document with a score above 0"):
+    with pytest.raises(DataError, match="no query of train has a document with a score above 0"):
         mine(scripted_collection(p=0), tmp_path, encoder.retriever())
     whole = replace(scripted_collection(), queries={"q": Query("q", "what?", {"negatives": ["p"]})})
     with pytest.raises(DataError, match="names 'p', a positive of the query"):
