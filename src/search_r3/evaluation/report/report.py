@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import resource
 import sys
 from collections.abc import Callable, Sequence
 from itertools import product
@@ -192,8 +191,12 @@ def last_results(run: Path) -> list[Result]:
     return [result for result in results if (result.system.name, result.key) in summary_keys]
 
 
-def peak_memory_bytes() -> int:
-    """The largest resident size of this process so far."""
+def peak_memory_bytes() -> int | None:
+    """The largest resident size of this process so far; None on Windows, where Python cannot tell it."""
+    try:
+        import resource
+    except ImportError:
+        return None
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024
 
