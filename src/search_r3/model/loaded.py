@@ -44,7 +44,7 @@ class LoadedModel:
     Example:
         >>> with LoadedModel("builtin", device="cpu") as model:
         ...     model.dimension
-        128
+        192
     """
 
     def __init__(
