@@ -10,10 +10,10 @@ import pytest
 
 from search_r3.data.collection import Collection
 from search_r3.errors import ConfigError
-from search_r3.evaluation import systems
+from search_r3.evaluation import baselines
+from search_r3.evaluation.baselines import PeerModel, SentenceTransformersSystem
 from search_r3.evaluation.results import load_results
 from search_r3.evaluation.runner import label_models
-from search_r3.evaluation.systems import SentenceTransformersSystem
 from search_r3.model.encoder import SearchR3
 from search_r3.model.export import export_sentence_transformers
 from tests.conftest import call, small_collection
@@ -213,12 +213,12 @@ def test_a_package_that_carries_a_model_is_found_by_its_name(
         def locate(self) -> Path:
             return peer / "modules.json"
 
-    monkeypatch.setattr(systems.metadata, "files", lambda name: [File()] if name == "carrier" else None)
-    system = SentenceTransformersSystem("carrier")
-    assert system.info.revision == SentenceTransformersSystem(str(peer)).info.revision
+    monkeypatch.setattr(baselines.metadata, "files", lambda name: [File()] if name == "carrier" else None)
+    model = PeerModel("carrier")
+    assert SentenceTransformersSystem(model).info.revision == PeerModel(str(peer)).revision
     loaded = pytest.importorskip("sentence_transformers").SentenceTransformer(str(peer))
     expected = loaded.encode_query(["a"], normalize_embeddings=True)
-    assert system.encode(["a"], "query") == pytest.approx(expected)
+    assert model.encode(["a"], "query") == pytest.approx(expected)
 
 
 def test_two_systems_of_one_name_are_refused(

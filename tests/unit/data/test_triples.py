@@ -90,7 +90,10 @@ def test_mined_negatives_are_those_of_a_search_of_what_can_be_ranked(kind: str, 
 
     peer = Peer("scripted", {}, encode)
     if kind == "lexical":
-        retriever, [order] = LexicalRetriever(), BM25(list(texts), list(texts.values())).search(["a red lamp"], 20)
+        retriever, [order] = (
+            LexicalRetriever(stemmed=False),
+            BM25(list(texts), list(texts.values())).search(["a red lamp"], 20),
+        )
     else:
         retriever, order = DenseRetriever(peer, peer.encode_query, {"revision": "1"}, "float32"), NAMES
     for depth in (2, 30):
