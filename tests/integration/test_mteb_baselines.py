@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import random
 from dataclasses import replace
 from pathlib import Path
@@ -22,10 +23,10 @@ from search_r3.retrieval.ranking import make_requests
 
 QUICK = EvaluationOptions(latency_queries=0, bootstrap=100)
 SENTENCES = {
-    "en": "The houses of the city were painted red; running foxes are quicker than happy dogs and the river flows.",
-    "de": "Die Häuser der Stadt wurden rot gestrichen, und laufende Füchse sind schneller als glückliche Hunde.",
-    "fi": "Kaupungin talot maalattiin punaisiksi ja juoksevat ketut ovat nopeampia kuin onnelliset koirat.",
-    "ru": "Дома города были покрашены в красный цвет, пока бегущие лисы быстрее счастливых собак и реки.",
+    "en": "The houses of a city were painted; running foxes are quicker than happy dogs; house painting by a fox.",
+    "de": "Die Häuser der Stadt sind rot, und laufende Füchse sind schneller als glückliche Hunde. Haus Hund Städte.",
+    "fi": "Kaupungin talot maalattiin ja juoksevat ketut ovat nopeampia kuin onnelliset koirat. Talo taloja koira.",
+    "ru": "Дома города были покрашены в красный цвет, пока бегущие лисы быстрее счастливых собак. Дом в городе, лиса.",
     "pl": "Domy miasta zostały pomalowane na czerwono, a biegnące lisy są szybsze niż szczęśliwe psy.",
     "zh": "这座城市的房子被漆成了红色、奔跑的狐狸比快乐的狗更快、河流从山上流下来。",
     "ja": "町の家は赤く塗られ、走るキツネは幸せな犬よりも速く、川は山から流れている。",
@@ -59,8 +60,6 @@ def theirs(collection: Collection, language: str, folder: Path) -> tuple[dict[st
     found = mteb.evaluate(
         model, task, cache=None, co2_tracker=False, prediction_folder=folder, show_progress_bar=False
     ).task_results
-    import json
-
     [path] = folder.rglob("*_predictions.json")
     saved = json.loads(path.read_text())["default"]["test"]
     return saved, found[0].scores["test"][0]["ndcg_at_10"]
@@ -128,7 +127,7 @@ def test_subsets_of_a_task_are_chosen_by_name_or_language() -> None:
 def test_a_judgement_of_an_absent_document_counts_in_mteb_too(
     model: SearchR3, collection: Collection, tmp_path: Path
 ) -> None:
-    absent = replace(collection, absent={"test": {"q03": {"nowhere": 1}}})
+    absent = replace(collection, absent={"test": {one: {"nowhere": 1} for one in collection.qrels["test"]}})
     [score] = run_mteb(model, ["direct"], collection_task(absent), tmp_path)
     from search_r3.evaluation.systems import EncodedCollections, SearchR3System
 

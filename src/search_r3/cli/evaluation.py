@@ -52,47 +52,53 @@ Sample = Annotated[
 IdenticalIds = Literal["unless-relevant", "beir", "mteb", "keep"]
 
 
+Collections = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--collections",
+        "-c",
+        help="Built-in names, folders, or hub ids (OWNER/NAME, then :SUBSET, @REVISION); `atlas` by default.",
+    ),
+]
+Baselines = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--baselines",
+        help="`bm25` (stemmed, as mteb's), `bm25-unstemmed`, `bm25+reasoning`, `bm25+query+reasoning`, "
+        "`sentence-transformers:NAME` (or NAME@REVISION).",
+    ),
+]
+Language = Annotated[
+    str, typer.Option(help="Of the texts, for BM25: `en`, `de`, `zh`, ...; `auto` tells scripts without spaces.")
+]
+Rule = Annotated[
+    IdenticalIds,
+    typer.Option(
+        "--identical-ids",
+        help="A document with the id of its query is left out: unless it is relevant; always (`beir`); where mteb "
+        "does; never (`keep`).",
+    ),
+]
+Out = Annotated[Path, typer.Option(help="Folder of the results; what is in it already is not repeated.")]
+
+
 @app.command(cls=ManyValues)
 @takes_model_options
 def evaluate(
     options: ModelOptions,
     model: Models = None,
-    collections: Annotated[
-        list[str] | None,
-        typer.Option(
-            "--collections",
-            "-c",
-            help="Built-in names, folders, or hub ids (OWNER/NAME, then :SUBSET, @REVISION); `atlas` by default.",
-        ),
-    ] = None,
+    collections: Collections = None,
     splits: Splits = None,
     modes: Modes = None,
     instruction: Instructions = None,
     document_instruction: DocumentInstruction = "",
-    baselines: Annotated[
-        list[str] | None,
-        typer.Option(
-            "--baselines",
-            help="`bm25` (stemmed, as mteb's), `bm25-unstemmed`, `bm25+reasoning`, `bm25+query+reasoning`, "
-            "`sentence-transformers:NAME` (or NAME@REVISION).",
-        ),
-    ] = None,
-    language: Annotated[
-        str, typer.Option(help="Of the texts, for BM25: `en`, `de`, `zh`, ...; `auto` tells scripts without spaces.")
-    ] = "auto",
-    out: Annotated[Path, typer.Option(help="Folder of the results; what is in it already is not repeated.")] = Path(
-        "runs/evaluation"
-    ),
+    baselines: Baselines = None,
+    language: Language = "auto",
+    out: Out = Path("runs/evaluation"),
     runs: Annotated[bool, typer.Option("--runs", help="Write rankings and judgements in TREC's formats, too.")] = False,
     queries: Sample = None,
     depth: Annotated[int, typer.Option(min=100, help="Documents ranked for each query.")] = 1000,
-    identical_ids: Annotated[
-        IdenticalIds,
-        typer.Option(
-            help="A document with the id of its query is left out: unless it is relevant; always (`beir`); where mteb "
-            "does; never (`keep`)."
-        ),
-    ] = "unless-relevant",
+    identical_ids: Rule = "unless-relevant",
     latency_queries: Annotated[int, typer.Option(min=0, help="Queries asked one at a time, for ms/query.")] = 16,
     permutations: Annotated[int, typer.Option(min=100, help="Of the paired randomisation tests.")] = 10_000,
     bootstrap: Annotated[int, typer.Option(min=100, help="Resamples of the intervals.")] = 1000,
@@ -109,22 +115,21 @@ def evaluate(
     from ..evaluation.runner import EvaluationPlan, label_models, write_summary
 
     hush()
-    sources = label_models(model) if model else {}
-    rule: IdenticalIds = "unless-relevant" if identical_ids == "mteb" else identical_ids
-    measuring = EvaluationOptions(depth, rule, latency_queries, bootstrap, seed, queries or 0)
+    follow_mteb = identical_ids == "mteb"
+    rule = "unless-relevant" if identical_ids == "mteb" else identical_ids
     plan = EvaluationPlan(
-        sources,
+        label_models(model) if model else {},
         _modes(modes),
         list(dict.fromkeys(baselines or [])),
         list(dict.fromkeys(collections or ["atlas"])),
         splits or [],
-        measuring,
+        EvaluationOptions(depth, rule, latency_queries, bootstrap, seed, queries or 0),
         batch_size,
         options.loading(),
         _instructions(instruction),
         document_instruction,
         language,
-        identical_ids == "mteb",
+        follow_mteb,
         runs,
     )
     results = _run(plan, out)

@@ -230,11 +230,12 @@ def _retriever(name: str, mode: ModeName, options: ModelOptions) -> Retriever:
 
 
 def _judge(cross_encoder: str | None, retrievers: dict[str, Retriever]) -> Judge:
+    from ..evaluation.baselines import BM25_NAME, UNSTEMMED
     from ..mining.candidates import CrossEncoderJudge
 
     if cross_encoder:
         return CrossEncoderJudge(cross_encoder)
-    dense = (one for name, one in retrievers.items() if not name.startswith("bm25"))
+    dense = (one for name, one in retrievers.items() if name not in (BM25_NAME, UNSTEMMED))
     return next(dense, next(iter(retrievers.values())))
 
 

@@ -17,7 +17,7 @@ from ..data.rows import instructed
 from ..errors import ModelError
 from ..extras import extra
 from ..model.documents import check_finite
-from ..model.precision import torch_dtype
+from ..model.precision import torch_device, torch_dtype
 from ..model.source import peer_files
 from ..retrieval.index import ExactIndex
 from ..retrieval.lexical import BM25
@@ -116,14 +116,14 @@ class PeerModel(PerCollection[tuple[ExactIndex, float]]):
     def __init__(self, source: str, batch_size: int = 32, *, device: str | None = None, dtype: str = "auto") -> None:
         with extra("integrations"):
             from sentence_transformers import SentenceTransformer
+        place = torch_device(device)
+        precision = torch_dtype(dtype, place)
         name, _, revision = source.partition("@") if not Path(source).exists() else (source, "", "")
         try:
             files = peer_files(str(_package_folder(name) or name), revision or None)
             self._model: Any = SentenceTransformer(
-                str(files.folder), trust_remote_code=False, model_kwargs={"use_safetensors": True}, device=device
-            )
-            precision = torch_dtype(dtype, self._model.device)
-            self._model.to(precision)
+                str(files.folder), trust_remote_code=False, model_kwargs={"use_safetensors": True}, device=str(place)
+            ).to(precision)
         except Exception as error:  # it raises whatever the library beneath it raises
             raise ModelError(
                 f"cannot load {source!r} with sentence-transformers: {str(error).splitlines()[0]}; give a directory, "

@@ -285,12 +285,7 @@ def run_mteb(
         for instruction in dict.fromkeys(instructions)
     ]
     if queries is not None:
-        for task in queue:
-            sample_queries(task, queries, seed)
-        for encoder in encoders:
-            meta = encoder.mteb_model_meta
-            sampled = {**(meta.experiment_kwargs or {}), "queries": queries, "seed": seed}
-            encoder.mteb_model_meta = meta.model_copy(update={"experiment_kwargs": sampled})
+        _sample(queue, encoders, queries, seed)
     cache = ResultCache(out_folder)
     scores = []
     for task in queue:
@@ -300,6 +295,16 @@ def run_mteb(
             score = _run(encoder, task, cache, batch_size, save_predictions)
             scores.append(replace(score, part=_part(task, queries)))
     return scores
+
+
+def _sample(tasks: Sequence[AbsTask], encoders: Sequence[SearchR3MTEB], queries: int, seed: int) -> None:
+    """Let the tasks measure samples of their queries, and keep the results apart."""
+    for task in tasks:
+        sample_queries(task, queries, seed)
+    for encoder in encoders:
+        meta = encoder.mteb_model_meta
+        sampled = {**(meta.experiment_kwargs or {}), "queries": queries, "seed": seed}
+        encoder.mteb_model_meta = meta.model_copy(update={"experiment_kwargs": sampled})
 
 
 def _part(task: AbsTask, queries: int | None) -> str:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from ..data.collection import Collection
@@ -50,12 +50,8 @@ def check_ids(collection: Collection) -> None:
         ConfigError: one holds a blank, which separates columns there.
     """
     for kind, ids in (("query", collection.queries), ("document", collection.documents)):
-        if wrong := next(_with_blanks(ids), None):
+        if wrong := [one for one in ids if len(one.split()) != 1]:
             raise ConfigError(
                 f"--runs: columns of TREC's files are separated by blanks, and {collection.name!r} has the {kind} id "
-                f"{wrong!r}; rename it, or leave --runs out"
+                f"{wrong[0]!r}; rename it, or leave --runs out"
             )
-
-
-def _with_blanks(ids: Iterable[str]) -> Iterable[str]:
-    return (one for one in ids if len(one.split()) != 1)

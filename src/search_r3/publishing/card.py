@@ -16,8 +16,8 @@ from typing import Any
 import yaml
 from huggingface_hub import EvalResult, ModelCardData
 
-from ..evaluation.benchmark import package_versions
 from ..evaluation.instructions import INSTRUCTIONS
+from ..evaluation.results import package_versions
 from ..evaluation.table import AVERAGED, markdown
 from ..retrieval.metrics import MAIN
 from .facts import BEFORE_RL, STAGES, Facts

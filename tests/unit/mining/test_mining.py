@@ -203,7 +203,8 @@ def test_bm25_finds_its_candidates_and_judges_by_its_scores(tmp_path: Path, coll
         (scored[one] for one in scored if one != "d00"), reverse=True
     )[:5]
     assert max(scored[doc_id] for doc_id in found) <= 0.95 * scored["d00"]
-    assert report.retrievers == [{"kind": "bm25", "release": BM25.release()}] == [report.judge]
+    read_as = {"stop_words": "en", "stemming": "none", "language": "auto"}
+    assert report.retrievers == [{"kind": "bm25", "release": BM25.release(), **read_as}] == [report.judge]
     assert report.queries == 20
 
 
@@ -360,7 +361,7 @@ def test_a_call_ended_by_sigkill_goes_on(tmp_path: Path, blocks_of_three: None) 
         "        return Held()\n"
         "mining.BLOCK = 3\n"
         f"folder = Path({str(tmp_path)!r})\n"
-        "mining.mine_negatives(small_collection(), folder / 'out', [Slow()], cache=folder / 'cache')\n"
+        "mining.mine_negatives(small_collection(), folder / 'out', [Slow(stemmed=False)], cache=folder / 'cache')\n"
     )
     process = subprocess.Popen([sys.executable, "-c", code], stderr=subprocess.PIPE)
     until = time.monotonic() + 60
