@@ -272,6 +272,8 @@ def test_a_peer_takes_device_precision_and_revision(
     assert call(monkeypatch, *args) == 0
     results = load_results(tmp_path / "out" / "results")
     assert {result.system.settings["dtype"] for result in results} == {"bfloat16", "float32"}
+    weights = PeerModel(str(peer), device="cpu", dtype="bfloat16")._model.parameters()
+    assert {str(weight.dtype) for weight in weights} == {"torch.bfloat16"}
     assert call(monkeypatch, *args[:-3], f"sentence-transformers:{peer}@main") == 2
     assert "is no model of the hub and has no revision 'main'" in capsys.readouterr().err
     assert call(monkeypatch, *args[:-1], "no-device") == 2

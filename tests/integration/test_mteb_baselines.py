@@ -94,12 +94,24 @@ def test_identical_ids_follow_the_tasks_of_mteb(collection: Collection) -> None:
     assert collection_task(collection).ignore_identical_ids
 
 
-def test_a_sample_of_a_task_is_a_result_of_its_own(model: SearchR3, collection: Collection, tmp_path: Path) -> None:
+def test_a_sample_of_a_task_is_a_result_of_its_own(
+    model: SearchR3, collection: Collection, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[int] = []
+    encode_query = SearchR3.encode_query
+
+    def counted(self: SearchR3, texts: list[str], *args: Any, **options: Any) -> Any:
+        asked.append(len(texts))
+        return encode_query(self, texts, *args, **options)
+
+    monkeypatch.setattr(SearchR3, "encode_query", counted)
+
     def scores(**options: Any) -> Any:
         [score] = run_mteb(model, ["direct"], collection_task(collection), tmp_path, **options)
         return score
 
     whole, some = scores(), scores(queries=3)
+    assert asked == [10, 3]
     assert (whole.part, some.part) == ("", "a sample of 3 queries")
     assert "queries_3__seed_0" in some.path.as_posix()
     assert some.path != whole.path and some.score != whole.score
