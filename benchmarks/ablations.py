@@ -65,6 +65,9 @@ STAGE_2 = {
     "baseline-direct": ["grpo.baseline=direct"],
     "redraws": ["grpo.redraws=2"],
     "curriculum": ["grpo.curriculum=3"],
+    "splits-of-both": ["grpo.splits=[rl,sft]"],
+    "hotter": ["grpo.sampling_temperature=1"],
+    "two-passes": ["grpo.num_iterations=2"],
 }
 """Arm -> what it changes. The first of each stage is the reference of the others."""
 MEASURES = ("reason", "direct", "tokens", "seconds", "other", "true", "forced")

@@ -162,7 +162,7 @@ def timing(folder: Path, dtype: str, options: argparse.Namespace) -> dict[str, A
     from search_r3 import SearchR3
 
     queries = QUERIES[:2] if options.quick else QUERIES
-    documents = long_texts(4 if options.quick else 200, 100)
+    documents = long_texts(4 if options.quick else 48, 100)
     budget = 8 if options.quick else NEW_TOKENS
     model, own = SearchR3(folder, dtype=dtype, device="cpu"), own_model(folder, dtype)
     backbone, encode = model.backbone, model.backbone.prompt_encoder.encode_batch

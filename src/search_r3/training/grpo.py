@@ -129,15 +129,17 @@ def update(
     Only `sampler_gap` is that of the first pass, in which the weights are the sampler's. `check` sees losses and
     gradient norm before each of the steps, and may refuse.
     """
-    rollouts = experience.rollouts
+    rollouts, computed = experience.rollouts, _rollouts_that_teach(experience, settings)
     own = {"tokens": sum(sum(rollout.completion_mask) for rollout in rollouts), "rollouts": len(rollouts)}
+    own |= {"computed_tokens": sum(sum(rollouts[row].completion_mask) for row in computed), "computed": len(computed)}
     totals = engine.total(own | {"queries": len(experience.direct)})
     # The direct ones first: a wrapper sums the gradients in the last pass, which has to use every weight.
-    direct = _micro_batches(experience.direct, settings.micro_batch_size) if settings.direct_loss_weight > 0 else []
+    asked = range(len(experience.direct)) if settings.direct_loss_weight > 0 else []
+    direct = _micro_batches(experience.direct, asked, settings.micro_batch_size)
     batches = [(rows, counts, _direct_loss) for rows, counts in (engine.padded(direct) if direct else [])]
     batches += [
         (rows, counts, _micro_loss)
-        for rows, counts in engine.padded(_micro_batches(rollouts, settings.micro_batch_size))
+        for rows, counts in engine.padded(_micro_batches(rollouts, computed or [0], settings.micro_batch_size))
     ]
     passes: list[dict[str, float]] = []
     for _ in range(settings.num_iterations):
@@ -153,12 +155,20 @@ def update(
         check(passes[-1])
         engine.step()
     means = {name: fmean(values[name] for values in passes) for name in passes[0]}
-    return means | {"sampler_gap": passes[0]["sampler_gap"]}
+    return means | {"sampler_gap": passes[0]["sampler_gap"], "computed_share": totals["computed"] / totals["rollouts"]}
 
 
-def _micro_batches(rollouts: Sequence[Rollout], size: int) -> list[list[int]]:
-    """Places of rollouts, of like length together so that little is padded."""
-    order = sorted(range(len(rollouts)), key=lambda i: len(rollouts[i].prompt_ids) + len(rollouts[i].completion_ids))
+def _rollouts_that_teach(experience: Experience, settings: GRPOSettings) -> list[int]:
+    """The places of the rollouts that some term of the loss has a gradient from: mostly, not those of tied groups."""
+    every = range(len(experience.rollouts))
+    if settings.kl_coefficient > 0 or (settings.embedding_loss_weight > 0 and settings.embedding_loss_on == "all"):
+        return list(every)
+    return [row for row in every if experience.advantages[row] != 0]
+
+
+def _micro_batches(rollouts: Sequence[Rollout], places: Sequence[int], size: int) -> list[list[int]]:
+    """Places of some rollouts, of like length together so that little is padded."""
+    order = sorted(places, key=lambda i: len(rollouts[i].prompt_ids) + len(rollouts[i].completion_ids))
     return [order[start : start + size] for start in range(0, len(order), size)]
 
 
@@ -191,13 +201,8 @@ def _micro_loss(
     )
     loss = grpo.total / totals["tokens"]
     gap = (policy - sampler).abs().sum()
-    terms = {
-        "clipped_share": grpo.clipped,
-        "kl_to_reference": grpo.kl,
-        "sampler_gap": gap,
-        "entropy_estimate": -policy.sum(),
-    }
-    values = {name: float(term.detach()) / totals["tokens"] for name, term in terms.items()}
+    terms = {"clipped_share": grpo.clipped, "kl_to_reference": grpo.kl, "sampler_gap": gap}
+    values = {name: float(term.detach()) / max(totals["computed_tokens"], 1) for name, term in terms.items()}
     if vectors is not None:
         winners = settings.embedding_loss_on == "winners"
         chosen = [place for place, row in enumerate(rows) if not winners or experience.advantages[row] > 0]

@@ -262,7 +262,7 @@ def test_the_term_on_the_winners_leaves_the_others_out(talker: SearchR3, collect
         batch = rollouts.collect(talker, environment, settings, 0, engine)
         for name, advantages in (("one", [1.0] + [0.0] * 11), ("none", [-1.0] * 12), ("every", [1.0] * 12)):
             batch = replace(batch, advantages=torch.tensor(advantages))
-            totals = {"tokens": 1, "rollouts": 12, "queries": 4}
+            totals = {"tokens": 1, "computed_tokens": 1, "rollouts": 12, "queries": 4}
             arguments = (talker, engine, environment, batch, range(12), settings.grpo, totals)
             losses[kind, name] = grpo._micro_loss(*arguments)[1]["embedding_loss"]
             if (kind, name) == ("winners", "one"):

@@ -320,7 +320,8 @@ def test_micro_batches_change_memory_only(
     found = gradients(model)
     model.backbone.model.zero_grad()
     whole = settings.grpo.model_copy(update={"micro_batch_size": 12})
-    totals = {"tokens": sum(sum(reply.completion_mask) for reply in batch.rollouts), "rollouts": 12, "queries": 3}
+    tokens = sum(sum(reply.completion_mask) for reply in batch.rollouts)
+    totals = {"tokens": tokens, "computed_tokens": tokens, "rollouts": 12, "queries": 3}
     arguments = (model, engine, environment, batch)
     loss, expected = grpo._micro_loss(*arguments, range(12), whole, totals)
     direct_loss, direct = grpo._direct_loss(*arguments, range(3), whole, totals)
@@ -331,6 +332,44 @@ def test_micro_batches_change_memory_only(
     assert values["direct_loss"] == pytest.approx(direct["direct_loss"], abs=1e-5) and values["direct_loss"] > 0
     assert values["sampler_gap"] < 1e-5, "decoding and training must agree on the log-probabilities"
     assert values["clipped_share"] == 0.0
+
+
+@pytest.mark.parametrize(
+    ("changes", "computed"),
+    [
+        ({}, 8),
+        ({"kl_coefficient": 0.1}, 12),
+        ({"embedding_loss_weight": 0.5}, 12),
+        ({"embedding_loss_weight": 0.5, "embedding_loss_on": "winners"}, 8),
+    ],
+)
+def test_rollouts_that_teach_nothing_are_not_computed(
+    model: SearchR3, collection: Collection, changes: dict[str, Any], computed: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings = recipe(**changes)
+    environment, batch = experience(model, collection, settings)
+    batch.advantages[4:8] = 0  # a tied group
+    engine = make_engine(model, settings, settings.grpo)
+    monkeypatch.setattr(Engine, "clip", lambda self, norm: 0.0)
+    monkeypatch.setattr(Engine, "step", lambda self: None)
+    values = grpo.update(model, engine, environment, batch, settings.grpo)
+    found = gradients(model)
+    assert values["computed_share"] == computed / 12
+    model.backbone.model.zero_grad()
+    monkeypatch.setattr(grpo, "_rollouts_that_teach", lambda experience, settings: list(range(12)))
+    whole = grpo.update(model, engine, environment, batch, settings.grpo)
+    assert (found - gradients(model)).abs().max() <= 1e-5 * gradients(model).abs().max() > 0
+    assert values["loss"] == pytest.approx(whole["loss"], abs=1e-6)
+
+
+def test_a_step_in_which_every_group_is_tied_changes_nothing(model: SearchR3, collection: Collection) -> None:
+    settings = recipe()
+    environment, batch = experience(model, collection, settings)
+    batch.advantages[:] = 0
+    before = model.backbone.model.state_dict()["model.embed_tokens.weight"].clone()
+    values = grpo.update(model, make_engine(model, settings, settings.grpo), environment, batch, settings.grpo)
+    assert values["computed_share"] == values["loss"] == values["grad_norm"] == 0
+    assert torch.equal(before, model.backbone.model.state_dict()["model.embed_tokens.weight"])
 
 
 @pytest.mark.parametrize("stage", ["sft", "grpo"])

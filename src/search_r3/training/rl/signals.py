@@ -70,7 +70,10 @@ def group_cosines(vectors: Array, group_size: int) -> list[float]:
 def describe(experience: Experience, engine: Engine, weights: RewardSettings, group_size: int) -> dict[str, float]:
     """The metrics of the rollouts of all processes (docs/metrics.md)."""
     own = (
-        [(one.forced, one.reasoning_tokens, len(one.prompt_ids)) for one in experience.rollouts],  # and no tensor
+        [  # and no tensor
+            (one.forced, one.reasoning_tokens, len(one.prompt_ids), sum(one.completion_mask), sum(one.logprobs))
+            for one in experience.rollouts
+        ],
         [(one.parts, one.cosine) for one in experience.feedback.scores],
         experience.feedback.rewards,
         group_cosines(rollout_vectors(experience.rollouts), group_size),
@@ -81,7 +84,7 @@ def describe(experience: Experience, engine: Engine, weights: RewardSettings, gr
     rollouts, scores, rewards, cosines, direct, seconds = (
         [one for part in column for one in part] for column in everyone
     )
-    forced, lengths, prompts = zip(*rollouts, strict=True)
+    forced, lengths, prompts, sampled, logprobs = zip(*rollouts, strict=True)
     parts = [part for part, _ in scores]
     values = {f"reward_{name}": fmean(getattr(part, name) for part in parts) for name in asdict(parts[0])}
     values |= {"reward": fmean(rewards), "share_ge_half": fmean(part.ndcg >= 0.5 for part in parts)}
@@ -90,7 +93,7 @@ def describe(experience: Experience, engine: Engine, weights: RewardSettings, gr
     values |= {"equal_reward_share": experience.equal_share, "redrawn_groups": experience.redrawn}
     if direct:
         values["direct_reward"] = fmean(direct)
-    values["forced_share"] = fmean(forced)
+    values |= {"forced_share": fmean(forced), "entropy_estimate": -sum(logprobs) / max(sum(sampled), 1)}
     values |= {"reasoning_tokens": fmean(lengths), "reasoning_tokens_max": max(lengths)}
     decoded, slowest = sum(lengths) + len(lengths), max(seconds)  # with the embed tokens; the others wait for it
     values |= {"tokens": decoded + sum(prompts), "decoded_tokens_per_second": decoded / slowest if slowest else 0.0}
