@@ -98,8 +98,10 @@ class _Lexical:
         return Answers(rankings, notes=notes)
 
 
-class PeerModel(PerCollection[tuple[ExactIndex, float]]):
+class PeerModel(PerCollection[tuple[ExactIndex, float, int]]):
     """A dense model of sentence-transformers, with what it has encoded last.
+
+    `index` gives the index, the documents encoded per second, and how many are longer than the model reads.
 
     Args:
         source: a directory, an installed package that carries a model, or a hub id; `SOURCE@REVISION` names a commit,
@@ -174,8 +176,7 @@ class PeerModel(PerCollection[tuple[ExactIndex, float]]):
         check_finite(vectors, texts, self.source)
         return np.asarray(vectors, dtype=np.float32)
 
-    def truncated(self, texts: Sequence[str], task: str) -> int:
-        """How many documents are longer than the model reads."""
+    def _truncated(self, texts: Sequence[str], task: str) -> int:
         limit, prompt = self._model.max_seq_length, self.prompt(task, "document")
         long = [prompt + text for text in texts if limit and len((prompt + text).encode()) + 2 > limit]
         cut = 0
@@ -184,14 +185,15 @@ class PeerModel(PerCollection[tuple[ExactIndex, float]]):
             cut += sum(len(line) > limit for line in ids)
         return cut
 
-    def _make_index(self, collection: Collection, progress: Progress | None) -> tuple[ExactIndex, float]:
+    def _make_index(self, collection: Collection, progress: Progress | None) -> tuple[ExactIndex, float, int]:
         texts = collection.texts()
+        cut = self._truncated(list(texts.values()), collection.name)
         started = time.perf_counter()
         vectors = self.encode(list(texts.values()), "document", collection.name)
         seconds = time.perf_counter() - started
         if progress is not None:
             progress(len(texts), 0)
-        return ExactIndex(list(texts), vectors), len(texts) / seconds
+        return ExactIndex(list(texts), vectors), len(texts) / seconds, cut
 
 
 class SentenceTransformersSystem:
@@ -217,9 +219,7 @@ class SentenceTransformersSystem:
 
     def index(self, collection: Collection, progress: Progress | None = None) -> Searchable:
         """Encode all documents, unless those of the last call are these."""
-        index, speed = self.model.index(collection, progress)
-        cut = self.model.truncated(list(collection.texts().values()), collection.name)
-        return _Dense(self.model, self.instruction, collection.name, index, speed, cut)
+        return _Dense(self.model, self.instruction, collection.name, *self.model.index(collection, progress))
 
 
 @dataclass(frozen=True)

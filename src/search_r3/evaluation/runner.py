@@ -15,7 +15,7 @@ from ..errors import ConfigError
 from ..files import write_json, write_text
 from ..model.encoder import SearchR3
 from ..model.prompts import Mode
-from ..retrieval.tokens import AUTO
+from ..retrieval.tokens import AUTO, LexicalTokens
 from ..types import Watch
 from . import instructions
 from .baselines import (
@@ -111,8 +111,8 @@ def run_plan(plan: EvaluationPlan, folder: Path, watch: Watch | None = None) -> 
         watch: told of the progress.
 
     Raises:
-        ConfigError: an unknown baseline, one without what it needs, or two collections of one name; before anything
-            is computed.
+        ConfigError: an unknown baseline or language, a baseline without what it needs, or two collections of one name;
+            before anything is computed.
         DataError: a collection that cannot be read, or lacks a split; before anything is computed.
     """
     _check_baselines(plan)
@@ -135,7 +135,8 @@ def run_plan(plan: EvaluationPlan, folder: Path, watch: Watch | None = None) -> 
                 if result.system.mode == "reason":
                     for name in (REASONING_NAME, BOTH_NAME):
                         if name in plan.baselines:
-                            yield run(reasoning_baseline(result, baseline=name), collection, split)
+                            lexical = reasoning_baseline(result, baseline=name, language=plan.language)
+                            yield run(lexical, collection, split)
         for collections in models.values():
             collections.forget(collection)
 
@@ -167,13 +168,16 @@ def _identical_ids(plan: EvaluationPlan, source: str, collection: Collection) ->
     return replace(plan.options, identical_ids=rule)
 
 
-def reasoning_baseline(result: Result, name: str | None = None, *, baseline: str = REASONING_NAME) -> BM25System:
+def reasoning_baseline(
+    result: Result, name: str | None = None, *, baseline: str = REASONING_NAME, language: str = AUTO
+) -> BM25System:
     """BM25 on what a model wrote about the queries: what is left of its gain if only the words count.
 
     Args:
         result: of a mode that reasons.
         name: as in the tables; by default that of the baseline, with the label of the model.
         baseline: `bm25+reasoning`, or `bm25+query+reasoning`, which searches the query and what was written after it.
+        language: as of `LexicalTokens`.
     """
     texts = dict(zip(result.query_ids, result.reasoning, strict=True))
     origin = result.key
@@ -181,7 +185,7 @@ def reasoning_baseline(result: Result, name: str | None = None, *, baseline: str
         origin = f"{BOTH_NAME} {origin}"
         texts = {one: f"{query} {texts[one]}" for one, query in zip(result.query_ids, result.queries, strict=True)}
     name = name or baseline + result.system.name.removeprefix("reason")
-    return BM25System(name, texts, origin, result.cost)
+    return BM25System(name, texts, origin, result.cost, language=language)
 
 
 def write_summary(results: Sequence[Result], folder: Path, permutations: int, seed: int) -> list[Comparison]:
@@ -213,6 +217,8 @@ def _check_baselines(plan: EvaluationPlan) -> None:
     for name in (REASONING_NAME, BOTH_NAME):
         if name in plan.baselines and not (plan.models and "reason" in plan.modes):
             raise ConfigError(f"{name} searches what a model wrote; add --model and --modes reason")
+    if lexical := [name for name in plan.baselines if name.startswith(BM25_NAME)]:
+        LexicalTokens(plan.language, stemmed=lexical != [UNSTEMMED])
     if not plan.models and not plan.baselines:
         raise ConfigError("nothing to evaluate; give --model, --baselines, or both")
 

@@ -188,6 +188,12 @@ def test_run_files_cannot_hold_ids_with_blanks(tmp_path: Path, collection: Colle
         list(run_plan(plan, tmp_path / "out"))
 
 
+def test_a_language_that_is_none_is_refused_before_anything_is_loaded(tmp_path: Path) -> None:
+    plan = EvaluationPlan({"": "no/model"}, ("reason",), ["bm25+reasoning"], ["no-such-collection"], language="english")
+    with pytest.raises(ConfigError, match="language 'english': expected two letters"):
+        list(run_plan(plan, tmp_path / "out"))
+
+
 def test_both_kinds_of_bm25_stand_side_by_side(tmp_path: Path, collection: Collection) -> None:
     collection.save(tmp_path / "c")
     plan = EvaluationPlan({}, (), ["bm25", "bm25-unstemmed"], [str(tmp_path / "c")], options=QUICK)
