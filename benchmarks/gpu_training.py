@@ -121,7 +121,7 @@ class Passes:
         self.counted[torch.is_grad_enabled()].append(mask.sum())
         self.sequences += mask.shape[0]
 
-    def observe(self, stage: str, step: int, steps: int, values: dict[str, float]) -> None:
+    def observe(self, stage: str, step: int, values: dict[str, float]) -> None:
         """After every step."""
         import torch
 
@@ -134,6 +134,20 @@ class Passes:
             raise EnoughError
         if step == 1 and self.device.startswith("cuda"):
             torch.cuda.reset_peak_memory_stats()
+
+
+def callback(passes: Passes) -> Any:
+    """What `train_sft` and `train_grpo` tell of their steps."""
+    from transformers import TrainerCallback
+
+    class Steps(TrainerCallback):
+        def on_log(
+            self, args: Any, state: Any, control: Any, *, logs: dict[str, float], stage: str, **keywords: Any
+        ) -> None:
+            if state.global_step:  # not of the evaluation before the first
+                passes.observe(stage, state.global_step, logs)
+
+    return Steps()
 
 
 @contextlib.contextmanager
@@ -192,7 +206,6 @@ def run_stage(
     from search_r3.planning.plan import Work, plan
     from search_r3.planning.shape import read_shape
     from search_r3.training.grpo import train_grpo
-    from search_r3.training.run import Run
     from search_r3.training.sft import train_sft
 
     on_gpu = options.device == "cuda"
@@ -202,9 +215,9 @@ def run_stage(
     record["steps"] = passes.steps
     with contextlib.suppress(EnoughError), counting(passes):
         if stage == "sft":
-            train_sft(recipe, Run(recipe), passes.observe)
+            train_sft(recipe, callbacks=[callback(passes)], resume=True)
         else:
-            train_grpo(recipe, Run(recipe), Path(recipe.base), passes.observe)
+            train_grpo(recipe, model=recipe.base, callbacks=[callback(passes)], resume=True)
     peak = torch.cuda.max_memory_allocated() if on_gpu else None
     free_memory(options.device)
     lengths = longest(recipe, stage)

@@ -40,7 +40,6 @@ from search_r3.training import losses
 from search_r3.training.engine import load_model, make_engine
 from search_r3.training.grpo import train_grpo, update
 from search_r3.training.rl.rollouts import Experience, collect
-from search_r3.training.run import Run
 from search_r3.training.sft import train_sft
 from search_r3.types import DocumentEncoder
 
@@ -202,14 +201,14 @@ def training(recipe: Recipe, base: Path, path: Path) -> dict[str, Any]:
     asked = recipe.model_dump(mode="json")
     if path.exists():
         return finished(path, asked)
-    run, started = Run(recipe), time.perf_counter()
-    train_grpo(recipe, run, base)
+    started = time.perf_counter()
+    result = train_grpo(recipe, model=base, resume=True)
     seconds = time.perf_counter() - started
-    rows = [row for row in run.metrics("grpo") if row["step"] > 0]
+    rows = [row for row in result.log_history if row["step"] > 0]
     collection = load_collection(recipe.collection)
     record = {
         "settings": asked,
-        "final": final_ndcg(load_model(recipe, run.model_path("grpo")), collection, recipe),
+        "final": final_ndcg(load_model(recipe, result.model_path), collection, recipe),
         "documents": sum(row["documents_encoded"] for row in rows),
         "tokens": sum(row["tokens_encoded"] for row in rows),
         "refresh_seconds": sum(row["refresh_seconds"] for row in rows),
@@ -322,7 +321,7 @@ def main() -> None:
     )
     common = [f"run_dir={options.out}/stage1", "seed=0", *(QUICK if options.quick else [])]
     first = load_recipe(options.recipe, common)
-    base = train_sft(first, Run(first))
+    base = train_sft(first, resume=True).model_path
 
     def recipe(*overrides: str) -> Recipe:
         return load_recipe(options.recipe, [*(QUICK if options.quick else []), *overrides])

@@ -34,12 +34,12 @@ import torch
 from common import machine, say
 from safetensors.torch import load_file, save_file
 from smol_eval import evaluate
+from transformers import TrainerCallback
 
 from search_r3.config import Recipe, load_recipe
 from search_r3.data.collection import Collection, Document, Query
 from search_r3.model.encoder import SearchR3
 from search_r3.training.grpo import train_grpo
-from search_r3.training.run import Run
 from search_r3.training.sft import train_sft
 
 RECIPES = Path(__file__).parent.parent / "recipes"
@@ -160,18 +160,27 @@ def recipe_of(stage: str) -> Path:
     return RECIPES / f"smol-{stage}.yaml"
 
 
-def train(stage: str, recipe: Recipe, folder: Path, clock: Clock) -> Path:
-    """One training; every so many steps a line."""
-    run = Run(recipe)
+class Lines(TrainerCallback):
+    """Every so many steps a line."""
 
-    def observe(stage: str, step: int, steps: int, values: Any) -> None:
+    def __init__(self, clock: Clock) -> None:
+        self.clock = clock
+
+    def on_log(
+        self, args: Any, state: Any, control: Any, *, logs: dict[str, float], stage: str, **keywords: Any
+    ) -> None:
+        """After every step."""
+        step, steps = state.global_step, state.max_steps
         if step in (1, steps) or step % max(10, steps // 10) == 0 or (stage == "grpo" and step % 3 == 0):
             shown = ("loss", "info_nce", "cross_entropy", "reward", "forced_share", "reasoning_tokens", "seconds")
-            clock.say(f"{stage} {step}/{steps} " + " ".join(f"{k}={values[k]:.3f}" for k in shown if k in values))
+            self.clock.say(f"{stage} {step}/{steps} " + " ".join(f"{k}={logs[k]:.3f}" for k in shown if k in logs))
 
+
+def train(stage: str, recipe: Recipe, folder: Path, clock: Clock) -> Path:
+    """One training."""
     if stage == "sft":
-        return train_sft(recipe, run, observe)
-    return train_grpo(recipe, run, Path(recipe.base), observe)
+        return train_sft(recipe, callbacks=[Lines(clock)], resume=True).model_path
+    return train_grpo(recipe, model=recipe.base, callbacks=[Lines(clock)], resume=True).model_path
 
 
 def stage_of(stage: str, overrides: list[str], seconds: float | None, clock: Clock, work: Path, out: Path) -> Path:

@@ -61,7 +61,6 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
     import torch
 
     from search_r3.config import load_recipe
-    from search_r3.training.run import Run
     from search_r3.training.sft import train_sft
 
     folder, spent = Path(options.folder), []
@@ -78,7 +77,7 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
                     f"sft.micro_batch_size={micro or 'null'}",
                 ],
             )
-            train_sft(recipe, Run(recipe), lambda stage, step, of, values: spent.append(values["seconds"]))
+            spent.extend(row["seconds"] for row in train_sft(recipe).log_history)
 
     train(1, 2, 2)  # loads libraries, model and collection, which the process holds from now on
     before = peak_memory()

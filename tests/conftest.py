@@ -157,6 +157,21 @@ SMALL = [
 ]  # fmt: skip
 
 
+class Stop(Exception):
+    """Stands for the interruption of a training."""
+
+
+class StopAt(transformers.TrainerCallback):
+    """Interrupts a training after that step is logged."""
+
+    def __init__(self, step: int) -> None:
+        self.step = step
+
+    def on_log(self, args: Any, state: Any, control: Any, **keywords: Any) -> None:
+        if state.global_step == self.step:
+            raise Stop
+
+
 def call(monkeypatch: pytest.MonkeyPatch, *args: object) -> int:
     monkeypatch.setattr(sys, "argv", ["search-r3", *map(str, args)])
     try:

@@ -31,7 +31,7 @@ COMMON = ["max_length=120", "max_new_tokens=16", "save_every=1000"]
 def train(stage: str, folder: Path, base: str, collection: str, options: list[str]) -> dict[str, Any]:
     """Run one stage; the gradients of each step by name (summed over the processes), the metrics, the weights."""
     from search_r3.config import load_recipe
-    from search_r3.training import engine, grpo, run, sft
+    from search_r3.training import engine, grpo, sft
 
     where = [f"run_dir={folder}", f"base={base}", f"collection={collection}"]
     recipe = load_recipe(None, [*COMMON, *STAGES[stage], *where, *options])
@@ -50,11 +50,10 @@ def train(stage: str, folder: Path, base: str, collection: str, options: list[st
     engine.Engine.step = keep
     sft.ROWS_AT_A_TIME = 4  # a tiny batch has several blocks of rows, too
     try:
-        one = run.Run(recipe)
-        path = sft.train_sft(recipe, one) if stage == "sft" else grpo.train_grpo(recipe, one, Path(base))
+        result = sft.train_sft(recipe) if stage == "sft" else grpo.train_grpo(recipe, model=base)
     finally:
         engine.Engine.step = step
-    return {"gradients": gradients, "metrics": one.metrics(stage), "path": str(path)}
+    return {"gradients": gradients, "metrics": result.log_history, "path": str(result.model_path)}
 
 
 def main() -> None:

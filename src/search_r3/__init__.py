@@ -20,6 +20,12 @@ _PUBLIC = {
     "Document": "data.collection",
     "Query": "data.collection",
     "read_documents": "data.documents",
+    "read_pairs": "data.pairs",
+    "Recipe": "config",
+    "load_recipe": "config",
+    "train_sft": "training.sft",
+    "train_grpo": "training.grpo",
+    "TrainingResult": "training.session",
     "SearchR3Error": "errors",
 }
 # These need the extra `mteb`; they are not in `__all__`, so that a star import works without it.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 import sys
 import time
 from contextlib import contextmanager
@@ -16,6 +17,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from rich.progress import Progress, TaskID
+    from transformers import TrainerCallback
 
     from .evaluation.mteb import TaskScore
     from .evaluation.results import Result
@@ -101,25 +103,29 @@ LIVE_VALUES = ("loss", "info_nce", "reward", "share_ge_half", "dev_ndcg@10_direc
 
 
 @contextmanager
-def live() -> Iterator[Callable[[str, int, int, dict[str, float]], None]]:
-    """A bar per stage with a live line of its losses or rewards."""
+def live() -> Iterator[TrainerCallback]:
+    """A callback of trainings that draws a bar per stage with a live line of its losses or rewards."""
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+    from transformers import TrainerCallback
 
-    names = {"base": "base model", "sft": "stage 1", "grpo": "stage 2"}
     columns = (TextColumn("{task.description}"), BarColumn(20), MofNCompleteColumn(), TimeElapsedColumn())
-    latest: dict[str, float] = {}
+    names = {"base": "base model", **STAGE_NAMES}
     tasks: dict[str, Any] = {}
+    latest: dict[str, float] = {}
     with Progress(*columns, TextColumn("{task.fields[line]}"), disable=not first_process()) as progress:
 
-        def observe(stage: str, step: int, steps: int, values: dict[str, float]) -> None:
-            if stage not in tasks:
-                latest.clear()
-                tasks[stage] = progress.add_task(names.get(stage, stage), total=steps, line="")
-            latest.update({name: values[name] for name in LIVE_VALUES if name in values})
-            line = "  ".join(f"{name} {value:.3f}" for name, value in latest.items())
-            progress.update(tasks[stage], completed=step, line=line)
+        class Live(TrainerCallback):  # type: ignore[misc]  # untyped there
+            def on_log(
+                self, args: Any, state: Any, control: Any, *, logs: Mapping[str, float], stage: str, **keywords: Any
+            ) -> None:
+                if stage not in tasks:
+                    latest.clear()
+                    tasks[stage] = progress.add_task(names[stage], total=state.max_steps, line="")
+                latest.update({name: logs[name] for name in LIVE_VALUES if name in logs})
+                line = "  ".join(f"{name} {value:.3f}" for name, value in latest.items())
+                progress.update(tasks[stage], completed=state.global_step, line=line)
 
-        yield observe
+        yield Live()
 
 
 @contextmanager
@@ -238,9 +244,14 @@ def show_report(folder: Path) -> None:
     )
     memory = report["peak_memory_bytes"] / 2**30
     say(f"{report['seconds']:.0f} s, peak memory {memory:.2f} GiB; all in {folder}/, to look at: {folder}/report.html")
-    # Plain, so that it can be copied from a narrow terminal; with the path by which the command was called.
-    query = "what do people pay with in Tashkent?"
-    print(f'Next: {sys.argv[0]} search {folder}/model --collection atlas "{query}"')
+    show_next("search", f"{folder}/model", "--collection", "atlas", "what do people pay with in Tashkent?")
+
+
+def show_next(*words: str) -> None:
+    """Show the command that comes next."""
+    if first_process():
+        # Plain, so that it can be copied from a narrow terminal; with the path by which the command was called.
+        print(f"Next: {shlex.join([sys.argv[0], *words])}")
 
 
 STAGE_NAMES = {"sft": "stage 1", "grpo": "stage 2"}

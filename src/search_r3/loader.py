@@ -6,6 +6,7 @@ import difflib
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, TypeVar, get_args
 
 import yaml
@@ -40,8 +41,28 @@ def load_settings(kind: type[S], path: str | Path | None, overrides: Sequence[st
     for override in overrides:
         key = _apply(values, override)
         origins = {name: origin for name, origin in origins.items() if not name.startswith(f"{key}.")} | {key: None}
+    return parse_settings(kind, values, path, origins)
+
+
+def parse_settings(
+    kind: type[S],
+    values: Mapping[str, Any],
+    path: str | Path | None = None,
+    origins: Mapping[str, Path | None] = MappingProxyType({}),
+) -> S:
+    """Settings of any kind from a mapping.
+
+    Args:
+        kind: of settings.
+        values: nested as in YAML.
+        path: the file that they are from, for messages.
+        origins: setting -> the file that it is from, where there are several.
+
+    Raises:
+        ConfigError: as `load_recipe`.
+    """
     try:
-        return kind.model_validate(values)
+        return kind.model_validate(dict(values))
     except ValidationError as error:
         raise ConfigError(_explain(error, kind, path, origins)) from error
 

@@ -18,6 +18,7 @@ from search_r3.config import Recipe, load_recipe
 from search_r3.training.grpo import train_grpo
 from search_r3.training.run import Run
 from search_r3.training.sft import train_sft
+from tests.conftest import Stop, StopAt
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")]
 
@@ -35,10 +36,6 @@ PRECISIONS: dict[str, list[str]] = {
 }
 
 
-class Stop(Exception):
-    """Stands for the interruption."""
-
-
 @pytest.fixture(autouse=True)
 def fresh_accelerate() -> Iterator[None]:
     """Accelerate keeps one precision per process."""
@@ -52,11 +49,6 @@ def recipe(folder: Path, base: Path, collection: Path, precision: str, *more: st
         pytest.importorskip("peft")
     where = [f"run_dir={folder}", f"base={base}", f"collection={collection}"]
     return load_recipe(None, [*SETTINGS, *where, *PRECISIONS[precision], *more])
-
-
-def stop(stage: str, step: int, steps: int, values: dict[str, float]) -> None:
-    if step == 3:
-        raise Stop
 
 
 def difference(first: Path, second: Path) -> float:
@@ -75,7 +67,7 @@ def taught(tmp_path_factory: pytest.TempPathFactory, tiny_path: Path, collection
     AcceleratorState._reset_state(reset_partial_state=True)
     more = ["sft.steps=80", "sft.learning_rate=1e-2", "save_every=100"]
     run = Run(recipe(tmp_path_factory.mktemp("gpu") / "run", tiny_path, collection_path, "float32", *more))
-    path = train_sft(run.recipe, run)
+    path = train_sft(run.recipe).model_path
     AcceleratorState._reset_state(reset_partial_state=True)
     return run, path
 
@@ -91,16 +83,16 @@ def test_stage_1_goes_on(
     tmp_path: Path, tiny_path: Path, collection_path: Path, taught: tuple[Run, Path], precision: str
 ) -> None:
     whole, broken = (Run(recipe(tmp_path / name, tiny_path, collection_path, precision)) for name in ("one", "two"))
-    path = train_sft(whole.recipe, whole)
+    path = train_sft(whole.recipe).model_path
     assert finite(whole, "sft")
     assert difference(path, tiny_path) > 0
     first = taught[0].metrics("sft")[0]["loss"]
     assert whole.metrics("sft")[0]["loss"] == pytest.approx(first, rel=1e-4 if precision == "float32" else 2e-2)
     with pytest.raises(Stop):
-        train_sft(broken.recipe, broken, stop)
+        train_sft(broken.recipe, callbacks=[StopAt(3)], resume=True)
     assert (broken.folder / "sft" / "checkpoints" / "step-000002").is_dir()
     again = Run(broken.recipe)
-    train_sft(again.recipe, again)
+    train_sft(again.recipe, resume=True)
     assert [row["step"] for row in again.metrics("sft")] == [1, 2, 3, 4]
     for one, two in zip(whole.metrics("sft"), again.metrics("sft"), strict=True):
         assert one["loss"] == pytest.approx(two["loss"], rel=1e-3 if precision == "float32" else 2e-2)
@@ -113,9 +105,9 @@ def test_stage_2_learns_and_goes_on(
     base = taught[1]
     run = Run(recipe(tmp_path / "run", tiny_path, collection_path, precision))
     with pytest.raises(Stop):
-        train_grpo(run.recipe, run, base, stop)
+        train_grpo(run.recipe, model=base, callbacks=[StopAt(3)])
     again = Run(run.recipe)
-    path = train_grpo(again.recipe, again, base)
+    path = train_grpo(again.recipe, model=base, resume=True).model_path
     assert [row["step"] for row in again.metrics("grpo")] == [0, 1, 2, 3, 4]
     assert finite(again, "grpo")
     assert difference(path, base) > 0

@@ -18,7 +18,7 @@ from search_r3.model.encoder import SearchR3
 from search_r3.training.grpo import train_grpo
 from search_r3.training.run import Run
 from search_r3.training.sft import train_sft
-from tests.conftest import save_tiny
+from tests.conftest import Stop, StopAt, save_tiny
 
 SETTINGS = [
     "max_length=120", "max_new_tokens=16", "lora.rank=8", "lora.alpha=16", "sft.steps=150", "sft.batch_size=4",
@@ -27,10 +27,6 @@ SETTINGS = [
     "grpo.steps=4", "grpo.queries_per_step=4", "grpo.group_size=4", "grpo.splits=[train]", "grpo.evaluate_every=4",
     "grpo.kl_coefficient=0.1", "grpo.sampling_temperature=0.5", "grpo.learning_rate=5e-4",
 ]  # fmt: skip
-
-
-class Stop(Exception):
-    """Stands for the interruption."""
 
 
 def recipe(folder: Path, base: Path, collection: Path, *more: str) -> Recipe:
@@ -42,7 +38,7 @@ def trained(request: Any, tmp_path_factory: pytest.TempPathFactory, tokenizer: A
     folder = tmp_path_factory.mktemp("lora")
     base = save_tiny(folder / "base", tokenizer, tied=request.param, spare_rows=16)
     run = Run(recipe(folder / "run", base, collection_path))
-    train_sft(run.recipe, run)
+    train_sft(run.recipe)
     return run
 
 
@@ -83,19 +79,15 @@ def test_the_merged_model_computes_what_the_adapters_do(trained: Run) -> None:
 def test_stage_2_goes_on_from_it_and_resumes(trained: Run, collection_path: Path, tmp_path: Path) -> None:
     base, path = Path(trained.recipe.base), trained.model_path("sft")
     whole = recipe(tmp_path / "whole", base, collection_path, "save_every=2")
-    expected = load_file(train_grpo(whole, Run(whole), path) / "model.safetensors")
+    expected = load_file(train_grpo(whole, model=path).model_path / "model.safetensors")
     broken = recipe(tmp_path / "broken", base, collection_path, "save_every=2")
 
-    def stop(stage: str, step: int, steps: int, values: dict[str, float]) -> None:
-        if step == 3:
-            raise Stop
-
     with pytest.raises(Stop):
-        train_grpo(broken, Run(broken), path, stop)
+        train_grpo(broken, model=path, callbacks=[StopAt(3)], resume=True)
     [checkpoint] = (tmp_path / "broken" / "grpo" / "checkpoints").iterdir()
     saved = load_file(checkpoint / "model.safetensors")
     assert saved and all("lora" in name or "trainable_tokens" in name for name in saved), "only what learns is saved"
-    found = load_file(train_grpo(broken, Run(broken), path) / "model.safetensors")
+    found = load_file(train_grpo(broken, model=path, resume=True).model_path / "model.safetensors")
     before = load_file(path / "model.safetensors")
     assert all(torch.equal(found[name], expected[name]) for name in expected)
     assert any(not torch.equal(found[name], before[name]) for name in before)
@@ -104,4 +96,4 @@ def test_stage_2_goes_on_from_it_and_resumes(trained: Run, collection_path: Path
 def test_a_layer_that_does_not_exist_is_named(tiny_path: Path, collection_path: Path, tmp_path: Path) -> None:
     settings = recipe(tmp_path / "run", tiny_path, collection_path, "lora.target_modules=[no_such_layer]")
     with pytest.raises(ConfigError, match=r"lora.target_modules=\['no_such_layer'\]"):
-        train_sft(settings, Run(settings))
+        train_sft(settings)

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import random
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+import transformers
 
 from search_r3.config import BaseModelSettings
 from search_r3.data.generators.atlas import build_atlas, fact_dialogues, fact_probes, read_atlas
@@ -17,8 +19,6 @@ from search_r3.pretraining import base
 
 @pytest.fixture(scope="module")
 def shipped() -> object:
-    import transformers
-
     path = builtin_base_path()
     model = transformers.AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
     return model, transformers.AutoTokenizer.from_pretrained(path)
@@ -58,12 +58,18 @@ def test_search_r3_can_use_it() -> None:
     assert backbone.prompt_encoder.decode(backbone.prompt_encoder.encode("Tashkent", "reason").ids).count("Tashkent")
 
 
+class Losses(transformers.TrainerCallback):
+    def __init__(self) -> None:
+        self.seen: list[float] = []
+
+    def on_log(self, args: Any, state: Any, control: Any, *, logs: dict[str, float], **keywords: Any) -> None:
+        self.seen.append(logs["loss"])
+
+
 def test_base_makes_a_model_that_loads(tmp_path: Path) -> None:
     settings = BaseModelSettings(steps=3, batch_size=2, sequence_length=32, vocab_size=600, hidden_size=64, layers=1)
-    seen: list[float] = []
-    known = base.train_base(
-        settings, tmp_path / "base", seed=0, observe=lambda stage, step, steps, values: seen.append(values["loss"])
-    )
-    assert len(seen) == 3
+    losses = Losses()
+    known = base.train_base(settings, tmp_path / "base", seed=0, callbacks=[losses])
+    assert len(losses.seen) == 3
     assert 0.0 <= known["recall_chat"] < 0.1, "three steps teach nothing: the measure must not say otherwise"
     assert load_backbone(tmp_path / "base").dimension == 64

@@ -36,7 +36,7 @@ from search_r3.retrieval.metrics import ndcg
 from search_r3.training.grpo import train_grpo
 from search_r3.training.run import Run
 from search_r3.training.sft import train_sft
-from tests.conftest import call, save_tiny
+from tests.conftest import Stop, StopAt, call, save_tiny
 from tests.hub_server import Hub, Repository, reached_hub
 from tests.model_folders import make_adapter
 
@@ -49,10 +49,6 @@ SETTINGS = [
 ]  # fmt: skip
 KINDS = {"full-untied": [], "lora-tied": ["lora.rank=4", "grpo.learning_rate=1e-2"]}
 TEXTS = ["where is the red house?", "a blue boat", "the white chair"]
-
-
-class Stop(Exception):
-    """Stands for the interruption."""
 
 
 @dataclass
@@ -81,10 +77,10 @@ def frozen(request: Any, tmp_path_factory: pytest.TempPathFactory, tokenizer: An
     folder = tmp_path_factory.mktemp(request.param)
     base = save_tiny(folder / "base", tokenizer, tied=request.param == "lora-tied", spare_rows=16)
     settings = load_recipe(None, [*SETTINGS, f"run_dir={folder}/1", f"base={base}", f"collection={collection_path}"])
-    stage_1 = train_sft(settings, Run(settings))
+    stage_1 = train_sft(settings).model_path
     made = Frozen(request.param, base, stage_1, collection_path, folder / "2")
     recipe = made.recipe(made.folder)
-    train_grpo(recipe, Run(recipe), stage_1)
+    train_grpo(recipe, model=stage_1)
     return made
 
 
@@ -184,7 +180,7 @@ def test_no_document_is_encoded_after_the_first_time(
     monkeypatch.setattr(SearchR3, "encode_document", counting)
     recipe = frozen.recipe(tmp_path / "run")
     run = Run(recipe)
-    train_grpo(recipe, run, frozen.stage_1)
+    train_grpo(recipe, model=frozen.stage_1)
     assert encoded == [40], "by the first ranking; neither by a step, nor by an audit, nor by a dev evaluation"
     rows = run.metrics("grpo")[1:]
     for name in ("documents_encoded", "tokens_encoded", "staleness_max", "staleness_mean"):
@@ -207,15 +203,11 @@ def test_the_dev_split_is_measured_as_the_model_will_be_used(
 @pytest.mark.parametrize("keep", ["last", "best"])
 def test_a_resumed_run_equals_an_unbroken_one(frozen: Frozen, tmp_path: Path, keep: str) -> None:
     whole, broken = (frozen.recipe(tmp_path / name, f"grpo.keep={keep}") for name in ("whole", "broken"))
-    expected = train_grpo(whole, Run(whole), frozen.stage_1)
-
-    def stop(stage: str, step: int, steps: int, values: dict[str, float]) -> None:
-        if step == 3:
-            raise Stop
+    expected = train_grpo(whole, model=frozen.stage_1).model_path
 
     with pytest.raises(Stop):
-        train_grpo(broken, Run(broken), frozen.stage_1, stop)
-    assert hash_folder(train_grpo(broken, Run(broken), frozen.stage_1)) == hash_folder(expected)
+        train_grpo(broken, model=frozen.stage_1, callbacks=[StopAt(3)], resume=True)
+    assert hash_folder(train_grpo(broken, model=frozen.stage_1, resume=True).model_path) == hash_folder(expected)
     if keep == "last":
         assert hash_folder(expected) == hash_folder(frozen.path)
 
@@ -313,5 +305,5 @@ def test_what_cannot_be_frozen_is_refused_with_the_remedy(frozen: Frozen, tmp_pa
     ):
         recipe = frozen.recipe(tmp_path / "run", *more)
         with pytest.raises(ConfigError, match=message):
-            train_grpo(recipe, Run(recipe), base)
+            train_grpo(recipe, model=base)
         shutil.rmtree(tmp_path / "run")

@@ -39,12 +39,12 @@ def test_both_stages_compute_in_bfloat16_and_keep_float32_weights(
 ) -> None:
     settings = recipe(tmp_path / "run", tiny_path, collection_path, "mixed_precision=bf16", "grpo.kl_coefficient=0.1")
     run = Run(settings)
-    first = train_sft(settings, run)
+    first = train_sft(settings).model_path
     assert run.metrics("sft")[-1]["loss"] < 0.6 * run.metrics("sft")[0]["loss"]
     weights = load_file(first / "model.safetensors")
     assert all(value.dtype == torch.float32 for value in weights.values())
     assert any(not torch.equal(value, value.bfloat16().float()) for value in weights.values()), "steps are kept whole"
-    train_grpo(settings, run, first)
+    train_grpo(settings, model=first)
     rows = run.metrics("grpo")[1:]
     # Sampled with bfloat16 weights, trained under autocast: near, but not to float32's rounding.
     gaps = [row["sampler_gap"] for row in rows]
@@ -80,7 +80,7 @@ def test_metrics_reach_a_tracker_beside_the_file(tmp_path: Path, tiny_path: Path
     options = ["trackers=[tensorboard]", "sft.steps=3"]
     settings = recipe(tmp_path / "run", tiny_path, collection_path, *options)
     run = Run(settings)
-    train_sft(settings, run)
+    train_sft(settings)
     found = EventAccumulator(str(tmp_path / "run" / "trackers" / "search-r3"))
     found.Reload()
     logged = [event.value for event in found.Scalars("sft/loss")]
@@ -93,4 +93,4 @@ def test_a_tracker_that_is_not_installed_is_named(
     monkeypatch.setattr(tracking, "find_spec", lambda name: None)
     settings = recipe(tmp_path / "run", tiny_path, collection_path, "trackers=[wandb]")
     with pytest.raises(ConfigError, match="the package wandb is not installed; pip install wandb"):
-        train_sft(settings, Run(settings))
+        train_sft(settings)

@@ -14,6 +14,7 @@ from search_r3.config import Recipe, load_recipe
 from search_r3.training.grpo import train_grpo
 from search_r3.training.run import Run
 from search_r3.training.sft import train_sft
+from tests.conftest import Stop, StopAt
 
 SETTINGS = [
     "max_length=120", "max_new_tokens=16", "save_every=2",
@@ -23,21 +24,9 @@ SETTINGS = [
 ]  # fmt: skip
 
 
-class Stop(Exception):
-    """Stands for the interruption."""
-
-
 def recipe(folder: Path, tiny_path: Path, collection_path: Path, *more: str) -> Recipe:
     where = [f"run_dir={folder}", f"base={tiny_path}", f"collection={collection_path}"]
     return load_recipe(None, [*SETTINGS, *where, *more])
-
-
-def stop_at(wanted: int):
-    def observe(stage: str, step: int, steps: int, values: dict[str, float]) -> None:
-        if step == wanted:
-            raise Stop
-
-    return observe
 
 
 def same_weights(first: Path, second: Path) -> bool:
@@ -60,13 +49,13 @@ def test_a_resumed_stage_1_equals_an_unbroken_one(
     tmp_path: Path, tiny_path: Path, collection_path: Path, stopped_at: int
 ) -> None:
     whole = recipe(tmp_path / "whole", tiny_path, collection_path)
-    expected = train_sft(whole, Run(whole))
+    expected = train_sft(whole).model_path
     broken = recipe(tmp_path / "broken", tiny_path, collection_path)
     with pytest.raises(Stop):
-        train_sft(broken, Run(broken), stop_at(stopped_at))
+        train_sft(broken, callbacks=[StopAt(stopped_at)], resume=True)
     assert not Run(broken).finished("sft")
     run = Run(broken)
-    assert same_weights(train_sft(broken, run), expected)
+    assert same_weights(train_sft(broken, resume=True).model_path, expected)
     assert steps_logged(run, "sft") == list(range(1, 8))
     assert not same_weights(expected, tiny_path), "seven steps must change the weights"
     check_described(run, "sft")
@@ -77,7 +66,7 @@ def stage_1(tmp_path_factory: pytest.TempPathFactory, tiny_path: Path, collectio
     """A tiny model that stage 1 has taught to emit the embed token."""
     options = ["sft.steps=120", "sft.learning_rate=1e-2", "sft.reasoning_styles={restate: 1.0}", "save_every=100"]
     settings = recipe(tmp_path_factory.mktemp("stage1") / "run", tiny_path, collection_path, *options)
-    return train_sft(settings, Run(settings))
+    return train_sft(settings).model_path
 
 
 REFRESHES = {
@@ -103,12 +92,12 @@ def test_a_resumed_stage_2_equals_an_unbroken_one(
 ) -> None:
     options = CHOSEN if refresh == "chosen" else [f"grpo.refresh={REFRESHES[refresh]}"]
     whole = recipe(tmp_path / "whole", tiny_path, collection_path, *options)
-    expected = train_grpo(whole, Run(whole), stage_1)
+    expected = train_grpo(whole, model=stage_1).model_path
     broken = recipe(tmp_path / "broken", tiny_path, collection_path, *options)
     with pytest.raises(Stop):
-        train_grpo(broken, Run(broken), stage_1, stop_at(stopped_at))
+        train_grpo(broken, model=stage_1, callbacks=[StopAt(stopped_at)], resume=True)
     run = Run(broken)
-    assert same_weights(train_grpo(broken, run, stage_1), expected)
+    assert same_weights(train_grpo(broken, model=stage_1, resume=True).model_path, expected)
     assert steps_logged(run, "grpo") == list(range(8))
     assert (sum(row.get("redrawn_groups", 0) for row in run.metrics("grpo")) > 0) == (refresh == "chosen")
     assert not same_weights(expected, stage_1)
@@ -129,9 +118,9 @@ def test_a_run_on_an_approximate_index_resumes(
         tmp_path / "run", tiny_path, collection_path, "grpo.refresh={policy: shortlist, index: approximate}"
     )
     with pytest.raises(Stop):
-        train_grpo(broken, Run(broken), stage_1, stop_at(3))
+        train_grpo(broken, model=stage_1, callbacks=[StopAt(3)], resume=True)
     run = Run(broken)
-    train_grpo(broken, run, stage_1)
+    train_grpo(broken, model=stage_1, resume=True)
     assert [row["index_recall"] for row in run.metrics("grpo") if row["step"]] == [1.0] * 7
 
 
@@ -142,7 +131,7 @@ def test_the_refresh_policies_learn_differently(
     models = []
     for name, refresh in REFRESHES.items():
         settings = recipe(tmp_path / name, tiny_path, collection_path, f"grpo.refresh={refresh}")
-        models.append(train_grpo(settings, Run(settings), stage_1))
+        models.append(train_grpo(settings, model=stage_1).model_path)
     for one, two in combinations(models, 2):
         assert not same_weights(one, two)
 
@@ -154,7 +143,7 @@ def test_an_audited_run_learns_what_an_unaudited_one_does(
     for every in (0, 2):
         options = ["grpo.refresh.policy=never", f"grpo.refresh.audit_every={every}", "grpo.refresh.audit_documents=0"]
         settings = recipe(tmp_path / str(every), tiny_path, collection_path, *options)
-        models.append(train_grpo(settings, Run(settings), stage_1))
+        models.append(train_grpo(settings, model=stage_1).model_path)
         logs.append(Run(settings).metrics("grpo"))
     assert same_weights(*models)
     assert not any("audit_reward_error" in row for row in logs[0])
@@ -166,9 +155,9 @@ def test_an_audited_run_learns_what_an_unaudited_one_does(
 
 def test_a_finished_stage_is_not_trained_again(tmp_path: Path, tiny_path: Path, collection_path: Path) -> None:
     settings = recipe(tmp_path / "run", tiny_path, collection_path)
-    path = train_sft(settings, Run(settings))
+    path = train_sft(settings).model_path
     before = (path / "model.safetensors").stat().st_mtime_ns
-    train_sft(settings, Run(settings), stop_at(1))
+    train_sft(settings, callbacks=[StopAt(1)], resume=True)
     assert (path / "model.safetensors").stat().st_mtime_ns == before
 
 
@@ -179,4 +168,4 @@ def test_a_policy_that_never_emits_the_token_stops_stage_2(
 
     settings = recipe(tmp_path / "run", tiny_path, collection_path)
     with pytest.raises(RunError, match="emitted the embed token"):
-        train_grpo(settings, Run(settings), tiny_path)
+        train_grpo(settings, model=tiny_path)

@@ -14,6 +14,7 @@ MODULES = (
     "data.collection",
     "data.load",
     "data.documents",
+    "data.pairs",
     "data.reading.texts",
     "data.reading.html",
     "data.reading.chunks",
@@ -28,6 +29,8 @@ MODULES = (
     "evaluation.runner",
     "mining.mining",
     "planning.plan",
+    "training.sft",
+    "training.grpo",
     "config",
     "extras",
 )

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ast
-import json
 import re
 import subprocess
 import sys
@@ -21,7 +20,7 @@ import search_r3
 from search_r3.config import Recipe
 from search_r3.model.encoder import SearchR3
 from search_r3.training import grpo
-from search_r3.training.run import Run
+from search_r3.training.session import TrainingResult
 
 AUDITED = ("audit_reward_error", "audit_top10_overlap", "audit_drift_mean")
 PACKAGE = Path(search_r3.__file__).parent
@@ -238,11 +237,9 @@ def test_a_command_that_lacks_a_package_ends_with_the_one_error(
 def test_an_audited_training_without_matplotlib_ends_well_and_says_what_its_plot_lacks(
     without: Callable[[str], None], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    def trained(settings: Recipe, run: Run, *others: object) -> Path:
+    def trained(settings: Recipe, **options: object) -> TrainingResult:
         rows = [{"stage": "grpo", "step": step, **dict.fromkeys(AUDITED, 0.1)} for step in (1, 2)]
-        run.folder.mkdir(exist_ok=True)
-        run.metrics_path.write_text("".join(f"{json.dumps(row)}\n" for row in rows))
-        return tmp_path
+        return TrainingResult(tmp_path, settings, rows)
 
     monkeypatch.setattr(grpo, "train_grpo", trained)
     without("matplotlib")

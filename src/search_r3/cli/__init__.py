@@ -10,13 +10,13 @@ import typer
 
 from .. import __version__, console
 from ..errors import SearchR3Error, StoppedError
-from . import data, evaluation, mining, mix, plan, probe, push, search, training
+from . import data, evaluation, fit, mining, mix, plan, probe, push, search, training
 from .common import app
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-__all__ = ["app", "data", "evaluation", "main", "mining", "mix", "plan", "probe", "push", "search", "training"]
+__all__ = ["app", "data", "evaluation", "fit", "main", "mining", "mix", "plan", "probe", "push", "search", "training"]
 
 INTERRUPTED = 130
 """Typer's exit status after Ctrl-C."""
@@ -25,6 +25,7 @@ TERMINATED = 143
 
 ORDER = (
     "quickstart",
+    "fit",
     "base",
     "plan",
     "sft",

@@ -168,6 +168,17 @@ def load_encoder(model: str, options: ModelOptions, untrained: bool = True) -> S
     return SearchR3(backbone)
 
 
+def columns_of(options: list[str] | None) -> dict[str, list[str]]:
+    """Field -> columns, of options `--column FIELD=COLUMN`."""
+    names: dict[str, list[str]] = {}
+    for one in options or ():
+        field, sign, column = one.partition("=")
+        if not sign:
+            raise ConfigError(f"--column {one}: expected FIELD=COLUMN, for instance text=body")
+        names.setdefault(field, []).append(column)
+    return names
+
+
 def say_without_text(count: int) -> None:
     """Say how many documents are left out."""
     if count:

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from ..errors import ConfigError
+from .common import columns_of
 
 if TYPE_CHECKING:
     from ..data.documents import DocumentStream
@@ -51,13 +52,7 @@ def own_documents(sources: list[str], columns: list[str] | None, collection: str
 
     if collection is not None:
         raise ConfigError("--collection and --documents: give one of them")
-    names: dict[str, list[str]] = {}
-    for one in columns or ():
-        field, sign, column = one.partition("=")
-        if not sign:
-            raise ConfigError(f"--column {one}: expected FIELD=COLUMN, for instance text=body")
-        names.setdefault(field, []).append(column)
-    return read_documents(sources, columns=names, chunking=None)
+    return read_documents(sources, columns=columns_of(columns), chunking=None)
 
 
 def cut_for(

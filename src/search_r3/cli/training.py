@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -14,6 +14,7 @@ from .common import ManyValues, NewFolder, Overrides, RecipeOption, Resume, app,
 
 if TYPE_CHECKING:
     from ..config import Recipe
+    from ..training.run import Run
 
 
 @app.command()
@@ -30,11 +31,11 @@ def quickstart(overrides: Overrides = None, recipe: RecipeOption = None, resume:
     else:
         for stage in ("sft", "grpo"):
             run.claim(stage, resume)
-        _whole_story(settings, run)
+        _whole_story(settings, run, resume)
     console.show_report(run.folder)
 
 
-def _whole_story(settings: Recipe, run: Any) -> None:
+def _whole_story(settings: Recipe, run: Run, resume: bool) -> None:
     from ..data.load import load_collection
     from ..evaluation.report.report import build_report, evaluate_run, write_report
     from ..training.grpo import train_grpo
@@ -46,10 +47,10 @@ def _whole_story(settings: Recipe, run: Any) -> None:
         collection.save(run.folder / "collection")
     splits = ", ".join(f"{name} {len(qrels)}" for name, qrels in collection.qrels.items())
     console.say(f"{collection.name}: {len(collection.documents)} documents; queries: {splits}")
-    with console.live() as observe:
-        sft = train_sft(settings, run, observe)
-        rl = train_grpo(settings, run, sft, observe)
-    models, results_folder = {"sft": sft, "rl": rl}, run.folder / "results"
+    with console.live() as live:
+        sft = train_sft(settings, callbacks=[live], resume=resume)
+        rl = train_grpo(settings, callbacks=[live], resume=resume)
+    models, results_folder = {"sft": sft.model_path, "rl": rl.model_path}, run.folder / "results"
     results, rewards, forced = evaluate_run(settings, collection, models, results_folder, console.say)
     report = build_report(settings, collection, results, rewards, forced)
     report["seconds"] = time.perf_counter() - started
@@ -70,23 +71,20 @@ def base(
     from ..pretraining.base import train_base
 
     settings = load_settings(recipe, overrides)
-    with console.live() as observe:
-        recall = train_base(settings.base_model, out, settings.seed, observe, texts or [])
+    with console.live() as live:
+        recall = train_base(settings.base_model, out, settings.seed, [live], texts or [])
     console.say("  ".join(f"{name} {value:.4g}" for name, value in recall.items()))
 
 
 @app.command()
 def sft(overrides: Overrides = None, recipe: RecipeOption = None, resume: Resume = False) -> None:
     """Train stage 1 into run_dir/sft/model."""
-    from ..training.run import Run
     from ..training.sft import train_sft
 
     settings = load_settings(recipe, overrides)
-    run = Run(settings)
-    run.claim("sft", resume)
-    with console.live() as observe:
-        path = train_sft(settings, run, observe)
-    console.say(f"stage-1 model: {path}")
+    with console.live() as live:
+        result = train_sft(settings, callbacks=[live], resume=resume)
+    console.say(f"stage-1 model: {result.model_path}")
 
 
 @app.command()
@@ -99,17 +97,14 @@ def grpo(
     """Train stage 2 (GRPO with the retrieval reward) into run_dir/model."""
     from ..evaluation.report.plots import plot_account
     from ..training.grpo import train_grpo
-    from ..training.run import Run
 
     settings = load_settings(recipe, overrides)
-    run = Run(settings)
-    run.claim("grpo", resume)
-    with console.live() as observe:
-        path = train_grpo(settings, run, model or run.model_path("sft"), observe)
-    console.say(f"stage-2 model: {path}")
-    account = run.folder / "plots" / "account.png"
+    with console.live() as live:
+        result = train_grpo(settings, model=model, callbacks=[live], resume=resume)
+    console.say(f"stage-2 model: {result.model_path}")
+    account = Path(settings.run_dir) / "plots" / "account.png"
     try:
-        if plot_account(run.metrics("grpo"), account):
+        if plot_account(result.log_history, account):
             console.say(f"account of the live index: {account}")
     except MissingExtraError as error:  # the training is done and saved
         console.say(f"no plot of the account: {error}")

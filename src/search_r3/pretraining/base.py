@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import random
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +31,7 @@ from ..extras import extra
 from ..model.backbone import storage_state
 from ..model.prompts import PROMPT_SETS
 from ..training.engine import warmup_cosine
-from ..training.run import Observer, silent
+from ..training.session import Callbacks
 from .texts import read_texts
 from .tokenizer import END_OF_TEXT, train_tokenizer
 
@@ -46,7 +46,7 @@ PROMPT_REPEATS = 200
 
 
 def train_base(
-    settings: BaseModelSettings, folder: Path, seed: int, observe: Observer = silent, texts: Sequence[Path] = ()
+    settings: BaseModelSettings, folder: Path, seed: int, callbacks: Iterable[Any] = (), texts: Sequence[Path] = ()
 ) -> dict[str, float]:
     """Train tokenizer and model, write them to `folder` (float16 safetensors) and measure what the model knows.
 
@@ -54,7 +54,7 @@ def train_base(
         settings: sizes and steps.
         folder: where the model is written; it must not exist.
         seed: of the weights and of the order of the texts.
-        observe: called after every step.
+        callbacks: as in `train_sft`; they are told `on_train_begin`, `on_step_end`, `on_log` and `on_train_end`.
         texts: files and folders of texts (see `read_texts`); by default the facts of atlas.
 
     Returns:
@@ -88,6 +88,9 @@ def train_base(
     rng = random.Random(seed)
     tokens = packed_tokens(tokenizer, atlas, rng) if corpus is None else corpus.tokens(tokenizer, rng)
     shape = settings.batch_size, settings.sequence_length
+    listeners = Callbacks(callbacks, settings, "base")
+    listeners.state.max_steps = settings.steps
+    listeners.tell("on_train_begin")
     for step in range(settings.steps):
         ids = torch.tensor([next(tokens) for _ in range(shape[0] * shape[1])]).view(shape)
         loss = model(input_ids=ids, labels=ids).loss
@@ -96,7 +99,10 @@ def train_base(
         optimizer.step()
         scheduler.step()
         optimizer.zero_grad()
-        observe("base", step + 1, settings.steps, {"loss": loss.item()})
+        listeners.step(step + 1, {"loss": loss.item()})
+        if listeners.control.should_training_stop:
+            break
+    listeners.tell("on_train_end")
     seconds = time.perf_counter() - started
     model = accelerator.unwrap_model(model).eval()
     _save(model, tokenizer, folder)

@@ -172,7 +172,7 @@ class Evaluations:
             RunError: it cannot be written.
         """
         adapter = self.run.adapter_path(self.stage)
-        if self.settings.keep == "last":
+        if self.settings.keep == "last" or not self.scores:  # stopped before the first evaluation
             self.run.finish(self.stage, self.engine, lambda folder: self._save(folder, adapter))
             return
         logger.info("%s keeps the model after step %d", self.stage, self.best_step)

@@ -11,17 +11,18 @@ Processes and micro-batches therefore change memory and speed only.
 
 from __future__ import annotations
 
+import os
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import closing
 from functools import partial
-from pathlib import Path
 from statistics import fmean
+from typing import Any
 
 from torch import Tensor
 
-from ..config import GRPOSettings, Recipe
-from ..data.load import load_collection
+from ..config import GRPOSettings
+from ..data.collection import Collection
 from ..data.triples import hold_out, judged_queries
 from ..environment.environment import RetrievalEnvironment
 from ..environment.reward import load_function
@@ -36,43 +37,75 @@ from .guard import Guard
 from .rl.pathwise import embedding_loss
 from .rl.rollouts import Experience, collect, queries_of_step
 from .rl.signals import describe, rollout_rows
-from .run import Observer, Run, silent
 from .saving import check_documents
+from .session import RecipeLike, Session, TrainingResult
 
 
-def train_grpo(recipe: Recipe, run: Run, base: Path, observe: Observer = silent) -> Path:
-    """Train stage 2 from the model at `base` into `run` and return the model directory.
+def train_grpo(
+    recipe: RecipeLike = None,
+    *,
+    run_dir: str | os.PathLike[str] | None = None,
+    model: str | os.PathLike[str] | None = None,
+    collection: Collection | None = None,
+    callbacks: Iterable[Any] = (),
+    resume: bool = False,
+) -> TrainingResult:
+    """Train stage 2 into `run_dir/model`.
 
-    A run with a checkpoint goes on from it.
+    Args:
+        recipe: the settings, as `train_sft` takes them; `train_sft(...).recipe` goes on in the same run.
+        run_dir: the run directory, instead of the recipe's.
+        model: the stage-1 model; by default that of the same run.
+        collection: as in `train_sft`.
+        callbacks: as in `train_sft`; they are told of the evaluation before the first step too, as step 0.
+        resume: as in `train_sft`.
+
+    Example:
+        >>> import tempfile
+        >>> from search_r3 import Collection, Document, Query, train_grpo, train_sft
+        >>> documents = {"d1": Document("d1", "Green tea is not oxidised."), "d2": Document("d2", "Chess has a board.")}
+        >>> queries = {"q1": Query("q1", "which tea is fresh?"), "q2": Query("q2", "a game of kings")}
+        >>> collection = Collection("tiny", documents, queries, {"train": {"q1": {"d1": 1}, "q2": {"d2": 1}}})
+        >>> recipe = {
+        ...     "sft": {"steps": 30, "batch_size": 2, "random_negatives": 0, "warmup_steps": 0},
+        ...     "grpo": {"steps": 1, "queries_per_step": 2, "group_size": 2, "evaluate_every": 0},
+        ... }
+        >>> folder = tempfile.mkdtemp()
+        >>> first = train_sft(recipe, run_dir=f"{folder}/run", collection=collection)
+        >>> result = train_grpo(first.recipe, collection=collection)
+        >>> result.model_path.relative_to(folder).as_posix(), "reward" in result.metrics
+        ('run/model', True)
 
     Raises:
-        ConfigError: settings do not fit the model, the data or the number of processes.
+        ConfigError: as by `train_sft`.
         DataError: a split is unknown, a query has no positive document, or there are fewer queries than a step needs.
         RunError: no rollout of a step emitted the embed token, a loss is not finite, a checkpoint cannot be written or
             read, or another process died.
         StoppedError: SIGTERM came.
     """
-    settings, stage = recipe.grpo, "grpo"
+    session = Session("grpo", recipe, collection, callbacks, resume, run_dir=run_dir)
+    settings, run, stage = session.recipe.grpo, session.run, session.stage
+    recipe = session.recipe
     if run.finished(stage):
-        return run.model_path(stage)
-    collection = hold_out(load_collection(recipe.collection), settings.splits, recipe.evaluation.held_out)
+        return session.end()
+    collection = hold_out(session.collection(), settings.splits, recipe.evaluation.held_out)
     qrels = judged_queries(collection, settings.splits)
     dev = DevSplit(collection, recipe.evaluation) if settings.evaluate_every else None
     queries_of_step(list(qrels), settings.queries_per_step, recipe.seed, 0)  # refuses too few before a model is loaded
     if settings.reward.function is not None:
         load_function(settings.reward.function)  # likewise
-    model = load_model(recipe, base)
+    encoder = load_model(recipe, os.fspath(model or run.model_path("sft")))
     frozen = settings.documents == "frozen"
     if frozen:
-        check_documents(model.backbone)
-    run.begin_from(stage, model.backbone)
-    engine = make_engine(model, recipe, settings)
+        check_documents(encoder.backbone)
+    run.begin_from(stage, encoder.backbone)
+    engine = make_engine(encoder, recipe, settings)
     guard = Guard(run, stage, engine)
     with closing(engine), guard.watching():
         start_step, checkpoint = run.restore(stage, engine)
         with engine.full_params():
             environment = RetrievalEnvironment(
-                *(collection, qrels, model, settings.refresh, settings.reward),
+                *(collection, qrels, encoder, settings.refresh, settings.reward),
                 k=settings.reward_k,
                 max_new_tokens=recipe.max_new_tokens,
                 depth=settings.embedding_depth if settings.pathwise else 0,
@@ -82,38 +115,39 @@ def train_grpo(recipe: Recipe, run: Run, base: Path, observe: Observer = silent)
                 state=None if checkpoint is None else checkpoint / "environment",
             )
         guard.save_extra = lambda folder: environment.save(folder / "environment")
-        evaluations = Evaluations(run, stage, recipe, engine, model, start_step)
+        evaluations = Evaluations(run, stage, recipe, engine, encoder, start_step)
+        session.begin(encoder, engine, guard, start_step)
         if start_step == 0 and dev is not None:
-            values = dev.evaluate(model, engine, environment.exact_index)
+            values = dev.evaluate(encoder, engine, environment.exact_index)
             run.log(stage, 0, values)
             evaluations.add(0, values)
+            session.evaluated(values)
         for step in range(start_step, settings.steps):
-            if evaluations.stopped:
+            if evaluations.stopped or session.stopped:
                 break
             started = time.perf_counter()
             with engine.full_params():
-                experience = collect(model, environment, recipe, step, engine)
+                experience = collect(encoder, environment, recipe, step, engine)
                 every = 0 if frozen else settings.refresh.audit_every
                 due = every > 0 and (step + 1) % every == 0
                 values = environment.audit(experience.rollouts, experience.query_ids, step).metrics() if due else {}
             ready = time.perf_counter()
             check = partial(guard.check, step=step + 1, batch={"query_ids": experience.query_ids})
-            values |= update(model, engine, environment, experience, settings, check)
+            values |= update(encoder, engine, environment, experience, settings, check)
             values |= describe(experience, engine, settings.reward, settings.group_size) | {
                 "learning_rate": engine.learning_rate
             }
             values["tokens"] *= settings.num_iterations
             values |= rates(values["tokens"], started, ready)
             if dev is not None and evaluations.due(step + 1, settings.steps):
-                values |= dev.evaluate(model, engine, environment.exact_index if frozen else None)
+                values |= dev.evaluate(encoder, engine, environment.exact_index if frozen else None)
             run.log(stage, step + 1, values)
             run.log_rollouts(rollout_rows(experience, step + 1, settings.group_size))
             engine.track(stage, step + 1, values)
             evaluations.add(step + 1, values)
-            observe(stage, step + 1, settings.steps, values)
-            guard.after(step + 1)
+            session.after(step + 1, values)
         evaluations.finish()
-    return run.model_path(stage)
+    return session.end()
 
 
 def update(

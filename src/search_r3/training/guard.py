@@ -37,6 +37,8 @@ class Guard:
         self, run: Run, stage: str, engine: Engine, save_extra: Callable[[Path], None] = lambda folder: None
     ) -> None:
         self.run, self.stage, self.engine, self.save_extra = run, stage, engine, save_extra
+        self.on_save: Callable[[], None] = lambda: None
+        """Called after a checkpoint that was due, or asked for."""
         self._stop, self._stop_at = False, 0.0
         self._moved = -1  # the last step that has changed the weights
 
@@ -74,8 +76,12 @@ class Guard:
         if not self._stop:
             self._stop, self._stop_at = True, now
 
-    def after(self, step: int) -> None:
+    def after(self, step: int, save: bool = False) -> None:
         """What is due after a step: a checkpoint every `save_every` steps, and the end that SIGTERM asked for.
+
+        Args:
+            step: that is done.
+            save: whether a checkpoint is wanted whatever its number; the same in all processes.
 
         Raises:
             RunError: the checkpoint cannot be written, or the weights are no numbers: they are not saved.
@@ -83,10 +89,11 @@ class Guard:
         """
         communicator = self.engine.communicator
         stop = any(communicator.all_gather(self._stop))
-        if stop or step % self.run.recipe.save_every == 0:
+        if stop or save or step % self.run.recipe.save_every == 0:
             if not all(communicator.all_gather(_are_finite(self.engine.policy))):
                 raise self._not_finite_error("they are not saved")
             self.save(step)
+            self.on_save()
         if stop:
             raise StoppedError(
                 f"stopped by SIGTERM after step {step} of {self.stage}; all is saved: go on with --resume"

@@ -44,15 +44,8 @@ from .engine import Engine, deepspeed_plugin
 
 logger = logging.getLogger(__name__)
 
-Observer = Callable[[str, int, int, dict[str, float]], None]
-"""`(stage, step, steps, values)`: called after every step; the command line draws its live line from it."""
-
 KEEP_CHECKPOINTS = 2
 MANIFEST = "checkpoint.json"
-
-
-def silent(stage: str, step: int, steps: int, values: dict[str, float]) -> None:
-    """The observer that shows nothing."""
 
 
 class Run:

@@ -11,21 +11,21 @@ of it. So processes and micro-batches change memory and speed only.
 from __future__ import annotations
 
 import logging
+import os
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import closing
 from dataclasses import dataclass
 from functools import cache
-from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..config import Recipe, SFTSettings
+from ..config import SFTSettings
 from ..data.collection import Collection
 from ..data.draws import Draws, step_rng, text_keys
-from ..data.load import load_collection
 from ..data.triples import TrainingExample, hold_out, training_examples
 from ..errors import ConfigError
 from ..model.backbone import Backbone, shorten
@@ -37,7 +37,7 @@ from .batches import Batch, LocalBatch, TrainingSequence, collate, make_batch, t
 from .dev import DevSplit, Evaluations
 from .engine import Engine, load_model, make_engine, rates
 from .guard import Guard
-from .run import Observer, Run, silent
+from .session import RecipeLike, Session, TrainingResult
 
 logger = logging.getLogger(__name__)
 
@@ -45,54 +45,90 @@ ROWS_AT_A_TIME = 256
 """Queries whose similarities to all documents are held at once where gradients are cached."""
 
 
-def train_sft(recipe: Recipe, run: Run, observe: Observer = silent) -> Path:
-    """Train stage 1 into `run` and return the model directory. A run with a checkpoint goes on from it.
+def train_sft(
+    recipe: RecipeLike = None,
+    *,
+    run_dir: str | os.PathLike[str] | None = None,
+    model: str | os.PathLike[str] | None = None,
+    collection: Collection | None = None,
+    callbacks: Iterable[Any] = (),
+    resume: bool = False,
+) -> TrainingResult:
+    """Train stage 1 into `run_dir/sft/model`.
+
+    Args:
+        recipe: the settings: a `Recipe`, a mapping, the path of a YAML file, or None for the defaults.
+        run_dir: the run directory, instead of the recipe's.
+        model: the base, instead of the recipe's `base`: a directory, a GGUF file, a hub id, or `builtin`.
+        collection: what is trained on, instead of what the recipe's `collection` names; the run records a digest of
+            it. Where the recipe sets no `splits`, its split `train` is used, if it has one.
+        callbacks: of the kind `transformers.TrainerCallback`; `args` is the recipe, `stage` and `model` are keywords.
+            They are told `on_train_begin`, `on_step_end`, `on_log`, `on_evaluate`, `on_save`, `on_train_end`;
+            `control.should_training_stop` ends the stage after the step, with its model, and `control.should_save`
+            writes a checkpoint. What they raise ends the training; the checkpoints stay.
+        resume: go on from the newest checkpoint; a stage that is complete is not trained again.
 
     Raises:
-        ConfigError: settings do not fit the model, the data or the number of processes.
+        ConfigError: settings do not fit the model, the data or the number of processes, or the run directory holds
+            another run, or this stage of it has begun and `resume` is off.
         DataError: a split is unknown or holds nothing to learn from.
         RunError: a loss is not finite, a checkpoint cannot be written or read, or another process died.
         StoppedError: SIGTERM came.
+
+    Example:
+        >>> import tempfile
+        >>> from search_r3 import Collection, Document, Query, train_sft
+        >>> documents = {"d1": Document("d1", "Green tea is not oxidised."), "d2": Document("d2", "Chess has a board.")}
+        >>> queries = {"q1": Query("q1", "which tea is fresh?"), "q2": Query("q2", "a game of kings")}
+        >>> collection = Collection("tiny", documents, queries, {"train": {"q1": {"d1": 1}, "q2": {"d2": 1}}})
+        >>> settings = {"steps": 2, "batch_size": 2, "random_negatives": 0}
+        >>> folder = tempfile.mkdtemp()
+        >>> result = train_sft({"sft": settings}, run_dir=f"{folder}/run", collection=collection)
+        >>> result.model_path.relative_to(folder).as_posix(), [row["step"] for row in result.log_history]
+        ('run/sft/model', [1, 2])
     """
-    settings, stage = recipe.sft, "sft"
+    session = Session("sft", recipe, collection, callbacks, resume, run_dir=run_dir, base=model)
+    settings, run, stage = session.recipe.sft, session.run, session.stage
+    recipe = session.recipe
     if run.finished(stage):
-        return run.model_path(stage)
-    collection = hold_out(load_collection(recipe.collection), list(settings.splits), recipe.evaluation.held_out)
+        return session.end()
+    collection = hold_out(session.collection(), list(settings.splits), recipe.evaluation.held_out)
     doc_ids = list(collection.documents)
     examples = _examples(collection, settings)
     if not any(example.reasoning for of_split in examples.values() for example in of_split):
         logger.warning(
-            "no query of %s has a reasoning trace, so the mode reason learns to embed at once; `search-r3 data traces` "
-            "has them written",
-            recipe.collection,
+            "no query of %s has a reasoning trace: reason mode learns %s, and stage 2 will find little to choose from; "
+            "`search-r3 data traces` has traces written",
+            *(recipe.collection, "to embed at once" if settings.untraced == "embed" else "nothing"),
         )
     dev = DevSplit(collection, recipe.evaluation) if settings.evaluate_every else None
-    model = load_model(recipe, recipe.base)
-    _check_dimensions(model.dimension, settings)
-    run.begin_from(stage, model.backbone)
-    engine = make_engine(model, recipe, settings)
+    encoder = load_model(recipe, recipe.base)
+    _check_dimensions(encoder.dimension, settings)
+    run.begin_from(stage, encoder.backbone)
+    engine = make_engine(encoder, recipe, settings)
     guard = Guard(run, stage, engine)
     draws = Draws(examples, settings, recipe.seed, text_keys(collection, settings), engine.world_size)
 
     def prepare(step: int) -> tuple[Batch, LocalBatch]:
         rng = step_rng(recipe.seed, stage, step)
         batch = make_batch(collection, doc_ids, draws.batch(step, rng), settings, rng)
-        return batch, take_share(engine, batch, collection, model)
+        return batch, take_share(engine, batch, collection, encoder)
 
     # The next batch is tokenised while this one is computed.
     with closing(engine), guard.watching(), ThreadPoolExecutor(1) as worker:
         start_step, _ = run.restore(stage, engine)
-        evaluations = Evaluations(run, stage, recipe, engine, model, start_step)
+        evaluations = Evaluations(run, stage, recipe, engine, encoder, start_step)
+        session.begin(encoder, engine, guard, start_step)
         warned = False
         ahead: Future[tuple[Batch, LocalBatch]] | None = None
         for step in range(start_step, settings.steps):
-            if evaluations.stopped:
+            if evaluations.stopped or session.stopped:
                 break
             started = time.perf_counter()
             batch, share = ahead.result() if ahead is not None else prepare(step)
             ready = time.perf_counter()
             ahead = worker.submit(prepare, step + 1) if step + 1 < settings.steps else None
-            values = compute_gradients(engine, model.backbone, batch, share, settings)
+            values = compute_gradients(engine, encoder.backbone, batch, share, settings)
             if values["traces_cut"] and not warned:
                 warned = True
                 logger.warning(
@@ -108,14 +144,13 @@ def train_sft(recipe: Recipe, run: Run, observe: Observer = silent) -> Path:
             if dev is not None and evaluations.due(step + 1, settings.steps):
                 if ahead is not None:
                     wait([ahead])  # two threads would share the tokenizer
-                values |= dev.evaluate(model, engine)
+                values |= dev.evaluate(encoder, engine)
             run.log(stage, step + 1, values)
             engine.track(stage, step + 1, values)
             evaluations.add(step + 1, values)
-            observe(stage, step + 1, settings.steps, values)
-            guard.after(step + 1)
+            session.after(step + 1, values)
         evaluations.finish()
-    return run.model_path(stage)
+    return session.end()
 
 
 def take_share(engine: Engine, batch: Batch, collection: Collection, model: SearchR3) -> LocalBatch:

@@ -22,16 +22,12 @@ from search_r3.training.engine import make_engine
 from search_r3.training.grpo import train_grpo
 from search_r3.training.run import Run
 from search_r3.training.sft import train_sft
-from tests.conftest import favour
+from tests.conftest import Stop, StopAt, favour
 
 SETTINGS = [
     "max_length=120", "max_new_tokens=12", "save_every=2", "sft.steps=6", "sft.batch_size=4",
     "sft.splits={train: 1.0}", "sft.learning_rate=1e-2", "sft.evaluate_every=1", "sft.keep=best",
 ]  # fmt: skip
-
-
-class Stop(Exception):
-    """Stands for the interruption."""
 
 
 @pytest.fixture
@@ -98,14 +94,6 @@ def script(monkeypatch: pytest.MonkeyPatch, scores: dict[int, float]) -> dict[in
     return weights
 
 
-def stop_at(wanted: int) -> Any:
-    def observe(stage: str, step: int, steps: int, values: dict[str, float]) -> None:
-        if step == wanted:
-            raise Stop
-
-    return observe
-
-
 def check_kept(path: Path, weights: dict[str, torch.Tensor]) -> None:
     kept = SearchR3(path, device="cpu").backbone.model.state_dict()
     assert all(torch.equal(kept[name], value) for name, value in weights.items())
@@ -124,14 +112,14 @@ def test_the_best_model_is_kept_and_a_resumed_run_keeps_the_same(
     weights = script(monkeypatch, {1: 0.1, 2: 0.3, 3: 0.5, 4: 0.5, 5: 0.2, 6: 0.4})
     recipe = recipe_at(tmp_path / "run", tiny_path, collection_path, f"lora.rank={rank}")
     with pytest.raises(Stop):  # the best is newer than the last checkpoint: it is made again
-        train_sft(recipe, Run(recipe), stop_at(3))
+        train_sft(recipe, callbacks=[StopAt(3)], resume=True)
     assert sorted(path.name for path in (tmp_path / "run" / "sft" / "checkpoints").iterdir()) == [
         "best-000002", "best-000003", "step-000002"
     ]  # fmt: skip
     with pytest.raises(Stop):
-        train_sft(recipe, Run(recipe), stop_at(5))
+        train_sft(recipe, callbacks=[StopAt(5)], resume=True)
     run = Run(recipe)
-    path = train_sft(recipe, run)
+    path = train_sft(recipe, resume=True).model_path
     assert [row[DECIDING] for row in run.metrics("sft")] == [0.1, 0.3, 0.5, 0.5, 0.2, 0.4]
     assert not (tmp_path / "run" / "sft" / "checkpoints").exists()
     if rank:
@@ -140,9 +128,9 @@ def test_the_best_model_is_kept_and_a_resumed_run_keeps_the_same(
     else:
         check_kept(path, weights[3])
         whole = recipe_at(tmp_path / "whole", tiny_path, collection_path)
-        check_kept(train_sft(whole, Run(whole)), weights[3])
+        check_kept(train_sft(whole).model_path, weights[3])
         last = recipe_at(tmp_path / "last", tiny_path, collection_path, "sft.keep=last")
-        check_kept(train_sft(last, Run(last)), weights[6])
+        check_kept(train_sft(last).model_path, weights[6])
 
 
 def test_a_best_model_that_was_moved_by_a_killed_process_is_found(
@@ -151,10 +139,10 @@ def test_a_best_model_that_was_moved_by_a_killed_process_is_found(
     script(monkeypatch, {step: 1.0 / step for step in range(1, 7)})
     recipe = recipe_at(tmp_path / "run", tiny_path, collection_path, "lora.rank=2")
     with pytest.raises(Stop):
-        train_sft(recipe, Run(recipe), stop_at(5))
+        train_sft(recipe, callbacks=[StopAt(5)], resume=True)
     run = Run(recipe)
     (run.checkpoints_path("sft") / "best-000001" / "adapter").replace(run.adapter_path("sft"))
-    train_sft(recipe, run)
+    train_sft(recipe, resume=True)
     assert (run.adapter_path("sft") / "adapter_model.safetensors").exists()
 
 
@@ -164,9 +152,9 @@ def test_a_stage_stops_when_no_evaluation_is_better(
     weights = script(monkeypatch, {1: 0.1, 2: 0.3, 3: 0.2, 4: 0.3, 5: 0.9, 6: 0.9})
     recipe = recipe_at(tmp_path / "run", tiny_path, collection_path, "sft.patience=2")
     with pytest.raises(Stop):
-        train_sft(recipe, Run(recipe), stop_at(3))
+        train_sft(recipe, callbacks=[StopAt(3)], resume=True)
     run = Run(recipe)
-    check_kept(train_sft(recipe, run), weights[2])
+    check_kept(train_sft(recipe, resume=True).model_path, weights[2])
     assert [row["step"] for row in run.metrics("sft")] == [1, 2, 3, 4], "an equal one is not a better one"
 
 
@@ -175,11 +163,11 @@ def test_stage_2_keeps_the_model_it_began_from_where_none_is_better(
 ) -> None:
     options = ["sft.steps=100", "sft.keep=last", "sft.evaluate_every=0", "sft.reasoning_styles={restate: 1.0}"]
     first = recipe_at(tmp_path / "first", tiny_path, collection_path, *options)
-    stage_1 = train_sft(first, Run(first))
+    stage_1 = train_sft(first).model_path
     weights = script(monkeypatch, {0: 0.5, 1: 0.4, 2: 0.3, 3: 0.6})
     more = ["grpo.steps=3", "grpo.queries_per_step=2", "grpo.group_size=3", "grpo.splits=[train]", "grpo.keep=best"]
     more += ["grpo.evaluate_every=1", "grpo.patience=2"]
     recipe = recipe_at(tmp_path / "run", tiny_path, collection_path, *more)
     run = Run(recipe)
-    check_kept(train_grpo(recipe, run, stage_1), weights[0])
+    check_kept(train_grpo(recipe, model=stage_1).model_path, weights[0])
     assert [row["step"] for row in run.metrics("grpo")] == [0, 1, 2]

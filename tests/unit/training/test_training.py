@@ -388,9 +388,9 @@ def test_a_query_without_a_positive_is_left_out_and_counted_before_a_model_is_lo
     )
     with caplog.at_level("WARNING"), pytest.raises(ModelError, match=r"no/model/there|no-model"):
         if stage == "sft":
-            sft.train_sft(settings, Run(settings))
+            sft.train_sft(settings)
         else:
-            grpo.train_grpo(settings, Run(settings), tmp_path / "no-model")
+            grpo.train_grpo(settings, model=tmp_path / "no-model")
     assert (
         "1 queries of train have no document with a score above 0 and are left out; the first is 'q00'" in caplog.text
     )
@@ -411,9 +411,9 @@ def test_a_stage_that_trains_on_what_is_measured_on_says_so(
     )
     with pytest.raises(SearchR3Error):  # for lack of a model, or of queries
         if stage == "sft":
-            sft.train_sft(settings, Run(settings))
+            sft.train_sft(settings)
         else:
-            grpo.train_grpo(settings, Run(settings), tmp_path / "no-model")
+            grpo.train_grpo(settings, model=tmp_path / "no-model")
     assert f"the split '{'test' if stage == 'sft' else 'dev'}' is trained on" in caplog.text
 
 
@@ -423,7 +423,7 @@ def test_a_reward_function_that_is_not_there_is_named_before_a_model_is_loaded(
     where = [f"collection={collection_path}", f"run_dir={tmp_path / 'run'}"]
     settings = load_recipe(None, [*where, "grpo.splits=[train]", "grpo.reward.function=no_such_module:f"])
     with pytest.raises(ConfigError, match="No module named 'no_such_module'"):
-        grpo.train_grpo(settings, Run(settings), tmp_path / "no-model")
+        grpo.train_grpo(settings, model=tmp_path / "no-model")
 
 
 def test_a_query_of_two_splits_has_the_positives_of_both(collection: Collection) -> None:

@@ -7,7 +7,7 @@ import json
 import math
 import sys
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -110,29 +110,49 @@ def read_table(path: Path, names: ColumnNames, skip: Skip) -> Iterator[tuple[str
         UnreadableError: the file is damaged, or lacks a column.
         MissingExtraError: Parquet, and the extra `documents` is not installed.
     """
+    columns: dict[str, tuple[str, ...]] = {}
+    keys: tuple[str, ...] = ()
+
+    def needed(present: Sequence[str]) -> list[str]:
+        return [one for several in names.choose(present).values() for one in several]
+
+    for number, row in read_rows(path, skip, needed):
+        place = f"{path}:{number}"
+        if not columns or keys != tuple(row):  # rows of JSON Lines may differ
+            try:
+                columns = names.choose(list(row), strict=not columns)
+            except UnreadableError:
+                if not columns:
+                    raise
+                skip(place, "a row without text")
+                continue
+            keys = tuple(row)
+        if (record := _record(row, columns, place, skip)) is not None:
+            yield str(number), record
+
+
+def read_rows(
+    path: Path, skip: Skip, needed: Callable[[Sequence[str]], Sequence[str]]
+) -> Iterator[tuple[int, dict[str, Any]]]:
+    """Number (of the line, or of the row, from 1) and columns of every row of a file, one after the other.
+
+    Args:
+        path: the file.
+        skip: told of lines that are broken.
+        needed: of the columns that there are, those that are read of Parquet; of other files all are.
+
+    Raises:
+        UnreadableError: the file is damaged.
+        MissingExtraError: Parquet, and the extra `documents` is not installed.
+    """
     suffix = path.suffix.lower()
     try:
         if suffix == ".parquet":
-            rows = _parquet(path, names)
+            yield from _parquet(path, needed)
         elif suffix in (".csv", ".tsv"):
-            rows = _csv(path, suffix)
+            yield from _csv(path, suffix)
         else:
-            rows = _json_lines(path, skip)
-        columns: dict[str, tuple[str, ...]] = {}
-        keys: tuple[str, ...] = ()
-        for number, row in rows:
-            place = f"{path}:{number}"
-            if not columns or keys != tuple(row):  # rows of JSON Lines may differ
-                try:
-                    columns = names.choose(list(row), strict=not columns)
-                except UnreadableError:
-                    if not columns:
-                        raise
-                    skip(place, "a row without text")
-                    continue
-                keys = tuple(row)
-            if (record := _record(row, columns, place, skip)) is not None:
-                yield str(number), record
+            yield from _json_lines(path, skip)
     except OSError as error:
         raise UnreadableError(f"unreadable ({error.strerror or error})") from error
     except csv.Error as error:
@@ -232,13 +252,13 @@ def _csv(path: Path, suffix: str) -> Iterator[tuple[int, dict[str, Any]]]:
             yield number, {name: value for name, value in row.items() if name is not None}
 
 
-def _parquet(path: Path, names: ColumnNames) -> Iterator[tuple[int, dict[str, Any]]]:
+def _parquet(path: Path, needed: Callable[[Sequence[str]], Sequence[str]]) -> Iterator[tuple[int, dict[str, Any]]]:
     with extra("documents"):
         import pyarrow
         from pyarrow import parquet
     try:
         with parquet.ParquetFile(path) as file:
-            columns = [one for several in names.choose(file.schema_arrow.names).values() for one in several]
+            columns = list(needed(file.schema_arrow.names))
             number = 0
             for batch in file.iter_batches(batch_size=1000, columns=columns):
                 for row in batch.to_pylist():
