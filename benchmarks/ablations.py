@@ -68,8 +68,19 @@ STAGE_2 = {
     "splits-of-both": ["grpo.splits=[rl,sft]"],
     "hotter": ["grpo.sampling_temperature=1"],
     "two-passes": ["grpo.num_iterations=2"],
+    "best-of-n": [
+        "sft.splits={rl: 1}",
+        "sft.reasoning_styles={own: 1}",
+        "sft.steps=20",
+        "sft.warmup_steps=4",
+        "sft.batch_size=64",
+        "sft.learning_rate=1e-4",
+    ],
 }
 """Arm -> what it changes. The first of each stage is the reference of the others."""
+ROUNDS = 3
+SAMPLING = ["--rounds", ROUNDS, "--samples", 8, "--temperature", 0.8, "--replace"]
+"""Of the arm best-of-n, so that it has the queries, the steps and about the replies (8,112 for 7,680) of `grpo`."""
 MEASURES = ("reason", "direct", "tokens", "seconds", "other", "true", "forced")
 QUICK = ["sft.steps=60", "sft.batch_size=12", "grpo.steps=2", "grpo.queries_per_step=8", "grpo.group_size=4"]
 
@@ -87,19 +98,30 @@ def reference_of(arm: str) -> str:
 def train(arm: str, seed: int, options: argparse.Namespace) -> Path:
     """Train an arm, or go on with it; returns its run directory."""
     folder = options.out / f"seed{seed}" / arm
-    stage, changes = ("sft", STAGE_1[arm]) if arm in STAGE_1 else ("grpo", STAGE_2[arm])
+    if arm == "best-of-n":
+        folder /= f"round-{ROUNDS}"  # itself a run
+    stage, changes = stage_of(arm), (STAGE_1 | STAGE_2)[arm]
     if model_of(folder, stage).joinpath("config.json").exists():
         return folder
-    command = [sys.executable, "-m", "search_r3.cli", stage, "--recipe", options.recipe, "--resume"]
-    command += [*(QUICK if options.quick else []), *options.set, f"seed={seed}", f"run_dir={folder}", *changes]
-    if stage == "grpo":
+    settings = [*(QUICK if options.quick else []), *options.set, f"seed={seed}", f"run_dir={folder}", *changes]
+    command = [stage, *settings]
+    if arm in STAGE_2:
         own = None if options.stage_1 is None else options.stage_1 / f"seed{seed}"
-        command += ["--model", model_of(own or train("stage-1", seed, options), "sft")]
+        begin = model_of(own or train("stage-1", seed, options), "sft")
+        command += ["--model", begin]
+        if arm == "best-of-n":
+            command = [arm, begin, folder.parent, *settings, *SAMPLING, "--seed", seed]
+    command = [sys.executable, "-m", "search_r3.cli", *command, "--recipe", options.recipe, "--resume"]
     paths = os.pathsep.join([str(BENCHMARKS), *filter(None, [os.environ.get("PYTHONPATH")])])
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": paths}
     say(f"seed {seed}: {arm}")
     subprocess.run([str(word) for word in command], check=True, env=environment, stdout=subprocess.DEVNULL)
     return folder
+
+
+def stage_of(arm: str) -> str:
+    """The stage that leaves an arm's model."""
+    return "sft" if arm in STAGE_1 or arm == "best-of-n" else "grpo"
 
 
 def model_of(folder: Path, stage: str) -> Path:
@@ -127,7 +149,7 @@ def measured(arm: str, seed: int, options: argparse.Namespace, split: str) -> di
     recipe = load_recipe(folder / "settings.yaml")
     collection = load_collection(recipe.collection)
     qrels = {one: gains for one, gains in collection.split(split).items() if any(gain > 0 for gain in gains.values())}
-    stage = "sft" if arm in STAGE_1 else "grpo"
+    stage = stage_of(arm)
     model = SearchR3(model_of(folder, stage), device="cpu")
     documents, queries = collection.texts(), [collection.queries[query_id] for query_id in qrels]
     texts = [query.text for query in queries]
@@ -138,13 +160,16 @@ def measured(arm: str, seed: int, options: argparse.Namespace, split: str) -> di
     traces = [reasoning_traces(query) for query in queries]
     styles = recipe.sft.reasoning_styles
     true = {i: own[max(own, key=lambda style: styles.get(style, 0.0))] for i, own in enumerate(traces) if own}
-    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+    runs = sorted(folder.parent.glob("round-*")) if arm == "best-of-n" else [folder]
+    rows = [json.loads(line) for run in runs for line in (run / "metrics.jsonl").read_text("utf-8").splitlines()]
+    sampled = [json.loads(path.read_text("utf-8")) for run in runs for path in run.glob("collection/best-of-n.json")]
     values = {
         "reason": fmean(measure(answers.vectors)),
         "direct": fmean(measure(model.encode_query(texts, "direct").vectors)),
         "tokens": fmean(answers.reasoning_tokens),
         "forced": fmean(answers.forced),
-        "seconds": sum(row.get("seconds", 0.0) for row in rows if row["stage"] == stage),
+        "seconds": sum(row.get("seconds", 0.0) for row in rows if row["stage"] == stage)
+        + sum(one["seconds"] for one in sampled),
         **swapped_reasoning(model, texts, answers.reasoning, measure, true),
     }
     path.write_text(json.dumps(values), encoding="utf-8")

@@ -29,6 +29,7 @@ MODULES = (
     "evaluation.runner",
     "mining.mining",
     "planning.plan",
+    "training.best_of_n",
     "training.sft",
     "training.grpo",
     "config",

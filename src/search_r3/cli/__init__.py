@@ -10,13 +10,27 @@ import typer
 
 from .. import __version__, console
 from ..errors import SearchR3Error, StoppedError
-from . import data, evaluation, fit, mining, mix, plan, probe, push, search, training
+from . import best_of_n, data, evaluation, fit, mining, mix, plan, probe, push, search, training
 from .common import app
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-__all__ = ["app", "data", "evaluation", "fit", "main", "mining", "mix", "plan", "probe", "push", "search", "training"]
+__all__ = [
+    "app",
+    "best_of_n",
+    "data",
+    "evaluation",
+    "fit",
+    "main",
+    "mining",
+    "mix",
+    "plan",
+    "probe",
+    "push",
+    "search",
+    "training",
+]
 
 INTERRUPTED = 130
 """Typer's exit status after Ctrl-C."""
@@ -30,6 +44,7 @@ ORDER = (
     "plan",
     "sft",
     "probe",
+    "best_of_n",
     "grpo",
     "evaluate",
     "mteb",

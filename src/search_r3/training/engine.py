@@ -27,7 +27,7 @@ from ..model.encoder import SearchR3
 from ..model.engine.forward import is_drivable
 from ..model.loading import load_backbone
 from ..model.settings import SETTINGS_FILE, read_settings
-from ..model.source import find_files
+from ..model.source import ModelFiles, find_files
 from ..parallel import Communicator, make_communicator
 from .policy import Policy, Reference, make_reference
 from .tracking import check_trackers, start_trackers
@@ -312,6 +312,19 @@ def rates(tokens: float, started: float, ready: float) -> dict[str, float]:
     return {"tokens_per_second": tokens / (now - ready), "update_seconds": now - ready, "seconds": now - started}
 
 
+def check_begins(files: ModelFiles, source: str | Path) -> None:
+    """Refuse a model that no stage can begin from.
+
+    Raises:
+        ConfigError: it has a query side of its own.
+    """
+    if files.queries is not None:
+        raise ConfigError(
+            f"{source} encodes queries with other weights than documents (grpo.documents=frozen made it), and no stage "
+            "goes on from there; begin from the stage-1 model that it was made from"
+        )
+
+
 def load_model(recipe: Recipe, source: str | Path) -> SearchR3:
     """A model for training, with its own prompts and the recipe's limits, on this process's device.
 
@@ -324,11 +337,7 @@ def load_model(recipe: Recipe, source: str | Path) -> SearchR3:
 
     device = str(PartialState(cpu=not torch.cuda.is_available()).device)
     files = find_files(source)
-    if files.queries is not None:
-        raise ConfigError(
-            f"{source} encodes queries with other weights than documents (grpo.documents=frozen made it), and no stage "
-            "goes on from there; begin from the stage-1 model that it was made from"
-        )
+    check_begins(files, source)
     saved = read_settings(files.folder_of(SETTINGS_FILE))
     own = saved.prompts.name if saved is not None and saved.trained else None
     if None not in (own, recipe.prompts) and recipe.prompts != own:
