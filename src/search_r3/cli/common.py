@@ -19,6 +19,7 @@ from ..errors import ConfigError, ModelError
 
 if TYPE_CHECKING:
     from ..config import Recipe
+    from ..data.collection import Collection
     from ..model.encoder import SearchR3
 
 app = typer.Typer(
@@ -182,6 +183,15 @@ def say_without_text(count: int) -> None:
     """Say how many documents are left out."""
     if count:
         console.aside(f"{count:,} documents without any text are left out")
+
+
+def say_left_out(collection: Collection) -> None:
+    """Say what of a collection is left out, and what can't be found in it."""
+    say_without_text(collection.without_text)
+    for what, count in collection.dropped.items():
+        console.aside(f"{count:,} {what} are left out")
+    if absent := sum(map(collection.count_absent, collection.absent)):
+        console.aside(f"{absent:,} judgements name documents that are not in the corpus")
 
 
 def check_new(path: Path) -> None:

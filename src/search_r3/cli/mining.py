@@ -22,7 +22,7 @@ from .common import (
     data_app,
     hush,
     load_encoder,
-    say_without_text,
+    say_left_out,
     takes_model_options,
 )
 
@@ -32,8 +32,6 @@ if TYPE_CHECKING:
     from ..mining.candidates import Judge, Retriever
     from ..mining.mining import MiningReport
 
-BM25_NAME = "bm25"
-
 Source = Annotated[str, typer.Argument(help="`atlas`, `atlas-wide`, `stdlib`, a folder, or a hub id.")]
 Out = Annotated[Path, typer.Argument(help="Folder to write; a stopped call goes on with the same command.")]
 Splits = Annotated[
@@ -41,7 +39,9 @@ Splits = Annotated[
 ]
 With = Annotated[
     list[str],
-    typer.Option("--with", help="What proposes candidates: `bm25`, `sentence-transformers:NAME`, a Search-R3 model."),
+    typer.Option(
+        "--with", help="What proposes candidates: `bm25`, `bm25-unstemmed`, `sentence-transformers:NAME`, a model."
+    ),
 ]
 
 Endpoint = Annotated[str, typer.Option(help="OpenAI-compatible address, usually ending in /v1.")]
@@ -102,7 +102,7 @@ def data_mine(
         keep=not drop_old,
     )
     data = load_collection(collection, skip_empty_documents=True)
-    say_without_text(data.without_text)
+    say_left_out(data)
     retrievers = {name: _retriever(name, mode, options) for name in with_}
     judge = _judge(cross_encoder, retrievers)
     cache = cache or out.parent / f"{out.name}.cache"
@@ -207,17 +207,17 @@ def data_traces(
 
 
 def _retriever(name: str, mode: ModeName, options: ModelOptions) -> Retriever:
-    from ..evaluation.systems import SENTENCE_TRANSFORMERS, SentenceTransformersSystem
+    from ..evaluation.baselines import BM25_NAME, SENTENCE_TRANSFORMERS, UNSTEMMED, PeerModel
     from ..mining.candidates import DenseRetriever, LexicalRetriever
     from ..retrieval.encode import Peer
 
-    if name == BM25_NAME:
-        return LexicalRetriever()
+    if name in (BM25_NAME, UNSTEMMED):
+        return LexicalRetriever(stemmed=name == BM25_NAME)
     if name.startswith(SENTENCE_TRANSFORMERS):
         hush()
-        system = SentenceTransformersSystem(name.removeprefix(SENTENCE_TRANSFORMERS))
-        peer = Peer(system.info.model, system.info.settings, system.encode)
-        return DenseRetriever(peer, peer.encode_query, {**peer.origin, "revision": system.info.revision})
+        dense = PeerModel(name.removeprefix(SENTENCE_TRANSFORMERS), device=options.device, dtype=options.dtype)
+        peer = Peer(dense.source, dense.settings, dense.encode)
+        return DenseRetriever(peer, peer.encode_query, {**peer.origin, "revision": dense.revision})
     model = load_encoder(name, options)
     key = {
         "model": model.backbone.source,
@@ -230,11 +230,13 @@ def _retriever(name: str, mode: ModeName, options: ModelOptions) -> Retriever:
 
 
 def _judge(cross_encoder: str | None, retrievers: dict[str, Retriever]) -> Judge:
+    from ..evaluation.baselines import BM25_NAME, UNSTEMMED
     from ..mining.candidates import CrossEncoderJudge
 
     if cross_encoder:
         return CrossEncoderJudge(cross_encoder)
-    return next((one for name, one in retrievers.items() if name != BM25_NAME), next(iter(retrievers.values())))
+    dense = (one for name, one in retrievers.items() if name not in (BM25_NAME, UNSTEMMED))
+    return next(dense, next(iter(retrievers.values())))
 
 
 def _show_mined(report: MiningReport, out: Path) -> None:

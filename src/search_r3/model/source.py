@@ -142,21 +142,26 @@ def find_files(source: str | Path, **hub: Unpack[HubOptions]) -> ModelFiles:
     return found
 
 
-def peer_files(source: str) -> ModelFiles:
+def peer_files(source: str, revision: str | None = None) -> ModelFiles:
     """The files of a model that another library loads, under the same rules: no code, no pickles, one commit.
 
     Args:
         source: a directory, or a hub id; one without an owner is sentence-transformers' own.
+        revision: branch, tag or commit on the hub.
 
     Raises:
-        ModelError: there is no such model, or it holds a pickle.
+        ModelError: there is no such model or revision, or it holds a pickle.
     """
     if Path(source).is_dir():
+        if revision is not None:
+            raise ModelError(f"{source} is no model of the hub and has no revision {revision!r}; leave it out")
         found = ModelFiles(source, Path(source))
     elif not _is_hub_id(source):
         raise ModelError(f"no model directory at {source}")
     else:
-        folder = _snapshot(source if "/" in source else f"sentence-transformers/{source}", _PEER_DATA, {})
+        folder = _snapshot(
+            source if "/" in source else f"sentence-transformers/{source}", _PEER_DATA, {"revision": revision}
+        )
         found = ModelFiles(source, folder, folder.name)
     for path in sorted(found.folder.rglob("pytorch_model.bin")):
         if not any((path.parent / name).is_file() for name in (_WEIGHTS, _INDEX)):

@@ -22,12 +22,13 @@ from ...model.prompts import MODES
 from ...retrieval.index import ExactIndex
 from ...retrieval.metrics import ndcg
 from ...retrieval.ranking import make_requests, ranked
-from ..benchmark import EvaluationOptions, evaluate, judged, package_versions
+from ..baselines import BM25System
+from ..benchmark import EvaluationOptions, evaluate, judged
 from ..instructions import NONE, OWN, choices, label
-from ..results import Result, load_results
+from ..results import Result, load_results, package_versions
 from ..runner import RESULTS, SUMMARY, reasoning_baseline
 from ..significance import compare
-from ..systems import BM25System, EncodedCollections, SearchR3System
+from ..systems import EncodedCollections, SearchR3System
 from ..table import summary
 from .page import write_page
 
