@@ -6,6 +6,7 @@ import json
 import shlex
 import sys
 import time
+from collections import Counter
 from contextlib import contextmanager
 from statistics import fmean
 from typing import TYPE_CHECKING, Any, NoReturn
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
     from .evaluation.search import Answer
     from .evaluation.significance import Comparison
     from .planning.plan import MemoryPlan
+    from .serving.store import Entry, Store
     from .training.probe import ProbeReport
 
 
@@ -352,3 +354,25 @@ def print_answer(pieces: Iterable[str | Answer]) -> None:
     for piece in pieces:
         if not isinstance(piece, str):
             print(json.dumps(piece.as_dict(), ensure_ascii=False))
+
+
+def print_rows(rows: Iterable[Mapping[str, Any]]) -> None:
+    """Print rows alone, a line of JSON each."""
+    for row in rows:
+        print(json.dumps(row, ensure_ascii=False))
+
+
+def show_store(store: Store, entries: Sequence[Entry], top: int) -> None:
+    """Show what a store holds, and its first documents."""
+    info, index = store.info, store.index
+    chunks = sum(entry.chunks for entry in entries)
+    say(f"{store.address}: {len(entries):,} documents, {chunks:,} chunks, vectors of size {info.fingerprint.dimension}")
+    say(f"model: {info.model}; made {info.created}; versions kept: {len(store.versions())}")
+    if index:
+        built = f"{index['kind']}, built of {int(index['rows']):,} vectors"
+        say(f"index: {built}, recall@10 {index['recall']} against exact search")
+    for source, count in Counter(entry.source for entry in entries).items():
+        say(f"source: {source}: {count:,} documents")
+    if top and entries:
+        rows = [[entry.doc_id, entry.title, str(entry.chunks)] for entry in entries[:top]]
+        _show_grid(["document", "title", "chunks"], rows, title=f"first {len(rows)} of {len(entries):,}")

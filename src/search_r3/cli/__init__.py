@@ -12,7 +12,7 @@ import typer
 from .. import __version__, console
 from ..data.rows import check_text
 from ..errors import SearchR3Error, StoppedError
-from . import best_of_n, data, evaluation, fit, mining, mix, plan, probe, push, search, training
+from . import best_of_n, data, evaluation, fit, mining, plan, probe, push, search, store, training
 from .common import app
 
 if TYPE_CHECKING:
@@ -26,11 +26,11 @@ __all__ = [
     "fit",
     "main",
     "mining",
-    "mix",
     "plan",
     "probe",
     "push",
     "search",
+    "store",
     "training",
 ]
 
@@ -51,6 +51,7 @@ ORDER = (
     "evaluate",
     "mteb",
     "report",
+    "index",
     "search",
     "encode",
     "export",
@@ -97,7 +98,9 @@ def main() -> None:
         console.fail(f"cannot read or write{place}: {error.strerror or error}", 2)
     except SystemExit as end:
         if end.code == INTERRUPTED:
-            console.fail("stopped; a training goes on with --resume, encode with the same command", INTERRUPTED)
+            console.fail(
+                "stopped; a training goes on with --resume, encode and index with the same command", INTERRUPTED
+            )
         if not end.code:
             _leave_the_others()
         raise
