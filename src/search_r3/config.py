@@ -94,7 +94,7 @@ class SFTSettings(DevSettings):
         1,
         ge=0,
         description="Hard negatives per query: those that its metadata names (`search-r3 data mine`), else those that "
-        "BM25 finds when training starts.",
+        "BM25 finds, unstemmed, when training starts.",
     )
     cross_entropy_weight: float = Field(1.0, ge=0, description="Weight of L_SFT.")
     kl_weight: float = Field(0.0, ge=0, description="Weight of L_KL to the base; above 0 it costs a second model.")

@@ -11,6 +11,8 @@ from contextlib import contextmanager
 from statistics import fmean
 from typing import TYPE_CHECKING, Any, NoReturn
 
+from .data.rows import check_text
+from .errors import DataError
 from .parallel import first_process
 
 if TYPE_CHECKING:
@@ -49,11 +51,17 @@ def aside(text: str) -> None:
 
 
 def ask(prompt: str) -> str:
-    """A query typed at the prompt; empty at the end of the input."""
+    """A query typed at the prompt; empty at the end of the input.
+
+    Raises:
+        DataError: it is no UTF-8.
+    """
     try:
-        return input(prompt).strip()
+        return check_text(input(prompt).strip(), "the query")
     except EOFError:
         return ""
+    except UnicodeDecodeError as error:
+        raise DataError(f"the input is no UTF-8 text (byte {error.start} of it); send it as UTF-8") from error
 
 
 class Bar:
@@ -147,23 +155,17 @@ def watching() -> Iterator[Callable[[str, int | None], Callable[[int, int], None
 
 def show_results(results: Sequence[Result]) -> None:
     """Show the results of one split."""
-    from .evaluation.table import summary
+    from .evaluation.table import notes, queries_text, summary
 
     where, info = results[0].place, results[0].collection
-    title = f"{where[0]}, {where[1]}: {info.queries:,} queries, {info.documents:,} documents"
+    title = f"{where[0]}, {where[1]}: {queries_text(results[0])} queries, {info.documents:,} documents"
     table(title, {result.system.name: summary(result, results) for result in results})
     for result in results:
         if "p-mrr" in result.scores:
             low, high = result.intervals["p-mrr"]
             say(f"{result.system.name}: p-MRR {result.scores['p-mrr']:+.3f} (95 %: {low:+.3f} to {high:+.3f})")
-    if info.without_text:
-        say(f"{info.without_text} documents without any text were left out")
-    if info.identical_ids:
-        say(f"{info.identical_ids} documents were left out of the ranking of the query whose id they bear")
-    for result in results:
-        if result.cost.truncated_queries:
-            count = result.cost.truncated_queries
-            say(f"{result.system.name}: {count} queries were longer than the model's max_length and lost their end")
+    for note in notes(results):
+        say(note)
 
 
 def table(title: str, rows: Mapping[str, dict[str, Any]]) -> None:
@@ -225,14 +227,15 @@ def show_comparisons(results: Sequence[Result], comparisons: Sequence[Comparison
 
 
 def show_mteb(scores: Sequence[TaskScore]) -> None:
-    """Show the main score of each task in each mode."""
+    """Show the main score of each task in each mode, and what it is a part of."""
     from .evaluation.instructions import short
 
     lines = []
     for one in scores:
         tokens = f"{fmean(one.tokens_per_query.values()):.1f}" if one.tokens_per_query else ""
         lines.append([one.task, one.mode, short(one.instruction), one.measure, f"{one.score:.4f}", tokens])
-    _show_grid(["task", "mode", "instruction", "measure", "score", "tokens/query"], lines, title="mteb")
+    title = ", ".join(["mteb", *dict.fromkeys(one.part for one in scores if one.part)])
+    _show_grid(["task", "mode", "instruction", "measure", "score", "tokens/query"], lines, title=title)
 
 
 def show_report(folder: Path) -> None:
@@ -249,8 +252,9 @@ def show_report(folder: Path) -> None:
         f"sampled rollouts with reward >= 0.5: {shares['share_ge_half_before']:.0%} before RL, "
         f"{shares['share_ge_half_after']:.0%} after; embed token forced: {shares['forced_share']:.1%}"
     )
-    memory = report["peak_memory_bytes"] / 2**30
-    say(f"{report['seconds']:.0f} s, peak memory {memory:.2f} GiB; all in {folder}/, to look at: {folder}/report.html")
+    peak = report["peak_memory_bytes"]
+    memory = "" if peak is None else f", peak memory {peak / 2**30:.2f} GiB"
+    say(f"{report['seconds']:.0f} s{memory}; all in {folder}/, to look at: {folder}/report.html")
     show_next("search", f"{folder}/model", "--collection", "atlas", "what do people pay with in Tashkent?")
 
 

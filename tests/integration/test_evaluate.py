@@ -4,18 +4,21 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from search_r3.data.collection import Collection
 from search_r3.errors import ConfigError
-from search_r3.evaluation import systems
+from search_r3.evaluation import baselines
+from search_r3.evaluation.baselines import BM25System, PeerModel, SentenceTransformersSystem
+from search_r3.evaluation.benchmark import EvaluationOptions, evaluate
 from search_r3.evaluation.results import load_results
 from search_r3.evaluation.runner import label_models
-from search_r3.evaluation.systems import SentenceTransformersSystem
 from search_r3.model.encoder import SearchR3
 from search_r3.model.export import export_sentence_transformers
+from search_r3.retrieval.ranking import make_requests, ranked
 from tests.conftest import call, small_collection
 
 
@@ -133,7 +136,7 @@ def test_a_stopped_evaluation_goes_on(
 
 def _only_the_probe(model: SearchR3, texts: list[str]) -> object:
     assert len(texts) == 1, "no document is encoded again"
-    return model._vectors(texts, "document", "", None, None)[0]
+    return model._vectors([model.backbone], texts, "document", "", None)[0]
 
 
 def test_two_models_stand_side_by_side(
@@ -213,12 +216,91 @@ def test_a_package_that_carries_a_model_is_found_by_its_name(
         def locate(self) -> Path:
             return peer / "modules.json"
 
-    monkeypatch.setattr(systems.metadata, "files", lambda name: [File()] if name == "carrier" else None)
-    system = SentenceTransformersSystem("carrier")
-    assert system.info.revision == SentenceTransformersSystem(str(peer)).info.revision
+    monkeypatch.setattr(baselines.metadata, "files", lambda name: [File()] if name == "carrier" else None)
+    model = PeerModel("carrier")
+    assert SentenceTransformersSystem(model).info.revision == PeerModel(str(peer)).revision
     loaded = pytest.importorskip("sentence_transformers").SentenceTransformer(str(peer))
     expected = loaded.encode_query(["a"], normalize_embeddings=True)
-    assert system.encode(["a"], "query") == pytest.approx(expected)
+    assert model.encode(["a"], "query") == pytest.approx(expected)
+
+
+def test_a_peer_has_its_own_prompts_and_takes_an_instruction(peer: Path, collection: Collection) -> None:
+    model = PeerModel(str(peer))
+
+    def plain(text: str) -> object:
+        return model._model.encode([text], prompt="", normalize_embeddings=True)
+
+    instruct = "Instruct: Given a web search query, retrieve relevant passages\nQuery: "
+    model._model.prompts = {
+        "query": instruct,
+        "SciFact-query": "claim: ",
+        "document": "",
+        "Retrieval-document": "text: ",
+    }
+    assert model.encode(["a"], "query", "scifact") == pytest.approx(plain("claim: a"))
+    assert model.encode(["a"], "query", "nfcorpus") == pytest.approx(plain(f"{instruct}a"))
+    assert model.encode(["a"], "document", "nfcorpus") == pytest.approx(plain("text: a"))
+    asked = model.encode(["a"], "query", "nfcorpus", "Find proofs.")
+    assert asked == pytest.approx(plain("Instruct: Find proofs.\nQuery: a")), "in the place of the task"
+    asked = model.encode(["a"], "query", "scifact", "Find proofs.")
+    assert asked == pytest.approx(plain("claim: a Find proofs.")), "no place in the prompt: it follows the text"
+    own = {
+        one: replace(query, text=f"{query.text} Only houses.", instruction="Only houses.")
+        for one, query in (collection.queries.items())
+    }
+    instructed = replace(collection, queries=own)
+    for choice, expected in (("own", "Only houses."), ("none", ""), ("Find it.", "Only houses.")):
+        system = SentenceTransformersSystem(model, instruction=choice)
+        requests = make_requests(instructed, instructed.qrels["test"])[:1]
+        [ranking] = system.index(instructed).answer(requests, 40).rankings
+        vector = model.encode([requests[0].bare], "query", "small", expected)[0]
+        index = model.index(instructed)[0]
+        assert ranking == ranked(index, vector[None], requests, 40)[0], choice
+    model._model.max_seq_length = 12
+    assert SentenceTransformersSystem(model).index(collection).truncated_documents == sum(
+        len(ids) > 12
+        for ids in model._model.tokenizer([f"text: {text}" for text in collection.texts().values()])["input_ids"]
+    )
+
+
+def test_a_peer_takes_device_precision_and_revision(
+    peer: Path, collection_path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    args = ["evaluate", "-c", collection_path, "--out", tmp_path / "out", *QUICK]
+    args += ["--baselines", f"sentence-transformers:{peer}", "--device", "cpu"]
+    assert call(monkeypatch, *args, "--dtype", "bfloat16") == 0
+    assert call(monkeypatch, *args) == 0
+    results = load_results(tmp_path / "out" / "results")
+    assert {result.system.settings["dtype"] for result in results} == {"bfloat16", "float32"}
+    weights = PeerModel(str(peer), device="cpu", dtype="bfloat16")._model.parameters()
+    assert {str(weight.dtype) for weight in weights} == {"torch.bfloat16"}
+    assert call(monkeypatch, *args[:-3], f"sentence-transformers:{peer}@main") == 2
+    assert "is no model of the hub and has no revision 'main'" in capsys.readouterr().err
+    assert call(monkeypatch, *args[:-1], "no-device") == 2
+    assert "device 'no-device' cannot be used here" in capsys.readouterr().err
+
+
+def test_what_a_model_wrote_is_searched_with_and_without_the_query(
+    run_dir: Path, collection_path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    args = ["evaluate", "-m", run_dir / "model", "-c", collection_path, "--out", tmp_path / "out", *QUICK]
+    args += ["--modes", "reason", "--baselines", "bm25+reasoning", "bm25+query+reasoning", "--queries", 5, "--runs"]
+    assert call(monkeypatch, *args) == 0
+    by_name = {result.system.name: result for result in load_results(tmp_path / "out" / "results")}
+    assert set(by_name) == {"reason", "bm25+reasoning", "bm25+query+reasoning"}
+    reason, both = by_name["reason"], by_name["bm25+query+reasoning"]
+    collection = small_collection()
+    texts = {
+        one: f"{query} {written}"
+        for one, query, written in zip(reason.query_ids, reason.queries, reason.reasoning, strict=True)
+    }
+    options = EvaluationOptions(latency_queries=0, bootstrap=100, queries=5)
+    assert both.per_query == evaluate(BM25System("x", texts, "x"), collection, "test", options).per_query
+    assert both.key != by_name["bm25+reasoning"].key
+    assert both.cost.tokens_per_query == reason.cost.tokens_per_query
+    runs = sorted(path.name.split(".")[2] for path in (tmp_path / "out" / "runs").glob("*.run"))
+    assert runs == ["bm25+query+reasoning", "bm25+reasoning", "reason"]
+    assert [path.name for path in (tmp_path / "out" / "runs").glob("*.qrels")] == ["small.test.sample-5-0.qrels"]
 
 
 def test_two_systems_of_one_name_are_refused(

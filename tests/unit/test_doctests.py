@@ -8,7 +8,11 @@ from importlib import import_module
 import pytest
 
 MODULES = (
+    "files",
+    "model.embeddings",
     "model.encoder",
+    "model.engine.decoding",
+    "model.loaded",
     "model.prompts",
     "data.writing.asking",
     "data.collection",

@@ -122,7 +122,7 @@ def test_every_module_imports_and_a_model_encodes_with_the_core_alone() -> None:
     assert done.stdout.splitlines() == [
         "search_r3.evaluation.mteb the package mteb is not installed; it comes with the extra `mteb`: "
         "pip install 'search-r3[mteb]'",
-        "search_r3.evaluation.mteb_tasks the package datasets is not installed; it comes with the extra `mteb`: "
+        "search_r3.evaluation.mteb_tasks the package mteb is not installed; it comes with the extra `mteb`: "
         "pip install 'search-r3[mteb]'",
         "(1, 192)",
     ]

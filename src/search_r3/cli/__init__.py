@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import logging
+import os
 import sys
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from .. import __version__, console
+from ..data.rows import check_text
 from ..errors import SearchR3Error, StoppedError
 from . import best_of_n, data, evaluation, fit, mining, plan, probe, push, search, store, training
 from .common import app
@@ -84,6 +86,7 @@ def main() -> None:
     handler.addFilter(_first_of_its_kind())
     logging.basicConfig(format="%(levelname)s: %(message)s", level=logging.WARNING, handlers=[handler])
     try:
+        _check_arguments(sys.argv[1:])
         app()
     except StoppedError as stop:
         console.say(str(stop))
@@ -101,6 +104,14 @@ def main() -> None:
         if not end.code:
             _leave_the_others()
         raise
+
+
+def _check_arguments(arguments: list[str]) -> None:
+    """Refuse bytes that are no text before anything is computed; names of files may hold them."""
+    for argument in arguments:
+        names = argument, argument.partition("=")[2]
+        if not any(map(os.path.exists, names)):
+            check_text(argument, f"the argument {argument!r}")
 
 
 def _leave_the_others() -> None:

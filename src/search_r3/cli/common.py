@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import inspect
 import logging
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass, fields
 from enum import StrEnum
@@ -19,6 +20,7 @@ from ..errors import ConfigError, ModelError
 
 if TYPE_CHECKING:
     from ..config import Recipe
+    from ..data.collection import Collection
     from ..model.encoder import SearchR3
 
 app = typer.Typer(
@@ -184,6 +186,15 @@ def say_without_text(count: int) -> None:
         console.aside(f"{count:,} documents without any text are left out")
 
 
+def say_left_out(collection: Collection) -> None:
+    """Say what of a collection is left out, and what can't be found in it."""
+    say_without_text(collection.without_text)
+    for what, count in collection.dropped.items():
+        console.aside(f"{count:,} {what} are left out")
+    if absent := sum(map(collection.count_absent, collection.absent)):
+        console.aside(f"{absent:,} judgements name documents that are not in the corpus")
+
+
 def check_new(path: Path) -> None:
     """Refuse to write over something."""
     if path.exists():
@@ -191,8 +202,15 @@ def check_new(path: Path) -> None:
 
 
 def hush() -> None:
-    """Switch off transformers' own progress bars, which would tear ours, and accelerate's notes on tied weights."""
+    """Switch off transformers' own progress bars, which would tear ours, and accelerate's notes on tied weights.
+
+    A download is still shown on a terminal: it is over before a bar of ours begins.
+    """
+    from huggingface_hub.utils.tqdm import are_progress_bars_disabled, enable_progress_bars
     from transformers.utils import logging as transformers_logging
 
-    transformers_logging.disable_progress_bar()
+    downloads = sys.stderr.isatty() and not are_progress_bars_disabled()
+    transformers_logging.disable_progress_bar()  # the hub's too
+    if downloads:
+        enable_progress_bars()
     logging.getLogger("accelerate").setLevel(logging.ERROR)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
@@ -18,6 +18,7 @@ from .common import (
     check_new,
     hush,
     load_encoder,
+    say_left_out,
     takes_model_options,
 )
 
@@ -44,7 +45,41 @@ Instructions = Annotated[
     ),
 ]
 BatchSize = Annotated[int, typer.Option(min=1, help="Queries reasoned about at once; changes results by rounding.")]
-Seed = Annotated[int, typer.Option(min=0, help="Of the intervals and of the tests.")]
+Seed = Annotated[int, typer.Option(min=0, help="Of the intervals, of the tests, and of `--queries`.")]
+Sample = Annotated[
+    int | None, typer.Option("--queries", min=1, help="Measure a random sample of so many queries of each split.")
+]
+IdenticalIds = Literal["unless-relevant", "beir", "mteb", "keep"]
+
+
+Collections = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--collections",
+        "-c",
+        help="Built-in names, folders, or hub ids (OWNER/NAME, then :SUBSET, @REVISION); `atlas` by default.",
+    ),
+]
+Baselines = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--baselines",
+        help="`bm25` (stemmed, as mteb's), `bm25-unstemmed`, `bm25+reasoning`, `bm25+query+reasoning`, "
+        "`sentence-transformers:NAME` (or NAME@REVISION).",
+    ),
+]
+Language = Annotated[
+    str, typer.Option(help="Of the texts, for BM25: `en`, `de`, `zh`, ...; `auto` tells scripts without spaces.")
+]
+Rule = Annotated[
+    IdenticalIds,
+    typer.Option(
+        "--identical-ids",
+        help="A document with the id of its query is left out: unless it is relevant; always (`beir`); where mteb "
+        "does; never (`keep`).",
+    ),
+]
+Out = Annotated[Path, typer.Option(help="Folder of the results; what is in it already is not repeated.")]
 
 
 @app.command(cls=ManyValues)
@@ -52,29 +87,18 @@ Seed = Annotated[int, typer.Option(min=0, help="Of the intervals and of the test
 def evaluate(
     options: ModelOptions,
     model: Models = None,
-    collections: Annotated[
-        list[str] | None,
-        typer.Option(
-            "--collections",
-            "-c",
-            help="Built-in names, folders, or hub ids (OWNER/NAME, then :SUBSET, @REVISION); `atlas` by default.",
-        ),
-    ] = None,
+    collections: Collections = None,
     splits: Splits = None,
     modes: Modes = None,
     instruction: Instructions = None,
     document_instruction: DocumentInstruction = "",
-    baselines: Annotated[
-        list[str] | None,
-        typer.Option("--baselines", help="`bm25`, `bm25+reasoning`, `sentence-transformers:NAME`."),
-    ] = None,
-    out: Annotated[Path, typer.Option(help="Folder of the results; what is in it already is not repeated.")] = Path(
-        "runs/evaluation"
-    ),
-    depth: Annotated[int, typer.Option(min=100, help="Documents ranked for each query.")] = 100,
-    keep_identical_ids: Annotated[
-        bool, typer.Option("--keep-identical-ids", help="Rank documents that bear the id of their query, too.")
-    ] = False,
+    baselines: Baselines = None,
+    language: Language = "auto",
+    out: Out = Path("runs/evaluation"),
+    runs: Annotated[bool, typer.Option("--runs", help="Write rankings and judgements in TREC's formats, too.")] = False,
+    queries: Sample = None,
+    depth: Annotated[int, typer.Option(min=100, help="Documents ranked for each query.")] = 1000,
+    identical_ids: Rule = "unless-relevant",
     latency_queries: Annotated[int, typer.Option(min=0, help="Queries asked one at a time, for ms/query.")] = 16,
     permutations: Annotated[int, typer.Option(min=100, help="Of the paired randomisation tests.")] = 10_000,
     bootstrap: Annotated[int, typer.Option(min=100, help="Resamples of the intervals.")] = 1000,
@@ -91,19 +115,22 @@ def evaluate(
     from ..evaluation.runner import EvaluationPlan, label_models, write_summary
 
     hush()
-    sources = label_models(model) if model else {}
-    measuring = EvaluationOptions(depth, keep_identical_ids, latency_queries, bootstrap, seed)
+    follow_mteb = identical_ids == "mteb"
+    rule = "unless-relevant" if identical_ids == "mteb" else identical_ids
     plan = EvaluationPlan(
-        sources,
+        label_models(model) if model else {},
         _modes(modes),
         list(dict.fromkeys(baselines or [])),
         list(dict.fromkeys(collections or ["atlas"])),
         splits or [],
-        measuring,
+        EvaluationOptions(depth, rule, latency_queries, bootstrap, seed, queries or 0),
         batch_size,
         options.loading(),
         _instructions(instruction),
         document_instruction,
+        language,
+        follow_mteb,
+        runs,
     )
     results = _run(plan, out)
     comparisons = write_summary(results, out, permutations, seed)
@@ -149,6 +176,12 @@ def mteb(
     splits: Splits = None,
     modes: Modes = None,
     instruction: Instructions = None,
+    queries: Sample = None,
+    subsets: Annotated[
+        list[str] | None,
+        typer.Option("--subsets", help="Of tasks in several languages, those alone, as `en` or `deu`."),
+    ] = None,
+    seed: Seed = 0,
     out: Annotated[Path, typer.Option(help="Folder of mteb's own result files; they are not computed again.")] = Path(
         "runs/mteb"
     ),
@@ -167,13 +200,15 @@ def mteb(
     folders = [name for name in tasks if Path(name).is_dir()]
     if splits and len(folders) < len(tasks):
         raise ConfigError("--splits is for folders; mteb's own tasks have their splits in mteb: leave it out")
-    mteb_tasks = suite_tasks([name for name in tasks if name not in folders])
+    mteb_tasks = suite_tasks([name for name in tasks if name not in folders], subsets or [])
     for folder in folders:
         collection = load_collection(folder, skip_empty_documents=True)
+        say_left_out(collection)
         mteb_tasks += [collection_task(collection, split) for split in resolve_splits(collection, splits or [])]
     instructions = _instructions(instruction) or [OWN]
     encoder = load_encoder(model, options)
-    scores = run_mteb(encoder, _modes(modes), mteb_tasks, out, batch_size=batch_size, instructions=instructions)
+    choices: dict[str, Any] = {"instructions": instructions, "queries": queries, "seed": seed}
+    scores = run_mteb(encoder, _modes(modes), mteb_tasks, out, batch_size=batch_size, **choices)
     console.show_mteb(scores)
     console.say(f"mteb's result files: {out}/results")
 

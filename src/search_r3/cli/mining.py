@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -22,17 +22,17 @@ from .common import (
     data_app,
     hush,
     load_encoder,
-    say_without_text,
+    say_left_out,
     takes_model_options,
 )
 
 if TYPE_CHECKING:
+    from ..data.collection import Collection
     from ..data.writing.asking import Standing
     from ..data.writing.written import Writer, WrittenReport
     from ..mining.candidates import Judge, Retriever
     from ..mining.mining import MiningReport
-
-BM25_NAME = "bm25"
+    from ..types import Array
 
 Source = Annotated[str, typer.Argument(help="`atlas`, `atlas-wide`, `stdlib`, a folder, or a hub id.")]
 Out = Annotated[Path, typer.Argument(help="Folder to write; a stopped call goes on with the same command.")]
@@ -41,7 +41,9 @@ Splits = Annotated[
 ]
 With = Annotated[
     list[str],
-    typer.Option("--with", help="What proposes candidates: `bm25`, `sentence-transformers:NAME`, a Search-R3 model."),
+    typer.Option(
+        "--with", help="What proposes candidates: `bm25`, `bm25-unstemmed`, `sentence-transformers:NAME`, a model."
+    ),
 ]
 
 Endpoint = Annotated[str, typer.Option(help="OpenAI-compatible address, usually ending in /v1.")]
@@ -102,8 +104,8 @@ def data_mine(
         keep=not drop_old,
     )
     data = load_collection(collection, skip_empty_documents=True)
-    say_without_text(data.without_text)
-    retrievers = {name: _retriever(name, mode, options) for name in with_}
+    say_left_out(data)
+    retrievers = {name: _retriever(name, mode, options, data) for name in with_}
     judge = _judge(cross_encoder, retrievers)
     cache = cache or out.parent / f"{out.name}.cache"
     with console.watching() as watch:
@@ -206,18 +208,18 @@ def data_traces(
     _show_report(report)
 
 
-def _retriever(name: str, mode: ModeName, options: ModelOptions) -> Retriever:
-    from ..evaluation.systems import SENTENCE_TRANSFORMERS, SentenceTransformersSystem
+def _retriever(name: str, mode: ModeName, options: ModelOptions, data: Collection) -> Retriever:
+    from ..evaluation.baselines import BM25_NAME, SENTENCE_TRANSFORMERS, UNSTEMMED, PeerModel
     from ..mining.candidates import DenseRetriever, LexicalRetriever
     from ..retrieval.encode import Peer
 
-    if name == BM25_NAME:
-        return LexicalRetriever()
+    if name in (BM25_NAME, UNSTEMMED):
+        return LexicalRetriever(stemmed=name == BM25_NAME)
     if name.startswith(SENTENCE_TRANSFORMERS):
         hush()
-        system = SentenceTransformersSystem(name.removeprefix(SENTENCE_TRANSFORMERS))
-        peer = Peer(system.info.model, system.info.settings, system.encode)
-        return DenseRetriever(peer, peer.encode_query, {**peer.origin, "revision": system.info.revision})
+        dense = PeerModel(name.removeprefix(SENTENCE_TRANSFORMERS), device=options.device, dtype=options.dtype)
+        peer = Peer(dense.source, dense.settings, dense.encode)
+        return DenseRetriever(peer, peer.encode_query, {**peer.origin, "revision": dense.revision})
     model = load_encoder(name, options)
     key = {
         "model": model.backbone.source,
@@ -226,15 +228,24 @@ def _retriever(name: str, mode: ModeName, options: ModelOptions) -> Retriever:
         "precision": model.backbone.dtype,
         "mode": mode.value,
     }
-    return DenseRetriever(model, lambda texts: model.encode_query(texts, mode.value).vectors, key)
+    queries = {query.text: query for query in data.queries.values()}
+
+    def encode(texts: Sequence[str]) -> Array:
+        """Apart, so that a long query loses its end and not its instruction."""
+        bare, instructions = ([getattr(queries[text], part) for text in texts] for part in ("bare", "instruction"))
+        return model.encode_query(bare, mode.value, instruction=instructions).vectors
+
+    return DenseRetriever(model, encode, key)
 
 
 def _judge(cross_encoder: str | None, retrievers: dict[str, Retriever]) -> Judge:
+    from ..evaluation.baselines import BM25_NAME, UNSTEMMED
     from ..mining.candidates import CrossEncoderJudge
 
     if cross_encoder:
         return CrossEncoderJudge(cross_encoder)
-    return next((one for name, one in retrievers.items() if name != BM25_NAME), next(iter(retrievers.values())))
+    dense = (one for name, one in retrievers.items() if name not in (BM25_NAME, UNSTEMMED))
+    return next(dense, next(iter(retrievers.values())))
 
 
 def _show_mined(report: MiningReport, out: Path) -> None:
@@ -311,7 +322,8 @@ def _cost_bar(what: str, writer: Writer) -> Iterator[Writer]:
 
 def _show_report(report: WrittenReport) -> None:
     for reason, number in report.failed.items():
-        console.say(f"{number:,} without: {reason}")
+        words = report.words.get(reason)
+        console.say(f"{number:,} without: {reason}{f' ({words})' if words else ''}")
     cost = "; --price-in and --price-out show the cost" if report.cost is None else f"; cost {report.cost:,.2f}"
     tokens = f"{report.prompt_tokens:,} read, {report.completion_tokens:,} written"
     console.say(f"tokens: {tokens}; {report.requests:,} requests{cost}")

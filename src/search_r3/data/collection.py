@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import DataError
-from ..files import atomic_directory, read_jsonl, read_lines, write_json
+from ..files import atomic_directory, check_replaceable, read_jsonl, read_lines, write_json
 from .rows import (
     KnownIds,
     bare_text,
@@ -84,6 +84,9 @@ class Collection:
         changed: query -> documents that its changed instruction makes irrelevant (FollowIR's p-MRR); the query stands
             twice in `queries`, as `ID-og` and as `ID-changed`.
         without_text: how many documents (and their judgements) were left out because they hold no text.
+        absent: split -> judgements of documents that are not in the corpus. Measures count them as trec_eval does,
+            never found (`judgements`); training does not see them.
+        dropped: what was wrong with rows that were left out -> how many; of data sets of the hub alone.
 
     Example:
         >>> documents = {"d1": Document("d1", "Uzbek is a language.")}
@@ -100,6 +103,8 @@ class Collection:
     pools: dict[str, frozenset[str]] = field(default_factory=dict)
     changed: dict[str, frozenset[str]] = field(default_factory=dict)
     without_text: int = 0
+    absent: dict[str, Qrels] = field(default_factory=dict)
+    dropped: dict[str, int] = field(default_factory=dict)
 
     def split(self, name: str) -> Qrels:
         """The judgements of one split.
@@ -110,6 +115,20 @@ class Collection:
         if name not in self.qrels:
             raise DataError(f"collection {self.name!r} has no split {name!r}; it has: {', '.join(sorted(self.qrels))}")
         return self.qrels[name]
+
+    def judgements(self, name: str) -> Qrels:
+        """All judgements of one split, those of documents that are not in the corpus among them.
+
+        Raises:
+            DataError: as in `split`.
+        """
+        judged, absent = self.split(name), self.absent.get(name, {})
+        both = dict.fromkeys([*judged, *absent])
+        return {query_id: judged.get(query_id, {}) | absent.get(query_id, {}) for query_id in both}
+
+    def count_absent(self, name: str) -> int:
+        """The judgements of one split that name documents which are not in the corpus."""
+        return sum(len(gains) for gains in self.absent.get(name, {}).values())
 
     def texts(self) -> dict[str, str]:
         """doc_id -> full text, in the order of the documents."""
@@ -128,6 +147,8 @@ class Collection:
             apart = [query.instruction] if query.instruction else []
             digest.update(json.dumps([query.query_id, query.text, *apart]).encode())
         digest.update(json.dumps(self.qrels, sort_keys=True).encode())
+        if any(self.absent.values()):
+            digest.update(json.dumps(["absent", self.absent], sort_keys=True).encode())
         for name, lists in (("excluded", self.excluded), ("pools", self.pools), ("changed", self.changed)):
             if lists:  # the hash of a collection without them stays what it is in the runs that recorded it
                 digest.update(name.encode())
@@ -151,7 +172,8 @@ class Collection:
 
         Raises:
             DataError: a file is missing or empty, an id is missing or doubled, a text is empty, a line is not JSON,
-                a score is not an integer, or a judgement or list names an unknown id; file and line are named.
+                a score is not an integer, or a judgement names an unknown query or a list an unknown id; file and line
+                are named. A judgement of an unknown document goes to `absent`.
         """
         folder = Path(folder)
         if not folder.is_dir():
@@ -164,19 +186,20 @@ class Collection:
         paths = sorted((folder / "qrels").glob("*.tsv"))
         if not paths:
             raise DataError(f"{folder / 'qrels'}: no *.tsv file; a collection needs at least one split of judgements")
-        qrels = {path.stem: check_judgements(_judgements(path), ids) for path in paths}
+        judgements = {path.stem: check_judgements(_judgements(path), ids) for path in paths}
         for path in paths:
-            if not qrels[path.stem]:
+            if not judgements[path.stem].qrels:
                 raise DataError(f"{path}: the file has no judgements")
         return cls(
             folder.resolve().name,
             documents,
             queries,
-            qrels,
+            {split: one.qrels for split, one in judgements.items()},
             excluded=check_lists(_rows(folder / "excluded.jsonl", optional=True), "excluded", ids, "excluded"),
             pools=check_lists(_pools(folder / "pools.jsonl"), "doc-ids", ids, "pools"),
             changed=check_lists(_rows(folder / "changed.jsonl", optional=True), "doc-ids", ids, "changed"),
             without_text=len(empty),
+            absent={split: one.absent for split, one in judgements.items() if one.absent},
         )
 
     def save(self, folder: str | Path, *, reports: Mapping[str, Any] | None = None) -> None:
@@ -185,7 +208,11 @@ class Collection:
         Args:
             folder: where.
             reports: file name -> what stands as JSON in the folder beside the collection, e.g. how it was made.
+
+        Raises:
+            ConfigError: the folder holds something else than a collection.
         """
+        check_replaceable(Path(folder), ("corpus.jsonl",))
         documents = ({"_id": d.doc_id, "title": d.title, "text": d.text} for d in self.documents.values())
         queries = (
             {"_id": q.query_id, "text": q.bare}
@@ -197,10 +224,10 @@ class Collection:
             _write_rows(out / "corpus.jsonl", documents)
             _write_rows(out / "queries.jsonl", queries)
             (out / "qrels").mkdir()
-            for name, judgements in self.qrels.items():
+            for name in self.qrels:
                 with (out / "qrels" / f"{name}.tsv").open("w", encoding="utf-8") as file:
                     file.write("query-id\tcorpus-id\tscore\n")
-                    for query_id, relevance in judgements.items():
+                    for query_id, relevance in self.judgements(name).items():
                         file.writelines(f"{query_id}\t{doc_id}\t{score}\n" for doc_id, score in relevance.items())
             for name, key, lists in (
                 ("excluded", "excluded", self.excluded),

@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ..errors import DataError
+from ..errors import ConfigError, DataError
 from .collection import Document
 from .load import split_name
 from .reading import records
@@ -202,7 +202,7 @@ def read_documents(
         DataError: a source does not exist; in an iteration: a table that was named lacks a column, two documents have
             one id, or there is no document with text at all.
         MissingExtraError: in an iteration: HTML, PDF or Parquet, and the extra `documents` is not installed.
-        ConfigError: an unknown field in `columns`.
+        ConfigError: an unknown field in `columns`, or no `Chunking`.
 
     Example:
         >>> import tempfile
@@ -216,6 +216,8 @@ def read_documents(
         >>> documents.report.skipped
         Counter({'binary': 1})
     """
+    if not isinstance(chunking, Chunking | None):
+        raise ConfigError(f"chunking={chunking!r}: expected a Chunking, for instance Chunking(max_tokens=200), or None")
     return DocumentStream(sources, ColumnNames.of(columns), chunking, max_file_bytes)
 
 

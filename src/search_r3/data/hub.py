@@ -9,19 +9,24 @@ Three layouts are known. Each gives the parts of a data set as configs:
 
 A directory without configs in its README.md may hold one sub-folder for each of them. Code of a data set is never
 run: the versions of `datasets` that this package admits cannot.
+
+Published data has rows that cannot be used: judgements of unknown queries, doubled ids, texts that are empty. As mteb
+and BEIR do, they are left out, and counted (`Collection.dropped`), unless `strict` is asked for.
 """
 
 from __future__ import annotations
 
 import tempfile
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
 from ..errors import DataError
-from .collection import Collection, Document, Qrels, Query
+from .collection import Collection, Document, Query
 from .rows import (
+    Judgements,
     KnownIds,
     NamedRows,
     check_documents,
@@ -54,6 +59,7 @@ def load_hub(
     revision: str | None = None,
     skip_empty_documents: bool = False,
     subset: str | None = None,
+    strict: bool = False,
 ) -> Collection:
     """Read a data set of the hub, or a local directory in the hub's format.
 
@@ -63,23 +69,25 @@ def load_hub(
         skip_empty_documents: as in `Collection.load`.
         subset: one of several subsets, or one of BRIGHT's domains (`DOMAIN/long` for its long documents); where the
             splits have documents of their own, a split: `SPLIT` or `SUBSET/SPLIT`.
+        strict: raise where a row cannot be used, as `Collection.load` does, instead of leaving it out.
 
     Raises:
         DataError: the data set cannot be read, has none of the known layouts, has several subsets of which none was
-            asked for, or lacks a column, or a row is broken as in `Collection.load`; data set, config, split and
-            row (counted from 0) are named.
+            asked for, or lacks a column, a field is of another type, or, with `strict`, a row is broken as in
+            `Collection.load`; data set, config, split and row (counted from 0) are named.
     """
     with tempfile.TemporaryDirectory() as scratch:
         repository = Repository(source, revision, scratch)
         if repository.local and revision is not None:
             raise DataError(f"{source} is a folder and has no revision {revision!r}; leave the revision out")
         configs = repository.configs()
-        skipped: set[str] | None = set() if skip_empty_documents else None
+        skipped: set[str] | None = set() if skip_empty_documents or not strict else None
+        dropped = None if strict else Counter[str]()
         if layouts := find_layouts(configs):
             name, split = _choose(source, layouts, subset)
-            return _Reader(repository, layouts[name], name, split, skipped).read(_name(repository, subset))
+            return _Reader(repository, layouts[name], name, split, skipped, dropped).read(_name(repository, subset))
         if is_bright(configs):
-            return _read_bright(repository, subset, skipped)
+            return _read_bright(repository, subset, skipped, dropped)
     raise DataError(f"{source}: no known layout; it has the configs {quoted(configs)}; expected {EXPECTED}")
 
 
@@ -92,6 +100,7 @@ class _Reader:
     subset: str  # name of the subset; empty where there are none
     split: str | None  # the only split that is read; None for all
     skipped: set[str] | None  # as in `check_documents`
+    dropped: Counter[str] | None  # counts rows that are left out; None where they raise
 
     def read(self, name: str) -> Collection:
         judgements = self._judgement_tables()
@@ -100,14 +109,16 @@ class _Reader:
                 f"{self.repository.source}: no subset or split {self.split!r}; the splits are {quoted(judgements)}"
             )
         splits = list(judgements) if self.split is None else [self.split]
-        documents = self._part("corpus", splits, lambda table: _documents(table, DOCUMENT, self.skipped), whole=True)
+        documents = self._part("corpus", splits, self._documents, whole=True)
         instructions = self._part("instruction", splits, _instructions)
         queries = self._part(
-            "queries", splits, lambda table: _queries(table.rows(QUERY, optional=("instruction",)), instructions)
+            "queries",
+            splits,
+            lambda table: _queries(table.rows(QUERY, optional=("instruction",)), instructions, self.dropped),
         )
-        ids = _ids_of(documents, queries, self.skipped, self.layout["corpus"], self.layout["queries"])
-        qrels = {split: self._qrels(judgements[split], ids) for split in splits}
-        query_ids = {query_id for relevance_of in qrels.values() for query_id in relevance_of}
+        ids = _ids_of(documents, queries, self.skipped, self.dropped, self.layout["corpus"], self.layout["queries"])
+        judged = {split: self._judged(judgements[split], ids) for split in splits}
+        query_ids = {query_id for one in judged.values() for query_id in one.qrels}
         if instructions and (missing := sorted(query_ids - instructions.keys())):
             place = f"{self.repository.source}, config {self.layout['instruction']!r}"
             more = f" (and {len(missing) - 1} more)"
@@ -116,10 +127,12 @@ class _Reader:
             name,
             documents,
             queries,
-            qrels,
+            {split: one.qrels for split, one in judged.items()},
             pools=self._part("top_ranked", splits, lambda t: check_lists(t.rows(LIST), "corpus-ids", ids, "pools")),
             changed=self._part("qrel_diff", splits, lambda t: check_lists(t.rows(LIST), "corpus-ids", ids, "changed")),
             without_text=len(self.skipped or ()),
+            absent={split: one.absent for split, one in judged.items() if one.absent},
+            dropped=dict(self.dropped or {}),
         )
 
     def _judgement_tables(self) -> dict[str, Table]:
@@ -166,15 +179,22 @@ class _Reader:
             tables_read.append(table)
         return values
 
-    def _qrels(self, table: Table, ids: KnownIds) -> Qrels:
+    def _documents(self, table: Table) -> dict[str, Document]:
+        return _documents(table, DOCUMENT, self.skipped, self.dropped)
+
+    def _judged(self, table: Table, ids: KnownIds) -> Judgements:
         rows = (
             (place, string(row, "query-id", place), string(row, "corpus-id", place), row["score"])
             for place, row in table.rows(JUDGEMENT)
         )
-        return _not_empty(check_judgements(rows, ids, repeats=True), table)
+        judgements = check_judgements(rows, ids, repeats=True)
+        _not_empty(judgements.qrels, table)
+        return judgements
 
 
-def _read_bright(repository: Repository, subset: str | None, skipped: set[str] | None) -> Collection:
+def _read_bright(
+    repository: Repository, subset: str | None, skipped: set[str] | None, dropped: Counter[str] | None
+) -> Collection:
     domain, _, kind = (subset or "").partition("/")
     prefix, suffix = ("long_", "_long") if kind == "long" else ("", "")
     examples, documents_in = repository.tables("examples"), f"{prefix}documents"
@@ -184,28 +204,39 @@ def _read_bright(repository: Repository, subset: str | None, skipped: set[str] |
         raise DataError(f"{repository.source}: {fault}; ask for one as the subset: {quoted(examples)}; or DOMAIN/long")
     columns = {"_id": ("id",), "text": ("query",), "gold-ids": (f"gold_ids{suffix}",), "excluded": ("excluded_ids",)}
     rows = list(examples[domain].rows(columns))
-    documents = _documents(corpora[domain], BRIGHT_DOCUMENT, skipped)
-    queries = _queries(rows, {})
-    ids = _ids_of(documents, queries, skipped, documents_in, "examples")
+    documents = _documents(corpora[domain], BRIGHT_DOCUMENT, skipped, dropped)
+    queries = _queries(rows, {}, dropped)
+    ids = _ids_of(documents, queries, skipped, dropped, documents_in, "examples")
     gold = ((place, row["_id"], doc_id, 1) for place, row in rows for doc_id in strings(row, "gold-ids", place))
-    qrels = _not_empty(check_judgements(gold, ids, repeats=True), examples[domain])
+    qrels, absent = check_judgements(gold, ids, repeats=True)
+    _not_empty(qrels, examples[domain])
     # Without excluded documents a row lists "N/A", which is none.
     excluded = check_lists(
         ((place, {**row, "query-id": row["_id"]}) for place, row in rows), "excluded", ids, "excluded"
     )
-    name, without_text = _name(repository, subset), len(skipped or ())
-    return Collection(name, documents, queries, {"test": qrels}, excluded=excluded, without_text=without_text)
+    return Collection(
+        _name(repository, subset),
+        documents,
+        queries,
+        {"test": qrels},
+        excluded=excluded,
+        without_text=len(skipped or ()),
+        absent={"test": absent} if absent else {},
+        dropped=dict(dropped or {}),
+    )
 
 
-def _documents(table: Table, columns: Columns, skipped: set[str] | None) -> dict[str, Document]:
-    rows = check_documents(table.rows(columns, optional=("title",)), skipped)
+def _documents(
+    table: Table, columns: Columns, skipped: set[str] | None, dropped: Counter[str] | None
+) -> dict[str, Document]:
+    rows = check_documents(table.rows(columns, optional=("title",)), skipped, dropped)
     return _not_empty({doc_id: Document(doc_id, text, title) for doc_id, title, text in rows}, table)
 
 
-def _queries(rows: NamedRows, instructions: Mapping[str, str]) -> dict[str, Query]:
+def _queries(rows: NamedRows, instructions: Mapping[str, str], dropped: Counter[str] | None) -> dict[str, Query]:
     """The queries, each with its instruction, which may also be in a config of its own."""
     queries = {}
-    for query_id, text, _, instruction in check_queries(rows):
+    for query_id, text, _, instruction in check_queries(rows, dropped):
         other = instructions.get(query_id, "")
         both = instructed(instruction, other) if instruction else other
         queries[query_id] = Query(query_id, instructed(text, other), instruction=both)
@@ -220,11 +251,15 @@ def _instructions(table: Table) -> dict[str, str]:
 
 
 def _ids_of(
-    documents: Mapping[str, Document], queries: Mapping[str, Query], skipped: set[str] | None, *configs: str
+    documents: Mapping[str, Document],
+    queries: Mapping[str, Query],
+    skipped: set[str] | None,
+    dropped: Counter[str] | None,
+    *configs: str,
 ) -> KnownIds:
     """The ids of documents and queries, which are in these two configs."""
     corpus_config, queries_config = (f"config {config!r}" for config in configs)
-    return KnownIds(queries, documents, skipped or frozenset(), queries_config, corpus_config)
+    return KnownIds(queries, documents, skipped or frozenset(), queries_config, corpus_config, dropped)
 
 
 def _not_empty(parts: dict[str, T], table: Table) -> dict[str, T]:

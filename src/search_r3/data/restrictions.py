@@ -4,8 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Literal
 
 from .collection import Collection
+
+IdenticalIds = Literal["unless-relevant", "beir", "keep"]
+"""What becomes of the document that bears the id of its query (ArguAna, Quora: it is the query itself): it is left out
+unless it is judged relevant; left out in any case, as BEIR does; ranked like any other."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,20 +32,24 @@ class Restrictions:
 
 
 def restrictions(
-    collection: Collection, query_id: str, relevance: Mapping[str, int], *, keep_identical_ids: bool = False
+    collection: Collection,
+    query_id: str,
+    relevance: Mapping[str, int],
+    identical_ids: IdenticalIds = "unless-relevant",
 ) -> Restrictions:
     """The restrictions of one query.
 
-    Left out are the documents that the collection excludes for it and, as BEIR does, the one that bears the query's id
-    (ArguAna, Quora: it is the query itself) unless it is judged relevant.
+    Left out are the documents that the collection excludes for it, and the one that bears the query's id where
+    `identical_ids` says so.
 
     Args:
         collection: holds the lists.
         query_id: the query.
         relevance: its judgements, doc_id -> relevance.
-        keep_identical_ids: rank the document that bears the query's id like any other.
+        identical_ids: training and rewards take the default.
     """
     left_out = collection.excluded.get(query_id, frozenset())
-    if not keep_identical_ids and query_id in collection.documents and relevance.get(query_id, 0) <= 0:
+    own = query_id in collection.documents and identical_ids != "keep"
+    if own and (identical_ids == "beir" or relevance.get(query_id, 0) <= 0):
         left_out |= {query_id}
     return Restrictions(left_out=left_out, pool=collection.pools.get(query_id))

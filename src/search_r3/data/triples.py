@@ -42,7 +42,7 @@ def training_examples(
     (`restrictions`). Only queries without listed negatives are searched for.
 
     Raises:
-        DataError: the split is unknown, a query has no positive document, or `metadata.negatives` cannot be used.
+        DataError: the split is unknown, no query has a positive document, or `metadata.negatives` cannot be used.
     """
     qrels = judged_queries(collection, [split])
     positives = {
@@ -100,8 +100,11 @@ def listed_negatives(collection: Collection, query: Query, positive_ids: Contain
 def judged_queries(collection: Collection, splits: Sequence[str]) -> dict[str, dict[str, int]]:
     """query_id -> doc_id -> relevance of the queries of these splits, in their order, as judged in any split.
 
+    Queries without a positive document in the corpus are left out; a warning counts them, and judgements of documents
+    that are not in the corpus.
+
     Raises:
-        DataError: no split was named, one is unknown, or a query has no positive document.
+        DataError: no split was named, one is unknown, or no query has a positive document.
     """
     if not splits:
         raise DataError("no split was named; give one or more of: " + ", ".join(sorted(collection.qrels)))
@@ -109,18 +112,26 @@ def judged_queries(collection: Collection, splits: Sequence[str]) -> dict[str, d
     for qrels in collection.qrels.values():
         for query_id in judged.keys() & qrels.keys():
             judged[query_id] |= qrels[query_id]
-    for query_id, relevance in judged.items():
-        if not any(gain > 0 for gain in relevance.values()):
-            raise DataError(f"query {query_id!r} has no document with a score above 0; remove it")
-    return judged
+    names = ", ".join(splits)
+    if absent := sum(collection.count_absent(split) for split in splits):
+        logger.warning("%d judgements of %s name documents that are not in the corpus and are left out", absent, names)
+    empty = [query_id for query_id, gains in judged.items() if not any(gain > 0 for gain in gains.values())]
+    if len(empty) == len(judged):
+        raise DataError(f"no query of {names} has a document of the corpus with a score above 0; name another split")
+    if empty:
+        logger.warning(
+            "%d queries of %s have no document with a score above 0 and are left out; the first is %r",
+            *(len(empty), names, empty[0]),
+        )
+    return {query_id: gains for query_id, gains in judged.items() if query_id not in set(empty)}
 
 
 def hold_out(collection: Collection, splits: Sequence[str], held_out: Sequence[str]) -> Collection:
     """The collection without those queries of the training splits that stand in a held-out split too; a warning counts.
 
     A split that is named as both is trained on whole, with a warning: it measures nothing afterwards. A query stands in
-    both under one id, or with the same text (whatever its case) and the same pool: a question about a text of its own
-    (babi) is another one.
+    both under one id, or with the same text (whatever its case and its instruction) and the same pool: a question about
+    a text of its own (babi) is another one.
 
     Args:
         collection: documents, queries and judgements; what the other splits say of a query stays.
@@ -136,7 +147,7 @@ def hold_out(collection: Collection, splits: Sequence[str], held_out: Sequence[s
     held_out = [split for split in held_out if split not in splits]
 
     def content(query_id: str) -> tuple[str, frozenset[str] | None]:
-        return collection.queries[query_id].text.casefold(), collection.pools.get(query_id)
+        return collection.queries[query_id].bare.casefold(), collection.pools.get(query_id)
 
     measured = {content(query_id) for split in held_out for query_id in collection.qrels.get(split, {})}
     qrels = dict(collection.qrels)

@@ -10,7 +10,7 @@ import hashlib
 import json
 import logging
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from difflib import get_close_matches
 from pathlib import Path
 from statistics import fmean
@@ -26,6 +26,7 @@ from ..model.encoder import SearchR3
 from ..model.prompts import MODES, PROMPT_SETS, Mode, PromptSet
 from ..types import Array
 from .instructions import NONE, OWN, choose, file_label, task_instruction
+from .mteb_tasks import choose_subsets, sample_queries
 from .systems import short_name
 
 with extra("mteb"):
@@ -68,6 +69,7 @@ class TaskScore:
         scores: `split/subset` -> main score.
         tokens_per_query: `task/split/subset` -> mean reasoning tokens; empty where the result was there before.
         path: mteb's own result file.
+        part: what of the task was measured, where that is not all of it.
     """
 
     task: str
@@ -79,6 +81,7 @@ class TaskScore:
     scores: dict[str, float]
     tokens_per_query: dict[str, float]
     path: Path
+    part: str = ""
 
 
 class SearchR3MTEB:
@@ -209,20 +212,24 @@ class SearchR3MTEB:
         return cache[key]
 
 
-def suite_tasks(names: str | Sequence[str]) -> list[AbsTask]:
+def suite_tasks(names: str | Sequence[str], subsets: Sequence[str] = ()) -> list[AbsTask]:
     """The mteb tasks of suites (`SUITES`) and of single tasks, each once, in the order of the names.
 
     Args:
         names: names of suites or of mteb tasks.
+        subsets: of tasks that have several, those with these names or languages (as mteb writes them: `deu`).
 
     Raises:
-        DataError: unknown names; all of them are in the message, with the nearest known ones.
+        DataError: a task without such a subset, or unknown names; all of them are in the message, with the nearest
+            known ones.
     """
     names = [names] if isinstance(names, str) else names
     tasks, unknown = [], []
     for name in dict.fromkeys(task for suite in names for task in SUITES.get(suite, (suite,))):
         try:
-            tasks.append(mteb.get_task(name))
+            task = mteb.get_task(name)
+            chosen = choose_subsets(task, subsets) if subsets else None
+            tasks.append(task if chosen is None else mteb.get_task(name, hf_subsets=chosen))
         except KeyError:
             unknown.append(name)
     if unknown:
@@ -241,6 +248,8 @@ def run_mteb(
     max_new_tokens: int | None = None,
     instructions: Sequence[str] = (OWN,),
     save_predictions: bool = False,
+    queries: int | None = None,
+    seed: int = 0,
 ) -> list[TaskScore]:
     """Run tasks of mteb in each mode and with each instruction.
 
@@ -256,6 +265,8 @@ def run_mteb(
         max_new_tokens: reasoning budget; by default the model's own.
         instructions: as in `SearchR3MTEB`.
         save_predictions: also write the rankings, `predictions/MODEL/REVISION/TASK_predictions.json`.
+        queries: size of a random sample of the queries of each split; its results are kept apart.
+        seed: of the sample.
 
     Returns:
         The scores task by task, within a task mode by mode, and within a mode by instruction.
@@ -273,14 +284,35 @@ def run_mteb(
         for mode in modes
         for instruction in dict.fromkeys(instructions)
     ]
+    if queries is not None:
+        _sample(queue, encoders, queries, seed)
     cache = ResultCache(out_folder)
     scores = []
     for task in queue:
         vectors: dict[str, Array] | None = {} if len(encoders) > 1 else None
         for encoder in encoders:
             encoder._cache = vectors
-            scores.append(_run(encoder, task, cache, batch_size, save_predictions))
+            score = _run(encoder, task, cache, batch_size, save_predictions)
+            scores.append(replace(score, part=_part(task, queries)))
     return scores
+
+
+def _sample(tasks: Sequence[AbsTask], encoders: Sequence[SearchR3MTEB], queries: int, seed: int) -> None:
+    """Let the tasks measure samples of their queries, and keep the results apart."""
+    for task in tasks:
+        sample_queries(task, queries, seed)
+    for encoder in encoders:
+        meta = encoder.mteb_model_meta
+        sampled = {**(meta.experiment_kwargs or {}), "queries": queries, "seed": seed}
+        encoder.mteb_model_meta = meta.model_copy(update={"experiment_kwargs": sampled})
+
+
+def _part(task: AbsTask, queries: int | None) -> str:
+    """What of a task is measured, where that is not all of it."""
+    subsets = getattr(task, "hf_subsets", None) or []
+    whole = len(subsets) == len(task.metadata.hf_subsets_to_langscripts)
+    parts = [f"a sample of {queries:,} queries"] if queries is not None else []
+    return ", ".join(parts if whole or not subsets else [*parts, f"subsets {' '.join(subsets)}"])
 
 
 def _run(encoder: SearchR3MTEB, task: AbsTask, cache: ResultCache, batch_size: int, save: bool) -> TaskScore:
@@ -304,7 +336,13 @@ def _run(encoder: SearchR3MTEB, task: AbsTask, cache: ResultCache, batch_size: i
     finally:
         if bars_shown:
             enable_progress_bars()
-    subsets = ((split, subset) for split, subsets in result.scores.items() for subset in subsets)
+    kept = getattr(task, "hf_subsets", None)  # a file may hold others, of an earlier call
+    subsets = (
+        (split, subset)
+        for split, subsets in result.scores.items()
+        for subset in subsets
+        if kept is None or subset["hf_subset"] in kept
+    )
     scores = {f"{split}/{subset['hf_subset']}": round(float(subset["main_score"]), 6) for split, subset in subsets}
     mean, measure, tokens = fmean(scores.values()), task.metadata.main_score, encoder.tokens_per_query
     system = encoder.mode, str(meta.name), encoder.instruction

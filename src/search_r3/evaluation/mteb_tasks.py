@@ -4,20 +4,27 @@ from __future__ import annotations
 
 import hashlib
 import json
+import random
 import re
 from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from statistics import fmean
 from typing import Any, cast
 
 from ..data.collection import Collection, Query
+from ..data.load import split_name
 from ..data.restrictions import Restrictions, restrictions
+from ..errors import DataError
 from ..extras import extra
+from ..retrieval.metrics import p_mrr, rank
 from .benchmark import judged
 
 with extra("mteb"):
+    import mteb
     from datasets import Dataset
-    from mteb import TaskMetadata
-    from mteb._evaluators.retrieval_metrics import evaluate_p_mrr_change
+    from mteb import AbsTask, TaskMetadata
     from mteb.abstasks import AbsTaskRetrieval
+    from mteb.abstasks.aggregated_task import AbsTaskAggregate
 
 
 def collection_task(
@@ -53,7 +60,7 @@ def collection_task(
         prompt={},  # None would stand for mteb's general one
     )
     # mteb keeps the metadata in the class: unloading a task deletes those of the instance.
-    identical = not any(gains.get(query_id, 0) > 0 for query_id, gains in qrels.items())
+    identical = _no_own_document(qrels)
     kind = type("CollectionTask", (_CollectionTask,), {"metadata": metadata, "ignore_identical_ids": identical})
     return cast("AbsTaskRetrieval", kind(collection, qrels))
 
@@ -82,8 +89,90 @@ class _CollectionTask(AbsTaskRetrieval):
     def task_specific_scores(self, scores: Any, qrels: Any, results: Any, *args: Any, **kwargs: Any) -> dict[str, Any]:
         if not self.collection.changed:
             return {}
-        changed = {query: sorted(doc_ids) for query, doc_ids in self.collection.changed.items()}
-        return evaluate_p_mrr_change(qrels, results, changed, self.k_values)
+        rankings = {query_id: rank(scores_of) for query_id, scores_of in results.items()}
+        lost = {
+            query: doc_ids
+            for query, doc_ids in self.collection.changed.items()
+            if f"{query}-og" in rankings and f"{query}-changed" in rankings
+        }
+        before, after = ({query: rankings[f"{query}-{kind}"] for query in lost} for kind in ("og", "changed"))
+        return {"p-MRR": fmean(p_mrr(before, after, lost).values()) if lost else 0.0}
+
+
+def leaves_out_identical_ids(source: str, collection: Collection) -> bool:
+    """Whether mteb leaves the document with the id of its query out of the ranking.
+
+    Of a data set of the hub, where it does so in a task on it; of another collection, as in `collection_task`.
+
+    Args:
+        source: as it was asked for.
+        collection: what is there.
+    """
+    parts = split_name(source)
+    if parts is None or Path(parts[0]).is_dir():
+        return all(map(_no_own_document, collection.qrels.values()))
+    tasks = mteb.get_tasks(modalities=["text"], exclude_superseded=False)
+    of_source = [task for task in tasks if str(task.metadata.dataset.get("path", "")).lower() == parts[0].lower()]
+    return any(getattr(task, "ignore_identical_ids", False) for task in of_source)
+
+
+def _no_own_document(qrels: Mapping[str, Mapping[str, int]]) -> bool:
+    """Whether no query has a relevant document with its own id."""
+    return not any(gains.get(query_id, 0) > 0 for query_id, gains in qrels.items())
+
+
+def choose_subsets(task: AbsTask, names: Sequence[str]) -> list[str]:
+    """The subsets of a task that have these names or are in these languages; of a task without subsets, its only one.
+
+    Raises:
+        DataError: none is; the message lists them.
+    """
+    languages = task.metadata.hf_subsets_to_langscripts
+    if not task.metadata.is_multilingual:
+        return list(languages)
+    chosen = [
+        subset
+        for subset, scripts in languages.items()
+        if subset in names or any(script.partition("-")[0] in names for script in scripts)
+    ]
+    if not chosen:
+        raise DataError(f"{task.metadata.name} has no subset {', '.join(names)}; it has {', '.join(languages)}")
+    return chosen
+
+
+def sample_queries(task: AbsTask, count: int, seed: int) -> None:
+    """Let a retrieval task measure a random sample of the queries of each split; both of a changed pair, or neither.
+
+    Raises:
+        DataError: the task is no retrieval task.
+    """
+    if isinstance(task, AbsTaskAggregate):
+        for one in task.metadata.tasks:
+            sample_queries(one, count, seed)
+        return
+    if not isinstance(task, AbsTaskRetrieval):
+        raise DataError(f"{task.metadata.name} is no retrieval task: it has no queries to take a sample of")
+    load = task.load_data
+
+    def load_sample(*args: Any, **kwargs: Any) -> None:
+        if task.data_loaded:
+            return
+        load(*args, **kwargs)
+        task.convert_v1_dataset_format_to_v2(num_proc=None)
+        for splits in task.dataset.values():
+            for data in splits.values():
+                names = sorted({_query_of(one) for one in data["relevant_docs"]})
+                chosen = set(random.Random(seed).sample(names, min(count, len(names))))
+                data["relevant_docs"] = {  # mteb asks no query that has none
+                    one: gains for one, gains in data["relevant_docs"].items() if _query_of(one) in chosen
+                }
+
+    task.load_data = load_sample  # type: ignore[method-assign]
+
+
+def _query_of(query_id: str) -> str:
+    """The query that an original or changed instruction belongs to."""
+    return re.sub(r"-(og|changed)$", "", query_id)
 
 
 def _row(query: Query, instructed: bool) -> dict[str, str]:
@@ -94,7 +183,7 @@ def _row(query: Query, instructed: bool) -> dict[str, str]:
 
 def _top_ranked(collection: Collection, query_ids: Iterable[str]) -> dict[str, list[str]] | None:
     """The documents to rank for each query; mteb skips a query that is not listed, so it is all queries or none."""
-    limits = {name: restrictions(collection, name, {}, keep_identical_ids=True) for name in query_ids}
+    limits = {name: restrictions(collection, name, {}, "keep") for name in query_ids}
     if all(limit == Restrictions() for limit in limits.values()):
         return None
     everything = list(collection.documents)

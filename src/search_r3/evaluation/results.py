@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+import os
+import platform
 import re
+from contextlib import suppress
+from datetime import UTC, datetime
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +17,20 @@ from ..errors import DataError
 from ..files import write_text
 
 FORMAT = 1
+ENGINE = 1
+"""Raised by hand with every change after which prompts, decoding, ranking or measures give other numbers."""
+PACKAGES = (
+    "search-r3",
+    "torch",
+    "transformers",
+    "accelerate",
+    "tokenizers",
+    "bm25s",
+    "PyStemmer",
+    "babel",
+    "numpy",
+    "sentence-transformers",
+)
 UNKNOWN = "unknown"
 """The revision of a model whose library does not tell."""
 KEY_SHOWN = 12
@@ -41,7 +60,11 @@ class CollectionInfo(_Part):
     source: str = Field(description="As it was asked for: a folder, a hub id or a built-in name.")
     hash: str = Field(description="SHA-256 of documents, queries, judgements, pools and excluded documents.")
     documents: int
-    queries: int = Field(description="Queries of the split with a relevant document; others are not measured.")
+    queries: int = Field(description="Queries that were measured: those of the split with a relevant document.")
+    sample_of: int = Field(0, description="Number of queries that these are a sample of; 0 where all were measured.")
+    without_relevant: int = Field(0, description="Queries of the split without a relevant document, left out.")
+    absent: int = Field(0, description="Judgements of documents that are not in the corpus: counted, never found.")
+    dropped: dict[str, int] = Field({}, description="What was wrong with rows that were left out -> how many.")
     without_text: int = Field(description="Documents without any text, which were left out.")
     identical_ids: int = Field(description="Documents left out of a ranking because they bear the id of its query.")
 
@@ -55,13 +78,16 @@ class Cost(_Part):
     tokens_per_query: float = Field(0.0, description="Mean tokens of reasoning.")
     forced_share: float = Field(0.0, description="Share of queries whose embed token was forced.")
     truncated_queries: int = Field(0, description="Queries that lost their end.")
+    truncated_documents: int = Field(0, description="Documents that lost their end.")
 
 
 class Result(_Part):
     """One system on one split of one collection. Lists named `per query` follow `query_ids`."""
 
     format: int = FORMAT
-    key: str = Field(description="SHA-256 over system, collection, split and settings; a result is cached under it.")
+    key: str = Field(
+        description="SHA-256 over system, collection, split, settings and versions; a result is cached under it."
+    )
     system: SystemInfo
     collection: CollectionInfo
     settings: dict[str, Any] = Field(description="Of the evaluation: depth, seed, resamples, ...")
@@ -76,6 +102,7 @@ class Result(_Part):
     snippets: dict[str, str] = Field(description="doc_id -> beginning of its text, for all in `top` and `relevant`.")
     reasoning: list[str] = Field([], description="Per query, in reason mode.")
     reasoning_tokens: list[int] = Field([], description="Per query, in reason mode.")
+    notes: list[str] = Field([], description="What a reader of the numbers should know of this system here.")
     provenance: dict[str, Any] = Field(description="Date, versions, machine, device, threads, seconds.")
 
     @property
@@ -137,3 +164,26 @@ def load_result(path: Path) -> Result:
 def load_results(folder: Path) -> list[Result]:
     """All results of a folder, in the order of their names."""
     return [load_result(path) for path in sorted(folder.glob("*.*.*.*.json"))]
+
+
+def provenance() -> dict[str, Any]:
+    """Date, versions and machine of this process."""
+    import torch
+
+    return {
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+        "versions": package_versions(),
+        "machine": platform.machine(),
+        "processors": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
+    }
+
+
+def package_versions() -> dict[str, str]:
+    """Python and the packages that results depend on, those that are installed."""
+    versions = {"python": platform.python_version()}
+    for name in PACKAGES:
+        with suppress(PackageNotFoundError):
+            versions[name] = version(name)
+    return versions

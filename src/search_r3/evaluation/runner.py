@@ -4,36 +4,42 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
+from ..data.collection import Collection
 from ..data.load import load_collection
 from ..errors import ConfigError
 from ..files import write_json, write_text
 from ..model.encoder import SearchR3
 from ..model.prompts import Mode
+from ..retrieval.tokens import AUTO, LexicalTokens
 from ..types import Watch
 from . import instructions
-from .benchmark import EvaluationOptions, evaluate, judged, resolve_splits
+from .baselines import (
+    BM25_NAME,
+    SENTENCE_TRANSFORMERS,
+    UNSTEMMED,
+    BM25System,
+    PeerModel,
+    SentenceTransformersSystem,
+)
+from .benchmark import EvaluationOptions, evaluate, measured, resolve_splits
 from .instructions import NONE, OWN
 from .results import Result, SystemInfo
+from .runs import check_ids
 from .significance import Comparison, compare
-from .systems import (
-    SENTENCE_TRANSFORMERS,
-    BM25System,
-    EncodedCollections,
-    SearchR3System,
-    SentenceTransformersSystem,
-    System,
-    short_name,
-)
+from .systems import EncodedCollections, SearchR3System, System, short_name
 from .table import averages, markdown, summary
 
-BM25_NAME, REASONING_NAME = "bm25", "bm25+reasoning"
+REASONING_NAME, BOTH_NAME = "bm25+reasoning", "bm25+query+reasoning"
+"""BM25 on what a model wrote, instead of the query and after it."""
 RESULTS = "results"
 """Where in the folder of an evaluation, or of a run, its results are."""
+RUNS = "runs"
+"""Where rankings and judgements are in TREC's formats."""
 SUMMARY = "summary.json"
 """What the last command into the folder of an evaluation found."""
 
@@ -45,16 +51,19 @@ class EvaluationPlan:
     Attributes:
         models: label -> directory or hub id; the label of a single one may be empty.
         modes: of each model.
-        baselines: `bm25`, `bm25+reasoning`, `sentence-transformers:NAME`.
+        baselines: `bm25`, `bm25-unstemmed`, `bm25+reasoning`, `bm25+query+reasoning`, `sentence-transformers:NAME`.
         collections: built-in names, folders or hub ids.
         splits: names, `all`, or none for `test` (else `dev`, `validation`, `train`).
         options: how results are computed.
         batch_size: queries reasoned about at once.
-        loading: what `SearchR3` takes beside a model: `device`, `dtype`, `prompts`, ...
+        loading: what `SearchR3` takes beside a model: `device`, `dtype`, `prompts`, ...; peers take the first two.
         instructions: of the queries, each a system of its own: `own`, `none` or a text (`instructions.choose`). Without
             any, `own`, and also `none` on the splits whose queries have their own, unless the collection measures how
             rankings follow them (p-MRR).
         document_instruction: of the documents.
+        language: of the texts, for BM25 (`LexicalTokens`).
+        follow_mteb: leave documents with the id of their query out where mteb does; else `options` say so.
+        write_runs: also write rankings and judgements in TREC's formats.
     """
 
     models: dict[str, str]
@@ -67,6 +76,9 @@ class EvaluationPlan:
     loading: Mapping[str, Any] = field(default_factory=dict)
     instructions: Sequence[str] = ()
     document_instruction: str = ""
+    language: str = AUTO
+    follow_mteb: bool = False
+    write_runs: bool = False
 
 
 def label_models(sources: Sequence[str]) -> dict[str, str]:
@@ -99,50 +111,81 @@ def run_plan(plan: EvaluationPlan, folder: Path, watch: Watch | None = None) -> 
         watch: told of the progress.
 
     Raises:
-        ConfigError: an unknown baseline, one without what it needs, or two collections of one name; before anything
-            is computed.
+        ConfigError: an unknown baseline or language, a baseline without what it needs, or two collections of one name;
+            before anything is computed.
         DataError: a collection that cannot be read, or lacks a split; before anything is computed.
     """
     _check_baselines(plan)
-    source_of: dict[str, str] = {}
-    for source in plan.collections:
-        collection = load_collection(source, skip_empty_documents=True)
-        if collection.name in source_of:
-            pair = f"{source_of[collection.name]} and {source}"
-            raise ConfigError(f"two collections are called {collection.name!r}: {pair}; evaluate them into two folders")
-        source_of[collection.name] = source
-        for split in resolve_splits(collection, plan.splits):
-            judged(collection, split)
+    options = _check_collections(plan)
     models = {
         label: EncodedCollections(SearchR3(source, **plan.loading), folder / "indexes", plan.document_instruction)
         for label, source in plan.models.items()
     }
     systems = _systems(plan, models)
+    runs = folder / RUNS if plan.write_runs else None
     for source in plan.collections:
         collection = load_collection(source, skip_empty_documents=True)
-        run = partial(evaluate, options=plan.options, source=source, folder=folder / RESULTS, watch=watch)
+        run = partial(evaluate, options=options[source], source=source, folder=folder / RESULTS, watch=watch, runs=runs)
         for split in resolve_splits(collection, plan.splits):
             asked = plan.instructions or instructions.choices(collection, split)
             for system in systems:
-                if system.info.kind == "search-r3" and system.info.settings.get("instruction", OWN) not in asked:
+                if system.info.kind != "bm25" and system.info.settings.get("instruction", OWN) not in asked:
                     continue
                 yield (result := run(system, collection, split))
-                if REASONING_NAME in plan.baselines and result.system.mode == "reason":
-                    yield run(reasoning_baseline(result), collection, split)
+                if result.system.mode == "reason":
+                    for name in (REASONING_NAME, BOTH_NAME):
+                        if name in plan.baselines:
+                            lexical = reasoning_baseline(result, baseline=name, language=plan.language)
+                            yield run(lexical, collection, split)
         for collections in models.values():
             collections.forget(collection)
 
 
-def reasoning_baseline(result: Result, name: str | None = None) -> BM25System:
+def _check_collections(plan: EvaluationPlan) -> dict[str, EvaluationOptions]:
+    """Source -> how it is measured; raises where one cannot be."""
+    sources: dict[str, str] = {}
+    options = {}
+    for source in plan.collections:
+        collection = load_collection(source, skip_empty_documents=True)
+        if collection.name in sources:
+            pair = f"{sources[collection.name]} and {source}"
+            raise ConfigError(f"two collections are called {collection.name!r}: {pair}; evaluate them into two folders")
+        sources[collection.name] = source
+        for split in resolve_splits(collection, plan.splits):
+            measured(collection, split, plan.options)
+        if plan.write_runs:
+            check_ids(collection)
+        options[source] = _identical_ids(plan, source, collection)
+    return options
+
+
+def _identical_ids(plan: EvaluationPlan, source: str, collection: Collection) -> EvaluationOptions:
+    if not plan.follow_mteb:
+        return plan.options
+    from .mteb_tasks import leaves_out_identical_ids
+
+    rule: Literal["beir", "keep"] = "beir" if leaves_out_identical_ids(source, collection) else "keep"
+    return replace(plan.options, identical_ids=rule)
+
+
+def reasoning_baseline(
+    result: Result, name: str | None = None, *, baseline: str = REASONING_NAME, language: str = AUTO
+) -> BM25System:
     """BM25 on what a model wrote about the queries: what is left of its gain if only the words count.
 
     Args:
         result: of a mode that reasons.
-        name: as in the tables; by default `bm25+reasoning`, with the label of the model.
+        name: as in the tables; by default that of the baseline, with the label of the model.
+        baseline: `bm25+reasoning`, or `bm25+query+reasoning`, which searches the query and what was written after it.
+        language: as of `LexicalTokens`.
     """
     texts = dict(zip(result.query_ids, result.reasoning, strict=True))
-    name = name or REASONING_NAME + result.system.name.removeprefix("reason")
-    return BM25System(name, texts, result.key, result.cost)
+    origin = result.key
+    if baseline == BOTH_NAME:
+        origin = f"{BOTH_NAME} {origin}"
+        texts = {one: f"{query} {texts[one]}" for one, query in zip(result.query_ids, result.queries, strict=True)}
+    name = name or baseline + result.system.name.removeprefix("reason")
+    return BM25System(name, texts, origin, result.cost, language=language)
 
 
 def write_summary(results: Sequence[Result], folder: Path, permutations: int, seed: int) -> list[Comparison]:
@@ -165,27 +208,38 @@ def write_summary(results: Sequence[Result], folder: Path, permutations: int, se
 
 
 def _check_baselines(plan: EvaluationPlan) -> None:
-    choices = [BM25_NAME, REASONING_NAME, SENTENCE_TRANSFORMERS + "NAME"]
+    choices = [BM25_NAME, UNSTEMMED, REASONING_NAME, BOTH_NAME, SENTENCE_TRANSFORMERS + "NAME"]
     for name in plan.baselines:
-        if name not in choices[:2] and not (name.startswith(SENTENCE_TRANSFORMERS) and name != SENTENCE_TRANSFORMERS):
+        if name not in choices[:-1] and not (name.startswith(SENTENCE_TRANSFORMERS) and name != SENTENCE_TRANSFORMERS):
             nearest = difflib.get_close_matches(name, choices, n=1)
             hint = f"did you mean {nearest[0]!r}?" if nearest else f"known: {', '.join(choices)}"
             raise ConfigError(f"unknown baseline {name!r}; {hint}")
-    if REASONING_NAME in plan.baselines and not (plan.models and "reason" in plan.modes):
-        raise ConfigError(f"{REASONING_NAME} searches what a model wrote; add --model and --modes reason")
+    for name in (REASONING_NAME, BOTH_NAME):
+        if name in plan.baselines and not (plan.models and "reason" in plan.modes):
+            raise ConfigError(f"{name} searches what a model wrote; add --model and --modes reason")
+    if lexical := [name for name in plan.baselines if name.startswith(BM25_NAME)]:
+        LexicalTokens(plan.language, stemmed=lexical != [UNSTEMMED])
     if not plan.models and not plan.baselines:
         raise ConfigError("nothing to evaluate; give --model, --baselines, or both")
 
 
 def _systems(plan: EvaluationPlan, models: Mapping[str, EncodedCollections]) -> list[System]:
     """All systems but those that wait for another's reasoning, with names that tell them apart."""
-    systems: list[System] = [BM25System()] if BM25_NAME in plan.baselines else []
-    for name in plan.baselines:
-        if name.startswith(SENTENCE_TRANSFORMERS):
-            systems.append(SentenceTransformersSystem(name.removeprefix(SENTENCE_TRANSFORMERS)))
+    systems: list[System] = [
+        BM25System(name, language=plan.language, stemmed=name == BM25_NAME)
+        for name in (BM25_NAME, UNSTEMMED)
+        if name in plan.baselines
+    ]
+    chosen = plan.instructions or (OWN, NONE)
+    for baseline in plan.baselines:
+        if baseline.startswith(SENTENCE_TRANSFORMERS):
+            precision = {name: plan.loading[name] for name in ("device", "dtype") if name in plan.loading}
+            peer = PeerModel(baseline.removeprefix(SENTENCE_TRANSFORMERS), **precision)
+            name = Path(peer.source).name
+            systems += [SentenceTransformersSystem(peer, name + instructions.label(one), one) for one in chosen]
     for label, collections in models.items():
         for mode in plan.modes:
-            for choice in plan.instructions or (OWN, NONE):
+            for choice in chosen:
                 name = (f"{mode}/{label}" if label else mode) + instructions.label(choice)
                 systems.append(SearchR3System(collections, mode, name, plan.batch_size, choice))
     named: dict[str, SystemInfo] = {}

@@ -1,4 +1,4 @@
-"""What can be evaluated: Search-R3 in a mode, BM25, BM25 on a model's reasoning, sentence-transformers.
+"""What can be evaluated, and Search-R3 in a mode; `baselines` has the others.
 
 A system indexes a collection and ranks its documents for queries, under the restrictions that the collection sets:
 documents left out of a ranking, and pools that are the only ones ranked.
@@ -11,40 +11,37 @@ import shutil
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from importlib import metadata
 from pathlib import Path
-from typing import Any, Generic, Protocol, TypeVar
-
-import numpy as np
+from typing import Generic, Protocol, TypeVar
 
 from ..data.collection import Collection, Document
-from ..errors import ModelError
-from ..extras import extra
-from ..model.documents import check_finite
 from ..model.encoder import SearchR3
 from ..model.prompts import Mode
-from ..model.source import peer_files
 from ..retrieval.encode import encode_corpus
 from ..retrieval.index import ExactIndex
-from ..retrieval.lexical import BM25, Scored
-from ..retrieval.ranking import RankRequest, ranked, without
-from ..types import Array, Progress
+from ..retrieval.lexical import Scored
+from ..retrieval.ranking import RankRequest, ranked
+from ..types import Progress
 from .instructions import OWN, choose, file_label
 from .results import Cost, SystemInfo
 
 T = TypeVar("T")
-SENTENCE_TRANSFORMERS = "sentence-transformers:"
+AT_A_TIME = 1024
 
 
 @dataclass(frozen=True)
 class Answers:
-    """What a system says about requests, in their order; the last four are empty for systems that do not reason."""
+    """What a system says about requests, in their order; what is said of reasoning is empty for systems that do not.
+
+    `truncated` counts queries that lost their end, `notes` are sentences for those who read the results.
+    """
 
     rankings: list[Scored]
     reasoning: list[str] = field(default_factory=list)
     reasoning_tokens: list[int] = field(default_factory=list)
     forced: list[bool] = field(default_factory=list)
     truncated: int = 0
+    notes: list[str] = field(default_factory=list)
 
 
 class Searchable(Protocol):
@@ -53,6 +50,11 @@ class Searchable(Protocol):
     @property
     def documents_per_second(self) -> float | None:
         """Speed of the indexing; None where nothing had to be indexed."""
+        ...
+
+    @property
+    def truncated_documents(self) -> int:
+        """Documents that lost their end."""
         ...
 
     def answer(self, requests: Sequence[RankRequest], depth: int, progress: Progress | None = None) -> Answers:
@@ -78,7 +80,7 @@ class System(Protocol):
         ...
 
 
-class _PerCollection(Generic[T]):
+class PerCollection(Generic[T]):
     """Keeps the index of the last collection, for its other splits and for other systems that share it."""
 
     before: Cost | None = None
@@ -96,52 +98,7 @@ class _PerCollection(Generic[T]):
         raise NotImplementedError
 
 
-class BM25System(_PerCollection[Searchable]):
-    """BM25 on the queries, or on other `texts` by query_id.
-
-    Args:
-        name: as in the tables.
-        texts: what is searched instead of a query, e.g. a model's reasoning; the query itself where it is blank.
-        origin: what names the texts, for the cache.
-        before: what the texts cost.
-    """
-
-    def __init__(
-        self,
-        name: str = "bm25",
-        texts: Mapping[str, str] | None = None,
-        origin: str = "",
-        before: Cost | None = None,
-    ) -> None:
-        self._texts, self.before = texts or {}, before
-        settings = {"stop_words": "en", "stemming": "none", **({"texts": origin} if texts is not None else {})}
-        self.info = SystemInfo(name=name, kind="bm25", model="bm25s", revision=BM25.release(), settings=settings)
-
-    def _make_index(self, collection: Collection, progress: Progress | None) -> Searchable:
-        started = time.perf_counter()
-        index = BM25(list(collection.documents), list(collection.texts().values()))
-        seconds = time.perf_counter() - started
-        if progress is not None:
-            progress(len(collection.documents), 0)
-        return _Lexical(index, self._texts, len(collection.documents) / seconds)
-
-
-@dataclass(frozen=True)
-class _Lexical:
-    _index: BM25
-    _texts: Mapping[str, str]
-    documents_per_second: float | None
-
-    def answer(self, requests: Sequence[RankRequest], depth: int, progress: Progress | None = None) -> Answers:
-        texts = [self._texts.get(request.query_id, "").strip() or request.text for request in requests]
-        deepest = depth + max(len(request.left_out) for request in requests)
-        rankings = self._index.search_scored(texts, deepest, [request.pool for request in requests])
-        if progress is not None:
-            progress(len(requests), 0)
-        return Answers([without(ranking, request, depth) for ranking, request in zip(rankings, requests, strict=True)])
-
-
-class EncodedCollections(_PerCollection[tuple[ExactIndex, float | None]]):
+class EncodedCollections(PerCollection[tuple[ExactIndex, float | None]]):
     """The collections that one Search-R3 model has encoded; both of its modes search the same vectors.
 
     `index` gives the index and the documents encoded per second (None where it was on the disk).
@@ -156,6 +113,7 @@ class EncodedCollections(_PerCollection[tuple[ExactIndex, float | None]]):
         self.model, self.instruction = model, instruction.strip()
         self.revision = model.backbone.revision
         self._folder = folder
+        self._cut = "", 0
 
     def _make_index(self, collection: Collection, progress: Progress | None) -> tuple[ExactIndex, float | None]:
         started, count = time.perf_counter(), len(collection.documents)
@@ -177,6 +135,22 @@ class EncodedCollections(_PerCollection[tuple[ExactIndex, float | None]]):
             progress=progress,
         )
         return index, count / (time.perf_counter() - started) if count else None
+
+    def truncated_documents(self, collection: Collection) -> int:
+        """The documents of the collection that are longer than the model's `max_length`."""
+        key = collection.content_hash()
+        if self._cut[0] != key:
+            side = self.model.backbone.document_side
+            # A token takes at least one byte, so most short texts need not be read again.
+            room = side.settings.max_length - len(side.prompt_encoder.encode("a", "document", self.instruction).ids)
+            long = [text for text in collection.texts().values() if len(text.encode()) > room]
+            cut = 0
+            for start in range(0, len(long), AT_A_TIME):
+                texts = long[start : start + AT_A_TIME]
+                prompts = side.prompt_encoder.encode_batch(texts, "document", self.instruction)
+                cut += sum(prompt.truncated for prompt in prompts)
+            self._cut = key, cut
+        return self._cut[1]
 
     def forget(self, collection: Collection) -> None:
         """Remove what is on the disk of a collection whose results are complete."""
@@ -240,7 +214,8 @@ class SearchR3System:
     def index(self, collection: Collection, progress: Progress | None = None) -> Searchable:
         """Encode all documents, unless the other mode has."""
         index, speed = self.collections.index(collection, progress)
-        return _Reasoning(self.collections.model, self.mode, self.batch_size, self.instruction, index, speed)
+        cut = self.collections.truncated_documents(collection)
+        return _Reasoning(self.collections.model, self.mode, self.batch_size, self.instruction, index, speed, cut)
 
 
 @dataclass(frozen=True)
@@ -251,6 +226,7 @@ class _Reasoning:
     _instruction: str
     _index: ExactIndex
     documents_per_second: float | None
+    truncated_documents: int
 
     def answer(self, requests: Sequence[RankRequest], depth: int, progress: Progress | None = None) -> Answers:
         queries = self._model.encode_query(
@@ -264,87 +240,6 @@ class _Reasoning:
         if self._mode == "direct":
             return Answers(rankings, truncated=truncated)
         return Answers(rankings, queries.reasoning, queries.reasoning_tokens, queries.forced, truncated)
-
-
-class SentenceTransformersSystem(_PerCollection[Searchable]):
-    """A dense peer.
-
-    Args:
-        source: a directory, an installed package that carries a model, or a hub id.
-        batch_size: texts encoded together.
-
-    Raises:
-        MissingExtraError: sentence-transformers is not installed.
-        ModelError: there is no such model.
-    """
-
-    def __init__(self, source: str, batch_size: int = 32) -> None:
-        with extra("integrations"):
-            from sentence_transformers import SentenceTransformer
-        try:
-            files = peer_files(str(_package_folder(source) or source))
-            self._model: Any = SentenceTransformer(
-                str(files.folder), trust_remote_code=False, model_kwargs={"use_safetensors": True}
-            )
-        except Exception as error:  # it raises whatever the library beneath it raises
-            raise ModelError(
-                f"cannot load {source!r} with sentence-transformers: {str(error).splitlines()[0]}; give a directory, "
-                "an installed package that carries a model, or a hub id"
-            ) from error
-        self.source, self.batch_size = source, batch_size
-        similarity = self._model.similarity_fn_name
-        if similarity not in ("cosine", "dot"):
-            raise ModelError(f"{source!r} compares vectors by {similarity}; only cosine and dot are supported")
-        self._normalize = similarity == "cosine"
-        self.info = SystemInfo(
-            name=Path(source).name,
-            kind="sentence-transformers",
-            model=source,
-            revision=files.revision,
-            settings={
-                "max_seq_length": self._model.max_seq_length,
-                "similarity": similarity,
-                "library": f"sentence-transformers {metadata.version('sentence-transformers')}",
-            },
-        )
-
-    def _make_index(self, collection: Collection, progress: Progress | None) -> Searchable:
-        texts = collection.texts()
-        started = time.perf_counter()
-        vectors = self.encode(list(texts.values()), "document")
-        seconds = time.perf_counter() - started
-        if progress is not None:
-            progress(len(texts), 0)
-        return _Dense(self, ExactIndex(list(texts), vectors), len(texts) / seconds)
-
-    def encode(self, texts: Sequence[str], kind: str) -> Array:
-        """Vectors of queries or documents, `N x D`.
-
-        Raises:
-            ModelError: a vector holds NaN or infinity.
-        """
-        encode = self._model.encode_query if kind == "query" else self._model.encode_document
-        vectors = encode(
-            list(texts),
-            batch_size=self.batch_size,
-            normalize_embeddings=self._normalize,
-            show_progress_bar=False,
-        )
-        check_finite(vectors, texts, self.source)
-        return np.asarray(vectors, dtype=np.float32)
-
-
-@dataclass(frozen=True)
-class _Dense:
-    _system: SentenceTransformersSystem
-    _index: ExactIndex
-    documents_per_second: float | None
-
-    def answer(self, requests: Sequence[RankRequest], depth: int, progress: Progress | None = None) -> Answers:
-        vectors = self._system.encode([request.text for request in requests], "query")
-        if progress is not None:
-            progress(len(requests), 0)
-        return Answers(ranked(self._index, vectors, requests, depth))
 
 
 def short_name(source: str) -> str:
@@ -368,15 +263,3 @@ def index_documents(
     """Encode all documents (by their ids) into an exact index."""
     texts = [document.full_text for document in documents.values()]
     return ExactIndex(list(documents), model.encode_document(texts, instruction=instruction, progress=progress))
-
-
-def _package_folder(source: str) -> Path | None:
-    """The directory of the model that an installed package of this name carries."""
-    try:
-        files = metadata.files(source) or []
-    except (metadata.PackageNotFoundError, ValueError):
-        return None
-    for file in files:
-        if file.name == "modules.json":
-            return Path(str(file.locate())).parent
-    return None

@@ -15,6 +15,7 @@ COLUMNS = {
     "recall@100": "recall@100",
     "mrr@10": "MRR@10",
     "map": "MAP",
+    "ndcg@5": "nDCG@5",
     "p-mrr": "p-MRR",
     "tokens_per_query": "tokens/query",
     "ms_per_query": "ms/query",
@@ -23,6 +24,8 @@ COLUMNS = {
     "gain_per_100_tokens": "gain/100 tokens",
 }
 """Key in `summary` -> heading."""
+FOLLOWIR = ("ndcg@5", "p-mrr")
+"""Columns that are there where instructions change."""
 AVERAGED = (MAIN, "recall@100", "mrr@10", "map")
 
 
@@ -39,7 +42,55 @@ def summary(result: Result, results: Sequence[Result] = ()) -> dict[str, Any]:
         **result.cost.model_dump(),
         "gain_per_100_tokens": gain_per_100_tokens(result, results),
         "queries": result.collection.queries,
+        "sample_of": result.collection.sample_of,
+        f"{MAIN}_with_0": with_zeros(result),
     }
+
+
+def with_zeros(result: Result) -> float:
+    """nDCG@10 where queries without a relevant document count as 0 (trec_eval, mteb) instead of being left out.
+
+    Of a sample, as if it held its share of them.
+    """
+    info = result.collection
+    every = info.sample_of or info.queries
+    return result.scores[MAIN] * every / (every + info.without_relevant)
+
+
+def queries_text(result: Result) -> str:
+    """The number of queries, and of how many they are a sample."""
+    info = result.collection
+    return f"{info.queries:,}, a sample of {info.sample_of:,}" if info.sample_of else f"{info.queries:,}"
+
+
+def notes(results: Sequence[Result]) -> list[str]:
+    """What a reader of the table of one split should know: what was left out, cut, or counted otherwise."""
+    info, lines = results[0].collection, []
+    if info.sample_of:
+        lines.append(f"a sample: {info.queries:,} of {info.sample_of:,} queries, drawn by the seed")
+    if info.without_text:
+        lines.append(f"{info.without_text:,} documents without any text were left out")
+    lines += [f"{count:,} {what} were left out" for what, count in info.dropped.items()]
+    if info.absent:
+        lines.append(
+            f"{info.absent:,} judgements name documents that are not in the corpus: counted and never found, as "
+            "trec_eval does"
+        )
+    if info.identical_ids:
+        lines.append(f"{info.identical_ids:,} documents were left out of the ranking of the query whose id they bear")
+    if info.without_relevant:
+        values = ", ".join(f"{result.system.name} {with_zeros(result):.3f}" for result in results)
+        lines.append(
+            f"{info.without_relevant:,} queries without a relevant document are left out; counted as 0, as trec_eval "
+            f"and mteb do, nDCG@10 is: {values}"
+        )
+    for result in results:
+        name, cost = result.system.name, result.cost
+        for count, what in ((cost.truncated_queries, "queries"), (cost.truncated_documents, "documents")):
+            if count:
+                lines.append(f"{name}: {count:,} {what} were longer than the model's limit and lost their end")
+        lines += [f"{name}: {note}" for note in result.notes]
+    return lines
 
 
 def gain_per_100_tokens(result: Result, results: Sequence[Result]) -> float | None:
@@ -70,9 +121,9 @@ def _model_and_place(result: Result) -> tuple[Any, ...]:
 
 
 def columns(results: Sequence[Result]) -> dict[str, str]:
-    """Those of `COLUMNS` that say something: p-MRR only where instructions change."""
+    """Those of `COLUMNS` that say something: some only where instructions change."""
     p_mrr = any("p-mrr" in result.scores for result in results)
-    return {key: heading for key, heading in COLUMNS.items() if key != "p-mrr" or p_mrr}
+    return {key: heading for key, heading in COLUMNS.items() if key not in FOLLOWIR or p_mrr}
 
 
 def cell(row: dict[str, Any], key: str) -> str:
@@ -103,16 +154,19 @@ def averages(results: Sequence[Result]) -> dict[str, dict[str, float]]:
 
 
 def markdown(results: Sequence[Result], comparisons: Sequence[Comparison]) -> str:
-    """Tables of results, of means over splits, and of comparisons."""
+    """Tables of results, with notes, of means over splits, and of comparisons."""
     headings = columns(results)
     lines = [_line("collection", "split", "queries", "system", *headings.values()), _rule(4 + len(headings))]
     for result in results:
         row = summary(result, results)
         lines.append(
-            _line(*result.place, str(row["queries"]), f"`{result.system.name}`", *(cell(row, key) for key in headings))
+            _line(*result.place, queries_text(result), f"`{result.system.name}`", *(cell(row, key) for key in headings))
         )
+    places = {result.place: [other for other in results if other.place == result.place] for result in results}
+    said = [f"- {', '.join(place)}: {note}." for place, there in places.items() for note in notes(there)]
+    lines += ["", *said] if said else []
     if means := averages(results):
-        splits = len({result.place for result in results})
+        splits = len(places)
         lines += ["", _line(f"mean over {splits} splits", *AVERAGED), _rule(1 + len(AVERAGED))]
         lines += [_line(f"`{name}`", *(f"{row[key]:.3f}" for key in AVERAGED)) for name, row in means.items()]
     if comparisons:

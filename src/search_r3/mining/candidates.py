@@ -27,6 +27,7 @@ from ..retrieval.encode import Peer, encode_corpus
 from ..retrieval.index import DType, ExactIndex
 from ..retrieval.lexical import BM25
 from ..retrieval.ranking import ranked
+from ..retrieval.tokens import LexicalTokens
 from ..types import Array, Progress, Watch
 
 
@@ -73,15 +74,20 @@ class Retriever(Judge, Protocol):
 
 
 class LexicalRetriever:
-    """BM25. A document without a word of the query has the score 0 and is no candidate."""
+    """BM25. A document without a word of the query has the score 0 and is no candidate.
 
-    def __init__(self) -> None:
-        self.key = {"kind": "bm25", "release": BM25.release()}
+    Args:
+        stemmed: as the baseline `bm25` of evaluations; without it, as stage 1 mines when it starts.
+    """
+
+    def __init__(self, stemmed: bool = True) -> None:
+        self._stemmed = stemmed
+        self.key = {"kind": "bm25", "release": BM25.release(), **LexicalTokens(stemmed=stemmed).settings}
 
     def prepare(self, collection: Collection, cache: Path, watch: Watch) -> Searching:
         """Index the documents, which takes so little time that nothing is kept."""
         texts = collection.texts()
-        return _LexicalSearch(BM25(list(texts), list(texts.values())))
+        return _LexicalSearch(BM25(list(texts), list(texts.values()), LexicalTokens(stemmed=self._stemmed)))
 
 
 @dataclass

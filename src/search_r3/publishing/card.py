@@ -16,8 +16,8 @@ from typing import Any
 import yaml
 from huggingface_hub import EvalResult, ModelCardData
 
-from ..evaluation.benchmark import package_versions
 from ..evaluation.instructions import INSTRUCTIONS
+from ..evaluation.results import package_versions
 from ..evaluation.table import AVERAGED, markdown
 from ..retrieval.metrics import MAIN
 from .facts import BEFORE_RL, STAGES, Facts
@@ -92,12 +92,13 @@ def _front_matter(facts: Facts, repo_id: str, license_id: str | None) -> ModelCa
             dataset_split=result.collection.split,
             dataset_args={"sha256": result.collection.hash},
             metric_type=measure.replace("@", "_at_"),
-            metric_name=f"{measure}, {result.system.name}",
+            metric_name=f"{measure}, {result.system.name}" + (", a sample" if result.collection.sample_of else ""),
             metric_value=result.scores[measure],
             metric_args={
                 "mode": result.system.mode,
                 **{key: result.system.settings[key] for key in INSTRUCTIONS if key in result.system.settings},
                 "interval_95": list(result.intervals[measure]),
+                **({"sample_of": result.collection.sample_of} if result.collection.sample_of else {}),
             },
         )
         for result in facts.own

@@ -19,7 +19,7 @@ from ..errors import DataError, ModelError, RunError
 from ..evaluation.instructions import OWN, label
 from ..evaluation.report.report import METRICS, last_results
 from ..evaluation.results import Result
-from ..evaluation.runner import RESULTS, SUMMARY
+from ..evaluation.runner import REASONING_NAME, RESULTS, SUMMARY
 from ..evaluation.significance import Comparison
 from ..files import hash_file, hash_folder, read_log
 from ..model.settings import SETTINGS_FILE, EmbeddingSettings, read_settings
@@ -211,7 +211,8 @@ def _name(result: Result, states: set[str], earlier: set[str], keys: Mapping[str
             return system.mode + _label(result)
         return f"{system.mode}{_label(result)}, {BEFORE_RL}" if _is_of(result, earlier) else ""
     if texts := system.settings.get("texts"):
-        return f"bm25+reasoning{keys[texts]}" if texts in keys else ""
+        *baseline, key = texts.split()
+        return (baseline[0] if baseline else REASONING_NAME) + keys[key] if key in keys else ""
     return system.name
 
 

@@ -1,4 +1,4 @@
-"""BM25 through bm25s (Lucene's variant, English stop words, no stemming): the baseline, and the negatives' source."""
+"""BM25 through bm25s (Lucene's variant, k1 1.5, b 0.75): the baseline, and the source of hard negatives."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ import numpy.typing as npt
 
 from ..extras import extra
 from .metrics import rank
+from .tokens import LexicalTokens
 
 Scored = list[tuple[str, float]]
 """Documents with their scores, best first."""
@@ -25,19 +26,21 @@ class BM25:
     Args:
         doc_ids: unique document ids.
         texts: one text per document.
+        tokens: how texts are read; by default without stems, English stop words, as negatives are mined for stage 1.
     """
 
-    def __init__(self, doc_ids: Sequence[str], texts: Sequence[str]) -> None:
+    def __init__(self, doc_ids: Sequence[str], texts: Sequence[str], tokens: LexicalTokens | None = None) -> None:
         with extra("eval"):
             import bm25s
 
+        self._tokens = tokens or LexicalTokens(stemmed=False)
         self.doc_ids = list(doc_ids)
         self._rows = {doc_id: row for row, doc_id in enumerate(self.doc_ids)}
         self._bm25: Any = bm25s.BM25()
-        tokens = self._tokens(texts)
-        self._empty = not any(tokens)  # bm25s cannot index documents that hold no word at all
+        lines = self._tokens.of_documents(texts)
+        self._empty = not any(lines)  # bm25s cannot index documents that hold no word at all
         if not self._empty:
-            self._bm25.index(tokens, show_progress=False)
+            self._bm25.index(lines, show_progress=False)
 
     @staticmethod
     def release() -> str:
@@ -120,14 +123,3 @@ class BM25:
         else:
             rows = np.flatnonzero(scores)
         return rows, scores[rows]
-
-    def _tokens(self, texts: Sequence[str]) -> list[list[str]]:
-        with extra("eval"):
-            import bm25s
-
-        tokenize: Any = bm25s.tokenize
-        tokens: list[list[str]] = tokenize(
-            list(texts), stopwords="en", show_progress=False, return_ids=False, allow_empty=False
-        )
-        # Of a text without any word bm25s makes the one token "", with which it cannot search.
-        return [[token for token in line if token] for line in tokens]

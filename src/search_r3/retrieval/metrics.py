@@ -18,14 +18,18 @@ from ..types import Array
 MAIN = "ndcg@10"
 """The measure that tables lead with and that intervals and tests are computed for first."""
 MEASURES = (
-    *(f"ndcg@{k}" for k in (1, 3, 5, 10, 100)),
+    *(f"ndcg@{k}" for k in (1, 3, 5, 10, 20, 100, 1000)),
     "map",
-    "map@5",
-    "mrr@10",
-    *(f"recall@{k}" for k in (1, 5, 10, 100)),
-    *(f"p@{k}" for k in (1, 3, 5, 10, 100)),
+    *(f"map@{k}" for k in (5, 10, 100, 1000)),
+    *(f"mrr@{k}" for k in (10, 100)),
+    *(f"recall@{k}" for k in (1, 5, 10, 20, 100, 1000)),
+    *(f"recall_cap@{k}" for k in (10, 100)),
+    *(f"hit@{k}" for k in (1, 5, 10, 20, 100)),
+    *(f"p@{k}" for k in (1, 3, 5, 10, 20, 100)),
 )
 """What is computed for every query; `map` reads the ranking as deep as it was retrieved."""
+DEPTH = 1000
+"""How deep a ranking must be for all of them."""
 
 
 def rank(scores: Mapping[str, float], k: int | None = None) -> list[str]:
@@ -65,6 +69,17 @@ def recall(ranking: Sequence[str], relevance: Mapping[str, int], k: int) -> floa
     return len(relevant.intersection(ranking[:k])) / len(relevant) if relevant else 0.0
 
 
+def capped_recall(ranking: Sequence[str], relevance: Mapping[str, int], k: int) -> float:
+    """Relevant documents among the first `k`, divided by as many as can stand there (BEIR's and mteb's `R_cap`)."""
+    relevant = relevant_ids(relevance)
+    return len(relevant.intersection(ranking[:k])) / min(len(relevant), k) if relevant else 0.0
+
+
+def hit(ranking: Sequence[str], relevance: Mapping[str, int], k: int) -> float:
+    """1 where a relevant document is among the first `k`, else 0 (trec_eval's `success`)."""
+    return float(not relevant_ids(relevance).isdisjoint(ranking[:k]))
+
+
 def precision(ranking: Sequence[str], relevance: Mapping[str, int], k: int) -> float:
     """Relevant documents among the first `k`, divided by `k` however short the ranking is (trec_eval's `P`)."""
     return len(relevant_ids(relevance).intersection(ranking[:k])) / k
@@ -102,12 +117,14 @@ _FUNCTIONS = {
     "map": average_precision,
     "mrr": reciprocal_rank,
     "recall": recall,
+    "recall_cap": capped_recall,
+    "hit": hit,
     "p": precision,
 }
 
 
 def measure(ranking: Sequence[str], relevance: Mapping[str, int]) -> dict[str, float]:
-    """All of `MEASURES` for one query's ranking (100 documents deep or deeper, or all there are)."""
+    """All of `MEASURES` for one query's ranking (`DEPTH` documents or more, or all there are)."""
     values = {}
     for name in MEASURES:
         function, _, depth = name.partition("@")

@@ -1,7 +1,7 @@
 """The one ranking rule: reward, dev evaluation, hard negatives and benchmarks rank by it.
 
 1. What the collection excludes for a query never stands in its ranking (BRIGHT), nor does the document that bears the
-   query's id unless it is judged relevant (ArguAna).
+   query's id unless it is judged relevant (ArguAna); an evaluation may choose another rule for these.
 2. Where the query has a pool, its documents alone are ranked (babi).
 3. Higher scores first, equal ones by doc_id, the larger string first. Equal vectors have equal scores.
 
@@ -28,7 +28,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from ..data.collection import Collection
-from ..data.restrictions import Restrictions, restrictions
+from ..data.restrictions import IdenticalIds, Restrictions, restrictions
 from ..data.rows import bare_text
 from ..types import Array, Rows
 from .index import VectorIndex
@@ -55,12 +55,14 @@ class RankRequest(Restrictions):
 
 
 def make_requests(
-    collection: Collection, qrels: Mapping[str, Mapping[str, int]], keep_identical_ids: bool = False
+    collection: Collection,
+    qrels: Mapping[str, Mapping[str, int]],
+    identical_ids: IdenticalIds = "unless-relevant",
 ) -> list[RankRequest]:
     """The queries of these judgements, in their order."""
     requests = []
     for query_id, relevance in qrels.items():
-        limits = restrictions(collection, query_id, relevance, keep_identical_ids=keep_identical_ids)
+        limits = restrictions(collection, query_id, relevance, identical_ids)
         query = collection.queries[query_id]
         requests.append(
             RankRequest(query_id, query.text, query.instruction, left_out=limits.left_out, pool=limits.pool)

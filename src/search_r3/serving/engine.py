@@ -20,7 +20,8 @@ from contextlib import suppress
 import torch
 
 from ..errors import DataError, DeadlineError, ModelError, OverloadedError, TooLargeError, UnavailableError
-from ..model.documents import BATCH_TOKENS, check_finite, shorten
+from ..model.documents import BATCH_TOKENS, check_finite
+from ..model.embeddings import shorten
 from ..model.encoder import SearchR3
 from ..model.engine.decoding import Decoder, DecodeRequest, Rollout
 from ..model.engine.engines import Engine, make_engine

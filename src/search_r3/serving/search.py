@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from ..evaluation.search import Answer, Searcher
-from ..model.encoder import QueryEmbeddings, SearchR3
+from ..model.embeddings import QueryEmbeddings
+from ..model.encoder import SearchR3
 from .filters import Filter
 from .store import Store
 

@@ -48,7 +48,7 @@ class DevSplit:
     """
 
     def __init__(self, collection: Collection, settings: EvaluationSettings) -> None:
-        split = collection.split(settings.dev_split)
+        split = collection.judgements(settings.dev_split)
         self.collection, self.batch_size = collection, settings.batch_size
         self.qrels = {query_id: gains for query_id, gains in split.items() if relevant_ids(gains)}
         if not self.qrels:

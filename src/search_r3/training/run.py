@@ -64,7 +64,8 @@ class Run:
         self.metrics_path, self.rollouts_path = self.folder / "metrics.jsonl", self.folder / "rollouts.jsonl"
         self.first = first_process()
         settings = self.folder / "settings.yaml"
-        if settings.exists():
+        # Settings alone are those of a call that failed before it began: the mended call takes their place.
+        if settings.exists() and not _only_leftovers(self.folder, settings):
             _check_same(load_recipe(settings), recipe, settings)
         elif not self.first:
             return  # the first process is about to make it
@@ -298,8 +299,8 @@ def _discard(checkpoint: Path) -> None:
 
 
 def _only_leftovers(folder: Path, settings: Path) -> bool:
-    """Whether a folder holds nothing but settings that a killed process had begun to write."""
-    return folder.is_dir() and set(folder.iterdir()) <= set(leftovers(settings))
+    """Whether a folder holds nothing but settings, or what a killed process had begun to write of them."""
+    return folder.is_dir() and set(folder.iterdir()) <= {settings, *leftovers(settings)}
 
 
 def _check_same(before: Recipe, now: Recipe, path: Path) -> None:

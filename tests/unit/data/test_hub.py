@@ -73,7 +73,7 @@ def changed(**parts: dict[str, Rows] | None) -> dict[str, dict[str, Rows]]:
 
 def message(source: str, **options: Any) -> str:
     with pytest.raises(DataError) as error:
-        load_hub(source, **options)
+        load_hub(source, **{"strict": True} | options)
     return str(error.value)
 
 
@@ -283,7 +283,7 @@ def judged(**values: Any) -> dict[str, dict[str, Rows]]:
         (judged(score=0.5), "config 'default', split test, row 0: the score 0.5 is not an integer"),
         (judged(score=None), "the score None is not an integer"),
         (judged(**{"query-id": "q9"}), "row 0: query 'q9' is not in config 'queries'"),
-        (judged(**{"corpus-id": "d9"}), "row 0: document 'd9' is not in config 'corpus'"),
+        (judged(**{"corpus-id": "d9"}), "row 0: document 'd9' is not in config 'corpus', and no other document"),
         (judged(**{"corpus-id": None}), "the field 'corpus-id' is None; expected a string"),
         ({"default": {"test": [{"query": "q1"}]}}, "split test: no column 'query-id'; it has 'query'"),
         ({"corpus": {"corpus": [{"name": "d1", "text": "A"}]}}, "no column '_id' or 'id'; it has 'name', 'text'"),
@@ -411,3 +411,30 @@ def test_names_of_collections(tmp_path: Path, collection: Collection, collection
 def test_the_standard_library_is_built_in(monkeypatch: pytest.MonkeyPatch, collection: Collection) -> None:
     monkeypatch.setattr("search_r3.data.generators.stdlib.build_stdlib", lambda seed: collection)
     assert load_collection("stdlib") is collection
+
+
+def test_rows_that_cannot_be_used_are_left_out_and_counted(tmp_path: Path) -> None:
+    row = QRELS["test"][0]
+    broken = [{"query-id": "q9"}, {"corpus-id": "d9"}, {"corpus-id": "d2", "score": 0.5}, {"score": 2.0}]
+    configs = changed(
+        corpus={"corpus": [*CORPUS, CORPUS[0] | {"text": "again"}, {"_id": "void", "title": "", "text": " "}]},
+        queries={"queries": [*QUERIES, {"_id": "q3", "text": " "}]},
+        default={"test": [row, *(row | change for change in broken), row | {"query-id": "q3"}]},
+        top_ranked={"top_ranked": [{"query-id": one, "corpus-ids": ["d1", "d9"]} for one in ("q1", "q9")]},
+    )
+    collection = load_hub(write_hub(tmp_path / "tiny", configs))
+    assert collection.documents == EXPECTED.documents
+    assert (collection.qrels, collection.absent) == ({"test": {"q1": {"d1": 1}}}, {"test": {"q1": {"d9": 1}}})
+    assert (collection.pools, collection.without_text) == ({"q1": frozenset({"d1"})}, 1)
+    assert collection.dropped == {
+        "documents or queries with the id of an earlier one": 1,
+        "queries without text": 1,
+        "judgements or lists of unknown queries": 3,
+        "judgements without a whole score": 1,
+        "judgements of a pair that was judged otherwise": 1,
+        "unknown documents in lists": 1,
+    }
+    domain = bright()
+    domain["examples"]["b"][0]["gold_ids"] = ["b/0", "nowhere"]
+    collection = load_hub(write_hub(tmp_path / "BRIGHT", domain, "parquet"), subset="b")
+    assert collection.absent == {"test": {"0": {"nowhere": 1}}}

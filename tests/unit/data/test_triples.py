@@ -12,6 +12,7 @@ import pytest
 from search_r3.data.collection import Collection, Document, Query
 from search_r3.data.restrictions import restrictions
 from search_r3.data.triples import draw_negatives, hold_out, training_examples
+from search_r3.errors import DataError
 from search_r3.mining.candidates import DenseRetriever, LexicalRetriever
 from search_r3.mining.mining import MiningSettings, mine_negatives
 from search_r3.retrieval.encode import Peer
@@ -90,7 +91,10 @@ def test_mined_negatives_are_those_of_a_search_of_what_can_be_ranked(kind: str, 
 
     peer = Peer("scripted", {}, encode)
     if kind == "lexical":
-        retriever, [order] = LexicalRetriever(), BM25(list(texts), list(texts.values())).search(["a red lamp"], 20)
+        retriever, [order] = (
+            LexicalRetriever(stemmed=False),
+            BM25(list(texts), list(texts.values())).search(["a red lamp"], 20),
+        )
     else:
         retriever, order = DenseRetriever(peer, peer.encode_query, {"revision": "1"}, "float32"), NAMES
     for depth in (2, 30):
@@ -127,6 +131,19 @@ def test_queries_that_a_held_out_split_holds_too_are_not_trained_on(caplog: pyte
     assert line.endswith("the first is 'both'")
 
 
+def test_a_query_stands_in_both_splits_whatever_instruction_it_has(caplog: pytest.LogCaptureFixture) -> None:
+    texts = {
+        "a": ("red lamp Find a page.", "Find a page."),
+        "b": ("Red lamp", ""),
+        "c": ("a lamp Find it.", "Find it."),
+    }
+    queries = {name: Query(name, text, instruction=instruction) for name, (text, instruction) in texts.items()}
+    qrels = {"train": {"a": {"d00": 1}, "c": {"d01": 1}}, "dev": {"b": {"d00": 1}}}
+    collection = Collection("told", restricted().documents, queries, qrels)
+    assert list(hold_out(collection, ["train"], ["dev"]).qrels["train"]) == ["c"]
+    assert "1 queries of train are not trained on" in caplog.text
+
+
 def test_a_collection_whose_splits_are_apart_is_trained_on_whole(caplog: pytest.LogCaptureFixture) -> None:
     collection = restricted()
     assert hold_out(collection, ["train"], ["dev", "test"]) == collection and not caplog.records
@@ -137,3 +154,21 @@ def test_a_split_that_is_trained_on_and_measured_on_is_warned_of(caplog: pytest.
     assert hold_out(collection, ["train"], ["train", "test"]) == collection
     [line] = [record.getMessage() for record in caplog.records]
     assert line.startswith("the split 'train' is trained on and is evaluation.dev_split or test_split")
+
+
+def test_what_is_not_in_the_corpus_is_not_trained_on_and_counted(
+    collection: Collection, caplog: pytest.LogCaptureFixture
+) -> None:
+    first, second = list(collection.qrels["train"])[:2]
+    qrels = {**collection.qrels["train"], second: {"d39": 0}}
+    absent = {"train": {first: {"nowhere": 1}, second: {"nowhere": 2}}}
+    partly = replace(collection, qrels={"train": qrels}, absent=absent)
+    examples = training_examples(partly, "train")
+    assert [one.query.query_id for one in examples] == [one for one in qrels if one != second]
+    assert all("nowhere" not in one.positive_ids for one in examples)
+    assert "2 judgements of train name documents that are not in the corpus and are left out" in caplog.text
+    assert f"1 queries of train have no document with a score above 0 and are left out; the first is '{second}'" in (
+        caplog.text
+    )
+    with pytest.raises(DataError, match="no query of train has a document of the corpus with a score above 0"):
+        training_examples(replace(partly, qrels={"train": {second: {"d39": 0}}}), "train")

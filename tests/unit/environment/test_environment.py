@@ -364,6 +364,7 @@ class FixedVectors(System):
 
     info = SystemInfo(name="fixed", kind="search-r3", model="fixed", revision="1", settings={})
     before = None
+    truncated_documents = 0
 
     def __init__(self, index: ExactIndex, vectors: dict[str, np.ndarray]) -> None:
         self.vector_index, self.vectors, self.documents_per_second = index, vectors, None

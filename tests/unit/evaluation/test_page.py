@@ -291,6 +291,18 @@ def test_the_default_pair_is_of_one_model() -> None:
     assert default_pair(results[:1]) == (results[0], results[0])
 
 
+def test_what_a_reader_should_know_stands_below_the_table(tmp_path: Path, unplotted: None) -> None:
+    result = make_result()
+    told = {
+        "collection": result.collection.model_copy(update={"sample_of": 99}),
+        "notes": ["<b>nothing</b> was found"],
+    }
+    page = write_page([result.model_copy(update=told)], tmp_path, title="t").read_text()
+    assert "sample of 99" in page
+    assert "<li>first, test: a sample: 12 of 99 queries, drawn by the seed</li>" in page
+    assert "<li>first, test: reason: &lt;b&gt;nothing&lt;/b&gt; was found</li>" in page
+
+
 def test_one_system_without_reasoning_makes_a_page(tmp_path: Path) -> None:
     path = write_page([make_result(*SYSTEMS[0])], tmp_path, title="lexical")
     found = Page(path)

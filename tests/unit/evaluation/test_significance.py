@@ -7,9 +7,9 @@ import pytest
 
 from search_r3.data.collection import Collection
 from search_r3.errors import DataError
+from search_r3.evaluation.baselines import BM25System
 from search_r3.evaluation.benchmark import EvaluationOptions, evaluate
 from search_r3.evaluation.significance import bootstrap_intervals, compare, holm, paired_p_value
-from search_r3.evaluation.systems import BM25System
 
 
 def test_the_paired_test_knows_signal_from_noise() -> None:

@@ -195,7 +195,7 @@ def test_false_ones_among_the_negatives_that_are_there_are_dropped(tmp_path: Pat
 
 
 def test_bm25_finds_its_candidates_and_judges_by_its_scores(tmp_path: Path, collection: Collection) -> None:
-    found, report = mine(collection, tmp_path, LexicalRetriever(), per_query=5, depth=10)
+    found, report = mine(collection, tmp_path, LexicalRetriever(stemmed=False), per_query=5, depth=10)
     texts = collection.texts()
     scored = dict(BM25(list(texts), list(texts.values())).search_scored(["where is the red house?"], 40)[0])
     assert len(found) == 5 and "d00" not in found
@@ -203,7 +203,8 @@ def test_bm25_finds_its_candidates_and_judges_by_its_scores(tmp_path: Path, coll
         (scored[one] for one in scored if one != "d00"), reverse=True
     )[:5]
     assert max(scored[doc_id] for doc_id in found) <= 0.95 * scored["d00"]
-    assert report.retrievers == [{"kind": "bm25", "release": BM25.release()}] == [report.judge]
+    read_as = {"stop_words": "en", "stemming": "none", "language": "auto"}
+    assert report.retrievers == [{"kind": "bm25", "release": BM25.release(), **read_as}] == [report.judge]
     assert report.queries == 20
 
 
@@ -215,12 +216,12 @@ def test_candidates_of_several_retrievers_are_scored_by_the_judge_alone(tmp_path
     whole = Collection("t", documents, {"q": Query("q", "red house")}, {"train": {"q": {"p": 1}}})
     encoder = Scripted({"red house": 0.9, "a red cow": 0.2, "blue sky": 0.3, "a cold house": 0.89})
     dense = encoder.retriever()
-    found, report = mine(whole, tmp_path, LexicalRetriever(), dense, judge=dense, depth=2)
+    found, report = mine(whole, tmp_path, LexicalRetriever(stemmed=False), dense, judge=dense, depth=2)
     assert found == ["v", "w"], "v by the vectors, w by its word; u is too near by the judge"
     assert report.dropped == {"judged": 1, "false_negative": 1}
     assert report.judge["kind"] == "dense" and [one["kind"] for one in report.retrievers] == ["bm25", "dense"]
     assert encoder.seen.count("red house") == 2, "once as document, once as query, though it searches and judges"
-    alone, _ = mine(whole, tmp_path, LexicalRetriever(), depth=2)
+    alone, _ = mine(whole, tmp_path, LexicalRetriever(stemmed=False), depth=2)
     assert alone == ["w", "u"], "BM25 never finds v"
 
 
@@ -243,7 +244,9 @@ def test_the_scores_of_a_cross_encoder_can_be_the_filter(
 ) -> None:
     peer = pytest.importorskip("sentence_transformers").CrossEncoder(str(cross_encoder))
     judge = CrossEncoderJudge(str(cross_encoder), batch_size=7)
-    _, report = mine(collection, tmp_path, LexicalRetriever(), judge=judge, depth=11, max_share=None, margin=0.0)
+    _, report = mine(
+        collection, tmp_path, LexicalRetriever(stemmed=False), judge=judge, depth=11, max_share=None, margin=0.0
+    )
     loaded, texts, oracle = Collection.load(tmp_path / "out"), collection.texts(), peer
     bm25, dropped = BM25(list(texts), list(texts.values())), 0
     for query_id, relevance in collection.split("train").items():
@@ -281,7 +284,7 @@ def test_a_cross_encoder_that_cannot_be_used_is_named(
     judge = CrossEncoderJudge(str(cross_encoder))
     judge._model.predict = lambda pairs, **options: np.full(len(pairs), np.nan)
     with pytest.raises(ModelError, match="gave NaN or infinity as a score"):
-        mine(collection, tmp_path, LexicalRetriever(), judge=judge)
+        mine(collection, tmp_path, LexicalRetriever(stemmed=False), judge=judge)
     assert not (tmp_path / "out").exists()
 
 
@@ -296,11 +299,11 @@ def test_bm25_as_judge_looks_up_only_what_its_search_did_not_find(
         return scores(self, texts, doc_ids)
 
     monkeypatch.setattr(BM25, "scores", look)
-    held = LexicalRetriever().prepare(collection, tmp_path, candidates.quiet)
+    held = LexicalRetriever(stemmed=False).prepare(collection, tmp_path, candidates.quiet)
     texts = [query.text for query in collection.queries.values()]
     found = held.search(texts, 3, [None] * len(texts))
     wanted = [[*line, "d39"] for line in found]
-    again = LexicalRetriever().prepare(collection, tmp_path, candidates.quiet).score(texts, wanted)
+    again = LexicalRetriever(stemmed=False).prepare(collection, tmp_path, candidates.quiet).score(texts, wanted)
     assert held.score(texts, wanted) == again and any(again[0])
     assert asked[0] == wanted, "without a search all are looked up"
     assert asked[1] == [[one for one in ["d39"] if one not in line] for line in found]
@@ -329,12 +332,12 @@ def negatives(folder: Path) -> dict[str, Any]:
 def test_a_killed_call_goes_on_and_gives_the_same(
     tmp_path: Path, collection: Collection, blocks_of_three: None, stop: int
 ) -> None:
-    mine(collection, tmp_path / "whole", LexicalRetriever(), Scripted(varied()).retriever(), per_query=3)
+    mine(collection, tmp_path / "whole", LexicalRetriever(stemmed=False), Scripted(varied()).retriever(), per_query=3)
     broken, fresh = Scripted(varied(), stop=stop), Scripted(varied())
     with pytest.raises(KeyboardInterrupt):
-        mine(collection, tmp_path / "killed", LexicalRetriever(), broken.retriever(), per_query=3)
+        mine(collection, tmp_path / "killed", LexicalRetriever(stemmed=False), broken.retriever(), per_query=3)
     assert not (tmp_path / "killed" / "out").exists()
-    _, report = mine(collection, tmp_path / "killed", LexicalRetriever(), fresh.retriever(), per_query=3)
+    _, report = mine(collection, tmp_path / "killed", LexicalRetriever(stemmed=False), fresh.retriever(), per_query=3)
     assert negatives(tmp_path / "killed" / "out") == negatives(tmp_path / "whole" / "out")
     assert len(broken.seen) + len(fresh.seen) == 40 + 20, "nothing is encoded twice that was written"
     assert (report.blocks, report.resumed) == (7, max(0, (stop - 40 + 2) // 3))
@@ -358,7 +361,7 @@ def test_a_call_ended_by_sigkill_goes_on(tmp_path: Path, blocks_of_three: None) 
         "        return Held()\n"
         "mining.BLOCK = 3\n"
         f"folder = Path({str(tmp_path)!r})\n"
-        "mining.mine_negatives(small_collection(), folder / 'out', [Slow()], cache=folder / 'cache')\n"
+        "mining.mine_negatives(small_collection(), folder / 'out', [Slow(stemmed=False)], cache=folder / 'cache')\n"
     )
     process = subprocess.Popen([sys.executable, "-c", code], stderr=subprocess.PIPE)
     until = time.monotonic() + 60
@@ -369,9 +372,9 @@ def test_a_call_ended_by_sigkill_goes_on(tmp_path: Path, blocks_of_three: None) 
     process.communicate()
     assert not (tmp_path / "out").exists()
     collection = small_collection()
-    report = mine_negatives(collection, tmp_path / "out", [LexicalRetriever()], cache=tmp_path / "cache")
+    report = mine_negatives(collection, tmp_path / "out", [LexicalRetriever(stemmed=False)], cache=tmp_path / "cache")
     assert 2 <= report.resumed < report.blocks == 7
-    mine_negatives(collection, tmp_path / "whole", [LexicalRetriever()], cache=tmp_path / "other")
+    mine_negatives(collection, tmp_path / "whole", [LexicalRetriever(stemmed=False)], cache=tmp_path / "other")
     assert negatives(tmp_path / "out") == negatives(tmp_path / "whole")
 
 
@@ -387,7 +390,7 @@ def test_other_limits_need_no_new_search(tmp_path: Path) -> None:
 
 def test_another_precision_is_another_key(tiny_path: Path) -> None:
     keys = [
-        _retriever(str(tiny_path), ModeName.direct, ModelOptions(device="cpu", dtype=dtype)).key
+        _retriever(str(tiny_path), ModeName.direct, ModelOptions(device="cpu", dtype=dtype), scripted_collection()).key
         for dtype in ("float32", "bfloat16", "float32")
     ]
     assert keys[0] == keys[2] != keys[1]
@@ -471,7 +474,7 @@ def test_what_cannot_be_mined_is_named_first(tmp_path: Path) -> None:
     encoder = Scripted(SCORES)
     with pytest.raises(DataError, match="nothing to mine with"):
         mine(scripted_collection(), tmp_path)
-    with pytest.raises(DataError, match="query 'q' has no document with a score above 0"):
+    with pytest.raises(DataError, match="no query of train has a document of the corpus with a score above 0"):
         mine(scripted_collection(p=0), tmp_path, encoder.retriever())
     whole = replace(scripted_collection(), queries={"q": Query("q", "what?", {"negatives": ["p"]})})
     with pytest.raises(DataError, match="names 'p', a positive of the query"):

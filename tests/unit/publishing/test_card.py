@@ -226,8 +226,18 @@ def test_shares_that_a_user_should_know_are_among_the_limits(run: Path, tmp_path
     card = card_of(run, make_evaluation(tmp_path / "out", [changed]))
     limits = card.split("## Limits")[1].split("##")[0]
     assert "the embed token was forced for 25.0% of 12 queries" in limits
-    assert "reason: 3 of 12 queries lost their end" in limits and "17 documents without text" in limits
     assert "one training with seed 7" in limits
+    results = card.split("## Results")[1].split("##")[0]
+    assert "reason: 3 queries were longer than the model's limit and lost their end." in results
+    assert "17 documents without any text were left out." in results
+
+
+def test_a_sample_is_marked_in_the_card(run: Path, tmp_path: Path) -> None:
+    reason = result_of(run / "model", "reason", "reason")
+    info = reason.collection.model_copy(update={"sample_of": 400})
+    card = card_of(run, make_evaluation(tmp_path / "out", [reason.model_copy(update={"collection": info})]))
+    assert "| 12, a sample of 400 |" in card
+    assert "name: ndcg@10, reason, a sample" in card and "sample_of: 400" in card
 
 
 def test_provenance_names_versions_machine_data_and_settings(run: Path) -> None:

@@ -14,6 +14,8 @@ from hypothesis import strategies as st
 from search_r3.retrieval.metrics import (
     MEASURES,
     average_precision,
+    capped_recall,
+    hit,
     measure,
     ndcg,
     ndcg_from_ranks,
@@ -29,9 +31,15 @@ scores = st.sampled_from([0.0, 0.1, 0.25, 0.5, 0.5000001, 1.0, -1.0])
 runs = st.dictionaries(doc_ids, scores, min_size=1, max_size=130)
 judgements = st.dictionaries(doc_ids, st.integers(-1, 3), min_size=1, max_size=12)
 IN_TREC_EVAL = {name: name.replace("@", "_").replace("ndcg", "ndcg_cut").replace("p_", "P_") for name in MEASURES}
-IN_TREC_EVAL |= {"map": "map", "map@5": "map_cut_5"}
-IN_IR_MEASURES = {name: name.replace("ndcg", "nDCG").replace("mrr", "RR").replace("map", "AP") for name in MEASURES}
-IN_IR_MEASURES = {name: other.replace("recall", "R").replace("p@", "P@") for name, other in IN_IR_MEASURES.items()}
+IN_TREC_EVAL |= {name: f"map_cut_{name[4:]}" for name in MEASURES if name.startswith("map@")}
+IN_TREC_EVAL |= {name: f"success_{name[4:]}" for name in MEASURES if name.startswith("hit@")}
+_THEIRS = (("ndcg", "nDCG"), ("mrr", "RR"), ("map", "AP"), ("recall", "R"), ("hit", "Success"), ("p", "P"))
+IN_IR_MEASURES = {
+    name: name.replace(ours, theirs, 1) for ours, theirs in _THEIRS for name in MEASURES if name.split("@")[0] == ours
+}
+CAPPED = tuple(name for name in MEASURES if name.startswith("recall_cap"))
+"""What no oracle but mteb has."""
+RECIPROCAL = tuple(name for name in MEASURES if name.startswith("mrr"))
 
 
 def has_relevant(qrels: dict[str, int]) -> bool:
@@ -41,28 +49,32 @@ def has_relevant(qrels: dict[str, int]) -> bool:
 @settings(max_examples=300, deadline=None)
 @given(runs, judgements.filter(has_relevant))
 def test_measures_equal_pytrec_eval_with_ties(run: dict[str, float], qrels: dict[str, int]) -> None:
-    names = {"ndcg_cut.1,3,5,10,100", "recall.1,5,10,100", "P.1,3,5,10,100", "map", "map_cut.5"}
+    names = {
+        *("ndcg_cut.1,3,5,10,20,100,1000", "recall.1,5,10,20,100,1000", "P.1,3,5,10,20,100"),
+        *("map", "map_cut.5,10,100,1000", "success.1,5,10,20,100"),
+    }
     oracle = pytrec_eval.RelevanceEvaluator({"q": qrels}, names).evaluate({"q": run})["q"]
-    top = {doc_id: run[doc_id] for doc_id in rank(run, 10)}
-    oracle["mrr_10"] = pytrec_eval.RelevanceEvaluator({"q": qrels}, {"recip_rank"}).evaluate({"q": top})["q"][
-        "recip_rank"
-    ]
+    for k in (10, 100):
+        top = {doc_id: run[doc_id] for doc_id in rank(run, k)}
+        [values] = pytrec_eval.RelevanceEvaluator({"q": qrels}, {"recip_rank"}).evaluate({"q": top}).values()
+        oracle[f"mrr_{k}"] = values["recip_rank"]
     found = measure(rank(run), qrels)
     assert set(found) == set(MEASURES)
-    for name, value in found.items():
+    for name in set(found) - set(CAPPED):
+        value = found[name]
         assert value == pytest.approx(oracle[IN_TREC_EVAL[name]], abs=1e-9), name
 
 
 @settings(max_examples=50, deadline=None)
 @given(runs, judgements.filter(has_relevant))
 def test_measures_equal_ir_measures_with_ties(run: dict[str, float], qrels: dict[str, int]) -> None:
-    measures = {name: ir_measures.parse_measure(other) for name, other in IN_IR_MEASURES.items()}
-    # Its RR@10 (the script of MS MARCO) has another rule for equal scores than trec_eval, whose rule is ours.
-    reciprocal = measures.pop("mrr@10")
+    measures = {name: ir_measures.parse_measure(other) for name, other in IN_IR_MEASURES.items() if name not in CAPPED}
+    # Its RR@k (the script of MS MARCO) has another rule for equal scores than trec_eval, whose rule is ours.
+    reciprocal = {name: measures.pop(name) for name in RECIPROCAL}
     without_ties = {doc_id: -float(place) for place, doc_id in enumerate(rank(run))}
     oracle = ir_measures.calc_aggregate(measures.values(), {"q": qrels}, {"q": run})
-    oracle |= ir_measures.calc_aggregate([reciprocal], {"q": qrels}, {"q": without_ties})
-    measures["mrr@10"] = reciprocal
+    oracle |= ir_measures.calc_aggregate(reciprocal.values(), {"q": qrels}, {"q": without_ties})
+    measures |= reciprocal
     found = measure(rank(run), qrels)
     for name, other in measures.items():
         assert found[name] == pytest.approx(oracle[other], abs=1e-9), name
@@ -75,6 +87,9 @@ def test_numbers_by_hand() -> None:
     assert ndcg(ranking, qrels, 3) == pytest.approx((2 / math.log2(3)) / ideal)
     assert recall(ranking, qrels, 2) == pytest.approx(1 / 3)
     assert precision(ranking, qrels, 10) == pytest.approx(2 / 10), "divided by 10, not by the 4 that were found"
+    assert capped_recall(ranking, qrels, 2) == pytest.approx(1 / 2), "no more than 2 can stand among the first 2"
+    assert capped_recall(ranking, qrels, 10) == recall(ranking, qrels, 10)
+    assert [hit(ranking, qrels, k) for k in (1, 2)] == [0.0, 1.0]
     assert average_precision(ranking, qrels) == pytest.approx((1 / 2 + 2 / 4) / 3)
     assert average_precision(ranking, qrels, 3) == pytest.approx((1 / 2) / 3)
     assert reciprocal_rank(ranking, qrels, 10) == 0.5

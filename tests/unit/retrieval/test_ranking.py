@@ -90,7 +90,7 @@ def test_the_restrictions_are_what_the_collection_excludes_the_pool_and_the_iden
     own = Restrictions(left_out=frozenset({"d01"}), pool=frozenset({"d01", "d04"}))
     assert restrictions(collection, "d01", {"d01": 0}) == own
     assert restrictions(collection, "d02", {"d02": 1}) == Restrictions(), "an identical id that is relevant is no copy"
-    assert restrictions(collection, "d02", {}, keep_identical_ids=True) == Restrictions()
+    assert restrictions(collection, "d02", {}, "keep") == Restrictions()
     requests = make_requests(collection, {"q": {"d05": 1}, "d01": {"d04": 1}})
     assert [(one.query_id, one.text, one.left_out, one.pool) for one in requests] == [
         ("q", "q", frozenset({"d03"}), None),

@@ -14,9 +14,10 @@ import torch
 
 from search_r3.config import GRPOSettings, Recipe, RefreshSettings, SFTSettings, load_recipe
 from search_r3.data.collection import Collection, Document, Query
+from search_r3.data.load import load_collection
 from search_r3.data.triples import draw_negatives, reasoning_traces, training_examples
 from search_r3.environment.environment import RetrievalEnvironment
-from search_r3.errors import ConfigError, DataError, RunError, SearchR3Error
+from search_r3.errors import ConfigError, DataError, ModelError, RunError, SearchR3Error
 from search_r3.model.backbone import shorten
 from search_r3.model.encoder import SearchR3
 from search_r3.parallel import Communicator
@@ -373,8 +374,8 @@ def test_a_step_in_which_every_group_is_tied_changes_nothing(model: SearchR3, co
 
 
 @pytest.mark.parametrize("stage", ["sft", "grpo"])
-def test_a_query_without_a_positive_is_named_before_a_model_is_loaded(
-    stage: str, tmp_path: Path, collection: Collection
+def test_a_query_without_a_positive_is_left_out_and_counted_before_a_model_is_loaded(
+    stage: str, tmp_path: Path, collection: Collection, caplog: pytest.LogCaptureFixture
 ) -> None:
     qrels = {**collection.qrels, "train": collection.qrels["train"] | {"q00": {"d00": 0}}}
     folder = tmp_path / "data"
@@ -386,11 +387,19 @@ def test_a_query_without_a_positive_is_named_before_a_model_is_loaded(
         sft=SFTSettings(splits={"train": 1.0}),
         grpo=GRPOSettings(splits=("train",)),
     )
-    with pytest.raises(DataError, match="query 'q00' has no document with a score above 0; remove it"):
+    with caplog.at_level("WARNING"), pytest.raises(ModelError, match=r"no/model/there|no-model"):
         if stage == "sft":
             sft.train_sft(settings)
         else:
             grpo.train_grpo(settings, model=tmp_path / "no-model")
+    assert (
+        "1 queries of train have no document with a score above 0 and are left out; the first is 'q00'" in caplog.text
+    )
+    examples = training_examples(load_collection(str(folder)), "train")
+    assert [one.query.query_id for one in examples] == [one for one in qrels["train"] if one != "q00"]
+    replace(collection, qrels={"train": {"q00": {"d00": 0}}}).save(folder)
+    with pytest.raises(DataError, match="no query of train has a document of the corpus with a score above 0"):
+        training_examples(load_collection(str(folder)), "train")
 
 
 @pytest.mark.parametrize("stage", ["sft", "grpo"])

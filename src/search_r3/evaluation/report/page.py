@@ -24,7 +24,7 @@ from ...files import write_text
 from ...retrieval.metrics import MAIN
 from ..results import Result
 from ..significance import check_same_state
-from ..table import AVERAGED, averages, cell, columns, direct_of, summary
+from ..table import AVERAGED, averages, cell, columns, direct_of, notes, summary
 from .plots import (
     dark_theme,
     plot_account,
@@ -106,6 +106,7 @@ def write_page(
         gain=_gain(places),
         header=list(columns(results).values()),
         rows=_rows(results),
+        notes=[f"{', '.join(place)}: {note}" for place, there in places.items() for note in notes(there)],
         means=averages(results),
         averaged=AVERAGED,
         keys=list(columns(results)),

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import resource
 import sys
 from collections.abc import Callable, Sequence
 from itertools import product
@@ -22,12 +21,13 @@ from ...model.prompts import MODES
 from ...retrieval.index import ExactIndex
 from ...retrieval.metrics import ndcg
 from ...retrieval.ranking import make_requests, ranked
-from ..benchmark import EvaluationOptions, evaluate, judged, package_versions
+from ..baselines import BM25System
+from ..benchmark import EvaluationOptions, evaluate, judged
 from ..instructions import NONE, OWN, choices, label
-from ..results import Result, load_results
+from ..results import Result, load_results, package_versions
 from ..runner import RESULTS, SUMMARY, reasoning_baseline
 from ..significance import compare
-from ..systems import BM25System, EncodedCollections, SearchR3System
+from ..systems import EncodedCollections, SearchR3System
 from ..table import summary
 from .page import write_page
 
@@ -192,8 +192,12 @@ def last_results(run: Path) -> list[Result]:
     return [result for result in results if (result.system.name, result.key) in summary_keys]
 
 
-def peak_memory_bytes() -> int:
-    """The largest resident size of this process so far."""
+def peak_memory_bytes() -> int | None:
+    """The largest resident size of this process so far; None on Windows, where Python cannot tell it."""
+    try:
+        import resource
+    except ImportError:
+        return None
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024
 
