@@ -53,6 +53,7 @@ ORDER = (
     "report",
     "index",
     "search",
+    "serve",
     "encode",
     "export",
     "push",

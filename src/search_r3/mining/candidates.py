@@ -218,15 +218,26 @@ class CrossEncoderJudge:
 
     def prepare(self, collection: Collection, cache: Path, watch: Watch) -> Scoring:
         """Nothing takes long before the pairs are read."""
-        return _Crossing(collection, self._model, self._batch_size, self._source)
+        return _Crossing(collection, self)
+
+    def scores(self, pairs: Sequence[tuple[str, str]]) -> Array:
+        """One score for each query with its text.
+
+        Raises:
+            ModelError: one is not finite.
+        """
+        scores = np.asarray(
+            self._model.predict(list(pairs), batch_size=self._batch_size, show_progress_bar=False), dtype=np.float32
+        )
+        if not np.isfinite(scores).all():
+            raise ModelError(f"{self._source} gave NaN or infinity as a score; its weights are broken")
+        return scores
 
 
 @dataclass(frozen=True)
 class _Crossing:
     _collection: Collection
-    _model: Any
-    _batch_size: int
-    _source: str
+    _judge: CrossEncoderJudge
 
     def score(self, texts: Sequence[str], doc_ids: Sequence[Sequence[str]]) -> list[list[float]]:
         documents = self._collection.documents
@@ -235,11 +246,7 @@ class _Crossing:
         ]
         if not pairs:
             return [[] for _ in texts]
-        scores = np.asarray(
-            self._model.predict(pairs, batch_size=self._batch_size, show_progress_bar=False), dtype=np.float32
-        )
-        if not np.isfinite(scores).all():
-            raise ModelError(f"{self._source} gave NaN or infinity as a score; its weights are broken")
+        scores = self._judge.scores(pairs)
         ends = np.cumsum([len(ids) for ids in doc_ids])[:-1]
         return [line.tolist() for line in np.split(scores, ends)]
 

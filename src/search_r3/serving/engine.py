@@ -25,9 +25,9 @@ from ..model.embeddings import shorten
 from ..model.encoder import SearchR3
 from ..model.engine.decoding import Decoder, DecodeRequest, Rollout
 from ..model.engine.engines import Engine, make_engine
-from ..model.prompts import Kind
+from ..model.prompts import EncodedPrompt, Kind
 from ..types import Array
-from .jobs import Embedded, Job, Outcome, Reader, Row
+from .jobs import Embedded, Job, Outcome, Row, read_texts
 
 logger = logging.getLogger(__name__)
 
@@ -65,7 +65,6 @@ class EngineThread:
         backbone = model.backbone
         self._sides = {"direct": backbone, "reason": backbone, "document": backbone.document_side}
         self._piece_tokens = piece_tokens or BATCH_TOKENS.get(backbone.device.type, BATCH_TOKENS["cuda"])
-        self.reader = Reader(backbone)
         self._changed = threading.Condition()  # guards what callers and the thread share
         self._inbox: list[Job] = []
         self._load: Counter[str] = Counter()  # texts waiting or in work
@@ -130,13 +129,8 @@ class EngineThread:
             raise DataError("no text was given; give at least one")
         if len(texts) > self.max_queue:
             raise TooLargeError(f"{len(texts)} texts at once, and the queue takes {self.max_queue}; send fewer")
-        prompts = self.reader.read(texts, kind, instruction, truncate)
-        budget = 0
-        if kind == "reason":
-            budget = self.model.backbone.settings.max_new_tokens if max_new_tokens is None else max_new_tokens
-            room = self.model.backbone.context_length - max(len(prompt.ids) for prompt in prompts)
-            if not 1 <= budget <= room:
-                raise TooLargeError(f"max_new_tokens={budget}: beside this query the model has room for 1 to {room}")
+        prompts = read_texts(self._sides[kind].prompt_encoder, texts, kind, instruction, truncate)
+        budget = self._budget(prompts, max_new_tokens) if kind == "reason" else 0
         now = self._clock()
         job = Job(kind, texts, budget, Future(), now, now + timeout, on_piece)
         rows = [Row(job, place, prompt) for place, prompt in enumerate(prompts)]
@@ -157,6 +151,10 @@ class EngineThread:
             self._changed.notify()
         return job.future
 
+    def room(self, kind: Kind) -> int:
+        """The tokens that a text may have, its instruction included."""
+        return self._sides[kind].prompt_encoder.room(kind)
+
     def load(self) -> dict[str, int]:
         """Texts waiting or in work: `queries`, `documents`; `slots` in use."""
         with self._changed:
@@ -169,6 +167,13 @@ class EngineThread:
             self._stop_at = self._clock() + drain
             self._changed.notify()
         self._thread.join()
+
+    def _budget(self, prompts: Sequence[EncodedPrompt], wanted: int | None) -> int:
+        budget = self.model.backbone.settings.max_new_tokens if wanted is None else wanted
+        room = self.model.backbone.context_length - max(len(prompt.ids) for prompt in prompts)
+        if not 1 <= budget <= room:
+            raise TooLargeError(f"max_new_tokens={budget}: beside this query the model has room for 1 to {room}")
+        return budget
 
     def _retry_after(self, load: int) -> int:
         """Seconds until a quarter of the queue is done, as fast as texts went so far."""

@@ -5,8 +5,6 @@ Shapes: `N` texts, `D` vector size.
 
 from __future__ import annotations
 
-import copy
-import threading
 from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
@@ -16,7 +14,6 @@ from typing import NamedTuple
 import numpy as np
 
 from ..errors import TooLargeError
-from ..model.backbone import Backbone
 from ..model.prompts import EncodedPrompt, Kind, PromptEncoder
 from ..types import Array
 
@@ -90,39 +87,20 @@ class Row:
     shown: str = ""
 
 
-class Reader:
-    """Turns texts into prompts, in any thread, with tokenizers of its own: one must not be used by two threads."""
+def read_texts(
+    encoder: PromptEncoder, texts: Sequence[str], kind: Kind, instruction: str, truncate: bool
+) -> list[EncodedPrompt]:
+    """The prompts of texts.
 
-    def __init__(self, backbone: Backbone) -> None:
-        self._lock = threading.Lock()
-        queries, documents = (_copy_of(side.prompt_encoder) for side in (backbone, backbone.document_side))
-        self._encoders: dict[Kind, PromptEncoder] = {"direct": queries, "reason": queries, "document": documents}
-
-    def read(self, texts: Sequence[str], kind: Kind, instruction: str, truncate: bool) -> list[EncodedPrompt]:
-        """The prompts.
-
-        Raises:
-            DataError: an empty text.
-            TooLargeError: one is too long, and may not lose its end.
-        """
-        encoder = self._encoders[kind]
-        with self._lock:
-            prompts = encoder.encode_batch(texts, kind, instruction)
-        cut = [place for place, prompt in enumerate(prompts) if prompt.truncated]
-        if cut and not truncate:
-            raise TooLargeError(
-                f"text number {cut[0]} is longer than the {encoder.room(kind)} tokens that the model has room for "
-                f"(max_length={encoder.max_length}); shorten it, or say truncate=true"
-            )
-        return prompts
-
-    def count_document_tokens(self, texts: Sequence[str]) -> list[int]:
-        """The tokens of each text alone, as `Chunking` wants them."""
-        with self._lock:
-            return self._encoders["document"].count_tokens(texts)
-
-
-def _copy_of(encoder: PromptEncoder) -> PromptEncoder:
-    twin = copy.copy(encoder)
-    twin.tokenizer = copy.deepcopy(encoder.tokenizer)
-    return twin
+    Raises:
+        DataError: an empty text.
+        TooLargeError: one is too long, and may not lose its end.
+    """
+    prompts = encoder.encode_batch(texts, kind, instruction)
+    cut = [place for place, prompt in enumerate(prompts) if prompt.truncated]
+    if cut and not truncate:
+        raise TooLargeError(
+            f"text number {cut[0]} is longer than the {encoder.room(kind)} tokens that the model has room for "
+            f"(max_length={encoder.max_length}); shorten it, or say truncate=true"
+        )
+    return prompts

@@ -180,7 +180,7 @@ def test_a_row_that_the_model_cannot_bear_fails_alone(
     kind: Any, engine: EngineThread, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     expected = {text: engine.submit([text], kind, max_new_tokens=5).result(WAIT).vectors for text in TEXTS}
-    poison = engine.reader.read(["poison"], kind, "", False)[0].ids
+    poison = engine.model.backbone.prompt_encoder.encode("poison", kind).ids
     poisoned(engine, monkeypatch, poison)
     held = Held(engine, 2)  # so that all are in one batch
     futures = {text: engine.submit([text], kind, max_new_tokens=5) for text in [*TEXTS[:4], "poison", *TEXTS[4:]]}
@@ -197,7 +197,7 @@ def test_a_vector_of_nan_fails_its_request_alone(model: SearchR3) -> None:
     with EngineThread(model) as engine:
         good = engine.submit(["red"], "document").result(WAIT).vectors
         table = model.backbone.model.get_input_embeddings().weight
-        rows = {kind: set(engine.reader.read([kind], "document", "", False)[0].ids) for kind in ("red", "stone")}
+        rows = {text: set(model.backbone.prompt_encoder.encode(text, "document").ids) for text in ("red", "stone")}
         with torch.no_grad():
             table[list(rows["stone"] - rows["red"])] = float("nan")
         futures = [engine.submit([text], "document") for text in ("stone", "red")]

@@ -1,0 +1,11 @@
+"""The HTTP server: one model, one store, several contracts."""
+
+from __future__ import annotations
+
+from ...extras import extra
+
+with extra("serve"):
+    from .app import create_app
+    from .service import ServerSettings
+
+__all__ = ["ServerSettings", "create_app"]

@@ -1,0 +1,74 @@
+"""What every request passes: the token, the limit on its size, the count of its answer."""
+
+from __future__ import annotations
+
+import secrets
+import time
+
+from fastapi import Request
+from starlette.exceptions import HTTPException
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from .errors import response_to
+from .service import Service
+
+OPEN = ("/health",)
+"""What needs no token."""
+
+
+class Gate:
+    """ASGI middleware, outside of all routes."""
+
+    def __init__(self, app: ASGIApp, service: Service) -> None:
+        self.app, self.service = app, service
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """See ASGI."""
+        if scope["type"] != "http":
+            await self.app(scope, receive, send)
+            return
+        started, status = time.perf_counter(), 500
+
+        async def sending(message: Message) -> None:
+            nonlocal status
+            status = message.get("status", status)
+            await send(message)
+
+        request = Request(scope)
+        try:
+            self._check(request)
+        except HTTPException as refusal:
+            await response_to(request, refusal)(scope, receive, sending)
+        else:
+            await self.app(scope, self._counted(receive), sending)
+        finally:
+            route = getattr(scope.get("route"), "path", "none")
+            self.service.metrics.count(route, status, time.perf_counter() - started)
+
+    def _check(self, request: Request) -> None:
+        token = self.service.settings.token
+        if token is not None and request.url.path not in OPEN:
+            given = request.headers.get("authorization", "").partition("Bearer ")[2]
+            if not secrets.compare_digest(given.encode(), token.encode()):
+                raise HTTPException(
+                    401, "a token is needed: Authorization: Bearer TOKEN", {"WWW-Authenticate": "Bearer"}
+                )
+        length = request.headers.get("content-length", "0")
+        self._weigh(int(length) if length.isdigit() else 0)
+
+    def _counted(self, receive: Receive) -> Receive:
+        size = 0
+
+        async def counting() -> Message:
+            nonlocal size
+            message = await receive()
+            size += len(message.get("body", b""))
+            self._weigh(size)
+            return message
+
+        return counting
+
+    def _weigh(self, size: int) -> None:
+        limit = self.service.settings.max_body
+        if size > limit:
+            raise HTTPException(413, f"a request of more than {limit} bytes; send less at once")

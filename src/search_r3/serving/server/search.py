@@ -1,0 +1,156 @@
+"""Asking the store: our own form, and those in which reinforcement learning asks (Search-R1, R1-Searcher)."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import time
+from collections.abc import AsyncIterator, Sequence
+from concurrent.futures import Future
+from typing import Any
+
+import numpy as np
+from fastapi import APIRouter, Request, Response
+from fastapi.responses import StreamingResponse
+from starlette.concurrency import run_in_threadpool
+
+from ...data.documents import Chunk
+from ...errors import DataError
+from ...evaluation.search import Answer
+from ..jobs import Embedded, Outcome
+from ..store import Hit
+from .embeddings import usage_of
+from .errors import body_of
+from .schemas import QueriesRequest, RetrieveRequest, SearchRequest
+from .service import Given, Service, outcome_of
+
+router = APIRouter()
+DEPTH = 3
+"""Passages for a query in the reference of Search-R1."""
+_NOT_ENCODED = Outcome([Embedded(np.zeros(0, np.float32), 0, False)], 0.0, 0.0)
+"""Of a query that is searched for its words only."""
+
+
+@router.post("/v1/search", tags=["search"], response_model=None)
+async def search(body: SearchRequest, request: Request, service: Given) -> Response | dict[str, Any]:
+    """The best documents for a query, with reasoning and price; or as events while it is reasoned about."""
+    started = time.perf_counter()
+    if not body.query.strip():
+        raise DataError("the query is empty; give a text with at least one visible character")
+    _ = service.store
+    if body.rerank and service.reranker is None:
+        await service.rerank(body.query, [])
+    if body.stream:
+        return await _streamed(body, service, started)
+    outcome = _NOT_ENCODED
+    if (kind := body.mode or service.settings.mode) != "bm25":
+        outcome = await service.encode(
+            request,
+            [body.query],
+            kind,
+            instruction=body.instruction,
+            max_new_tokens=body.max_new_tokens,
+            truncate=body.truncate,
+        )
+    return await _answer(body, service, outcome) | _price(started, outcome)
+
+
+@router.post("/retrieve", tags=["search"])
+async def retrieve(body: RetrieveRequest, request: Request, service: Given) -> dict[str, Any]:
+    """In Search-R1's form."""
+    lists = await _hits(body.queries, body.topk or DEPTH, request, service)
+    documents = [[{"id": hit.chunk.doc_id, "contents": _contents(hit.chunk)} for hit in hits] for hits in lists]
+    if not body.return_scores:
+        return {"result": documents}
+    return {
+        "result": [
+            [{"document": one, "score": hit.score} for one, hit in zip(found, hits, strict=True)]
+            for found, hits in zip(documents, lists, strict=True)
+        ]
+    }
+
+
+@router.post("/queries", tags=["search"])
+async def queries(body: QueriesRequest, request: Request, service: Given) -> dict[str, Any]:
+    """In R1-Searcher's form."""
+    lists = await _hits(body.queries, body.k, request, service)
+    answers = [[f"{hit.chunk.doc_id}\t{hit.chunk.full_text}" for hit in hits] for hits in lists]
+    return {"queries": body.queries, "answers": answers}
+
+
+async def _hits(texts: Sequence[str], k: int, request: Request, service: Service) -> list[list[Hit]]:
+    store = service.store
+    outcome = await service.encode(request, texts, service.settings.mode)
+    return await run_in_threadpool(store.search, outcome.vectors, k=k)
+
+
+def _contents(chunk: Chunk) -> str:
+    """First the title, in quotes, then the text."""
+    return f'"{chunk.title or chunk.parent_id}"\n{chunk.text}'
+
+
+async def _answer(body: SearchRequest, service: Service, outcome: Outcome) -> dict[str, Any]:
+    words = body.mode == "bm25"
+    [hits] = await run_in_threadpool(
+        service.store.search,
+        None if words else outcome.vectors,
+        texts=[body.query] if words or body.hybrid else None,
+        k=body.k,
+        where=body.filter,
+    )
+    if body.rerank and hits:
+        scores = await service.rerank(body.query, [hit.chunk.full_text for hit in hits])
+        hits = sorted(map(Hit, (hit.chunk for hit in hits), scores), key=lambda hit: -hit.score)
+    [one] = outcome.texts
+    reasoned = one.reasoning, one.reasoning_tokens, one.forced, one.truncated
+    return Answer(*reasoned, list(hits), body.query).as_dict()
+
+
+def _price(started: float, outcome: Outcome) -> dict[str, Any]:
+    seconds = {"total": time.perf_counter() - started, "queue": outcome.queue_seconds}
+    return {"usage": usage_of(outcome), "seconds": seconds | {"inference": outcome.inference_seconds}}
+
+
+async def _streamed(body: SearchRequest, service: Service, started: float) -> Response:
+    """Events. What is wrong with the request is said by the status, before the first of them."""
+    loop = asyncio.get_running_loop()
+    pieces: asyncio.Queue[str | None] = asyncio.Queue()
+    future: Future[Outcome] = Future()
+
+    def on_piece(piece: str) -> None:
+        loop.call_soon_threadsafe(pieces.put_nowait, piece)
+
+    if (kind := body.mode or service.settings.mode) == "bm25":
+        future.set_result(_NOT_ENCODED)
+    else:
+        future = await service.submit(
+            [body.query],
+            kind,
+            instruction=body.instruction,
+            max_new_tokens=body.max_new_tokens,
+            truncate=body.truncate,
+            on_piece=on_piece,
+        )
+
+    async def events() -> AsyncIterator[str]:
+        waiting = asyncio.ensure_future(outcome_of(future))
+        waiting.add_done_callback(lambda _: pieces.put_nowait(None))
+        try:
+            while (piece := await pieces.get()) is not None:
+                yield _event("reasoning", {"text": piece})
+            outcome = await waiting
+            answer = await _answer(body, service, outcome)
+            yield _event("hits", answer)
+            yield _event("done", _price(started, outcome))
+        except Exception as error:
+            yield _event("error", {"error": body_of(error)})
+        finally:
+            waiting.cancel()
+
+    return StreamingResponse(
+        events(), media_type="text/event-stream", headers={"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
+    )
+
+
+def _event(name: str, data: dict[str, Any]) -> str:
+    return f"event: {name}\ndata: {json.dumps(data)}\n\n"
