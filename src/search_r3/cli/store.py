@@ -168,10 +168,9 @@ def serve(
             *(name or Path(model).name, token, mode.value, max_batch, max_body * 2**20, timeout),
             dimensions=tuple(encoder.checked_dimensions(one) or 0 for one in dimensions or ()),
         )
-        scores = _cross_encoder(reranker) if reranker else None
         engine = EngineThread(encoder, slots=slots, max_queue=max_queue)
         config = uvicorn.Config(
-            create_app(engine, settings, store=store, reranker=scores),
+            create_app(engine, settings, store=store, reranker=_cross_encoder(reranker) if reranker else None),
             log_config=None,
             timeout_graceful_shutdown=grace,
             server_header=False,
