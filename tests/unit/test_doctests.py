@@ -33,6 +33,7 @@ MODULES = (
     "evaluation.runner",
     "mining.mining",
     "planning.plan",
+    "serving.engine",
     "serving.filters",
     "serving.fingerprint",
     "serving.store",

@@ -112,7 +112,7 @@ print(model.encode_document(["a text"]).shape)
 
 
 def test_every_module_imports_and_a_model_encodes_with_the_core_alone() -> None:
-    """Only the modules whose classes extend mteb's need mteb; they end with the one error."""
+    """Only modules that extend mteb's classes, and the server, need more; they end with the one error."""
     distributions = set().union(*map(brought_by, PROJECT["optional-dependencies"])) - CORE
     blocked = {module for module, names in OF_MODULE.items() if names and names <= distributions}
     assert {"accelerate", "babel", "matplotlib", "scipy"} <= blocked
@@ -124,6 +124,8 @@ def test_every_module_imports_and_a_model_encodes_with_the_core_alone() -> None:
         "pip install 'search-r3[mteb]'",
         "search_r3.evaluation.mteb_tasks the package mteb is not installed; it comes with the extra `mteb`: "
         "pip install 'search-r3[mteb]'",
+        "search_r3.serving.server the package prometheus_client is not installed; it comes with the extra `serve`: "
+        "pip install 'search-r3[serve]'",
         "(1, 192)",
     ]
 
@@ -171,6 +173,8 @@ COMMANDS = {
     "pypdf": [("documents", "search {model} --documents {documents} --untrained red")],
     "selectolax": [("documents", "encode {model} {out}/i --documents {documents} --untrained")],
     "pyarrow": [("documents", "search {model} --documents {documents} --untrained red")],
+    "fastapi": [("serve", "serve {model} --untrained")],
+    "uvicorn": [("serve", "serve {model} --untrained")],
     "lancedb": [("serve", "index {out}/store {data} --model {model} --untrained"), ("serve", "store list {store}")],
     "bm25s": [
         ("eval", "evaluate --collections {data} --baselines bm25 --out {out}/e"),

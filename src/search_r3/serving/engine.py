@@ -49,7 +49,7 @@ class EngineThread:
         >>> from search_r3 import SearchR3
         >>> with EngineThread(SearchR3("builtin")) as engine:
         ...     engine.submit(["Uzbek is a language."], "document").result().vectors.shape
-        (1, 128)
+        (1, 192)
     """
 
     def __init__(

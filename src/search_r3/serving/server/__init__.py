@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-from ...extras import extra
-
-with extra("serve"):
-    from .app import create_app
-    from .service import ServerSettings
+from .app import create_app
+from .service import ServerSettings
 
 __all__ = ["ServerSettings", "create_app"]

@@ -6,18 +6,20 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from importlib.metadata import version
 
-from fastapi import FastAPI
-from fastapi.exceptions import RequestValidationError
-from starlette.concurrency import run_in_threadpool
-from starlette.exceptions import HTTPException
-
 from ...errors import SearchR3Error
+from ...extras import extra
 from ..engine import EngineThread
 from ..store import Store
 from . import documents, embeddings, rerank, search
 from .errors import response_to
 from .gate import Gate
 from .service import Reranker, ServerSettings, Service
+
+with extra("serve"):
+    from fastapi import FastAPI
+    from fastapi.exceptions import RequestValidationError
+    from starlette.concurrency import run_in_threadpool
+    from starlette.exceptions import HTTPException
 
 
 def create_app(

@@ -6,15 +6,19 @@ from collections.abc import Sequence
 from typing import Annotated, Any
 
 import numpy as np
-from fastapi import APIRouter, Query, Request
-from starlette.concurrency import run_in_threadpool
 
 from ...data.documents import Chunk, chunks_of
 from ...errors import DataError, NotFoundError, TooLargeError
+from ...extras import extra
 from ..store import Store
 from .embeddings import usage_of
 from .schemas import DocumentsRequest, IdsRequest, OneDocument
 from .service import Given, Service
+
+with extra("serve"):
+    from fastapi import APIRouter, Query, Request
+    from starlette.concurrency import run_in_threadpool
+
 
 router = APIRouter(prefix="/v1/documents", tags=["documents"])
 SOURCE = "api"

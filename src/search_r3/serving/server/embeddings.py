@@ -7,15 +7,18 @@ import time
 from importlib.metadata import version
 from typing import Any
 
-from fastapi import APIRouter, Request, Response
-
 from ...errors import DataError, NotFoundError, UnavailableError
+from ...extras import extra
 from ...model.embeddings import shorten
 from ...model.prompts import Kind
 from ...types import Array
 from ..jobs import Outcome
 from .schemas import EmbeddingsRequest, EmbedRequest, SimilarityRequest
 from .service import Given, Service
+
+with extra("serve"):
+    from fastapi import APIRouter, Request, Response
+
 
 router = APIRouter()
 KINDS: tuple[Kind, ...] = ("reason", "direct", "document")

@@ -8,11 +8,6 @@ from __future__ import annotations
 import logging
 from http import HTTPStatus
 
-from fastapi import Request
-from fastapi.exceptions import RequestValidationError
-from fastapi.responses import JSONResponse
-from starlette.exceptions import HTTPException
-
 from ...errors import (
     ConfigError,
     DataError,
@@ -24,6 +19,13 @@ from ...errors import (
     TooLargeError,
     UnavailableError,
 )
+from ...extras import extra
+
+with extra("serve"):
+    from fastapi import Request
+    from fastapi.exceptions import RequestValidationError
+    from fastapi.responses import JSONResponse
+    from starlette.exceptions import HTTPException
 
 logger = logging.getLogger(__name__)
 
@@ -40,6 +42,7 @@ STATUSES: tuple[tuple[type[Exception], int, str], ...] = (
     (UnavailableError, 503, "Unhealthy"),
     (DeadlineError, 504, "Backend"),
 )
+
 """Error, status, and TEI's name of its kind. What is none of these is a fault of the server: 500."""
 
 

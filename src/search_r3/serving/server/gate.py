@@ -5,12 +5,15 @@ from __future__ import annotations
 import secrets
 import time
 
-from fastapi import Request
-from starlette.exceptions import HTTPException
-from starlette.types import ASGIApp, Message, Receive, Scope, Send
-
+from ...extras import extra
 from .errors import response_to
 from .service import Service
+
+with extra("serve"):
+    from fastapi import Request
+    from starlette.exceptions import HTTPException
+    from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
 
 OPEN = ("/health",)
 """What needs no token."""

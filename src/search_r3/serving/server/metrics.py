@@ -5,10 +5,13 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-import prometheus_client as prometheus
-from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
-
+from ...extras import extra
 from ..engine import EngineThread
+
+with extra("serve"):
+    import prometheus_client as prometheus
+    from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
+
 
 COUNTS = {
     "requests": "requests that the engine has answered",

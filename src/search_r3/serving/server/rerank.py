@@ -7,13 +7,16 @@ import uuid
 from collections.abc import Sequence
 from typing import Any
 
-from fastapi import APIRouter, Request, Response
-
 from ...errors import DataError
+from ...extras import extra
 from ..jobs import Outcome
 from .embeddings import kind_of, prices, usage_of
 from .schemas import RerankRequest, TextsRerankRequest
 from .service import Given, Service
+
+with extra("serve"):
+    from fastapi import APIRouter, Request, Response
+
 
 router = APIRouter()
 

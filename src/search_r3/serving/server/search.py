@@ -10,19 +10,23 @@ from concurrent.futures import Future
 from typing import Any
 
 import numpy as np
-from fastapi import APIRouter, Request, Response
-from fastapi.responses import StreamingResponse
-from starlette.concurrency import run_in_threadpool
 
 from ...data.documents import Chunk
 from ...errors import DataError
 from ...evaluation.search import Answer
+from ...extras import extra
 from ..jobs import Embedded, Outcome
 from ..store import Hit
 from .embeddings import usage_of
 from .errors import body_of
 from .schemas import QueriesRequest, RetrieveRequest, SearchRequest
 from .service import Given, Service, outcome_of
+
+with extra("serve"):
+    from fastapi import APIRouter, Request, Response
+    from fastapi.responses import StreamingResponse
+    from starlette.concurrency import run_in_threadpool
+
 
 router = APIRouter()
 DEPTH = 3

@@ -8,18 +8,20 @@ from concurrent.futures import Future
 from dataclasses import dataclass
 from typing import Annotated, Protocol
 
-from fastapi import Depends, Request
-from starlette.concurrency import run_in_threadpool
-
 from ...data.documents import Chunk
 from ...data.reading.chunks import Chunking
 from ...errors import DataError, ModelError, NotFoundError, SearchR3Error, TooLargeError
+from ...extras import extra
 from ...model.documents import document_chunking
 from ...model.prompts import Kind, Mode
 from ..engine import EngineThread
 from ..jobs import Outcome
 from ..store import Store
 from .metrics import Metrics
+
+with extra("serve"):
+    from fastapi import Depends, Request
+    from starlette.concurrency import run_in_threadpool
 
 
 class Reranker(Protocol):
