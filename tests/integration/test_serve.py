@@ -22,7 +22,7 @@ import pytest
 import uvicorn
 
 from search_r3.model.encoder import SearchR3
-from search_r3.serving import Store
+from search_r3.serving import Fingerprint, Store
 from search_r3.serving.engine import EngineThread
 from search_r3.serving.server import create_app
 from tests.conftest import call
@@ -38,7 +38,8 @@ class Running:
         self.here, self.go, self.steps = threading.Event(), threading.Event(), 0
         self._step = self.engine._decoder.step
         self.engine._decoder.step = self._held  # type: ignore[method-assign]
-        self.server = uvicorn.Server(uvicorn.Config(create_app(self.engine), log_config=None))
+        app = create_app(self.engine, store=Store.create("memory://served", Fingerprint.of(model)))
+        self.server = uvicorn.Server(uvicorn.Config(app, log_config=None))
         self._socket = socket.create_server(("127.0.0.1", 0))
         self.url = f"http://127.0.0.1:{self._socket.getsockname()[1]}"
         self.thread = threading.Thread(target=self.server.run, kwargs={"sockets": [self._socket]})
@@ -69,7 +70,8 @@ def until(condition: Callable[[], bool]) -> None:
     raise AssertionError("it did not happen")
 
 
-def test_who_hangs_up_gives_the_slot_back(running: Running) -> None:
+@pytest.mark.parametrize("stream", [False, True])
+def test_who_hangs_up_gives_the_slot_back(stream: bool, running: Running) -> None:
     with socket.create_connection(("127.0.0.1", int(running.url.rpartition(":")[2]))) as client:
         body = json.dumps({"input": "where is it?", "max_new_tokens": 100}).encode()
         head = (
