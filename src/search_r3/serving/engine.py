@@ -31,6 +31,8 @@ from .jobs import Embedded, Job, Outcome, Row, read_texts
 
 logger = logging.getLogger(__name__)
 
+DRAIN = 30.0
+"""Seconds for what is in work when the engine is closed."""
 LONGEST_WAIT = 60
 """The most seconds that a client of a full queue is told to wait."""
 
@@ -85,8 +87,8 @@ class EngineThread:
     def __enter__(self) -> EngineThread:
         return self
 
-    def __exit__(self, *_: object) -> None:
-        self.close()
+    def __exit__(self, error: object, *_: object) -> None:
+        self.close(DRAIN if error is None else 0.0)
 
     @property
     def alive(self) -> bool:
@@ -160,7 +162,7 @@ class EngineThread:
         with self._changed:
             return {name: self._load[name] for name in ("queries", "documents")} | {"slots": len(self._tickets)}
 
-    def close(self, drain: float = 30.0) -> None:
+    def close(self, drain: float = DRAIN) -> None:
         """Take no more requests, finish those that are here within so many seconds, refuse the rest, and end."""
         with self._changed:
             self._closing = True

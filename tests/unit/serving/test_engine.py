@@ -16,7 +16,7 @@ from search_r3.model.encoder import SearchR3
 from search_r3.serving.engine import EngineThread
 from tests.conftest import favour
 
-WAIT = 60
+WAIT = 20
 TEXTS = [f"where is the {colour} {thing}?" for colour in ("red", "green", "blue") for thing in ("house", "boat", "tea")]
 
 
@@ -50,8 +50,9 @@ def endless(model: SearchR3) -> SearchR3:
 
 @pytest.fixture
 def engine(endless: SearchR3) -> Iterator[EngineThread]:
-    with EngineThread(endless, slots=2, max_queue=12) as engine:
-        yield engine
+    engine = EngineThread(endless, slots=2, max_queue=12)
+    yield engine
+    engine.close(0.0)
 
 
 def test_many_threads_at_once_get_what_one_alone_gets(model: SearchR3) -> None:
