@@ -190,6 +190,8 @@ def _dev(queries: Sequence[Query], share: float) -> set[str]:
 def _named(columns: Mapping[str, str | Sequence[str]] | None) -> dict[str, tuple[str, ...]]:
     """Field -> columns, as a user gives them."""
     named = {}
+    if not isinstance(columns, Mapping | None):
+        raise ConfigError(f"columns={columns!r}: expected field -> column, such as {{'query': 'question'}}")
     for name, value in (columns or {}).items():
         if name not in GUESSES:
             raise ConfigError(f"columns: unknown field {name!r}; expected {', '.join(GUESSES)}")
@@ -215,7 +217,7 @@ def _choose(
         for name in NEEDED:
             if not columns[name]:
                 usual = ", ".join(GUESSES[name])
-                raise UnreadableError(f"no column for the {name} ({usual}); {has}: name it, as {name}=COLUMN")
+                raise UnreadableError(f"no column for the {name} ({usual}); {has}; name it: --column {name}=COLUMN")
     return {name: tuple(one for one in several if one in present) for name, several in columns.items()}
 
 

@@ -174,8 +174,12 @@ def best_of_n(
     left_out = dict(sorted(Counter(str(one) for one in results.values() if not isinstance(one, Sample)).items()))
     if not winners:
         reasons = ", ".join(f"{name} {count:,}" for name, count in left_out.items())
+        lenient = replace(settings, accept_ended=True)
+        ended = sum(len(usable(one.samples, lenient)) - len(usable(one.samples, settings)) for one in groups)
+        hint = f"accept_ended, since {ended:,} replies ended without the token, " if ended else ""
         raise DataError(
-            f"none of {len(groups):,} queries has a winner ({reasons}); raise samples, lower min_ndcg, or train first"
+            f"none of {len(groups):,} queries has a winner ({reasons}); try {hint}more samples, a lower min_ndcg, or "
+            "train first"
         )
     report = BestOfNReport(
         model={"source": model.backbone.source, "revision": model.backbone.revision},

@@ -148,12 +148,12 @@ def test_queries_without_negatives_are_searched_for_some(tmp_path: Path) -> None
         (
             "p.csv",
             "q,positive\na,b\n",
-            r"no column for the query \(query, .*\); it has 'positive', 'q': name it",
+            r"no column for the query \(query, .*\); it has 'positive', 'q'; name it: --column query=COLUMN",
         ),
         (
             "p.csv",
             "query,p\na,b\n",
-            r"no column for the document \(.*\); it has 'p', 'query': name it, as doc",
+            r"no column for the document \(.*\); it has 'p', 'query'; name it: --column doc",
         ),
         (
             "p.jsonl",
@@ -183,5 +183,7 @@ def test_wrong_arguments_are_named(tmp_path: Path) -> None:
         read_pairs(path, columns={"query": "ask"})
     with pytest.raises(ConfigError, match="unknown field 'doc'; expected query, document, negative"):
         read_pairs(path, columns={"doc": "positive"})
+    with pytest.raises(ConfigError, match="columns='positive': expected field -> column"):
+        read_pairs(path, columns="positive")  # type: ignore[arg-type]
     with pytest.raises(ConfigError, match=r"dev_share=1.0: expected a share"):
         read_pairs(path, dev_share=1.0)
