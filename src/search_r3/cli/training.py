@@ -43,7 +43,7 @@ def _whole_story(settings: Recipe, run: Run, resume: bool) -> None:
 
     started = time.perf_counter()
     collection = load_collection(settings.collection)
-    if not (run.folder / "collection").exists():
+    if not run.begun:  # else it is there
         collection.save(run.folder / "collection")
     splits = ", ".join(f"{name} {len(qrels)}" for name, qrels in collection.qrels.items())
     console.say(f"{collection.name}: {len(collection.documents)} documents; queries: {splits}")
