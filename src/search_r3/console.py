@@ -242,8 +242,8 @@ def show_report(folder: Path) -> None:
         f"sampled rollouts with reward >= 0.5: {shares['share_ge_half_before']:.0%} before RL, "
         f"{shares['share_ge_half_after']:.0%} after; embed token forced: {shares['forced_share']:.1%}"
     )
-    memory = report["peak_memory_bytes"] / 2**30
-    say(f"{report['seconds']:.0f} s, peak memory {memory:.2f} GiB; all in {folder}/, to look at: {folder}/report.html")
+    memory = f"peak memory {peak / 2**30:.2f} GiB; " if (peak := report["peak_memory_bytes"]) else ""
+    say(f"{report['seconds']:.0f} s, {memory}all in {folder}/, to look at: {folder}/report.html")
     show_next("search", f"{folder}/model", "--collection", "atlas", "what do people pay with in Tashkent?")
 
 

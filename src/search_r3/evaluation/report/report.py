@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import resource
 import sys
 from collections.abc import Callable, Sequence
 from itertools import product
@@ -194,7 +193,11 @@ def last_results(run: Path) -> list[Result]:
 
 
 def peak_memory_bytes() -> int:
-    """The largest resident size of this process so far."""
+    """The largest resident size of this process so far; 0 on Windows, which has no module that tells."""
+    try:
+        import resource
+    except ModuleNotFoundError:
+        return 0
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024
 
