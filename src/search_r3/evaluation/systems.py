@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import shutil
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Generic, Protocol, TypeVar
@@ -140,16 +140,7 @@ class EncodedCollections(PerCollection[tuple[ExactIndex, float | None]]):
         """The documents of the collection that are longer than the model's `max_length`."""
         key = collection.content_hash()
         if self._cut[0] != key:
-            side = self.model.backbone.document_side
-            # A token takes at least one byte, so most short texts need not be read again.
-            room = side.settings.max_length - len(side.prompt_encoder.encode("a", "document", self.instruction).ids)
-            long = [text for text in collection.texts().values() if len(text.encode()) > room]
-            cut = 0
-            for start in range(0, len(long), AT_A_TIME):
-                texts = long[start : start + AT_A_TIME]
-                prompts = side.prompt_encoder.encode_batch(texts, "document", self.instruction)
-                cut += sum(prompt.truncated for prompt in prompts)
-            self._cut = key, cut
+            self._cut = key, count_truncated(self.model, collection.texts().values(), self.instruction)
         return self._cut[1]
 
     def forget(self, collection: Collection) -> None:
@@ -251,6 +242,19 @@ def short_name(source: str) -> str:
     """
     path = Path(source)
     return path.parent.name if path.name == "model" and path.parent.name else path.name
+
+
+def count_truncated(model: SearchR3, texts: Iterable[str], instruction: str = "") -> int:
+    """The documents that are longer than the model's `max_length`."""
+    side = model.backbone.document_side
+    # A token takes at least one byte, so most short texts need not be read again.
+    room = side.settings.max_length - len(side.prompt_encoder.encode("a", "document", instruction).ids)
+    long = [text for text in texts if len(text.encode()) > room]
+    cut = 0
+    for start in range(0, len(long), AT_A_TIME):
+        prompts = side.prompt_encoder.encode_batch(long[start : start + AT_A_TIME], "document", instruction)
+        cut += sum(prompt.truncated for prompt in prompts)
+    return cut
 
 
 def index_documents(
