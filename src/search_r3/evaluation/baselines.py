@@ -92,6 +92,8 @@ class _Lexical:
         notes = []
         if self._tokens.by_character:
             notes.append(f"texts were read character by character, as language {self._tokens.language}")
+        if self._tokens.stemmed and not self._tokens.familiar:
+            notes.append(f"no stems and no stop words of language {self._tokens.language} are known")
         if lost := sum(not ranking for ranking in rankings):
             language = f"read as language {self._tokens.language}"
             notes.append(f"{lost:,} of {len(rankings):,} queries share no word with a document ({language})")
