@@ -8,7 +8,7 @@ import os
 import re
 import shutil
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -59,14 +59,14 @@ def remove_leftovers(target: Path) -> None:
             path.unlink()
 
 
-def write_text(path: Path, text: str) -> None:
-    """Replace the file at `path` by `text` (UTF-8) in one step."""
+def write_text(path: Path, text: str | Iterable[str]) -> None:
+    """Replace the file at `path` by a text, or by the parts of a long one, in one step (UTF-8)."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, scratch = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
     try:
         with os.fdopen(handle, "w", encoding="utf-8") as file:
-            file.write(text)
+            file.writelines([text] if isinstance(text, str) else text)
             file.flush()
             os.fsync(handle)
         Path(scratch).chmod(0o644)
