@@ -203,7 +203,8 @@ def _choose(
     present: Sequence[str], named: Mapping[str, tuple[str, ...]], *, strict: bool = True
 ) -> dict[str, tuple[str, ...]]:
     """Field -> columns, of those that a row has; with `strict` all that are named and the two that are needed."""
-    lower = {name.lower(): name for name in reversed(present)}
+    taken = {column for several in named.values() for column in several}
+    lower = {name.lower(): name for name in reversed(present) if name not in taken}
     columns: dict[str, tuple[str, ...]] = {
         name: next(((lower[guess],) for guess in guesses if guess in lower), ()) for name, guesses in GUESSES.items()
     }

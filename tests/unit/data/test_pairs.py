@@ -86,6 +86,16 @@ def test_named_columns_come_before_guessed_ones(tmp_path: Path) -> None:
     assert pairs.columns["document"] == ("text", "more")
 
 
+def test_a_named_column_is_not_guessed_for_another_field(tmp_path: Path) -> None:
+    rows = [{"text": f"what is {one}?", "title": f"A {one} is a thing."} for one in ("fork", "lamp", "door")]
+    path = write(tmp_path / "pairs.jsonl", rows)
+    pairs = read_pairs(path, columns={"query": "text", "document": "title"})
+    assert pairs.columns == {"query": ("text",), "document": ("title",)}
+    assert {one.title for one in pairs.collection.documents.values()} == {""}
+    with pytest.raises(DataError, match="no column for the document"):
+        read_pairs(path, columns={"query": "text"})
+
+
 def test_one_text_is_one_query_and_one_document(tmp_path: Path) -> None:
     rows = [
         {"query": "tea?", "positive": "Green.", "reasoning": "", "id": 7},
