@@ -293,8 +293,8 @@ def _check_launch(accelerator: Any, recipe: Recipe, backbone: Backbone) -> None:
     plugin = deepspeed_plugin(accelerator)
     if recipe.freeze_token_table and not recipe.lora.rank and (accelerator.is_fsdp2 or plugin is not None):
         raise ConfigError(
-            "freeze_token_table=true needs gradients of whole tables: launch with DDP, or set lora.rank above 0, where the "
-            "table is frozen as well"
+            "freeze_token_table=true needs gradients of whole tables: launch with DDP, or set lora.rank above 0, which "
+            "freezes the table as well"
         )
     if recipe.lora.rank and plugin is not None and plugin.zero_stage == 3:
         raise ConfigError("lora.rank above 0 cannot be trained with ZeRO-3 here; launch with DDP, FSDP2 or ZeRO-2")
