@@ -40,7 +40,7 @@ wheel: .venv/ready
 	touch $@
 
 .venv/ready: .venv/quickstart
-	$(INSTALL) 'search-r3[documents,dev]'
+	$(INSTALL) 'search-r3[serve,dev]'
 	touch $@
 
 .venv/integrations: .venv/ready

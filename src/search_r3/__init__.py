@@ -12,7 +12,7 @@ __version__ = "0.2.0"
 
 _PUBLIC = {
     "SearchR3": "model.encoder",
-    "QueryEmbeddings": "model.encoder",
+    "QueryEmbeddings": "model.embeddings",
     "EmbeddingSettings": "model.settings",
     "PromptSet": "model.prompts",
     "PROMPT_SETS": "model.prompts",

@@ -6,10 +6,13 @@ import json
 import shlex
 import sys
 import time
+from collections import Counter
 from contextlib import contextmanager
 from statistics import fmean
 from typing import TYPE_CHECKING, Any, NoReturn
 
+from .data.rows import check_text
+from .errors import DataError
 from .parallel import first_process
 
 if TYPE_CHECKING:
@@ -24,6 +27,7 @@ if TYPE_CHECKING:
     from .evaluation.search import Answer
     from .evaluation.significance import Comparison
     from .planning.plan import MemoryPlan
+    from .serving.store import Entry, Store
     from .training.probe import ProbeReport
 
 
@@ -47,11 +51,17 @@ def aside(text: str) -> None:
 
 
 def ask(prompt: str) -> str:
-    """A query typed at the prompt; empty at the end of the input."""
+    """A query typed at the prompt; empty at the end of the input.
+
+    Raises:
+        DataError: it is no UTF-8.
+    """
     try:
-        return input(prompt).strip()
+        return check_text(input(prompt).strip(), "the query")
     except EOFError:
         return ""
+    except UnicodeDecodeError as error:
+        raise DataError(f"the input is no UTF-8 text (byte {error.start} of it); send it as UTF-8") from error
 
 
 class Bar:
@@ -247,8 +257,9 @@ def show_report(folder: Path) -> None:
         f"sampled rollouts with reward >= 0.5: {shares['share_ge_half_before']:.0%} before RL, "
         f"{shares['share_ge_half_after']:.0%} after; embed token forced: {shares['forced_share']:.1%}"
     )
-    memory = f"peak memory {peak / 2**30:.2f} GiB; " if (peak := report["peak_memory_bytes"]) else ""
-    say(f"{report['seconds']:.0f} s, {memory}all in {folder}/, to look at: {folder}/report.html")
+    peak = report["peak_memory_bytes"]
+    memory = "" if peak is None else f", peak memory {peak / 2**30:.2f} GiB"
+    say(f"{report['seconds']:.0f} s{memory}; all in {folder}/, to look at: {folder}/report.html")
     show_next("search", f"{folder}/model", "--collection", "atlas", "what do people pay with in Tashkent?")
 
 
@@ -348,3 +359,25 @@ def print_answer(pieces: Iterable[str | Answer]) -> None:
     for piece in pieces:
         if not isinstance(piece, str):
             print(json.dumps(piece.as_dict(), ensure_ascii=False))
+
+
+def print_rows(rows: Iterable[Mapping[str, Any]]) -> None:
+    """Print rows alone, a line of JSON each."""
+    for row in rows:
+        print(json.dumps(row, ensure_ascii=False))
+
+
+def show_store(store: Store, entries: Sequence[Entry], top: int) -> None:
+    """Show what a store holds, and its first documents."""
+    info, index = store.info, store.index
+    chunks = sum(entry.chunks for entry in entries)
+    say(f"{store.address}: {len(entries):,} documents, {chunks:,} chunks, vectors of size {info.fingerprint.dimension}")
+    say(f"model: {info.model}; made {info.created}; versions kept: {len(store.versions())}")
+    if index:
+        built = f"{index['kind']}, built of {int(index['rows']):,} vectors"
+        say(f"index: {built}, recall@10 {index['recall']} against exact search")
+    for source, count in Counter(entry.source for entry in entries).items():
+        say(f"source: {source}: {count:,} documents")
+    if top and entries:
+        rows = [[entry.doc_id, entry.title, str(entry.chunks)] for entry in entries[:top]]
+        _show_grid(["document", "title", "chunks"], rows, title=f"first {len(rows)} of {len(entries):,}")

@@ -31,6 +31,10 @@ class VectorIndexError(SearchR3Error):
     """Vectors, ids or a saved index that cannot be used."""
 
 
+class StoreError(SearchR3Error):
+    """A store of documents that cannot be opened, read or written, or that another model made."""
+
+
 class RewardError(SearchR3Error):
     """A reward that cannot be computed; it is never replaced by 0."""
 

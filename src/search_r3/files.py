@@ -13,21 +13,26 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from .errors import DataError, RunError
+from .errors import ConfigError, DataError, RunError
 
 
 @contextmanager
 def atomic_directory(target: Path) -> Iterator[Path]:
     """Give a temporary directory beside `target` that replaces it when the block ends without an error.
 
-    An existing `target` stays as it was until the new content is complete, and when the block raises.
+    An existing `target` stays as it was until the new content is complete, and when the block raises. Others may read
+    it as the umask says, also what a library wrote for its owner alone.
     """
     target = Path(target).absolute()
     target.parent.mkdir(parents=True, exist_ok=True)
-    scratch = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
+    scratch = _scratch_beside(target)
+    scratch.mkdir()
     try:
-        scratch.chmod(0o755)
         yield scratch
+        readable = scratch.stat().st_mode & 0o666
+        for path in scratch.rglob("*"):
+            if path.is_file() and readable & ~path.stat().st_mode:
+                path.chmod(path.stat().st_mode | readable)
         if target.exists():
             old = Path(tempfile.mkdtemp(prefix=f".{target.name}.old.", dir=target.parent))
             target.replace(old / target.name)
@@ -39,9 +44,29 @@ def atomic_directory(target: Path) -> Iterator[Path]:
         shutil.rmtree(scratch, ignore_errors=True)
 
 
+def check_replaceable(target: Path, marks: Iterable[str]) -> None:
+    """Refuse to replace what is there, unless it is empty or holds one of the files `marks`, as what replaces it does.
+
+    Raises:
+        ConfigError: it is a file, or a folder of something else.
+    """
+    if target.is_dir():
+        names = {path.name for path in target.iterdir()}
+        if not names or names & set(marks):
+            return
+    elif not target.exists():
+        return
+    raise ConfigError(f"{target} is there and holds something else, so it is not replaced; choose another folder")
+
+
+def _scratch_beside(target: Path) -> Path:
+    """A name that nothing has yet. Those of `tempfile` are made for their owner alone, whatever the umask says."""
+    return target.with_name(f".{target.name}.{os.urandom(4).hex()}")
+
+
 def leftovers(target: Path) -> list[Path]:
     """Files and folders beside `target` that writers of it had begun, and could not remove since they were killed."""
-    scratch_name = re.compile(rf"\.{re.escape(target.name)}(\.old)?\.[a-z0-9_]{{8}}")  # by `tempfile`
+    scratch_name = re.compile(rf"\.{re.escape(target.name)}(\.old)?\.[a-z0-9_]{{8}}")  # as `tempfile`'s
     return [path for path in target.parent.glob(f".{target.name}.*") if scratch_name.fullmatch(path.name)]
 
 
@@ -59,20 +84,32 @@ def remove_leftovers(target: Path) -> None:
             path.unlink()
 
 
+def must_be_path(name: str) -> bool:
+    """Whether a name can only be meant as a path, though nothing may be there; then no hub need be asked about it.
+
+    So are `./x`, `~/x`, `x/`, and `runs/x` where a folder `runs` is.
+
+    Example:
+        >>> must_be_path("./model"), must_be_path("owner/model")
+        (True, False)
+    """
+    head, slash, _ = name.partition("/")
+    return name.startswith((".", "~", "/")) or name.endswith("/") or "\\" in name or bool(slash and Path(head).is_dir())
+
+
 def write_text(path: Path, text: str | Iterable[str]) -> None:
     """Replace the file at `path` by a text, or by the parts of a long one, in one step (UTF-8)."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    handle, scratch = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
+    scratch = _scratch_beside(path)
     try:
-        with os.fdopen(handle, "w", encoding="utf-8") as file:
+        with scratch.open("x", encoding="utf-8") as file:
             file.writelines([text] if isinstance(text, str) else text)
             file.flush()
-            os.fsync(handle)
-        Path(scratch).chmod(0o644)
-        Path(scratch).replace(path)
+            os.fsync(file.fileno())
+        scratch.replace(path)
     finally:
-        Path(scratch).unlink(missing_ok=True)
+        scratch.unlink(missing_ok=True)
 
 
 def write_json(path: Path, value: Any) -> None:

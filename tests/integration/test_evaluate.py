@@ -136,7 +136,7 @@ def test_a_stopped_evaluation_goes_on(
 
 def _only_the_probe(model: SearchR3, texts: list[str]) -> object:
     assert len(texts) == 1, "no document is encoded again"
-    return model._vectors(texts, "document", "", None, None)[0]
+    return model._vectors([model.backbone], texts, "document", "", None)[0]
 
 
 def test_two_models_stand_side_by_side(

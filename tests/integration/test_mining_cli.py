@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import transformers
 
-from search_r3.data.collection import Collection
+from search_r3.data.collection import Collection, Query
 from search_r3.data.triples import training_examples
 from search_r3.model.encoder import SearchR3
 from search_r3.model.export import export_sentence_transformers
@@ -79,6 +81,28 @@ def test_mine_with_several_models_and_a_cross_encoder(
     args[3] = tmp_path / "third"
     assert call(monkeypatch, *args, "--cross-encoder", tmp_path / "cross", "--cache", tmp_path / "mined.cache") == 0
     assert json.loads((tmp_path / "third" / "mining.json").read_text())["judge"]["kind"] == "cross-encoder"
+
+
+def test_a_long_query_keeps_its_instruction(
+    tiny_path: Path, collection: Collection, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    queries = {
+        name: Query(name, f"{query.text * 60} Only {name}.", instruction=f"Only {name}.")
+        for name, query in collection.queries.items()
+    }
+    replace(collection, queries=queries).save(tmp_path / "told")
+    asked: list[tuple[str, str]] = []
+    plain = SearchR3.encode_query
+
+    def watched(self: SearchR3, texts: list[str], mode: str, *, instruction: list[str]) -> Any:
+        asked.extend(zip(texts, instruction, strict=True))
+        return plain(self, texts, mode, instruction=instruction)
+
+    monkeypatch.setattr(SearchR3, "encode_query", watched)
+    args = ["data", "mine", tmp_path / "told", tmp_path / "mined", "--with", tiny_path, "--max-length", 120]
+    assert call(monkeypatch, *args) == 0
+    train = collection.qrels["train"]
+    assert set(asked) == {(collection.queries[name].text * 60, f"Only {name}.") for name in train}
 
 
 def test_mine_names_what_it_cannot_use(

@@ -8,7 +8,11 @@ from importlib import import_module
 import pytest
 
 MODULES = (
+    "files",
+    "model.embeddings",
     "model.encoder",
+    "model.engine.decoding",
+    "model.loaded",
     "model.prompts",
     "data.writing.asking",
     "data.collection",
@@ -29,6 +33,9 @@ MODULES = (
     "evaluation.runner",
     "mining.mining",
     "planning.plan",
+    "serving.filters",
+    "serving.fingerprint",
+    "serving.store",
     "training.best_of_n",
     "training.sft",
     "training.grpo",
@@ -39,6 +46,8 @@ MODULES = (
 
 @pytest.mark.parametrize("name", MODULES)
 def test_docstring_examples(name: str) -> None:
+    if name == "serving.store":
+        pytest.importorskip("lancedb")
     result = doctest.testmod(import_module(f"search_r3.{name}"))
     assert result.attempted > 0
     assert result.failed == 0

@@ -171,6 +171,7 @@ COMMANDS = {
     "pypdf": [("documents", "search {model} --documents {documents} --untrained red")],
     "selectolax": [("documents", "encode {model} {out}/i --documents {documents} --untrained")],
     "pyarrow": [("documents", "search {model} --documents {documents} --untrained red")],
+    "lancedb": [("serve", "index {out}/store {data} --model {model} --untrained"), ("serve", "store list {store}")],
     "bm25s": [
         ("eval", "evaluate --collections {data} --baselines bm25 --out {out}/e"),
         ("eval", "data mine {data} {out}/mined --with bm25"),
@@ -211,6 +212,9 @@ def test_a_command_that_lacks_a_package_ends_with_the_one_error(
         (tmp_path / "documents").mkdir()
         suffix = {"pypdf": "pdf", "selectolax": "html", "pyarrow": "parquet"}[package]
         (tmp_path / "documents" / f"a.{suffix}").write_bytes(b"PAR1 or whatever it is")
+    if "{store}" in command:
+        (tmp_path / "store" / "documents.lance" / "_versions").mkdir(parents=True)
+        (tmp_path / "store" / "documents.lance" / "_versions" / "1.manifest").write_text("a version")
     if "{mix}" in command:
         (tmp_path / "rows.jsonl").write_text('{"anchor": "a question", "positive": "an answer of some length"}\n')
         mix.write_text(f"sources:\n  - {{name: own, reader: pairs, path: {tmp_path}/rows.jsonl}}\n")
@@ -220,7 +224,7 @@ def test_a_command_that_lacks_a_package_ends_with_the_one_error(
     settings = [f"run_dir={tmp_path}/run", f"base={tiny_path}", f"collection={collection_path}"]
     words = command.format(
         small="SMALL", settings="SETTINGS", model=tiny_path, data=collection_path, out=tmp_path, adapter=adapter,
-        mix=mix, evaluated=evaluated, gguf=gguf, documents=tmp_path / "documents",
+        mix=mix, evaluated=evaluated, gguf=gguf, store=tmp_path / "store", documents=tmp_path / "documents",
     ).split()  # fmt: skip
     spread = {"SMALL": SMALL, "SETTINGS": settings}
     if package == "mteb":

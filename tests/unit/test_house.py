@@ -31,6 +31,7 @@ ROOMS = [
     "training",
     "pretraining",
     "publishing",
+    "serving",
     "console",
     "cli",
 ]

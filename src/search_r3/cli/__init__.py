@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import logging
+import os
 import sys
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from .. import __version__, console
+from ..data.rows import check_text
 from ..errors import SearchR3Error, StoppedError
-from . import best_of_n, data, evaluation, fit, mining, mix, plan, probe, push, search, training
+from . import best_of_n, data, evaluation, fit, mining, plan, probe, push, search, store, training
 from .common import app
 
 if TYPE_CHECKING:
@@ -24,11 +26,11 @@ __all__ = [
     "fit",
     "main",
     "mining",
-    "mix",
     "plan",
     "probe",
     "push",
     "search",
+    "store",
     "training",
 ]
 
@@ -49,6 +51,7 @@ ORDER = (
     "evaluate",
     "mteb",
     "report",
+    "index",
     "search",
     "encode",
     "export",
@@ -83,6 +86,7 @@ def main() -> None:
     handler.addFilter(_first_of_its_kind())
     logging.basicConfig(format="%(levelname)s: %(message)s", level=logging.WARNING, handlers=[handler])
     try:
+        _check_arguments(sys.argv[1:])
         app()
     except StoppedError as stop:
         console.say(str(stop))
@@ -94,10 +98,20 @@ def main() -> None:
         console.fail(f"cannot read or write{place}: {error.strerror or error}", 2)
     except SystemExit as end:
         if end.code == INTERRUPTED:
-            console.fail("stopped; a training goes on with --resume, encode with the same command", INTERRUPTED)
+            console.fail(
+                "stopped; a training goes on with --resume, encode and index with the same command", INTERRUPTED
+            )
         if not end.code:
             _leave_the_others()
         raise
+
+
+def _check_arguments(arguments: list[str]) -> None:
+    """Refuse bytes that are no text before anything is computed; names of files may hold them."""
+    for argument in arguments:
+        names = argument, argument.partition("=")[2]
+        if not any(map(os.path.exists, names)):
+            check_text(argument, f"the argument {argument!r}")
 
 
 def _leave_the_others() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import inspect
 import logging
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass, fields
 from enum import StrEnum
@@ -215,8 +216,15 @@ def check_new(path: Path) -> None:
 
 
 def hush() -> None:
-    """Switch off transformers' own progress bars, which would tear ours, and accelerate's notes on tied weights."""
+    """Switch off transformers' own progress bars, which would tear ours, and accelerate's notes on tied weights.
+
+    A download is still shown on a terminal: it is over before a bar of ours begins.
+    """
+    from huggingface_hub.utils.tqdm import are_progress_bars_disabled, enable_progress_bars
     from transformers.utils import logging as transformers_logging
 
-    transformers_logging.disable_progress_bar()
+    downloads = sys.stderr.isatty() and not are_progress_bars_disabled()
+    transformers_logging.disable_progress_bar()  # the hub's too
+    if downloads:
+        enable_progress_bars()
     logging.getLogger("accelerate").setLevel(logging.ERROR)

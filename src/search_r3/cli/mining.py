@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -27,10 +27,12 @@ from .common import (
 )
 
 if TYPE_CHECKING:
+    from ..data.collection import Collection
     from ..data.writing.asking import Standing
     from ..data.writing.written import Writer, WrittenReport
     from ..mining.candidates import Judge, Retriever
     from ..mining.mining import MiningReport
+    from ..types import Array
 
 Source = Annotated[str, typer.Argument(help="`atlas`, `atlas-wide`, `stdlib`, a folder, or a hub id.")]
 Out = Annotated[Path, typer.Argument(help="Folder to write; a stopped call goes on with the same command.")]
@@ -103,7 +105,7 @@ def data_mine(
     )
     data = load_collection(collection, skip_empty_documents=True)
     say_left_out(data)
-    retrievers = {name: _retriever(name, mode, options) for name in with_}
+    retrievers = {name: _retriever(name, mode, options, data) for name in with_}
     judge = _judge(cross_encoder, retrievers)
     cache = cache or out.parent / f"{out.name}.cache"
     with console.watching() as watch:
@@ -206,7 +208,7 @@ def data_traces(
     _show_report(report)
 
 
-def _retriever(name: str, mode: ModeName, options: ModelOptions) -> Retriever:
+def _retriever(name: str, mode: ModeName, options: ModelOptions, data: Collection) -> Retriever:
     from ..evaluation.baselines import BM25_NAME, SENTENCE_TRANSFORMERS, UNSTEMMED, PeerModel
     from ..mining.candidates import DenseRetriever, LexicalRetriever
     from ..retrieval.encode import Peer
@@ -226,7 +228,14 @@ def _retriever(name: str, mode: ModeName, options: ModelOptions) -> Retriever:
         "precision": model.backbone.dtype,
         "mode": mode.value,
     }
-    return DenseRetriever(model, lambda texts: model.encode_query(texts, mode.value).vectors, key)
+    queries = {query.text: query for query in data.queries.values()}
+
+    def encode(texts: Sequence[str]) -> Array:
+        """Apart, so that a long query loses its end and not its instruction."""
+        bare, instructions = ([getattr(queries[text], part) for text in texts] for part in ("bare", "instruction"))
+        return model.encode_query(bare, mode.value, instruction=instructions).vectors
+
+    return DenseRetriever(model, encode, key)
 
 
 def _judge(cross_encoder: str | None, retrievers: dict[str, Retriever]) -> Judge:
@@ -313,7 +322,8 @@ def _cost_bar(what: str, writer: Writer) -> Iterator[Writer]:
 
 def _show_report(report: WrittenReport) -> None:
     for reason, number in report.failed.items():
-        console.say(f"{number:,} without: {reason}")
+        words = report.words.get(reason)
+        console.say(f"{number:,} without: {reason}{f' ({words})' if words else ''}")
     cost = "; --price-in and --price-out show the cost" if report.cost is None else f"; cost {report.cost:,.2f}"
     tokens = f"{report.prompt_tokens:,} read, {report.completion_tokens:,} written"
     console.say(f"tokens: {tokens}; {report.requests:,} requests{cost}")

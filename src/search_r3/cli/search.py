@@ -26,11 +26,13 @@ from .common import (
     takes_model_options,
 )
 from .documents import ChunkOverlap, ChunkTokens, ColumnOption, DocumentsOption, cut_for, own_documents
+from .store import AskedArgument, Hybrid, OtherModel, Where, searcher_of
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Mapping
 
     from ..data.collection import Document
+    from ..evaluation.search import Searcher
     from ..model.encoder import SearchR3
     from ..retrieval.index import ExactIndex
 
@@ -99,7 +101,7 @@ def export(
 @app.command()
 @takes_model_options
 def search(
-    model: ModelArgument,
+    model: AskedArgument,
     options: ModelOptions,
     query: Annotated[str | None, typer.Argument(help="The query; without it, a prompt to type queries at.")] = None,
     collection: CollectionOption = None,
@@ -116,14 +118,21 @@ def search(
     chunk_overlap: ChunkOverlap = 0,
     as_json: Annotated[bool, typer.Option("--json", help="One line of JSON for each query, and nothing else.")] = False,
     untrained: Untrained = False,
+    hybrid: Hybrid = False,
+    where: Where = None,
+    other_model: OtherModel = None,
 ) -> None:
-    """Search a collection or own documents: shows the reasoning as it is written, then documents and scores."""
+    """Search a store, a collection or own documents: shows the reasoning while it is written, then the best hits."""
     from ..data.load import load_collection
     from ..errors import DataError
     from ..evaluation.search import Searcher
 
     if query is not None and not query.strip():
         raise DataError("the query is empty; give a text with at least one visible character")
+    others = [collection, index, documents, column, chunk_tokens, chunk_overlap, document_instruction, untrained]
+    if stored := searcher_of(model, other_model, options, instruction, hybrid, where, any(others)):
+        _ask(*stored, query, mode, k, as_json)
+        return
     own = own_documents(documents, column, collection) if documents else None
     searched: dict[str, Document] = {}
     if own is None:
@@ -137,11 +146,15 @@ def search(
             searched = {chunk.doc_id: chunk for chunk in own}
     summary = f"{len(searched):,} documents" if own is None else own.report.summary
     encoded = _index(encoder, searched, index, document_instruction)
-    searcher = Searcher(encoder, searched, encoded, instruction)
+    if own is not None and query is not None:
+        console.aside(summary)
+    _ask(Searcher(encoder, searched, encoded, instruction), summary, query, mode, k, as_json)
+
+
+def _ask(searcher: Searcher, summary: str, query: str | None, mode: ModeName, k: int, as_json: bool) -> None:
+    """Answer the query, or all that are typed."""
     show = console.print_answer if as_json else console.show_answer
     if query is not None:
-        if own is not None:
-            console.aside(summary)
         show(searcher.stream(query, mode.value, k))
         return
     console.aside(f"{summary}; mode {mode.value}. Type a query; an empty line ends.")

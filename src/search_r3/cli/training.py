@@ -43,7 +43,7 @@ def _whole_story(settings: Recipe, run: Run, resume: bool) -> None:
 
     started = time.perf_counter()
     collection = load_collection(settings.collection)
-    if not run.begun:  # else it is there
+    if not (run.folder / "collection").exists():
         collection.save(run.folder / "collection")
     splits = ", ".join(f"{name} {len(qrels)}" for name, qrels in collection.qrels.items())
     console.say(f"{collection.name}: {len(collection.documents)} documents; queries: {splits}")
@@ -91,7 +91,9 @@ def sft(overrides: Overrides = None, recipe: RecipeOption = None, resume: Resume
 def grpo(
     overrides: Overrides = None,
     recipe: RecipeOption = None,
-    model: Annotated[Path | None, typer.Option(help="Stage-1 model; by default run_dir/sft/model.")] = None,
+    model: Annotated[
+        str | None, typer.Option(help="Stage-1 model, a directory or a hub id; by default run_dir/sft/model.")
+    ] = None,
     resume: Resume = False,
 ) -> None:
     """Train stage 2 (GRPO with the retrieval reward) into run_dir/model."""

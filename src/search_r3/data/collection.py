@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import DataError
-from ..files import atomic_directory, read_jsonl, read_lines, write_json
+from ..files import atomic_directory, check_replaceable, read_jsonl, read_lines, write_json
 from .rows import (
     KnownIds,
     bare_text,
@@ -208,7 +208,11 @@ class Collection:
         Args:
             folder: where.
             reports: file name -> what stands as JSON in the folder beside the collection, e.g. how it was made.
+
+        Raises:
+            ConfigError: the folder holds something else than a collection.
         """
+        check_replaceable(Path(folder), ("corpus.jsonl",))
         documents = ({"_id": d.doc_id, "title": d.title, "text": d.text} for d in self.documents.values())
         queries = (
             {"_id": q.query_id, "text": q.bare}

@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ..errors import DataError
+from ..errors import ConfigError, DataError
 from .collection import Document
 from .load import split_name
 from .reading import records
@@ -49,6 +49,7 @@ class Chunk(Document):
         content_hash: SHA-256 (hex) of the whole document's title and text: as long as it stays, so do its vectors.
         metadata: of a row, what was kept of its other columns.
         path: the file that it is from, as it can be opened; empty for a data set of the hub.
+        source: what was read, as it was named, without its prefix.
     """
 
     parent_id: str
@@ -59,6 +60,7 @@ class Chunk(Document):
     content_hash: str
     metadata: Mapping[str, Any] = field(default_factory=dict, hash=False)
     path: str = ""
+    source: str = ""
 
     @property
     def full_text(self) -> str:
@@ -127,6 +129,11 @@ class DocumentStream:
         self._columns, self._max_file_bytes = columns, max_file_bytes
         self.report = ReadReport()
 
+    @property
+    def sources(self) -> list[str]:
+        """What is read, as it was named, without prefixes."""
+        return [source.name for source in self._sources]
+
     def __iter__(self) -> Iterator[Chunk]:
         self.report = report = ReadReport()
         known: set[str] = set()
@@ -140,7 +147,7 @@ class DocumentStream:
                     )
                 known.add(document.parent_id)
                 report.documents += 1
-                for chunk in _chunks(document, self.chunking):
+                for chunk in _chunks(document, self.chunking, source.name):
                     report.chunks += 1
                     yield chunk
         if not report.documents:
@@ -195,7 +202,7 @@ def read_documents(
         DataError: a source does not exist; in an iteration: a table that was named lacks a column, two documents have
             one id, or there is no document with text at all.
         MissingExtraError: in an iteration: HTML, PDF or Parquet, and the extra `documents` is not installed.
-        ConfigError: an unknown field in `columns`.
+        ConfigError: an unknown field in `columns`, or no `Chunking`.
 
     Example:
         >>> import tempfile
@@ -209,7 +216,27 @@ def read_documents(
         >>> documents.report.skipped
         Counter({'binary': 1})
     """
+    if not isinstance(chunking, Chunking | None):
+        raise ConfigError(f"chunking={chunking!r}: expected a Chunking, for instance Chunking(max_tokens=200), or None")
     return DocumentStream(sources, ColumnNames.of(columns), chunking, max_file_bytes)
+
+
+def chunks_of(
+    doc_id: str,
+    text: str,
+    title: str = "",
+    *,
+    metadata: Mapping[str, Any] | None = None,
+    chunking: Chunking | None = Chunking(),  # noqa: B008 - frozen
+    source: str = "",
+) -> Iterator[Chunk]:
+    """The chunks of one document that is at hand, as `read_documents` makes them.
+
+    Example:
+        >>> next(chunks_of("tea", "Green tea is not oxidised.")).doc_id
+        'tea#0'
+    """
+    return _chunks(_Whole(doc_id, SourceText(text, title), doc_id, metadata=metadata or {}), chunking, source)
 
 
 @dataclass(frozen=True)
@@ -223,7 +250,7 @@ class _Whole:
     metadata: Mapping[str, Any] = field(default_factory=dict)
 
 
-def _chunks(document: _Whole, chunking: Chunking | None) -> Iterator[Chunk]:
+def _chunks(document: _Whole, chunking: Chunking | None, name: str) -> Iterator[Chunk]:
     source = document.source
     content_hash = hashlib.sha256(json.dumps([source.title, source.text]).encode()).hexdigest()
     spans = [(0, len(source.text))] if chunking is None else cut(source, chunking)
@@ -240,6 +267,7 @@ def _chunks(document: _Whole, chunking: Chunking | None) -> Iterator[Chunk]:
             content_hash=content_hash,
             metadata=document.metadata,
             path=document.path,
+            source=name,
         )
 
 

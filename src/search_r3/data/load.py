@@ -11,6 +11,7 @@ from pathlib import Path
 
 from ..errors import DataError
 from ..extras import extra
+from ..files import must_be_path
 from .collection import Collection, Document, iter_documents
 from .generators.atlas import BUILT_IN
 from .hub import load_hub
@@ -50,7 +51,8 @@ def load_collection(name: str, *, skip_empty_documents: bool = False) -> Collect
         if not (folder / "corpus.jsonl").is_file() and not is_hub_folder(folder):
             raise DataError(
                 f"{folder} is no collection: expected corpus.jsonl, queries.jsonl and qrels/*.tsv (BEIR), or a "
-                "README.md with configs, or the sub-folders corpus, queries and qrels (the hub's format)"
+                "README.md with configs, or the sub-folders corpus, queries and qrels (the hub's format). Documents "
+                "alone are searched and encoded with --documents"
             )
         if _is_beir(folder):
             return Collection.load(folder, skip_empty_documents=skip_empty_documents)
@@ -72,8 +74,10 @@ def split_name(name: str) -> tuple[str, str | None, str | None] | None:
     if match is None:
         return None
     # A Path raises where a name is too long for one.
-    if not os.path.isdir(match["source"]) and not HUB_ID.fullmatch(match["source"]):  # noqa: PTH112
-        return None
+    if not os.path.isdir(match["source"]):  # noqa: PTH112
+        local = match["revision"] is None and must_be_path(match["source"])
+        if local or not HUB_ID.fullmatch(match["source"]):
+            return None
     return match["source"], match["subset"], match["revision"]
 
 

@@ -193,13 +193,17 @@ def string(row: Mapping[str, Any], key: str, place: str, default: str | None = N
     value = row.get(key, default)
     if not isinstance(value, str):
         raise DataError(f"{place}: the field {key!r} {_value_text(row, key)}; expected a string")
+    return check_text(value, f"{place}: the field {key!r}")
+
+
+def check_text(text: str, what: str) -> str:
+    """The text, or a DataError where it cannot be written as UTF-8: half a letter, or bytes that were no UTF-8."""
     try:
-        value.encode()
+        text.encode()
     except UnicodeEncodeError as error:
-        raise DataError(
-            f"{place}: the field {key!r} holds half a surrogate pair, which is no text; mend or remove it"
-        ) from error
-    return value
+        fault = "a byte that is no UTF-8" if 0xDC80 <= ord(text[error.start]) <= 0xDCFF else "half a surrogate pair"
+        raise DataError(f"{what} holds {fault}, which is no text; mend or remove it") from error
+    return text
 
 
 def strings(row: Mapping[str, Any], key: str, place: str) -> list[str]:

@@ -6,6 +6,9 @@ package admits cannot.
 
 from __future__ import annotations
 
+import hashlib
+import os
+import re
 import textwrap
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping
@@ -29,6 +32,7 @@ PARTS = {
 }
 """Name of a config, without its subset -> the part that it holds."""
 BATCH = 1000
+PATTERN_SIGNS = re.compile(r"[*?\[]|::|://")
 
 Columns = Mapping[str, tuple[str, ...]]
 """Field -> the names that its column may have."""
@@ -65,7 +69,10 @@ class Repository:
             from datasets import get_dataset_config_names
 
         with self.errors_at(self.source):
-            return list(get_dataset_config_names(self.source, revision=self.revision))
+            return list(get_dataset_config_names(self._place(), revision=self.revision))
+
+    def _place(self) -> str:
+        return plain_path(Path(self.source), self.scratch) if self.local else self.source
 
     def tables(self, config: str, *, streaming: bool = False) -> dict[str, Table]:
         """Split -> table of one config; with `streaming` only those rows of the hub are downloaded that are read."""
@@ -81,7 +88,7 @@ class Repository:
             options["streaming"] = True
         options["data_dir" if _part_folders(Path(self.source)) else "name"] = config
         with self.errors_at(place):
-            splits = load_dataset(self.source, **options)
+            splits = load_dataset(self._place(), **options)
         return {str(split): Table(self, f"{place}, split {split!s}", data) for split, data in splits.items()}
 
     @contextmanager
@@ -136,6 +143,25 @@ class Table:
             elif field not in optional:
                 raise DataError(f"{self.place}: no column {' or '.join(map(repr, names))}; it has {quoted(present)}")
         return column_of
+
+
+def plain_path(path: Path, scratch: str) -> str:
+    """A path for `datasets`, which reads paths as patterns and as chains of URLs: by links where it holds their signs.
+
+    Args:
+        path: a file or a folder; of a folder each file has a link, since `datasets` resolves one to the folder.
+        scratch: where links may be.
+    """
+    whole = path.resolve()
+    if not PATTERN_SIGNS.search(f"{path.absolute()}{whole}"):
+        return str(path)
+    link = Path(scratch) / f"link-{hashlib.sha256(os.fsencode(whole)).hexdigest()[:16]}{path.suffix}"
+    for file in [whole] if whole.is_file() else filter(Path.is_file, whole.rglob("*")):
+        target = link / file.relative_to(whole)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        if not target.is_symlink():
+            target.symlink_to(file)
+    return str(link)
 
 
 def find_layouts(configs: Iterable[str]) -> dict[str, dict[str, str]]:

@@ -130,8 +130,8 @@ def hold_out(collection: Collection, splits: Sequence[str], held_out: Sequence[s
     """The collection without those queries of the training splits that stand in a held-out split too; a warning counts.
 
     A split that is named as both is trained on whole, with a warning: it measures nothing afterwards. A query stands in
-    both under one id, or with the same text (whatever its case) and the same pool: a question about a text of its own
-    (babi) is another one.
+    both under one id, or with the same text (whatever its case and its instruction) and the same pool: a question about
+    a text of its own (babi) is another one.
 
     Args:
         collection: documents, queries and judgements; what the other splits say of a query stays.
@@ -147,7 +147,7 @@ def hold_out(collection: Collection, splits: Sequence[str], held_out: Sequence[s
     held_out = [split for split in held_out if split not in splits]
 
     def content(query_id: str) -> tuple[str, frozenset[str] | None]:
-        return collection.queries[query_id].text.casefold(), collection.pools.get(query_id)
+        return collection.queries[query_id].bare.casefold(), collection.pools.get(query_id)
 
     measured = {content(query_id) for split in held_out for query_id in collection.qrels.get(split, {})}
     qrels = dict(collection.qrels)

@@ -10,7 +10,8 @@ from typing import Any
 
 from ..data.collection import Document
 from ..data.documents import Chunk
-from ..model.encoder import QueryEmbeddings, SearchR3
+from ..model.embeddings import QueryEmbeddings
+from ..model.encoder import SearchR3
 from ..model.prompts import Mode
 from ..retrieval.index import ExactIndex
 from .systems import index_documents

@@ -9,23 +9,28 @@ import copy
 import inspect
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import torch
 from torch import Tensor
 
-from ..files import atomic_directory, write_json
+from ..errors import ConfigError
+from ..files import atomic_directory, check_replaceable, write_json
 from .precision import torch_dtype
 from .prompts import PromptEncoder
 from .settings import QUERIES, SETTINGS_FILE, EmbeddingSettings
-from .source import ADAPTER_CONFIG, ModelFiles
+from .source import ADAPTER_CONFIG, CONFIG, ModelFiles
 
 # What a configuration calls the factor on its logits (Granite, Cohere, Falcon-H1); Granite's divides them.
 LOGIT_FACTORS = {"logits_scaling": -1, "logit_scale": 1, "lm_head_multiplier": 1}
 NO_LIMIT = 2**31 - 1
+T = TypeVar("T")
+U = TypeVar("U")
 
 
 @dataclass
@@ -142,6 +147,31 @@ class Backbone:
                 parameter.data = parameter.data.to(torch_dtype(dtype))
         return replace(self, model=model)
 
+    def on(self, devices: Sequence[torch.device]) -> list[Backbone]:
+        """This model for each of the devices: itself where it is, copies elsewhere.
+
+        Raises:
+            ConfigError: it is quantised or has a map of devices, and cannot be copied elsewhere.
+        """
+        sides = [self.model] if self.documents is None else [self.model, self.documents.model]
+        models = []
+        for device in devices:
+            if device.type == self.device.type and device.index in (None, self.device.index):
+                models.append(self)
+                continue
+            if any(getattr(self.causal_lm, name, None) for name in ("hf_device_map", "quantization_method")):
+                raise ConfigError(
+                    f"{self.source} is quantised or has a device_map, and stays where it is; leave device={device} out"
+                )
+            memo: dict[int, Any] = {}  # so that weights go there at once, and those that both sides share stay one
+            for side in sides:
+                memo |= {id(one): torch.nn.Parameter(one.detach().to(device), False) for one in side.parameters()}
+                memo |= {id(one): one.to(device) for one in side.buffers()}
+            copies = copy.deepcopy(sides, memo)
+            documents = None if self.documents is None else replace(self.documents, model=copies[1])
+            models.append(replace(self, model=copies[0], documents=documents))
+        return models
+
     def save(self, folder: str | Path, dtype: str | None = None, *, state: Mapping[str, Tensor] | None = None) -> None:
         """Write weights (safetensors), tokenizer and settings; an existing folder is replaced when all is written.
 
@@ -149,8 +179,12 @@ class Backbone:
             folder: the model directory.
             dtype: storage type of the weights (`float16` halves the file); as they are by default.
             state: the weights by name, where the model itself holds only a part of them.
+
+        Raises:
+            ConfigError: the folder holds something else than a model.
         """
-        with atomic_directory(Path(folder)) as out:
+        check_replaceable(Path(folder), (CONFIG, ADAPTER_CONFIG, SETTINGS_FILE))
+        with atomic_directory(Path(folder)) as out, without_bars():
             if self.documents is None:
                 self.model.save_pretrained(out, state_dict=storage_state(self.model, dtype, state))
             else:
@@ -181,6 +215,36 @@ class Backbone:
         """Write `search_r3.json`, which also says whether the folder has a query side of its own."""
         more = ({} if self.trained else {"trained": False}) | ({"queries": QUERIES} if has_queries else {})
         write_json(folder / SETTINGS_FILE, self.settings.model_dump() | more)
+
+
+def in_parallel(
+    backbones: Sequence[Backbone], items: Sequence[T], work: Callable[[Backbone, Sequence[T]], Iterable[U]]
+) -> list[U]:
+    """What `work` gives for each item, in their order; every model has its share of them, and a thread."""
+    ends = [round(len(items) * place / len(backbones)) for place in range(len(backbones) + 1)]
+    shares = [
+        (one, items[start:end]) for one, start, end in zip(backbones, ends, ends[1:], strict=False) if start < end
+    ]
+    if len(shares) < 2:
+        return [result for share in shares for result in work(*share)]
+    with ThreadPoolExecutor(len(shares)) as pool:
+        return [result for results in pool.map(lambda share: work(*share), shares) for result in results]
+
+
+@contextmanager
+def without_bars() -> Iterator[None]:
+    """Keep transformers' progress bars, of loading and of saving, to itself; those of the user's other models stay."""
+    from huggingface_hub.utils.tqdm import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
+    from transformers.utils import logging as bars
+
+    shown, hub_shown = bars.is_progress_bar_enabled(), not are_progress_bars_disabled()
+    bars.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            bars.enable_progress_bar()  # the hub's too
+        (enable_progress_bars if hub_shown else disable_progress_bars)()
 
 
 def storage_state(model: Any, dtype: str | None, state: Mapping[str, Tensor] | None = None) -> dict[str, Tensor]:

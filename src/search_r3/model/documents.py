@@ -33,6 +33,7 @@ def encode_stream(
     kind: Kind,
     *,
     instruction: str | Sequence[str] = "",
+    batch_size: int | None = None,
     batch_tokens: int | None = None,
     window: int = WINDOW,
     progress: Progress | None = None,
@@ -44,7 +45,8 @@ def encode_stream(
         texts: read as far as the next block needs.
         kind: `direct` or `document`.
         instruction: one that follows each text, or one per text where all are one block.
-        batch_tokens: tokens computed together, padding included; it changes vectors by rounding only.
+        batch_size: texts computed together, at most.
+        batch_tokens: tokens computed together, at most, padding included; it changes vectors by rounding only.
         window: texts per block; within it texts of like length share a batch.
         progress: called after each batch with the numbers of texts and of their tokens.
 
@@ -57,8 +59,8 @@ def encode_stream(
     """
     if batch_tokens is None:
         batch_tokens = BATCH_TOKENS.get(backbone.device.type, BATCH_TOKENS["cuda"])
-    elif batch_tokens < 1:
-        raise ValueError(f"batch_tokens={batch_tokens}: expected at least 1")
+    if batch_tokens < 1:
+        raise ConfigError(f"batch_tokens={batch_tokens}: expected at least 1")
     engine = make_engine(backbone)
     source = iter(texts)
     while block := list(islice(source, window)):
@@ -67,7 +69,8 @@ def encode_stream(
         if prefix and not engine.beginning and len(block) > 1:
             with torch.inference_mode():
                 engine.share(prefix)
-        vectors = _vectors(backbone, [prompt.ids for prompt in prompts], engine, batch_tokens, progress)
+        limits = batch_tokens, batch_size or len(block)
+        vectors = _vectors(backbone, [prompt.ids for prompt in prompts], engine, limits, progress)
         check_finite(vectors, block, backbone.source)
         yield prompts, vectors
 
@@ -122,12 +125,12 @@ def _vectors(
     backbone: Backbone,
     sequences: Sequence[Sequence[int]],
     engine: Engine,
-    batch_tokens: int,
+    limits: tuple[int, int],
     progress: Progress | None,
 ) -> Array:
     vectors = np.empty((len(sequences), backbone.dimension), dtype=np.float32)
     start = len(engine.beginning)
-    for batch in length_batches([sequence[start:] for sequence in sequences], batch_tokens):
+    for batch in length_batches([sequence[start:] for sequence in sequences], *limits):
         hidden = engine.encode([sequences[i] for i in batch])
         vectors[batch] = torch.nn.functional.normalize(hidden.float(), dim=-1).cpu().numpy()
         if progress is not None:

@@ -4,52 +4,24 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Unpack
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 
-from ..errors import ConfigError, DataError, ModelError
+from ..errors import ConfigError, DataError
 from ..types import Array, Progress
-from .backbone import Backbone
+from .backbone import Backbone, in_parallel
 from .documents import WINDOW, check_finite, encode_stream
+from .embeddings import Habits, QueryEmbeddings, as_asked, check_habits, devices_of, plain, shorten, telling
 from .engine.decoding import Decoder, DecodeRequest, Rollout
-from .loading import load_backbone
-from .prompts import MODES, Kind, Mode, PromptSet
-from .settings import EmbeddingSettings
+from .loaded import LoadedModel
+from .prompts import MODES, EncodedPrompt, Kind, Mode
 
 logger = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True)
-class QueryEmbeddings:
-    """What `encode_query` returns; `numpy.asarray` of it gives the vectors.
-
-    Attributes:
-        vectors: `Q x D`, float32, L2-normalised.
-        reasoning: the text each query's reply held before the embed token (empty in direct mode).
-        reasoning_tokens: its length in tokens.
-        forced: whether the embed token had to be forced.
-        truncated: whether the query was longer than the model's `max_length` and lost its end.
-    """
-
-    vectors: Array
-    reasoning: list[str]
-    reasoning_tokens: list[int]
-    forced: list[bool]
-    truncated: list[bool]
-
-    def __len__(self) -> int:
-        return len(self.vectors)
-
-    def __array__(self, dtype: Any = None, copy: bool | None = None) -> NDArray[Any]:
-        return np.array(self.vectors, dtype=dtype, copy=copy)
-
-
-class SearchR3:
+class SearchR3(LoadedModel):
     """A model that reasons about a query and then embeds it.
 
     Args:
@@ -83,60 +55,7 @@ class SearchR3:
         (1, 2)
     """
 
-    def __init__(
-        self,
-        model: str | Path | Backbone,
-        *,
-        device: str | torch.device | None = None,
-        dtype: str | torch.dtype = "auto",
-        settings: EmbeddingSettings | None = None,
-        prompts: str | PromptSet | None = None,
-        max_length: int | None = None,
-        max_new_tokens: int | None = None,
-        revision: str | None = None,
-        truncate_dim: int | None = None,
-        model_kwargs: Mapping[str, Any] | None = None,
-        tokenizer_kwargs: Mapping[str, Any] | None = None,
-        cache_folder: str | Path | None = None,
-        token: str | bool | None = None,
-        local_files_only: bool = False,
-    ) -> None:
-        if isinstance(model, Backbone):
-            if any(one is not None for one in (settings, prompts, max_length, max_new_tokens)):
-                raise ConfigError("a Backbone has its settings already; give them to load_backbone")
-            self.backbone = model
-        else:
-            self.backbone = load_backbone(
-                model,
-                settings=settings,
-                prompts=prompts,
-                max_length=max_length,
-                max_new_tokens=max_new_tokens,
-                dtype=dtype,
-                device=device,
-                revision=revision,
-                model_kwargs=model_kwargs,
-                tokenizer_kwargs=tokenizer_kwargs,
-                cache_folder=cache_folder,
-                token=token,
-                local_files_only=local_files_only,
-            )
-            if not self.backbone.trained:
-                logger.warning(
-                    "%s is a base that no stage has trained: its vectors mean nothing before stage 1 (search-r3 sft)",
-                    model,
-                )
-        if truncate_dim is not None and not 0 < truncate_dim <= self.backbone.dimension:
-            raise ModelError(
-                f"truncate_dim={truncate_dim}, but the vectors of {self.backbone.source} have "
-                f"{self.backbone.dimension} dimensions; give as many or fewer"
-            )
-        self.truncate_dim = truncate_dim
-
-    @property
-    def dimension(self) -> int:
-        """`D`, the size of a vector."""
-        return self.truncate_dim or self.backbone.dimension
+    _warned = False  # of texts that were encoded without a prompt's name
 
     def encode_query(
         self,
@@ -150,6 +69,7 @@ class SearchR3:
         top_p: float = 1.0,
         seed: int = 0,
         progress: Progress | None = None,
+        **habits: Unpack[Habits],
     ) -> QueryEmbeddings:
         """Encode queries, after reasoning (`reason`) or at once (`direct`).
 
@@ -165,29 +85,37 @@ class SearchR3:
             top_p: sample among the likeliest tokens that together reach this probability.
             seed: query `i` samples with seed `seed + i`.
             progress: called with the numbers of queries done, and of tokens (written, or in direct mode read).
+            habits: `show_progress_bar`, `convert_to_tensor` and other arguments of sentence-transformers, see `Habits`.
 
         Raises:
             DataError: no texts, an empty one (its place is named), another number of instructions than of texts, or an
                 instruction that leaves no room for its text.
             ModelError: a vector holds NaN or infinity.
+            ConfigError: an argument of sentence-transformers that asks for what cannot be had.
         """
         _check_mode(mode)
         texts = _as_list(texts, "query")
-        if mode == "direct":
-            vectors, truncated = self._vectors(texts, "direct", instruction, None, progress)
-            empty = [""] * len(texts), [0] * len(texts), [False] * len(texts)
-            return QueryEmbeddings(vectors, *empty, truncated)
-        prompts = self.backbone.prompt_encoder.encode_batch(texts, mode, instruction)
-        rollouts = self.rollouts(
-            [prompt.ids for prompt in prompts],
-            max_new_tokens=max_new_tokens,
-            sampling_temperature=sampling_temperature,
-            top_p=top_p,
-            seeds=[seed + i for i in range(len(texts))],
-            batch_size=batch_size,
-            progress=progress,
-        )
-        return self._embeddings(rollouts, texts, [prompt.truncated for prompt in prompts])
+        dimensions, backbones = self._asked("query", habits, batch_size)
+        with telling("queries", len(texts), progress, habits.get("show_progress_bar")) as progress:
+            if mode == "direct":
+                vectors, truncated = self._vectors(backbones, texts, "direct", instruction, progress)
+                empty = [""] * len(texts), [0] * len(texts), [False] * len(texts)
+                result = QueryEmbeddings(shorten(vectors, dimensions), *empty, truncated)
+            else:
+                prompts = self.backbone.prompt_encoder.encode_batch(texts, mode, instruction)
+                rollouts = self.rollouts(
+                    [prompt.ids for prompt in prompts],
+                    max_new_tokens=max_new_tokens,
+                    sampling_temperature=sampling_temperature,
+                    top_p=top_p,
+                    seeds=[seed + i for i in range(len(texts))],
+                    batch_size=batch_size,
+                    progress=progress,
+                    backbones=backbones,
+                )
+                result = self._embeddings(rollouts, texts, [prompt.truncated for prompt in prompts], dimensions)
+        given: QueryEmbeddings = as_asked(result, habits, self.device)
+        return given
 
     def stream_query(
         self,
@@ -224,7 +152,8 @@ class SearchR3:
                 piece, output = reasoning[len(output) :], reasoning
                 if piece:
                     yield piece
-        result = self._embeddings([rollout for _, rollout in results], [text], [prompt.truncated])
+        rollouts = [rollout for _, rollout in results]
+        result = self._embeddings(rollouts, [text], [prompt.truncated], self.truncate_dim)
         if result.reasoning[0] != output and result.reasoning[0].startswith(output):
             yield result.reasoning[0][len(output) :]
         yield result
@@ -234,8 +163,10 @@ class SearchR3:
         texts: str | Sequence[str],
         *,
         instruction: str | Sequence[str] = "",
+        batch_size: int | None = None,
         batch_tokens: int | None = None,
         progress: Progress | None = None,
+        **habits: Unpack[Habits],
     ) -> Array:
         """Encode documents: `N x D`, float32, L2-normalised. Documents are never reasoned about.
 
@@ -244,18 +175,54 @@ class SearchR3:
         Args:
             texts: documents; a single string counts as one.
             instruction: as in `encode_query`; the recipes train documents without one.
-            batch_tokens: tokens computed together; by default what suits the device. It changes vectors by
+            batch_size: documents computed together, at most.
+            batch_tokens: tokens computed together, at most; by default what suits the device. Both change vectors by
                 rounding only.
             progress: called after each batch with the numbers of documents and of their tokens.
+            habits: as in `encode_query`.
 
         Raises:
-            DataError: as in `encode_query`.
+            DataError, ConfigError: as in `encode_query`.
             ModelError: a vector holds NaN or infinity.
         """
         texts = _as_list(texts, "document")
-        vectors, truncated = self._vectors(texts, "document", instruction, batch_tokens, progress)
+        dimensions, backbones = self._asked("document", habits, batch_size)
+        with telling("documents", len(texts), progress, habits.get("show_progress_bar")) as progress:
+            limits = batch_size, batch_tokens
+            vectors, truncated = self._vectors(backbones, texts, "document", instruction, progress, *limits)
         self._warn_of(sum(truncated), len(truncated))
-        return vectors
+        given: Array = as_asked(shorten(vectors, dimensions), habits, self.device)
+        return given
+
+    def encode(
+        self,
+        texts: str | Sequence[str],
+        prompt_name: str | None = None,
+        *,
+        mode: Mode = "direct",
+        **options: Any,
+    ) -> Array:
+        """Encode as a model of sentence-transformers does, and as the export of this one (`search-r3 export`).
+
+        Args:
+            texts: a single string gives one vector, `D`, others a matrix.
+            prompt_name: `query` or `document`; without it they are queries.
+            mode: of queries. `encode_query` reasons by default, this does not.
+            options: those of `encode_query` or `encode_document`.
+
+        Raises:
+            ConfigError: another name.
+        """
+        if prompt_name not in (None, "query", "document"):
+            raise ConfigError(f"prompt_name={prompt_name!r}: expected 'query' or 'document'")
+        if prompt_name is None and not self._warned:
+            self._warned = True
+            logger.warning("encode takes texts for queries; of documents say prompt_name='document'")
+        if prompt_name == "document":
+            result = self.encode_document(texts, **options)
+        else:
+            result = self.encode_query(texts, mode, **options)
+        return result[0] if isinstance(texts, str) else result
 
     def stream_document(
         self,
@@ -289,15 +256,23 @@ class SearchR3:
             progress=progress,
         ):
             self._warn_of(sum(prompt.truncated for prompt in prompts), len(prompts))
-            yield self._shorten(vectors)
+            yield shorten(vectors, self.truncate_dim)
 
     def count_document_tokens(self, texts: Sequence[str]) -> list[int]:
         """The tokens that each document takes when it is encoded: text (cut at `max_length`) and prompt."""
         return [len(prompt.ids) for prompt in self.backbone.prompt_encoder.encode_batch(texts, "document")]
 
     def similarity(self, queries: Any, documents: Any) -> Array:
-        """Cosine similarity `Q x N` of what `encode_query` and `encode_document` returned."""
-        result: Array = np.asarray(queries, dtype=np.float32) @ np.asarray(documents, dtype=np.float32).T
+        """Cosine similarity `Q x N` of what `encode_query` and `encode_document` returned.
+
+        Raises:
+            DataError: texts, or vectors of different sizes.
+        """
+        left, right = plain(queries), plain(documents)
+        if left.shape[-1:] != right.shape[-1:]:
+            sizes = f"{left.shape[-1:]} and {right.shape[-1:]}"
+            raise DataError(f"vectors of sizes {sizes} cannot be compared; encode both with one model")
+        result: Array = left @ right.T
         return result
 
     def rollouts(
@@ -310,6 +285,7 @@ class SearchR3:
         seeds: Sequence[int] | None = None,
         batch_size: int = 128,
         progress: Progress | None = None,
+        backbones: Sequence[Backbone] | None = None,
     ) -> list[Rollout]:
         """Let the model reply to each prompt until it emits the embed token (see `DecodeRequest` for the settings).
 
@@ -322,6 +298,7 @@ class SearchR3:
             seeds: one seed per prompt; needed when the temperature is above 0.
             batch_size: rollouts decoded at once; it changes them by rounding only, as in `encode_query`.
             progress: called with the numbers of rollouts finished, and of their tokens, since the last call.
+            backbones: copies of this model on other devices (`Backbone.on`), each of which takes a share.
 
         Returns:
             One rollout per prompt, in the order of the prompts: ids, log-probabilities, masks and vectors.
@@ -337,44 +314,54 @@ class SearchR3:
             DecodeRequest(prompt, budget, sampling_temperature, top_p, None if seeds is None else seeds[place])
             for place, (prompt, budget) in enumerate(zip(prompts, budgets, strict=True))
         ]
-        return Decoder(self.backbone, batch_size).run(requests, progress)
-
-    def save_pretrained(
-        self, folder: str | Path, *, dtype: Literal["float32", "float16", "bfloat16"] | None = None
-    ) -> None:
-        """Write weights, tokenizer, prompt set and embedding settings to a directory that `SearchR3` loads."""
-        self.backbone.save(folder, dtype)
+        return in_parallel(
+            backbones or [self.backbone], requests, lambda one, share: Decoder(one, batch_size).run(share, progress)
+        )
 
     def _vectors(
         self,
+        backbones: Sequence[Backbone],
         texts: Sequence[str],
         kind: Kind,
         instruction: str | Sequence[str],
-        batch_tokens: int | None,
         progress: Progress | None,
+        batch_size: int | None = None,
+        batch_tokens: int | None = None,
     ) -> tuple[Array, list[bool]]:
-        side = self.backbone.document_side if kind == "document" else self.backbone
-        [(prompts, vectors)] = encode_stream(
-            *(side, texts, kind),
-            instruction=instruction,
-            batch_tokens=batch_tokens,
-            window=len(texts),
-            progress=progress,
-        )
-        return self._shorten(vectors), [prompt.truncated for prompt in prompts]
+        self.backbone.prompt_encoder.check(texts, kind, instruction)
+        instructions = [instruction] * len(texts) if isinstance(instruction, str) else instruction
 
-    def _shorten(self, vectors: Array) -> Array:
-        if self.truncate_dim is None:
-            return vectors
-        head = vectors[:, : self.truncate_dim]
-        result: Array = head / np.linalg.norm(head, axis=1, keepdims=True)
-        return result
+        def work(one: Backbone, share: Sequence[tuple[str, str]]) -> list[tuple[list[EncodedPrompt], Array]]:
+            return list(
+                encode_stream(
+                    *(one.document_side if kind == "document" else one, [text for text, _ in share], kind),
+                    instruction=[ending for _, ending in share],
+                    batch_size=batch_size,
+                    batch_tokens=batch_tokens,
+                    window=len(share),
+                    progress=progress,
+                )
+            )
 
-    def _embeddings(self, rollouts: Sequence[Rollout], texts: Sequence[str], truncated: list[bool]) -> QueryEmbeddings:
+        blocks = in_parallel(backbones, list(zip(texts, instructions, strict=True)), work)
+        truncated = [prompt.truncated for prompts, _ in blocks for prompt in prompts]
+        return np.concatenate([vectors for _, vectors in blocks]), truncated
+
+    def _asked(self, kind: str, habits: Habits, batch_size: int | None) -> tuple[int | None, list[Backbone]]:
+        """The dimensions and the devices that are asked for, where everything that is asked for can be had."""
+        if batch_size is not None and batch_size < 1:
+            raise ConfigError(f"batch_size={batch_size}: expected at least 1")
+        check_habits(habits, kind, getattr(self, f"encode_{kind}"))
+        dimensions = self.checked_dimensions(habits.get("truncate_dim")) or self.truncate_dim
+        return dimensions, self.backbone.on(devices_of(habits, self.device))
+
+    def _embeddings(
+        self, rollouts: Sequence[Rollout], texts: Sequence[str], truncated: list[bool], dimensions: int | None
+    ) -> QueryEmbeddings:
         vectors = torch.stack([rollout.vector for rollout in rollouts]).numpy()
         check_finite(vectors, texts, self.backbone.source)
         return QueryEmbeddings(
-            self._shorten(vectors),
+            shorten(vectors, dimensions),
             [rollout.reasoning for rollout in rollouts],
             [rollout.reasoning_tokens for rollout in rollouts],
             [rollout.forced for rollout in rollouts],
@@ -393,6 +380,8 @@ def _check_mode(mode: str) -> None:
 
 
 def _as_list(texts: str | Sequence[str], kind: str) -> list[str]:
+    if isinstance(texts, Mapping | bytes) or not isinstance(texts, Iterable):
+        raise DataError(f"the texts are of type {type(texts).__name__}; expected a list of strings")
     result = [texts] if isinstance(texts, str) else list(texts)
     if not result:
         raise DataError(f"no {kind} was given; give at least one text")

@@ -14,9 +14,9 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import ModelError
-from ..files import atomic_directory, write_json, write_text
+from ..files import atomic_directory, check_replaceable, write_json, write_text
 from .adapters import merged_queries
-from .backbone import Backbone, storage_state
+from .backbone import Backbone, storage_state, without_bars
 from .prompts import Kind
 
 _KINDS: dict[str, Kind] = {"query": "direct", "document": "document"}
@@ -85,12 +85,14 @@ def export_sentence_transformers(backbone: Backbone, folder: str | Path, dtype: 
     Raises:
         ModelError: adapters are not merged, the folder holds the model itself, or the prompt or the tokenizer cannot
             be expressed in sentence-transformers.
+        ConfigError: the folder holds something else than such an export.
     """
     sides = {"": backbone}
     if backbone.documents is not None:
         sides = {"query": merged_queries(backbone), "document": backbone.documents}
     for side in sides.values():
         _check_exportable(side, Path(folder))
+    check_replaceable(Path(folder), ("modules.json",))
     frames = {name: backbone.prompt_encoder.frame(kind) for name, kind in _KINDS.items()}
     suffix = frames["query"][1]
     if frames["document"][1] != suffix:
@@ -100,7 +102,7 @@ def export_sentence_transformers(backbone: Backbone, folder: str | Path, dtype: 
     prompts = {name: "".join(parts) for name, parts in pieces.items()}
     tokenizer = _tokenizer(backbone, list(pieces.values()), suffix, special)
     _check_ids(backbone, tokenizer, prompts)
-    with atomic_directory(Path(folder)) as out:
+    with atomic_directory(Path(folder)) as out, without_bars():
         for name, side in sides.items():
             _save_weights(side.model.base_model, out / name, dtype)
             _write_tokenizer(out / name, backbone, tokenizer, special)

@@ -14,7 +14,7 @@ import torch
 
 from ..errors import ConfigError, MissingExtraError, ModelError
 from ..extras import extra
-from .backbone import Backbone
+from .backbone import Backbone, without_bars
 from .checks import check_backbone
 from .precision import torch_device, torch_dtype
 from .prompts import EMBED_TOKEN, PromptSet
@@ -81,12 +81,13 @@ def load_backbone(
     more = _checked(model_kwargs, "model_kwargs"), _checked(tokenizer_kwargs, "tokenizer_kwargs")
     files, precision = find_files(source, **hub), torch_dtype(dtype, place)
     has_settings = settings is not None or (files.folder_of(SETTINGS_FILE) / SETTINGS_FILE).is_file()
-    model, tokenizer = _load_parts(files, precision, dtype == "auto", has_settings, *more)
     changes = {"prompts": prompts, "max_length": max_length, "max_new_tokens": max_new_tokens}
-    settings, embed_token_id = _settle(files, model, tokenizer, settings, changes, embed_start)
-    models = [model]
-    if files.queries is not None:
-        models.append(_query_model(files.queries, model, precision, dtype == "auto", more[0]))
+    with without_bars():
+        model, tokenizer = _load_parts(files, precision, dtype == "auto", has_settings, *more)
+        settings, embed_token_id = _settle(files, model, tokenizer, settings, changes, embed_start)
+        models = [model]
+        if files.queries is not None:
+            models.append(_query_model(files.queries, model, precision, dtype == "auto", more[0]))
     for one in models:
         _put_on(place, one, has_map="device_map" in more[0])
     sides = [Backbone(one.eval(), tokenizer, settings, embed_token_id, files.name, files) for one in models]

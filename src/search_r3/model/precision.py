@@ -20,6 +20,10 @@ def torch_device(device: str | torch.device | None = None) -> torch.device:
         return torch.device(
             "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
         )
+    if isinstance(device, list | tuple):
+        raise ConfigError(
+            f"device={device!r}: a model is loaded on one device; encode_document and the like take several"
+        )
     try:
         chosen = torch.device(device)
         torch.empty(0, device=chosen)

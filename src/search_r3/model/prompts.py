@@ -8,16 +8,19 @@ text and cannot end a turn or move the vector.
 from __future__ import annotations
 
 import reprlib
+import threading
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from ..data.rows import instructed
+from ..data.rows import check_text, instructed
 from ..errors import ConfigError, DataError, ModelError
 from .templates import ChatTemplate, Frame, Frames
 
+_TOKENIZING = threading.Lock()
+"""A tokenizer's settings change from call to call, so one thread at a time uses it."""
 EMBED_TOKEN = "<|embed_token|>"  # noqa: S105 - the token's name in the paper, no secret
 Mode = Literal["direct", "reason"]
 MODES: tuple[Mode, ...] = ("direct", "reason")
@@ -81,7 +84,7 @@ def prompt_set(prompts: str | PromptSet) -> PromptSet:
     """
     if isinstance(prompts, PromptSet):
         return prompts
-    if prompts not in PROMPT_SETS:
+    if not isinstance(prompts, str) or prompts not in PROMPT_SETS:
         raise ConfigError(f"prompts={prompts!r} is no prompt set; expected {', '.join(PROMPT_SETS)}, or a PromptSet")
     return PROMPT_SETS[prompts]
 
@@ -210,32 +213,41 @@ class PromptEncoder:
         """
         if not texts:
             return []
-        stripped = [text.strip() if isinstance(text, str) else "" for text in texts]
-        if not all(stripped):
-            place = stripped.index("")
-            name = "document" if kind == "document" else "query"
-            raise DataError(
-                f"{name} number {place} is {texts[place]!r}; expected a text with at least one visible character"
-            )
+        self.check(texts, kind, instruction)
         before, after = self.frame(kind)
         room = self.room(kind)
         endings = [instruction] * len(texts) if isinstance(instruction, str) else instruction
-        if len(endings) != len(texts):
-            raise DataError(f"{len(endings)} instructions for {len(texts)} texts; give one for all, or one per text")
         whole = [instructed(text, end).strip() for text, end in zip(texts, endings, strict=True)]
-        tokens = self.tokenizer(whole, add_special_tokens=False, split_special_tokens=True)["input_ids"]
+        tokens = self._tokenized(whole, "document" if kind == "document" else "query")["input_ids"]
         return [
             EncodedPrompt([*before, *self._cut(text, end, ids, room), *after], len(ids) > room)
             for text, end, ids in zip(whole, endings, tokens, strict=True)
         ]
 
+    def check(self, texts: Sequence[str], kind: Kind, instruction: str | Sequence[str] = "") -> None:
+        """Refuse what `encode_batch` would refuse before it tokenizes anything.
+
+        Raises:
+            DataError: as there.
+        """
+        for place, text in enumerate(texts):
+            if not isinstance(text, str) or not text.strip():
+                name = "document" if kind == "document" else "query"
+                raise DataError(
+                    f"{name} number {place} is {text!r}; expected a text with at least one visible character"
+                )
+        if not isinstance(instruction, str | Sequence):
+            raise DataError(f"the instruction is {instruction!r}; expected a text ('' for none), or one per text")
+        if not isinstance(instruction, str) and len(instruction) != len(texts):
+            raise DataError(
+                f"{len(instruction)} instructions for {len(texts)} texts; give one for all, or one per text"
+            )
+
     def _cut(self, whole: str, instruction: str, ids: list[int], room: int) -> list[int]:
         """The ids of a text with its instruction; of one without room, without the end of the text."""
         if len(ids) <= room or not instruction.strip():
             return ids[:room]
-        offsets = self.tokenizer(
-            whole, add_special_tokens=False, split_special_tokens=True, return_offsets_mapping=True
-        )["offset_mapping"]
+        [offsets] = self._tokenized([whole], return_offsets_mapping=True)["offset_mapping"]
         text_length = len(whole[: -len(instruction.strip())].rstrip())
         ending = ids[sum(end <= text_length for _, end in offsets) :]
         if len(ending) >= room:
@@ -254,9 +266,7 @@ class PromptEncoder:
         """The tokens of each text alone, however many; a blank one has none."""
         if not texts:
             return []
-        stripped = [text.strip() for text in texts]
-        tokens = self.tokenizer(stripped, add_special_tokens=False, split_special_tokens=True)["input_ids"]
-        return [len(ids) for ids in tokens]
+        return [len(ids) for ids in self._tokenized([text.strip() for text in texts])["input_ids"]]
 
     def frame(self, kind: Kind) -> tuple[list[int], list[int]]:
         """The ids of a whole prompt before and after the user's text, the reply of `direct` and `document` included."""
@@ -290,10 +300,25 @@ class PromptEncoder:
 
     def decode(self, ids: list[int]) -> str:
         """The text of generated ids, special tokens and tags of thoughts left out."""
-        text = str(self.tokenizer.decode(ids, skip_special_tokens=True))
+        with _TOKENIZING:
+            text = str(self.tokenizer.decode(ids, skip_special_tokens=True))
         for tag in self.frames.thought_tags:
             text = text.replace(tag, "")
         return text.strip()
 
     def _plain(self, text: str) -> list[int]:
-        return list(self.tokenizer.encode(text, add_special_tokens=False, split_special_tokens=True)) if text else []
+        return list(self._tokenized([text])["input_ids"][0]) if text else []
+
+    def _tokenized(self, texts: list[str], name: str = "text", **options: Any) -> Any:
+        """What the tokenizer says of texts, in which names of special tokens stay plain text.
+
+        Raises:
+            DataError: one cannot be written as UTF-8.
+        """
+        try:
+            with _TOKENIZING:
+                return self.tokenizer(texts, add_special_tokens=False, split_special_tokens=True, **options)
+        except (TypeError, UnicodeEncodeError):
+            for place, text in enumerate(texts):
+                check_text(text, f"{name} number {place}")
+            raise

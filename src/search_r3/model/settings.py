@@ -90,8 +90,8 @@ def choose_settings(
     limits = {"max_length": max_length, "max_new_tokens": max_new_tokens}
     changes: dict[str, Any] = {name: value for name, value in limits.items() if value is not None}
     for name, value in changes.items():
-        if value < 1:
-            raise ConfigError(f"{name}={value}: expected at least 1")
+        if not isinstance(value, int) or value < 1:
+            raise ConfigError(f"{name}={value!r}: expected a whole number of at least 1")
     given = set(changes) | (settings.model_fields_set if settings is not None else set())
     if settings is None:
         settings = saved or _assumed(source, config, tokenizer, prompts is not None)

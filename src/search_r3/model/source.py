@@ -7,8 +7,10 @@ library beneath looks for another revision, for code, or for a pickle.
 from __future__ import annotations
 
 import json
+import reprlib
 import shutil
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import cached_property
 from importlib.resources import files as package_files
@@ -16,7 +18,7 @@ from pathlib import Path
 from typing import Any, TypedDict, Unpack
 
 from ..errors import ModelError
-from ..files import hash_file, hash_folder
+from ..files import hash_file, hash_folder, must_be_path
 from .settings import QUERIES, SETTINGS_FILE
 
 CONFIG, ADAPTER_CONFIG = "config.json", "adapter_config.json"
@@ -27,6 +29,8 @@ _DATA = ("*.json", "*.jinja", "*.txt", "*.model")  # all but weights
 _PEER_DATA = (*_DATA, "*.safetensors")
 _LFS_POINTER = b"version https://git-lfs"
 BUILTIN = "builtin"
+RUN_MODELS = ("model", "sft/model")
+"""Where a run has its models, the last stage's first."""
 
 
 def builtin_base_path() -> Path:
@@ -123,10 +127,21 @@ def find_files(source: str | Path, **hub: Unpack[HubOptions]) -> ModelFiles:
     Raises:
         ModelError: there is no such model, or its files are damaged, or pickles.
     """
-    path = builtin_base_path() if source == BUILTIN else Path(source)
-    name = str(path if source == BUILTIN else source)
+    if not isinstance(source, str | Path) or not str(source).strip():
+        raise ModelError(f"the model is {source!r}; expected a directory, a GGUF file, a hub id, or {BUILTIN!r}")
+    path = builtin_base_path() if source == BUILTIN else _expanded(Path(source))
+    name = str(source)
     revision = hub.get("revision")
-    on_hub = not path.exists() and isinstance(source, str) and _is_hub_id(source)
+    try:
+        exists = path.exists()
+    except OSError as error:  # too long for a name
+        raise ModelError(f"no model directory at {reprlib.repr(name)}: {error.strerror}") from error
+    on_hub = not exists and isinstance(source, str) and _is_hub_id(source)
+    if on_hub and revision is None and ("/" not in name or must_be_path(name)):
+        raise ModelError(
+            f"no model directory at {name}; give a directory with config.json, a GGUF file, or a hub id (OWNER/NAME). "
+            "If it is one on the hub, give its revision, too: main"
+        )
     if not on_hub and revision is not None:
         raise ModelError(
             f"{name} is no model of the hub and has no revision {hub.get('revision')!r}; leave the revision out"
@@ -135,7 +150,9 @@ def find_files(source: str | Path, **hub: Unpack[HubOptions]) -> ModelFiles:
     if (found.folder / ADAPTER_CONFIG).is_file() and found.gguf is None:
         found = replace(found, base=_base_of(found, hub))
     elif found.gguf is None and not (found.folder / CONFIG).is_file():
-        raise ModelError(f"{name} is no model directory: config.json is missing")
+        inside = [folder for folder in RUN_MODELS if (found.folder / folder / CONFIG).is_file()]
+        hint = f"; there is a model in {found.folder / inside[0]}" if inside else ""
+        raise ModelError(f"{name} is no model directory: config.json is missing{hint}")
     _check_weights(found)
     if found.base is None and found.gguf is None and found.json(SETTINGS_FILE).get("queries") is not None:
         found = replace(found, queries=_queries_of(found, hub))
@@ -156,7 +173,7 @@ def peer_files(source: str, revision: str | None = None) -> ModelFiles:
         if revision is not None:
             raise ModelError(f"{source} is no model of the hub and has no revision {revision!r}; leave it out")
         found = ModelFiles(source, Path(source))
-    elif not _is_hub_id(source):
+    elif not _is_hub_id(source) or must_be_path(source):
         raise ModelError(f"no model directory at {source}")
     else:
         folder = _snapshot(
@@ -169,14 +186,24 @@ def peer_files(source: str, revision: str | None = None) -> ModelFiles:
     return found
 
 
+def _expanded(path: Path) -> Path:
+    """The path with the home of its user in place of `~`; as it is where there is no such user."""
+    with suppress(RuntimeError):
+        return path.expanduser()
+    return path
+
+
 def _is_hub_id(source: str) -> bool:
     slashes = source.count("/")
-    return not source.startswith((".", "/")) and (slashes >= 2 if source.endswith(".gguf") else slashes <= 1)
+    starts_as_path = source.startswith((".", "/", "~")) or "\\" in source
+    return not starts_as_path and (slashes >= 2 if source.endswith(".gguf") else slashes <= 1)
 
 
 def _local(name: str, path: Path) -> ModelFiles:
     if path.is_file() and path.suffix == ".gguf":
         return ModelFiles(name, path.parent, gguf=path.name)
+    if path.is_file():
+        raise ModelError(f"{name} is a file and no GGUF file; give the directory that holds the model ({path.parent})")
     if not path.is_dir():
         raise ModelError(f"no model directory at {name}; give a directory with config.json, a GGUF file, or a hub id")
     return ModelFiles(name, path)

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from ..data.rows import check_text
 from ..errors import DataError
 from ..files import read_jsonl, read_lines
 
@@ -104,20 +105,21 @@ def _files(path: Path) -> list[Path]:
 def _read_lines(path: Path) -> Iterator[str | Dialogue]:
     for number, row in read_jsonl(path):
         messages, text = row.get("messages"), row.get("text")
+        place = f"{path}:{number}"
         if isinstance(messages, list) and messages:
-            yield tuple(_turn(message, f"{path}:{number}") for message in messages)
+            yield tuple(_turn(message, place) for message in messages)
         elif isinstance(text, str):
-            if full := f"{row.get('title') or ''} {text}".strip():
+            if full := check_text(f"{row.get('title') or ''} {text}".strip(), f"{place}: the text"):
                 yield full
         else:
-            raise DataError(f"{path}:{number}: expected a string 'text' or a list 'messages' of role and content")
+            raise DataError(f"{place}: expected a string 'text' or a list 'messages' of role and content")
 
 
 def _turn(message: Any, place: str) -> tuple[str, str]:
     role, content = (message.get("role"), message.get("content")) if isinstance(message, dict) else (None, None)
     if not isinstance(role, str) or not isinstance(content, str):
         raise DataError(f"{place}: a message needs the strings 'role' and 'content'")
-    return role, content
+    return check_text(role, f"{place}: a role"), check_text(content, f"{place}: a message")
 
 
 def _paragraphs(path: Path) -> Iterable[str]:

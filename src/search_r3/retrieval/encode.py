@@ -146,6 +146,7 @@ def encode_corpus(
     if complete:
         storage.sweep(folder, {path.name for path in paths.values()})
     else:
+        facts["origin"] |= _state_of(model)
         for start, block in _remaining(documents, survey, block_size, resume_at):
             vectors, end = _vectors(model, block, instruction, dtype, progress), start + len(block)
             with storage.writable(folder):
@@ -231,6 +232,13 @@ def _origin(model: SearchR3 | Peer) -> Mapping[str, Any]:
             "reply_before": settings.prompts.reply_before,
         },
     }
+
+
+def _state_of(model: SearchR3 | Peer) -> Mapping[str, Any]:
+    """What the manifest says of the weights, for people: it is the probe that is compared."""
+    if isinstance(model, Peer):
+        return {}
+    return {"revision": model.backbone.revision, "precision": model.backbone.dtype}
 
 
 def _identity(model: SearchR3 | Peer, survey: _Survey, instruction: str) -> tuple[dict[str, Any], Array]:

@@ -27,6 +27,7 @@ from ..data.triples import hold_out, judged_queries
 from ..environment.environment import RetrievalEnvironment
 from ..environment.reward import load_function
 from ..environment.scoring import Score
+from ..errors import ConfigError
 from ..model.encoder import SearchR3
 from ..model.engine.decoding import Rollout
 from ..model.engine.generation import sequence_batch
@@ -88,6 +89,11 @@ def train_grpo(
     recipe = session.recipe
     if run.finished(stage):
         return session.end()
+    if model is None and not run.finished("sft"):
+        raise ConfigError(
+            f"no stage-1 model in {run.model_path('sft')}; train it (search-r3 sft run_dir={run.folder}), or name one "
+            "as the model"
+        )
     collection = hold_out(session.collection(), settings.splits, recipe.evaluation.held_out)
     qrels = judged_queries(collection, settings.splits)
     dev = DevSplit(collection, recipe.evaluation) if settings.evaluate_every else None

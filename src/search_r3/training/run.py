@@ -55,7 +55,7 @@ class Run:
         recipe: the resolved settings; `recipe.run_dir` is the directory.
 
     Raises:
-        ConfigError: the directory holds a run with other settings that has begun, or something that is no run.
+        ConfigError: the directory holds a run with other settings, or something that is no run.
     """
 
     def __init__(self, recipe: Recipe) -> None:
@@ -64,20 +64,16 @@ class Run:
         self.metrics_path, self.rollouts_path = self.folder / "metrics.jsonl", self.folder / "rollouts.jsonl"
         self.first = first_process()
         settings = self.folder / "settings.yaml"
-        if settings.exists() and self.begun:
+        # Settings alone are those of a call that failed before it began: the mended call takes their place.
+        if settings.exists() and not _only_leftovers(self.folder, settings):
             _check_same(load_recipe(settings), recipe, settings)
         elif not self.first:
             return  # the first process is about to make it
-        elif self.folder.exists() and not settings.exists() and not _only_leftovers(self.folder, settings):
+        elif self.folder.exists() and not _only_leftovers(self.folder, settings):
             raise ConfigError(f"{self.folder} exists and holds no run; set run_dir=ANOTHER")
         else:
             remove_leftovers(settings)
             write_text(settings, dump_recipe(recipe))
-
-    @property
-    def begun(self) -> bool:
-        """Whether a stage has left something; before that, settings with a mistake may be given again without it."""
-        return any(self.finished(stage) or self.metrics(stage) or self._saved(stage) for stage in ("sft", "grpo"))
 
     def claim(self, stage: str, resume: bool) -> None:
         """Make sure that work on a stage may begin.
@@ -303,8 +299,8 @@ def _discard(checkpoint: Path) -> None:
 
 
 def _only_leftovers(folder: Path, settings: Path) -> bool:
-    """Whether a folder holds nothing but settings that a killed process had begun to write."""
-    return folder.is_dir() and set(folder.iterdir()) <= set(leftovers(settings))
+    """Whether a folder holds nothing but settings, or what a killed process had begun to write of them."""
+    return folder.is_dir() and set(folder.iterdir()) <= {settings, *leftovers(settings)}
 
 
 def _check_same(before: Recipe, now: Recipe, path: Path) -> None:

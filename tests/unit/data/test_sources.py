@@ -256,6 +256,50 @@ def test_a_missing_column_is_named(tmp_path: Path, reader: str, suffix: str) -> 
         read(reader, source)
 
 
+STRANGE = (
+    "v[2]",
+    "v[!a]",
+    "a*",
+    "what?",
+    "a::b",
+    "json::c",
+    "file:",
+    "50%",
+    "a#b",
+    "{x}",
+    "~",
+    "-d",
+    " ",
+    "a&b;c",
+    "é",
+)
+"""Names that patterns, chains of URLs, shells and the like mean something by."""
+
+
+@pytest.mark.parametrize("name", STRANGE)
+def test_a_path_means_itself_whatever_signs_are_in_it(
+    tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    row = {"query": "who sleeps all day?", "positive": "Cats do, and so do bats and sloths."}
+    other = [{"query": "a neighbour", "positive": "This is a text of a neighbour."}]
+    for neighbour in ("v2", "va", "vb", "ab", "what1", "a", "b", "x"):
+        write_rows(tmp_path / neighbour / "pairs.jsonl", other)
+        write_source(tmp_path / neighbour / "data", other, "jsonl")
+    file = write_rows(tmp_path / name / "pairs.jsonl", [row])
+    folder = write_source(tmp_path / name / "data", [row], "jsonl")
+    (tmp_path / "scratch").mkdir()
+
+    def queries(path: object) -> list[str]:
+        examples = sources.read_examples("pairs", SourcePlace(str(path)), str(tmp_path / "scratch"))
+        return [one.query for one in examples]
+
+    for path in (file, folder, write_rows(tmp_path / name / f"{name}.jsonl", [row])):
+        assert queries(path) == [row["query"]], path
+    monkeypatch.chdir(tmp_path / name)
+    for path in ("pairs.jsonl", "data"):
+        assert queries(path) == [row["query"]], path
+
+
 def test_a_source_that_is_not_there_is_explained(tmp_path: Path) -> None:
     source = write_source(tmp_path / "data", rows.COSQA)
     for path, split, expected in (

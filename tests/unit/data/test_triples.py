@@ -131,6 +131,19 @@ def test_queries_that_a_held_out_split_holds_too_are_not_trained_on(caplog: pyte
     assert line.endswith("the first is 'both'")
 
 
+def test_a_query_stands_in_both_splits_whatever_instruction_it_has(caplog: pytest.LogCaptureFixture) -> None:
+    texts = {
+        "a": ("red lamp Find a page.", "Find a page."),
+        "b": ("Red lamp", ""),
+        "c": ("a lamp Find it.", "Find it."),
+    }
+    queries = {name: Query(name, text, instruction=instruction) for name, (text, instruction) in texts.items()}
+    qrels = {"train": {"a": {"d00": 1}, "c": {"d01": 1}}, "dev": {"b": {"d00": 1}}}
+    collection = Collection("told", restricted().documents, queries, qrels)
+    assert list(hold_out(collection, ["train"], ["dev"]).qrels["train"]) == ["c"]
+    assert "1 queries of train are not trained on" in caplog.text
+
+
 def test_a_collection_whose_splits_are_apart_is_trained_on_whole(caplog: pytest.LogCaptureFixture) -> None:
     collection = restricted()
     assert hold_out(collection, ["train"], ["dev", "test"]) == collection and not caplog.records

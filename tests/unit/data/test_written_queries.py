@@ -167,6 +167,52 @@ def test_a_request_that_cannot_be_served_is_not_sent_again(server: Server, tmp_p
     assert (report.failed, report.requests) == ({"HTTP 400": 1}, 3)
 
 
+@pytest.mark.parametrize(
+    ("status", "refused", "words", "sent"),
+    [
+        (400, "max_tokens", "max_tokens is not supported by this model, use max_completion_tokens", True),
+        (400, "max_tokens", "Unsupported parameter: 'max_tokens'. Use 'max_completion_tokens' instead.", True),
+        (400, "temperature", "Unsupported value: 'temperature' does not support 0.7 with this model.", False),
+        (422, "seed", "body.seed: Extra inputs are not permitted", False),
+    ],
+)
+def test_an_argument_that_a_server_refuses_is_named_otherwise_or_left_out(
+    server: Server, tmp_path: Path, caplog: pytest.LogCaptureFixture, status: int, refused: str, words: str, sent: bool
+) -> None:
+    def answer(title: str, turn: int) -> Answer:
+        with server.lock:
+            body = server.bodies[-1]
+        return (status, {}, json.dumps({"error": {"message": words}})) if refused in body else good(title, turn)
+
+    server.answer = answer
+    report = make(server, tmp_path / "wiki", concurrency=1)
+    assert (report.failed, report.queries, report.requests) == ({}, 3, 4)
+    assert all(refused not in body for body in server.bodies[1:])
+    assert all(("max_completion_tokens" in body) == sent for body in server.bodies[1:])
+    assert [record.message for record in caplog.records] == [
+        f"{server.url}/chat/completions takes no {refused}: {'max_completion_tokens' if sent else 'none'} is sent"
+    ]
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        (json.dumps({"error": {"message": "temperature must be below 2", "code": 7}}), "temperature must be below 2"),
+        (json.dumps({"error": "no such thing"}), "no such thing"),
+        (json.dumps({"message": "quota"}), "quota"),
+        (json.dumps({"detail": [{"msg": "odd"}]}), '{"detail": [{"msg": "odd"}]}'),
+        ("plain words", "plain words"),
+    ],
+)
+def test_a_server_s_own_words_are_shown(server: Server, tmp_path: Path, text: str, words: str) -> None:
+    server.answer = lambda title, turn: (400, {}, text) if title == "birch1" else good(title, turn)
+    assert make(server, tmp_path / "one").words == {"HTTP 400": words}
+    server.answer = lambda title, turn: (400, {}, text)
+    with pytest.raises(DataError) as error:
+        make(server, tmp_path / "all")
+    assert f"(HTTP 400: 3); to HTTP 400 the endpoint says {words!r}; see what" in str(error.value)
+
+
 def test_a_slow_reply_is_given_up(server: Server, tmp_path: Path) -> None:
     def answer(title: str, turn: int) -> Answer:
         time.sleep(2.5 if title == "amber0" or (title == "birch1" and turn == 0) else 0)

@@ -390,7 +390,7 @@ def test_other_limits_need_no_new_search(tmp_path: Path) -> None:
 
 def test_another_precision_is_another_key(tiny_path: Path) -> None:
     keys = [
-        _retriever(str(tiny_path), ModeName.direct, ModelOptions(device="cpu", dtype=dtype)).key
+        _retriever(str(tiny_path), ModeName.direct, ModelOptions(device="cpu", dtype=dtype), scripted_collection()).key
         for dtype in ("float32", "bfloat16", "float32")
     ]
     assert keys[0] == keys[2] != keys[1]

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from search_r3 import SearchR3
 from search_r3.errors import ModelError
 from search_r3.model.backbone import Backbone
-from search_r3.model.encoder import QueryEmbeddings
+from search_r3.model.embeddings import QueryEmbeddings
 from search_r3.model.engine.decoding import Decoder, DecodeRequest, Rollout
 from search_r3.model.engine.sampling import choose_tokens
 from tests.conftest import favour

@@ -296,12 +296,13 @@ def test_an_existing_folder_is_replaced_and_a_failing_export_leaves_it(
 ) -> None:
     folder = tmp_path / "export"
     folder.mkdir()
-    (folder / "old.txt").write_text("old")
+    for name in ("modules.json", "old.txt"):  # the first says that it is an export
+        (folder / name).write_text("old")
     with monkeypatch.context() as patch:
         patch.setattr(export, "write_text", lambda *_: (_ for _ in ()).throw(OSError("disk full")))
         with pytest.raises(OSError, match="disk full"):
             export_sentence_transformers(backbone, folder)
-    assert [path.name for path in tmp_path.rglob("*")] == ["export", "old.txt"]
+    assert sorted(path.name for path in tmp_path.rglob("*")) == ["export", "modules.json", "old.txt"]
     export_sentence_transformers(backbone, folder)
     assert not (folder / "old.txt").exists() and (folder / "README.md").exists()
     assert [path.name for path in tmp_path.iterdir()] == ["export"]

@@ -320,7 +320,8 @@ def test_what_is_not_on_the_hub_is_one_line(hub: Hub, base: Path) -> None:
         ("o/m", {"revision": "v9"}, "o/m has no revision 'v9'"),
         ("o/m", {}, "o/m has no model.safetensors; only safetensors are loaded"),
         ("o/m/file.gguf", {}, "o/m holds no file.gguf"),
-        ("a model", {}, "no model directory at a model, and it is no hub id"),
+        ("a model/x", {}, "no model directory at a model/x, and it is no hub id"),
+        ("model", {"revision": "main"}, "the hub shows no such model; check the name"),
         ("a/b/c", {}, "no model directory at a/b/c"),
         ("./x.gguf", {}, "no model directory at ./x.gguf"),
         (str(base), {"revision": "main"}, "is no model of the hub and has no revision 'main'"),
@@ -329,6 +330,34 @@ def test_what_is_not_on_the_hub_is_one_line(hub: Hub, base: Path) -> None:
         with pytest.raises(ModelError, match=message) as caught:
             find_files(source, **options)
         assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("name", ["nothing", "a model", "here/model", "./a/b", "~/a", "a/b/c", "a/", "..", "C:\\a"])
+def test_a_path_that_is_not_there_asks_no_hub(hub: Hub, base: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    (base / "here").mkdir()
+    (base / "config.json").unlink()
+    monkeypatch.chdir(base)
+    monkeypatch.setenv("HOME", str(base))
+    with pytest.raises(ModelError, match="no model directory") as caught:
+        find_files(name)
+    assert hub.requests == [] and "\n" not in str(caught.value)
+
+
+def test_a_path_that_is_nearly_one_says_where_the_model_is(
+    base: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("HOME", str(base.parent))
+    assert find_files("~/base").folder == base
+    with pytest.raises(
+        ModelError, match=r"model.safetensors is a file and no GGUF file; give the directory that holds"
+    ):
+        find_files(base / "model.safetensors")
+    shutil.copytree(base, tmp_path / "run" / "sft" / "model")
+    with pytest.raises(ModelError, match=r"config.json is missing; there is a model in .*run/sft/model$"):
+        find_files(tmp_path / "run")
+    shutil.copytree(base, tmp_path / "run" / "model")
+    with pytest.raises(ModelError, match=r"there is a model in .*run/model$"):
+        find_files(tmp_path / "run")
 
 
 def write_gguf(path: Path, tokenizer: Any, chat_template: str | None) -> Any:
@@ -426,3 +455,14 @@ def test_a_damaged_gguf_file_is_one_error(tokenizer: Any, tmp_path: Path) -> Non
         path.write_bytes(content)
         with pytest.raises(ModelError, match=r"pointer of Git LFS|cannot load a"):
             load_backbone(path)
+
+
+def test_the_packages_own_base_has_no_path_of_this_machine(tmp_path: Path) -> None:
+    loaded = load_backbone("builtin")
+    add_adapters(loaded, LoRASettings(rank=2))
+    assert loaded.source == "builtin"
+    save_adapters(loaded, loaded.model.state_dict(), tmp_path / "adapter")
+    assert (
+        json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())["base_model_name_or_path"] == "builtin"
+    )
+    assert find_files(tmp_path / "adapter").base == find_files("builtin")

@@ -66,7 +66,7 @@ def test_one_setting_is_replaced_and_the_others_stay(folder: Path) -> None:
 def test_what_cannot_be_replaced_is_named(folder: Path) -> None:
     with pytest.raises(ConfigError, match="prompts='paper' is no prompt set; expected search-r3, published, thinking"):
         load_backbone(folder, prompts="paper")
-    with pytest.raises(ConfigError, match="max_new_tokens=0: expected at least 1"):
+    with pytest.raises(ConfigError, match="max_new_tokens=0: expected a whole number of at least 1"):
         load_backbone(folder, max_new_tokens=0)
     with pytest.raises(ConfigError, match="a Backbone has its settings already"):
         SearchR3(load_backbone(folder), max_length=50)

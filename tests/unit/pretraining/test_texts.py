@@ -50,6 +50,9 @@ def test_one_text_in_a_hundred_is_held_out_wherever_it_stands(tmp_path: Path) ->
         ({"title": "no text"}, "a.jsonl:1: expected a string 'text' or a list 'messages'"),
         ({"messages": [{"role": "user"}]}, "a.jsonl:1: a message needs the strings 'role' and 'content'"),
         ({"text": "  "}, "no text in"),
+        ({"text": "half \ud83d"}, "a.jsonl:1: the text holds half a surrogate pair, which is no text"),
+        ({"title": "\udc00", "text": "x"}, "a.jsonl:1: the text holds half a surrogate pair"),
+        ({"messages": [{"role": "user", "content": "\udfff"}]}, "a.jsonl:1: a message holds half a surrogate pair"),
     ],
 )
 def test_rows_that_cannot_be_read_are_named(tmp_path: Path, row: object, message: str) -> None:

@@ -37,8 +37,9 @@ class FakeEncoder:
 
     def __init__(self, name: str = "fake", dimension: int = 6, max_length: int = 64) -> None:
         self.dimension, self.seen = dimension, []
+        settings = EmbeddingSettings(max_length=max_length)
         self.backbone = SimpleNamespace(
-            source=name, settings=EmbeddingSettings(max_length=max_length), device=torch.device("cpu")
+            source=name, settings=settings, device=torch.device("cpu"), revision="r1", dtype="bfloat16"
         )
         self.special: dict[str, np.ndarray] = {}
 
@@ -102,6 +103,7 @@ def test_the_manifest_says_where_the_vectors_came_from(tmp_path: Path) -> None:
     assert origin["model"] == "my-model"
     assert origin["settings"]["max_length"] == 64
     assert origin["search_r3"]
+    assert (origin["revision"], origin["precision"]) == ("r1", "bfloat16")
 
 
 def test_progress_counts_what_is_encoded_now(tmp_path: Path) -> None:

@@ -14,6 +14,7 @@ import torch
 
 from search_r3.config import GRPOSettings, Recipe, RefreshSettings, SFTSettings, load_recipe
 from search_r3.data.collection import Collection, Document, Query
+from search_r3.data.load import load_collection
 from search_r3.data.triples import draw_negatives, reasoning_traces, training_examples
 from search_r3.environment.environment import RetrievalEnvironment
 from search_r3.errors import ConfigError, DataError, ModelError, RunError, SearchR3Error
@@ -394,6 +395,11 @@ def test_a_query_without_a_positive_is_left_out_and_counted_before_a_model_is_lo
     assert (
         "1 queries of train have no document with a score above 0 and are left out; the first is 'q00'" in caplog.text
     )
+    examples = training_examples(load_collection(str(folder)), "train")
+    assert [one.query.query_id for one in examples] == [one for one in qrels["train"] if one != "q00"]
+    replace(collection, qrels={"train": {"q00": {"d00": 0}}}).save(folder)
+    with pytest.raises(DataError, match="no query of train has a document of the corpus with a score above 0"):
+        training_examples(load_collection(str(folder)), "train")
 
 
 @pytest.mark.parametrize("stage", ["sft", "grpo"])

@@ -20,7 +20,7 @@ from ..collection import Collection
 from ..load import load_collection, split_name
 from ..pairs import GUESSES
 from ..rows import string
-from ..tables import Columns, Repository, Table, quoted
+from ..tables import Columns, Repository, Table, plain_path, quoted
 from ..triples import listed_negatives, reasoning_traces
 from .sources_text import answer_passage, answer_pattern, first_paragraph, first_words, without_docstring
 
@@ -143,7 +143,11 @@ def _file_table(path: Path, scratch: str) -> Table:
     repository = Repository(str(path.parent), None, scratch)
     with repository.errors_at(str(path)):
         data = load_dataset(
-            SUFFIXES[path.suffix], data_files=str(path), split="train", streaming=True, cache_dir=scratch
+            SUFFIXES[path.suffix],
+            data_files=plain_path(path, scratch),
+            split="train",
+            streaming=True,
+            cache_dir=scratch,
         )
     return Table(repository, str(path), data)
 

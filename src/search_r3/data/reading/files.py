@@ -10,8 +10,8 @@ from pathlib import Path
 Skip = Callable[[str, str], None]
 """Told of a place and of the reason why it is not read."""
 
-MACHINE_MADE = ("CACHEDIR.TAG", "pyvenv.cfg")
-"""Files that mark a folder as a cache or a Python environment."""
+MACHINE_MADE = ("CACHEDIR.TAG", "pyvenv.cfg", "documents.lance")
+"""What marks a folder as a cache, a Python environment or a store (`serving`)."""
 _UNSAFE = re.compile("[\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]")
 
 
@@ -19,7 +19,7 @@ def walk(root: Path, skip: Skip) -> Iterator[Path]:
     """The files below a folder, by name; what is read no deeper is told to `skip`.
 
     Hidden files and folders are passed over, links to folders (which may be loops), `node_modules`, and folders that
-    say that they are a cache or a Python environment. Without recursion: folders may nest deeper than calls may.
+    say that they are a cache, a Python environment or a store. Without recursion: folders may nest deeper than calls.
     """
     pending = _children(root, skip)
     while pending:

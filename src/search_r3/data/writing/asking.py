@@ -187,6 +187,7 @@ class Asking:
         self.rows = {item.item_id: file.rows[item.item_id] for item in items if item.item_id in file.rows}
         self.resumed = len(self.rows)
         self.unanswered: dict[str, str] = {}
+        self.words: dict[str, str] = {}  # reason -> what the endpoint said the first time
         self.prompt_tokens = sum(row["prompt_tokens"] for row in self.rows.values())
         self.completion_tokens = sum(row["completion_tokens"] for row in self.rows.values())
         self._prices, self._progress, self._in_a_row = prices, progress, 0
@@ -226,8 +227,9 @@ class Asking:
     def nothing(self, result: str) -> DataError:
         """The error for a call without any answer; `result` names what was asked for, e.g. `a query`."""
         reasons = ", ".join(f"{reason}: {number}" for reason, number in self.failed().items())
+        words = "".join(f"; to {reason} the endpoint says {text!r}" for reason, text in self.words.items() if text)
         return DataError(
-            f"none of the {len(self.items)} {self.what} got {result} ({reasons}); see what "
+            f"none of the {len(self.items)} {self.what} got {result} ({reasons}){words}; see what "
             f"{self.settings['model']!r} at {self.chat.url} replies, remove {self.file.path} and call again"
         )
 
@@ -257,6 +259,7 @@ class Asking:
                 self._in_a_row = 0
             except NoReplyError as error:
                 self.unanswered[item.item_id] = error.reason
+                self.words.setdefault(error.reason, error.detail)
                 self._in_a_row += 1
                 if self._in_a_row == STOP_AFTER:
                     raise DataError(

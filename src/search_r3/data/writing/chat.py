@@ -7,6 +7,7 @@ sends the user's Hugging Face token to a server for which no key was given.
 from __future__ import annotations
 
 import asyncio
+import logging
 import random
 import re
 import time
@@ -20,8 +21,15 @@ from urllib.parse import urlsplit
 
 from ...errors import DataError
 
+logger = logging.getLogger(__name__)
+
 BACKOFF_S, MAX_WAIT_S = 1.0, 300.0
 """Seconds before the first retry, doubled for each next one; and the longest wait, also for a `Retry-After`."""
+
+
+OTHER_NAMES = {"max_tokens": "max_completion_tokens", "temperature": None, "seed": None}
+"""What some servers refuse, and what they take in its place."""
+REFUSAL = re.compile("not support|unsupported|unrecognized|unknown|unexpected|not permitted|not allowed|extra", re.I)
 
 
 @dataclass(frozen=True)
@@ -80,6 +88,7 @@ class ChatEndpoint:
         base = address.rstrip("/").removesuffix("/chat/completions")
         self.url = f"{base}{'' if urlsplit(base).path else '/v1'}/chat/completions"
         self.requests = 0
+        self._names: dict[str, str | None] = {}  # of arguments that this server refuses: another name, or none
         self._key, self._concurrency, self._timeout, self._retries = api_key or "", concurrency, timeout, retries
         # What huggingface_hub brings: httpx2, or httpx in its releases before 2.
         self._http: Any = import_module("httpx2" if find_spec("httpx2") else "httpx")
@@ -104,9 +113,12 @@ class ChatEndpoint:
         """
         attempt = 0
         while True:
+            names = {name: self._names.get(name, name) for name in body}
             try:
-                return await self._send(body)
+                return await self._send({new: body[name] for name, new in names.items() if new is not None})
             except NoReplyError as error:
+                if self._learn(error, names):
+                    continue
                 if not error.again or attempt == self._retries:
                     raise
                 # Drawn at random, so that requests refused together do not come back together.
@@ -114,6 +126,21 @@ class ChatEndpoint:
                 wait = min(max(error.wait, backoff), MAX_WAIT_S)
             attempt += 1
             await asyncio.sleep(wait)
+
+    def _learn(self, error: NoReplyError, names: Mapping[str, str | None]) -> bool:
+        """Whether the server refuses an argument of this name that can be named otherwise, or left out."""
+        if error.reason not in ("HTTP 400", "HTTP 422"):
+            return False
+        for name, other in OTHER_NAMES.items():
+            refused = names.get(name) == name and re.search(rf"\b{name}\b", error.detail)
+            if refused and (other in error.detail if other else REFUSAL.search(error.detail)):
+                if self._names.get(name, name) == name:
+                    logger.warning(
+                        "%s takes no %s: %s", self.url, name, f"{other} is sent" if other else "none is sent"
+                    )
+                self._names[name] = other
+                return True
+        return False
 
     async def _send(self, body: Mapping[str, Any]) -> Reply:
         self.requests += 1
@@ -124,7 +151,7 @@ class ChatEndpoint:
             raise NoReplyError(f"no reply within {self._timeout:g} s") from error
         except self._http.HTTPError as error:
             raise NoReplyError(f"no connection ({type(error).__name__})", self._without_key(str(error))) from error
-        status, message = response.status_code, self._without_key(response.text)
+        status, message = response.status_code, self._without_key(_words(response))
         if status in (401, 403):
             raise DataError(
                 f"{self.url} refuses the api key for the model {body['model']!r} (HTTP {status}: {message}); "
@@ -143,11 +170,22 @@ class ChatEndpoint:
         try:
             return _read_reply(response.json())
         except (ValueError, TypeError, KeyError, IndexError, AttributeError) as error:
-            raise NoReplyError("the reply was no chat completion", message) from error
+            raise NoReplyError("the reply was no chat completion", self._without_key(response.text)) from error
 
     def _without_key(self, text: str) -> str:
         text = text.replace(self._key, "***") if self._key else text
         return " ".join(text.split())[:300]
+
+
+def _words(response: Any) -> str:
+    """What a server says of a request that it refuses, out of the JSON that it stands in."""
+    try:
+        body = response.json()
+        error = body.get("error", body)
+        words = error if isinstance(error, str) else error.get("message") or error.get("detail")
+    except (ValueError, AttributeError):
+        words = None
+    return words if isinstance(words, str) and words.strip() else str(response.text)
 
 
 def _read_reply(body: Any) -> Reply:

@@ -91,6 +91,7 @@ class WrittenReport:
         queries: queries that have something new, or are new.
         passages: hard negatives written, over all queries.
         failed: reason -> those that have nothing for it.
+        words: reason -> what the endpoint said to it, the first time.
         resumed: finished by an earlier, interrupted call.
         prompt_tokens: as the endpoint counts, earlier calls included; so are the next.
         completion_tokens: likewise.
@@ -105,6 +106,7 @@ class WrittenReport:
     queries: int
     passages: int
     failed: dict[str, int]
+    words: dict[str, str]
     resumed: int
     prompt_tokens: int
     completion_tokens: int
@@ -293,6 +295,7 @@ def _write(
         queries=queries,
         passages=passages,
         failed=run.failed(),
+        words=run.words,
         resumed=run.resumed,
         prompt_tokens=run.prompt_tokens,
         completion_tokens=run.completion_tokens,

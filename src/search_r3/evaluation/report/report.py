@@ -192,12 +192,12 @@ def last_results(run: Path) -> list[Result]:
     return [result for result in results if (result.system.name, result.key) in summary_keys]
 
 
-def peak_memory_bytes() -> int:
-    """The largest resident size of this process so far; 0 on Windows, which has no module that tells."""
+def peak_memory_bytes() -> int | None:
+    """The largest resident size of this process so far; None on Windows, where Python cannot tell it."""
     try:
         import resource
-    except ModuleNotFoundError:
-        return 0
+    except ImportError:
+        return None
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024
 

@@ -120,7 +120,7 @@ class Decoder:
         >>> prompt = backbone.prompt_encoder.encode("what do people pay with in Tashkent?", "reason").ids
         >>> [rollout] = Decoder(backbone).run([DecodeRequest(prompt, max_new_tokens=8)])
         >>> rollout.reasoning_tokens <= 7, rollout.vector.shape
-        (True, torch.Size([128]))
+        (True, torch.Size([192]))
     """
 
     def __init__(self, backbone: Backbone, slots: int = 128) -> None:

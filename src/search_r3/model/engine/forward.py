@@ -59,11 +59,13 @@ def compute_prefix(model: Any, ids: Sequence[int]) -> Prefix:
     return Prefix(tuple(ids), values[:, :, 0])
 
 
-def length_batches(sequences: Sequence[Sequence[int]], batch_tokens: int) -> Iterator[list[int]]:
+def length_batches(
+    sequences: Sequence[Sequence[int]], batch_tokens: int, batch_size: int | None = None
+) -> Iterator[list[int]]:
     """Places of sequences, of like length together, so many that with padding a batch has at most `batch_tokens`."""
     batch: list[int] = []
     for place in sorted(range(len(sequences)), key=lambda i: len(sequences[i])):
-        if batch and (len(batch) + 1) * len(sequences[place]) > batch_tokens:
+        if batch and ((len(batch) + 1) * len(sequences[place]) > batch_tokens or len(batch) == batch_size):
             yield batch
             batch = []
         batch.append(place)

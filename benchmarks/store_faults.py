@@ -1,0 +1,195 @@
+"""Kill a process that writes to a store, again and again, and look at what is left.
+
+A worker indexes, deletes and compacts, and tells before each operation what it is about to do, and after it that it is
+acknowledged. It gets SIGKILL at a random moment. Then the store must open, be whole (`verify`), and hold every
+acknowledged document; each document of the operation that was cut is there as before it, or as after it.
+
+One JSON line for each kill, and one at the end; exit status 1 where one was not survived.
+
+    python benchmarks/store_faults.py --kills 100
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections import Counter
+from datetime import timedelta
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+
+from search_r3.data.documents import Chunk
+from search_r3.serving import Fingerprint, Store, index_documents
+from search_r3.serving.upkeep import verify
+
+SIZE, DOCUMENTS = 32, 300
+
+
+class Encoder:
+    """Vectors that are hashes of texts."""
+
+    backbone = SimpleNamespace(device=SimpleNamespace(type="cpu"))
+
+    def encode_document(self, texts: Any, **_: Any) -> np.ndarray:
+        """`N x D`."""
+        return np.stack(
+            [np.random.default_rng(list(hashlib.sha256(text.encode()).digest())).normal(size=SIZE) for text in texts]
+        )
+
+
+def fingerprint() -> Fingerprint:
+    return Fingerprint(
+        model="hashes",
+        dimension=SIZE,
+        max_length=64,
+        embed_token_id=1,
+        frame=(1,),
+        text_ids=(2,),
+        weights="",
+        backend="",
+        probe="",
+    )
+
+
+def document(name: str, version: int) -> list[Chunk]:
+    """A document of one to six chunks; another version of it has other texts, and another number of chunks."""
+    chunks = 1 + (int(name[1:]) + version) % 6
+    return [
+        Chunk(
+            f"{name}#{number}", f"version {version} of {name}, part {number}", parent_id=name,
+            start=number, end=number + 1,
+            content_hash=f"{name}/{version}", source="made", metadata={"version": version},
+        )
+        for number in range(chunks)
+    ]  # fmt: skip
+
+
+def work(address: str, seed: int, state: dict[str, int]) -> None:
+    """Write until killed; a line before each operation with the documents that it changes, and one after it."""
+    draw, store, model = random.Random(seed), Store.open(address), Encoder()
+    print(json.dumps({"ready": True}), flush=True)
+    version = max(state.values(), default=0)
+    for number in range(10_000):
+        version += 1
+        some = draw.sample([f"d{place}" for place in range(DOCUMENTS)], draw.randint(1, 12))
+        what = draw.choices(["index", "delete", "compact"], [6, 2, 1])[0]
+        after = {"index": dict.fromkeys(some, version), "delete": dict.fromkeys(some), "compact": {}}[what]
+        print(json.dumps({"begin": number, "what": what, "after": after}), flush=True)
+        if what == "index":
+            chunks = [chunk for name in some for chunk in document(name, version)]
+            index_documents(store, model, chunks, sources=[], block=draw.choice([1, 100]))  # type: ignore[arg-type]
+        elif what == "delete":
+            store.delete(some)
+        else:
+            store.compact(keep=timedelta(seconds=1))
+        print(json.dumps({"done": number}), flush=True)
+
+
+def versions(store: Store) -> dict[str, int]:
+    """The version of each document that is there."""
+    return {entry.doc_id: store.get(entry.doc_id)[0].metadata["version"] for entry in store.documents()}
+
+
+def kill_once(address: str, seed: int, state: dict[str, int], longest: float) -> dict[str, Any]:
+    """Start a worker, kill it, and compare; `state` becomes what is there."""
+    command = [sys.executable, __file__, "--work", address, "--seed", str(seed), "--state", json.dumps(state)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as worker:
+        assert worker.stdout is not None
+        ready = worker.stdout.readline()
+        delay = random.Random(f"delay/{seed}").uniform(0, longest)
+        timer = threading.Timer(delay, worker.kill)
+        timer.start()
+        lines = [json.loads(line) for line in worker.stdout if line.endswith("\n")]
+        timer.cancel()
+    pending: dict[str, Any] = {}
+    acknowledged = 0
+    for line in lines:
+        if "begin" in line:
+            pending = line
+        else:
+            acknowledged += 1
+            apply(state, pending["after"])
+            pending = {}
+    row = {
+        "seed": seed,
+        "during": pending.get("what", "between"),
+        "acknowledged": acknowledged,
+        "after_s": round(delay, 3),
+    }
+    faults = [] if ready and worker.returncode == -signal.SIGKILL else [f"the worker ended with {worker.returncode}"]
+    try:
+        started = time.perf_counter()
+        store = Store.open(address)
+        row["open_ms"] = round(1000 * (time.perf_counter() - started), 1)
+        faults += verify(store)
+        found = versions(store)
+        changed = pending.get("after", {})
+        for name in sorted({*state, *found, *changed}):
+            allowed = {state.get(name), changed[name]} if name in changed else {state.get(name)}
+            if found.get(name) not in allowed:
+                faults.append(f"{name} has the version {found.get(name)}, expected {sorted(map(str, allowed))}")
+        state.clear()
+        state.update(found)
+        row["documents"] = len(found)
+    except Exception as error:
+        faults.append(f"{type(error).__name__}: {error}")
+    return row | {"ok": not faults, "faults": faults}
+
+
+def apply(state: dict[str, int], after: dict[str, int | None]) -> None:
+    for name, version in after.items():
+        if version is None:
+            state.pop(name, None)
+        else:
+            state[name] = version
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--kills", type=int, default=100)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--longest", type=float, default=1.5, help="seconds of writing before a kill, at most")
+    parser.add_argument("--work", help=argparse.SUPPRESS)
+    parser.add_argument("--state", default="{}", help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.work:
+        work(options.work, options.seed, json.loads(options.state))
+        return
+    folder = Path(tempfile.mkdtemp(prefix="store-faults-"))
+    address, state = str(folder / "store"), dict[str, int]()
+    Store.create(address, fingerprint())
+    rows = []
+    for number in range(options.kills):
+        rows.append(kill_once(address, options.seed + number, state, options.longest))
+        print(json.dumps(rows[-1]), flush=True)
+    during = Counter(row["during"] for row in rows)
+    failed = sum(not row["ok"] for row in rows)
+    print(
+        json.dumps(
+            {
+                "kills": len(rows),
+                "failed": failed,
+                "during": during,
+                "acknowledged": sum(row["acknowledged"] for row in rows),
+            }
+        )
+    )
+    if not failed:
+        shutil.rmtree(folder)
+    sys.exit(1 if failed else 0)
+
+
+if __name__ == "__main__":
+    main()

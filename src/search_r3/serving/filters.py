@@ -1,0 +1,135 @@
+"""Which documents are searched, as a mapping in the manner of MongoDB, compiled to LanceDB's SQL."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
+from typing import Any
+
+from ..errors import DataError
+
+COLUMNS = ("id", "parent_id", "title", "path", "source", "page")
+"""What may be asked for beside metadata."""
+Filter = Mapping[str, Any]
+_COMPARISONS = {"$gt": ">", "$gte": ">=", "$lt": "<", "$lte": "<="}
+_SIGNS = {"=": "$eq", "!=": "$ne"} | {sign: name for name, sign in _COMPARISONS.items()}
+_OPERATORS = ("$eq", "$ne", "$in", "$nin", *_COMPARISONS, "$contains", "$prefix")
+
+
+def to_sql(where: Filter) -> str:
+    """The condition that all entries hold.
+
+    Args:
+        where: field -> value, list of values, or `{operator: value}`. Fields are those of `COLUMNS`, and any other name
+            is one of the metadata (`metadata.title` where it has the name of a column). Operators: `$eq`, `$ne`, `$in`,
+            `$nin`, `$gt`, `$gte`, `$lt`, `$lte`, `$prefix` (of a text), `$contains` (of a list in the metadata).
+
+    Raises:
+        DataError: an unknown operator, or a value that cannot be compared.
+
+    Example:
+        >>> to_sql({"page": {"$gte": 3}, "path": ["a.md", "it's.md"]})
+        "page >= 3 AND path IN ('a.md', 'it''s.md')"
+    """
+    if not isinstance(where, Mapping):
+        raise DataError(
+            f"cannot read the filter {where!r}: expected fields with their values, such as {{'year': 2020}}"
+        )
+    parts = []
+    for name, wanted in where.items():
+        tests = (
+            wanted if isinstance(wanted, Mapping) else {"$in" if isinstance(wanted, list | tuple) else "$eq": wanted}
+        )
+        for operator, value in tests.items():
+            if operator not in _OPERATORS:
+                raise DataError(f"filter of {name!r}: unknown operator {operator!r}; expected {', '.join(_OPERATORS)}")
+            parts.append(_test(name, operator, value))
+    return " AND ".join(parts)
+
+
+def parse(conditions: Iterable[str]) -> dict[str, Any]:
+    """A filter of conditions such as `path=a.md`, `page>=3`, `year!=2020`; values are read as JSON where they are.
+
+    Raises:
+        DataError: one is no condition.
+    """
+    where: dict[str, dict[str, Any]] = {}
+    for condition in conditions:
+        match = re.fullmatch(r"([^=<>!]+?)\s*(>=|<=|!=|=|>|<)\s*(.+)", condition)
+        if match is None:
+            raise DataError(f"cannot read the condition {condition!r}; expected for instance year>=2020 or path=a.md")
+        name, sign, text = match.groups()
+        value: Any = text
+        if name not in COLUMNS or name == "page":
+            with suppress(ValueError):
+                value = json.loads(text)
+        where.setdefault(name, {})[_SIGNS[sign]] = value
+    return where
+
+
+def quote(text: str) -> str:
+    """A string of SQL."""
+    return "'" + text.replace("'", "''") + "'"
+
+
+def one_of(column: str, values: Sequence[str]) -> str:
+    """That a column of texts holds one of these."""
+    return f"{column} IN ({', '.join(map(quote, values))})"
+
+
+def _test(name: str, operator: str, value: Any) -> str:
+    if operator in ("$in", "$nin"):
+        if not isinstance(value, list | tuple):
+            raise DataError(f"filter of {name!r}: {operator} takes a list, found {value!r}")
+        if name in COLUMNS and value and all(isinstance(one, str) for one in value):
+            found = one_of(name, list(value))
+        else:
+            found = "(" + (" OR ".join(_test(name, "$eq", one) for one in value) or "false") + ")"
+        return found if operator == "$in" else f"{found} IS NOT TRUE"
+    if operator == "$ne":
+        return f"({_test(name, '$eq', value)}) IS NOT TRUE"
+    if not isinstance(value, str | int | float | None) or value != value:
+        raise DataError(
+            f"filter of {name!r}: cannot compare with {value!r}; expected a text, a number, true, false or null"
+        )
+    if name in COLUMNS:
+        if value is not None and isinstance(value, str) != (name != "page"):
+            raise DataError(f"filter of {name!r}: it is {'a number' if name == 'page' else 'a text'}, found {value!r}")
+        return _compare(name, operator, value, quote)
+    if operator == "$contains":
+        text = value if isinstance(value, str) else json.dumps(value)
+        return f"json_array_contains(metadata, {_path(name)}, {quote(text)})"
+    # As JSON text it can be compared whatever it is; functions that want one type fail at the first row of another.
+    member = f"json_extract(metadata, {_path(name)})"
+    if isinstance(value, bool) or value is None or isinstance(value, str):
+        return _compare(member, operator, value, lambda text: quote(json.dumps(text, ensure_ascii=False)))
+    return _compare(f"try_cast({member} AS double)", operator, value, quote)
+
+
+def _compare(left: str, operator: str, value: Any, write: Any) -> str:
+    if operator == "$contains":
+        raise DataError("filter: $contains looks into lists of the metadata; use $prefix or a list of values")
+    if operator == "$prefix":
+        if not isinstance(value, str):
+            raise DataError(f"filter: $prefix takes a text, found {value!r}")
+        text = write(value)
+        return f"starts_with({left}, {text if left in COLUMNS else text[:-2] + chr(39)})"
+    if value is None:
+        return f"({left} IS NULL OR {left} = 'null')" if left not in COLUMNS else f"{left} IS NULL"
+    right = (
+        ("'true'" if value else "'false'")
+        if isinstance(value, bool)
+        else write(value)
+        if isinstance(value, str)
+        else repr(value)
+    )
+    return f"{left} {_COMPARISONS.get(operator, '=')} {right}"
+
+
+def _path(name: str) -> str:
+    key = name.removeprefix("metadata.")
+    if '"' in key or "\\" in key:
+        raise DataError(f"filter: a name of metadata holds no quotes and backslashes, found {key!r}")
+    return quote(f'$."{key}"')

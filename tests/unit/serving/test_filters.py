@@ -1,0 +1,105 @@
+"""Filters: what each operator lets through, whatever stands in the metadata, and what is refused."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+import pytest
+
+from search_r3.errors import DataError
+from search_r3.serving import Store
+from search_r3.serving.filters import parse, to_sql
+from tests.stores import document, fingerprint, vector, vectors
+
+METADATA = {
+    "a": {"year": 1999, "lang": "en", "tags": ["x", "it's"], "open": True, "it's": "so"},
+    "b": {"year": 2000.5, "lang": "de", "tags": [], "open": False},
+    "c": {"year": "2001", "lang": "e\"n\n'é", "none": None},
+    "d": {},
+}
+
+
+@pytest.fixture(scope="module")
+def store(tmp_path_factory: pytest.TempPathFactory) -> Store:
+    pytest.importorskip("lancedb")
+    made = Store.create(tmp_path_factory.mktemp("filters") / "store", fingerprint())
+    chunks = [chunk for name, metadata in METADATA.items() for chunk in document(name, metadata=metadata, title=name)]
+    made.upsert(chunks, vectors(chunks))
+    return made
+
+
+@pytest.mark.parametrize(
+    ("where", "names"),
+    [
+        ({"year": 1999}, "a"),
+        ({"year": 1999.0}, "a"),
+        ({"year": {"$gt": 1999}}, "b"),
+        ({"year": {"$gte": 1999, "$lt": 2000}}, "a"),
+        ({"year": "2001"}, "c"),
+        ({"year": [1999, "2001", 5]}, "ac"),
+        ({"year": {"$ne": 1999}}, "bcd"),
+        ({"year": {"$nin": [1999, 2000.5]}}, "cd"),
+        ({"year": []}, ""),
+        ({"lang": "en"}, "a"),
+        ({"lang": {"$gte": "en"}}, "a"),
+        ({"lang": "e\"n\n'é"}, "c"),
+        ({"lang": {"$prefix": "e"}}, "ac"),
+        ({"lang": {"$prefix": "e\"n"}}, "c"),
+        ({"open": True}, "a"),
+        ({"open": False}, "b"),
+        ({"none": None}, "abcd"),
+        ({"lang": None}, "d"),
+        ({"tags": {"$contains": "x"}}, "a"),
+        ({"tags": {"$contains": "it's"}}, "a"),
+        ({"it's": "so"}, "a"),
+        ({"parent_id": ["a", "d", "' OR 1=1"]}, "ad"),
+        ({"path": {"$prefix": "/notes/c"}}, "c"),
+        ({"title": {"$ne": "a"}}, "bcd"),
+        ({"metadata.title": "a"}, ""),
+        ({"page": None}, "abcd"),
+        ({"page": {"$gt": 3}}, ""),
+        ({"year": {"$gt": 0}, "lang": "de"}, "b"),
+    ],
+)  # fmt: skip
+def test_a_filter_lets_through(store: Store, where: Any, names: str) -> None:
+    [hits] = store.search(vector("q")[None], k=9, where=where)
+    assert sorted(hit.chunk.parent_id for hit in hits) == list(names)
+    [hits] = store.search(texts=["text"], k=9, where=where)
+    assert sorted(hit.chunk.parent_id for hit in hits) == list(names)
+    assert [entry.doc_id for entry in store.documents(where)] == list(names)
+
+
+@pytest.mark.parametrize(
+    ("where", "message"),
+    [
+        ("year = 3", "cannot read the filter 'year = 3'"),
+        ({"year": {"$like": 1}}, "filter of 'year': unknown operator '$like'; expected $eq, $ne, $in"),
+        ({"year": {"$in": 1}}, "filter of 'year': $in takes a list, found 1"),
+        ({"year": {"$eq": [1]}}, "filter of 'year': cannot compare with [1]"),
+        ({"year": float("nan")}, "filter of 'year': cannot compare with nan"),
+        ({"page": "3"}, "filter of 'page': it is a number, found '3'"),
+        ({"path": 3}, "filter of 'path': it is a text, found 3"),
+        ({"path": {"$contains": "x"}}, "$contains looks into lists of the metadata"),
+        ({"path": {"$prefix": None}}, "$prefix takes a text, found None"),
+        ({'a"b': 1}, "a name of metadata holds no quotes and backslashes"),
+    ],
+)
+def test_a_filter_that_cannot_be_understood_is_refused_by_name(where: Any, message: str) -> None:
+    with pytest.raises(DataError, match=re.escape(message)):
+        to_sql(where)
+
+
+def test_conditions_of_the_command_line_are_filters() -> None:
+    conditions = ["year>=2000", "year < 2010", "lang=en", "open=true", "title=2020", "page!=3", "name=a=b"]
+    assert parse(conditions) == {
+        "year": {"$gte": 2000, "$lt": 2010},
+        "lang": {"$eq": "en"},
+        "open": {"$eq": True},
+        "title": {"$eq": "2020"},
+        "page": {"$ne": 3},
+        "name": {"$eq": "a=b"},
+    }
+    for condition in ("year", "=3", "year="):
+        with pytest.raises(DataError, match="cannot read the condition"):
+            parse([condition])
