@@ -33,7 +33,7 @@ _WITH_MTEB = {
     "SearchR3MTEB": "evaluation.mteb",
     "collection_task": "evaluation.mteb_tasks",
     "run_mteb": "evaluation.mteb",
-    "suite_tasks": "evaluation.mteb",
+    "suite_tasks": "evaluation.mteb_tasks",
 }
 
 __all__ = ["__version__", *_PUBLIC]

@@ -341,6 +341,11 @@ class Recipe(Section):
         description="Where a new embed token's row starts: at the mean of all rows, or at the row of the token that "
         "ends a turn, which also says that the reply is over.",
     )
+    freeze_token_table: bool = Field(
+        False,
+        description="Of the table of input tokens the embed token's row alone learns, as it is with adapters. AdamW "
+        "moves the rows of rare tokens far, and a small model then no longer copies them.",
+    )
     max_length: int = Field(128, ge=8, description="Longest prompt in tokens; longer texts lose their end, counted.")
     max_new_tokens: int = Field(64, ge=1, description="Reasoning budget in tokens, the embed token included.")
     dtype: Literal["float32", "bfloat16"] = Field("float32", description="Of the weights; bfloat16: under adapters.")

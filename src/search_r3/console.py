@@ -229,6 +229,7 @@ def show_comparisons(results: Sequence[Result], comparisons: Sequence[Comparison
 def show_mteb(scores: Sequence[TaskScore]) -> None:
     """Show the main score of each task in each mode, and what it is a part of."""
     from .evaluation.instructions import short
+    from .evaluation.table import truncation_notes
 
     lines = []
     for one in scores:
@@ -236,6 +237,10 @@ def show_mteb(scores: Sequence[TaskScore]) -> None:
         lines.append([one.task, one.mode, short(one.instruction), one.measure, f"{one.score:.4f}", tokens])
     title = ", ".join(["mteb", *dict.fromkeys(one.part for one in scores if one.part)])
     _show_grid(["task", "mode", "instruction", "measure", "score", "tokens/query"], lines, title=title)
+    for one in scores:
+        name = ", ".join((one.task, one.mode, short(one.instruction)))
+        for note in truncation_notes(name, one.truncated_queries, one.truncated_documents):
+            say(note)
 
 
 def show_report(folder: Path) -> None:

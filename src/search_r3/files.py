@@ -97,14 +97,14 @@ def must_be_path(name: str) -> bool:
     return name.startswith((".", "~", "/")) or name.endswith("/") or "\\" in name or bool(slash and Path(head).is_dir())
 
 
-def write_text(path: Path, text: str) -> None:
-    """Replace the file at `path` by `text` (UTF-8) in one step."""
+def write_text(path: Path, text: str | Iterable[str]) -> None:
+    """Replace the file at `path` by a text, or by the parts of a long one, in one step (UTF-8)."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     scratch = _scratch_beside(path)
     try:
         with scratch.open("x", encoding="utf-8") as file:
-            file.write(text)
+            file.writelines([text] if isinstance(text, str) else text)
             file.flush()
             os.fsync(file.fileno())
         scratch.replace(path)

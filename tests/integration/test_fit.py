@@ -116,6 +116,7 @@ def test_what_cannot_be_used_is_one_line_and_leaves_nothing(
         ([pairs, "--column", "query"], "--column query: expected FIELD=COLUMN"),
         ([pairs, "--column", "query=q"], "no column 'q'; it has 'anchor', 'text'"),
         ([pairs, "sft.step=3"], "unknown setting 'sft.step'"),
+        ([pairs, "base=models/typo"], "no model directory at models/typo"),
         ([pairs, "--rl", "grpo.queries_per_step=99"], "grpo.queries_per_step=99, but the file has 36 queries"),
     ):
         assert call(monkeypatch, "fit", *words, "--out", out) == 2

@@ -22,11 +22,12 @@ from mteb.models import EncoderProtocol
 from mteb.types import PromptType
 
 import search_r3
+from search_r3 import console
 from search_r3.data.collection import Collection, Document, Query
 from search_r3.errors import ConfigError, DataError
 from search_r3.evaluation.benchmark import EvaluationOptions, evaluate
-from search_r3.evaluation.mteb import BRIGHT, PAPER, SearchR3MTEB, run_mteb, suite_tasks
-from search_r3.evaluation.mteb_tasks import collection_task
+from search_r3.evaluation.mteb import SearchR3MTEB, run_mteb
+from search_r3.evaluation.mteb_tasks import BRIGHT, PAPER, collection_task, suite_tasks
 from search_r3.evaluation.systems import EncodedCollections, SearchR3System
 from search_r3.model.encoder import SearchR3
 from search_r3.model.prompts import MODES, PROMPT_SETS
@@ -156,6 +157,23 @@ def test_both_modes_score_as_our_own_evaluation_and_are_not_run_twice(
     again = run_mteb(tiny_path, ["direct", "reason"], collection_task(collection, "test"), tmp_path)
     assert calls == []
     assert [replace(score, tokens_per_query={}) for score in first] == again
+
+
+def test_texts_that_lose_their_end_are_counted_and_said(
+    model: SearchR3, collection: Collection, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    long = {f"x{i}": Document(f"x{i}", "a red house and a blue boat " * (200 + i)) for i in range(3)}
+    [first, *_] = collection.qrels["test"]
+    queries = collection.queries | {first: Query(first, "where is the boat? " * 200)}
+    cut = replace(collection, documents=collection.documents | long, queries=queries)
+    favour(model.backbone, model.backbone.embed_token_id, 2.0)
+    scores = run_mteb(model, ["direct", "reason"], collection_task(cut, "test"), tmp_path)
+    assert [(one.truncated_queries, one.truncated_documents) for one in scores] == [(1, 3), (1, 3)]
+    console.show_mteb(scores)
+    out = " ".join(capsys.readouterr().out.split())
+    for mode in ("direct", "reason"):
+        assert f"{mode}, own: 1 queries were longer than the model's limit and lost their end" in out
+        assert f"{mode}, own: 3 documents were longer" in out
 
 
 def test_each_side_reaches_its_own_encoder_as_one_text(model: SearchR3) -> None:

@@ -102,6 +102,15 @@ def test_only_the_console_prints_and_only_the_command_line_uses_it() -> None:
     assert {room_of(path) for path in SOURCES if "console" in imported_rooms(path)} == {"cli"}
 
 
+def test_no_module_needs_what_windows_lacks_to_be_imported() -> None:
+    posix = {"fcntl", "grp", "pwd", "resource", "termios"}
+    for path in SOURCES:
+        for node in ast.parse(path.read_text(encoding="utf-8")).body:
+            names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+            names += [node.module] if isinstance(node, ast.ImportFrom) else []
+            assert not posix.intersection(names), path
+
+
 def test_importing_the_package_and_help_load_no_torch() -> None:
     code = (
         "import sys, search_r3, search_r3.cli\n"

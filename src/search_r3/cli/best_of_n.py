@@ -34,6 +34,8 @@ if TYPE_CHECKING:
     from ..training.best_of_n import BestOfNReport, BestOfNSettings
 
 Splits = Annotated[list[str] | None, typer.Option("--splits", help="Splits whose queries are meant; `rl` by default.")]
+_OF_SAMPLING = ("collection=", "evaluation.held_out=")
+"""Settings that sampling reads, too."""
 
 
 @app.command(cls=ManyValues)
@@ -77,6 +79,8 @@ def best_of_n(
     settings = Settings(
         samples, temperature, seed, style, min_ndcg, above_direct, accept_ended, drop_old, limit, batch_size
     )
+    if not rounds and (unused := [one for one in overrides or [] if not one.startswith(_OF_SAMPLING)]):
+        raise ConfigError(f"{unused[0]} is a setting of stage 1, which only --rounds trains; give it to search-r3 sft")
     if rounds and out.exists() and not resume:
         raise ConfigError(f"{out} exists; add --resume to go on with its rounds, or choose another")
     if not rounds:

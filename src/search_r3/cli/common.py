@@ -114,10 +114,14 @@ def takes_model_options(command: Callable[..., None]) -> Callable[..., None]:
 
 
 class ManyValues(TyperCommand):
-    """A command whose options of several values take them in a row: `--modes direct reason`."""
+    """A command whose options of several values take them in a row: `--modes direct reason`.
+
+    Where it takes settings too, one of these (`sft.steps=10`) ends the row.
+    """
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         """Repeat the name of such an option before each of its values."""
+        settings = _setting_names() if any(param.name == "overrides" for param in self.params) else frozenset()
         many = {
             name: param
             for param in self.params
@@ -133,10 +137,20 @@ class ManyValues(TyperCommand):
                 repeated.append(arg)
                 continue
             if current is not None and values:
-                repeated.append(current)
+                key, equals, _ = arg.partition("=")
+                if equals and key.partition(".")[0] in settings:
+                    current = None
+                else:
+                    repeated.append(current)
             repeated.append(arg)
             values += 1
         return super().parse_args(ctx, repeated)
+
+
+def _setting_names() -> frozenset[str]:
+    from ..config import Recipe
+
+    return frozenset(Recipe.model_fields)
 
 
 def load_settings(recipe: Path | None, overrides: list[str] | None) -> Recipe:

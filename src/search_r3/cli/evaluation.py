@@ -194,8 +194,8 @@ def mteb(
     from ..data.load import load_collection
     from ..evaluation.benchmark import resolve_splits
     from ..evaluation.instructions import OWN
-    from ..evaluation.mteb import run_mteb, suite_tasks
-    from ..evaluation.mteb_tasks import collection_task
+    from ..evaluation.mteb import run_mteb
+    from ..evaluation.mteb_tasks import collection_task, suite_tasks
 
     folders = [name for name in tasks if Path(name).is_dir()]
     if splits and len(folders) < len(tasks):

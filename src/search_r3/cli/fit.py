@@ -59,6 +59,7 @@ def fit(
     Example: search-r3 fit pairs.jsonl --out runs/mine base=HuggingFaceTB/SmolLM2-135M-Instruct
     """
     from ..data.pairs import read_pairs
+    from ..model.source import find_files
     from ..training.grpo import train_grpo
     from ..training.sft import train_sft
 
@@ -69,6 +70,7 @@ def fit(
         console.say(
             "base: builtin, which knows little but atlas and shows that all runs; base=MODEL gives a better one"
         )
+    find_files(settings.base)  # a base that is not there fails first
     _claim(settings, ("sft", "grpo") if rl else ("sft",), resume)
     _prepare(pairs, data, settings, dev_share)
     with console.live() as live:

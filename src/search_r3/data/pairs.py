@@ -190,6 +190,8 @@ def _dev(queries: Sequence[Query], share: float) -> set[str]:
 def _named(columns: Mapping[str, str | Sequence[str]] | None) -> dict[str, tuple[str, ...]]:
     """Field -> columns, as a user gives them."""
     named = {}
+    if not isinstance(columns, Mapping | None):
+        raise ConfigError(f"columns={columns!r}: expected field -> column, such as {{'query': 'question'}}")
     for name, value in (columns or {}).items():
         if name not in GUESSES:
             raise ConfigError(f"columns: unknown field {name!r}; expected {', '.join(GUESSES)}")
@@ -201,7 +203,8 @@ def _choose(
     present: Sequence[str], named: Mapping[str, tuple[str, ...]], *, strict: bool = True
 ) -> dict[str, tuple[str, ...]]:
     """Field -> columns, of those that a row has; with `strict` all that are named and the two that are needed."""
-    lower = {name.lower(): name for name in reversed(present)}
+    taken = {column for several in named.values() for column in several}
+    lower = {name.lower(): name for name in reversed(present) if name not in taken}
     columns: dict[str, tuple[str, ...]] = {
         name: next(((lower[guess],) for guess in guesses if guess in lower), ()) for name, guesses in GUESSES.items()
     }
@@ -215,7 +218,7 @@ def _choose(
         for name in NEEDED:
             if not columns[name]:
                 usual = ", ".join(GUESSES[name])
-                raise UnreadableError(f"no column for the {name} ({usual}); {has}: name it, as {name}=COLUMN")
+                raise UnreadableError(f"no column for the {name} ({usual}); {has}; name it: --column {name}=COLUMN")
     return {name: tuple(one for one in several if one in present) for name, several in columns.items()}
 
 

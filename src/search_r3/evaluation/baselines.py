@@ -20,13 +20,13 @@ from ..model.documents import check_finite
 from ..model.precision import torch_device, torch_dtype
 from ..model.source import peer_files
 from ..retrieval.index import ExactIndex
-from ..retrieval.lexical import BM25
-from ..retrieval.ranking import RankRequest, ranked, without
+from ..retrieval.lexical import BM25, Scored
+from ..retrieval.ranking import RankRequest, without
 from ..retrieval.tokens import AUTO, LexicalTokens
 from ..types import Array, Progress
 from .instructions import OWN, choose
 from .results import Cost, SystemInfo
-from .systems import AT_A_TIME, Answers, PerCollection, Searchable
+from .systems import AT_A_TIME, Answers, PerCollection, Searchable, rank_in_blocks, rank_vectors
 
 SENTENCE_TRANSFORMERS = "sentence-transformers:"
 BM25_NAME, UNSTEMMED = "bm25", "bm25-unstemmed"
@@ -85,14 +85,20 @@ class _Lexical:
     def answer(self, requests: Sequence[RankRequest], depth: int, progress: Progress | None = None) -> Answers:
         texts = [self._texts.get(request.query_id, "").strip() or request.text for request in requests]
         deepest = depth + max(len(request.left_out) for request in requests)
-        rankings = self._index.search_scored(texts, deepest, [request.pool for request in requests])
-        if progress is not None:
-            progress(len(requests), 0)
-        rankings = [without(ranking, request, depth) for ranking, request in zip(rankings, requests, strict=True)]
-        notes = []
+
+        def rank(part: slice) -> list[Scored]:
+            pools = [request.pool for request in requests[part]]
+            found = self._index.search_scored(texts[part], deepest, pools)
+            if progress is not None:
+                progress(len(found), 0)
+            return [without(ranking, request, depth) for ranking, request in zip(found, requests[part], strict=True)]
+
+        rankings, notes = rank_in_blocks(len(requests), rank), []
         if self._tokens.by_character:
             notes.append(f"texts were read character by character, as language {self._tokens.language}")
-        if lost := sum(not ranking for ranking in rankings):
+        if self._tokens.stemmed and not self._tokens.familiar:
+            notes.append(f"no stems and no stop words of language {self._tokens.language} are known")
+        if lost := sum(not ranking.doc_ids for ranking in rankings):
             language = f"read as language {self._tokens.language}"
             notes.append(f"{lost:,} of {len(rankings):,} queries share no word with a document ({language})")
         return Answers(rankings, notes=notes)
@@ -241,7 +247,7 @@ class _Dense:
             vectors[places] = self._model.encode(texts, "query", self._task, instruction)
             if progress is not None:
                 progress(len(places), 0)
-        return Answers(ranked(self._index, vectors, requests, depth))
+        return Answers(rank_vectors(self._index, vectors, requests, depth))
 
 
 def _package_folder(source: str) -> Path | None:

@@ -37,7 +37,7 @@ from .results import (
 )
 from .runs import run_path, write_qrels, write_run
 from .significance import bootstrap_intervals
-from .systems import Answers, Searchable, System
+from .systems import Answers, Ranking, Searchable, System
 
 TOP = 10
 """Documents of each ranking that a result keeps."""
@@ -200,7 +200,7 @@ def _measure_system(
     source: str,
     key: str,
     watch: Watch | None,
-) -> tuple[Result, list[Scored]]:
+) -> tuple[Result, list[Ranking]]:
     """The result, and all rankings in the order of its queries."""
     qrels = measured(collection, split, options)
     requests = make_requests(collection, qrels, options.identical_ids)
@@ -227,7 +227,7 @@ def _measure_system(
         scores |= more
         intervals |= bootstrap_intervals({"p-mrr": followed}, options.bootstrap, options.seed)
     latency = _latency(index, requests, depth, options.latency_queries)
-    top = [ranking[:TOP] for ranking in answers.rankings]
+    top = [ranking.best(TOP) for ranking in answers.rankings]
     relevant = [{doc_id: gain for doc_id, gain in gains.items() if gain > 0} for gains in qrels.values()]
     result = Result(
         key=key,
@@ -251,10 +251,8 @@ def _measure_system(
     return result, answers.rankings
 
 
-def _doc_ids(requests: Sequence[RankRequest], rankings: Sequence[Scored]) -> dict[str, list[str]]:
-    return {
-        request.query_id: [doc_id for doc_id, _ in ranking] for request, ranking in zip(requests, rankings, strict=True)
-    }
+def _doc_ids(requests: Sequence[RankRequest], rankings: Sequence[Ranking]) -> dict[str, list[str]]:
+    return {request.query_id: ranking.doc_ids for request, ranking in zip(requests, rankings, strict=True)}
 
 
 def _per_query(rankings: Mapping[str, Sequence[str]], qrels: Qrels, depth: int) -> dict[str, list[float]]:

@@ -1,4 +1,4 @@
-"""mteb, the benchmark of the field: Search-R3 as an encoder of mteb, and suites of its tasks.
+"""mteb, the benchmark of the field: Search-R3 as an encoder of mteb, and its runs.
 
 mteb joins title and text by one space, as `Document.full_text` does. Equal scores rank by doc_id, the larger first, as
 in `retrieval.metrics`.
@@ -11,7 +11,6 @@ import json
 import logging
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from difflib import get_close_matches
 from pathlib import Path
 from statistics import fmean
 from typing import Any, cast
@@ -26,8 +25,8 @@ from ..model.encoder import SearchR3
 from ..model.prompts import MODES, PROMPT_SETS, Mode, PromptSet
 from ..types import Array
 from .instructions import NONE, OWN, choose, file_label, task_instruction
-from .mteb_tasks import choose_subsets, sample_queries
-from .systems import short_name
+from .mteb_tasks import sample_queries, suite_tasks
+from .systems import count_truncated, short_name
 
 with extra("mteb"):
     import mteb
@@ -39,20 +38,8 @@ with extra("mteb"):
 
 logger = logging.getLogger(__name__)
 
-_BRIGHT_SUBSETS = (
-    *("Biology", "EarthScience", "Economics", "Psychology", "Robotics", "Stackoverflow", "SustainableLiving"),
-    *("Pony", "Leetcode", "Aops", "TheoremQATheorems", "TheoremQAQuestions"),
-)
-BRIGHT = tuple(f"Bright{subset}Retrieval" for subset in _BRIGHT_SUBSETS)
-"""The twelve subsets of BRIGHT with passages. Its `Long` tasks rank whole pages by recall@1, another experiment."""
-FOLLOWIR = ("Robust04InstructionRetrieval", "News21InstructionRetrieval", "Core17InstructionRetrieval")
-PAPER = (
-    *("SciFact", "CQADupstackRetrieval", "LitSearchRetrieval", "MedicalQARetrieval", "DS1000Retrieval"),
-    *("MKQARetrieval", "BrowseCompPlusRetrieval", *BRIGHT, *FOLLOWIR),
-)
-"""The collections that the paper reports on, as mteb names them."""
-SUITES: dict[str, tuple[str, ...]] = {"paper": PAPER, "bright": BRIGHT, "followir": FOLLOWIR}
-"""Names that stand for several tasks."""
+Vectors = dict[str, tuple[Array, int]]
+"""Hash of documents -> their vectors, and how many lost their end."""
 
 
 @dataclass(frozen=True)
@@ -70,6 +57,8 @@ class TaskScore:
         tokens_per_query: `task/split/subset` -> mean reasoning tokens; empty where the result was there before.
         path: mteb's own result file.
         part: what of the task was measured, where that is not all of it.
+        truncated_queries: queries that lost their end, over splits and subsets; 0 where the result was there before.
+        truncated_documents: likewise.
     """
 
     task: str
@@ -82,6 +71,8 @@ class TaskScore:
     tokens_per_query: dict[str, float]
     path: Path
     part: str = ""
+    truncated_queries: int = 0
+    truncated_documents: int = 0
 
 
 class SearchR3MTEB:
@@ -105,6 +96,8 @@ class SearchR3MTEB:
     Attributes:
         mteb_model_meta: name (`owner/name-reason`, `local/folder-reason`), revision and sizes.
         tokens_per_query: `task/split/subset` -> mean reasoning tokens of the queries encoded so far.
+        truncated_queries: likewise -> queries that lost their end.
+        truncated_documents: likewise.
 
     Raises:
         SearchR3Error: mteb is not installed (on import), an unknown mode, or a model that cannot be loaded.
@@ -137,7 +130,9 @@ class SearchR3MTEB:
         self.instruction = instruction
         self.mteb_model_meta = _model_meta(model, mode, max_new_tokens, instruction)
         self.tokens_per_query: dict[str, float] = {}
-        self._cache: dict[str, Array] | None = None  # hash of texts -> vectors, shared between modes by run_mteb
+        self.truncated_queries: dict[str, int] = {}
+        self.truncated_documents: dict[str, int] = {}
+        self._cache: Vectors | None = None  # shared between modes by run_mteb
 
     def encode(
         self,
@@ -180,7 +175,9 @@ class SearchR3MTEB:
         elif visible:
             own_side = prompt_type == PromptType.document and self.instruction == OWN
             of_task = task_instruction(task_metadata, "document") if own_side else ""
-            vectors[visible] = self._documents([texts[row] for row in visible], of_task)
+            vectors[visible], cut = self._documents([texts[row] for row in visible], of_task)
+            # mteb gives a large corpus in parts.
+            self.truncated_documents[place] = self.truncated_documents.get(place, 0) + cut
         return vectors
 
     def similarity(self, embeddings1: Any, embeddings2: Any) -> torch.Tensor:
@@ -200,42 +197,18 @@ class SearchR3MTEB:
             max_new_tokens=self.max_new_tokens,
         )
         self.tokens_per_query[place] = fmean(queries.reasoning_tokens)
+        self.truncated_queries[place] = self.truncated_queries.get(place, 0) + sum(queries.truncated)
         if all(queries.forced):
             logger.warning("%s: the model emitted its embed token for none of %d queries", place, len(texts))
         return queries.vectors
 
-    def _documents(self, texts: list[str], instruction: str) -> Array:
+    def _documents(self, texts: list[str], instruction: str) -> tuple[Array, int]:
         cache = {} if self._cache is None else self._cache
         key = hashlib.sha256(json.dumps([texts, instruction]).encode()).hexdigest()
         if key not in cache:
-            cache[key] = np.concatenate(list(self.model.stream_document(texts, instruction=instruction)))
+            vectors = np.concatenate(list(self.model.stream_document(texts, instruction=instruction)))
+            cache[key] = vectors, count_truncated(self.model, texts, instruction)
         return cache[key]
-
-
-def suite_tasks(names: str | Sequence[str], subsets: Sequence[str] = ()) -> list[AbsTask]:
-    """The mteb tasks of suites (`SUITES`) and of single tasks, each once, in the order of the names.
-
-    Args:
-        names: names of suites or of mteb tasks.
-        subsets: of tasks that have several, those with these names or languages (as mteb writes them: `deu`).
-
-    Raises:
-        DataError: a task without such a subset, or unknown names; all of them are in the message, with the nearest
-            known ones.
-    """
-    names = [names] if isinstance(names, str) else names
-    tasks, unknown = [], []
-    for name in dict.fromkeys(task for suite in names for task in SUITES.get(suite, (suite,))):
-        try:
-            task = mteb.get_task(name)
-            chosen = choose_subsets(task, subsets) if subsets else None
-            tasks.append(task if chosen is None else mteb.get_task(name, hf_subsets=chosen))
-        except KeyError:
-            unknown.append(name)
-    if unknown:
-        choices = [*SUITES, *(task.metadata.name for task in mteb.get_tasks(exclude_superseded=False))]
-        raise DataError("; ".join(_nearest(name, choices) for name in unknown))
-    return tasks
 
 
 def run_mteb(
@@ -289,7 +262,7 @@ def run_mteb(
     cache = ResultCache(out_folder)
     scores = []
     for task in queue:
-        vectors: dict[str, Array] | None = {} if len(encoders) > 1 else None
+        vectors: Vectors | None = {} if len(encoders) > 1 else None
         for encoder in encoders:
             encoder._cache = vectors
             score = _run(encoder, task, cache, batch_size, save_predictions)
@@ -319,7 +292,7 @@ def _run(encoder: SearchR3MTEB, task: AbsTask, cache: ResultCache, batch_size: i
     name, meta = task.metadata.name, encoder.mteb_model_meta
     path = cache.get_task_result_path(name, meta)
     predictions = cache.cache_path / "predictions" / path.parent.relative_to(cache.cache_path / "results")
-    encoder.tokens_per_query = {}
+    encoder.tokens_per_query, encoder.truncated_queries, encoder.truncated_documents = {}, {}, {}
     bars_shown = not are_progress_bars_disabled()
     disable_progress_bars()  # those of `datasets`, drawn while mteb prepares texts
     try:
@@ -346,7 +319,8 @@ def _run(encoder: SearchR3MTEB, task: AbsTask, cache: ResultCache, batch_size: i
     scores = {f"{split}/{subset['hf_subset']}": round(float(subset["main_score"]), 6) for split, subset in subsets}
     mean, measure, tokens = fmean(scores.values()), task.metadata.main_score, encoder.tokens_per_query
     system = encoder.mode, str(meta.name), encoder.instruction
-    return TaskScore(name, *system, measure, mean, scores, tokens, path)
+    cut = (sum(each.values()) for each in (encoder.truncated_queries, encoder.truncated_documents))
+    return TaskScore(name, *system, measure, mean, scores, tokens, path, "", *cut)
 
 
 def _model_meta(model: SearchR3, mode: Mode, max_new_tokens: int | None, instruction: str) -> ModelMeta:
@@ -389,9 +363,3 @@ def _prompts_label(prompts: PromptSet) -> str:
     if prompts == PROMPT_SETS.get(prompts.name):
         return prompts.name
     return f"{prompts.name}-{hashlib.sha256(prompts.model_dump_json().encode()).hexdigest()[:8]}"
-
-
-def _nearest(name: str, choices: Sequence[str]) -> str:
-    lower = {choice.lower(): choice for choice in choices}
-    nearest = ", ".join(lower[choice] for choice in get_close_matches(name.lower(), lower, n=3))
-    return f"{name!r} is neither a suite nor a task of mteb" + (f"; nearest: {nearest}" if nearest else "")

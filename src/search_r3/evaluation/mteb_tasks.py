@@ -1,4 +1,4 @@
-"""Collections as retrieval tasks of mteb."""
+"""Suites of mteb's tasks, parts of them, and collections as tasks."""
 
 from __future__ import annotations
 
@@ -6,7 +6,9 @@ import hashlib
 import json
 import random
 import re
+import textwrap
 from collections.abc import Iterable, Mapping, Sequence
+from difflib import get_close_matches
 from pathlib import Path
 from statistics import fmean
 from typing import Any, cast
@@ -25,6 +27,47 @@ with extra("mteb"):
     from mteb import AbsTask, TaskMetadata
     from mteb.abstasks import AbsTaskRetrieval
     from mteb.abstasks.aggregated_task import AbsTaskAggregate
+
+_BRIGHT_SUBSETS = (
+    *("Biology", "EarthScience", "Economics", "Psychology", "Robotics", "Stackoverflow", "SustainableLiving"),
+    *("Pony", "Leetcode", "Aops", "TheoremQATheorems", "TheoremQAQuestions"),
+)
+BRIGHT = tuple(f"Bright{subset}Retrieval" for subset in _BRIGHT_SUBSETS)
+"""The twelve subsets of BRIGHT with passages. Its `Long` tasks rank whole pages by recall@1, another experiment."""
+FOLLOWIR = ("Robust04InstructionRetrieval", "News21InstructionRetrieval", "Core17InstructionRetrieval")
+PAPER = (
+    *("SciFact", "CQADupstackRetrieval", "LitSearchRetrieval", "MedicalQARetrieval", "DS1000Retrieval"),
+    *("MKQARetrieval", "BrowseCompPlusRetrieval", *BRIGHT, *FOLLOWIR),
+)
+"""The collections that the paper reports on, as mteb names them."""
+SUITES: dict[str, tuple[str, ...]] = {"paper": PAPER, "bright": BRIGHT, "followir": FOLLOWIR}
+"""Names that stand for several tasks."""
+
+
+def suite_tasks(names: str | Sequence[str], subsets: Sequence[str] = ()) -> list[AbsTask]:
+    """The mteb tasks of suites (`SUITES`) and of single tasks, each once, in the order of the names.
+
+    Args:
+        names: names of suites or of mteb tasks.
+        subsets: of tasks that have several, those with these names or languages (as mteb writes them: `deu`).
+
+    Raises:
+        DataError: a task without such a subset, or unknown names; all of them are in the message, with the nearest
+            known ones.
+    """
+    names = [names] if isinstance(names, str) else names
+    tasks, unknown = [], []
+    for name in dict.fromkeys(task for suite in names for task in SUITES.get(suite, (suite,))):
+        try:
+            task = mteb.get_task(name)
+            chosen = choose_subsets(task, subsets) if subsets else None
+            tasks.append(task if chosen is None else mteb.get_task(name, hf_subsets=chosen))
+        except KeyError:
+            unknown.append(name)
+    if unknown:
+        choices = [*SUITES, *(task.metadata.name for task in mteb.get_tasks(exclude_superseded=False))]
+        raise DataError("; ".join(_nearest(name, choices) for name in unknown))
+    return tasks
 
 
 def collection_task(
@@ -136,7 +179,12 @@ def choose_subsets(task: AbsTask, names: Sequence[str]) -> list[str]:
         if subset in names or any(script.partition("-")[0] in names for script in scripts)
     ]
     if not chosen:
-        raise DataError(f"{task.metadata.name} has no subset {', '.join(names)}; it has {', '.join(languages)}")
+        codes = {script.partition("-")[0] for scripts in languages.values() for script in scripts}
+        raise DataError(
+            f"{task.metadata.name} has no subset {', '.join(names)}; it has "
+            f"{textwrap.shorten(', '.join(languages), 160)}, in the languages "
+            f"{textwrap.shorten(', '.join(sorted(codes)), 160)}"
+        )
     return chosen
 
 
@@ -193,3 +241,9 @@ def _top_ranked(collection: Collection, query_ids: Iterable[str]) -> dict[str, l
         ]
         for query_id, limit in limits.items()
     }
+
+
+def _nearest(name: str, choices: Sequence[str]) -> str:
+    lower = {choice.lower(): choice for choice in choices}
+    nearest = ", ".join(lower[choice] for choice in get_close_matches(name.lower(), lower, n=3))
+    return f"{name!r} is neither a suite nor a task of mteb" + (f"; nearest: {nearest}" if nearest else "")

@@ -8,8 +8,8 @@ from pathlib import Path
 from ..data.collection import Collection
 from ..errors import ConfigError
 from ..files import write_text
-from ..retrieval.lexical import Scored
 from .results import Result
+from .systems import Ranking
 
 
 def run_path(folder: Path, result_name: str) -> Path:
@@ -17,19 +17,19 @@ def run_path(folder: Path, result_name: str) -> Path:
     return folder / f"{result_name.removesuffix('.json')}.run"
 
 
-def write_run(folder: Path, result: Result, rankings: Sequence[Scored]) -> Path:
+def write_run(folder: Path, result: Result, rankings: Sequence[Ranking]) -> Path:
     """Write all rankings of a result: `query Q0 document rank score system`, a document a line; returns the path.
 
     Scores are float32 in full, so who sorts by them, ties by the larger id first, has our ranking.
     """
     tag = "_".join(result.system.name.split())
-    lines = [
+    lines = (
         f"{query_id} Q0 {doc_id} {rank} {score:.9g} {tag}\n"
         for query_id, ranking in zip(result.query_ids, rankings, strict=True)
-        for rank, (doc_id, score) in enumerate(ranking, 1)
-    ]
+        for rank, (doc_id, score) in enumerate(ranking.best(len(ranking.doc_ids)), 1)
+    )
     path = run_path(folder, result.file_name())
-    write_text(path, "".join(lines))
+    write_text(path, lines)
     return path
 
 

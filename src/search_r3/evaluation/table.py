@@ -86,11 +86,18 @@ def notes(results: Sequence[Result]) -> list[str]:
         )
     for result in results:
         name, cost = result.system.name, result.cost
-        for count, what in ((cost.truncated_queries, "queries"), (cost.truncated_documents, "documents")):
-            if count:
-                lines.append(f"{name}: {count:,} {what} were longer than the model's limit and lost their end")
+        lines += truncation_notes(name, cost.truncated_queries, cost.truncated_documents)
         lines += [f"{name}: {note}" for note in result.notes]
     return lines
+
+
+def truncation_notes(name: str, queries: int, documents: int) -> list[str]:
+    """What to say of texts that were cut."""
+    return [
+        f"{name}: {count:,} {what} were longer than the model's limit and lost their end"
+        for count, what in ((queries, "queries"), (documents, "documents"))
+        if count
+    ]
 
 
 def gain_per_100_tokens(result: Result, results: Sequence[Result]) -> float | None:

@@ -40,7 +40,7 @@ FREQUENT = 0.9
 """Share of the documents in which a word without meaning stands."""
 SAMPLE, BEGINNING = 1000, 500
 """Texts, and characters of each, that tell the language."""
-_LANGUAGE = re.compile(r"[a-z]{2,3}")
+_LANGUAGE = re.compile(r"[a-z]{2}")
 
 
 class LexicalTokens:
@@ -56,7 +56,7 @@ class LexicalTokens:
         language: what the documents were read as; `auto` before there are any.
 
     Raises:
-        ConfigError: no such language.
+        ConfigError: a language that is not two letters.
         MissingExtraError: PyStemmer is not installed, which the stems need.
     """
 
@@ -80,6 +80,11 @@ class LexicalTokens:
     def by_character(self) -> bool:
         """Whether texts are read character by character."""
         return self.language in BY_CHARACTER
+
+    @property
+    def familiar(self) -> bool:
+        """Whether something is known of the language that its texts are read by."""
+        return self.language in (*STOP_WORDS, *STEMMED, *BY_CHARACTER)
 
     def of_documents(self, texts: Sequence[str]) -> list[list[str]]:
         """The tokens of the documents; what is learned from them then serves the queries."""

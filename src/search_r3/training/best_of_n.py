@@ -173,10 +173,7 @@ def best_of_n(
     winners = {query_id: result for query_id, result in results.items() if isinstance(result, Sample)}
     left_out = dict(sorted(Counter(str(one) for one in results.values() if not isinstance(one, Sample)).items()))
     if not winners:
-        reasons = ", ".join(f"{name} {count:,}" for name, count in left_out.items())
-        raise DataError(
-            f"none of {len(groups):,} queries has a winner ({reasons}); raise samples, lower min_ndcg, or train first"
-        )
+        raise _no_winner_error(groups, left_out, settings)
     report = BestOfNReport(
         model={"source": model.backbone.source, "revision": model.backbone.revision},
         collection={"name": collection.name, "content_hash": collection.content_hash()},
@@ -191,6 +188,17 @@ def best_of_n(
     )
     _with_winners(collection, splits, winners, settings).save(out, reports={REPORT: asdict(report)})
     return report
+
+
+def _no_winner_error(groups: Sequence[Group], left_out: Mapping[str, int], settings: BestOfNSettings) -> DataError:
+    reasons = ", ".join(f"{name} {count:,}" for name, count in left_out.items())
+    lenient = replace(settings, accept_ended=True)
+    ended = sum(len(usable(one.samples, lenient)) - len(usable(one.samples, settings)) for one in groups)
+    hint = f"accept_ended, since {ended:,} replies ended without the token, " if ended else ""
+    return DataError(
+        f"none of {len(groups):,} queries has a winner ({reasons}); try {hint}more samples, a lower min_ndcg, or train "
+        "first"
+    )
 
 
 def _drawn(qrels: Qrels, settings: BestOfNSettings) -> Qrels:

@@ -177,8 +177,11 @@ def make_engine(model: SearchR3, recipe: Recipe, settings: SFTSettings | GRPOSet
     copy = None
     if recipe.lora.rank:
         add_adapters(backbone, recipe.lora)
-    elif needs_reference:
-        copy = backbone.frozen_copy("bfloat16" if recipe.mixed_precision == "bf16" else None)
+    else:
+        if needs_reference:
+            copy = backbone.frozen_copy("bfloat16" if recipe.mixed_precision == "bf16" else None)
+        if recipe.freeze_token_table:
+            _hold_token_table(backbone)
     if recipe.gradient_checkpointing:
         _recompute_activations(backbone)
     _check_precision(recipe)
@@ -231,6 +234,17 @@ def _parameter_groups(policy: Policy, learning_rate: float, embed_row_rate: floa
     return [group for group in groups if group["params"]]
 
 
+def _hold_token_table(backbone: Backbone) -> None:
+    """Let the embed token's row alone learn; AdamW leaves rows alone that never have a gradient."""
+
+    def of_that_row(gradient: Tensor) -> Tensor:
+        kept = torch.zeros_like(gradient)
+        kept[backbone.embed_token_id] = gradient[backbone.embed_token_id]
+        return kept
+
+    backbone.causal_lm.get_input_embeddings().weight.register_hook(of_that_row)
+
+
 def _recompute_activations(backbone: Backbone) -> None:
     lm = backbone.causal_lm
     # The name since transformers 5.20, and the one before.
@@ -276,7 +290,13 @@ def _check_launch(accelerator: Any, recipe: Recipe, backbone: Backbone) -> None:
             f"{type(backbone.causal_lm).__name__} cannot be trained with FSDP2 here, since its layers are not "
             "decoded one by one; launch with DDP or DeepSpeed"
         )
-    if recipe.lora.rank and (plugin := deepspeed_plugin(accelerator)) is not None and plugin.zero_stage == 3:
+    plugin = deepspeed_plugin(accelerator)
+    if recipe.freeze_token_table and not recipe.lora.rank and (accelerator.is_fsdp2 or plugin is not None):
+        raise ConfigError(
+            "freeze_token_table=true needs gradients of whole tables: launch with DDP, or set lora.rank above 0, which "
+            "freezes the table as well"
+        )
+    if recipe.lora.rank and plugin is not None and plugin.zero_stage == 3:
         raise ConfigError("lora.rank above 0 cannot be trained with ZeRO-3 here; launch with DDP, FSDP2 or ZeRO-2")
 
 

@@ -29,6 +29,9 @@ from .run import Run
 RecipeLike = Recipe | Mapping[str, Any] | str | os.PathLike[str] | None
 """A recipe, a mapping nested as a recipe file is, the path of such a file, or None for the defaults."""
 
+PLACES = {"run_dir": "run_dir", "base": "model"}
+"""Setting -> the argument that comes over it."""
+
 
 @dataclass(frozen=True)
 class TrainingResult:
@@ -67,6 +70,10 @@ class Callbacks:
     """
 
     def __init__(self, callbacks: Iterable[Any], args: Any, stage: str) -> None:
+        if not isinstance(callbacks, Iterable):
+            raise ConfigError(
+                f"callbacks: {callbacks!r} is no list of callbacks; give [{type(callbacks).__name__}(...)]"
+            )
         self.callbacks = [one() if isinstance(one, type) else one for one in callbacks]
         for one in self.callbacks:
             if not isinstance(one, TrainerCallback):
@@ -112,8 +119,8 @@ class Session:
         stopped: whether a callback of any process has asked for the end.
 
     Raises:
-        ConfigError: a setting cannot be used, the run directory holds another run, or the stage has begun and `resume`
-            is off.
+        ConfigError: a setting cannot be used, `collection` is no `Collection`, the run directory holds another run, or
+            the stage has begun and `resume` is off.
     """
 
     def __init__(
@@ -184,6 +191,14 @@ def _resolve(
         recipe = load_recipe(None if recipe is None else Path(recipe))
     elif not isinstance(recipe, Recipe):
         recipe = parse_settings(Recipe, recipe)
+    for name, value in places.items():
+        if not isinstance(value, str | os.PathLike | None):
+            raise ConfigError(f"{PLACES[name]}: expected a path or a name, found {type(value).__name__}")
+    if not isinstance(collection, Collection | None):
+        raise ConfigError(
+            f"collection: expected a Collection, found {type(collection).__name__}; give load_collection(...) or "
+            "read_pairs(...).collection, or name it in the recipe: {'collection': NAME}"
+        )
     updates: dict[str, Any] = {name: os.fspath(value) for name, value in places.items() if value is not None}
     if collection is not None:
         updates["collection"] = f"{collection.name} (given from Python, {_digest(collection)[:16]})"

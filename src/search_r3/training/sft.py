@@ -98,7 +98,7 @@ def train_sft(
     if not any(example.reasoning for of_split in examples.values() for example in of_split):
         logger.warning(
             "no query of %s has a reasoning trace: reason mode learns %s, and stage 2 will find little to choose from; "
-            "`search-r3 data traces` has traces written",
+            "`search-r3 data traces` has traces written, `search-r3 best-of-n` keeps the model's own",
             *(recipe.collection, "to embed at once" if settings.untraced == "embed" else "nothing"),
         )
     dev = DevSplit(collection, recipe.evaluation) if settings.evaluate_every else None

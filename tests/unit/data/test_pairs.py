@@ -86,6 +86,16 @@ def test_named_columns_come_before_guessed_ones(tmp_path: Path) -> None:
     assert pairs.columns["document"] == ("text", "more")
 
 
+def test_a_named_column_is_not_guessed_for_another_field(tmp_path: Path) -> None:
+    rows = [{"text": f"what is {one}?", "title": f"A {one} is a thing."} for one in ("fork", "lamp", "door")]
+    path = write(tmp_path / "pairs.jsonl", rows)
+    pairs = read_pairs(path, columns={"query": "text", "document": "title"})
+    assert pairs.columns == {"query": ("text",), "document": ("title",)}
+    assert {one.title for one in pairs.collection.documents.values()} == {""}
+    with pytest.raises(DataError, match="no column for the document"):
+        read_pairs(path, columns={"query": "text"})
+
+
 def test_one_text_is_one_query_and_one_document(tmp_path: Path) -> None:
     rows = [
         {"query": "tea?", "positive": "Green.", "reasoning": "", "id": 7},
@@ -148,12 +158,12 @@ def test_queries_without_negatives_are_searched_for_some(tmp_path: Path) -> None
         (
             "p.csv",
             "q,positive\na,b\n",
-            r"no column for the query \(query, .*\); it has 'positive', 'q': name it",
+            r"no column for the query \(query, .*\); it has 'positive', 'q'; name it: --column query=COLUMN",
         ),
         (
             "p.csv",
             "query,p\na,b\n",
-            r"no column for the document \(.*\); it has 'p', 'query': name it, as doc",
+            r"no column for the document \(.*\); it has 'p', 'query'; name it: --column doc",
         ),
         (
             "p.jsonl",
@@ -183,5 +193,7 @@ def test_wrong_arguments_are_named(tmp_path: Path) -> None:
         read_pairs(path, columns={"query": "ask"})
     with pytest.raises(ConfigError, match="unknown field 'doc'; expected query, document, negative"):
         read_pairs(path, columns={"doc": "positive"})
+    with pytest.raises(ConfigError, match="columns='positive': expected field -> column"):
+        read_pairs(path, columns="positive")  # type: ignore[arg-type]
     with pytest.raises(ConfigError, match=r"dev_share=1.0: expected a share"):
         read_pairs(path, dev_share=1.0)

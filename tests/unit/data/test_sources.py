@@ -14,6 +14,7 @@ from hub_rows import write_rows, write_source
 from search_r3.data.collection import Collection, Document, Query
 from search_r3.data.mixing import sources, sources_text
 from search_r3.data.mixing.sources import Passage, SourceExample, SourcePlace
+from search_r3.data.pairs import read_pairs
 from search_r3.errors import DataError
 
 
@@ -145,6 +146,21 @@ def test_pairs_may_come_with_reasoning_and_with_a_list_of_negatives(tmp_path: Pa
     row = {"question": "why?", "answer": "Because.", "negative": ["No.", None, " "], "reasoning": "Think."}
     (found,) = read("pairs", write_source(tmp_path / "data", [row], "jsonl"))
     assert found == SourceExample("why?", (Passage("", "Because."),), (Passage("", "No."),), {"trace": "Think."})
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"query": "why?", "pos": ["Because.", "So."], "neg": ["No."]},
+        {"query": "why?", "positive_passages": [{"title": "", "text": "Because."}, {"title": "", "text": "So."}],
+         "negative_passages": [{"title": "", "text": "No."}]},
+    ],
+)  # fmt: skip
+def test_pairs_have_the_columns_that_fit_knows(tmp_path: Path, row: dict[str, Any]) -> None:
+    (found,) = read("pairs", write_source(tmp_path / "data", [row], "jsonl"))
+    assert found == SourceExample("why?", (Passage("", "Because."), Passage("", "So.")), (Passage("", "No."),))
+    known = read_pairs(write_rows(tmp_path / "pairs.jsonl", [row, {**row, "query": "how?"}])).collection
+    assert [one.text for one in known.documents.values()] == ["Because.", "So.", "No."]
 
 
 def test_a_beir_train_split_keeps_its_reasoning_and_its_negatives(tmp_path: Path) -> None:

@@ -16,12 +16,12 @@ from search_r3.environment.refresh import Selective
 from search_r3.errors import DataError, RewardError
 from search_r3.evaluation.benchmark import EvaluationOptions, evaluate
 from search_r3.evaluation.results import SystemInfo
-from search_r3.evaluation.systems import Answers, System
+from search_r3.evaluation.systems import Answers, System, rank_vectors
 from search_r3.model.engine.generation import Rollout
 from search_r3.retrieval.approximate import ApproximateIndex, GraphSettings
 from search_r3.retrieval.index import ExactIndex
 from search_r3.retrieval.metrics import ndcg, rank
-from search_r3.retrieval.ranking import RankRequest, ranked
+from search_r3.retrieval.ranking import RankRequest
 
 WEIGHTS = RewardSettings(ndcg=1.0, log_rank=0.0, format=0.25, tokens=0.1)
 
@@ -374,7 +374,7 @@ class FixedVectors(System):
 
     def answer(self, requests: Sequence[RankRequest], depth: int, progress: Any = None) -> Answers:
         vectors = np.stack([self.vectors[request.query_id] for request in requests])
-        return Answers(ranked(self.vector_index, vectors, requests, depth))
+        return Answers(rank_vectors(self.vector_index, vectors, requests, depth))
 
 
 def brute_force_ndcg(collection: Collection, world: RetrievalEnvironment, query_id: str, vector: np.ndarray) -> float:

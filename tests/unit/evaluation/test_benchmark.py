@@ -31,7 +31,7 @@ from search_r3.evaluation.table import gain_per_100_tokens, markdown
 from search_r3.model.encoder import SearchR3
 from search_r3.retrieval.index import ExactIndex
 from search_r3.retrieval.metrics import p_mrr
-from search_r3.retrieval.ranking import RankRequest, ranked
+from search_r3.retrieval.ranking import RankRequest, make_requests, ranked
 from tests.conftest import favour, save_tiny
 
 QUICK = EvaluationOptions(latency_queries=2, bootstrap=100)
@@ -106,7 +106,20 @@ def test_splits_share_what_a_baseline_has_indexed(collection: Collection) -> Non
     other = Collection("other", {"x": Document("x", "an apple")}, {}, {})
     assert system.index(other) is not first
     found = system.index(other).answer([RankRequest("q", "apple")], 10).rankings
-    assert [[doc_id for doc_id, _ in scored] for scored in found] == [["x"]]
+    assert [ranking.doc_ids for ranking in found] == [["x"]]
+
+
+@pytest.mark.parametrize("name", ["bm25", "direct"])
+def test_blocks_of_requests_rank_as_all_at_once(
+    name: str, model: SearchR3, collection: Collection, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    requests = make_requests(collection, collection.qrels["test"])
+    system = BM25System() if name == "bm25" else SearchR3System(EncodedCollections(model), "direct")
+    whole = system.index(collection).answer(requests, 100).rankings
+    monkeypatch.setattr("search_r3.evaluation.systems.AT_A_TIME", 3)
+    parts = system.index(collection).answer(requests, 100).rankings
+    assert [ranking.best(100) for ranking in parts] == [ranking.best(100) for ranking in whole]
+    assert len({tuple(ranking.doc_ids) for ranking in whole}) == len(requests) == 10
 
 
 def test_a_corpus_on_the_disk_gives_the_same_result_and_is_removed(
@@ -240,8 +253,8 @@ def test_excluding_does_not_shorten_a_deep_ranking(model: SearchR3, collection: 
     for system in (BM25System(), SearchR3System(EncodedCollections(model), "direct")):
         index = system.index(Collection("many", documents, {}, {}))
         [found] = index.answer([RankRequest("q", "this one is about a house", left_out=out)], 100).rankings
-        assert len(found) == 100
-        assert not out.intersection(doc_id for doc_id, _ in found)
+        assert len(found.doc_ids) == 100
+        assert not out.intersection(found.doc_ids)
 
 
 def test_only_the_pool_is_ranked(model: SearchR3) -> None:

@@ -138,6 +138,11 @@ def test_bm25_says_what_it_does_not_find(collection: Collection) -> None:
     assert notes([result]) == ["bm25: texts were read character by character, as language ja"]
 
 
+def test_bm25_says_when_it_knows_nothing_of_a_language(collection: Collection) -> None:
+    for language, expected in (("de", []), ("xx", ["bm25: no stems and no stop words of language xx are known"])):
+        assert notes([evaluate(BM25System(language=language), collection, "test", QUICK)]) == expected
+
+
 def test_a_version_is_part_of_the_key(collection: Collection, monkeypatch: pytest.MonkeyPatch) -> None:
     keys = {run(collection).key}
     with monkeypatch.context() as patch:

@@ -72,7 +72,7 @@ def test_settings_name_what_tokens_depend_on() -> None:
     assert len({str(tokens.settings) for tokens in each}) == 4
 
 
-@pytest.mark.parametrize("language", ["english", "EN", "", "en-US"])
+@pytest.mark.parametrize("language", ["english", "eng", "EN", "", "en-US"])
 def test_a_language_is_two_letters(language: str) -> None:
     with pytest.raises(ConfigError, match="expected two letters, such as en, de or zh, or auto"):
         LexicalTokens(language)

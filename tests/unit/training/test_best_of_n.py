@@ -239,9 +239,13 @@ def test_no_winner_at_all_is_an_error_and_leaves_what_was_there(
     writer: SearchR3, collection: Collection, tmp_path: Path
 ) -> None:
     favour(writer.backbone, writer.backbone.embed_token_id, -1e4)
-    with pytest.raises(DataError, match=r"none of 20 queries .* \(forced 20\).* raise samples"):
+    with pytest.raises(DataError, match=r"none of 20 queries .* \(forced 20\).* more samples"):
         best_of_n(writer, collection, tmp_path / "out", KEEP_ALL, cache=tmp_path / "cache", splits=["train"])
     assert not (tmp_path / "out").exists()
+    favour(writer.backbone, writer.backbone.tokenizer.eos_token_id, 3.0)
+    writer.backbone.model.get_output_embeddings().bias.data[writer.backbone.embed_token_id] = -1e4
+    with pytest.raises(DataError, match=r"try accept_ended, since \d+ replies ended without the token, more samples"):
+        best_of_n(writer, collection, tmp_path / "out", KEEP_ALL, cache=tmp_path / "ended", splits=["train"])
     (tmp_path / "notes").mkdir()
     with pytest.raises(DataError, match="is no collection"):
         best_of_n(writer, collection, tmp_path / "notes", KEEP_ALL, cache=tmp_path / "cache", splits=["train"])
@@ -337,5 +341,8 @@ def test_wrong_calls_are_told_so(
     assert "one and the same reply" in error("--splits", "train", "--temperature", "0")
     assert "min-ndcg" in error("--splits", "train", "--min-ndcg", "2")
     assert "add sft.splits='{train: 1}' sft.reasoning_styles='{own: 1}'" in error("--rounds", "1", "--splits", "train")
+    assert "sft.steps=2 is a setting of stage 1" in error("sft.steps=2", "--splits", "train")
+    rounds = ("--rounds", "1", "--splits", "train", "sft.stepz=2")
+    assert "unknown setting 'sft.stepz'" in error(*rounds), "a setting is no split"
     monkeypatch.setenv("WORLD_SIZE", "2")
     assert "in one process" in error("--splits", "train")

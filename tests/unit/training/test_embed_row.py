@@ -5,16 +5,20 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import accelerate
 import numpy as np
 import pytest
 import torch
 import transformers
 
-from search_r3.config import LoRASettings
+from search_r3 import train_grpo, train_sft
+from search_r3.config import LoRASettings, Recipe, SFTSettings
+from search_r3.data.collection import Collection
+from search_r3.errors import ConfigError
 from search_r3.model.adapters import add_adapters
 from search_r3.model.encoder import SearchR3
 from search_r3.model.loading import load_backbone
-from search_r3.training.engine import _parameter_groups
+from search_r3.training.engine import _parameter_groups, make_engine
 from search_r3.training.policy import Policy
 from tests.conftest import save_tiny
 
@@ -90,3 +94,33 @@ def test_adapters_load_on_a_base_without_the_row_and_hold_no_table(base: Path, t
         expected = backbone.logits(backbone.hidden_states(ids, mask))
         found = loaded.backbone.logits(loaded.backbone.hidden_states(ids, mask))
     assert torch.allclose(expected, found, atol=1e-4)
+
+
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("stage", ["sft", "grpo"])
+def test_a_frozen_token_table_learns_the_embed_tokens_row_alone(
+    tmp_path: Path, tokenizer: Any, collection: Collection, tied: bool, stage: str
+) -> None:
+    base = save_tiny(tmp_path / "base", tokenizer, tied=tied)
+    settings = {"steps": 1, "evaluate_every": 0, "learning_rate": 0.01, "warmup_steps": 0}
+    recipe = {
+        "freeze_token_table": True,
+        "sft": {**settings, "batch_size": 4},
+        "grpo": {**settings, "queries_per_step": 4, "embedding_loss_weight": 1.0},
+    }
+    train = train_sft if stage == "sft" else train_grpo
+    trained = train(recipe, run_dir=tmp_path / "run", model=base, collection=collection)
+    before, after = load_backbone(base), load_backbone(trained.model_path)
+    moved = (before.model.get_input_embeddings().weight != after.model.get_input_embeddings().weight).any(dim=1)
+    assert moved.nonzero().flatten().tolist() == [after.embed_token_id]
+    layers = zip(before.model.named_parameters(), after.model.named_parameters(), strict=True)
+    still = [name for (name, old), (_, new) in layers if torch.equal(old, new)]
+    assert still == [], "everything else learns"
+
+
+def test_a_frozen_token_table_is_refused_where_gradients_are_sharded(
+    base: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(accelerate.Accelerator, "is_fsdp2", property(lambda self: True))
+    with pytest.raises(ConfigError, match="freeze_token_table=true needs gradients of whole tables: launch with DDP"):
+        make_engine(SearchR3(base), Recipe(freeze_token_table=True), SFTSettings())

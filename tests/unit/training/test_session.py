@@ -177,4 +177,10 @@ def test_wrong_arguments_are_refused_before_anything_is_written(tmp_path: Path) 
         train_sft("nowhere.yaml", run_dir=folder)
     with pytest.raises(ConfigError, match=r"callbacks: .* is no transformers.TrainerCallback; derive it"):
         train_sft(run_dir=folder, callbacks=[print])
+    with pytest.raises(ConfigError, match=r"callbacks: .* is no list of callbacks; give \[Diary\(...\)\]"):
+        train_sft(run_dir=folder, callbacks=Diary())  # type: ignore[arg-type]
+    with pytest.raises(ConfigError, match=r"collection: expected a Collection, found str; give load_collection"):
+        train_sft(run_dir=folder, collection="atlas")  # type: ignore[arg-type]
+    with pytest.raises(ConfigError, match=r"model: expected a path or a name, found Diary"):
+        train_sft(run_dir=folder, model=Diary())  # type: ignore[arg-type]
     assert not folder.exists()

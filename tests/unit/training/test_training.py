@@ -566,7 +566,9 @@ def test_a_line_that_a_killed_process_left_unfinished_is_dropped(tmp_path: Path)
 
 def test_a_run_directory_is_never_overwritten(tmp_path: Path) -> None:
     settings = Recipe(run_dir=str(tmp_path / "run"))
+    Run(settings.model_copy(update={"base": "a/typo"}))
     run = Run(settings)
+    assert "typo" not in (tmp_path / "run" / "settings.yaml").read_text(), "nothing had begun with it"
     run.claim("sft", resume=False)
     run.log("sft", 1, {"loss": 1.0})
     with pytest.raises(ConfigError, match="add --resume"):

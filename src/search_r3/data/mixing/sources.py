@@ -18,6 +18,7 @@ from ...errors import DataError
 from ...extras import extra
 from ..collection import Collection
 from ..load import load_collection, split_name
+from ..pairs import GUESSES
 from ..rows import string
 from ..tables import Columns, Repository, Table, plain_path, quoted
 from ..triples import listed_negatives, reasoning_traces
@@ -259,14 +260,21 @@ def _read_pairs(where: str, row: Mapping[str, Any], _: int) -> SourceExample:
     negatives = []
     for name, value in row.items():
         if name.startswith("negative"):
-            negatives += [("", text) for text in (value if isinstance(value, list) else [value])]
+            negatives += _cell(value)
     trace = _text(row, "reasoning", where) if "reasoning" in row else ""
     return SourceExample(
         _text(row, "query", where),
-        _passages([("", _text(row, "positive", where))], "positive", where),
+        _passages(_cell(row["positive"]), "positive", where),
         _passages(negatives, "negative", where),
         {"trace": trace} if trace.strip() else {},
     )
+
+
+def _cell(value: Any) -> list[tuple[Any, Any]]:
+    """Title and text of what a cell holds: a text, a mapping of the two, or a list of these."""
+    if isinstance(value, list):
+        return [pair for one in value for pair in _cell(one)]
+    return [(value.get("title"), value.get("text"))] if isinstance(value, Mapping) else [("", value)]
 
 
 @dataclass(frozen=True)
@@ -286,7 +294,7 @@ class Reader:
     optional: tuple[str, ...] = ()
 
 
-_NEGATIVES = ("negative", *(f"negative_{number}" for number in range(1, MOST_NEGATIVES + 1)))
+_NUMBERED = tuple(f"negative_{number}" for number in range(1, MOST_NEGATIVES + 1))
 
 
 def _same(*names: str) -> Columns:
@@ -321,15 +329,16 @@ READERS: Mapping[str, Reader] = {
     ),
     "pairs": Reader(
         {
-            "query": ("anchor", "query", "question"),
-            "positive": ("positive", "answer", "passage"),
-            "reasoning": ("reasoning",),
-            **_same(*_NEGATIVES),
+            "query": GUESSES["query"],
+            "positive": GUESSES["document"],
+            "reasoning": GUESSES["reasoning"],
+            **_same(*_NUMBERED),
+            "negative": GUESSES["negative"],
         },
         _read_pairs,
-        "anchor, query or question; positive, answer or passage; and where there are some negative, negative_1, ..., "
-        "reasoning",
-        ("reasoning", *_NEGATIVES),
+        f"{' or '.join(GUESSES['query'])}; {' or '.join(GUESSES['document'])}; and where there are some "
+        f"{' or '.join(GUESSES['negative'])}, negative_1, ..., {' or '.join(GUESSES['reasoning'])}",
+        ("reasoning", *_NUMBERED, "negative"),
     ),
 }
 """Name -> reader. Ids on the hub and their state: docs/data.md."""
