@@ -93,6 +93,7 @@ def test_cancelling_frees_the_slot_and_the_queue(engine: EngineThread) -> None:
     held[0].go()
     assert engine.submit(["another"], max_new_tokens=4).result(WAIT).reasoning_tokens == 3
     assert len(steps) < 50 and engine.load() == {"queries": 0, "documents": 0, "slots": 0}
+    assert len(engine._decoder) == 0
     with pytest.raises(CancelledError):
         waiting.result(WAIT)
 

@@ -412,3 +412,18 @@ def test_a_server_without_a_store_says_so(engine: EngineThread) -> None:
     ]
     assert {answer.status_code for answer in answers} == {404}
     assert all("serve a store" in answer.json()["error"]["message"] for answer in answers)
+
+
+def test_documents_are_encoded_with_the_stores_instruction_and_read_back_once(
+    encoder: SearchR3, engine: EngineThread, tmp_path: Path
+) -> None:
+    store = Store.create(tmp_path / "s", Fingerprint.of(encoder, "Only tea."), chunk_tokens=60, chunk_overlap=20)
+    client = TestClient(create_app(engine, store=store))
+    text = " ".join(f"The house {number} is red." for number in range(40))
+    client.put("/v1/documents", json={"documents": [{"id": "a", "text": text}]})
+    read = client.get("/v1/documents/a").json()
+    assert read["text"].split() == text.split()
+    assert any(one["end"] > other["start"] for one, other in zip(read["chunks"], read["chunks"][1:], strict=False))
+    for chunk in store.get("a"):
+        expected = encoder.encode_document([chunk.full_text], instruction="Only tea.")[0]
+        assert np.allclose(store.vectors_of([chunk])[chunk.full_text], expected, atol=1e-5)
