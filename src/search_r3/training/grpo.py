@@ -39,7 +39,7 @@ from .rl.pathwise import embedding_loss
 from .rl.rollouts import Experience, collect, queries_of_step
 from .rl.signals import describe, rollout_rows
 from .saving import check_documents
-from .session import RecipeLike, Session, TrainingResult
+from .session import RecipeLike, Session, TrainingResult, check_place
 
 
 def train_grpo(
@@ -84,6 +84,7 @@ def train_grpo(
             read, or another process died.
         StoppedError: SIGTERM came.
     """
+    check_place("model", model)
     session = Session("grpo", recipe, collection, callbacks, resume, run_dir=run_dir)
     settings, run, stage = session.recipe.grpo, session.run, session.stage
     recipe = session.recipe

@@ -184,6 +184,16 @@ class Session:
         return TrainingResult(self.run.model_path(self.stage), self.recipe, self.run.metrics(self.stage))
 
 
+def check_place(name: str, value: object) -> None:
+    """Refuse what is no path and no name, under the name of the argument that it was given as.
+
+    Raises:
+        ConfigError: as said.
+    """
+    if not isinstance(value, str | os.PathLike | None):
+        raise ConfigError(f"{name}: expected a path or a name, found {type(value).__name__}")
+
+
 def _resolve(
     recipe: RecipeLike, places: Mapping[str, str | os.PathLike[str] | None], collection: Collection | None
 ) -> Recipe:
@@ -192,8 +202,7 @@ def _resolve(
     elif not isinstance(recipe, Recipe):
         recipe = parse_settings(Recipe, recipe)
     for name, value in places.items():
-        if not isinstance(value, str | os.PathLike | None):
-            raise ConfigError(f"{PLACES[name]}: expected a path or a name, found {type(value).__name__}")
+        check_place(PLACES[name], value)
     if not isinstance(collection, Collection | None):
         raise ConfigError(
             f"collection: expected a Collection, found {type(collection).__name__}; give load_collection(...) or "

@@ -183,4 +183,6 @@ def test_wrong_arguments_are_refused_before_anything_is_written(tmp_path: Path) 
         train_sft(run_dir=folder, collection="atlas")  # type: ignore[arg-type]
     with pytest.raises(ConfigError, match=r"model: expected a path or a name, found Diary"):
         train_sft(run_dir=folder, model=Diary())  # type: ignore[arg-type]
+    with pytest.raises(ConfigError, match=r"model: expected a path or a name, found Diary"):
+        train_grpo(run_dir=folder, model=Diary())  # type: ignore[arg-type]
     assert not folder.exists()
