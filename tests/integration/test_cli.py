@@ -258,7 +258,7 @@ def test_encode_goes_on_where_it_was_stopped(
 
         patch.setattr(SearchR3, "encode_document", stopped)
         assert call(patch, *args) == 130
-    assert "encode with the same command" in capsys.readouterr().err
+    assert "encode and index with the same command" in capsys.readouterr().err
     encoded.clear()
     assert call(monkeypatch, *args) == 0
     assert "16 of 40 documents are encoded already" in capsys.readouterr().out

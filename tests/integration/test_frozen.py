@@ -20,7 +20,6 @@ from safetensors.torch import load_file
 from search_r3.config import Recipe, load_recipe
 from search_r3.data.collection import Collection
 from search_r3.errors import ConfigError, ModelError, VectorIndexError
-from search_r3.evaluation.mteb import SearchR3MTEB
 from search_r3.evaluation.systems import EncodedCollections, SearchR3System
 from search_r3.files import hash_file, hash_folder
 from search_r3.model.adapters import merged_queries
@@ -224,6 +223,9 @@ def test_a_saved_model_is_the_same_one(trained: SearchR3, tmp_path: Path) -> Non
 def test_evaluation_and_mteb_use_both_sides_and_say_so(
     trained: SearchR3, before: SearchR3, collection: Collection, tmp_path: Path
 ) -> None:
+    pytest.importorskip("mteb")
+    from search_r3.evaluation.mteb import SearchR3MTEB
+
     systems = [SearchR3System(EncodedCollections(model, tmp_path), "direct") for model in (trained, before)]
     assert systems[0].info.revision != systems[1].info.revision, "cached results are of both sides"
     assert systems[0].info.settings == systems[1].info.settings

@@ -125,6 +125,7 @@ def test_a_run_that_was_saved_with_an_old_name_is_refused_with_the_remedy(tmp_pa
     recipe = load_recipe(None, [f"run_dir={tmp_path / 'run'}"])
     settings = tmp_path / "run" / "settings.yaml"
     write(settings, dump_recipe(recipe).replace("hard_negatives", "bm25_negatives"))
+    (settings.parent / "metrics.jsonl").write_text("", encoding="utf-8")
     with pytest.raises(ConfigError) as error:
         Run(recipe)
     remedy = "the setting 'sft.bm25_negatives' is called 'sft.hard_negatives' now; write that"

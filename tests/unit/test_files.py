@@ -64,8 +64,12 @@ def hidden(name, globals=None, locals=None, fromlist=(), level=0):
 builtins.__import__ = hidden
 import search_r3
 modules = [one.name for one in pkgutil.walk_packages(search_r3.__path__, "search_r3.") if "__main__" not in one.name]
+from search_r3.errors import MissingExtraError
 for name in modules:
-    importlib.import_module(name)
+    try:
+        importlib.import_module(name)
+    except MissingExtraError:
+        pass  # its own package is not here
 assert len(modules) > 100
 from search_r3.evaluation.report.report import peak_memory_bytes
 assert peak_memory_bytes() is None

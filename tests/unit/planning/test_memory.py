@@ -274,7 +274,7 @@ def test_a_pass_of_stage_2_takes_what_the_plan_says(
     environment: Any = None
 
     def step() -> None:
-        totals = {"tokens": 380.0, "rollouts": 16.0}
+        totals = {"tokens": 380.0, "computed_tokens": 380.0, "rollouts": 16.0}
         loss, _ = grpo._micro_loss(model, engine, environment, experience, range(16), settings, totals)
         engine.backward(loss)
 
