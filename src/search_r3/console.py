@@ -346,11 +346,13 @@ def show_answer(pieces: Iterable[str | Answer]) -> None:
         grid.add_column("document", overflow="fold")
         grid.add_column("text")
         for document, score in piece.documents:
-            name, text = Text(document.doc_id), document.full_text
+            name, text = Text(document.doc_id), Text(snippet(document.full_text, piece.query))
             if isinstance(document, Chunk):
-                text = document.text
                 name = Text.assemble(document.parent_id, "\n", (document.place, "dim"))
-            grid.add_row(f"{score:.3f}", name, Text(snippet(text, piece.query)))
+                text = Text(snippet(document.text, piece.query))
+                if document.title:
+                    text = Text.assemble((document.title, "bold"), "\n", text)
+            grid.add_row(f"{score:.3f}", name, text)
         console.print(grid)
 
 

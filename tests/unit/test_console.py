@@ -6,6 +6,7 @@ import pytest
 
 from search_r3 import console
 from search_r3.data.collection import Document
+from search_r3.data.documents import Chunk
 from search_r3.evaluation.search import Answer
 
 ODD = "set[v2] [b] :key:"
@@ -19,3 +20,13 @@ def test_names_and_texts_are_shown_as_they_are(capsys: pytest.CaptureFixture[str
     for place in ("row ", "title ", "id ", "text ", ""):
         assert f"{place}{ODD}" in out
     assert out.count(ODD) == 5
+
+
+def test_a_chunk_is_shown_with_its_title(capsys: pytest.CaptureFixture[str]) -> None:
+    place = {"parent_id": "tea.md", "start": 0, "end": 12, "content_hash": ""}
+    titled = Chunk("tea.md#0", "It is green.", "Tea [v2]", **place)  # type: ignore[arg-type]
+    plain = Chunk("tea.md#1", "It is black.", **place)  # type: ignore[arg-type]
+    console.show_answer([Answer("", 0, False, False, [(titled, 0.5), (plain, 0.4)], "tea")])
+    lines = [line.split() for line in capsys.readouterr().out.splitlines()]
+    assert lines[1:4:2] == [["0.500", "tea.md", "Tea", "[v2]"], ["0.400", "tea.md", "It", "is", "black."]]
+    assert lines[2][-3:] == ["It", "is", "green."]
