@@ -112,6 +112,17 @@ def write_text(path: Path, text: str | Iterable[str]) -> None:
         scratch.unlink(missing_ok=True)
 
 
+def flush(path: Path) -> None:
+    """Force a file, or the names in a folder, onto the disk."""
+    if os.name == "nt" and path.is_dir():
+        return  # Windows opens no folders
+    handle = os.open(path, os.O_RDWR if path.is_file() else os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
 def write_json(path: Path, value: Any) -> None:
     """Replace the file at `path` by `value` as indented JSON; NaN and infinity are refused."""
     write_text(path, json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n")

@@ -23,7 +23,7 @@ import torch
 from numpy.typing import NDArray
 
 from ..errors import VectorIndexError
-from ..files import write_json
+from ..files import flush, write_json
 
 FORMAT = 1
 MANIFEST = "manifest.json"
@@ -69,14 +69,14 @@ def save_state(
                     stem, suffix = file.rsplit(".", 1)
                     paths[file] = folder / f"{stem}-{token}.{suffix}"
                     write(paths[file])
-                _flush(paths[file])
+                flush(paths[file])
             files = {file: path.name for file, path in paths.items()}
             write_json(folder / name, {"format": FORMAT, **facts, "files": files})
         except OSError:
             for path in folder.glob(f"*-{token}.*"):
                 path.unlink(missing_ok=True)
             raise
-    _flush(folder)
+    flush(folder)
     sweep(folder, {name, *files.values()})
     return paths
 
@@ -205,14 +205,3 @@ def read_labels(paths: Mapping[str, Path], count: int) -> tuple[list[str], NDArr
 def _write_header(file: BinaryIO, dtype: np.dtype[Any], shape: tuple[int, ...]) -> None:
     header = {"descr": np.lib.format.dtype_to_descr(dtype), "fortran_order": False, "shape": shape}
     np.lib.format.write_array_header_1_0(file, header)
-
-
-def _flush(path: Path) -> None:
-    """Force a file, or the names in a folder, onto the disk."""
-    if os.name == "nt" and path.is_dir():
-        return  # Windows opens no folders
-    handle = os.open(path, os.O_RDWR if path.is_file() else os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

@@ -17,6 +17,7 @@ from pathlib import Path
 import filelock
 
 from ..errors import StoreError
+from ..files import flush
 
 logger = logging.getLogger(__name__)
 
@@ -64,7 +65,7 @@ class Guard:
                 target.parent.mkdir(exist_ok=True)
                 path.replace(target)
             for path in {self._table / "_versions", self._store}:
-                _fsync(path)
+                flush(path)
         logger.warning(
             "%s: the newest version was not written whole (a power cut?) and is set aside in %s; what was acknowledged "
             "before it is there, search-r3 store verify looks at all of it",
@@ -114,14 +115,4 @@ class Guard:
         folders = {parent for path in new for parent in Path(path).parents if self._store in (parent, *parent.parents)}
         for path in [*map(Path, new), *sorted(folders, reverse=True)]:
             with suppress(FileNotFoundError):  # cleaned up meanwhile
-                _fsync(path)
-
-
-def _fsync(path: Path) -> None:
-    if os.name == "nt" and path.is_dir():
-        return  # Windows opens no folders
-    handle = os.open(path, os.O_RDWR if path.is_file() else os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
+                flush(path)

@@ -136,7 +136,7 @@ class Clock:
         self.calls, self.last = 0, last
         for owner, name in (
             (storage, "write_json"),
-            (storage, "_flush"),
+            (storage, "flush"),
             (storage, "write_rows"),
             (Path, "open"),
             (Path, "unlink"),
@@ -219,14 +219,14 @@ def test_vectors_are_on_the_disk_before_they_are_called_done(tmp_path: Path, mon
         monkeypatch.setattr(storage, name, run)
 
     logged("write_rows", lambda path, rows, values: path.name)
-    logged("_flush", lambda path: path.name)
+    logged("flush", lambda path: path.name)
     logged("write_json", lambda path, value: value.get("done") if isinstance(value, dict) else path.name)
     encode_corpus(FakeEncoder(), DOCUMENTS, tmp_path, block_size=10)
     unflushed, recorded = set(), []
     for name, what in events:
         if name == "write_rows":
             unflushed.add(what)
-        elif name == "_flush":
+        elif name == "flush":
             unflushed.discard(what)
         else:
             assert not unflushed
@@ -490,7 +490,7 @@ def test_a_disk_that_is_too_small_is_found_at_once(tmp_path: Path, monkeypatch: 
     assert vectors.stat().st_blocks * 512 >= vectors.stat().st_size, "space for all is taken when the first is written"
 
 
-@pytest.mark.parametrize("step", ["write_rows", "write_json", "_flush"])
+@pytest.mark.parametrize("step", ["write_rows", "write_json", "flush"])
 def test_a_disk_that_fills_up_keeps_what_is_done(step: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model = interrupted(tmp_path / "x")
     with monkeypatch.context() as patch:

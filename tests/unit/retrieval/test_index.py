@@ -204,7 +204,7 @@ def test_a_save_stopped_before_any_of_its_steps_leaves_the_old_or_the_new_state(
         index.update(index.rows_of(["d0"]), np.full((1, 8), last), version=last)
         with monkeypatch.context() as patch:
             patch.setattr(storage, "write_json", counted(storage.write_json))
-            patch.setattr(storage, "_flush", counted(storage._flush))
+            patch.setattr(storage, "flush", counted(storage.flush))
             patch.setattr(Path, "open", counted(Path.open))
             patch.setattr(Path, "unlink", counted(Path.unlink))
             try:

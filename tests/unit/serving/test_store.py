@@ -264,8 +264,8 @@ def test_all_that_a_commit_wrote_is_flushed_before_it_is_acknowledged(
     store: Store, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     flushed: set[Path] = set()
-    plain = guards._fsync
-    monkeypatch.setattr(guards, "_fsync", lambda path: flushed.add(path) or plain(path))
+    plain = guards.flush
+    monkeypatch.setattr(guards, "flush", lambda path: flushed.add(path) or plain(path))
     before = set(store.folder.rglob("*"))
     put(store, document("a"))
     new = {path for path in store.folder.rglob("*") if path not in before and path.name != guards.LOCK}
