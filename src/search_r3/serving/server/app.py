@@ -13,11 +13,13 @@ from ..store import Store
 from . import documents, embeddings, rerank, search
 from .errors import response_to
 from .gate import Gate
+from .mcp import create_mcp
 from .service import Reranker, ServerSettings, Service
 
 with extra("serve"):
     from fastapi import FastAPI
     from fastapi.exceptions import RequestValidationError
+    from mcp.server.transport_security import TransportSecuritySettings
     from starlette.concurrency import run_in_threadpool
     from starlette.exceptions import HTTPException
 
@@ -43,7 +45,8 @@ def create_app(
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
-        yield
+        async with tools.session_manager.run():
+            yield
         await run_in_threadpool(engine.close)
 
     app = FastAPI(
@@ -54,8 +57,16 @@ def create_app(
     )
     service = Service(engine, settings, store, reranker)
     app.state.service = service
+    tools = create_mcp(service)
     for room in (embeddings, rerank, search, documents):
         app.include_router(room.router)
+    # Its own checks of hosts are off: the gate's are for all routes.
+    app.router.routes += tools.streamable_http_app(
+        json_response=True,
+        stateless_http=True,
+        max_request_body_size=settings.max_body,
+        transport_security=TransportSecuritySettings(enable_dns_rebinding_protection=False),
+    ).routes
     for kind in (SearchR3Error, RequestValidationError, HTTPException, Exception):
         app.add_exception_handler(kind, response_to)
     app.add_middleware(Gate, service=service)

@@ -44,6 +44,8 @@ class ServerSettings:
         max_body: bytes of one request.
         timeout: seconds until a request is given up.
         dimensions: that stage 1 trained (`sft.matryoshka_dimensions`), to which vectors may be cut.
+        local: only this machine is meant to reach it: what was sent to another host, or by another host's page, is
+            refused. Else a page of the web could ask through the user's browser (DNS rebinding).
     """
 
     name: str = "search-r3"
@@ -53,6 +55,7 @@ class ServerSettings:
     max_body: int = 8 * 2**20
     timeout: float = 300.0
     dimensions: tuple[int, ...] = ()
+    local: bool = False
 
 
 class Service:
@@ -125,7 +128,7 @@ class Service:
 
     async def encode(
         self,
-        request: Request,
+        request: Request | None,
         texts: Sequence[str],
         kind: Kind,
         *,
@@ -133,7 +136,7 @@ class Service:
         max_new_tokens: int | None = None,
         truncate: bool = False,
     ) -> Outcome:
-        """Encode texts; who hangs up cancels it."""
+        """Encode texts; who hangs up cancels it, and so does cancelling this, where there is no request to watch."""
         future = await self.submit(
             texts, kind, instruction=instruction, max_new_tokens=max_new_tokens, truncate=truncate
         )
@@ -182,7 +185,10 @@ async def outcome_of(future: Future[Outcome]) -> Outcome:
         raise ModelError(f"the model failed: {str(error).splitlines()[0] if str(error) else error!r}") from error
 
 
-async def _hung_up(request: Request) -> None:
+async def _hung_up(request: Request | None) -> None:
+    if request is None:
+        await asyncio.get_running_loop().create_future()
+        return
     while (await request.receive())["type"] != "http.disconnect":
         pass
 
