@@ -9,10 +9,10 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
-from typing import Annotated, Any, Literal, NotRequired, TypedDict
+from typing import Annotated, Any, Literal
 from urllib.parse import quote
 
-from pydantic import Field
+from pydantic import BaseModel, Field
 
 from ...errors import OverloadedError, SearchR3Error
 from ...extras import extra
@@ -34,22 +34,22 @@ INSTRUCTIONS = (
 READING = ToolAnnotations(read_only_hint=True, open_world_hint=False)
 
 
-class Result(TypedDict):
+class Result(BaseModel):
     """A passage that was found; its text where that was asked for."""
 
     id: str
     title: str
     url: str
-    text: NotRequired[str]
+    text: str | None = Field(None, exclude_if=lambda text: text is None)
 
 
-class Results(TypedDict):
+class Results(BaseModel):
     """Best first, one of each document."""
 
     results: list[Result]
 
 
-class FetchedText(TypedDict):
+class FetchedText(BaseModel):
     """A passage, or a whole document; `metadata.document` is the id of the document."""
 
     id: str
@@ -93,7 +93,12 @@ def create_mcp(service: Service) -> MCPServer[Any]:
         with _as_tool_errors():
             body = SearchRequest(query=query, k=k, mode=mode, filter=filter, hybrid=hybrid)
             answer = await search.answered(body, service, ctx.request_context.request)
-        return {"results": [_result(hit, texts) for hit in answer["hits"]]}
+        return Results(
+            results=[
+                Result(id=hit["id"], title=_title(hit), url=_url(hit), text=hit["text"] if texts else None)
+                for hit in answer["hits"]
+            ]
+        )
 
     @server.tool(annotations=READING)
     async def fetch(
@@ -103,13 +108,13 @@ def create_mcp(service: Service) -> MCPServer[Any]:
         with _as_tool_errors():
             document = await run_in_threadpool(documents.read, id, service)
         facts = {name: document[name] for name in ("path", "source", "page") if document[name]}
-        return {
-            "id": id,
-            "title": _title(document),
-            "text": document["text"],
-            "url": _url(document),
-            "metadata": {"document": document["parent_id"], **facts, **document["metadata"]},
-        }
+        return FetchedText(
+            id=id,
+            title=_title(document),
+            text=document["text"],
+            url=_url(document),
+            metadata={"document": document["parent_id"], **facts, **document["metadata"]},
+        )
 
     return server
 
@@ -123,11 +128,6 @@ def _as_tool_errors() -> Iterator[None]:
         raise ToolError(f"{error} in {error.retry_after} seconds") from error
     except SearchR3Error as error:
         raise ToolError(str(error)) from error
-
-
-def _result(hit: Mapping[str, Any], with_text: bool) -> Result:
-    result = Result(id=hit["id"], title=_title(hit), url=_url(hit))
-    return {**result, "text": hit["text"]} if with_text else result
 
 
 def _title(document: Mapping[str, Any]) -> str:

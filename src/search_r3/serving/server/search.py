@@ -82,7 +82,7 @@ async def queries(body: QueriesRequest, request: Request, service: Given) -> dic
 
 
 async def _hits(texts: Sequence[str], k: int, truncate: bool, request: Request, service: Service) -> list[list[Hit]]:
-    """The hits of each text. An empty one has none: a policy that learns writes such, and its client stops at errors."""
+    """The hits of each text. An empty one has none: a policy that learns writes such, and its client ends at errors."""
     store = service.store
     full = [text for text in texts if text.strip()]
     if not full:
