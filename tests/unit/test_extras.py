@@ -175,6 +175,7 @@ COMMANDS = {
     "pyarrow": [("documents", "search {model} --documents {documents} --untrained red")],
     "fastapi": [("serve", "serve {model} --untrained")],
     "uvicorn": [("serve", "serve {model} --untrained")],
+    "mcp": [("serve", "mcp {store}"), ("serve", "serve {model} --untrained")],
     "lancedb": [("serve", "index {out}/store {data} --model {model} --untrained"), ("serve", "store list {store}")],
     "bm25s": [
         ("eval", "evaluate --collections {data} --baselines bm25 --out {out}/e"),
@@ -231,7 +232,8 @@ def test_a_command_that_lacks_a_package_ends_with_the_one_error(
         mix=mix, evaluated=evaluated, gguf=gguf, store=tmp_path / "store", documents=tmp_path / "documents",
     ).split()  # fmt: skip
     spread = {"SMALL": SMALL, "SETTINGS": settings}
-    loaded = {"mteb": "search_r3.evaluation.mteb", "fastapi": "search_r3.serving.server"}.get(package, "nothing")
+    server = dict.fromkeys(("fastapi", "mcp"), "search_r3.serving.server")
+    loaded = {"mteb": "search_r3.evaluation.mteb", **server}.get(package, "nothing")
     for name in [name for name in sys.modules if name.startswith(loaded)]:
         monkeypatch.delitem(sys.modules, name)  # another test may have loaded it, with the package
     without(package)
