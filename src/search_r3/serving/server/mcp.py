@@ -16,8 +16,9 @@ from pydantic import BaseModel, Field
 
 from ...errors import OverloadedError, SearchR3Error
 from ...extras import extra
-from . import documents, search
+from .documents import read
 from .schemas import Count, SearchRequest
+from .search import answered
 from .service import Service
 
 with extra("serve"):
@@ -70,8 +71,8 @@ def create_mcp(service: Service) -> MCPServer[Any]:
         "search-r3", instructions=INSTRUCTIONS, version=version("search-r3"), log_level="WARNING"
     )
 
-    @server.tool("search", annotations=READING)
-    async def search_documents(
+    @server.tool(annotations=READING)
+    async def search(
         query: Annotated[str, Field(description="What to look for: a question or a description in plain words.")],
         ctx: Context[Any, Any],
         k: Annotated[Count, Field(description="How many passages.")] = 10,
@@ -92,7 +93,7 @@ def create_mcp(service: Service) -> MCPServer[Any]:
         """Search the documents; the best passages come first. `fetch` gives the text of one by its id."""
         with _as_tool_errors():
             body = SearchRequest(query=query, k=k, mode=mode, filter=filter, hybrid=hybrid)
-            answer = await search.answered(body, service, ctx.request_context.request)
+            answer = await answered(body, service, ctx.request_context.request)
         return Results(
             results=[
                 Result(id=hit["id"], title=_title(hit), url=_url(hit), text=hit["text"] if texts else None)
@@ -106,7 +107,7 @@ def create_mcp(service: Service) -> MCPServer[Any]:
     ) -> FetchedText:
         """Get the text of a passage by its id; by the id of its document (`metadata.document`), all of that."""
         with _as_tool_errors():
-            document = await run_in_threadpool(documents.read, id, service)
+            document = await run_in_threadpool(read, id, service)
         facts = {name: document[name] for name in ("path", "source", "page") if document[name]}
         return FetchedText(
             id=id,
