@@ -75,8 +75,8 @@ def train_control(name: str, folder: Path, overrides: list[str], quick: bool) ->
         settings = [f"run_dir={control}", f"sft.steps={steps}", f"sft.splits={json.dumps(splits)}"]
         settings.append(f"sft.batch_size={recipe.sft.batch_size if quick else CONTROL_BATCH}")
         if name == "sft-labels":
-            unwritten(collection, recipe.grpo.splits).save(control / "collection")
-            settings += [f"collection={control / 'collection'}", "sft.untraced=direct"]
+            unwritten(collection, recipe.grpo.splits).save(folder / "unwritten")
+            settings += [f"collection={folder / 'unwritten'}", "sft.untraced=direct"]
         search_r3("sft", "--recipe", RECIPE, "--resume", *overrides, *settings)
     model = ["--model", f"{name}={control / 'sft' / 'model'}", "--modes", "direct", "reason"]
     where = ["--collections", recipe.collection, "--splits", recipe.evaluation.test_split]
