@@ -57,7 +57,7 @@ def store(tiny_path: Path, tmp_path_factory: pytest.TempPathFactory) -> Store:
 def server(encoder: SearchR3, store: Store) -> Iterator[SimpleNamespace]:
     """An app in a thread, for this machine alone."""
     engine = EngineThread(encoder, slots=32, max_queue=1024)
-    app = create_app(engine, ServerSettings("tiny", max_body=50_000, local=True), store=store)
+    app = create_app(engine, ServerSettings("tiny", max_body=50_000, host="127.0.0.1"), store=store)
     listening = socket.create_server(("127.0.0.1", 0))
     running = uvicorn.Server(uvicorn.Config(app, log_config=None))
     thread = threading.Thread(target=running.run, kwargs={"sockets": [listening]})

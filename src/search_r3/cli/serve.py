@@ -58,7 +58,6 @@ def serve(
     from ..serving.database import exists
     from ..serving.engine import EngineThread
     from ..serving.server import ServerSettings, create_app
-    from ..serving.server.gate import LOCAL
 
     with extra("serve"):
         import uvicorn
@@ -74,7 +73,7 @@ def serve(
         settings = ServerSettings(
             *(name or Path(model).name, token, mode.value, max_batch, max_body * 2**20, timeout),
             dimensions=tuple(encoder.checked_dimensions(one) or 0 for one in dimensions or ()),
-            local=token is None and host in LOCAL,
+            host=host,
         )
         engine = EngineThread(encoder, slots=slots, max_queue=max_queue)
         config = uvicorn.Config(
@@ -84,10 +83,7 @@ def serve(
             server_header=False,
         )
         what = settings.name if store is None else f"{len(store):,} chunks of {served}"
-        place = f"[{host}]" if ":" in host else host
-        console.say(
-            f"http://{place}:{listening.getsockname()[1]}: {what}; routes at /docs, limits at /info; Ctrl-C ends"
-        )
+        console.say(f"{_address(host, listening)}: {what}; routes at /docs, limits at /info; Ctrl-C ends")
         uvicorn.Server(config).run(sockets=[listening])
 
 
@@ -134,7 +130,7 @@ def _on_stderr() -> Iterator[None]:
 
 
 def _listening(host: str, port: int, token: str | None) -> socket.socket:
-    from ..serving.server.gate import LOCAL
+    from ..serving.server.service import LOCAL
 
     if token is None and host not in LOCAL:
         console.aside(f"{host} can be reached from outside, and no --token is asked for: anybody may read and write")
@@ -144,6 +140,10 @@ def _listening(host: str, port: int, token: str | None) -> socket.socket:
         raise ConfigError(
             f"cannot listen at {host}:{port}: {error.strerror or error}; choose another --host or --port"
         ) from error
+
+
+def _address(host: str, listening: socket.socket) -> str:
+    return f"http://{f'[{host}]' if ':' in host else host}:{listening.getsockname()[1]}"
 
 
 def _cross_encoder(source: str) -> Reranker:

@@ -100,6 +100,17 @@ def test_further_arguments_are_those_of_the_route(service: Service) -> None:
         assert [one["title"] for one in some["results"]] == ["Tea"]
 
 
+def test_hybrid_search_fuses_words_and_vectors(service: Service, store: Store) -> None:
+    orders = []
+    for word in ("oxidised", "vinegar", "boats"):
+        vectors = service.engine.model.encode_query(word, "direct").vectors
+        fused = ask(service, "search", query=word, mode="direct", hybrid=True).structured_content["results"]
+        expected = [[hit.chunk.doc_id for hit in store.search(vectors, texts=texts)[0]] for texts in ([word], None)]
+        assert [one["id"] for one in fused] == expected[0]
+        orders.append(expected)
+    assert any(with_words != alone for with_words, alone in orders)
+
+
 def test_fetch_gives_a_passage_and_by_its_document_all_of_it(service: Service) -> None:
     passage = ask(service, "fetch", id="tea.pdf#1").structured_content
     assert passage.keys() == {"id", "title", "text", "url", "metadata"}

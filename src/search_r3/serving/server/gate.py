@@ -9,7 +9,7 @@ from urllib.parse import urlsplit
 
 from ...extras import extra
 from .errors import response_to
-from .service import Service
+from .service import LOCAL, Service
 
 with extra("serve"):
     from fastapi import Request
@@ -19,8 +19,6 @@ with extra("serve"):
 
 OPEN = ("/health",)
 """What needs no token."""
-LOCAL = ("127.0.0.1", "::1", "localhost")
-"""Names of this machine."""
 
 
 class Gate:

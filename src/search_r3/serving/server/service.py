@@ -24,6 +24,10 @@ with extra("serve"):
     from starlette.concurrency import run_in_threadpool
 
 
+LOCAL = ("127.0.0.1", "::1", "localhost")
+"""Names of this machine."""
+
+
 class Reranker(Protocol):
     """Scores texts for a query, a higher one for a better text; called by one thread at a time."""
 
@@ -44,8 +48,8 @@ class ServerSettings:
         max_body: bytes of one request.
         timeout: seconds until a request is given up.
         dimensions: that stage 1 trained (`sft.matryoshka_dimensions`), to which vectors may be cut.
-        local: only this machine is meant to reach it: what was sent to another host, or by another host's page, is
-            refused. Else a page of the web could ask through the user's browser (DNS rebinding).
+        host: where it listens. At this machine alone and without a token, what was sent to another host, or by another
+            host's page, is refused: else a page of the web could ask through the user's browser (DNS rebinding).
     """
 
     name: str = "search-r3"
@@ -55,7 +59,12 @@ class ServerSettings:
     max_body: int = 8 * 2**20
     timeout: float = 300.0
     dimensions: tuple[int, ...] = ()
-    local: bool = False
+    host: str = ""
+
+    @property
+    def local(self) -> bool:
+        """Whether other hosts are refused."""
+        return self.token is None and self.host in LOCAL
 
 
 class Service:
