@@ -21,6 +21,7 @@ from search_r3.serving.server import ServerSettings
 from search_r3.serving.server.mcp import create_mcp
 from search_r3.serving.server.service import Service
 
+WAIT = 60
 TEXTS = ("Green tea is not oxidised.", "Black tea is oxidised.", "A kettle needs vinegar.")
 
 
@@ -178,8 +179,9 @@ def test_a_call_that_is_given_up_frees_what_it_holds(service: Service, engine: E
             call = asyncio.ensure_future(client.call_tool("search", {"query": "tea"}))
             await submitted.wait()
             call.cancel()
-            while not futures[0].done():
-                await asyncio.sleep(0.001)
+            async with asyncio.timeout(WAIT):
+                while not futures[0].done():
+                    await asyncio.sleep(0.001)
 
     futures: list[Any] = []
     step = engine._decoder.step
