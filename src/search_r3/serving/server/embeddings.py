@@ -116,8 +116,9 @@ def info(service: Given) -> dict[str, Any]:
 
 
 @router.get("/health", tags=["server"])
-def health(service: Given) -> dict[str, str]:
+async def health(service: Given) -> dict[str, str]:
     """Whether it takes requests: 200, or 503."""
+    # A coroutine: all threads for the others may be at work.
     if not service.engine.alive:
         raise UnavailableError("the engine has ended; start the server again")
     return {"status": "ok"}

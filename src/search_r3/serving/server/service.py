@@ -202,7 +202,7 @@ async def _hung_up(request: Request | None) -> None:
         pass
 
 
-def _service(request: Request) -> Service:
+async def _service(request: Request) -> Service:  # else each request would wait for a thread to look this up
     service: Service = request.app.state.service
     return service
 
