@@ -34,7 +34,6 @@ from tests.conftest import call, small_collection
 from tests.rollouts import roll
 
 WAIT = 60
-HTTP = httpx2.Client(timeout=WAIT)  # a busy machine is no fault
 ROOT = Path(__file__).parents[2]
 
 
@@ -63,7 +62,8 @@ def server(encoder: SearchR3, store: Store) -> Iterator[SimpleNamespace]:
     running = uvicorn.Server(uvicorn.Config(app, log_config=None))
     thread = threading.Thread(target=running.run, kwargs={"sockets": [listening]})
     thread.start()
-    yield SimpleNamespace(url=f"http://127.0.0.1:{listening.getsockname()[1]}", engine=engine)
+    with httpx2.Client(timeout=WAIT) as http:  # a busy machine is no fault
+        yield SimpleNamespace(url=f"http://127.0.0.1:{listening.getsockname()[1]}", engine=engine, http=http)
     running.should_exit = True
     thread.join(WAIT)
 
@@ -78,10 +78,10 @@ def test_the_tools_answer_over_http_as_the_routes_do(mode: Any, server: SimpleNa
             return found.structured_content, (await client.call_tool("fetch", {"id": first["id"]})).structured_content
 
     found, fetched = asyncio.run(asked())
-    hits = HTTP.post(f"{server.url}/v1/search", json={"query": "where is the red house?", "k": 3}).json()["hits"]
+    hits = server.http.post(f"{server.url}/v1/search", json={"query": "where is the red house?", "k": 3}).json()["hits"]
     assert [(one["id"], one["title"]) for one in found["results"]] == [(hit["id"], hit["title"]) for hit in hits]
     assert fetched["text"] == hits[0]["text"] and fetched["metadata"]["document"] == hits[0]["parent_id"]
-    metrics = HTTP.get(f"{server.url}/metrics").text
+    metrics = server.http.get(f"{server.url}/metrics").text
     assert 'search_r3_http_answers_total{route="/mcp",status="200"}' in metrics
 
 
@@ -118,7 +118,7 @@ def test_the_gate_stands_before_the_tools_too(server: SimpleNamespace) -> None:
     post = {"jsonrpc": "2.0", "id": 1, "method": "tools/list"}
 
     def status(body: Any = post, **headers: str) -> int:
-        return HTTP.post(f"{server.url}/mcp", json=body, headers={"Accept": "*/*", **headers}).status_code
+        return server.http.post(f"{server.url}/mcp", json=body, headers={"Accept": "*/*", **headers}).status_code
 
     assert status() == 200
     assert status(post | {"params": {"a": "b" * 60_000}}) == 413
@@ -133,7 +133,7 @@ def test_the_gate_stands_before_the_tools_too(server: SimpleNamespace) -> None:
         ({"Origin": "null"}, 403),
     ):
         assert status(**headers) == expected, headers
-        route = HTTP.get(f"{server.url}/info", headers=headers)
+        route = server.http.get(f"{server.url}/info", headers=headers)
         assert route.status_code == expected
         assert expected == 200 or "127.0.0.1 alone" in route.json()["error"]["message"]
 
@@ -224,7 +224,7 @@ def test_hundreds_of_rollouts_search_at_once_and_the_server_goes_on_answering(
 
     def watch() -> None:
         while not done.wait(0.01):
-            health.append(HTTP.get(f"{server.url}/health").status_code)
+            health.append(server.http.get(f"{server.url}/health").status_code)
 
     watching = threading.Thread(target=watch)
     watching.start()
@@ -234,7 +234,7 @@ def test_hundreds_of_rollouts_search_at_once_and_the_server_goes_on_answering(
             batches = list(threads.map(lambda _: roll(server.url, prompts, policy), range(8)))
             # verl asks for one rollout at a time
             bodies = [{"queries": [text], "topk": 3, "return_scores": True} for text in questions * 3]
-            post = lambda body: HTTP.post(f"{server.url}/retrieve", json=body).json()["result"]  # noqa: E731
+            post = lambda body: server.http.post(f"{server.url}/retrieve", json=body).json()["result"]  # noqa: E731
             single = list(threads.map(post, bodies))
     finally:
         done.set()
