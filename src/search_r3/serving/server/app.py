@@ -10,7 +10,7 @@ from ...errors import SearchR3Error
 from ...extras import extra
 from ..engine import EngineThread
 from ..store import Store
-from . import documents, embeddings, rerank, search
+from . import documents, embeddings, pages, rerank, search
 from .errors import response_to
 from .gate import Gate
 from .service import Reranker, ServerSettings, Service
@@ -51,10 +51,12 @@ def create_app(
         version=version("search-r3"),
         description="Queries are reasoned about, then embedded, then searched.",
         lifespan=lifespan,
+        docs_url=None,  # FastAPI's page has its scripts from another host; `pages` has one
+        redoc_url=None,
     )
     service = Service(engine, settings, store, reranker)
     app.state.service = service
-    for room in (embeddings, rerank, search, documents):
+    for room in (embeddings, rerank, search, documents, pages):
         app.include_router(room.router)
     for kind in (SearchR3Error, RequestValidationError, HTTPException, Exception):
         app.add_exception_handler(kind, response_to)
