@@ -10,6 +10,9 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from playwright.sync_api import Browser, Page
 
+WAIT = 60_000
+"""Milliseconds."""
+
 
 @contextmanager
 def chromium() -> Iterator[Browser]:
@@ -29,7 +32,7 @@ def chromium() -> Iterator[Browser]:
 def window(browser: Browser, *allowed: str, width: int = 1200, height: int = 900, **options: Any) -> Iterator[Page]:
     """A window of its own, in which no page may log, fail, or open a dialog; but for logged words that are allowed."""
     context = browser.new_context(viewport={"width": width, "height": height}, **options)
-    context.set_default_timeout(60_000)
+    context.set_default_timeout(WAIT)
     page, said = context.new_page(), []
     page.on("console", lambda message: said.append(message.text))
     page.on("pageerror", lambda error: said.append(str(error)))
@@ -43,3 +46,11 @@ def overflow(page: Page, selector: str) -> int:
     """Pixels by which the content is wider than what is shown of it."""
     pixels: int = page.locator(selector).first.evaluate("element => element.scrollWidth - element.clientWidth")
     return pixels
+
+
+def expect(locator: Any) -> Any:
+    """Playwright's assertions, which wait."""
+    from playwright.sync_api import expect
+
+    expect.set_options(timeout=WAIT)
+    return expect(locator)

@@ -88,7 +88,7 @@ def fields_of(rows: Iterable[Mapping[str, Any]], values: int) -> list[dict[str, 
     for row in rows:
         metadata = json.loads(row["metadata"])
         named = [(name, row[name]) for name in COLUMNS if row.get(name) not in (None, "")]
-        named += [(f"metadata.{name}" if name in COLUMNS else name, value) for name, value in metadata.items()]
+        named += [(f"metadata.{name}" if name in COLUMNS else name, metadata[name]) for name in filter(_fits, metadata)]
         for name, value in named:
             several = isinstance(value, list)
             for one in value if several else [value]:
@@ -165,8 +165,13 @@ def _compare(left: str, operator: str, value: Any, write: Any) -> str:
     return f"{left} {_COMPARISONS.get(operator, '=')} {right}"
 
 
+def _fits(key: str) -> bool:
+    """Whether a filter can name a key of the metadata."""
+    return '"' not in key and "\\" not in key
+
+
 def _path(name: str) -> str:
     key = name.removeprefix("metadata.")
-    if '"' in key or "\\" in key:
+    if not _fits(key):
         raise DataError(f"filter: a name of metadata holds no quotes and backslashes, found {key!r}")
     return quote(f'$."{key}"')

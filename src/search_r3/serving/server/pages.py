@@ -8,13 +8,11 @@ from __future__ import annotations
 
 import hashlib
 import json
-import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
-from markupsafe import Markup, escape
 
 from ...extras import extra
 
@@ -74,7 +72,7 @@ def docs(request: Request) -> Response:
     environment = Environment(
         loader=FileSystemLoader(WEB), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
-    html = environment.get_template("docs.html").render(groups=groups_of(request.app.openapi()), with_code=_with_code)
+    html = environment.get_template("docs.html").render(groups=groups_of(request.app.openapi()))
     return _answer(request, html.encode(), "text/html")
 
 
@@ -116,18 +114,13 @@ def _described(schema: Mapping[str, Any], required: bool) -> tuple[str, str, str
     return _kind(schema), "required" if required else default, schema.get("description", "")
 
 
-def _with_code(text: str) -> Markup:
-    """Text for HTML, in which what stands in backticks is code."""
-    return Markup(re.sub(r"`(.+?)`", r"<code>\1</code>", str(escape(text))))  # noqa: S704 - it is escaped
-
-
 def _kind(schema: Mapping[str, Any]) -> str:
     if "anyOf" in schema:
         return " or ".join(dict.fromkeys(kind for one in schema["anyOf"] if (kind := _kind(one)) != "null"))
     if "enum" in schema:
         return ", ".join(map(str, schema["enum"]))
     if "const" in schema:
-        return str(schema["const"])
+        return json.dumps(schema["const"])
     if schema.get("type") == "array":
         return f"list of {_kind(schema['items'])}"
     return str(schema.get("type", "object"))
