@@ -15,7 +15,7 @@ let shown = "reason"; // the column of a narrow window
 
 // What it costs.
 
-const seconds = (value) => `${value < 0.995 ? value.toFixed(2) : value.toFixed(1)} s`;
+const seconds = (value) => `${value < 0.995 ? value.toFixed(2) : value.toFixed(1)}\u00a0s`;
 
 function priceOf({ usage, seconds: time }) {
   const reasoned = usage.completion_tokens_details.reasoning_tokens;
@@ -35,8 +35,6 @@ async function search(query) {
   running = mine;
   results = {};
   byId("message").hidden = true;
-  byId("welcome").hidden = true;
-  byId("answer").hidden = false;
   byId("go").textContent = "Stop";
   byId("reasoning").replaceChildren();
   byId("thinking").hidden = !info.store;
@@ -286,14 +284,17 @@ function goTo() {
   if (info.store && byId("k").value !== "10") state.k = byId("k").value;
   if (where()) state.where = JSON.stringify(where());
   const next = `#${new URLSearchParams(state)}`;
-  if (next === location.hash) readAddress();
-  else location.hash = next;
+  if (next !== location.hash) history.pushState(null, "", next);
+  readAddress();
 }
 
 function readAddress() {
   const given = new URLSearchParams(location.hash.slice(1));
-  if (!given.get("q")) return;
-  byId("query").value = given.get("q");
+  const query = given.get("q");
+  byId("welcome").hidden = Boolean(query);
+  byId("answer").hidden = !query;
+  if (!query) return;
+  byId("query").value = query;
   if (given.get("k")) byId("k").value = given.get("k");
   try {
     setWhere(JSON.parse(given.get("where") ?? "null"));
@@ -301,7 +302,7 @@ function readAddress() {
     explain(new Refusal(400, "The filter in the address cannot be read."));
     return;
   }
-  search(given.get("q"));
+  search(query);
 }
 
 byId("ask").addEventListener("submit", (event) => {
@@ -359,7 +360,6 @@ async function start() {
         "This server has a model and no store, so there are no documents to search (search-r3 serve STORE). " +
         "What its vectors do can be tried: the texts above are ranked for the query, without and with reasoning.";
     }
-    byId("welcome").hidden = false;
     readAddress();
   } catch (error) {
     explain(error);
