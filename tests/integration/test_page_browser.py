@@ -131,11 +131,12 @@ def shown(page: Any, way: str) -> list[str]:
     return ids
 
 
-def test_a_query_is_answered_in_three_ways_with_ranks_and_price(served: Served, browser: Any) -> None:
-    answers = {mode: served.hits(query=QUERY, mode=mode, k=5) for mode in ("direct", "reason", "bm25")}
+@pytest.mark.parametrize("k", [5, 20])
+def test_a_query_is_answered_in_three_ways_with_ranks_and_price(served: Served, browser: Any, k: int) -> None:
+    answers = {mode: served.hits(query=QUERY, mode=mode, k=k) for mode in ("direct", "reason", "bm25")}
     ranks = {mode: {hit["parent_id"]: hit["rank"] for hit in answer["hits"]} for mode, answer in answers.items()}
     with window(browser) as page:
-        page.goto(f"{served.url}#k=5&q=first")
+        page.goto(f"{served.url}#k={k}&q=first")
         done(page)
         search(page)
         for mode, answer in answers.items():
@@ -156,6 +157,8 @@ def test_a_query_is_answered_in_three_ways_with_ranks_and_price(served: Served, 
             way = "up" if steps > 0 else "down"
             expected = "stays" if not steps else f"{way} {abs(steps)} from direct"
             assert words == (expected if one in ranks["direct"] else "enters")
+        if k == 20:  # all of them
+            assert {words.split(" ")[0] for words in marks["reason"]} >= {"up", "down"}
         for one, words in zip(ranks["bm25"], marks["bm25"], strict=True):
             if one in ranks["reason"]:
                 assert words == f"rank {ranks['reason'][one]} with reasoning"
@@ -182,9 +185,11 @@ def held(served: Served, steps: int) -> Iterator[threading.Event]:
         return step()
 
     served.engine._decoder.step = waiting  # type: ignore[method-assign]
-    yield go
-    go.set()
-    served.engine._decoder.step = step  # type: ignore[method-assign]
+    try:
+        yield go
+    finally:
+        go.set()
+        served.engine._decoder.step = step  # type: ignore[method-assign]
 
 
 def test_reasoning_is_there_while_it_is_written_and_can_be_stopped(served: Served, browser: Any) -> None:
