@@ -83,7 +83,7 @@ def serve(
             server_header=False,
         )
         what = settings.name if store is None else f"{len(store):,} chunks of {served}"
-        console.say(f"{_address(host, listening)}: {what}; routes at /docs, limits at /info; Ctrl-C ends")
+        console.say(f"{_address(host, listening)}: {what}; a page there, routes at /docs, limits at /info; Ctrl-C ends")
         uvicorn.Server(config).run(sockets=[listening])
 
 

@@ -277,9 +277,9 @@ def test_health_follows_the_engine(encoder: SearchR3) -> None:
     assert client.post("/v1/embeddings", json={"input": "a"}).status_code == 503
 
 
-def test_a_token_is_asked_for_everywhere_but_for_health(engine: EngineThread, store: Store) -> None:
+def test_a_token_is_asked_for_everywhere_but_for_health_and_pages(engine: EngineThread, store: Store) -> None:
     client = TestClient(create_app(engine, ServerSettings(token="secret"), store=store))
-    paths = ["/info", "/metrics", "/v1/documents", "/openapi.json", "/docs", "/mcp"]
+    paths = ["/info", "/metrics", "/v1/documents", "/v1/fields", "/openapi.json", "/mcp"]
     assert [client.get(path).status_code for path in paths] == [401] * len(paths)
     wrong = client.post("/v1/search", json={"query": "a"}, headers={"Authorization": "Bearer other"})
     assert wrong.status_code == 401 and wrong.headers["WWW-Authenticate"] == "Bearer"

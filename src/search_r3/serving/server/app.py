@@ -11,7 +11,7 @@ from ...errors import SearchR3Error
 from ...extras import extra
 from ..engine import EngineThread
 from ..store import Store
-from . import documents, embeddings, rerank, search
+from . import documents, embeddings, pages, rerank, search
 from .errors import response_to
 from .gate import Gate
 from .mcp import create_mcp
@@ -58,11 +58,13 @@ def create_app(
         version=version("search-r3"),
         description="Queries are reasoned about, then embedded, then searched.",
         lifespan=lifespan,
+        docs_url=None,  # FastAPI's page has its scripts from another host; `pages` has one
+        redoc_url=None,
     )
     service = Service(engine, settings, store, reranker)
     app.state.service = service
     tools = create_mcp(service)
-    for room in (embeddings, rerank, search, documents):
+    for room in (embeddings, rerank, search, documents, pages):
         app.include_router(room.router)
     app.router.routes += _routes_of(tools, settings)
     for kind in (SearchR3Error, RequestValidationError, HTTPException, Exception):

@@ -8,6 +8,7 @@ from contextlib import suppress
 from urllib.parse import urlsplit
 
 from ...extras import extra
+from . import pages
 from .errors import response_to
 from .service import LOCAL, Service
 
@@ -17,8 +18,8 @@ with extra("serve"):
     from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 
-OPEN = ("/health",)
-"""What needs no token."""
+OPEN = ("/health", *pages.ADDRESSES)
+"""What needs no token. The pages hold no data; they ask the routes, with the token that they are given."""
 
 
 class Gate:

@@ -58,6 +58,13 @@ async def answered(body: SearchRequest, service: Service, request: Request | Non
     return await _answer(body, service, outcome) | _price(started, outcome)
 
 
+@router.get("/v1/fields", tags=["search"])
+def fields(service: Given) -> dict[str, Any]:
+    """The number of chunks, and what a `filter` can name: fields and their most frequent values (of 10,000 chunks)."""
+    store = service.store
+    return {"chunks": len(store), "fields": store.fields()}
+
+
 @router.post("/retrieve", tags=["search"])
 async def retrieve(body: RetrieveRequest, request: Request, service: Given) -> dict[str, Any]:
     """In Search-R1's form."""
