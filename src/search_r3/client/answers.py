@@ -145,6 +145,7 @@ class StoredDocument(_Answer):
     text: str
     path: str = ""
     source: str = ""
+    page: int | None = None
     metadata: dict[str, Any] = Field(default_factory=dict)
 
 

@@ -86,6 +86,8 @@ class Client(_Base):
         ...         print(hit.score, hit.parent_id, hit.text)
     """
 
+    _own = False
+
     def __init__(
         self,
         url: str = DEFAULT_URL,
@@ -220,6 +222,9 @@ class Client(_Base):
         return self
 
     def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def __del__(self) -> None:  # adapters of frameworks hold one for as long as they live
         self.close()
 
     def _run(self, steps: Steps[T]) -> T:

@@ -35,8 +35,6 @@ _FIRST_WAIT = 0.5
 _BUSY = (HTTPStatus.TOO_MANY_REQUESTS, HTTPStatus.SERVICE_UNAVAILABLE)
 _ERRORS: dict[int, type[SearchR3Error]] = {
     400: DataError,
-    401: ConfigError,
-    403: ConfigError,
     404: NotFoundError,
     413: TooLargeError,
     422: DataError,
@@ -118,9 +116,9 @@ def content_of(response: httpx2.Response) -> Any:
 
 def error_of(status: int, message: str) -> SearchR3Error:
     """The error of the package that a status stands for."""
-    if status in (HTTPStatus.UNAUTHORIZED, HTTPStatus.FORBIDDEN):
+    if status == HTTPStatus.UNAUTHORIZED:
         message += "; give token= to the client, or set SEARCH_R3_TOKEN"
-    return _ERRORS.get(status, UnavailableError)(message)
+    return _ERRORS.get(status, ConfigError if status < HTTPStatus.INTERNAL_SERVER_ERROR else UnavailableError)(message)
 
 
 def _error_of(response: httpx2.Response, wait: float) -> SearchR3Error:

@@ -146,11 +146,13 @@ def test_a_wait_may_be_a_date_and_is_not_endless(said: str, least: float, most: 
     [
         (400, errors.DataError, "words"),
         (401, errors.ConfigError, "words; give token="),
+        (403, errors.ConfigError, "words"),
         (404, errors.NotFoundError, "words"),
         (413, errors.TooLargeError, "words"),
         (422, errors.DataError, "words"),
         (424, errors.ModelError, "words"),
         (504, errors.DeadlineError, "words"),
+        (302, errors.ConfigError, "words"),
         (500, errors.UnavailableError, "words"),
     ],
 )
