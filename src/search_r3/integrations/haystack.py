@@ -27,11 +27,13 @@ _OPERATORS = {
 
 
 class _Component:
-    """Keeps its arguments, to be saved with a pipeline; connects at `warm_up` or the first run."""
+    """Keeps its arguments, to be saved with a pipeline; connects at `warm_up` or the first run.
 
-    def __init__(self, **arguments: Any) -> None:
-        self.arguments = arguments
-        self._client: Client | InProcess | None = None
+    Components set `arguments` themselves: Haystack makes a new class of each, which has another `super`.
+    """
+
+    arguments: dict[str, Any]
+    _client: Client | InProcess | None = None
 
     @property
     def client(self) -> Client | InProcess:
@@ -76,7 +78,7 @@ class SearchR3TextEmbedder(_Component):
     """
 
     def __init__(self, source: Source, mode: Literal["reason", "direct"] | None = None, instruction: str = "") -> None:
-        super().__init__(source=source, mode=mode, instruction=instruction)
+        self.arguments = {"source": source, "mode": mode, "instruction": instruction}
 
     @component.output_types(embedding=list[float], meta=dict[str, Any])
     def run(self, text: str) -> dict[str, Any]:
@@ -96,7 +98,7 @@ class SearchR3DocumentEmbedder(_Component):
     """
 
     def __init__(self, source: Source, meta_fields_to_embed: list[str] | None = None) -> None:
-        super().__init__(source=source, meta_fields_to_embed=meta_fields_to_embed)
+        self.arguments = {"source": source, "meta_fields_to_embed": meta_fields_to_embed}
 
     @component.output_types(documents=list[Document], meta=dict[str, Any])
     def run(self, documents: list[Document]) -> dict[str, Any]:
@@ -139,7 +141,7 @@ class SearchR3Retriever(_Component):
         rerank: bool = False,
     ) -> None:
         options = {"mode": mode, "instruction": instruction, "hybrid": hybrid, "rerank": rerank}
-        super().__init__(source=source, filters=filters, top_k=top_k, **options)
+        self.arguments = {"source": source, "filters": filters, "top_k": top_k, **options}
 
     @component.output_types(documents=list[Document], reasoning=str, meta=dict[str, Any])
     def run(self, query: str, filters: dict[str, Any] | None = None, top_k: int | None = None) -> dict[str, Any]:

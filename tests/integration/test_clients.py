@@ -1,20 +1,25 @@
-"""The adapters, driven by the frameworks themselves: over a server, and with a model and a store in the process."""
+"""Our clients and those of others at a real port; frameworks with our adapters, over a server and in the process."""
 
 from __future__ import annotations
 
 import asyncio
 import os
+import re
 import socket
 import threading
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import httpx2
+import huggingface_hub
 import numpy as np
 import pytest
 import uvicorn
+from fastapi import FastAPI
 
-from search_r3.client import Client
+from search_r3.client import AsyncClient, Client, SearchAnswer
 from search_r3.data.documents import Chunk, chunks_of
 from search_r3.errors import ConfigError, DataError, NotFoundError, TooLargeError
 from search_r3.integrations import InProcess
@@ -37,6 +42,20 @@ class Served(NamedTuple):
     url: str
 
 
+@contextmanager
+def serving(app: FastAPI) -> Iterator[str]:
+    """An app at a real port."""
+    server = uvicorn.Server(uvicorn.Config(app, log_config=None))
+    with socket.create_server(("127.0.0.1", 0)) as listening:
+        thread = threading.Thread(target=server.run, kwargs={"sockets": [listening]})
+        thread.start()
+        try:
+            yield f"http://127.0.0.1:{listening.getsockname()[1]}"
+        finally:
+            server.should_exit = True
+            thread.join(WAIT)
+
+
 @pytest.fixture(scope="module")
 def served(tiny_path: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
     """A server of six documents, each with a year, at a real port."""
@@ -48,13 +67,8 @@ def served(tiny_path: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterato
         chunks += chunks_of(one.doc_id, one.text, one.title, metadata={"year": year})
     store.upsert(chunks, model.encode_document([chunk.full_text for chunk in chunks]))
     app = create_app(EngineThread(model, slots=4), ServerSettings("tiny", max_batch=5), store=store)
-    server = uvicorn.Server(uvicorn.Config(app, log_config=None))
-    with socket.create_server(("127.0.0.1", 0)) as listening:
-        thread = threading.Thread(target=server.run, kwargs={"sockets": [listening]})
-        thread.start()
-        yield Served(model, store, f"http://127.0.0.1:{listening.getsockname()[1]}")
-        server.should_exit = True
-        thread.join(WAIT)
+    with serving(app) as url:
+        yield Served(model, store, url)
 
 
 @pytest.fixture(params=["server", "process"])
@@ -76,6 +90,87 @@ def check(found: list[tuple[str, str, dict[str, Any]]], hits: list[Hit], reasoni
         assert facts["parent_id"] == hit.chunk.parent_id and facts["title"] == hit.chunk.title
         assert facts["year"] == hit.chunk.metadata["year"] and facts["reasoning"] == reasoning
         assert facts["score"] == pytest.approx(hit.score, abs=1e-5)
+
+
+def test_our_clients_do_all_that_a_server_does(served: Served, tmp_path: Path) -> None:
+    store = Store.create(tmp_path / "s", Fingerprint.of(served.model))
+    app = create_app(EngineThread(served.model), ServerSettings(token="secret", max_batch=3, max_body=400), store=store)
+    texts = {f"a/{number} b.md": f"the {word} boat" for number, word in enumerate(("red", "blue", "new", "old"))}
+    with serving(app) as url, Client(url, token="secret") as client:
+        assert client.health() and client.info().max_client_batch_size == 3 and client.info().store
+        documents = [{"id": name, "text": text, "metadata": {"n": text[4]}} for name, text in texts.items()]
+        report = client.put_documents([*documents, {"id": "..", "text": "é" * 90}])
+        assert (report.documents, report.encoded) == (5, 5) and report.usage.prompt_tokens > 0
+        assert [one.id for one in client.list_documents()] == ["..", *texts]
+        for name, text in {**texts, "..": "é" * 90}.items():
+            assert client.get_document(name).text == text
+        *pieces, answer = client.stream(QUERY, k=2, filter={"n": ["r", "b"]}, max_new_tokens=BUDGET)
+        assert isinstance(answer, SearchAnswer) and "".join(map(str, pieces)) == answer.reasoning
+        assert {hit.parent_id for hit in answer.hits} == {"a/0 b.md", "a/1 b.md"}
+        whole = client.search(QUERY, k=2, filter={"n": ["r", "b"]}, max_new_tokens=BUDGET)
+        assert answer.model_dump(exclude={"seconds"}) == whole.model_dump(exclude={"seconds"})
+        assert whole.usage.completion_tokens == whole.reasoning_tokens > 0 and whole.seconds["total"] > 0
+        cosines = served.model.similarity(
+            served.model.encode_query(QUERY), served.model.encode_document(list(texts.values()))
+        )[0]
+        ranking = client.rerank(QUERY, list(texts.values()), top_n=3)
+        assert [hit.index for hit in ranking.results] == np.argsort(-cosines)[:3].tolist()
+        with pytest.raises(DataError, match=f"^{re.escape('document number 1')}"):
+            client.encode_document(["a", ""])
+        with pytest.raises(ConfigError, match="a token is needed"):
+            Client(url, token="other").info()
+        assert client.delete_documents([*texts, "unknown"]) == 4
+        with pytest.raises(NotFoundError, match=r"no document 'a/0 b\.md'"):
+            client.get_document("a/0 b.md")
+
+        async def asked() -> tuple[Any, ...]:
+            async with AsyncClient(url, token="secret") as other:
+                both = await asyncio.gather(*(other.encode_query(text, "direct") for text in texts.values()))
+                events = [one async for one in other.stream(QUERY, max_new_tokens=BUDGET)]
+                return both, events, await other.health(), await other.list_documents()
+
+        vectors, events, healthy, entries = asyncio.run(asked())
+        direct = served.model.encode_query(list(texts.values()), "direct").vectors
+        assert np.allclose(np.concatenate([one.vectors for one in vectors]), direct, atol=1e-5)
+        assert events[-1].hits[0].id == "..#0" and healthy and [one.id for one in entries] == [".."]
+    assert not Client(url).health()
+
+
+def test_cohere_ranks(served: Served) -> None:
+    cohere = pytest.importorskip("cohere")
+    texts = ["a boat", "the red house", "a lamp"]
+    cosines = served.model.similarity(served.model.encode_query(QUERY), served.model.encode_document(texts))[0]
+    with cohere.ClientV2(api_key="none", base_url=served.url) as client:
+        answer = client.rerank(model="search-r3", query=QUERY, documents=texts, top_n=2)
+        with pytest.raises(cohere.NotFoundError, match="no model 'rerank-v3'"):
+            client.rerank(model="rerank-v3", query=QUERY, documents=texts)
+    assert [one.index for one in answer.results] == np.argsort(-cosines)[:2].tolist()
+    assert answer.results[0].relevance_score == pytest.approx(cosines.max(), abs=1e-5)
+
+
+def test_huggingface_hub_asks_as_it_asks_text_embeddings_inference(
+    served: Served, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)  # it is to ask this machine alone
+    texts = ["a boat", "the red house"]
+    for url in (served.url, f"{served.url}/embed"):
+        client = huggingface_hub.InferenceClient(url)
+        vectors = client.feature_extraction(texts, prompt_name="document", normalize=True, truncate=False)
+        assert np.allclose(vectors, served.model.encode_document(texts), atol=1e-5)
+        query = client.feature_extraction(QUERY, prompt_name="direct")
+        assert np.allclose(query, served.model.encode_query(QUERY, "direct").vectors, atol=1e-5)
+        with pytest.raises(huggingface_hub.errors.HfHubHTTPError) as caught:
+            client.feature_extraction(["a"] * 6)
+        assert caught.value.response.json()["error_type"] == "Validation"
+    asked = [
+        ("/embed", {"inputs": texts, "truncate": False}),  # as LlamaIndex asks
+        ("/embed", {"inputs": texts[0], "truncate": True, "normalize": True, "prompt_name": None}),
+        ("/rerank", {"query": QUERY, "texts": texts, "raw_scores": False, "return_text": True, "truncate": False}),
+    ]
+    embedded, alone, ranked = [httpx2.post(f"{served.url}{path}", json=body).json() for path, body in asked]
+    assert np.allclose(embedded, served.model.encode_query(texts).vectors, atol=1e-5)
+    assert np.allclose(alone, embedded[:1], atol=1e-5)
+    assert {one["text"] for one in ranked} == set(texts) and ranked[0]["score"] >= ranked[1]["score"]
 
 
 def test_langchain_retrieves(source: Any, served: Served) -> None:
