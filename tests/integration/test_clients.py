@@ -348,3 +348,22 @@ def test_a_store_or_a_model_is_opened_by_its_path(served: Served, tiny_path: Pat
             one.encode_document("red " * 9000)
     with pytest.raises(NotFoundError, match="no store"):
         model.search(QUERY)
+
+
+PAGE = Path(__file__).parents[2] / "docs" / "integrations.md"
+BLOCKS = re.findall(r"^```python\n(.*?)^```", PAGE.read_text(encoding="utf-8"), re.MULTILINE | re.DOTALL)
+
+
+@pytest.mark.parametrize("code", BLOCKS, ids=lambda code: re.findall(r"(?:from|import) ([\w.]+)", code)[0])
+def test_the_python_of_the_page_runs(
+    code: str, served: Served, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for package in re.findall(r"^(?:from|import) (llama_index\.core|haystack|cohere|llm)\b", code, re.MULTILINE):
+        pytest.importorskip(package)
+    if "integrations.langchain" in code:
+        pytest.importorskip("langchain_core")
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)  # it is to ask this machine alone
+    monkeypatch.setenv("SEARCH_R3_SOURCE", served.url)
+    exec(code.replace("http://127.0.0.1:8765", served.url), {"__name__": "__main__"})
+    assert capsys.readouterr().out or "import llm" in code
+    served.store.delete(["tea.md"])
