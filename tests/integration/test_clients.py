@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import importlib
 import os
 import re
 import socket
 import threading
+import tomllib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -31,6 +33,9 @@ from search_r3.serving.store import Hit
 from tests.conftest import small_collection
 
 os.environ["HAYSTACK_TELEMETRY_ENABLED"] = "False"
+ROOT = Path(__file__).parents[2]
+PAGE = (ROOT / "docs" / "integrations.md").read_text(encoding="utf-8")
+BLOCKS = re.findall(r"^```python\n(.*?)^```", PAGE, re.MULTILINE | re.DOTALL)
 BUDGET, WAIT = 8, 60
 QUERY = "where is the red boat?"
 FIELDS = ("parent_id", "title", "score", "reasoning")
@@ -305,19 +310,24 @@ def test_haystack_runs_a_pipeline_and_saves_it(served: Served, tmp_path: Path) -
     check([(one.id, one.content, one.meta) for one in found["retriever"]["documents"]], hits, reasoning)
 
 
+def add_to_llm(served: Served, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What the entry point names becomes a plugin, as it is where the package was installed with it."""
+    from llm.plugins import load_plugins, pm
+
+    monkeypatch.setenv("LLM_USER_PATH", str(folder))
+    monkeypatch.setenv("SEARCH_R3_SOURCE", served.url)
+    load_plugins()
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    plugin = importlib.import_module(project["entry-points"]["llm"]["search_r3"])
+    if not pm.is_registered(plugin):
+        pm.register(plugin)
+
+
 def test_llm_has_a_model_for_queries_and_one_for_documents(
     served: Served, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     llm = pytest.importorskip("llm")
-    from llm.plugins import load_plugins, pm
-
-    from search_r3.integrations import llm as plugin
-
-    monkeypatch.setenv("LLM_USER_PATH", str(tmp_path))
-    monkeypatch.setenv("SEARCH_R3_SOURCE", served.url)
-    load_plugins()
-    if not pm.is_registered(plugin):  # an installation from before the entry point has none
-        pm.register(plugin)
+    add_to_llm(served, tmp_path, monkeypatch)
     texts = [f"text {number}" for number in range(7)]
     query, document = llm.get_embedding_model("search-r3-query"), llm.get_embedding_model("search-r3-document")
     assert np.allclose(query.embed(QUERY), served.model.encode_query(QUERY).vectors[0], atol=1e-5)
@@ -350,20 +360,17 @@ def test_a_store_or_a_model_is_opened_by_its_path(served: Served, tiny_path: Pat
         model.search(QUERY)
 
 
-PAGE = Path(__file__).parents[2] / "docs" / "integrations.md"
-BLOCKS = re.findall(r"^```python\n(.*?)^```", PAGE.read_text(encoding="utf-8"), re.MULTILINE | re.DOTALL)
-
-
 @pytest.mark.parametrize("code", BLOCKS, ids=lambda code: re.findall(r"(?:from|import) ([\w.]+)", code)[0])
 def test_the_python_of_the_page_runs(
-    code: str, served: Served, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    code: str, served: Served, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     for package in re.findall(r"^(?:from|import) (llama_index\.core|haystack|cohere|llm)\b", code, re.MULTILINE):
         pytest.importorskip(package)
     if "integrations.langchain" in code:
         pytest.importorskip("langchain_core")
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)  # it is to ask this machine alone
-    monkeypatch.setenv("SEARCH_R3_SOURCE", served.url)
+    if "import llm" in code:
+        add_to_llm(served, tmp_path, monkeypatch)
     exec(code.replace("http://127.0.0.1:8765", served.url), {"__name__": "__main__"})
     assert capsys.readouterr().out or "import llm" in code
     served.store.delete(["tea.md"])

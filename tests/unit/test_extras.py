@@ -128,9 +128,11 @@ def test_every_module_imports_and_a_model_encodes_with_the_core_alone() -> None:
         "pip install 'search-r3[mteb]'",
         "search_r3.integrations.haystack the package haystack is not installed; it comes with the extra `haystack`: "
         "pip install 'search-r3[haystack]'",
-        "search_r3.integrations.langchain the package langchain_core is not installed; it comes with the extra `langchain`: "
+        "search_r3.integrations.langchain the package langchain_core is not installed; "
+        "it comes with the extra `langchain`: "
         "pip install 'search-r3[langchain]'",
-        "search_r3.integrations.llama_index the package llama_index is not installed; it comes with the extra `llama-index`: "
+        "search_r3.integrations.llama_index the package llama_index is not installed; "
+        "it comes with the extra `llama-index`: "
         "pip install 'search-r3[llama-index]'",
         "search_r3.integrations.llm the package llm is not installed; it comes with the extra `llm`: "
         "pip install 'search-r3[llm]'",

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, Literal
 
+from pydantic import ConfigDict, PrivateAttr
+
 from ..extras import extra
 from .source import Source, connect, facts_of, given
 
@@ -13,7 +15,6 @@ with extra("langchain"):
     from langchain_core.documents import Document
     from langchain_core.embeddings import Embeddings
     from langchain_core.retrievers import BaseRetriever
-    from pydantic import ConfigDict, PrivateAttr
 
 
 class SearchR3Retriever(BaseRetriever):
