@@ -23,7 +23,7 @@ from fastapi import FastAPI
 
 from search_r3.client import AsyncClient, Client, SearchAnswer
 from search_r3.data.documents import Chunk, chunks_of
-from search_r3.errors import ConfigError, DataError, NotFoundError, TooLargeError
+from search_r3.errors import ConfigError, DataError, NotFoundError, TooLargeError, UnavailableError
 from search_r3.integrations import InProcess
 from search_r3.model.encoder import SearchR3
 from search_r3.serving import Fingerprint, Store
@@ -77,8 +77,12 @@ def served(tiny_path: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterato
 
 
 @pytest.fixture(params=["server", "process"])
-def source(request: pytest.FixtureRequest, served: Served) -> str | InProcess:
-    return served.url if request.param == "server" else InProcess(served.model, served.store)
+def source(request: pytest.FixtureRequest, served: Served) -> Iterator[str | InProcess]:
+    if request.param == "server":
+        yield served.url
+        return
+    with InProcess(served.model, served.store) as own:
+        yield own
 
 
 def expected(served: Served, mode: str = "reason", **options: Any) -> tuple[list[Hit], str]:
@@ -269,7 +273,8 @@ def test_haystack_runs_a_pipeline_and_saves_it(served: Served, tmp_path: Path) -
 
     from search_r3.integrations.haystack import SearchR3DocumentEmbedder, SearchR3Retriever, SearchR3TextEmbedder
 
-    for source in (served.url, InProcess(served.model, served.store)):
+    own = InProcess(served.model, served.store)
+    for source in (served.url, own):
         documents = [Document(content=f"a {word}", meta={"title": word}) for word in ("red boat", "lamp")]
         made = SearchR3DocumentEmbedder(source, meta_fields_to_embed=["title", "none"]).run(documents)
         vectors = served.model.encode_document([f"{one.meta['title']} {one.content}" for one in documents])
@@ -298,6 +303,7 @@ def test_haystack_runs_a_pipeline_and_saves_it(served: Served, tmp_path: Path) -
             retriever.run(QUERY, filters={"operator": "OR", "conditions": [several]})
     with pytest.raises(ConfigError, match="an InProcess cannot be saved"):
         retriever.to_dict()
+    own.close()
     pipeline = Pipeline()
     pipeline.add_component("retriever", SearchR3Retriever(served.url, top_k=2, hybrid=True, mode="direct"))
     pipeline.add_component("query", SearchR3TextEmbedder(served.url, instruction="Only boats."))
@@ -358,6 +364,10 @@ def test_a_store_or_a_model_is_opened_by_its_path(served: Served, tiny_path: Pat
             one.encode_document("red " * 9000)
     with pytest.raises(NotFoundError, match="no store"):
         model.search(QUERY)
+    here.close()
+    model.close()
+    with pytest.raises(UnavailableError):
+        here.search(QUERY)
 
 
 @pytest.mark.parametrize("code", BLOCKS, ids=lambda code: re.findall(r"(?:from|import) ([\w.]+)", code)[0])

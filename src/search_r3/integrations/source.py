@@ -6,7 +6,7 @@ import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, Unpack
+from typing import TYPE_CHECKING, Any, Literal, Self, Unpack
 
 import numpy as np
 
@@ -25,6 +25,12 @@ class InProcess:
     Args:
         model: encodes; the store's vectors must be its own.
         store: what is searched.
+
+    Example:
+        >>> from search_r3 import SearchR3
+        >>> with InProcess(SearchR3("builtin")) as source:
+        ...     source.encode_query("what do people pay with in Tashkent?", "direct").vectors.shape
+        (1, 192)
     """
 
     def __init__(self, model: SearchR3, store: Store | None = None) -> None:
@@ -97,6 +103,16 @@ class InProcess:
         answer = Answer(one.reasoning, one.reasoning_tokens, one.forced, one.truncated, list(hits), query).as_dict()
         seconds = {"total": time.perf_counter() - started}
         return SearchAnswer.model_validate(answer | {"usage": _price(outcome), "seconds": seconds})
+
+    def close(self) -> None:
+        """End its thread; it can't be asked any more."""
+        self._engine.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
 
     @property
     def _document_instruction(self) -> str:
