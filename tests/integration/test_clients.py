@@ -357,6 +357,10 @@ def test_a_store_or_a_model_is_opened_by_its_path(served: Served, tiny_path: Pat
     assert [hit.parent_id for hit in words[0].hits] == [hit.parent_id for hit in words[1].hits] == ["d01"]
     model = InProcess.open(tiny_path)
     assert np.allclose(model.encode_document("a").vectors, served.model.encode_document("a"), atol=1e-5)
+    instructed = Store.create("memory://instructed", Fingerprint.of(served.model, "Only tea."))
+    with InProcess(served.model, instructed) as source:
+        expected = served.model.encode_document("a", instruction="Only tea.")
+        assert np.allclose(source.encode_document("a").vectors, expected, atol=1e-5)
     for one in (client, here):
         with pytest.raises(DataError, match="the query is empty"):
             one.search(" ", mode="bm25")

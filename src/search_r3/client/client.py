@@ -98,8 +98,8 @@ class Client(_Base):
         http_client: httpx2.Client | None = None,
     ) -> None:
         super().__init__(url, token, timeout, max_retries)
-        self._own = http_client is None
         self._http = http_client or httpx2.Client(limits=_LIMITS)
+        self._own = http_client is None
 
     def encode_query(
         self,
@@ -268,8 +268,8 @@ class AsyncClient(_Base):
         http_client: httpx2.AsyncClient | None = None,
     ) -> None:
         super().__init__(url, token, timeout, max_retries)
-        self._own = http_client is None
         self._http = http_client or httpx2.AsyncClient(limits=_LIMITS)
+        self._own = http_client is None
 
     async def encode_query(
         self,

@@ -369,6 +369,14 @@ def test_a_token_comes_from_the_call_or_the_environment(monkeypatch: pytest.Monk
     assert sent == ["Bearer one", "Bearer two", None]
 
 
+def test_a_timeout_is_for_an_answer_and_shorter_for_a_connection() -> None:
+    server = Server(lambda request, count: httpx2.Response(200, json=FOUND))
+    for seconds in (7.0, 70.0):
+        both(server, "search", "q", options={"timeout": seconds})
+        waited = server.requests[0].extensions["timeout"]
+        assert (waited["read"], waited["connect"]) == (seconds, min(seconds, 10.0))
+
+
 def test_the_clients_have_the_same_methods() -> None:
     import inspect
 
