@@ -132,8 +132,13 @@ def test_our_clients_do_all_that_a_server_does(served: Served, tmp_path: Path) -
         with pytest.raises(NotFoundError, match=r"no document 'a/0 b\.md'"):
             client.get_document("a/0 b.md")
 
+        with pytest.raises(DataError, match=r"^the query is empty"):
+            list(client.stream(" "))
+
         async def asked() -> tuple[Any, ...]:
             async with AsyncClient(url, token="secret") as other:
+                with pytest.raises(DataError, match=r"^the query is empty"):
+                    [one async for one in other.stream(" ")]
                 both = await asyncio.gather(*(other.encode_query(text, "direct") for text in texts.values()))
                 events = [one async for one in other.stream(QUERY, max_new_tokens=BUDGET)]
                 return both, events, await other.health(), await other.list_documents()
