@@ -115,21 +115,14 @@ def index(
 
 def open_with_model(address: str, model: str | None, options: ModelOptions) -> tuple[Store, SearchR3]:
     """A store and its model, or another one that encodes documents as that does."""
-    from ..serving import Fingerprint, Store
+    from ..serving.search import open_with_model
 
-    store = Store.open(address)
-    info = store.info
-    name = model or info.model
-    given = replace(
-        options,
-        max_length=options.max_length or info.fingerprint.max_length,
-        prompts=options.prompts or info.prompts,
-        revision=options.revision or (info.revision if name == info.model else None),
+    return open_with_model(
+        *(address, model, lambda name, **settings: load_encoder(name, replace(options, **settings))),
+        max_length=options.max_length,
+        prompts=options.prompts,
+        revision=options.revision,
     )
-    encoder = load_encoder(name, given)
-    encoder.truncate_dim = info.fingerprint.truncate_dim
-    info.fingerprint.check(Fingerprint.of(encoder, info.fingerprint.instruction), store.address)
-    return store, encoder
 
 
 def searcher_of(

@@ -65,9 +65,10 @@ def models(service: Given) -> dict[str, Any]:
     }
 
 
+@router.post("/", tags=["text-embeddings-inference"])
 @router.post("/embed", tags=["text-embeddings-inference"])
 async def embed(body: EmbedRequest, request: Request, response: Response, service: Given) -> list[list[float]]:
-    """Vectors."""
+    """Vectors; `huggingface_hub`'s client asks at the address itself."""
     started = time.perf_counter()
     dimensions = checked_dimensions(body.dimensions, service)
     texts = [body.inputs] if isinstance(body.inputs, str) else body.inputs
