@@ -44,7 +44,7 @@ CollectionOption = Annotated[
         help=f"`atlas`, `atlas-wide`, `stdlib`, a folder, or a hub id; by default `{DEFAULT_COLLECTION}`.",
     ),
 ]
-ModelArgument = Annotated[str, typer.Argument(help="Model directory, GGUF file, hub id, or `builtin`.")]
+ModelArgument = Annotated[str, typer.Argument(help="Model directory, GGUF file, hub id, or `smol`.")]
 NewFolder = Annotated[Path, typer.Argument(help="Folder to write; it must not exist.")]
 DocumentInstruction = Annotated[
     str, typer.Option("--document-instruction", help="Follows each document; the index knows it.")

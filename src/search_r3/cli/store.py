@@ -37,7 +37,7 @@ StoreArgument = Annotated[str, typer.Argument(help="Folder, or address in an obj
 AskedArgument = Annotated[
     str,
     typer.Argument(
-        metavar="MODEL|STORE", help="Model directory, GGUF file, hub id, `builtin`; or a store, which knows its model."
+        metavar="MODEL|STORE", help="Model directory, GGUF file, hub id, `smol`; or a store, which knows its model."
     ),
 ]
 
@@ -130,7 +130,7 @@ def serve(
         str | None, _server("What clients must send (Authorization: Bearer TOKEN).", envvar="SEARCH_R3_TOKEN")
     ] = None,
     name: Annotated[str | None, _server("Of the model, for clients; by default the last part of its path.")] = None,
-    mode: Annotated[ModeName, _server("Of queries that ask for none.")] = ModeName.reason,
+    mode: Annotated[ModeName | None, _server("Of queries that ask for none; by default the model's own.")] = None,
     slots: Annotated[int, _server("Queries reasoned about at once.", min=1)] = 64,
     max_queue: Annotated[int, _server("Queries, and documents, that may wait or be in work.", min=1)] = 1024,
     max_batch: Annotated[int, _server("Texts in one request.", min=1)] = 512,
@@ -165,7 +165,8 @@ def serve(
             encoder = load_encoder(served, options, untrained)
         model = other_model or (served if store is None else store.info.model)
         settings = ServerSettings(
-            *(name or Path(model).name, token, mode.value, max_batch, max_body * 2**20, timeout),
+            *(name or Path(model).name, token, mode.value if mode else encoder.backbone.settings.mode),
+            *(max_batch, max_body * 2**20, timeout),
             dimensions=tuple(encoder.checked_dimensions(one) or 0 for one in dimensions or ()),
         )
         engine = EngineThread(encoder, slots=slots, max_queue=max_queue)
