@@ -22,6 +22,7 @@ from .common import (
     app,
     check_new,
     load_encoder,
+    mode_of,
     say_without_text,
     takes_model_options,
 )
@@ -156,7 +157,7 @@ def search(
 def _ask(searcher: Searcher, summary: str, query: str | None, mode: ModeName | None, k: int, as_json: bool) -> None:
     """Answer the query, or all that are typed."""
     show = console.print_answer if as_json else console.show_answer
-    name = searcher.model.backbone.settings.mode if mode is None else mode.value
+    name = mode_of(searcher.model, mode)
     if query is not None:
         show(searcher.stream(query, name, k))
         return

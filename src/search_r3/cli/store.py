@@ -20,6 +20,7 @@ from .common import (
     Untrained,
     app,
     load_encoder,
+    mode_of,
     say_without_text,
     takes_model_options,
 )
@@ -165,8 +166,7 @@ def serve(
             encoder = load_encoder(served, options, untrained)
         model = other_model or (served if store is None else store.info.model)
         settings = ServerSettings(
-            *(name or Path(model).name, token, mode.value if mode else encoder.backbone.settings.mode),
-            *(max_batch, max_body * 2**20, timeout),
+            *(name or Path(model).name, token, mode_of(encoder, mode), max_batch, max_body * 2**20, timeout),
             dimensions=tuple(encoder.checked_dimensions(one) or 0 for one in dimensions or ()),
         )
         engine = EngineThread(encoder, slots=slots, max_queue=max_queue)
