@@ -229,7 +229,10 @@ class BaseFacts(BaseModel):
         """
         assert files.base is not None
         own = _shape(model)
-        different = [f"{key} is {own[key]}, not {value}" for key, value in self.config.items() if own[key] != value]
+        # After a stage the norms are those of before, and its vectors are no further away than other precision is.
+        saved = read_settings(files.base.folder)
+        different = ["a stage has trained it already"] if saved is not None and saved.trained else []
+        different += [f"{key} is {own[key]}, not {value}" for key, value in self.config.items() if own[key] != value]
         if not different and _vocabulary(tokenizer, embed_token) != self.tokenizer:
             different = ["it has another vocabulary"]
         if not different:
@@ -255,7 +258,7 @@ class BaseFacts(BaseModel):
         if not cosine >= ALIKE:
             raise ModelError(
                 f"{base} has other weights than {self.name}, the base of {name}: a text's vector has the cosine "
-                f"{cosine:.4f} with the one that it should have; take the model itself, trained no further"
+                f"{cosine:.4f} with the one that it should have; take that model itself, in a finer precision"
             )
         if cosine < SAME:
             logger.warning(

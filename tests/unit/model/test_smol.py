@@ -28,6 +28,7 @@ from search_r3.model.loading import load_backbone
 from search_r3.model.settings import read_settings
 from search_r3.model.source import SMOL, SMOL_BASE, find_files, packaged_path
 from search_r3.planning.shape import read_shape
+from search_r3.training.sft import train_sft
 
 sys.path.append(str(Path(__file__).parents[3] / "benchmarks"))  # as where a benchmark runs
 import smol_ship
@@ -179,9 +180,24 @@ def test_other_precision_is_said_with_its_cosine_and_other_weights_are_refused(
     own = SearchR3(SMOL, device="cpu").encode_query([facts.probe], mode="direct").vectors[0]
     cosine = float(own @ model.encode_query([facts.probe], mode="direct").vectors[0])
     assert f"cosine {cosine:.4f}" in line and "another precision" in line and str(place) in line
-    monkeypatch.setenv(SMOL_BASE, str(save_base(tmp_path / "trained further", tokenizer, noise=2.0)))
+    monkeypatch.setenv(SMOL_BASE, str(save_base(tmp_path / "broken", tokenizer, noise=2.0)))
     with pytest.raises(ModelError, match=r"other weights than owner/tiny, the base of smol: .* cosine"):
         SearchR3(SMOL)
+
+
+def test_a_model_that_a_stage_trained_is_no_base(smol: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    SearchR3(SMOL, device="cpu").save_pretrained(tmp_path / "merged")
+    monkeypatch.setenv(SMOL_BASE, str(tmp_path / "merged"))
+    with pytest.raises(ModelError, match="merged is not owner/tiny, the base of smol: a stage has trained it already"):
+        SearchR3(SMOL)
+
+
+def test_training_goes_on_from_it_and_what_it_writes_reasons_by_default(smol: Path, tmp_path: Path) -> None:
+    recipe = {"base": SMOL, "run_dir": str(tmp_path / "run"), "max_length": 120, "max_new_tokens": 16}
+    result = train_sft(recipe | {"sft": {"steps": 1, "batch_size": 4}}, collection=small_collection())
+    trained = load_backbone(result.model_path)
+    assert trained.trained and trained.settings.mode == "reason" and trained.files is not None
+    assert trained.files.base is None, "adapters and base are one whole"
 
 
 def smol_base(shipped: Path) -> str:
