@@ -291,7 +291,7 @@ def _put_in(files: ModelFiles, model: Any, rows: int, merge: bool = True) -> tup
         tuned: Any = peft.get_peft_model(model, config)
         info = tuned.load_adapter(folder, "default")
         if merge and not getattr(model, "quantization_method", None):
-            tuned = tuned.merge_and_unload()
+            tuned = tuned.merge_and_unload().requires_grad_(True)  # peft froze what it was put into
             tuned.name_or_path = tuned.config.name_or_path = files.name  # what further adapters are put into
     return tuned, set(info.missing_keys)
 
