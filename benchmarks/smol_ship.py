@@ -139,7 +139,7 @@ def ship(
         write_json(folder / BASE_FILE, facts.model_copy(update={"vector": vector}).model_dump())
         write_json(folder / ADAPTER_CONFIG, config | {"base_model_name_or_path": name, "revision": None})
         (folder / TRAINED).write_bytes(packed(query["text"] for query in queries))
-        write_text(folder / CARD, card(name, mode, measures, queries, config["r"], whole.settings))
+        write_text(folder / CARD, card(name, base, mode, measures, queries, config["r"], whole.settings))
     return out
 
 
@@ -178,6 +178,7 @@ def trained_among(content: bytes, texts: Iterable[str]) -> list[str]:
 
 def card(
     name: str,
+    base: str,
     mode: str,
     measures: Mapping[str, Mapping[str, float]],
     queries: Sequence[Mapping[str, Any]],
@@ -197,6 +198,7 @@ def card(
     ).from_string((HERE / "smol_card.md.jinja").read_text(encoding="utf-8"))
     return template.render(
         base=name,
+        file=Path(base).name,
         mode=mode,
         measures=measures,
         worse=[one for one, row in measures.items() if row["reason"] < row["direct"] - WORSE],

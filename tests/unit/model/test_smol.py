@@ -259,9 +259,9 @@ def test_trained_queries_are_known_by_their_words() -> None:
 def test_the_card_names_sources_and_licences_and_refuses_what_has_none(smol: Path) -> None:
     card = (smol / smol_ship.CARD).read_text()
     assert "| openbookqa | school science questions | 1 | Apache-2.0 |" in card and "tldr_pages" not in card
-    assert "below direct mode on one." in " ".join(card.split())
+    assert "below direct mode** on one." in " ".join(card.split())
     with pytest.raises(ValueError, match="no licence is stated for dream"):
-        smol_ship.card("o/m", "direct", DIRECT, [{"_id": "dream/q1"}], 2, read_settings(smol))  # type: ignore[arg-type]
+        smol_ship.card("o/m", "o/m", "direct", DIRECT, [{"_id": "dream/q1"}], 2, read_settings(smol))  # type: ignore[arg-type]
 
 
 def test_adapters_of_both_stages_become_one_set(base: Path, trained: Path, tmp_path: Path) -> None:
