@@ -20,7 +20,7 @@ from search_r3 import SearchR3
 from search_r3.errors import ModelError
 from search_r3.model.backbone import Backbone
 from search_r3.model.loading import load_backbone
-from search_r3.model.source import builtin_base_path
+from search_r3.model.source import BUILTIN, packaged_path
 
 PAGE = Path(__file__).parents[1] / "docs" / "models.md"
 START, END = "<!-- written by benchmarks/models_matrix.py -->", "<!-- end -->"
@@ -41,7 +41,7 @@ class Family:
 
 
 def load_tokenizer() -> Any:
-    return t.AutoTokenizer.from_pretrained(builtin_base_path())
+    return t.AutoTokenizer.from_pretrained(packaged_path(BUILTIN))
 
 
 SHAPE = {

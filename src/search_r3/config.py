@@ -332,7 +332,9 @@ class Recipe(Section):
     collection: str = Field(
         "atlas", description="`atlas`, `atlas-wide` (`:SEED` divides by another seed), or a folder in the BEIR layout."
     )
-    base: str = Field("builtin", description="`builtin` (the package's own), a directory, a GGUF file or a hub id.")
+    base: str = Field(
+        "builtin", description="`builtin` (the package's own), `smol`, a directory, a GGUF file or a hub id."
+    )
     prompts: Literal["search-r3", "published", "thinking"] | None = Field(
         None, description="Prompt set, saved with the model; null: the one of `base`, or search-r3 where it has none."
     )

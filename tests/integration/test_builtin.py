@@ -13,13 +13,13 @@ import transformers
 from search_r3.config import BaseModelSettings
 from search_r3.data.generators.atlas import build_atlas, fact_dialogues, fact_probes, read_atlas
 from search_r3.model.loading import load_backbone
-from search_r3.model.source import builtin_base_path
+from search_r3.model.source import BUILTIN, packaged_path
 from search_r3.pretraining import base
 
 
 @pytest.fixture(scope="module")
 def shipped() -> object:
-    path = builtin_base_path()
+    path = packaged_path(BUILTIN)
     model = transformers.AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
     return model, transformers.AutoTokenizer.from_pretrained(path)
 
@@ -28,7 +28,7 @@ def test_it_is_small_and_a_qwen2_without_the_embed_token(shipped: tuple) -> None
     model, tokenizer = shipped
     assert type(model).__name__ == "Qwen2ForCausalLM"
     assert 1e6 <= sum(parameter.numel() for parameter in model.parameters()) <= 3e6
-    assert (builtin_base_path() / "model.safetensors").stat().st_size < 6_000_000
+    assert (packaged_path(BUILTIN) / "model.safetensors").stat().st_size < 6_000_000
     assert "<|embed_token|>" not in tokenizer.get_vocab()
     text = tokenizer.apply_chat_template([{"role": "user", "content": "x"}], tokenize=False, add_generation_prompt=True)
     assert text == (
@@ -54,7 +54,7 @@ def test_it_knows_the_facts_and_names_the_entity_of_a_query_it_never_saw(shipped
 
 
 def test_search_r3_can_use_it() -> None:
-    backbone = load_backbone(builtin_base_path())
+    backbone = load_backbone(packaged_path(BUILTIN))
     assert backbone.prompt_encoder.decode(backbone.prompt_encoder.encode("Tashkent", "reason").ids).count("Tashkent")
 
 

@@ -196,6 +196,10 @@ def test_each_side_reaches_its_own_encoder_as_one_text(model: SearchR3) -> None:
 
     reasoned = encoded(SearchR3MTEB(model), asked, PromptType.query)
     np.testing.assert_array_equal(reasoned, model.encode_query(instructed, "reason").vectors)
+    own = model.backbone.settings
+    model.backbone.settings = own.model_copy(update={"mode": "direct"})
+    assert SearchR3MTEB(model).mode == "direct" and SearchR3MTEB(model, mode="reason").mode == "reason"
+    model.backbone.settings = own
 
 
 def test_the_prompts_of_a_task_reach_their_side(model: SearchR3) -> None:

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from ..config import Recipe
     from ..data.collection import Collection
     from ..model.encoder import SearchR3
+    from ..model.prompts import Mode
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -44,7 +45,7 @@ CollectionOption = Annotated[
         help=f"`atlas`, `atlas-wide`, `stdlib`, a folder, or a hub id; by default `{DEFAULT_COLLECTION}`.",
     ),
 ]
-ModelArgument = Annotated[str, typer.Argument(help="Model directory, GGUF file, hub id, or `builtin`.")]
+ModelArgument = Annotated[str, typer.Argument(help="Model directory, GGUF file, hub id, or `smol`.")]
 NewFolder = Annotated[Path, typer.Argument(help="Folder to write; it must not exist.")]
 DocumentInstruction = Annotated[
     str, typer.Option("--document-instruction", help="Follows each document; the index knows it.")
@@ -181,6 +182,11 @@ def load_encoder(model: str, options: ModelOptions, untrained: bool = True) -> S
             f"(search-r3 sft base={model}), or add --untrained"
         )
     return SearchR3(backbone)
+
+
+def mode_of(encoder: SearchR3, mode: ModeName | None) -> Mode:
+    """The mode that was asked for, or the model's own."""
+    return encoder.backbone.settings.mode if mode is None else mode.value
 
 
 def columns_of(options: list[str] | None) -> dict[str, list[str]]:

@@ -73,7 +73,7 @@ def fit(
     _say_what_was_read(pairs, data)
     if settings.base == "builtin":
         console.say(
-            "base: builtin, which knows little but atlas and shows that all runs; base=MODEL gives a better one"
+            "base: builtin, which knows little but atlas and shows that all runs; base=smol or another is a better one"
         )
     find_files(settings.base)  # a base that is not there fails first
     _claim(settings, ("sft", "grpo") if rl else ("sft",), resume)

@@ -22,6 +22,7 @@ from .common import (
     app,
     check_new,
     load_encoder,
+    mode_of,
     say_without_text,
     takes_model_options,
 )
@@ -105,7 +106,9 @@ def search(
     options: ModelOptions,
     query: Annotated[str | None, typer.Argument(help="The query; without it, a prompt to type queries at.")] = None,
     collection: CollectionOption = None,
-    mode: Annotated[ModeName, typer.Option(help="Reason first, or embed at once.")] = ModeName.reason,
+    mode: Annotated[
+        ModeName | None, typer.Option(help="Reason first, or embed at once; by default the model's own.")
+    ] = None,
     k: Annotated[int, typer.Option("--top", "-k", min=1, help="Documents to show.")] = 5,
     index: Annotated[
         Path | None, typer.Option(help="The documents as `encode` wrote them; else they are encoded.")
@@ -151,15 +154,16 @@ def search(
     _ask(Searcher(encoder, searched, encoded, instruction), summary, query, mode, k, as_json)
 
 
-def _ask(searcher: Searcher, summary: str, query: str | None, mode: ModeName, k: int, as_json: bool) -> None:
+def _ask(searcher: Searcher, summary: str, query: str | None, mode: ModeName | None, k: int, as_json: bool) -> None:
     """Answer the query, or all that are typed."""
     show = console.print_answer if as_json else console.show_answer
+    name = mode_of(searcher.model, mode)
     if query is not None:
-        show(searcher.stream(query, mode.value, k))
+        show(searcher.stream(query, name, k))
         return
-    console.aside(f"{summary}; mode {mode.value}. Type a query; an empty line ends.")
+    console.aside(f"{summary}; mode {name}. Type a query; an empty line ends.")
     while text := console.ask("" if as_json else "query> "):
-        show(searcher.stream(text, mode.value, k))
+        show(searcher.stream(text, name, k))
 
 
 def _index(encoder: SearchR3, documents: Mapping[str, Document], folder: Path | None, instruction: str) -> ExactIndex:

@@ -14,7 +14,7 @@ import typer
 
 from .. import console
 from ..errors import ConfigError
-from .common import ModelOptions, ModeName, Untrained, app, load_encoder, takes_model_options
+from .common import ModelOptions, ModeName, Untrained, app, load_encoder, mode_of, takes_model_options
 from .store import AskedArgument, OtherModel, StoreArgument, open_with_model
 
 if TYPE_CHECKING:
@@ -36,7 +36,7 @@ def serve(
         str | None, _server("What clients must send (Authorization: Bearer TOKEN).", envvar="SEARCH_R3_TOKEN")
     ] = None,
     name: Annotated[str | None, _server("Of the model, for clients; by default the last part of its path.")] = None,
-    mode: Annotated[ModeName, _server("Of queries that ask for none.")] = ModeName.reason,
+    mode: Annotated[ModeName | None, _server("Of queries that ask for none; by default the model's own.")] = None,
     slots: Annotated[int, _server("Queries reasoned about at once.", min=1)] = 64,
     max_queue: Annotated[int, _server("Queries, and documents, that may wait or be in work.", min=1)] = 1024,
     max_batch: Annotated[int, _server("Texts in one request.", min=1)] = 512,
@@ -71,7 +71,7 @@ def serve(
             encoder = load_encoder(served, options, untrained)
         model = other_model or (served if store is None else store.info.model)
         settings = ServerSettings(
-            *(name or Path(model).name, token, mode.value, max_batch, max_body * 2**20, timeout),
+            *(name or Path(model).name, token, mode_of(encoder, mode), max_batch, max_body * 2**20, timeout),
             dimensions=tuple(encoder.checked_dimensions(one) or 0 for one in dimensions or ()),
             host=host,
         )
@@ -92,7 +92,7 @@ def serve(
 def mcp(
     store: StoreArgument,
     options: ModelOptions,
-    mode: Annotated[ModeName, _server("Of searches that ask for none.")] = ModeName.reason,
+    mode: Annotated[ModeName | None, _server("Of searches that ask for none; by default the model's own.")] = None,
     timeout: Annotated[float, _server("Seconds until a search is given up.", min=1)] = 300.0,
     other_model: OtherModel = None,
 ) -> None:
@@ -108,7 +108,7 @@ def mcp(
         opened, encoder = open_with_model(store, other_model, options)
         console.aside(f"{store}: {len(opened):,} chunks; MCP over stdin and stdout")
     with EngineThread(encoder) as engine:
-        settings = ServerSettings(mode=mode.value, timeout=timeout)
+        settings = ServerSettings(mode=mode_of(encoder, mode), timeout=timeout)
         try:
             create_mcp(Service(engine, settings, opened, None)).run("stdio")
         finally:

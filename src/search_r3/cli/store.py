@@ -35,7 +35,7 @@ StoreArgument = Annotated[str, typer.Argument(help="Folder, or address in an obj
 AskedArgument = Annotated[
     str,
     typer.Argument(
-        metavar="MODEL|STORE", help="Model directory, GGUF file, hub id, `builtin`; or a store, which knows its model."
+        metavar="MODEL|STORE", help="Model directory, GGUF file, hub id, `smol`; or a store, which knows its model."
     ),
 ]
 

@@ -82,9 +82,10 @@ class SearchR3MTEB:
     for no search, and both texts of a pair get the same one.
 
     Args:
-        model: a directory, a hub id, `"builtin"`, or a loaded `SearchR3` (then device, dtype and revision are its own).
+        model: a directory, a hub id, `"smol"`, or a loaded `SearchR3` (then device, dtype and revision are its own).
         revision: branch, tag or commit on the hub.
-        mode: what queries do, `reason` or `direct`. Each mode has a model name of its own in mteb's results.
+        mode: what queries do, `reason` or `direct`; by default the model's own. Each has a model name of its own in
+            mteb's results.
         device: as of `SearchR3`.
         dtype: as of `SearchR3`; results of a precision other than float32 are kept apart.
         batch_size: queries reasoned about at once; by default mteb's `batch_size`. Documents are batched by tokens.
@@ -112,17 +113,18 @@ class SearchR3MTEB:
         model: str | Path | SearchR3,
         revision: str | None = None,
         *,
-        mode: Mode = "reason",
+        mode: Mode | None = None,
         device: str | None = None,
         dtype: str = "auto",
         batch_size: int | None = None,
         max_new_tokens: int | None = None,
         instruction: str = OWN,
     ) -> None:
-        if mode not in MODES:
+        if mode not in (None, *MODES):
             raise DataError(f"unknown mode {mode!r}; expected one of {', '.join(MODES)}")
         if not isinstance(model, SearchR3):
             model = SearchR3(model, device=device, dtype=dtype, revision=revision)
+        mode = mode or model.backbone.settings.mode
         self.model = model
         self.mode = mode
         self.batch_size = batch_size
@@ -230,7 +232,7 @@ def run_mteb(
     vectors stay in memory for the duration of a task.
 
     Args:
-        model: a directory, a hub id, `"builtin"`, or a `SearchR3` loaded with a device or dtype of choice.
+        model: a directory, a hub id, `"smol"`, or a `SearchR3` loaded with a device or dtype of choice.
         modes: `direct`, `reason` or both.
         tasks: names of suites or tasks (`suite_tasks`), tasks of mteb, or a mixture.
         out_folder: takes mteb's files, `results/MODEL/REVISION/TASK.json`, each written when its task is done.

@@ -64,15 +64,15 @@ class Searcher:
         self.model, self.documents, self.instruction = model, documents, instruction
         self.index = index or index_documents(model, documents)
 
-    def search(self, query: str, mode: Mode = "reason", k: int = 10) -> Answer:
-        """Rank the documents for one query.
+    def search(self, query: str, mode: Mode | None = None, k: int = 10) -> Answer:
+        """Rank the documents for one query, in the model's own mode where none is named.
 
         Raises:
             DataError: the query is empty.
         """
         return self._answer(query, self.model.encode_query([query], mode, instruction=self.instruction), k)
 
-    def stream(self, query: str, mode: Mode = "reason", k: int = 10) -> Iterator[str | Answer]:
+    def stream(self, query: str, mode: Mode | None = None, k: int = 10) -> Iterator[str | Answer]:
         """Pieces of the reasoning as the model writes them, then the answer that `search` gives.
 
         Raises:

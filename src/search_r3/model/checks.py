@@ -1,16 +1,22 @@
 """What is verified of a model when it is loaded: that its vectors and log-probabilities can be computed here.
 
+And of adapters that say in `base.json` what they were put into, that this is the base.
+
 Shapes: `T` tokens, `D` hidden size.
 """
 
 from __future__ import annotations
 
+import base64
+import hashlib
+import json
 import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import torch
+from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor
 
 from ..errors import ModelError
@@ -21,6 +27,9 @@ from .engine.fallback import FallbackEngine
 from .engine.forward import is_drivable, last_hidden, layer_windows
 from .engine.rope import freeze_rope
 from .engine.slots import SlotEngine
+from .prompts import PromptEncoder
+from .settings import read_settings
+from .source import ModelFiles
 
 logger = logging.getLogger(__name__)
 
@@ -159,3 +168,119 @@ class _Probe:
         yield engine.advance([two[6]]), [(1, 6)]
         engine.share(one[:3])
         yield engine.encode([one, two[:8]]), [(0, 11), (1, 7)]
+
+
+BASE_FILE = "base.json"
+PROBE = "In what year was the first paper mill of Nuremberg built, and what did it cost? In 1390: 24 guilders."
+SAME, ALIKE = 0.999, 0.75
+"""Least cosines of the probe's vector: for a base in which nothing has to be said, and for one that is taken at all."""
+_SHAPE = (
+    "model_type hidden_size intermediate_size num_hidden_layers num_attention_heads num_key_value_heads "
+    "max_position_embeddings tie_word_embeddings"
+).split()
+
+
+class BaseFacts(BaseModel):
+    """What adapters know of the model that they were put into: `base.json` beside them.
+
+    Norms are no part of what GGUF files and other libraries quantise, and were trained in bfloat16, so that they tell a
+    model from its descendants in every precision; what other precision does, the probe's vector tells.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    name: str = Field(description="Of the base.")
+    config: dict[str, Any] = Field(description="What its configuration says of its shape.")
+    tokenizer: str = Field(description="SHA-256 of its vocabulary, the embed token left out.")
+    norms: dict[str, str] = Field(description="Of three norms, SHA-256 of the weights as bfloat16.")
+    probe: str = Field(PROBE, description="A text.")
+    vector: str = Field("", description="Of the probe in direct mode, with adapters: base64 of little-endian float32.")
+
+    @classmethod
+    def of(cls, name: str, model: Any, tokenizer: Any, embed_token: str) -> BaseFacts:
+        """Those of a model that was loaded without adapters; the vector is missing."""
+        names = [key for key, value in model.named_parameters() if "norm" in key and value.ndim == 1]
+        chosen = dict.fromkeys([names[0], names[len(names) // 2], names[-1]])
+        return cls(
+            name=name,
+            config=_shape(model),
+            tokenizer=_vocabulary(tokenizer, embed_token),
+            norms={key: _norm(model, key) for key in chosen},
+        )
+
+    @classmethod
+    def read(cls, files: ModelFiles) -> BaseFacts | None:
+        """Those that lie beside adapters; None where there are none.
+
+        Raises:
+            ModelError: the file is damaged.
+        """
+        saved = files.json(BASE_FILE) if files.base is not None else {}
+        try:
+            return cls.model_validate(saved) if saved else None
+        except ValueError as error:
+            raise ModelError(f"{files.folder / BASE_FILE}: {str(error).splitlines()[0]}; fetch it again") from error
+
+    def check(self, files: ModelFiles, model: Any, tokenizer: Any, embed_token: str) -> None:
+        """Refuse another base, before adapters are put into it.
+
+        Raises:
+            ModelError: it says what differs.
+        """
+        assert files.base is not None
+        own = _shape(model)
+        # After a stage the norms are those of before, and its vectors are no further away than other precision is.
+        saved = read_settings(files.base.folder)
+        different = ["a stage has trained it already"] if saved is not None and saved.trained else []
+        different += [f"{key} is {own[key]}, not {value}" for key, value in self.config.items() if own[key] != value]
+        if not different and _vocabulary(tokenizer, embed_token) != self.tokenizer:
+            different = ["it has another vocabulary"]
+        if not different:
+            different = [f"{key} has other values" for key, value in self.norms.items() if _norm(model, key) != value]
+        if different:
+            raise ModelError(f"{files.base.name} is not {self.name}, the base of {files.name}: {different[0]}")
+
+    @torch.no_grad()
+    def check_vector(self, backbone: Backbone) -> None:
+        """Warn where the base has another precision than the one of the training, and say what that does to a vector.
+
+        Raises:
+            ModelError: the vector is another.
+        """
+        assert backbone.files is not None and backbone.files.base is not None
+        settings = read_settings(backbone.files.folder)  # without what was said in their place
+        if settings is None or settings.frames is None or not self.vector:
+            return
+        encoder = PromptEncoder(backbone.tokenizer, settings.frames, backbone.embed_token_id, settings.max_length)
+        stored = torch.frombuffer(bytearray(base64.b64decode(self.vector)), dtype=torch.float32)
+        cosine = float(backbone.embed([encoder.encode(self.probe, "direct").ids])[0].cpu() @ stored)
+        name, base = backbone.source, backbone.files.base.name
+        if not cosine >= ALIKE:
+            raise ModelError(
+                f"{base} has other weights than {self.name}, the base of {name}: a text's vector has the cosine "
+                f"{cosine:.4f} with the one that it should have; take that model itself, in a finer precision"
+            )
+        if cosine < SAME:
+            logger.warning(
+                "%s is the base of %s in another precision than it was trained with: a text's vector has the cosine "
+                "%.4f with the one of that precision. Use one file for documents and queries",
+                *(base, name, cosine),
+            )
+
+
+def _shape(model: Any) -> dict[str, Any]:
+    """What makes the shape of a model, and the numbers that no weight tells."""
+    config = model.config.get_text_config()
+    shape = {name: getattr(config, name, None) for name in _SHAPE}
+    theta = (getattr(config, "rope_parameters", None) or {}).get("rope_theta")
+    return shape | {"rope_theta": theta, "rms_norm_eps": float(f"{getattr(config, 'rms_norm_eps', 0.0):.5g}")}
+
+
+def _vocabulary(tokenizer: Any, embed_token: str) -> str:
+    entries = sorted((place, token) for token, place in tokenizer.get_vocab().items() if token != embed_token)
+    return hashlib.sha256(json.dumps(entries).encode()).hexdigest()
+
+
+def _norm(model: Any, name: str) -> str:
+    values = dict(model.named_parameters())[name].detach().to("cpu", torch.bfloat16).contiguous()
+    return hashlib.sha256(values.view(torch.uint8).numpy()).hexdigest()

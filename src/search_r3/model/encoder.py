@@ -25,7 +25,8 @@ class SearchR3(LoadedModel):
     """A model that reasons about a query and then embeds it.
 
     Args:
-        model: a directory, a GGUF file, a hub id, or `"builtin"` for the small base model of the package.
+        model: a directory, a GGUF file, a hub id, `"smol"` for the package's adapters of SmolLM2-135M-Instruct, or
+            `"builtin"` for its small base model.
         device: `cpu`, `cuda`, `mps`, ...; by default a GPU where there is one.
         dtype: `float32`, `bfloat16`, `float16` (or `fp32`, `bf16`, `fp16`, or torch's own); `auto`: bfloat16 on CUDA,
             else float32.
@@ -60,7 +61,7 @@ class SearchR3(LoadedModel):
     def encode_query(
         self,
         texts: str | Sequence[str],
-        mode: Mode = "reason",
+        mode: Mode | None = None,
         *,
         instruction: str | Sequence[str] = "",
         batch_size: int = 128,
@@ -75,7 +76,7 @@ class SearchR3(LoadedModel):
 
         Args:
             texts: queries; a single string counts as one.
-            mode: `reason` or `direct`.
+            mode: `reason` or `direct`; by default the model's own, which is `reason` where `search_r3.json` names none.
             instruction: what is looked for, e.g. `Find a passage that answers this question.`; it follows the text, as
                 in training. One for all, or one per query; an empty one is none.
             batch_size: queries reasoned about at once; it changes vectors by rounding, which can tip a near tie between
@@ -93,7 +94,7 @@ class SearchR3(LoadedModel):
             ModelError: a vector holds NaN or infinity.
             ConfigError: an argument of sentence-transformers that asks for what cannot be had.
         """
-        _check_mode(mode)
+        mode = self._mode(mode)
         texts = _as_list(texts, "query")
         dimensions, backbones = self._asked("query", habits, batch_size)
         with telling("queries", len(texts), progress, habits.get("show_progress_bar")) as progress:
@@ -120,7 +121,7 @@ class SearchR3(LoadedModel):
     def stream_query(
         self,
         text: str,
-        mode: Mode = "reason",
+        mode: Mode | None = None,
         *,
         instruction: str = "",
         max_new_tokens: int | None = None,
@@ -137,7 +138,7 @@ class SearchR3(LoadedModel):
         Raises:
             DataError: the query is empty, or the instruction leaves no room for it.
         """
-        _check_mode(mode)
+        mode = self._mode(mode)
         encoder = self.backbone.prompt_encoder
         [prompt] = encoder.encode_batch(_as_list(text, "query"), mode, instruction)
         budget = self.backbone.settings.max_new_tokens if max_new_tokens is None else max_new_tokens
@@ -207,7 +208,7 @@ class SearchR3(LoadedModel):
         Args:
             texts: a single string gives one vector, `D`, others a matrix.
             prompt_name: `query` or `document`; without it they are queries.
-            mode: of queries. `encode_query` reasons by default, this does not.
+            mode: of queries. This never reasons by default, `encode_query` may.
             options: those of `encode_query` or `encode_document`.
 
         Raises:
@@ -318,6 +319,14 @@ class SearchR3(LoadedModel):
             backbones or [self.backbone], requests, lambda one, share: Decoder(one, batch_size).run(share, progress)
         )
 
+    def _mode(self, mode: str | None) -> Mode:
+        if mode is None:
+            return self.backbone.settings.mode
+        for known in MODES:
+            if mode == known:
+                return known
+        raise DataError(f"unknown mode {mode!r}; expected 'direct' or 'reason'")
+
     def _vectors(
         self,
         backbones: Sequence[Backbone],
@@ -372,11 +381,6 @@ class SearchR3(LoadedModel):
         if truncated:
             limit = self.backbone.settings.max_length
             logger.warning("%d of %d documents were cut to max_length=%d tokens", truncated, count, limit)
-
-
-def _check_mode(mode: str) -> None:
-    if mode not in MODES:
-        raise DataError(f"unknown mode {mode!r}; expected 'direct' or 'reason'")
 
 
 def _as_list(texts: str | Sequence[str], kind: str) -> list[str]:

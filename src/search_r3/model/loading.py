@@ -15,7 +15,7 @@ import torch
 from ..errors import ConfigError, MissingExtraError, ModelError
 from ..extras import extra
 from .backbone import Backbone, without_bars
-from .checks import check_backbone
+from .checks import BaseFacts, check_backbone
 from .precision import torch_device, torch_dtype
 from .prompts import EMBED_TOKEN, PromptSet
 from .settings import SETTINGS_FILE, EmbeddingSettings, choose_settings, read_settings, with_frames
@@ -93,6 +93,8 @@ def load_backbone(
     sides = [Backbone(one.eval(), tokenizer, settings, embed_token_id, files.name, files) for one in models]
     for side in sides:
         check_backbone(side)
+    if facts := BaseFacts.read(files):
+        facts.check_vector(sides[0])
     return sides[0] if files.queries is None else replace(sides[1], documents=sides[0])
 
 
@@ -140,6 +142,9 @@ def _load_parts(
     model, missing = _load_model(whole, dtype, is_auto, model_kwargs)
     if files.base is not None:
         _check_row(files, of_tokenizer, tokenizer, tokenizer_kwargs)
+        if facts := BaseFacts.read(files):
+            facts.check(files, model, tokenizer, _embed_token(files))
+        _name_row(files, tokenizer)
         model, lacking = _put_in(files, model, len(tokenizer))
         missing |= lacking
     _check_complete(files, missing)
@@ -231,7 +236,7 @@ def _load_model(files: ModelFiles, dtype: torch.dtype, is_auto: bool, more: Mapp
 def _check_row(files: ModelFiles, of_tokenizer: ModelFiles, tokenizer: Any, more: Mapping[str, Any]) -> None:
     """Refuse adapters whose tokenizer has an embed token that nobody trained: neither they nor their base."""
     assert files.base is not None
-    embed_token = files.json(SETTINGS_FILE).get("embed_token", EMBED_TOKEN)
+    embed_token = _embed_token(files)
     config = files.json(ADAPTER_CONFIG)
     learned = [*(config.get("modules_to_save") or ()), *(config.get("target_modules") or ())]
     if config.get("trainable_token_indices") or {"embed_tokens", "wte", "embed_in"} & set(learned):
@@ -242,6 +247,30 @@ def _check_row(files: ModelFiles, of_tokenizer: ModelFiles, tokenizer: Any, more
                 f"the adapters in {files.name} hold no row of {embed_token}, and their base {files.base.name} has "
                 "none: vectors would mean nothing; save them with trainable_token_indices, or save the merged model"
             )
+
+
+def _embed_token(files: ModelFiles) -> str:
+    return str(files.json(SETTINGS_FILE).get("embed_token", EMBED_TOKEN))
+
+
+def _name_row(files: ModelFiles, tokenizer: Any) -> None:
+    """Give the embed token, whose row adapters bring, its id in a base's tokenizer that lacks it."""
+    rows = files.json(ADAPTER_CONFIG).get("trainable_token_indices") or ()
+    rows = [row for each in rows.values() for row in each] if isinstance(rows, dict) else [*rows]
+    embed_token = _embed_token(files)
+    if not rows or embed_token in tokenizer.get_vocab():
+        return
+    _add_token(tokenizer, embed_token)
+    row = tokenizer.convert_tokens_to_ids(embed_token)
+    if row not in rows:
+        raise ModelError(
+            f"the adapters in {files.name} hold the row {rows[0]} of a table, but {embed_token} gets the id {row} from "
+            "the tokenizer of their base; put the tokenizer with which they were trained beside them"
+        )
+
+
+def _add_token(tokenizer: Any, token: str) -> None:
+    tokenizer.add_special_tokens({"additional_special_tokens": [token]}, replace_extra_special_tokens=False)
 
 
 def _put_in(files: ModelFiles, model: Any, rows: int, merge: bool = True) -> tuple[Any, set[str]]:
@@ -257,10 +286,12 @@ def _put_in(files: ModelFiles, model: Any, rows: int, merge: bool = True) -> tup
         model.resize_token_embeddings(rows, mean_resizing=False)
     with _one_line(f"cannot put the adapters in {files.name} into {model.name_or_path}"):
         folder = str(files.folder)
-        tuned: Any = peft.get_peft_model(model, peft.PeftConfig.from_pretrained(folder))
+        config = peft.PeftConfig.from_pretrained(folder)
+        config.base_model_name_or_path = model.name_or_path  # which may be elsewhere, and is known to be the one
+        tuned: Any = peft.get_peft_model(model, config)
         info = tuned.load_adapter(folder, "default")
         if merge and not getattr(model, "quantization_method", None):
-            tuned = tuned.merge_and_unload()
+            tuned = tuned.merge_and_unload().requires_grad_(True)  # peft froze what it was put into
             tuned.name_or_path = tuned.config.name_or_path = files.name  # what further adapters are put into
     return tuned, set(info.missing_keys)
 
@@ -315,7 +346,7 @@ def _ensure_embed_token(model: Any, tokenizer: Any, embed_token: str, start: Emb
     """The id of the embed token, added where it is missing; the embedding table grows only if no spare row is left."""
     token_id = tokenizer.get_vocab().get(embed_token)
     if token_id is None:
-        tokenizer.add_special_tokens({"additional_special_tokens": [embed_token]}, replace_extra_special_tokens=False)
+        _add_token(tokenizer, embed_token)
         token_id = tokenizer.convert_tokens_to_ids(embed_token)
         tables = [model.get_input_embeddings(), model.get_output_embeddings()]
         rows = tables[0].weight.shape[0]

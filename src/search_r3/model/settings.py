@@ -11,7 +11,7 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, Field
 
 from ..errors import ConfigError, ModelError, SearchR3Error
-from .prompts import EMBED_TOKEN, PROMPT_SETS, PromptSet, prompt_set, render_frames
+from .prompts import EMBED_TOKEN, PROMPT_SETS, Mode, PromptSet, prompt_set, render_frames
 from .templates import TEMPLATE_ARGUMENTS, Frames
 
 logger = logging.getLogger(__name__)
@@ -36,7 +36,8 @@ class EmbeddingSettings(BaseModel):
         description="What the chat template is rendered with; null: nothing, and nothing is mended (version 0.1).",
     )
     frames: Frames | None = Field(None, description="Token ids around texts; rendered when a model is loaded without.")
-    # No part of what vectors depend on; where it is not saved, the model is a trained one.
+    # These are no part of what vectors depend on, and are saved where they are not the default.
+    mode: Mode = Field("reason", exclude=True, description="What queries do where nobody says it.")
     trained: bool = Field(True, exclude=True, description="Whether a stage has trained the embed token.")
     queries: Literal["queries"] | None = Field(
         None, exclude=True, description="The folder of what encodes queries; null: all weights encode both."

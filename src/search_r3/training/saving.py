@@ -34,7 +34,8 @@ def save_trained(
         frozen: whether documents keep the weights that the stage began from.
     """
     backbone = model.backbone
-    backbone.settings = backbone.settings.model_copy(update={"trained": True})
+    # Which mode is better was measured of the model before.
+    backbone.settings = backbone.settings.model_copy(update={"trained": True, "mode": "reason"})
     state = _state(engine, backbone)
     if engine.rank == 0:
         if frozen:

@@ -59,7 +59,7 @@ def train_sft(
     Args:
         recipe: the settings: a `Recipe`, a mapping, the path of a YAML file, or None for the defaults.
         run_dir: the run directory, instead of the recipe's.
-        model: the base, instead of the recipe's `base`: a directory, a GGUF file, a hub id, or `builtin`.
+        model: the base, instead of the recipe's `base`: a directory, a GGUF file, a hub id, `smol` or `builtin`.
         collection: what is trained on, instead of what the recipe's `collection` names; the run records a digest of
             it. Where the recipe sets no `splits`, its split `train` is used, if it has one.
         callbacks: of the kind `transformers.TrainerCallback`; `args` is the recipe, `stage` and `model` are keywords.

@@ -18,7 +18,7 @@ from search_r3.model.encoder import SearchR3
 from search_r3.model.loading import load_backbone
 from search_r3.model.prompts import PROMPT_SETS, PromptSet
 from search_r3.model.settings import EmbeddingSettings
-from search_r3.model.source import builtin_base_path
+from search_r3.model.source import BUILTIN, packaged_path
 
 DATED = (
     "{% for m in messages %}<|im_start|>{{ m.role }}\n{% if loop.first %}Today: {{ strftime_now('%d') }}\n"
@@ -131,7 +131,7 @@ def test_limits_that_nobody_gave_are_cut_to_the_context(tmp_path: Path, tiny_pat
     assert limits(tiny_path, max_length=200) == (200, context - 200)
     assert limits(tiny_path, max_new_tokens=100) == (context - 100, 100)
     assert limits(tiny_path, settings=EmbeddingSettings(max_new_tokens=20)) == (context - 20, 20)
-    assert limits(builtin_base_path()) == (512, 512)
+    assert limits(packaged_path(BUILTIN)) == (512, 512)
 
 
 @pytest.mark.parametrize(
@@ -173,8 +173,8 @@ def test_a_tokenizer_without_eos_is_padded_with_the_end_of_the_turn(tmp_path: Pa
 
 def test_the_model_of_the_package_has_the_ids_that_it_always_had() -> None:
     """As `apply_chat_template` of its tokenizer and the reply give them."""
-    backbone = load_backbone(builtin_base_path())
-    tokenizer = transformers.AutoTokenizer.from_pretrained(builtin_base_path())
+    backbone = load_backbone(packaged_path(BUILTIN))
+    tokenizer = transformers.AutoTokenizer.from_pretrained(packaged_path(BUILTIN))
     for kind, system in (("direct", "direct_system"), ("reason", "reason_system"), ("document", "document_system")):
         messages = [
             {"role": "system", "content": getattr(PROMPT_SETS["search-r3"], system)},

@@ -20,7 +20,7 @@ from search_r3.model.loading import load_backbone
 from search_r3.planning.footprint import Lengths
 from search_r3.planning.memory import Precision, cache_memory
 from search_r3.planning.plan import Speed, plan, suggest
-from search_r3.planning.shape import QWEN, ModelShape, read_shape, shape_of
+from search_r3.planning.shape import SHAPES, ModelShape, read_shape, shape_of
 from tests.conftest import call
 
 ROOT = Path(__file__).parents[3]
@@ -39,7 +39,7 @@ WEIGHTS = 1_543_714_304
     ("name", "count"), [("0.5B", 494_032_768), ("1.5B", WEIGHTS), ("3B", 3_085_938_688), ("7B", 7_615_616_512)]
 )
 def test_known_models_have_the_weights_that_their_files_have(name: str, count: int) -> None:
-    assert QWEN[f"Qwen/Qwen2.5-{name}-Instruct"].total == count
+    assert SHAPES[f"Qwen/Qwen2.5-{name}-Instruct"].total == count
 
 
 @pytest.mark.parametrize(("kind", "tied"), [("qwen2", True), ("qwen2", False), ("qwen3", True), ("llama", False)])
@@ -92,7 +92,7 @@ def held(strategy: str, gpus: int = 8, recipe: Recipe = LARGE) -> dict[str, floa
 def test_what_each_strategy_holds_per_weight() -> None:
     one = held("single", 1)
     assert one["weights"] == pytest.approx(4) and one["optimizer"] == pytest.approx(8)
-    tied = QWEN[LARGE.base].table / WEIGHTS
+    tied = SHAPES[LARGE.base].table / WEIGHTS
     assert one["gradients"] == pytest.approx(4 + 4 * tied)
     assert one["reference"] == pytest.approx(2), "the KL's base is a bfloat16 copy"
     ddp = held("ddp")

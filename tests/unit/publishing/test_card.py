@@ -335,3 +335,11 @@ def test_unknown_settings_of_another_version_are_repeated(run: Path, tiny_path: 
     (run / "settings.yaml").write_text(settings + "new_in_2030: 5\n")
     card: Any = card_of(run)
     assert "new_in_2030: 5" in card
+
+
+def test_what_was_trained_from_smol_names_the_base_of_its_adapters(tmp_path: Path, tiny_path: Path) -> None:
+    run = make_run(tmp_path / "run", tiny_path)
+    settings = (run / "settings.yaml").read_text(encoding="utf-8")
+    (run / "settings.yaml").write_text(settings.replace(f"base: {tiny_path}", "base: smol"), encoding="utf-8")
+    data = ModelCard(card_of(run / "model")).data
+    assert data.base_model == "HuggingFaceTB/SmolLM2-135M-Instruct"
