@@ -52,7 +52,7 @@ class Client:
         self._connection = http.client.HTTPConnection(host, int(port), timeout=WAIT)
 
     def ask(self, call: Call) -> Answer:
-        """Send it and wait for the whole answer; a connection that breaks has the status 0."""
+        """Send it and wait for the whole answer; a connection that breaks, or events without an end, have status 0."""
         started = time.monotonic()
         body = None if call.body is None else json.dumps(call.body)
         status, retry_after, text = 0, None, b""
@@ -60,7 +60,8 @@ class Client:
             self._connection.request(call.method, call.path, body, {"Content-Type": "application/json"})
             response = self._connection.getresponse()
             retry_after, text = response.getheader("Retry-After"), response.read()
-            status = response.status
+            whole = not (call.body or {}).get("stream") or b"event: done" in text
+            status = response.status if whole else 0
         except (OSError, http.client.HTTPException) as error:
             self._connection.close()
             text = repr(error).encode()
@@ -76,7 +77,7 @@ def keep_busy(
     *,
     warm_up: float = 0.0,
     patience: int = 0,
-    answered: Callable[[Call, Answer], None] | None = None,
+    answered: Callable[[Answer], None] | None = None,
 ) -> list[Answer]:
     """Ask with so many clients for so long; the answers that came within that time.
 
@@ -102,7 +103,7 @@ def keep_busy(
                     break
                 time.sleep(float(answer.retry_after))
             if answered is not None:
-                answered(call, answer)
+                answered(answer)
             if time.monotonic() >= stop:
                 return
 

@@ -142,7 +142,7 @@ class Ranker:
         return _ranking(search.to_arrow().to_pylist(), read)
 
     def _hold(self) -> _Held:
-        """What is held in memory, read again after every write. Asking LanceDB costs milliseconds, so it is done once."""
+        """What is held in memory, read again after every write; LanceDB would take milliseconds for each query."""
         from ..retrieval.index import ExactIndex
 
         with self._mutex:
