@@ -1,6 +1,6 @@
 """The server under load: many clients beside one-at-a-time calls, and documents beside sentence-transformers.
 
-    pip install search-r3[serve,benchmarks]
+    pip install search-r3[benchmarks]
     python benchmarks/serve.py --model runs/quickstart/model --out runs/bench/serve.json      # 25 minutes
     python benchmarks/serve.py --quick                                                        # a minute
 

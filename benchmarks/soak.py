@@ -1,6 +1,6 @@
 """The server for a long time: many clients, all routes, and whether it stays as it was.
 
-    pip install search-r3[serve,benchmarks]
+    pip install search-r3[benchmarks]
     python benchmarks/soak.py --model runs/quickstart/model --out runs/bench/soak.json     # 14 minutes
     python benchmarks/soak.py --quick                                                      # a minute or two
 

@@ -124,9 +124,9 @@ def kill_worker(address: str, seed: int, state: dict[str, int], delay: float) ->
 
 def kill_server(address: str, seed: int, state: dict[str, int], delay: float) -> tuple[list[Any], list[Any], list[str]]:
     """The same with a server and clients that write to it."""
-    from http_load import Client, serve
+    from http_load import WAIT, Client, serve
 
-    ended, stop = dict[int, tuple[list[Any], list[Any]]](), threading.Event()
+    ended, first, stop = dict[int, tuple[list[Any], list[Any]]](), threading.Event(), threading.Event()
     faults: list[str] = []
 
     def write(number: int, url: str) -> None:
@@ -144,11 +144,13 @@ def kill_server(address: str, seed: int, state: dict[str, int], delay: float) ->
                     faults.append(f"{call.kind} was answered with {answer.status}: {answer.text.decode()}")
                 return
             done.append(one)
+            first.set()
 
     with serve(address) as (running, url):
         threads = [threading.Thread(target=write, args=(number, url)) for number in range(CLIENTS)]
         for thread in threads:
             thread.start()
+        first.wait(WAIT)  # it also loads what it needs
         time.sleep(delay)
         stop.set()
         running.kill()
