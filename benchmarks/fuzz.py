@@ -100,8 +100,8 @@ class Faults:
 
     def add(self, what: str, case: Any) -> None:
         """One fault."""
-        if len(self.found) < 1000:
-            self.found.append({"fault": what[:600], "case": repr(case)[:600]})
+        self.found.append({"fault": what[:600], "case": repr(case)[:600]})
+        say(f"{self.found[-1]}")
 
     def message(self, text: str, place: Iterable[str], case: Any) -> None:
         """An error's text: it names one of these places and a remedy."""
@@ -137,7 +137,7 @@ def spoiled(draw: Any, value: Any) -> Any:
         parents = [(None, None)]
         parents += _places(value)
         holder, key = draw(st.sampled_from(parents))
-        junk = draw(st.one_of(st.sampled_from(JUNK), TEXTS))
+        junk = copy.deepcopy(draw(st.one_of(st.sampled_from(JUNK), TEXTS)))
         if holder is None:
             if isinstance(value, dict) and draw(st.booleans()):
                 value[draw(st.sampled_from(["unknown", "", "query", "text"]))] = junk

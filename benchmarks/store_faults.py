@@ -144,13 +144,14 @@ def kill_server(address: str, seed: int, state: dict[str, int], delay: float) ->
                     faults.append(f"{call.kind} was answered with {answer.status}: {answer.text.decode()}")
                 return
             done.append(one)
-            first.set()
+            if call.kind == "put":
+                first.set()
 
     with serve(address) as (running, url):
         threads = [threading.Thread(target=write, args=(number, url)) for number in range(CLIENTS)]
         for thread in threads:
             thread.start()
-        first.wait(WAIT)  # it also loads what it needs
+        first.wait(WAIT)  # the first one loads what all need
         time.sleep(delay)
         stop.set()
         running.kill()
