@@ -36,7 +36,7 @@ from typing import Any
 
 import numpy as np
 from common import check_vectors, finish, machine, need, prepare, say, versions
-from http_load import Call, Client, keep_busy, percentile, process, rate_and_waits, serve
+from http_load import Call, Client, keep_busy, milliseconds, process, rate_and_waits, serve
 from pydantic import BaseModel
 
 MODES = ("direct", "reason")
@@ -113,7 +113,7 @@ def alone(search: Callable[[str], Any], queries: list[str], seconds: float) -> d
         search(next(texts))
         spent.append(time.perf_counter() - before)
     rate = len(spent) / (time.perf_counter() - started)
-    waits = {f"p{share}_ms": round(1000 * percentile(spent, share / 100), 1) for share in (50, 95)}
+    waits = {f"p{share}_ms": milliseconds(spent, share / 100) for share in (50, 95)}
     return {"per_second": rate, **waits, "failed": 0}
 
 
@@ -126,9 +126,9 @@ def vectors_from(url: str, texts: list[str]) -> np.ndarray:
 
 def median_of(rows: list[dict[str, Any]]) -> dict[str, Any]:
     """The median of each number over the rounds."""
-    return {name: median(row[name] for row in rows) for name in rows[0]} | {
-        "per_second_by_round": [round(row["per_second"], 2) for row in rows]
-    }
+    known = {name: [row[name] for row in rows if row[name] is not None] for name in rows[0]}
+    medians = {name: median(values) if values else None for name, values in known.items()}
+    return medians | {"per_second_by_round": [round(row["per_second"], 2) for row in rows]}
 
 
 def measure(options: argparse.Namespace, folder: Path) -> dict[str, Any]:

@@ -36,7 +36,7 @@ from typing import Any
 
 import psutil
 from common import finish, machine, need, prepare, say, versions
-from http_load import Answer, Call, keep_busy, percentile, rate_and_waits, serve
+from http_load import Answer, Call, keep_busy, milliseconds, rate_and_waits, serve
 
 GOALS = {"answered_share": 0.9, "throughput_share": 0.8}
 GROWTH = 0.05
@@ -131,8 +131,8 @@ def by_minute(
         rows.append(
             {
                 "per_second": round(len(here) / minute, 2),
-                "p95_ms": round(1000 * percentile([answer.seconds for answer in here], 0.95), 1),
-                "reason_p95_ms": round(1000 * percentile(reasoned, 0.95), 1),
+                "p95_ms": milliseconds([answer.seconds for answer in here], 0.95),
+                "reason_p95_ms": milliseconds(reasoned, 0.95),
                 "mebibytes": round(median(rss) / 2**20, 1) if rss else None,
             }
         )
@@ -164,7 +164,7 @@ def soak(options: argparse.Namespace, store: Path) -> dict[str, Any]:
             )  # fmt: skip
     statuses = {kind: dict(Counter(a.status for a in answers if a.kind == kind)) for kind in MIX}
     done = [answer for answer in answers if answer.status == 200]
-    needed = sum(1 / alone[answer.kind]["per_second"] for answer in done)
+    needed = sum(1 / max(alone[answer.kind]["per_second"], 1 / options.alone) for answer in done)
     minutes = by_minute(answers, watch, started, options.seconds, options.minute)
     memory = [row["mebibytes"] for row in minutes]
     return {
