@@ -109,20 +109,30 @@ def _progress() -> Progress:
     return Progress(*columns, speed, console=screen, redirect_stdout=redirect, transient=True, disable=off)
 
 
-LIVE_VALUES = ("loss", "info_nce", "reward", "share_ge_half", "dev_ndcg@10_direct", "dev_ndcg@10_reason")
+LIVE_VALUES = {
+    "dev_ndcg@10_reason": "dev reason",
+    "dev_ndcg@10_direct": "direct",
+    "loss": "loss",
+    "info_nce": "info_nce",
+    "reward": "reward",
+    "share_ge_half": "share_ge_half",
+}
 
 
 @contextmanager
 def live() -> Iterator[TrainerCallback]:
     """A callback of trainings that draws a bar per stage with a live line of its losses or rewards."""
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+    from rich.table import Column
     from transformers import TrainerCallback
 
-    columns = (TextColumn("{task.description}"), BarColumn(20), MofNCompleteColumn(), TimeElapsedColumn())
     names = {"base": "base model", **STAGE_NAMES}
+    rest = Column(ratio=1, no_wrap=True, overflow="ellipsis")  # what is cut in a narrow terminal
+    columns = (TextColumn("{task.description}"), BarColumn(20), MofNCompleteColumn(), TimeElapsedColumn())
+    line = TextColumn("{task.fields[line]}", table_column=rest)
     tasks: dict[str, Any] = {}
     latest: dict[str, float] = {}
-    with Progress(*columns, TextColumn("{task.fields[line]}"), disable=not first_process()) as progress:
+    with Progress(*columns, line, expand=True, disable=not first_process()) as progress:
 
         class Live(TrainerCallback):  # type: ignore[misc]  # untyped there
             def on_log(
@@ -132,7 +142,7 @@ def live() -> Iterator[TrainerCallback]:
                     latest.clear()
                     tasks[stage] = progress.add_task(names[stage], total=state.max_steps, line="")
                 latest.update({name: logs[name] for name in LIVE_VALUES if name in logs})
-                line = "  ".join(f"{name} {value:.3f}" for name, value in latest.items())
+                line = "  ".join(f"{shown} {latest[name]:.3f}" for name, shown in LIVE_VALUES.items() if name in latest)
                 progress.update(tasks[stage], completed=state.global_step, line=line)
 
         yield Live()

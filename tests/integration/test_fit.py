@@ -47,7 +47,7 @@ def test_it_leaves_a_collection_models_results_and_the_next_command(
 ) -> None:
     pairs, run = fitted
     collection = Collection.load(run / "collection")
-    assert {name: len(qrels) for name, qrels in collection.qrels.items()} == {"train": 36, "dev": 4}
+    assert {name: len(qrels) for name, qrels in collection.qrels.items()} == {"train": 25, "rl": 11, "dev": 4}
     mined = [collection.queries[one].metadata.get("negatives") for one in collection.split("train")]
     assert all(mined) and not (run / "collection.cache").exists()
     results = {result.system.name: result.scores["ndcg@10"] for result in load_results(run / "results")}
@@ -59,7 +59,9 @@ def test_it_leaves_a_collection_models_results_and_the_next_command(
     assert call(monkeypatch, *again, "--resume") == 0
     out = capsys.readouterr().out
     assert "40 rows (query: anchor; document: text; reasoning: reasoning)" in out
-    assert "40 documents; queries: train 36, dev 4" in out
+    assert "40 documents; queries: train 25, rl 11, dev 4" in out
+    settings = load_recipe(run / "settings.yaml")
+    assert (settings.sft.splits, settings.grpo.splits) == ({"train": 1.0}, ("rl",)), "stage 2 asks what is new"
     assert "direct/base" in out and "reason/rl" in out
     *_, last = out.strip().splitlines()
     assert last.startswith("Next: ")
@@ -79,7 +81,9 @@ def test_other_pairs_do_not_go_on_in_the_same_folder(
     other = write_pairs(tmp_path / "pairs.jsonl", reasoning="Another thing.")
     options = ("--out", run, "--rl", "--resume", f"base={tiny_path}", *SETTINGS)
     assert call(monkeypatch, "fit", other, *options) == 2
-    assert f"was made of other pairs or columns ({fitted[0]}," in " ".join(capsys.readouterr().err.split())
+    assert f"was made of other pairs, columns or shares ({fitted[0]}," in " ".join(capsys.readouterr().err.split())
+    assert call(monkeypatch, "fit", fitted[0], *[one for one in options if one != "--rl"]) == 2
+    assert "grpo.splits is ('train',) now but ('rl',)" in " ".join(capsys.readouterr().err.split())
 
 
 def test_without_a_recipe_the_settings_suit_the_pairs_and_a_recipe_decides_all(
@@ -117,7 +121,7 @@ def test_what_cannot_be_used_is_one_line_and_leaves_nothing(
         ([pairs, "--column", "query=q"], "no column 'q'; it has 'anchor', 'text'"),
         ([pairs, "sft.step=3"], "unknown setting 'sft.step'"),
         ([pairs, "base=models/typo"], "no model directory at models/typo"),
-        ([pairs, "--rl", "grpo.queries_per_step=99"], "grpo.queries_per_step=99, but the file has 36 queries"),
+        ([pairs, "--rl", "grpo.queries_per_step=99"], "grpo.queries_per_step=99, but 11 of the queries are kept"),
     ):
         assert call(monkeypatch, "fit", *words, "--out", out) == 2
         assert message in " ".join(capsys.readouterr().err.split())

@@ -17,7 +17,7 @@ from ..parallel import first_process
 from .common import Overrides, RecipeOption, Resume, app, columns_of, load_settings
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Mapping, Sequence
 
     from ..config import Recipe
     from ..data.pairs import Pairs
@@ -26,6 +26,8 @@ RECORD = "pairs.json"
 """What the collection of a run was made of."""
 FIXED = ("run_dir", "collection", "sft.splits", "grpo.splits")
 """Settings that this command sets."""
+RL_SHARE = 0.3
+"""Of the queries that are trained on, those that are kept for stage 2."""
 PASSES, LEAST_STEPS, MOST_STEPS, BATCH = 3, 100, 2000, 32
 """Without a recipe stage 1 makes so many passes over the pairs, but not fewer or more steps than these."""
 OF_A_REAL_BASE = (
@@ -51,7 +53,9 @@ def fit(
         ),
     ] = None,
     dev_share: Annotated[float, typer.Option(help="Share of the queries that is measured on, not trained.")] = 0.1,
-    rl: Annotated[bool, typer.Option("--rl", help="Train stage 2, too.")] = False,
+    rl: Annotated[
+        bool, typer.Option("--rl", help="Train stage 2, too: on 30 % of the queries, kept from stage 1.")
+    ] = False,
     resume: Resume = False,
 ) -> None:
     """Train on pairs of queries and documents in one file, and measure on queries that were held out.
@@ -63,7 +67,8 @@ def fit(
     from ..training.grpo import train_grpo
     from ..training.sft import train_sft
 
-    data = read_pairs(pairs, columns=columns_of(column), dev_share=dev_share)
+    shares = {"dev_share": dev_share, "rl_share": RL_SHARE if rl else 0.0}
+    data = read_pairs(pairs, columns=columns_of(column), **shares)
     settings = _settings(data, out, recipe, overrides or [], rl)
     _say_what_was_read(pairs, data)
     if settings.base == "builtin":
@@ -72,7 +77,7 @@ def fit(
         )
     find_files(settings.base)  # a base that is not there fails first
     _claim(settings, ("sft", "grpo") if rl else ("sft",), resume)
-    _prepare(pairs, data, settings, dev_share)
+    _prepare(pairs, data, settings, shares)
     with console.live() as live:
         models = {"sft": train_sft(settings, callbacks=[live], resume=resume).model_path}
         if rl:
@@ -88,27 +93,28 @@ def _settings(data: Pairs, out: Path, recipe: Path | None, overrides: list[str],
     if fixed := [key for key in FIXED if any(one.partition("=")[0] == key for one in overrides)]:
         raise ConfigError(f"{fixed[0]} cannot be set here: `fit` trains on the file's own split in the folder of --out")
     queries = len(data.collection.split("train"))
+    explored = len(data.collection.split("rl")) if rl else queries
     defaults: list[str] = []
     if recipe is None:
         steps = min(max(LEAST_STEPS, PASSES * queries // BATCH), MOST_STEPS)
         defaults = [
             *(f"name={json.dumps(out.name)}", "max_length=256", f"sft.steps={steps}", f"sft.batch_size={BATCH}"),
-            *("sft.batching=homogeneous", "sft.random_negatives=0", f"grpo.queries_per_step={min(16, queries)}"),
+            *("sft.batching=homogeneous", "sft.random_negatives=0", f"grpo.queries_per_step={min(16, explored)}"),
         ]
         if load_settings(None, overrides).base != "builtin":
             defaults += OF_A_REAL_BASE
     settings = load_settings(recipe, [*defaults, *overrides])
-    if rl and settings.grpo.queries_per_step > queries:
+    if rl and settings.grpo.queries_per_step > explored:
         raise ConfigError(
-            f"grpo.queries_per_step={settings.grpo.queries_per_step}, but the file has {queries} queries to train on; "
-            "lower it"
+            f"grpo.queries_per_step={settings.grpo.queries_per_step}, but {explored} of the queries are kept for "
+            "stage 2; lower it"
         )
     return settings.model_copy(
         update={
             "run_dir": str(out),
             "collection": str(out / "collection"),
             "sft": settings.sft.model_copy(update={"splits": {"train": 1.0}}),
-            "grpo": settings.grpo.model_copy(update={"splits": ("train",)}),
+            "grpo": settings.grpo.model_copy(update={"splits": ("rl" if rl else "train",)}),
         }
     )
 
@@ -135,7 +141,7 @@ def _say_what_was_read(path: Path, data: Pairs) -> None:
     console.say(f"{len(data.collection.documents):,} documents; queries: {splits}{twice}")
 
 
-def _prepare(path: Path, data: Pairs, settings: Recipe, dev_share: float) -> None:
+def _prepare(path: Path, data: Pairs, settings: Recipe, shares: Mapping[str, float]) -> None:
     """Write the collection, with hard negatives where the file has none; one of the processes does.
 
     Raises:
@@ -150,12 +156,12 @@ def _prepare(path: Path, data: Pairs, settings: Recipe, dev_share: float) -> Non
 
     folder, record_path = Path(settings.collection), Path(settings.run_dir) / RECORD
     columns = {name: list(several) for name, several in data.columns.items()}
-    record = {"sha256": hash_file(path), "columns": columns, "dev_share": dev_share}
+    record = {"sha256": hash_file(path), "columns": columns, **shares}
     before = json.loads(record_path.read_text(encoding="utf-8")) if record_path.exists() else record
     if {**before, "source": None} != {**record, "source": None}:
         raise ConfigError(
-            f"{folder.parent} was made of other pairs or columns ({before['source']}, see {record_path}); give those, "
-            "or another --out"
+            f"{folder.parent} was made of other pairs, columns or shares ({before['source']}, see {record_path}); give "
+            "those, or another --out"
         )
 
     with PartialState(cpu=not torch.cuda.is_available()).main_process_first():

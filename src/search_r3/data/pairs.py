@@ -51,7 +51,11 @@ class Pairs:
 
 
 def read_pairs(
-    path: str | Path, *, columns: Mapping[str, str | Sequence[str]] | None = None, dev_share: float = DEV_SHARE
+    path: str | Path,
+    *,
+    columns: Mapping[str, str | Sequence[str]] | None = None,
+    dev_share: float = DEV_SHARE,
+    rl_share: float = 0.0,
 ) -> Pairs:
     r"""Read pairs, or triples with negatives, from a `.jsonl`, `.csv`, `.tsv` or `.parquet` file.
 
@@ -66,6 +70,8 @@ def read_pairs(
             negatives also several. What is not named is guessed by usual names. A document or negative may be a text,
             a mapping with `text` and `title`, or a list of these; `title` is that of a document that is a text.
         dev_share: share of the queries in `dev`.
+        rl_share: share of the others in a split `rl`, for stage 2, which learns to reason from queries that stage 1 has
+            not seen: what it has seen is found without reasoning.
 
     Raises:
         DataError: there is no such file, a line is not JSON, a column is missing, or there are fewer than two queries
@@ -88,6 +94,8 @@ def read_pairs(
         raise ConfigError(
             f"dev_share={dev_share}: expected a share of the queries between 0 and 1, such as {DEV_SHARE}"
         )
+    if not 0 <= rl_share < 1:
+        raise ConfigError(f"rl_share={rl_share}: expected a share of the queries from 0 to less than 1, such as 0.3")
     if not path.is_file():
         raise DataError(f"no file at {path}" + ("; it is a folder: give one file" if path.is_dir() else ""))
     if path.suffix.lower() not in SUFFIXES:
@@ -98,7 +106,7 @@ def read_pairs(
             reader.take(f"{path}:{number}", number, row)
     except UnreadableError as reason:
         raise DataError(f"{path}: {reason}") from reason
-    return reader.finish(path, dev_share)
+    return reader.finish(path, dev_share, rl_share)
 
 
 @dataclass
@@ -152,7 +160,7 @@ class _Reader:
                 metadata[name] = text
         self._queries[query.text] = replace(query, metadata=metadata)
 
-    def finish(self, path: Path, dev_share: float) -> Pairs:
+    def finish(self, path: Path, dev_share: float, rl_share: float) -> Pairs:
         if len(self._queries) < 2 or len(self._documents) < 2:
             passed = f"; not read: {'; '.join(self.report.lines())}" if self.report.skipped else ""
             raise DataError(
@@ -166,25 +174,27 @@ class _Reader:
             listed = {"negatives": negatives} if negatives else {}
             queries[query.query_id] = replace(query, metadata={**query.metadata, **listed})
         documents = {document.doc_id: document for document in self._documents.values()}
-        dev = _dev(list(self._queries.values()), dev_share)
+        places = _divided(list(self._queries.values()), dev_share, rl_share)
         qrels = {
-            "train": {query_id: gains for query_id, gains in self._relevant.items() if query_id not in dev},
-            "dev": {query_id: gains for query_id, gains in self._relevant.items() if query_id in dev},
+            split: {query_id: gains for query_id, gains in self._relevant.items() if places[query_id] == split}
+            for split in ("train", *(["rl"] if rl_share else []), "dev")
         }
-        if not (qrels["train"] and qrels["dev"]):
-            raise DataError(f"{path}: all queries have the same text; expected at least two different ones")
+        if not all(qrels.values()):
+            raise DataError(f"{path}: too few queries of different texts for the splits {', '.join(qrels)}")
         columns = {name: self.columns[name] for name in GUESSES if self.columns.get(name)}
         return Pairs(Collection(path.stem, documents, queries, qrels), columns, self.duplicates, self.report)
 
 
-def _dev(queries: Sequence[Query], share: float) -> set[str]:
-    """The ids of the queries whose texts have the smallest hashes."""
+def _divided(queries: Sequence[Query], dev_share: float, rl_share: float) -> dict[str, str]:
+    """query_id -> split. In `dev` are the texts with the smallest hashes, in `rl` the next ones."""
     groups: dict[str, list[str]] = {}
     for query in queries:
         groups.setdefault(" ".join(query.text.casefold().split()), []).append(query.query_id)
     order = sorted(groups, key=lambda text: blake2b(text.encode(), digest_size=8).digest())
-    count = min(max(1, round(share * len(order))), MOST_DEV, len(order) - 1)
-    return {query_id for text in order[:count] for query_id in groups[text]}
+    dev = min(max(1, round(dev_share * len(order))), MOST_DEV, len(order) - 1)
+    rl = min(max(1, round(rl_share * (len(order) - dev))), len(order) - dev - 1) if rl_share else 0
+    splits = ["dev"] * dev + ["rl"] * rl + ["train"] * (len(order) - dev - rl)
+    return {query_id: split for text, split in zip(order, splits, strict=True) for query_id in groups[text]}
 
 
 def _named(columns: Mapping[str, str | Sequence[str]] | None) -> dict[str, tuple[str, ...]]:

@@ -37,7 +37,7 @@ from .engine import Engine, load_model, make_engine, rates
 from .guard import Guard
 from .rl.pathwise import embedding_loss
 from .rl.rollouts import Experience, collect, queries_of_step
-from .rl.signals import describe, rollout_rows
+from .rl.signals import describe, rollout_rows, warn_if_known
 from .saving import check_documents
 from .session import RecipeLike, Session, TrainingResult, check_place
 
@@ -144,6 +144,8 @@ def train_grpo(
             values |= describe(experience, engine, settings.reward, settings.group_size) | {
                 "learning_rate": engine.learning_rate
             }
+            if step == 0 and engine.rank == 0:
+                warn_if_known(values)
             values["tokens"] *= settings.num_iterations
             values |= rates(values["tokens"], started, ready)
             if dev is not None and evaluations.due(step + 1, settings.steps):

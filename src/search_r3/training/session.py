@@ -214,7 +214,7 @@ def _resolve(
         if "train" in collection.qrels:
             if "splits" not in recipe.sft.model_fields_set:
                 updates["sft"] = recipe.sft.model_copy(update={"splits": {"train": 1.0}})
-            if "splits" not in recipe.grpo.model_fields_set:
+            if "splits" not in recipe.grpo.model_fields_set and "rl" not in collection.qrels:
                 updates["grpo"] = recipe.grpo.model_copy(update={"splits": ("train",)})
     return recipe.model_copy(update=updates)
 

@@ -122,8 +122,10 @@ def test_no_query_text_is_in_two_splits_whatever_the_order_of_the_rows(tmp_path:
     train = {collection.queries[one].text.casefold() for one in collection.split("train")}
     assert len(dev) == len(train) == 10 and not dev & train
     assert hold_out(collection, ["train"], ["dev"]).qrels == collection.qrels, "nothing is left for it to take out"
-    other = read_pairs(write(tmp_path / "two.jsonl", rows[::-1]), dev_share=0.5).collection
+    other = read_pairs(write(tmp_path / "two.jsonl", rows[::-1]), dev_share=0.5, rl_share=0.4).collection
     assert {other.queries[one].text.casefold() for one in other.split("dev")} == dev
+    rl, rest = ({other.queries[one].text.casefold() for one in other.split(split)} for split in ("rl", "train"))
+    assert len(rl) == 4 and len(rest) == 6 and rl | rest == train
 
 
 def test_rows_without_text_are_counted_with_their_places(tmp_path: Path) -> None:
@@ -148,7 +150,7 @@ def test_queries_without_negatives_are_searched_for_some(tmp_path: Path) -> None
         ("p.jsonl", '{"query": "a", "positive": "b"}\n', "1 different queries and 1 different documents"),
         ("p.csv", "query,positive\n", "0 different queries"),
         ("p.csv", "query,positive\na,b\na,c\n", "1 different queries and 2 different documents"),
-        ("p.csv", "query,positive\na,b\nA ,c\n", "all queries have the same text"),
+        ("p.csv", "query,positive\na,b\nA ,c\n", "too few queries of different texts for the splits train, dev"),
         ("p.csv", "query,positive\na,b\nc,b\n", "2 different queries and 1 different documents"),
         (
             "p.csv",
@@ -195,5 +197,7 @@ def test_wrong_arguments_are_named(tmp_path: Path) -> None:
         read_pairs(path, columns={"doc": "positive"})
     with pytest.raises(ConfigError, match="columns='positive': expected field -> column"):
         read_pairs(path, columns="positive")  # type: ignore[arg-type]
+    with pytest.raises(ConfigError, match=r"rl_share=1.0: expected a share"):
+        read_pairs(path, rl_share=1.0)
     with pytest.raises(ConfigError, match=r"dev_share=1.0: expected a share"):
         read_pairs(path, dev_share=1.0)

@@ -271,3 +271,10 @@ def test_the_term_on_the_winners_leaves_the_others_out(talker: SearchR3, collect
     assert losses["all", "one"] == losses["all", "none"] == losses["winners", "every"] > 0
     assert losses["winners", "none"] == 0.0
     assert losses["winners", "one"] == pytest.approx(own.item() / 12, abs=1e-4), "divided by all rollouts"
+
+
+def test_queries_that_stage_1_knows_are_said(caplog: pytest.LogCaptureFixture) -> None:
+    signals.warn_if_known({"groups_all_1": 0.62})
+    assert not caplog.messages
+    signals.warn_if_known({"groups_all_1": 0.81})
+    assert "81 % of the first step's queries are found by every rollout" in caplog.text

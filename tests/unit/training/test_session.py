@@ -156,6 +156,9 @@ def test_a_given_collection_is_trained_as_one_that_is_named(
     assert one.keys() == two.keys() and all(torch.equal(one[name], two[name]) for name in one)
     assert given.recipe.sft.splits == {"train": 1.0} and given.recipe.grpo.splits == ("train",)
     assert read.recipe.run_dir == str(tmp_path / "named") and read.recipe.base == str(tiny_path)
+    kept = replace(collection, qrels={**collection.qrels, "rl": collection.qrels["dev"]})
+    divided = train_sft(settings(tmp_path / "divided", tiny_path), collection=kept).recipe
+    assert divided.sft.splits == {"train": 1.0} and divided.grpo.splits == ("rl",), "stage 2 has its own queries"
 
 
 def test_a_run_does_not_go_on_with_another_collection(tmp_path: Path, tiny_path: Path, collection: Collection) -> None:

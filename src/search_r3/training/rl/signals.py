@@ -5,7 +5,8 @@ Shapes: `Q` queries, `G` rollouts per query, `D` vector size.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import logging
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from statistics import fmean
 from typing import Any
@@ -21,7 +22,11 @@ from ...types import Array
 from ..engine import Engine
 from .rollouts import Experience
 
+logger = logging.getLogger(__name__)
+
 LOGGED_GROUPS = 2
+KNOWN = 0.75
+"""The share of groups without a miss in the first step from which on there is next to nothing to learn."""
 
 
 def group_signals(parts: Sequence[RewardParts], weights: RewardSettings, group_size: int) -> dict[str, float]:
@@ -98,6 +103,16 @@ def describe(experience: Experience, engine: Engine, weights: RewardSettings, gr
     decoded, slowest = sum(lengths) + len(lengths), max(seconds)  # with the embed tokens; the others wait for it
     values |= {"tokens": decoded + sum(prompts), "decoded_tokens_per_second": decoded / slowest if slowest else 0.0}
     return values | {"rollout_seconds": slowest} | experience.feedback.refresh.metrics()
+
+
+def warn_if_known(values: Mapping[str, float]) -> None:
+    """Say so where stage 1 knows the queries already: what is left to be learned from them is to say less."""
+    if values["groups_all_1"] >= KNOWN:
+        logger.warning(
+            "%.0f %% of the first step's queries are found by every rollout: the model knows them, and what is left to "
+            "learn is to say less; give stage 2 queries that stage 1 has not seen (grpo.splits)",
+            100 * values["groups_all_1"],
+        )
 
 
 def rollout_rows(experience: Experience, step: int, group_size: int) -> list[dict[str, Any]]:
