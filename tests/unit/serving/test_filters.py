@@ -79,7 +79,7 @@ def test_a_filter_lets_through(store: Store, where: Any, names: str) -> None:
         ({"year": {"$eq": [1]}}, "filter of 'year': cannot compare with [1]"),
         ({"year": float("nan")}, "filter of 'year': cannot compare with nan"),
         ({"page": "3"}, "filter of 'page': it is a number, found '3'"),
-        ({"path": 3}, "filter of 'path': it is a text, found 3"),
+        ({"path": 3}, "filter of 'path': expected a text, found 3"),
         ({"path": {"$contains": "x"}}, "$contains looks into lists of the metadata"),
         ({"path": {"$prefix": None}}, "$prefix takes a text, found None"),
         ({'a"b': 1}, "a name of metadata holds no quotes and backslashes"),
