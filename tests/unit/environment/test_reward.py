@@ -12,7 +12,7 @@ import pytest
 from search_r3.config import RefreshSettings, RewardSettings, load_recipe
 from search_r3.data.collection import Collection, Document, Query
 from search_r3.environment.environment import RetrievalEnvironment
-from search_r3.environment.reward import Outcome, contrastive, load_function, log_rank, reward_parts
+from search_r3.environment.reward import Outcome, RewardParts, contrastive, load_function, log_rank, reward_parts
 from search_r3.errors import ConfigError, RewardError
 from tests.unit.environment.test_environment import MovingEncoder, rollout
 
@@ -58,6 +58,13 @@ def test_the_reward_is_the_weighted_sum() -> None:
 )
 def test_log_rank(ranks: list[int], gains: list[int], expected: float) -> None:
     assert log_rank(ranks, gains) == pytest.approx(expected, abs=1e-9)
+
+
+def test_what_ranks_earn_counts_log_rank_only_where_a_recipe_does() -> None:
+    deep, deeper = (RewardParts(0.0, part, 0.0, 1.0, 0.0, -0.1, 0.0) for part in (0.2, 0.1))
+    with_it, without = RewardSettings(log_rank=0.5), RewardSettings(log_rank=0.0)
+    assert deep.by_rank(with_it) > deeper.by_rank(with_it), "the group is not tied: it is not redrawn"
+    assert deep.by_rank(without) == deeper.by_rank(without) == 0.0
 
 
 def test_contrastive_is_a_softmax_of_each_positive_among_the_negatives() -> None:

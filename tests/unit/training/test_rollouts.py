@@ -53,6 +53,8 @@ def test_baselines_by_hand() -> None:
     one_out = group_advantages(rewards, "none", "leave_one_out").values
     assert one_out[0].tolist() == pytest.approx([1 - 0.25, 0 - 0.75, 0.5 - 0.5])
     assert one_out[1].tolist() == [0.0, 0.0, 0.0]
+    rounded = group_advantages(torch.tensor([[0.4, 0.4 + 5e-7, 0.4]]), "group").values
+    assert rounded[0].tolist() == [0.0, 0.0, 0.0], "rounding teaches nothing"
     direct = group_advantages(rewards, "none", torch.tensor([0.75, 0.1]))
     assert direct.values[0].tolist() == pytest.approx([0.25, -0.75, -0.25])
     assert direct.values[1].tolist() == pytest.approx([0.3, 0.3, 0.3]), "reasoning that helps each time is paid for it"
