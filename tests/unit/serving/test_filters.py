@@ -78,7 +78,7 @@ def test_a_filter_lets_through(store: Store, where: Any, names: str) -> None:
         ({"year": {"$in": 1}}, "filter of 'year': $in takes a list, found 1"),
         ({"year": {"$eq": [1]}}, "filter of 'year': cannot compare with [1]"),
         ({"year": float("nan")}, "filter of 'year': cannot compare with nan"),
-        ({"page": "3"}, "filter of 'page': it is a number, found '3'"),
+        ({"page": "3"}, "filter of 'page': expected a number, found '3'"),
         ({"path": 3}, "filter of 'path': expected a text, found 3"),
         ({"path": {"$contains": "x"}}, "$contains looks into lists of the metadata"),
         ({"path": {"$prefix": None}}, "$prefix takes a text, found None"),
