@@ -102,7 +102,8 @@ def keep_busy(
                 if answer.retry_after is None or time.monotonic() >= stop:
                     break
                 time.sleep(float(answer.retry_after))
-            if answered is not None:
+            cut = answer.retry_after is not None and time.monotonic() >= stop  # it would have come back
+            if answered is not None and not cut:
                 answered(answer)
             if time.monotonic() >= stop:
                 return
