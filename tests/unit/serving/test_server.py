@@ -119,7 +119,7 @@ def test_openai_base64_dimensions_and_usage(client: TestClient, encoder: SearchR
         ("/v1/search", {"query": "a", "K": 3}, 422, "K: Extra inputs"),
         ("/v1/search", {"query": "a", "k": 0}, 422, "k: "),
         ("/retrieve", {"queries": []}, 400, "no text"),
-        ("/nothing", {}, 404, "Not Found"),
+        ("/nothing", {}, 404, "there is no route POST /nothing; /docs shows them all"),
     ],
 )
 def test_what_is_wrong_with_a_request_is_named(
