@@ -1,10 +1,10 @@
 # The server, on a CPU. TORCH_INDEX is a package index that has CPU builds of torch; without it torch comes from pip's own
 # index, with the packages for CUDA, some gigabytes.
 #
-#     docker build --build-arg TORCH_INDEX=URL --tag search-r3 .
-#     docker run --volume notes:/stores --volume ~/notes:/notes:ro search-r3 \
+#     docker build --build-arg TORCH_INDEX=URL --tag search-r3-server .
+#     docker run --volume notes:/stores --volume ~/notes:/notes:ro search-r3-server \
 #         index /stores/notes.store --model OWNER/MODEL /notes
-#     docker run --volume notes:/stores --publish 127.0.0.1:8765:8765 --env SEARCH_R3_TOKEN search-r3
+#     docker run --volume notes:/stores --publish 127.0.0.1:8765:8765 --env SEARCH_R3_TOKEN search-r3-server
 #
 # Built in two stages: the second has neither sources nor pip's cache.
 
