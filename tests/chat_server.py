@@ -22,8 +22,8 @@ CERTIFICATES = ssl.create_default_context()
 Answer = tuple[int, dict[str, str], str]
 
 
-def completion(content: Any, finish: str = "stop", usage: Any = None) -> Answer:
-    choice = {"index": 0, "message": {"role": "assistant", "content": content}, "finish_reason": finish}
+def completion(content: Any, finish: str = "stop", usage: Any = None, **message: Any) -> Answer:
+    choice = {"index": 0, "message": {"role": "assistant", "content": content, **message}, "finish_reason": finish}
     usage = {"prompt_tokens": 100, "completion_tokens": 7} if usage is None else usage
     return 200, {}, json.dumps({"choices": [choice], "usage": usage})
 
@@ -31,7 +31,7 @@ def completion(content: Any, finish: str = "stop", usage: Any = None) -> Answer:
 class Server:
     """Chat completions on 127.0.0.1. `answer(what was asked about, how often it was asked before)` makes the reply.
 
-    What was asked about is the query of the prompt, else the title of the article.
+    What was asked about is the query of the prompt, else the title of the article, else what the user says.
     """
 
     def __init__(self) -> None:
@@ -61,7 +61,8 @@ class Server:
 
     def serve(self, request: BaseHTTPRequestHandler) -> None:
         body = json.loads(request.rfile.read(int(request.headers["Content-Length"])))
-        title = re.search(r"^(?:Query|Title): (.*)$", body["messages"][0]["content"], re.MULTILINE).group(1)
+        match = re.search(r"^(?:Query|Title): (.*)$", body["messages"][0]["content"], re.MULTILINE)
+        title = match[1] if match else next(one["content"] for one in body["messages"] if one["role"] == "user")
         with self.lock:
             turn = self.titles.count(title)
             self.bodies.append(body)

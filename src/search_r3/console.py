@@ -271,13 +271,15 @@ def show_report(folder: Path) -> None:
     memory = "" if peak is None else f", peak memory {peak / 2**30:.2f} GiB"
     say(f"{report['seconds']:.0f} s{memory}; all in {folder}/, to look at: {folder}/report.html")
     show_next("search", f"{folder}/model", "--collection", "atlas", "what do people pay with in Tashkent?")
+    show_next("index", "atlas.store", "--collection", "atlas", "--model", f"{folder}/model", extra="serve")
 
 
-def show_next(*words: str) -> None:
-    """Show the command that comes next."""
+def show_next(*words: str, extra: str = "") -> None:
+    """Show a command that comes next, and the extra that it needs."""
     if first_process():
+        needs = f" (pip install 'search-r3[{extra}]')" if extra else ""
         # Plain, so that it can be copied from a narrow terminal; with the path by which the command was called.
-        print(f"Next: {shlex.join([sys.argv[0], *words])}")
+        print(f"Next{needs}: {shlex.join([sys.argv[0], *words])}")
 
 
 STAGE_NAMES = {"sft": "stage 1", "grpo": "stage 2"}

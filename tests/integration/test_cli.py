@@ -81,6 +81,8 @@ def test_a_complete_quickstart_is_shown_again_and_not_run_again(
     assert "is complete" in out
     assert "reason/rl" in out
     assert "Next: search-r3 search" in out
+    index = f"search-r3 index atlas.store --collection atlas --model {run_dir}/model"
+    assert out.splitlines()[-1] == f"Next (pip install 'search-r3[serve]'): {index}"
     assert (run_dir / "report.json").read_bytes() == before
     assert call(monkeypatch, "quickstart", *SMALL, *where) == 2
     assert call(monkeypatch, "quickstart", "--resume", *SMALL, *where, "seed=5") == 2

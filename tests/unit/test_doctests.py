@@ -37,6 +37,7 @@ MODULES = (
     "serving.filters",
     "serving.fingerprint",
     "serving.store",
+    "integrations.source",
     "training.best_of_n",
     "training.sft",
     "training.grpo",

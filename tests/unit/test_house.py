@@ -18,6 +18,7 @@ ROOMS = [
     "extras",
     "files",
     "types",
+    "client",
     "loader",
     "config",
     "parallel",
@@ -32,6 +33,7 @@ ROOMS = [
     "pretraining",
     "publishing",
     "serving",
+    "integrations",
     "console",
     "cli",
 ]
@@ -111,9 +113,10 @@ def test_no_module_needs_what_windows_lacks_to_be_imported() -> None:
             assert not posix.intersection(names), path
 
 
-def test_importing_the_package_and_help_load_no_torch() -> None:
+def test_importing_the_package_its_client_and_help_load_no_torch() -> None:
     code = (
         "import sys, search_r3, search_r3.cli\n"
+        "from search_r3.client import AsyncClient, Client\n"
         "try: search_r3.cli.app(['--help'])\n"
         "except SystemExit: pass\n"
         "assert 'torch' not in sys.modules and 'transformers' not in sys.modules"

@@ -12,7 +12,7 @@ import typer
 from .. import __version__, console
 from ..data.rows import check_text
 from ..errors import SearchR3Error, StoppedError
-from . import best_of_n, data, evaluation, fit, mining, plan, probe, push, search, store, training
+from . import best_of_n, data, evaluation, fit, mining, plan, push, search, serve, store, training
 from .common import app
 
 if TYPE_CHECKING:
@@ -27,9 +27,9 @@ __all__ = [
     "main",
     "mining",
     "plan",
-    "probe",
     "push",
     "search",
+    "serve",
     "store",
     "training",
 ]
@@ -54,6 +54,7 @@ ORDER = (
     "index",
     "search",
     "serve",
+    "mcp",
     "encode",
     "export",
     "push",

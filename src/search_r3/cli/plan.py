@@ -1,8 +1,9 @@
-"""The command that says what a recipe takes."""
+"""Commands that look ahead of a training: at what it takes, and at what stage 2 would learn from."""
 
 from __future__ import annotations
 
 import json
+from dataclasses import asdict
 from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -10,7 +11,18 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 
 from .. import console
-from .common import Overrides, app
+from .common import (
+    DEFAULT_COLLECTION,
+    CollectionOption,
+    ModelArgument,
+    ModelOptions,
+    Overrides,
+    RecipeOption,
+    app,
+    load_encoder,
+    load_settings,
+    takes_model_options,
+)
 
 if TYPE_CHECKING:
     from ..planning.footprint import Stage
@@ -79,3 +91,31 @@ def plan(
             console.show_plan(memory_plan, settings.base, gpu_bytes, remedy)
     if as_json:
         console.say(json.dumps(records))
+
+
+@app.command()
+@takes_model_options
+def probe(
+    model: ModelArgument,
+    options: ModelOptions,
+    overrides: Overrides = None,
+    collection: CollectionOption = None,
+    recipe: RecipeOption = None,
+    queries: Annotated[int, typer.Option(min=2, help="Queries looked at, spread over grpo.splits.")] = 64,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object instead of tables.")] = False,
+) -> None:
+    """Say what RL would have to work with: rewards within groups, and whether what is written is read.
+
+    Example: search-r3 probe runs/quickstart/sft/model --collection atlas grpo.group_size=8
+    """
+    from ..data.load import load_collection
+    from ..training.probe import probe as look
+
+    settings = load_settings(recipe, overrides)
+    data = load_collection(collection or DEFAULT_COLLECTION)
+    encoder = load_encoder(model, options)
+    report = look(encoder, data, settings, queries, (lambda text: None) if as_json else console.say)
+    if as_json:
+        console.say(json.dumps(asdict(report)))
+    else:
+        console.show_probe(report)

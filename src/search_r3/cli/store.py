@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import socket
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -16,7 +15,6 @@ from ..errors import ConfigError, DataError
 from .common import (
     CollectionOption,
     ModelOptions,
-    ModeName,
     Untrained,
     app,
     load_encoder,
@@ -115,109 +113,16 @@ def index(
     console.say(f"{store}: {report.summary}; {rate:,.1f} documents/s" + f", chunks {bar.speed}" * (bar.texts > 0))
 
 
-def _server(help_text: str, *names: str, **limits: Any) -> Any:
-    return typer.Option(*names, help=help_text, rich_help_panel="Server", **limits)
-
-
-@app.command()
-@takes_model_options
-def serve(
-    served: AskedArgument,
-    options: ModelOptions,
-    host: Annotated[str, _server("Address to listen at; others can reach any but 127.0.0.1.")] = "127.0.0.1",
-    port: Annotated[int, _server("Port to listen at; 0 takes a free one.", min=0, max=65535)] = 8765,
-    token: Annotated[
-        str | None, _server("What clients must send (Authorization: Bearer TOKEN).", envvar="SEARCH_R3_TOKEN")
-    ] = None,
-    name: Annotated[str | None, _server("Of the model, for clients; by default the last part of its path.")] = None,
-    mode: Annotated[ModeName, _server("Of queries that ask for none.")] = ModeName.reason,
-    slots: Annotated[int, _server("Queries reasoned about at once.", min=1)] = 64,
-    max_queue: Annotated[int, _server("Queries, and documents, that may wait or be in work.", min=1)] = 1024,
-    max_batch: Annotated[int, _server("Texts in one request.", min=1)] = 512,
-    max_body: Annotated[int, _server("MiB of one request.", min=1)] = 8,
-    timeout: Annotated[float, _server("Seconds until a request is given up.", min=1)] = 300.0,
-    grace: Annotated[int, _server("Seconds for what is in work when the server ends.", min=0)] = 30,
-    dimensions: Annotated[
-        list[int] | None, _server("Vectors may be cut to it, as stage 1 trained it (matryoshka_dimensions); repeat it.")
-    ] = None,
-    reranker: Annotated[str | None, _server("Cross-encoder (directory or hub id) for the rerank routes.")] = None,
-    untrained: Untrained = False,
-    other_model: OtherModel = None,
-) -> None:
-    """Serve a store, or a model alone, over HTTP: OpenAI's embeddings, rerank, search, documents; docs/serving.md.
-
-    Example: search-r3 serve notes.store
-    """
-    from ..extras import extra
-    from ..serving.database import exists
-    from ..serving.engine import EngineThread
-    from ..serving.server import ServerSettings, create_app
-
-    with extra("serve"):
-        import uvicorn
-    with _listening(host, port, token) as listening:  # before the model is loaded, which takes long
-        store = None
-        if exists(served):
-            store, encoder = open_with_model(served, other_model, options)
-        elif other_model:
-            raise ConfigError(f"{served} is no store, and --model is for one (search-r3 index)")
-        else:
-            encoder = load_encoder(served, options, untrained)
-        model = other_model or (served if store is None else store.info.model)
-        settings = ServerSettings(
-            *(name or Path(model).name, token, mode.value, max_batch, max_body * 2**20, timeout),
-            dimensions=tuple(encoder.checked_dimensions(one) or 0 for one in dimensions or ()),
-        )
-        engine = EngineThread(encoder, slots=slots, max_queue=max_queue)
-        config = uvicorn.Config(
-            create_app(engine, settings, store=store, reranker=_cross_encoder(reranker) if reranker else None),
-            log_config=None,
-            timeout_graceful_shutdown=grace,
-            server_header=False,
-        )
-        what = settings.name if store is None else f"{len(store):,} chunks of {served}"
-        place = f"[{host}]" if ":" in host else host
-        console.say(
-            f"http://{place}:{listening.getsockname()[1]}: {what}; routes at /docs, limits at /info; Ctrl-C ends"
-        )
-        uvicorn.Server(config).run(sockets=[listening])
-
-
-def _listening(host: str, port: int, token: str | None) -> socket.socket:
-    if token is None and host not in ("127.0.0.1", "::1", "localhost"):
-        console.aside(f"{host} can be reached from outside, and no --token is asked for: anybody may read and write")
-    try:
-        return socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET)
-    except OSError as error:
-        raise ConfigError(
-            f"cannot listen at {host}:{port}: {error.strerror or error}; choose another --host or --port"
-        ) from error
-
-
-def _cross_encoder(source: str) -> Any:
-    from ..mining.candidates import CrossEncoderJudge
-
-    judge = CrossEncoderJudge(source)
-    return lambda query, texts: judge.scores([(query, text) for text in texts]).tolist()
-
-
 def open_with_model(address: str, model: str | None, options: ModelOptions) -> tuple[Store, SearchR3]:
     """A store and its model, or another one that encodes documents as that does."""
-    from ..serving import Fingerprint, Store
+    from ..serving.search import open_with_model
 
-    store = Store.open(address)
-    info = store.info
-    name = model or info.model
-    given = replace(
-        options,
-        max_length=options.max_length or info.fingerprint.max_length,
-        prompts=options.prompts or info.prompts,
-        revision=options.revision or (info.revision if name == info.model else None),
+    return open_with_model(
+        *(address, model, lambda name, **settings: load_encoder(name, replace(options, **settings))),
+        max_length=options.max_length,
+        prompts=options.prompts,
+        revision=options.revision,
     )
-    encoder = load_encoder(name, given)
-    encoder.truncate_dim = info.fingerprint.truncate_dim
-    info.fingerprint.check(Fingerprint.of(encoder, info.fingerprint.instruction), store.address)
-    return store, encoder
 
 
 def searcher_of(

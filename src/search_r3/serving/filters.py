@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from typing import Any
@@ -69,6 +70,42 @@ def parse(conditions: Iterable[str]) -> dict[str, Any]:
     return where
 
 
+def fields_of(rows: Iterable[Mapping[str, Any]], values: int) -> list[dict[str, Any]]:
+    """What a filter can name: the fields that rows have, those of the metadata first, with their most frequent values.
+
+    Args:
+        rows: columns of `COLUMNS`, and the metadata as JSON.
+        values: how many of each field.
+
+    Returns:
+        For each field its `name` in a filter, whether it is a `list` (`$contains`), and pairs of `values`: value, rows.
+
+    Example:
+        >>> fields_of([{"path": "a.md", "metadata": '{"year": 2020, "by": {}}'}], 9)[0]
+        {'name': 'year', 'list': False, 'values': [(2020, 1)]}
+    """
+    counts: dict[tuple[str, bool], Counter[str]] = {}
+    for row in rows:
+        metadata = json.loads(row["metadata"])
+        named = [(name, row[name]) for name in COLUMNS if row.get(name) not in (None, "")]
+        named += [(f"metadata.{name}" if name in COLUMNS else name, metadata[name]) for name in filter(_fits, metadata)]
+        for name, value in named:
+            several = isinstance(value, list)
+            for one in value if several else [value]:
+                if isinstance(one, str | int | float):
+                    # As JSON, in which true is not 1.
+                    counts.setdefault((name, several), Counter())[json.dumps(one)] += 1
+    order = sorted(counts, key=lambda key: (key[0] in COLUMNS, -counts[key].total()))
+    return [
+        {
+            "name": name,
+            "list": several,
+            "values": [(json.loads(text), count) for text, count in counts[name, several].most_common(values)],
+        }
+        for name, several in order
+    ]
+
+
 def quote(text: str) -> str:
     """A string of SQL."""
     return "'" + text.replace("'", "''") + "'"
@@ -129,8 +166,13 @@ def _compare(left: str, operator: str, value: Any, write: Any) -> str:
     return f"{left} {_COMPARISONS.get(operator, '=')} {right}"
 
 
+def _fits(key: str) -> bool:
+    """Whether a filter can name a key of the metadata."""
+    return '"' not in key and "\\" not in key
+
+
 def _path(name: str) -> str:
     key = name.removeprefix("metadata.")
-    if '"' in key or "\\" in key:
+    if not _fits(key):
         raise DataError(f"filter: a name of metadata holds no quotes and backslashes, found {key!r}; rename the field")
     return quote(f'$."{key}"')

@@ -12,6 +12,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import UTC, datetime, timedelta
 from importlib.metadata import version
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -22,7 +23,7 @@ from ..errors import DataError, StoreError
 from ..types import Array
 from . import rows
 from .database import TABLE, StoreInfo, connect, exists, one_line, place_of
-from .filters import Filter, one_of, to_sql
+from .filters import COLUMNS, Filter, fields_of, one_of, to_sql
 from .fingerprint import Fingerprint
 from .guards import Guard
 from .ranking import WORDS, Ranker, Ranking, first_of_each, fuse
@@ -227,6 +228,11 @@ class Store:
             count = 1 if known is None else known.chunks + 1
             entries[row["parent_id"]] = Entry(row["parent_id"], row["title"], row["path"], row["source"], count)
         return [entries[doc_id] for doc_id in sorted(entries)]
+
+    def fields(self, rows: int = 10_000, values: int = 50) -> list[dict[str, Any]]:
+        """What a filter can name, as `filters.fields_of` has it, from the first chunks that are read."""
+        columns = [*COLUMNS[1:], "metadata"]  # every chunk has an id of its own
+        return fields_of(islice(self._scan(columns, None), rows), values)
 
     def revisions(self) -> dict[str, tuple[str, str]]:
         """doc_id -> source and revision (`rows.revision_of`)."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from typing import Any
 
@@ -9,7 +10,7 @@ import pytest
 
 from search_r3.errors import DataError
 from search_r3.serving import Store
-from search_r3.serving.filters import parse, to_sql
+from search_r3.serving.filters import fields_of, parse, to_sql
 from tests.stores import document, fingerprint, vector, vectors
 
 METADATA = {
@@ -103,3 +104,26 @@ def test_conditions_of_the_command_line_are_filters() -> None:
     for condition in ("year", "=3", "year="):
         with pytest.raises(DataError, match="cannot read the condition"):
             parse([condition])
+
+
+def test_the_fields_of_a_store_are_what_a_filter_can_name(store: Store) -> None:
+    fields = {(one["name"], one["list"]): dict(map(tuple, one["values"])) for one in store.fields()}
+    assert fields["year", False] == {1999: 1, 2000.5: 1, "2001": 1} and fields["open", False] == {True: 1, False: 1}
+    assert fields["tags", True] == {"x": 1, "it's": 1} and fields["title", False] == dict.fromkeys("abcd", 1)
+    assert fields.keys().isdisjoint({("none", False), ("page", False), ("id", False)})
+    for (name, several), values in fields.items():
+        for value, count in values.items():
+            hits = store.documents({name: {"$contains" if several else "$eq": value}})
+            assert len(hits) == count, (name, value)
+
+
+def test_fields_have_their_most_frequent_values_those_of_the_metadata_first() -> None:
+    metadata = [json.dumps({"title": i % 2, '"': 1, "in": {"a": 1}}) for i in range(4)]
+    rows = [{"title": str(i % 3), "metadata": metadata[i]} for i in range(4)]
+    assert fields_of(rows, 1) == [
+        {"name": "metadata.title", "list": False, "values": [(0, 2)]},
+        {"name": "title", "list": False, "values": [("0", 2)]},
+    ]
+    several = [{"metadata": '{"one": true}'}, {"metadata": '{"one": 1}'}]
+    [field] = fields_of(several, 9)
+    assert [type(value) for value, _ in field["values"]] == [bool, int]

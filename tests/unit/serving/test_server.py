@@ -118,7 +118,7 @@ def test_openai_base64_dimensions_and_usage(client: TestClient, encoder: SearchR
         ("/v1/search", {"query": "a", "rerank": True}, 400, "no cross-encoder"),
         ("/v1/search", {"query": "a", "K": 3}, 422, "K: Extra inputs"),
         ("/v1/search", {"query": "a", "k": 0}, 422, "k: "),
-        ("/retrieve", {"queries": []}, 400, "no text"),
+        ("/retrieve", {"queries": ["red " * 900], "truncate": False}, 413, "longer than"),
         ("/nothing", {}, 404, "there is no route POST /nothing; /docs shows them all"),
     ],
 )
@@ -301,9 +301,9 @@ def test_health_follows_the_engine(encoder: SearchR3) -> None:
     assert client.post("/v1/embeddings", json={"input": "a"}).status_code == 503
 
 
-def test_a_token_is_asked_for_everywhere_but_for_health(engine: EngineThread, store: Store) -> None:
+def test_a_token_is_asked_for_everywhere_but_for_health_and_pages(engine: EngineThread, store: Store) -> None:
     client = TestClient(create_app(engine, ServerSettings(token="secret"), store=store))
-    paths = ["/info", "/metrics", "/v1/documents", "/openapi.json", "/docs"]
+    paths = ["/info", "/metrics", "/v1/documents", "/v1/fields", "/openapi.json", "/mcp"]
     assert [client.get(path).status_code for path in paths] == [401] * len(paths)
     wrong = client.post("/v1/search", json={"query": "a"}, headers={"Authorization": "Bearer other"})
     assert wrong.status_code == 401 and wrong.headers["WWW-Authenticate"] == "Bearer"
@@ -374,6 +374,19 @@ def test_search_r1_asks_with_and_without_scores(client: TestClient, encoder: Sea
         assert title == f'"{hits[0].chunk.title}"' and text == hits[0].chunk.text
 
 
+def test_queries_that_are_none_have_no_hits_and_long_ones_lose_their_ends(client: TestClient) -> None:
+    queries = ["", "the red house", " \n", "red " * 900]
+    for body in ({"return_scores": True}, {}):
+        result = client.post("/retrieve", json={"queries": queries, **body}).json()["result"]
+        alone = client.post("/retrieve", json={"queries": queries[1:2], **body}).json()["result"][0]
+        assert result[0] == result[2] == [] and len(result[1]) == len(result[3]) == 3
+        ids = [[one.get("document", one)["id"] for one in passages] for passages in (result[1], alone)]
+        assert ids[0] == ids[1]
+        assert client.post("/retrieve", json={"queries": [], **body}).json() == {"result": []}
+    answers = client.post("/queries", json={"queries": queries, "k": 2}).json()["answers"]
+    assert [len(one) for one in answers] == [0, 2, 0, 2]
+
+
 def test_r1_searcher_gets_ids_and_texts(client: TestClient) -> None:
     answer = client.post("/queries", json={"queries": ["the red house"], "k": 2}).json()
     assert answer["queries"] == ["the red house"] and len(answer["answers"][0]) == 2
@@ -388,7 +401,12 @@ def test_documents_are_written_found_read_and_removed(client: TestClient, encode
     assert written["documents"] == 2 and written["chunks"] == written["encoded"] > 2
     read = client.get("/v1/documents/notes/tea one.md").json()
     assert read["text"].split() == one["text"].split() and read["metadata"] == {"year": 2020}
-    assert read["source"] == "api" and read["title"] == "tea" and len(read["chunks"]) == written["chunks"] - 1
+    assert (
+        read["page"] is None
+        and read["source"] == "api"
+        and read["title"] == "tea"
+        and len(read["chunks"]) == written["chunks"] - 1
+    )
     part = client.get("/v1/documents/notes/tea one.md%231").json()
     assert part["parent_id"] == "notes/tea one.md" and part["text"] in text
     found = client.post("/v1/search", json={"query": "tea", "filter": {"year": {"$gte": 2000}}}).json()["hits"]

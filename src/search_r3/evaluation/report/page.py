@@ -124,7 +124,7 @@ def _render(palette: str, **content: Any) -> str:
     from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
     room = Path(__file__).parent
-    style = (room / "page.css").read_text(encoding="utf-8") + palette
+    style = "".join((room / name).read_text(encoding="utf-8") for name in ("look.css", "page.css")) + palette
     script = (room / "page.js").read_text(encoding="utf-8")
     policy = (
         "default-src 'none'; base-uri 'none'; form-action 'none'; img-src data:; "

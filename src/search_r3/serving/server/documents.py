@@ -73,6 +73,7 @@ def read(doc_id: str, service: Given) -> dict[str, Any]:
         "text": _whole(chunks),
         "path": first.path,
         "source": first.source,
+        "page": first.page,
         "metadata": dict(first.metadata),
         "chunks": [{"id": chunk.doc_id, "start": chunk.start, "end": chunk.end} for chunk in chunks],
     }

@@ -65,9 +65,10 @@ def models(service: Given) -> dict[str, Any]:
     }
 
 
+@router.post("/", tags=["text-embeddings-inference"])
 @router.post("/embed", tags=["text-embeddings-inference"])
 async def embed(body: EmbedRequest, request: Request, response: Response, service: Given) -> list[list[float]]:
-    """Vectors."""
+    """Vectors; `huggingface_hub`'s client asks at the address itself."""
     started = time.perf_counter()
     dimensions = checked_dimensions(body.dimensions, service)
     texts = [body.inputs] if isinstance(body.inputs, str) else body.inputs
@@ -116,8 +117,9 @@ def info(service: Given) -> dict[str, Any]:
 
 
 @router.get("/health", tags=["server"])
-def health(service: Given) -> dict[str, str]:
+async def health(service: Given) -> dict[str, str]:
     """Whether it takes requests: 200, or 503."""
+    # A coroutine: all threads for the others may be at work.
     if not service.engine.alive:
         raise UnavailableError("the engine has ended; start the server again")
     return {"status": "ok"}

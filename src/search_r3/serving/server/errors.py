@@ -31,7 +31,7 @@ with extra("serve"):
 
 logger = logging.getLogger(__name__)
 
-TEI_PATHS = ("/embed", "/similarity", "/rerank")
+TEI_PATHS = ("/", "/embed", "/similarity", "/rerank")
 STATUSES: tuple[tuple[type[Exception], int, str], ...] = (
     (DataError, 400, "Empty"),
     (ConfigError, 400, "Validation"),

@@ -1,13 +1,16 @@
-"""What every request passes: the token, the limit on its size, the count of its answer."""
+"""What every request passes: the token or the host, the limit on its size, the count of its answer."""
 
 from __future__ import annotations
 
 import secrets
 import time
+from contextlib import suppress
+from urllib.parse import urlsplit
 
 from ...extras import extra
+from . import pages
 from .errors import response_to
-from .service import Service
+from .service import LOCAL, Service
 
 with extra("serve"):
     from fastapi import Request
@@ -15,8 +18,8 @@ with extra("serve"):
     from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 
-OPEN = ("/health",)
-"""What needs no token."""
+OPEN = ("/health", *pages.ADDRESSES)
+"""What needs no token. The pages hold no data; they ask the routes, with the token that they are given."""
 
 
 class Gate:
@@ -56,6 +59,8 @@ class Gate:
                 raise HTTPException(
                     401, "a token is needed: Authorization: Bearer TOKEN", {"WWW-Authenticate": "Bearer"}
                 )
+        if self.service.settings.local:
+            _check_local(request)
         length = request.headers.get("content-length", "0")
         self._weigh(int(length) if length.isdigit() else 0)
 
@@ -75,3 +80,17 @@ class Gate:
         limit = self.service.settings.max_body
         if size > limit:
             raise HTTPException(413, f"a request of more than {limit} bytes; send less at once")
+
+
+def _check_local(request: Request) -> None:
+    host, origin = request.headers.get("host", ""), request.headers.get("origin")
+    if _name(f"//{host}") not in LOCAL:
+        raise HTTPException(421, f"this server is for {LOCAL[0]} alone, not for {host!r}; serve with --token")
+    if origin is not None and _name(origin) not in LOCAL:
+        raise HTTPException(403, f"this server is for {LOCAL[0]} alone, not for pages of {origin}; serve with --token")
+
+
+def _name(address: str) -> str | None:
+    with suppress(ValueError):
+        return urlsplit(address).hostname
+    return None

@@ -101,19 +101,26 @@ class SearchRequest(Ours):
     truncate: bool = False
 
 
+_CUT = Field(
+    True, description="Queries that are too long lose their ends, as in the reference; else they are an error."
+)
+
+
 class RetrieveRequest(BaseModel):
     """Search-R1's `/retrieve`."""
 
-    queries: list[str]
+    queries: list[str] = Field(description="An empty one has no hits.")
     topk: Count | None = None
     return_scores: bool = False
+    truncate: bool = _CUT
 
 
 class QueriesRequest(BaseModel):
     """R1-Searcher's `/queries`."""
 
-    queries: list[str]
+    queries: list[str] = Field(description="An empty one has no hits.")
     k: Count = 3
+    truncate: bool = _CUT
 
 
 class OneDocument(Ours):

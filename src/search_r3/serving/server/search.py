@@ -38,14 +38,13 @@ _NOT_ENCODED = Outcome([Embedded(np.zeros(0, np.float32), 0, False)], 0.0, 0.0)
 @router.post("/v1/search", tags=["search"], response_model=None)
 async def search(body: SearchRequest, request: Request, service: Given) -> Response | dict[str, Any]:
     """The best documents for a query, with reasoning and price; or as events while it is reasoned about."""
+    return await (_streamed(body, service) if body.stream else answered(body, service, request))
+
+
+async def answered(body: SearchRequest, service: Service, request: Request | None) -> dict[str, Any]:
+    """What `/v1/search` answers; `request` is watched for a client that hangs up."""
     started = time.perf_counter()
-    if not body.query.strip():
-        raise DataError("the query is empty; give a text with at least one visible character")
-    _ = service.store
-    if body.rerank and service.reranker is None:
-        await service.rerank(body.query, [])
-    if body.stream:
-        return await _streamed(body, service, started)
+    await _check(body, service)
     outcome = _NOT_ENCODED
     if (kind := body.mode or service.settings.mode) != "bm25":
         outcome = await service.encode(
@@ -59,10 +58,17 @@ async def search(body: SearchRequest, request: Request, service: Given) -> Respo
     return await _answer(body, service, outcome) | _price(started, outcome)
 
 
+@router.get("/v1/fields", tags=["search"])
+def fields(service: Given) -> dict[str, Any]:
+    """The number of chunks, and what a `filter` can name: fields and their most frequent values (of 10,000 chunks)."""
+    store = service.store
+    return {"chunks": len(store), "fields": store.fields()}
+
+
 @router.post("/retrieve", tags=["search"])
 async def retrieve(body: RetrieveRequest, request: Request, service: Given) -> dict[str, Any]:
     """In Search-R1's form."""
-    lists = await _hits(body.queries, body.topk or DEPTH, request, service)
+    lists = await _hits(body.queries, body.topk or DEPTH, body.truncate, request, service)
     documents = [[{"id": hit.chunk.doc_id, "contents": _contents(hit.chunk)} for hit in hits] for hits in lists]
     if not body.return_scores:
         return {"result": documents}
@@ -77,20 +83,34 @@ async def retrieve(body: RetrieveRequest, request: Request, service: Given) -> d
 @router.post("/queries", tags=["search"])
 async def queries(body: QueriesRequest, request: Request, service: Given) -> dict[str, Any]:
     """In R1-Searcher's form."""
-    lists = await _hits(body.queries, body.k, request, service)
+    lists = await _hits(body.queries, body.k, body.truncate, request, service)
     answers = [[f"{hit.chunk.doc_id}\t{hit.chunk.full_text}" for hit in hits] for hits in lists]
     return {"queries": body.queries, "answers": answers}
 
 
-async def _hits(texts: Sequence[str], k: int, request: Request, service: Service) -> list[list[Hit]]:
+async def _hits(texts: Sequence[str], k: int, truncate: bool, request: Request, service: Service) -> list[list[Hit]]:
+    """The hits of each text. An empty one has none: a policy that learns writes such, and its client ends at errors."""
     store = service.store
-    outcome = await service.encode(request, texts, service.settings.mode)
-    return await run_in_threadpool(store.search, outcome.vectors, k=k)
+    full = [text for text in texts if text.strip()]
+    if not full:
+        return [[] for _ in texts]
+    outcome = await service.encode(request, full, service.settings.mode, truncate=truncate)
+    lists = iter(await run_in_threadpool(store.search, outcome.vectors, k=k))
+    return [next(lists) if text.strip() else [] for text in texts]
 
 
 def _contents(chunk: Chunk) -> str:
     """First the title, in quotes, then the text."""
     return f'"{chunk.title or chunk.parent_id}"\n{chunk.text}'
+
+
+async def _check(body: SearchRequest, service: Service) -> None:
+    """Refuse what cannot be answered before it is reasoned about."""
+    if not body.query.strip():
+        raise DataError("the query is empty; give a text with at least one visible character")
+    _ = service.store
+    if body.rerank and service.reranker is None:
+        await service.rerank(body.query, [])
 
 
 async def _answer(body: SearchRequest, service: Service, outcome: Outcome) -> dict[str, Any]:
@@ -115,8 +135,10 @@ def _price(started: float, outcome: Outcome) -> dict[str, Any]:
     return {"usage": usage_of(outcome), "seconds": seconds | {"inference": outcome.inference_seconds}}
 
 
-async def _streamed(body: SearchRequest, service: Service, started: float) -> Response:
+async def _streamed(body: SearchRequest, service: Service) -> Response:
     """Events. What is wrong with the request is said by the status, before the first of them."""
+    started = time.perf_counter()
+    await _check(body, service)
     loop = asyncio.get_running_loop()
     pieces: asyncio.Queue[str | None] = asyncio.Queue()
     future: Future[Outcome] = Future()

@@ -24,6 +24,10 @@ with extra("serve"):
     from starlette.concurrency import run_in_threadpool
 
 
+LOCAL = ("127.0.0.1", "::1", "localhost")
+"""Names of this machine."""
+
+
 class Reranker(Protocol):
     """Scores texts for a query, a higher one for a better text; called by one thread at a time."""
 
@@ -44,6 +48,8 @@ class ServerSettings:
         max_body: bytes of one request.
         timeout: seconds until a request is given up.
         dimensions: that stage 1 trained (`sft.matryoshka_dimensions`), to which vectors may be cut.
+        host: where it listens. At this machine alone and without a token, what was sent to another host, or by another
+            host's page, is refused: else a page of the web could ask through the user's browser (DNS rebinding).
     """
 
     name: str = "search-r3"
@@ -53,6 +59,12 @@ class ServerSettings:
     max_body: int = 8 * 2**20
     timeout: float = 300.0
     dimensions: tuple[int, ...] = ()
+    host: str = ""
+
+    @property
+    def local(self) -> bool:
+        """Whether other hosts are refused."""
+        return self.token is None and self.host in LOCAL
 
 
 class Service:
@@ -125,7 +137,7 @@ class Service:
 
     async def encode(
         self,
-        request: Request,
+        request: Request | None,
         texts: Sequence[str],
         kind: Kind,
         *,
@@ -133,7 +145,7 @@ class Service:
         max_new_tokens: int | None = None,
         truncate: bool = False,
     ) -> Outcome:
-        """Encode texts; who hangs up cancels it."""
+        """Encode texts; who hangs up cancels it, and so does cancelling this, where there is no request to watch."""
         future = await self.submit(
             texts, kind, instruction=instruction, max_new_tokens=max_new_tokens, truncate=truncate
         )
@@ -182,12 +194,15 @@ async def outcome_of(future: Future[Outcome]) -> Outcome:
         raise ModelError(f"the model failed: {str(error).splitlines()[0] if str(error) else error!r}") from error
 
 
-async def _hung_up(request: Request) -> None:
+async def _hung_up(request: Request | None) -> None:
+    if request is None:
+        await asyncio.get_running_loop().create_future()
+        return
     while (await request.receive())["type"] != "http.disconnect":
         pass
 
 
-def _service(request: Request) -> Service:
+async def _service(request: Request) -> Service:  # else each request would wait for a thread to look this up
     service: Service = request.app.state.service
     return service
 
