@@ -4,9 +4,13 @@ A worker indexes, deletes and compacts, and tells before each operation what it 
 acknowledged. It gets SIGKILL at a random moment. Then the store must open, be whole (`verify`), and hold every
 acknowledged document; each document of the operation that was cut is there as before it, or as after it.
 
+With --serving it is `search-r3 serve` that is killed, while --clients write (PUT) and remove (DELETE) documents over
+HTTP, each of them its own; an answer with status 200 acknowledges.
+
 One JSON line for each kill, and one at the end; exit status 1 where one was not survived.
 
     python benchmarks/store_faults.py --kills 100
+    python benchmarks/store_faults.py --kills 30 --serving          # a quarter of an hour, most of it loading
 """
 
 from __future__ import annotations
@@ -34,7 +38,7 @@ from search_r3.data.documents import Chunk
 from search_r3.serving import Fingerprint, Store, index_documents
 from search_r3.serving.upkeep import verify
 
-SIZE, DOCUMENTS = 32, 300
+SIZE, DOCUMENTS, CLIENTS = 32, 300, 4
 
 
 class Encoder:
@@ -102,40 +106,95 @@ def versions(store: Store) -> dict[str, int]:
     return {entry.doc_id: store.get(entry.doc_id)[0].metadata["version"] for entry in store.documents()}
 
 
-def kill_once(address: str, seed: int, state: dict[str, int], longest: float) -> dict[str, Any]:
-    """Start a worker, kill it, and compare; `state` becomes what is there."""
+def kill_worker(address: str, seed: int, state: dict[str, int], delay: float) -> tuple[list[Any], list[Any], list[str]]:
+    """Start a worker and kill it: what it acknowledged, what was cut, faults."""
     command = [sys.executable, __file__, "--work", address, "--seed", str(seed), "--state", json.dumps(state)]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as worker:
         assert worker.stdout is not None
         ready = worker.stdout.readline()
-        delay = random.Random(f"delay/{seed}").uniform(0, longest)
         timer = threading.Timer(delay, worker.kill)
         timer.start()
         lines = [json.loads(line) for line in worker.stdout if line.endswith("\n")]
         timer.cancel()
-    pending: dict[str, Any] = {}
-    acknowledged = 0
-    for line in lines:
-        if "begin" in line:
-            pending = line
-        else:
-            acknowledged += 1
-            apply(state, pending["after"])
-            pending = {}
-    row = {
-        "seed": seed,
-        "during": pending.get("what", "between"),
-        "acknowledged": acknowledged,
-        "after_s": round(delay, 3),
-    }
+    begun = [line for line in lines if "begin" in line]
+    done = {line["done"] for line in lines if "done" in line}
     faults = [] if ready and worker.returncode == -signal.SIGKILL else [f"the worker ended with {worker.returncode}"]
+    return *([one for one in begun if (one["begin"] in done) == ended] for ended in (True, False)), faults
+
+
+def kill_server(address: str, seed: int, state: dict[str, int], delay: float) -> tuple[list[Any], list[Any], list[str]]:
+    """The same with a server and clients that write to it."""
+    from http_load import WAIT, Client, serve
+
+    ended, first, stop = dict[int, tuple[list[Any], list[Any]]](), threading.Event(), threading.Event()
+    faults: list[str] = []
+
+    def write(number: int, url: str) -> None:
+        draw, client, done = random.Random(f"{seed}/{number}"), Client(url), list[Any]()
+        own = [f"d{place}" for place in range(number, DOCUMENTS, CLIENTS)]
+        version = max(state.values(), default=0)
+        ended[number] = done, []
+        while True:
+            version += 1
+            call, one = operation(draw, draw.sample(own, draw.randint(1, 6)), version)
+            ended[number] = done, [one]
+            answer = client.ask(call)
+            if answer.status != 200:
+                if answer.status or not stop.is_set():
+                    faults.append(f"{call.kind} was answered with {answer.status}: {answer.text.decode()}")
+                return
+            done.append(one)
+            if call.kind == "put":
+                first.set()
+
+    with serve(address) as (running, url):
+        threads = [threading.Thread(target=write, args=(number, url)) for number in range(CLIENTS)]
+        for thread in threads:
+            thread.start()
+        first.wait(WAIT)  # the first one loads what all need
+        time.sleep(delay)
+        stop.set()
+        running.kill()
+        for thread in threads:
+            thread.join()
+    done = [one for number in ended for one in ended[number][0]]
+    return done, [one for number in ended for one in ended[number][1]], faults
+
+
+def operation(draw: random.Random, some: list[str], version: int) -> tuple[Any, dict[str, Any]]:
+    """A request that writes or removes these documents, and what it changes."""
+    from http_load import Call
+
+    if draw.random() < 0.3:
+        call = Call("delete", "DELETE", "/v1/documents", {"ids": some})
+        return call, {"what": "delete", "after": dict.fromkeys(some)}
+    documents = [
+        {
+            "id": name,
+            "metadata": {"version": version},
+            "text": " ".join(chunk.text for chunk in document(name, version)),
+        }
+        for name in some
+    ]
+    call = Call("put", "PUT", "/v1/documents", {"documents": documents})
+    return call, {"what": "put", "after": dict.fromkeys(some, version)}
+
+
+def kill_once(address: str, seed: int, state: dict[str, int], longest: float, serving: bool) -> dict[str, Any]:
+    """Let something write, kill it, and compare; `state` becomes what is there."""
+    delay = random.Random(f"delay/{seed}").uniform(0, longest)
+    done, cut, faults = (kill_server if serving else kill_worker)(address, seed, state, delay)
+    for one in done:
+        apply(state, one["after"])
+    row: dict[str, Any] = {"seed": seed, "during": "+".join(one["what"] for one in cut) or "between"}
+    row |= {"acknowledged": len(done), "after_s": round(delay, 3)}
+    changed = {name: version for one in cut for name, version in one["after"].items()}
     try:
         started = time.perf_counter()
         store = Store.open(address)
         row["open_ms"] = round(1000 * (time.perf_counter() - started), 1)
         faults += verify(store)
         found = versions(store)
-        changed = pending.get("after", {})
         for name in sorted({*state, *found, *changed}):
             allowed = {state.get(name), changed[name]} if name in changed else {state.get(name)}
             if found.get(name) not in allowed:
@@ -156,6 +215,17 @@ def apply(state: dict[str, int], after: dict[str, int | None]) -> None:
             state[name] = version
 
 
+def create(address: str, model: str | None) -> None:
+    """An empty store, of a model where there is one."""
+    if model is None:
+        Store.create(address, fingerprint())
+        return
+    from search_r3 import SearchR3
+
+    place = str(Path(model).absolute()) if Path(model).exists() else model
+    Store.create(address, Fingerprint.of(SearchR3(model)), model=place, chunk_tokens=64)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--kills", type=int, default=100)
@@ -163,16 +233,18 @@ def main() -> None:
     parser.add_argument("--longest", type=float, default=1.5, help="seconds of writing before a kill, at most")
     parser.add_argument("--work", help=argparse.SUPPRESS)
     parser.add_argument("--state", default="{}", help=argparse.SUPPRESS)
+    parser.add_argument("--serving", action="store_true", help="kill a server that clients write to")
+    parser.add_argument("--model", default="builtin", help="of the server")
     options = parser.parse_args()
     if options.work:
         work(options.work, options.seed, json.loads(options.state))
         return
     folder = Path(tempfile.mkdtemp(prefix="store-faults-"))
     address, state = str(folder / "store"), dict[str, int]()
-    Store.create(address, fingerprint())
+    create(address, options.model if options.serving else None)
     rows = []
     for number in range(options.kills):
-        rows.append(kill_once(address, options.seed + number, state, options.longest))
+        rows.append(kill_once(address, options.seed + number, state, options.longest, options.serving))
         print(json.dumps(rows[-1]), flush=True)
     during = Counter(row["during"] for row in rows)
     failed = sum(not row["ok"] for row in rows)

@@ -91,8 +91,8 @@ def _read(
     except OSError as error:
         by = f", which {extended_by[-1]} extends" if extended_by else ""
         raise ConfigError(f"cannot read the recipe {path}{by}: {error.strerror}") from error
-    except yaml.YAMLError as error:
-        raise ConfigError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from error
+    except (yaml.YAMLError, ValueError, RecursionError) as error:  # a date that is none is a ValueError, as is no UTF-8
+        raise ConfigError(f"{path} is not valid YAML in UTF-8: {' '.join(str(error).split())}; mend it") from error
     if not isinstance(values, dict):
         raise ConfigError(f"{path}: expected `key: value` lines, found {type(values).__name__}")
     parent = values.pop("extends", None)
@@ -129,7 +129,7 @@ def _apply(values: dict[str, Any], override: str) -> str:
         place = child
     try:
         place[leaf] = yaml.safe_load(text)
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
         raise ConfigError(f"cannot read the value of {override!r} as YAML") from error
     # YAML 1.1 reads 1e-3 (no dot) as a string; people write learning rates so.
     if isinstance(place[leaf], str):

@@ -183,6 +183,12 @@ def test_unreadable_recipes_are_named(tmp_path: Path) -> None:
     (tmp_path / "bad.yaml").write_text("a: [1")
     with pytest.raises(ConfigError, match="is not valid YAML"):
         load_recipe(tmp_path / "bad.yaml")
+    for content in (b"name: \xe9", b"name: 2020-13-45"):
+        (tmp_path / "bad.yaml").write_bytes(content)
+        with pytest.raises(ConfigError, match=r"bad\.yaml is not valid YAML in UTF-8: .*; mend it"):
+            load_recipe(tmp_path / "bad.yaml")
+    with pytest.raises(ConfigError, match="cannot read the value of 'name=2020-13-45' as YAML"):
+        load_recipe(None, ["name=2020-13-45"])
     (tmp_path / "list.yaml").write_text("- 1")
     with pytest.raises(ConfigError, match="expected `key: value` lines, found list"):
         load_recipe(tmp_path / "list.yaml")

@@ -255,8 +255,9 @@ class EngineThread:
             for job in jobs[: count - len(rows)]:
                 job.started = self._clock() if job.started is None else job.started
                 rows.append(job.waiting.popleft())
-        # Who was served last is first in line no more.
-        self._jobs[kind].sort(key=lambda job: job in {row.job for row in rows})
+        if served := {row.job for row in rows}:
+            # Who was served last is first in line no more.
+            self._jobs[kind].sort(key=lambda job: job in served)
         return rows
 
     def _step(self) -> None:

@@ -133,7 +133,8 @@ def _test(name: str, operator: str, value: Any) -> str:
         )
     if name in COLUMNS:
         if value is not None and isinstance(value, str) != (name != "page"):
-            raise DataError(f"filter of {name!r}: it is {'a number' if name == 'page' else 'a text'}, found {value!r}")
+            kind = "a number" if name == "page" else "a text"
+            raise DataError(f"filter of {name!r}: expected {kind}, found {value!r}")
         return _compare(name, operator, value, quote)
     if operator == "$contains":
         text = value if isinstance(value, str) else json.dumps(value)
@@ -173,5 +174,5 @@ def _fits(key: str) -> bool:
 def _path(name: str) -> str:
     key = name.removeprefix("metadata.")
     if not _fits(key):
-        raise DataError(f"filter: a name of metadata holds no quotes and backslashes, found {key!r}")
+        raise DataError(f"filter: a name of metadata holds no quotes and backslashes, found {key!r}; rename the field")
     return quote(f'$."{key}"')

@@ -7,8 +7,9 @@ from __future__ import annotations
 
 import logging
 import threading
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Mapping, Sequence
+from types import MappingProxyType
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -32,8 +33,32 @@ FUSION = 60
 WORDS = "full_text_idx"
 _VECTORS = "vector_idx"
 
+CHUNK_BYTES = 64 * 2**20
+"""Below `IN_MEMORY` rows the chunks are held, too, if they take no more."""
+
 Ranking = list[tuple[str, str, float]]
 """Ids of chunks and documents with scores, best first; equal scores by id, the larger first, as everywhere."""
+
+
+class _Held(NamedTuple):
+    """A version of the table in memory: documents of all chunks, an exact index of the vectors, chunks and places."""
+
+    version: int
+    parents: Mapping[str, str] = MappingProxyType({})
+    index: Any = None
+    chunks: tuple[Any, dict[str, int]] = (None, {})
+
+    def nearest(self, queries: Array, depth: int, read: dict[str, dict[str, Any]]) -> list[Ranking]:
+        """As that of `Ranker`."""
+        result = self.index.search(queries, depth)
+        table, places = self.chunks
+        found = sorted({places[name] for names in result.doc_ids for name in names if name in places})
+        if found:
+            read.update((row["id"], row) for row in table.take(found).to_pylist())
+        return [
+            [(name, self.parents[name], score) for name, score in zip(names, scores.tolist(), strict=True)]
+            for names, scores in zip(result.doc_ids, result.scores, strict=True)
+        ]
 
 
 class Ranker:
@@ -42,22 +67,16 @@ class Ranker:
     def __init__(self, table: Any, dimension: int) -> None:
         self._table, self._dimension = table, dimension
         self._mutex = threading.Lock()
-        self._held: tuple[int, dict[str, str], Any] | None = None
+        self._held: _Held | None = None
 
     def nearest(
         self, queries: Array, depth: int, condition: str | None, read: dict[str, dict[str, Any]]
     ) -> list[Ranking]:
         """The nearest rows of each query by cosine; `read` takes those that were read on the way, by id."""
-        count = self._table.count_rows()
-        if not count:
+        if condition is None and (held := self._hold()).index is not None:
+            return held.nearest(queries, depth, read)
+        if not self._table.count_rows():
             return [[] for _ in queries]
-        if condition is None and count < IN_MEMORY:
-            parents, index = self._hold()
-            result = index.search(queries, depth)
-            return [
-                [(name, parents[name], score) for name, score in zip(names, scores.tolist(), strict=True)]
-                for names, scores in zip(result.doc_ids, result.scores, strict=True)
-            ]
         return [self._query(query, depth, condition, self.index(), read) for query in queries]
 
     def with_words(self, text: str, depth: int, condition: str | None, read: dict[str, dict[str, Any]]) -> Ranking:
@@ -122,18 +141,34 @@ class Ranker:
             search = search.refine_factor(REFINE) if facts["kind"] == "IvfSq" else search
         return _ranking(search.to_arrow().to_pylist(), read)
 
-    def _hold(self) -> tuple[dict[str, str], Any]:
-        """The documents of all chunks and an exact index of the vectors, read again after every write."""
+    def _hold(self) -> _Held:
+        """What is held in memory, read again after every write; LanceDB would take milliseconds for each query."""
         from ..retrieval.index import ExactIndex
 
         with self._mutex:
             version = self._table.version
-            if self._held is None or self._held[0] != version:
-                found = self._table.search().select(["id", "parent_id", "vector"]).to_arrow()
-                names = found["id"].to_pylist()
-                parents = dict(zip(names, found["parent_id"].to_pylist(), strict=True))
-                self._held = version, parents, ExactIndex(names, self._matrix(found["vector"].combine_chunks()))
-            return self._held[1:]
+            if self._held is None or self._held.version != version:
+                self._held = _Held(version)
+                if 0 < self._table.count_rows() < IN_MEMORY:
+                    found = self._table.search().select(["id", "parent_id", "vector"]).to_arrow()
+                    names, parents = found["id"].to_pylist(), found["parent_id"].to_pylist()
+                    index = ExactIndex(names, self._matrix(found["vector"].combine_chunks()))
+                    self._held = _Held(version, dict(zip(names, parents, strict=True)), index, self._small_chunks())
+            return self._held
+
+    def _small_chunks(self) -> tuple[Any, dict[str, int]]:
+        """All chunks and the place of each; none where they take more than `CHUNK_BYTES`."""
+        with extra("serve"):
+            import pyarrow as pa
+
+        batches, size = [], 0
+        for batch in self._table.search().select(list(CHUNK)).to_batches():
+            batches.append(batch)
+            size += batch.nbytes
+            if size > CHUNK_BYTES:
+                return None, {}
+        table = pa.Table.from_batches(batches).combine_chunks()
+        return table, {name: place for place, name in enumerate(table["id"].to_pylist())}
 
     def _matrix(self, column: Any) -> Array:
         values: Array = column.flatten().to_numpy().reshape(-1, self._dimension)

@@ -345,6 +345,14 @@ def test_tables_as_people_save_them_are_read(tmp_path: Path) -> None:
     assert texts == {"excel.csv:1": "naïve, or not", "unicode.tsv:1": "naïve", "one.csv:1": "only column"}
 
 
+def test_a_table_without_rows_is_counted(tmp_path: Path) -> None:
+    (tmp_path / "good.csv").write_text("id,text\n1,good\n")
+    (tmp_path / "open.csv").write_text('"id,text\n1,a quotation that never ends\n')
+    stream = read_documents(tmp_path)
+    assert [chunk.parent_id for chunk in stream] == ["good.csv:1"]
+    assert stream.report.examples == {"a table without rows": [str(tmp_path / "open.csv")]}
+
+
 def test_broken_rows_are_counted_and_the_others_read(tmp_path: Path) -> None:
     lines = jsonl({"id": "a", "text": "good"}) + '{"id": "b", "te\n[1]\n\n' + jsonl(
         {"id": "c", "text": ["a", "list"]}, {"id": "d", "text": "  "}, {"id": "e"}, {"id": "f", "text": 7.5},

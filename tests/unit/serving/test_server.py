@@ -119,7 +119,7 @@ def test_openai_base64_dimensions_and_usage(client: TestClient, encoder: SearchR
         ("/v1/search", {"query": "a", "K": 3}, 422, "K: Extra inputs"),
         ("/v1/search", {"query": "a", "k": 0}, 422, "k: "),
         ("/retrieve", {"queries": ["red " * 900], "truncate": False}, 413, "longer than"),
-        ("/nothing", {}, 404, "Not Found"),
+        ("/nothing", {}, 404, "there is no route POST /nothing; /docs shows them all"),
     ],
 )
 def test_what_is_wrong_with_a_request_is_named(
@@ -251,6 +251,30 @@ def test_info_publishes_the_limits(client: TestClient, encoder: SearchR3) -> Non
     assert info["max_concurrent_requests"] == 40 and info["dimensions"] == [8] and info["store"] is True
     paths = client.get("/openapi.json").json()["paths"]
     assert {"/v1/embeddings", "/embed", "/rerank", "/v1/search", "/retrieve", "/queries"} <= paths.keys()
+
+
+@pytest.mark.parametrize(
+    ("method", "path", "content", "kind", "status", "message"),
+    [
+        ("GET", "/nowhere", b"", "", 404, "there is no route GET /nowhere; /docs shows them all"),
+        ("PATCH", "/info", b"", "", 405,
+         "there is no route PATCH /info; it takes another method, and /docs shows which"),
+        ("POST", "/embed", b'{"inputs": ', "application/json", 422,
+         "body: not JSON at character 11 (Expecting value); send a JSON object"),
+        ("POST", "/embed", b'{"inputs": "a"}', "text/plain", 422,
+         "body: expected a JSON object, with Content-Type: application/json"),
+        ("POST", "/embed", b"\xff\xfe\xfd", "application/json", 400,
+         "the body cannot be read as JSON; send a JSON object in UTF-8"),
+        ("POST", "/embed", b'{"inputs": ' + b"[" * 9999, "application/json", 400,
+         "the body cannot be read as JSON; send a JSON object in UTF-8"),
+    ],
+)  # fmt: skip
+def test_what_no_route_reads_is_refused_with_place_and_remedy(
+    method: str, path: str, content: bytes, kind: str, status: int, message: str, client: TestClient
+) -> None:
+    answer = client.request(method, path, content=content, headers={"content-type": kind} if kind else {})
+    found = answer.json()["error"]
+    assert (answer.status_code, found if path == "/embed" else found["message"]) == (status, message)
 
 
 def test_metrics_count_answers_by_route_and_tokens(encoder: SearchR3, store: Store) -> None:

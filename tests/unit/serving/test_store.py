@@ -303,6 +303,23 @@ def test_files_are_put_together_after_so_many_commits(store: Store, monkeypatch:
     assert found(store, texts=["d11"]) == ["d11#0"]
 
 
+@pytest.mark.parametrize(("size", "asked_for"), [(ranking.CHUNK_BYTES, 0), (0, 3)])
+def test_hits_are_read_from_memory_where_chunks_are_few_and_are_never_old(
+    size: int, asked_for: int, store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(ranking, "CHUNK_BYTES", size)
+    put(store, *[document(f"d{number}", str(number), metadata={"n": number}) for number in range(9)])
+    asked: list[str] = []
+    plain = store._rows
+    monkeypatch.setattr(
+        store, "_rows", lambda column, names, columns: asked.extend(names) or plain(column, names, columns)
+    )
+    [hits] = store.search(vector("5")[None], k=3)
+    assert (hits[0].chunk, len(hits), len(asked)) == (document("d5", "5", metadata={"n": 5})[0], 3, asked_for)
+    put(Store.open(store.address), document("d5", "5", metadata={"n": -5}))
+    assert store.search(vector("5")[None], k=1)[0][0].chunk.metadata == {"n": -5}
+
+
 # Keeping it.
 
 

@@ -138,7 +138,7 @@ def read_rows(
 
     Args:
         path: the file.
-        skip: told of lines that are broken.
+        skip: told of lines that are broken, and of a table without rows.
         needed: of the columns that there are, those that are read of Parquet; of other files all are.
 
     Raises:
@@ -147,12 +147,14 @@ def read_rows(
     """
     suffix = path.suffix.lower()
     try:
-        if suffix == ".parquet":
-            yield from _parquet(path, needed)
-        elif suffix in (".csv", ".tsv"):
-            yield from _csv(path, suffix)
-        else:
+        if suffix not in (".parquet", ".csv", ".tsv"):
             yield from _json_lines(path, skip)
+            return
+        number = 0
+        for number, row in _parquet(path, needed) if suffix == ".parquet" else _csv(path, suffix):
+            yield number, row
+        if not number:  # such as a CSV whose first quotation never ends
+            skip(str(path), "a table without rows")
     except OSError as error:
         raise UnreadableError(f"unreadable ({error.strerror or error})") from error
     except csv.Error as error:
