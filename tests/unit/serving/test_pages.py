@@ -54,6 +54,7 @@ def test_a_browser_asks_again_and_gets_only_what_is_new(client: TestClient, addr
         "/web/index.html",
         "/web/%2e%2e/pages.py",
         "/web//page.js",
+        "/%09docs",
     ],
 )
 def test_all_else_needs_the_token(client: TestClient, address: str) -> None:
