@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import http.client
 import json
+import os
 import subprocess
 import sys
 import threading
@@ -119,7 +120,8 @@ def keep_busy(
 @contextmanager
 def process(command: Sequence[object]) -> Iterator[tuple[subprocess.Popen[str], str]]:
     """A server whose first line begins with its address, until the block ends; that address, answering."""
-    with subprocess.Popen([str(part) for part in command], stdout=subprocess.PIPE, text=True) as running:
+    free = {name: value for name, value in os.environ.items() if name != "SEARCH_R3_TOKEN"}
+    with subprocess.Popen([str(part) for part in command], stdout=subprocess.PIPE, text=True, env=free) as running:
         try:
             assert running.stdout is not None
             line = running.stdout.readline()

@@ -40,6 +40,8 @@ TOOL: Any = {
 }
 ROUNDS = 8
 """How often the model may search before it has to answer."""
+TIMEOUT = 300
+"""Seconds for one search."""
 
 
 def search(server: str, query: str, k: int = 5) -> str:
@@ -47,10 +49,11 @@ def search(server: str, query: str, k: int = 5) -> str:
     headers = {"Content-Type": "application/json", "Authorization": f"Bearer {os.environ.get('SEARCH_R3_TOKEN', '')}"}
     body = json.dumps({"query": query, "k": k}).encode()
     try:
-        with urllib.request.urlopen(urllib.request.Request(f"{server}/v1/search", body, headers)) as response:
+        request = urllib.request.Request(f"{server}/v1/search", body, headers)
+        with urllib.request.urlopen(request, timeout=TIMEOUT) as response:
             hits = json.load(response)["hits"]
     except urllib.error.HTTPError as error:
-        if error.code in (401, 404):
+        if error.code not in (400, 413, 422):
             raise
         return json.dumps(json.load(error))
     return json.dumps([{name: hit[name] for name in ("id", "title", "text")} for hit in hits], ensure_ascii=False)

@@ -64,7 +64,7 @@ class Gate:
         if self.service.settings.local:
             _check_local(request)
         length = request.headers.get("content-length", "0")
-        self._weigh(int(length) if length.isdigit() else 0)
+        self._weigh(int(length) if length.isdecimal() else 0)
 
     def _counted(self, receive: Receive) -> Receive:
         size = 0
