@@ -157,7 +157,10 @@ class RewardSettings(Section):
         0.5, ge=0, description="1 - log(rank) / log(1000) of the relevant documents, the mean; 0 to 1, 0 from 1,000 on."
     )
     contrastive: float = Field(
-        0.0, ge=0, description="Softmax probability of the relevant documents among the best of the index, 0 to 1."
+        0.5,
+        ge=0,
+        description="Softmax probability of the relevant documents among the best of the index, 0 to 1. It still tells "
+        "replies apart where all rank first; without it such queries teach to say less.",
     )
     format: float = Field(0.1, ge=0, description="1 if the model emitted the embed token itself, else 0.")
     length: float = Field(0.0, ge=0, description="0 up to three quarters of the budget, -1 where it is used up.")

@@ -11,6 +11,7 @@ import threading
 import tomllib
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -362,6 +363,10 @@ def test_a_store_or_a_model_is_opened_by_its_path(served: Served, tiny_path: Pat
     assert [hit.parent_id for hit in words[0].hits] == [hit.parent_id for hit in words[1].hits] == ["d01"]
     model = InProcess.open(tiny_path)
     assert np.allclose(model.encode_document("a").vectors, served.model.encode_document("a"), atol=1e-5)
+    settings = served.model.backbone.settings.model_copy(update={"mode": "direct"})
+    with InProcess(SearchR3(replace(served.model.backbone, settings=settings)), served.store) as source:
+        assert source.encode_query(QUERY).usage.completion_tokens == source.search(QUERY).usage.completion_tokens == 0
+        assert source.search(QUERY, mode="reason").usage.completion_tokens > 0
     instructed = Store.create("memory://instructed", Fingerprint.of(served.model, "Only tea."))
     with InProcess(served.model, instructed) as source:
         expected = served.model.encode_document("a", instruction="Only tea.")

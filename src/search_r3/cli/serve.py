@@ -14,7 +14,7 @@ import typer
 
 from .. import console
 from ..errors import ConfigError
-from .common import ModelOptions, ModeName, Untrained, app, load_encoder, mode_of, takes_model_options
+from .common import ModelOptions, ModeName, Untrained, app, load_encoder, takes_model_options
 from .store import AskedArgument, OtherModel, StoreArgument, is_store, open_with_model
 
 if TYPE_CHECKING:
@@ -70,7 +70,7 @@ def serve(
             encoder = load_encoder(served, options, untrained)
         model = other_model or (served if store is None else store.info.model)
         settings = ServerSettings(
-            *(name or Path(model).name, token, mode_of(encoder, mode), max_batch, max_body * 2**20, timeout),
+            *(name or Path(model).name, token, mode.value if mode else None, max_batch, max_body * 2**20, timeout),
             dimensions=tuple(encoder.checked_dimensions(one) or 0 for one in dimensions or ()),
             host=host,
         )
@@ -108,7 +108,7 @@ def mcp(
         opened, encoder = open_with_model(store, other_model, options)
         console.aside(f"{store}: {len(opened):,} chunks; MCP over stdin and stdout")
     with EngineThread(encoder) as engine:
-        settings = ServerSettings(mode=mode_of(encoder, mode), timeout=timeout)
+        settings = ServerSettings(mode=mode.value if mode else None, timeout=timeout)
         try:
             create_mcp(Service(engine, settings, opened, None)).run("stdio")
         finally:

@@ -163,10 +163,10 @@ class Client(_Base):
         instruction: str = "",
         truncate: bool = False,
     ) -> Reranking:
-        """Rank texts for a query: by the server's cross-encoder, else by cosine with the reasoned query.
+        """Rank texts for a query: by the server's cross-encoder, else by cosine with the query, in the server's mode.
 
         Args:
-            query: is reasoned about once for each request that the texts take.
+            query: is encoded once for each request that the texts take.
             texts: what is ranked.
             top_n: the best of them alone.
             instruction: follows the query.

@@ -73,7 +73,7 @@ class SearchR3TextEmbedder(_Component):
 
     Args:
         source: a server's address, a model, a store (for its model), or an `InProcess` or `Client`.
-        mode: `reason` or `direct`; by default a server's own, else `reason`.
+        mode: `reason` or `direct`; by default the server's or the model's own.
         instruction: follows the query.
     """
 
@@ -124,7 +124,7 @@ class SearchR3Retriever(_Component):
         source: a server's address, a store, or an `InProcess` or `Client`.
         filters: in Haystack's form, without `OR` and `NOT`.
         top_k: passages, each of another document.
-        mode: `reason`, `direct` or `bm25`; by default a server's own, else `reason`.
+        mode: `reason`, `direct` or `bm25`; by default the server's or the model's own.
         instruction: follows the query.
         hybrid: ranks by words and by vectors are fused.
         rerank: a server's cross-encoder ranks the passages anew.

@@ -23,7 +23,7 @@ class SearchR3Retriever(BaseRetriever):
     Attributes:
         source: a server's address, a store, or an `InProcess` or `Client`.
         k: passages, each of another document.
-        mode: `reason`, `direct` or `bm25`; by default a server's own, else `reason`.
+        mode: `reason`, `direct` or `bm25`; by default the server's or the model's own.
         instruction: follows each query.
         filter: which documents are searched, such as `{"year": {"$gte": 2020}}`.
         hybrid: ranks by words and by vectors are fused.
@@ -61,7 +61,7 @@ class SearchR3Embeddings(Embeddings):
 
     Args:
         source: a server's address, a model, a store (for its model), or an `InProcess` or `Client`.
-        mode: of queries, `reason` or `direct`; by default a server's own, else `reason`.
+        mode: of queries, `reason` or `direct`; by default the server's or the model's own.
         instruction: follows each query.
     """
 

@@ -57,7 +57,7 @@ class SearchR3Embedding(BaseEmbedding):
 
     Args:
         source: a server's address, a model, a store (for its model), or an `InProcess` or `Client`.
-        mode: of queries, `reason` or `direct`; by default a server's own, else `reason`.
+        mode: of queries, `reason` or `direct`; by default the server's or the model's own.
         instruction: follows each query.
         options: of `BaseEmbedding`.
     """

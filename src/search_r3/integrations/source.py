@@ -59,7 +59,7 @@ class InProcess:
         self, texts: str | Sequence[str], mode: Literal["reason", "direct"] | None = None, *, instruction: str = ""
     ) -> Embeddings:
         """As `Client.encode_query`."""
-        outcome = self._encode(texts, mode or "reason", instruction=instruction)
+        outcome = self._encode(texts, mode, instruction=instruction)
         return Embeddings(outcome.vectors, _price(outcome))
 
     def encode_document(self, texts: str | Sequence[str]) -> Embeddings:
@@ -84,7 +84,7 @@ class InProcess:
             raise DataError("the query is empty; give a text with at least one visible character")
         if options.get("rerank"):
             raise ConfigError("rerank: a cross-encoder is a server's (search-r3 serve --reranker); leave it out")
-        started, mode = time.perf_counter(), options.get("mode") or "reason"
+        started, mode = time.perf_counter(), options.get("mode")
         outcome = Outcome([Embedded(np.zeros(0, np.float32), 0, False)], 0.0, 0.0)
         if mode != "bm25":
             outcome = self._encode(
@@ -119,7 +119,7 @@ class InProcess:
         return "" if self._store is None else self._store.info.fingerprint.instruction
 
     def _encode(
-        self, texts: str | Sequence[str], kind: Literal["reason", "direct", "document"], **options: Any
+        self, texts: str | Sequence[str], kind: Literal["reason", "direct", "document"] | None, **options: Any
     ) -> Outcome:
         return self._engine.submit([texts] if isinstance(texts, str) else list(texts), kind, **options).result()
 

@@ -98,7 +98,7 @@ class EngineThread:
     def submit(
         self,
         texts: Sequence[str],
-        kind: Kind = "reason",
+        kind: Kind | None = None,
         *,
         instruction: str = "",
         max_new_tokens: int | None = None,
@@ -110,7 +110,7 @@ class EngineThread:
 
         Args:
             texts: queries or documents.
-            kind: `reason`, `direct` or `document`.
+            kind: `reason`, `direct` or `document`; by default queries in the model's own mode.
             instruction: follows each text.
             max_new_tokens: reasoning budget; by default the model's own.
             truncate: a text that is too long may lose its end; else it is an error.
@@ -127,6 +127,7 @@ class EngineThread:
             OverloadedError: the queue is full.
             UnavailableError: it is closed.
         """
+        kind = kind or self.model.backbone.settings.mode
         if not texts:
             raise DataError("no text was given; give at least one")
         if len(texts) > self.max_queue:

@@ -145,7 +145,7 @@ def train_grpo(
                 "learning_rate": engine.learning_rate
             }
             if step == 0 and engine.rank == 0:
-                warn_if_known(values)
+                warn_if_known(values, settings.reward)
             values["tokens"] *= settings.num_iterations
             values |= rates(values["tokens"], started, ready)
             if dev is not None and evaluations.due(step + 1, settings.steps):

@@ -23,7 +23,7 @@ from search_r3.retrieval.index import ExactIndex
 from search_r3.retrieval.metrics import ndcg, rank
 from search_r3.retrieval.ranking import RankRequest
 
-WEIGHTS = RewardSettings(ndcg=1.0, log_rank=0.0, format=0.25, tokens=0.1)
+WEIGHTS = RewardSettings(ndcg=1.0, log_rank=0.0, contrastive=0.0, format=0.25, tokens=0.1)
 
 
 class MovingEncoder:

@@ -41,7 +41,7 @@ def test_the_reward_is_the_weighted_sum() -> None:
     parts = reward_parts(OUTCOME, SETTINGS, k=10, contrast=0.5, function=lambda outcome: 0.25)
     expected = parts.ndcg + 2 * parts.log_rank + 4 * 0.5 + 8 * 1.0 - 32 * 0.25 + 64 * 0.25
     assert parts.total(weights) == pytest.approx(expected) == sum(parts.weighted(weights).values())
-    assert parts.total(RewardSettings(log_rank=0, format=0, custom=0)) == parts.ndcg
+    assert parts.total(RewardSettings(log_rank=0, contrastive=0, format=0, custom=0)) == parts.ndcg
 
 
 @pytest.mark.parametrize(
@@ -115,7 +115,9 @@ def test_a_function_of_the_recipe_is_given_the_reply_and_adds_to_the_reward(
         return 0.5 if len(outcome.reasoning) < 5 else -0.5
 
     monkeypatch.setitem(__import__("sys").modules, "my_rewards", SimpleNamespace(brief=brief))
-    weights = load_recipe(None, ["grpo.reward.function=my_rewards:brief", "grpo.reward.custom=2.0"]).grpo.reward
+    weights = load_recipe(
+        None, ["grpo.reward.function=my_rewards:brief", "grpo.reward.custom=2", "grpo.reward.contrastive=0"]
+    ).grpo.reward
     world = RetrievalEnvironment(
         collection, collection.split("train"), MovingEncoder(collection), RefreshSettings(policy="never"), weights,
         k=10, max_new_tokens=10,

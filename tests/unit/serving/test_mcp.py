@@ -40,7 +40,7 @@ def store(tiny_path: Path) -> Store:
         chunk("tea.pdf", 0, TEXTS[0], title="Tea", path="/my notes/tea.pdf", page=1, metadata=metadata),
         chunk("tea.pdf", 1, TEXTS[1], title="Tea", path="/my notes/tea.pdf", page=2, metadata=metadata),
         chunk("a kettle", 0, TEXTS[2], metadata={"year": 1990}),
-        chunk("site", 0, "A web page about boats.", metadata={"url": "https://boats.example/1"}),
+        chunk("site", 0, "A web page about boats.", metadata={"url": "https://boats.example/1", "document": "a boat"}),
     ]
     store.upsert(chunks, encoder.encode_document([one.full_text for one in chunks]))
     return store
@@ -120,6 +120,8 @@ def test_fetch_gives_a_passage_and_by_its_document_all_of_it(service: Service) -
     assert passage["metadata"] | {"document": "tea.pdf", "year": 2020, "source": "/notes"} == passage["metadata"]
     whole = ask(service, "fetch", id=passage["metadata"]["document"]).structured_content
     assert whole["text"] == f"{TEXTS[0]}\n{TEXTS[1]}" and whole["id"] == "tea.pdf"
+    other = ask(service, "fetch", id="site#0").structured_content
+    assert other["metadata"]["document"] == "site"  # whatever a field of that name says
 
 
 @pytest.mark.parametrize(

@@ -54,6 +54,7 @@ def test_a_browser_asks_again_and_gets_only_what_is_new(client: TestClient, addr
         "/web/index.html",
         "/web/%2e%2e/pages.py",
         "/web//page.js",
+        "/%09docs",
     ],
 )
 def test_all_else_needs_the_token(client: TestClient, address: str) -> None:
@@ -79,7 +80,7 @@ def test_every_route_is_listed_with_its_fields(client: TestClient) -> None:
     listed = set(re.findall(r"<b>(\w+)</b> <code>([^<]+)</code>", text))
     paths = client.get("/openapi.json", headers={"Authorization": "Bearer secret"}).json()["paths"]
     assert listed == {(method.upper(), path) for path, methods in paths.items() for method in methods}
-    assert not {path for _, path in listed} & set(pages.ADDRESSES)
+    assert not {path for method, path in listed if method == "GET"} & set(pages.ADDRESSES)
     rows = dict(re.findall(r'<th scope="row"><code>([^<]+)</code></th>\s*((?:<td>.*</td>)+)', text))
     assert {"documents[].metadata", "inputs.sentences", "parameters.truncate", "filter", "after"} <= rows.keys()
     assert rows["documents[].id"] == "<td>string</td><td>required</td><td></td>"

@@ -6,6 +6,7 @@ import base64
 import json
 import threading
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -233,6 +234,24 @@ def test_tei_similarity_and_rerank_are_cosines_with_the_reasoned_query(client: T
         ]
 
 
+def test_queries_are_in_the_models_own_mode_unless_the_server_has_one(encoder: SearchR3, store: Store) -> None:
+    backbone = replace(encoder.backbone, settings=encoder.backbone.settings.model_copy(update={"mode": "direct"}))
+    text, written = "where is the red house?", []
+    with EngineThread(SearchR3(backbone)) as engine:
+        assert engine.submit([text]).result(WAIT).reasoning_tokens == 0
+        for settings in (ServerSettings(), ServerSettings(mode="reason")):
+            client = TestClient(create_app(engine, settings, store=store))
+            bodies = {
+                "/v1/embeddings": {"input": text},
+                "/v1/search": {"query": text},
+                "/v2/rerank": {"query": text, "documents": ["a boat"]},
+            }
+            usages = [client.post(path, json=body).json()["usage"] for path, body in bodies.items()]
+            written.append([usage["completion_tokens"] > 0 for usage in usages])
+            assert client.get("/info").json()["default_mode"] == (settings.mode or "direct")
+    assert written == [[False] * 3, [True] * 3]
+
+
 def test_a_cross_encoder_ranks_where_there_is_one(engine: EngineThread, store: Store) -> None:
     def lengths(query: str, texts: Sequence[str]) -> list[float]:
         return [-float(len(text)) for text in texts]
@@ -306,10 +325,18 @@ def test_a_token_is_asked_for_everywhere_but_for_health_and_pages(engine: Engine
     client = TestClient(create_app(engine, ServerSettings(token="secret"), store=store))
     paths = ["/info", "/metrics", "/v1/documents", "/v1/fields", "/openapi.json", "/mcp"]
     assert [client.get(path).status_code for path in paths] == [401] * len(paths)
+    assert client.post("/", json={"inputs": "a"}).status_code == 401  # at the page's address
+    assert client.get("/info", headers={"Host": "here/health?"}).status_code == 401  # its address ends there
     wrong = client.post("/v1/search", json={"query": "a"}, headers={"Authorization": "Bearer other"})
     assert wrong.status_code == 401 and wrong.headers["WWW-Authenticate"] == "Bearer"
     assert client.get("/health").status_code == 200
     assert client.get("/info", headers={"Authorization": "Bearer secret"}).status_code == 200
+
+
+@pytest.mark.parametrize("token", ["", " "])
+def test_an_empty_token_which_everybody_has_is_refused(token: str) -> None:
+    with pytest.raises(errors.ConfigError, match="the token is empty"):
+        ServerSettings(token=token)
 
 
 def test_no_other_origin_is_let_in(client: TestClient) -> None:

@@ -160,7 +160,7 @@ def test_dead_groups_and_shares_of_the_variance_by_hand() -> None:
         *[parts(0.5), parts(0.5)],
         *[parts(0.0), parts(1.0, form=0.0)],
     ]
-    weights = RewardSettings(ndcg=1.0, log_rank=1.0, format=0.5)
+    weights = RewardSettings(ndcg=1.0, log_rank=1.0, contrastive=0.0, format=0.5)
     values = signals.group_signals(batch, weights, 2)
     shares = {name: values[f"groups_{name}"] for name in ("all_0", "all_1", "tied", "mixed")}
     assert shares == {"all_0": 0.25, "all_1": 0.25, "tied": 0.25, "mixed": 0.25}
@@ -276,7 +276,9 @@ def test_the_term_on_the_winners_leaves_the_others_out(talker: SearchR3, collect
 
 
 def test_queries_that_stage_1_knows_are_said(caplog: pytest.LogCaptureFixture) -> None:
-    signals.warn_if_known({"groups_all_1": 0.62})
-    assert not caplog.messages
-    signals.warn_if_known({"groups_all_1": 0.81})
+    ranks = RewardSettings(contrastive=0)
+    signals.warn_if_known({"groups_all_1": 0.62}, ranks)
+    signals.warn_if_known({"groups_all_1": 0.81}, RewardSettings())
+    assert not caplog.messages, "the reward still tells replies apart"
+    signals.warn_if_known({"groups_all_1": 0.81}, ranks)
     assert "81 % of the first step's queries are found by every rollout" in caplog.text

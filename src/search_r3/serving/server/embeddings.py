@@ -31,7 +31,7 @@ async def embeddings(body: EmbeddingsRequest, request: Request, service: Given) 
     if body.input_type == "document":
         kind = "document"
     elif body.input_type == "query" and kind == "document":
-        kind = service.settings.mode
+        kind = service.mode
     if body.mode is not None and kind != "document":
         kind = body.mode
     texts = [body.input] if isinstance(body.input, str) else body.input
@@ -110,7 +110,7 @@ def info(service: Given) -> dict[str, Any]:
         "timeout_seconds": settings.timeout,
         "slots": engine.slots,
         "auto_truncate": False,
-        "default_mode": settings.mode,
+        "default_mode": service.mode,
         "store": service.has_store,
         "cross_encoder": service.reranker is not None,
     }
@@ -141,7 +141,7 @@ def kind_of(model: str, service: Service) -> Kind:
     if name not in (service.settings.name, "search-r3"):
         known = ", ".join([service.settings.name, *(f"{service.settings.name}:{kind}" for kind in KINDS)])
         raise NotFoundError(f"there is no model {model!r} here; take one of {known}")
-    return next((kind for kind in KINDS if kind == suffix), service.settings.mode)
+    return next((kind for kind in KINDS if kind == suffix), service.mode)
 
 
 def checked_dimensions(dimensions: int | None, service: Service) -> int | None:
@@ -180,7 +180,7 @@ def prices(started: float, *outcomes: Outcome) -> dict[str, str]:
 
 
 def _kind_named(name: str | None, service: Service) -> Kind:
-    return next((kind for kind in KINDS if kind == name), service.settings.mode)
+    return next((kind for kind in KINDS if kind == name), service.mode)
 
 
 def _written(vector: Array, form: str) -> list[float] | str:

@@ -19,7 +19,7 @@ with extra("serve"):
 
 
 OPEN = ("/health", *pages.ADDRESSES)
-"""What needs no token. The pages hold no data; they ask the routes, with the token that they are given."""
+"""What may be read without a token. The pages hold no data; they ask the routes, with the token that they are given."""
 
 
 class Gate:
@@ -53,7 +53,9 @@ class Gate:
 
     def _check(self, request: Request) -> None:
         token = self.service.settings.token
-        if token is not None and request.url.path not in OPEN:
+        # The path by which routes are found; that of `request.url` is made of the header Host, too.
+        is_open = request.method in ("GET", "HEAD") and request.scope["path"] in OPEN
+        if token is not None and not is_open:
             given = request.headers.get("authorization", "").partition("Bearer ")[2]
             if not secrets.compare_digest(given.encode(), token.encode()):
                 raise HTTPException(

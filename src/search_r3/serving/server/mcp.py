@@ -114,7 +114,7 @@ def create_mcp(service: Service) -> MCPServer[Any]:
             title=_title(document),
             text=document["text"],
             url=_url(document),
-            metadata={"document": document["parent_id"], **facts, **document["metadata"]},
+            metadata={**document["metadata"], **facts, "document": document["parent_id"]},
         )
 
     return server

@@ -1,4 +1,4 @@
-"""Ranking the texts of a request: by the cross-encoder where there is one, else by cosine with the reasoned query."""
+"""Ranking the texts of a request: by the cross-encoder where there is one, else by cosine with the query."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ async def _scores(
     if service.reranker is not None:
         return await service.rerank(query, texts), []
     documents = await service.encode(request, texts, "document", truncate=truncate)
-    asked = await service.encode(request, [query], "reason", instruction=instruction, truncate=truncate)
+    asked = await service.encode(request, [query], service.mode, instruction=instruction, truncate=truncate)
     scores: list[float] = (documents.vectors @ asked.vectors[0]).tolist()
     return scores, [documents, asked]
 

@@ -47,7 +47,7 @@ async def answered(body: SearchRequest, service: Service, request: Request | Non
     started = time.perf_counter()
     await _check(body, service)
     outcome = _NOT_ENCODED
-    if (kind := body.mode or service.settings.mode) != "bm25":
+    if (kind := body.mode or service.mode) != "bm25":
         outcome = await service.encode(
             request,
             [body.query],
@@ -95,7 +95,7 @@ async def _hits(texts: Sequence[str], k: int, truncate: bool, request: Request, 
     full = [text for text in texts if text.strip()]
     if not full:
         return [[] for _ in texts]
-    outcome = await service.encode(request, full, service.settings.mode, truncate=truncate)
+    outcome = await service.encode(request, full, service.mode, truncate=truncate)
     lists = iter(await run_in_threadpool(store.search, outcome.vectors, k=k))
     return [next(lists) if text.strip() else [] for text in texts]
 
@@ -148,7 +148,7 @@ async def _streamed(body: SearchRequest, service: Service) -> Response:
     def on_piece(piece: str) -> None:
         loop.call_soon_threadsafe(pieces.put_nowait, piece)
 
-    if (kind := body.mode or service.settings.mode) == "bm25":
+    if (kind := body.mode or service.mode) == "bm25":
         future.set_result(_NOT_ENCODED)
     else:
         future = await service.submit(

@@ -10,7 +10,7 @@ from typing import Annotated, Protocol
 
 from ...data.documents import Chunk
 from ...data.reading.chunks import Chunking
-from ...errors import DataError, ModelError, NotFoundError, SearchR3Error, TooLargeError
+from ...errors import ConfigError, DataError, ModelError, NotFoundError, SearchR3Error, TooLargeError
 from ...extras import extra
 from ...model.documents import document_chunking
 from ...model.prompts import Kind, Mode
@@ -43,7 +43,7 @@ class ServerSettings:
     Attributes:
         name: of the model, beside `search-r3`.
         token: what clients must send (`Authorization: Bearer TOKEN`); None: nothing.
-        mode: of queries that ask for none.
+        mode: of queries that ask for none; None: the model's own.
         max_batch: texts in one request.
         max_body: bytes of one request.
         timeout: seconds until a request is given up.
@@ -54,12 +54,16 @@ class ServerSettings:
 
     name: str = "search-r3"
     token: str | None = None
-    mode: Mode = "reason"
+    mode: Mode | None = None
     max_batch: int = 512
     max_body: int = 8 * 2**20
     timeout: float = 300.0
     dimensions: tuple[int, ...] = ()
     host: str = ""
+
+    def __post_init__(self) -> None:
+        if self.token is not None and not self.token.strip():
+            raise ConfigError("the token is empty, so everybody has it; give one of some characters, or none at all")
 
     @property
     def local(self) -> bool:
@@ -78,6 +82,11 @@ class Service:
         self._reranking = asyncio.Lock()
         # A request that fits into the limits fits into the queue.
         self.max_batch = min(settings.max_batch, engine.max_queue)
+
+    @property
+    def mode(self) -> Mode:
+        """Of queries that ask for none."""
+        return self.settings.mode or self.engine.model.backbone.settings.mode
 
     @property
     def store(self) -> Store:

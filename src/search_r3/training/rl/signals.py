@@ -105,12 +105,13 @@ def describe(experience: Experience, engine: Engine, weights: RewardSettings, gr
     return values | {"rollout_seconds": slowest} | experience.feedback.refresh.metrics()
 
 
-def warn_if_known(values: Mapping[str, float]) -> None:
-    """Say so where stage 1 knows the queries already: what is left to be learned from them is to say less."""
-    if values["groups_all_1"] >= KNOWN:
+def warn_if_known(values: Mapping[str, float], weights: RewardSettings) -> None:
+    """Say so where the model knows the queries already and no part of the reward moves there."""
+    if values["groups_all_1"] >= KNOWN and weights.contrastive == 0:
         logger.warning(
             "%.0f %% of the first step's queries are found by every rollout: the model knows them, and what is left to "
-            "learn is to say less; give stage 2 queries that stage 1 has not seen (grpo.splits)",
+            "learn is to say less; set grpo.reward.contrastive=0.5, or give stage 2 queries that stage 1 has not seen "
+            "(grpo.splits)",
             100 * values["groups_all_1"],
         )
 
