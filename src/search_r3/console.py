@@ -365,7 +365,7 @@ def show_answer(pieces: Iterable[str | Answer]) -> None:
                 if document.title:
                     text = Text.assemble((document.title, "bold"), "\n", text)
             grid.add_row(f"{score:.3f}", name, text)
-        console.print(grid)
+        console.print(grid if piece.documents else "[yellow]no document was found[/]")
 
 
 def print_answer(pieces: Iterable[str | Answer]) -> None:

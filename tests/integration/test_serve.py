@@ -169,6 +169,17 @@ def test_a_store_is_served_to_real_clients_and_ends_on_sigterm(store_path: Path,
     assert [chunk.text for chunk in Store.open(store_path).get("new")] == ["a purple river"]
 
 
+def test_ctrl_c_ends_a_server_without_a_word_of_error(
+    tiny_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def interrupted(server: object, sockets: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("uvicorn.Server.run", interrupted)
+    assert call(monkeypatch, "serve", tiny_path, "--port", 0, "--untrained") == 0
+    assert "error" not in capsys.readouterr().err
+
+
 def test_what_cannot_be_served_ends_with_one_line(
     tiny_path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -30,3 +30,8 @@ def test_a_chunk_is_shown_with_its_title(capsys: pytest.CaptureFixture[str]) -> 
     lines = [line.split() for line in capsys.readouterr().out.splitlines()]
     assert lines[1:4:2] == [["0.500", "tea.md", "Tea", "[v2]"], ["0.400", "tea.md", "It", "is", "black."]]
     assert lines[2][-3:] == ["It", "is", "green."]
+
+
+def test_an_answer_without_documents_says_so(capsys: pytest.CaptureFixture[str]) -> None:
+    console.show_answer([Answer("", 0, False, False, [], "tea")])
+    assert capsys.readouterr().out == "no document was found\n"

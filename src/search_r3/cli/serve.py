@@ -6,7 +6,7 @@ import os
 import socket
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -15,7 +15,7 @@ import typer
 from .. import console
 from ..errors import ConfigError
 from .common import ModelOptions, ModeName, Untrained, app, load_encoder, takes_model_options
-from .store import AskedArgument, OtherModel, StoreArgument, open_with_model
+from .store import AskedArgument, OtherModel, StoreArgument, is_store, open_with_model
 
 if TYPE_CHECKING:
     from ..serving.server.service import Reranker
@@ -55,7 +55,6 @@ def serve(
     Example: search-r3 serve notes.store
     """
     from ..extras import extra
-    from ..serving.database import exists
     from ..serving.engine import EngineThread
     from ..serving.server import ServerSettings, create_app
 
@@ -63,7 +62,7 @@ def serve(
         import uvicorn
     with _listening(host, port, token) as listening:  # before the model is loaded, which takes long
         store = None
-        if exists(served):
+        if is_store(served):
             store, encoder = open_with_model(served, other_model, options)
         elif other_model:
             raise ConfigError(f"{served} is no store, and --model is for one (search-r3 index)")
@@ -84,7 +83,8 @@ def serve(
         )
         what = settings.name if store is None else f"{len(store):,} chunks of {served}"
         console.say(f"{_address(host, listening)}: {what}; a page there, routes at /docs, limits at /info; Ctrl-C ends")
-        uvicorn.Server(config).run(sockets=[listening])
+        with suppress(KeyboardInterrupt):  # Ctrl-C, after what was in work
+            uvicorn.Server(config).run(sockets=[listening])
 
 
 @app.command()

@@ -31,7 +31,9 @@ if TYPE_CHECKING:
 store_app = typer.Typer(no_args_is_help=True, help="Look after a store that `index` made.")
 app.add_typer(store_app, name="store")
 
-StoreArgument = Annotated[str, typer.Argument(help="Folder, or address in an object store (`s3://...`).")]
+StoreArgument = Annotated[
+    str, typer.Argument(metavar="STORE", help="Folder, or address in an object store (`s3://...`).")
+]
 AskedArgument = Annotated[
     str,
     typer.Argument(
@@ -80,7 +82,7 @@ def index(
     from ..serving.indexing import index_documents, root_of
 
     if (collection is None) == (not sources):
-        raise ConfigError("index takes folders and files, or --collection: name one of both")
+        raise ConfigError("index takes folders and files, or --collection: name one of the two")
     own = own_documents(sources, column, None) if sources else None
     documents: Any = own
     if collection is not None:
@@ -125,6 +127,21 @@ def open_with_model(address: str, model: str | None, options: ModelOptions) -> t
     )
 
 
+def is_store(address: str) -> bool:
+    """Whether there is a store to ask, rather than a model.
+
+    Raises:
+        StoreError: it is called one, and nothing is there.
+    """
+    from ..serving import Store
+    from ..serving.database import exists
+
+    found = exists(address)
+    if not found and address.endswith(".store") and not Path(address).exists():
+        Store.open(address)  # an error that says how to make one
+    return found
+
+
 def searcher_of(
     address: str,
     model: str | None,
@@ -139,11 +156,10 @@ def searcher_of(
     Raises:
         ConfigError: options that are for a store only, or that are for none.
     """
-    from ..serving.database import exists
     from ..serving.filters import parse
     from ..serving.search import StoreSearcher
 
-    if not exists(address):
+    if not is_store(address):
         if hybrid or where or model:
             raise ConfigError(f"{address} is no store, and --hybrid, --where and --model are for one (search-r3 index)")
         return None

@@ -54,7 +54,7 @@ def parse(conditions: Iterable[str]) -> dict[str, Any]:
     """A filter of conditions such as `path=a.md`, `page>=3`, `year!=2020`; values are read as JSON where they are.
 
     Raises:
-        DataError: one is no condition.
+        DataError: one is no condition, or compares with what cannot be compared.
     """
     where: dict[str, dict[str, Any]] = {}
     for condition in conditions:
@@ -67,6 +67,7 @@ def parse(conditions: Iterable[str]) -> dict[str, Any]:
             with suppress(ValueError):
                 value = json.loads(text)
         where.setdefault(name, {})[_SIGNS[sign]] = value
+    to_sql(where)  # what is wrong is said before a model is loaded
     return where
 
 

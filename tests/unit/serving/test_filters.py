@@ -104,6 +104,8 @@ def test_conditions_of_the_command_line_are_filters() -> None:
     for condition in ("year", "=3", "year="):
         with pytest.raises(DataError, match="cannot read the condition"):
             parse([condition])
+    with pytest.raises(DataError, match="filter of 'page': expected a number, found '>3'"):
+        parse(["page>>3"])
 
 
 def test_the_fields_of_a_store_are_what_a_filter_can_name(store: Store) -> None:

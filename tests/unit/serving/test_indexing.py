@@ -253,6 +253,8 @@ def test_a_folder_is_indexed_and_asked_from_the_command_line(
     assert [hit["parent_id"] for hit in answer["hits"]] == ["long.txt"]
     assert "other.txt" in shown("search", store, "Another note", "--mode", "direct", "--hybrid")
     assert "is a store and holds its documents" in shown("search", store, "x", "--documents", notes, status=2)
+    for command in (["search", "new.store", "x"], ["serve", "new.store", "--port", 0]):
+        assert "new.store is no store; make one with search-r3 index" in shown(*command, status=2)
     assert "are for one" in shown("search", tiny_path, "x", "--hybrid", status=2)
     for option in (["--chunk-tokens", 50], ["--chunk-overlap", 3], ["--document-instruction", "x"]):
         assert f"{option[0]} {option[1]}, but" in shown("index", store, notes, *option, status=2)
@@ -263,7 +265,7 @@ def test_a_store_is_kept_from_the_command_line(
     shown: Any, tiny_path: Path, collection_path: Path, tmp_path: Path
 ) -> None:
     store = tmp_path / "my.store"
-    assert "name one of both" in shown("index", store, "--model", tiny_path, status=2)
+    assert "name one of the two" in shown("index", store, "--model", tiny_path, status=2)
     said = shown("index", store, "--model", tiny_path, "--collection", collection_path, "--untrained")
     assert "documents: 40 new; chunks: 40 encoded" in said
     assert "40 unchanged" in shown("index", store, "--collection", collection_path)

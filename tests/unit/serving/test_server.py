@@ -116,6 +116,7 @@ def test_openai_base64_dimensions_and_usage(client: TestClient, encoder: SearchR
         ("/v1/search", {"query": " "}, 400, "the query is empty"),
         ("/v1/search", {"query": "a", "stream": True, "max_new_tokens": 0}, 413, "room for 1 to"),
         ("/v1/search", {"query": "a", "filter": {"n": {"$no": 1}}}, 400, "unknown operator"),
+        ("/v1/search", {"query": "a", "filter": {"n": {"$no": 1}}, "stream": True}, 400, "unknown operator"),
         ("/v1/search", {"query": "a", "rerank": True}, 400, "no cross-encoder"),
         ("/v1/search", {"query": "a", "K": 3}, 422, "K: Extra inputs"),
         ("/v1/search", {"query": "a", "k": 0}, 422, "k: "),

@@ -15,6 +15,7 @@ from ...data.documents import Chunk
 from ...errors import DataError
 from ...evaluation.search import Answer
 from ...extras import extra
+from ..filters import to_sql
 from ..jobs import Embedded, Outcome
 from ..store import Hit
 from .embeddings import usage_of
@@ -109,6 +110,7 @@ async def _check(body: SearchRequest, service: Service) -> None:
     if not body.query.strip():
         raise DataError("the query is empty; give a text with at least one visible character")
     _ = service.store
+    to_sql(body.filter or {})
     if body.rerank and service.reranker is None:
         await service.rerank(body.query, [])
 
