@@ -8,7 +8,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from search_r3.data.reading.chunks import Chunking, cut, estimate_tokens, with_context
+from search_r3.data.documents import _chunks, _Whole
+from search_r3.data.reading.chunks import Chunking, cut, estimate_tokens
 from search_r3.data.reading.html import render
 from search_r3.data.reading.texts import Section, SourceText, read_text
 from search_r3.errors import ConfigError
@@ -68,16 +69,20 @@ def test_chunks_overlap_by_whole_sentences() -> None:
     st.sampled_from([16, 50]),
     st.sampled_from([0, 8]),
     st.lists(st.integers(0, 400), max_size=4),
+    st.sampled_from([1, 12, 90]),
 )
 def test_no_chunk_is_too_large_and_only_blanks_are_lost(
-    parts: list[str], size: int, overlap: int, at: list[int]
+    parts: list[str], size: int, overlap: int, at: list[int], longest: int
 ) -> None:
     text = "".join(parts)
-    sections = tuple(Section(start, ("h",)) for start in sorted(set(at)) if start < len(text))
-    source = SourceText(text, "T", sections)
-    spans = cut(source, Chunking(size, overlap))
-    for start, end in spans:
-        assert estimate_tokens([with_context("T", source.headings_at(start), text[start:end])])[0] <= size
+    headings = ("outer " * longest, "inner " * (longest // 3))
+    sections = tuple(Section(start, headings) for start in sorted(set(at)) if start < len(text))
+    source = SourceText(text, "Title " * longest, sections)
+    chunks = list(_chunks(_Whole("d", source, "d"), Chunking(size, overlap), ""))
+    spans = [(chunk.start, chunk.end) for chunk in chunks]
+    if len(chunks) > 1:
+        assert max(estimate_tokens([chunk.full_text for chunk in chunks])) <= size
+        assert all(chunk.title and source.title.startswith(chunk.title) for chunk in chunks)
     covered = {place for start, end in spans for place in range(start, end)}
     assert not "".join(letter for place, letter in enumerate(text) if place not in covered).strip()
 

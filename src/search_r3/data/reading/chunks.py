@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from ...errors import ConfigError
 from .texts import SourceText
@@ -77,6 +77,7 @@ def cut(source: SourceText, chunking: Chunking) -> list[Span]:
     may_fit = len(text) <= WIDEST * chunking.max_tokens
     if not text.strip() or (may_fit and _sizes(source, [whole], count)[0] <= chunking.max_tokens):
         return [whole]
+    source = fitted(source, chunking)
     starts = sorted({0, *(section.start for section in source.sections)})
     sections = [span for span in zip(starts, [*starts[1:], len(text)], strict=True) if text[slice(*span)].strip()]
     sizes = _sizes(source, sections, count)
@@ -91,6 +92,24 @@ def cut(source: SourceText, chunking: Chunking) -> list[Span]:
     for span, size in joined:
         chunks += [span] if size <= chunking.max_tokens else _cut_section(source, span, chunking)
     return [(start, end) for start, end in (_trim(text, span) for span in chunks) if start < end]
+
+
+def fitted(source: SourceText, chunking: Chunking) -> SourceText:
+    """The same with a title and headings that leave the text half of a chunk; so has every chunk of a text that is cut.
+
+    Outer headings go before inner ones, then the end of the title.
+    """
+    most, count = (chunking.max_tokens - chunking.overlap) // 2 - 1, chunking.count
+    title = source.title
+    while count([title])[0] > most:
+        title = title.rpartition(" ")[0] or title[: len(title) // 2]
+    fits: dict[tuple[str, ...], tuple[str, ...]] = {}
+    for headings in {section.headings for section in source.sections}:
+        inner = range(len(headings) + 1)
+        sizes = count([" ".join([title, *headings[first:]]) for first in inner])
+        fits[headings] = next(headings[first:] for first in inner if sizes[first] <= most)
+    sections = tuple(replace(section, headings=fits[section.headings]) for section in source.sections)
+    return replace(source, title=title, sections=sections)
 
 
 def with_context(title: str, headings: Sequence[str], text: str) -> str:
@@ -111,8 +130,7 @@ def _cut_section(source: SourceText, span: Span, chunking: Chunking) -> list[Spa
     """The chunks of a section that is too large for one."""
     # It may begin with a small section, whose headings differ.
     contexts = [" ".join([source.title, *source.headings_at(place)]) for place in (span[0], span[1] - 1)]
-    # A context that leaves little room is cut by the model, not the text.
-    room = max(chunking.max_tokens - max(chunking.count(contexts)) - 1, chunking.max_tokens // 2)
+    room = chunking.max_tokens - max(chunking.count(contexts)) - 1
     units = _units(source.text, span, room - chunking.overlap, chunking.count)
     chunks: list[Span] = []
     for first, last in _pack(source.text, units, room - chunking.overlap, chunking.count):
