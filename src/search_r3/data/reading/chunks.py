@@ -128,9 +128,10 @@ def _sizes(source: SourceText, spans: Sequence[Span], count: Count) -> Sequence[
 
 def _cut_section(source: SourceText, span: Span, chunking: Chunking) -> list[Span]:
     """The chunks of a section that is too large for one."""
-    # It may begin with a small section, whose headings differ.
-    contexts = [" ".join([source.title, *source.headings_at(place)]) for place in (span[0], span[1] - 1)]
-    room = chunking.max_tokens - max(chunking.count(contexts)) - 1
+    # Small sections have been joined; their headings differ.
+    inside = [section.start for section in source.sections if span[0] < section.start < span[1]]
+    contexts = [" ".join([source.title, *source.headings_at(place)]) for place in (span[0], *inside)]
+    room = chunking.max_tokens - max(chunking.count(contexts)) - 2  # for the seams, where tokens may differ
     units = _units(source.text, span, room - chunking.overlap, chunking.count)
     chunks: list[Span] = []
     for first, last in _pack(source.text, units, room - chunking.overlap, chunking.count):
