@@ -39,26 +39,13 @@ INTERRUPTED = 130
 TERMINATED = 143
 """The exit status of a program that SIGTERM ended."""
 
-ORDER = (
-    "quickstart",
-    "fit",
-    "base",
-    "plan",
-    "sft",
-    "probe",
-    "best_of_n",
-    "grpo",
-    "evaluate",
-    "mteb",
-    "report",
-    "index",
-    "search",
-    "serve",
-    "mcp",
-    "encode",
-    "export",
-    "push",
-)
+PANELS = {
+    "Start": ("quickstart", "fit"),
+    "Search and serve": ("index", "search", "serve", "mcp", "encode"),
+    "Train": ("base", "plan", "sft", "probe", "best_of_n", "grpo"),
+    "Measure": ("evaluate", "mteb", "report"),
+    "Share": ("export", "push"),
+}
 """How `--help` lists the commands."""
 
 
@@ -68,7 +55,10 @@ def _show_version(asked: bool) -> None:
         raise typer.Exit
 
 
-app.registered_commands.sort(key=lambda command: ORDER.index(getattr(command.callback, "__name__", "")))
+_panels = {name: panel for panel, names in PANELS.items() for name in names}
+app.registered_commands.sort(key=lambda command: list(_panels).index(getattr(command.callback, "__name__", "")))
+for _command in app.registered_commands:
+    _command.rich_help_panel = _panels[getattr(_command.callback, "__name__", "")]
 
 
 @app.callback()

@@ -31,7 +31,7 @@ app = typer.Typer(
     help="Search-R3: a language model reasons about a query, then embeds it. Train, evaluate, search.",
 )
 data_app = typer.Typer(no_args_is_help=True, help="Make collections: for tests, and for training.")
-app.add_typer(data_app, name="data")
+app.add_typer(data_app, name="data", rich_help_panel="Train")
 
 RecipeOption = Annotated[Path | None, typer.Option("--recipe", "-r", help="YAML recipe; without it, the defaults.")]
 Overrides = Annotated[list[str] | None, typer.Argument(help="Settings as key=value, e.g. grpo.steps=10.")]

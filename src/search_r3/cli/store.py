@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from ..serving.search import StoreSearcher
 
 store_app = typer.Typer(no_args_is_help=True, help="Look after a store that `index` made.")
-app.add_typer(store_app, name="store")
+app.add_typer(store_app, name="store", rich_help_panel="Search and serve")
 
 StoreArgument = Annotated[
     str, typer.Argument(metavar="STORE", help="Folder, or address in an object store (`s3://...`).")
