@@ -148,7 +148,7 @@ def test_queries_without_negatives_are_searched_for_some(tmp_path: Path) -> None
     [
         ("p.jsonl", "", "0 different queries and 0 different documents; expected at least two of each"),
         ("p.jsonl", '{"query": "a", "positive": "b"}\n', "1 different queries and 1 different documents"),
-        ("p.csv", "query,positive\n", "0 different queries"),
+        ("p.csv", "query,positive\n", "p.csv: a table without rows; mend or remove it"),
         ("p.csv", "query,positive\na,b\na,c\n", "1 different queries and 2 different documents"),
         ("p.csv", "query,positive\na,b\nA ,c\n", "too few queries of different texts for the splits train, dev"),
         ("p.csv", "query,positive\na,b\nc,b\n", "2 different queries and 1 different documents"),
