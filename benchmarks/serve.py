@@ -75,6 +75,7 @@ def peer_app(folder: str, threads: int) -> None:
         return {"object": "list", "data": data, "model": "peer", "usage": {"prompt_tokens": 0, "total_tokens": 0}}
 
     listening = socket.create_server(("127.0.0.1", 0))
+    listening.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
     print(f"http://127.0.0.1:{listening.getsockname()[1]}", flush=True)
     uvicorn.Server(uvicorn.Config(app, log_config=None)).run(sockets=[listening])
 

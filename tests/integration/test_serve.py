@@ -21,6 +21,7 @@ import openai
 import pytest
 import uvicorn
 
+from search_r3.cli.serve import _listening
 from search_r3.model.encoder import SearchR3
 from search_r3.serving import Fingerprint, Store
 from search_r3.serving.engine import EngineThread
@@ -178,6 +179,13 @@ def test_ctrl_c_ends_a_server_without_a_word_of_error(
     monkeypatch.setattr("uvicorn.Server.run", interrupted)
     assert call(monkeypatch, "serve", tiny_path, "--port", 0, "--untrained") == 0
     assert "error" not in capsys.readouterr().err
+
+
+def test_an_answer_does_not_wait_for_an_acknowledgement() -> None:
+    with _listening("127.0.0.1", 0, None) as listening, socket.create_connection(listening.getsockname()):
+        connection, _ = listening.accept()
+        with connection:
+            assert connection.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY)
 
 
 def test_what_cannot_be_served_ends_with_one_line(
