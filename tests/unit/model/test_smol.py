@@ -167,7 +167,12 @@ def test_another_base_is_refused_by_name(
 
 
 def test_other_precision_is_said_with_its_cosine_and_other_weights_are_refused(
-    smol: Path, tokenizer: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    smol: Path,
+    base: Path,
+    tokenizer: Any,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
     place = save_base(tmp_path / "coarse", tokenizer, noise=0.05)
     monkeypatch.setenv(SMOL_BASE, str(place))
@@ -176,7 +181,7 @@ def test_other_precision_is_said_with_its_cosine_and_other_weights_are_refused(
     [line] = [record.getMessage() for record in caplog.records]
     facts = BaseFacts.read(find_files(SMOL))
     assert facts is not None
-    monkeypatch.setenv(SMOL_BASE, str(find_files(smol_base(smol)).folder))
+    monkeypatch.setenv(SMOL_BASE, str(base))
     own = SearchR3(SMOL, device="cpu").encode_query([facts.probe], mode="direct").vectors[0]
     cosine = float(own @ model.encode_query([facts.probe], mode="direct").vectors[0])
     assert f"cosine {cosine:.4f}" in line and "another precision" in line and str(place) in line
@@ -198,11 +203,6 @@ def test_training_goes_on_from_it_and_what_it_writes_reasons_by_default(smol: Pa
     trained = load_backbone(result.model_path)
     assert trained.trained and trained.settings.mode == "reason" and trained.files is not None
     assert trained.files.base is None, "adapters and base are one whole"
-
-
-def smol_base(shipped: Path) -> str:
-    """Where the tiny base is: beside its package."""
-    return str(next(shipped.parents[1].glob("*/base")))
 
 
 def test_rounded_weights_are_no_other_precision_worth_a_word(smol: Path, caplog: pytest.LogCaptureFixture) -> None:
