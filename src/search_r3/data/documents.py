@@ -20,7 +20,7 @@ from ..errors import ConfigError, DataError
 from .collection import Document
 from .load import split_name
 from .reading import records
-from .reading.chunks import Chunking, cut, fitted, with_context
+from .reading.chunks import Chunking, cut, with_context
 from .reading.files import read_bytes, safe_id, walk
 from .reading.records import ColumnNames, Record, read_hub, read_table
 from .reading.texts import SourceText, UnreadableError, read_text
@@ -253,9 +253,7 @@ class _Whole:
 def _chunks(document: _Whole, chunking: Chunking | None, name: str) -> Iterator[Chunk]:
     source = document.source
     content_hash = hashlib.sha256(json.dumps([source.title, source.text]).encode()).hexdigest()
-    spans = [(0, len(source.text))] if chunking is None else cut(source, chunking)
-    if chunking is not None and len(spans) > 1:
-        source = fitted(source, chunking)
+    source, spans = (source, [(0, len(source.text))]) if chunking is None else cut(source, chunking)
     for number, (start, end) in enumerate(spans):
         yield Chunk(
             doc_id=document.parent_id if chunking is None else f"{document.parent_id}#{number}",

@@ -64,20 +64,23 @@ class Chunking:
             )
 
 
-def cut(source: SourceText, chunking: Chunking) -> list[Span]:
+def cut(source: SourceText, chunking: Chunking) -> tuple[SourceText, list[Span]]:
     """The chunks of a text, in order; what lies between them is blank.
+
+    Where it does not stay whole, the source that comes back has a shorter title and fewer headings if these would leave
+    the text less than half of a chunk.
 
     Example:
         >>> text = "One sentence stands here. " * 40
-        >>> len(cut(SourceText(text), Chunking(max_tokens=100)))
+        >>> len(cut(SourceText(text), Chunking(max_tokens=100))[1])
         3
     """
     text, count = source.text, chunking.count
     whole = _trim(text, (0, len(text)))
     may_fit = len(text) <= WIDEST * chunking.max_tokens
     if not text.strip() or (may_fit and _sizes(source, [whole], count)[0] <= chunking.max_tokens):
-        return [whole]
-    source = fitted(source, chunking)
+        return source, [whole]
+    source = _fitted(source, chunking)
     starts = sorted({0, *(section.start for section in source.sections)})
     sections = [span for span in zip(starts, [*starts[1:], len(text)], strict=True) if text[slice(*span)].strip()]
     sizes = _sizes(source, sections, count)
@@ -91,14 +94,11 @@ def cut(source: SourceText, chunking: Chunking) -> list[Span]:
     chunks: list[Span] = []
     for span, size in joined:
         chunks += [span] if size <= chunking.max_tokens else _cut_section(source, span, chunking)
-    return [(start, end) for start, end in (_trim(text, span) for span in chunks) if start < end]
+    return source, [(start, end) for start, end in (_trim(text, span) for span in chunks) if start < end]
 
 
-def fitted(source: SourceText, chunking: Chunking) -> SourceText:
-    """The same with a title and headings that leave the text half of a chunk; so has every chunk of a text that is cut.
-
-    Outer headings go before inner ones, then the end of the title.
-    """
+def _fitted(source: SourceText, chunking: Chunking) -> SourceText:
+    """The same with context that leaves the text half of a chunk: outer headings go before inner ones."""
     most, count = (chunking.max_tokens - chunking.overlap) // 2 - 1, chunking.count
     title = source.title
     while count([title])[0] > most:
