@@ -8,8 +8,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Self, Unpack
 
-import numpy as np
-
 from ..client import Client, Embeddings, SearchAnswer, SearchHit, SearchOptions, Usage
 from ..errors import ConfigError, DataError, NotFoundError
 
@@ -75,8 +73,7 @@ class InProcess:
             DataError: the query is empty.
             ConfigError: a cross-encoder is asked for, which servers alone have.
         """
-        from ..evaluation.search import Answer
-        from ..serving.jobs import Embedded, Outcome
+        from ..serving.search import NOT_ENCODED, answer_of, hits_of
 
         if self._store is None:
             raise NotFoundError("there is a model and no store; name a store (search-r3 index) or a server")
@@ -85,7 +82,7 @@ class InProcess:
         if options.get("rerank"):
             raise ConfigError("rerank: a cross-encoder is a server's (search-r3 serve --reranker); leave it out")
         started, mode = time.perf_counter(), options.get("mode")
-        outcome = Outcome([Embedded(np.zeros(0, np.float32), 0, False)], 0.0, 0.0)
+        outcome = NOT_ENCODED
         if mode != "bm25":
             outcome = self._encode(
                 *(query, mode),
@@ -93,14 +90,9 @@ class InProcess:
                 max_new_tokens=options.get("max_new_tokens"),
                 truncate=options.get("truncate", False),
             )
-        [hits] = self._store.search(
-            outcome.vectors if mode != "bm25" else None,
-            texts=[query] if mode == "bm25" or options.get("hybrid") else None,
-            k=options.get("k", 10),
-            where=options.get("filter"),
-        )
-        [one] = outcome.texts
-        answer = Answer(one.reasoning, one.reasoning_tokens, one.forced, one.truncated, list(hits), query).as_dict()
+        where, hybrid = options.get("filter"), options.get("hybrid", False)
+        hits = hits_of(self._store, query, outcome, options.get("k", 10), hybrid=hybrid, where=where)
+        answer = answer_of(query, outcome, hits)
         seconds = {"total": time.perf_counter() - started}
         return SearchAnswer.model_validate(answer | {"usage": _price(outcome), "seconds": seconds})
 

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
+
+import numpy as np
 
 from ..evaluation.search import Answer, Searcher
 from ..model.embeddings import QueryEmbeddings
 from ..model.encoder import SearchR3
 from .filters import Filter
 from .fingerprint import Fingerprint
-from .store import Store
+from .jobs import Embedded, Outcome
+from .store import Hit, Store
 
 
 class ModelLoader(Protocol):
@@ -56,6 +60,26 @@ def open_with_model(
     encoder.truncate_dim = info.fingerprint.truncate_dim
     info.fingerprint.check(Fingerprint.of(encoder, info.fingerprint.instruction), store.address)
     return store, encoder
+
+
+NOT_ENCODED = Outcome([Embedded(np.zeros(0, np.float32), 0, False)], 0.0, 0.0)
+"""Of a query that is searched for its words only."""
+
+
+def hits_of(
+    store: Store, query: str, outcome: Outcome, k: int, *, hybrid: bool = False, where: Filter | None
+) -> list[Hit]:
+    """What a store holds for a query that an engine has encoded; by its words alone where it is `NOT_ENCODED`."""
+    words = outcome is NOT_ENCODED
+    vectors, texts = None if words else outcome.vectors, [query] if words or hybrid else None
+    [hits] = store.search(vectors, texts=texts, k=k, where=where)
+    return list(hits)
+
+
+def answer_of(query: str, outcome: Outcome, hits: Sequence[Hit]) -> dict[str, Any]:
+    """The query's reasoning and hits, as JSON."""
+    [one] = outcome.texts
+    return Answer(one.reasoning, one.reasoning_tokens, one.forced, one.truncated, list(hits), query).as_dict()
 
 
 class StoreSearcher(Searcher):

@@ -9,14 +9,12 @@ from collections.abc import AsyncIterator, Sequence
 from concurrent.futures import Future
 from typing import Any
 
-import numpy as np
-
 from ...data.documents import Chunk
 from ...errors import DataError
-from ...evaluation.search import Answer
 from ...extras import extra
 from ..filters import to_sql
-from ..jobs import Embedded, Outcome
+from ..jobs import Outcome
+from ..search import NOT_ENCODED, answer_of, hits_of
 from ..store import Hit
 from .embeddings import usage_of
 from .errors import body_of
@@ -32,8 +30,6 @@ with extra("serve"):
 router = APIRouter()
 DEPTH = 3
 """Passages for a query in the reference of Search-R1."""
-_NOT_ENCODED = Outcome([Embedded(np.zeros(0, np.float32), 0, False)], 0.0, 0.0)
-"""Of a query that is searched for its words only."""
 
 
 @router.post("/v1/search", tags=["search"], response_model=None)
@@ -46,7 +42,7 @@ async def answered(body: SearchRequest, service: Service, request: Request | Non
     """What `/v1/search` answers; `request` is watched for a client that hangs up."""
     started = time.perf_counter()
     await _check(body, service)
-    outcome = _NOT_ENCODED
+    outcome = NOT_ENCODED
     if (kind := body.mode or service.mode) != "bm25":
         outcome = await service.encode(
             request,
@@ -116,20 +112,13 @@ async def _check(body: SearchRequest, service: Service) -> None:
 
 
 async def _answer(body: SearchRequest, service: Service, outcome: Outcome) -> dict[str, Any]:
-    words = body.mode == "bm25"
-    [hits] = await run_in_threadpool(
-        service.store.search,
-        None if words else outcome.vectors,
-        texts=[body.query] if words or body.hybrid else None,
-        k=body.k,
-        where=body.filter,
+    hits = await run_in_threadpool(
+        hits_of, service.store, body.query, outcome, body.k, hybrid=body.hybrid, where=body.filter
     )
     if body.rerank and hits:
         scores = await service.rerank(body.query, [hit.chunk.full_text for hit in hits])
         hits = sorted(map(Hit, (hit.chunk for hit in hits), scores), key=lambda hit: -hit.score)
-    [one] = outcome.texts
-    reasoned = one.reasoning, one.reasoning_tokens, one.forced, one.truncated
-    return Answer(*reasoned, list(hits), body.query).as_dict()
+    return answer_of(body.query, outcome, hits)
 
 
 def _price(started: float, outcome: Outcome) -> dict[str, Any]:
@@ -149,7 +138,7 @@ async def _streamed(body: SearchRequest, service: Service) -> Response:
         loop.call_soon_threadsafe(pieces.put_nowait, piece)
 
     if (kind := body.mode or service.mode) == "bm25":
-        future.set_result(_NOT_ENCODED)
+        future.set_result(NOT_ENCODED)
     else:
         future = await service.submit(
             [body.query],
