@@ -1,0 +1,1 @@
+"""What is fitted to a trained model for modes beyond `direct` and `reason`."""
