@@ -30,7 +30,7 @@ OPTIONS = EvaluationOptions(depth=100, latency_queries=1, bootstrap=20)
 def results(tiny_path: Path) -> list[Result]:
     """A tiny model in all ways on one split."""
     collection, model = small_collection(), SearchR3(tiny_path, device="cpu", max_new_tokens=8)
-    favour(model.backbone, model.backbone.embed_token_id, 1.0)
+    favour(model.backbone, model.backbone.embed_token_id, 2.2)
     model.backbone.gate = gate_for(model, [one.text for one in collection.queries.values()])
     encoded = EncodedCollections(model)
     ways = [("direct", "direct", Effort()), ("reason", "reason", Effort()), ("auto", "auto", Effort())]

@@ -5,7 +5,7 @@ measure(reason) - measure(direct) - price * tokens > 0`. All that is reported is
 queries with the same relevant documents, which look alike, are in one fold.
 
 The direct vector is read through its principal components: there are more dimensions than a few hundred queries can
-tell apart. How far the weights of vectors are held down is chosen by the log loss of the folds.
+tell apart. How far their weights are held down is chosen by the log loss of the folds.
 
 Shapes: `Q` queries, `D` vector size, `K` best documents.
 """
@@ -165,7 +165,7 @@ def fit_gate(model: SearchR3, labelled: Labelled, price: float | None = None, se
                 f"{len(labels)} queries, too few to learn from; take the mode that is right for nearly all of them "
                 f"(direct {labelled.direct.mean():.3f}, reason {labelled.reason.mean():.3f}), another price, or others"
             )
-    folds = _folds(labelled.groups, seed)
+    folds = _folds(labelled.groups, seed), _folds(range(len(labels)), seed)
     terms = {
         "gain": float(utility[labels > 0].mean()),
         "loss": float(utility[labels < 1].mean()),
@@ -216,19 +216,32 @@ class _Basis:
         return Head(bias=bias, vector=tuple(of_vector.tolist()), centre=float(of_vector @ self.mean), scores=of_scores)
 
 
-def _fit_head(vectors: Array, scores: Array | None, labels: Numbers, folds: Rows) -> tuple[Head, Numbers, float]:
-    """A head, the probabilities of the queries that a fold's fit has not seen, and the penalty that was chosen."""
+def _fit_head(
+    vectors: Array, scores: Array | None, labels: Numbers, folds: tuple[Rows, Rows]
+) -> tuple[Head, Numbers, float]:
+    """A head, the probabilities of the queries that a fold's fit has not seen, and the penalty that was chosen.
+
+    The probabilities are of the first folds, which keep queries alike together. Queries to come ask for documents that
+    were asked for before, and for others: so the penalty is the one that is best on average over both kinds of folds.
+    """
     features = {} if scores is None else score_features(scores)
+    unseen, apart = (_unseen(vectors, features, labels, one) for one in folds)
+    losses = {one: log_loss(unseen[one], labels) + log_loss(apart[one], labels) for one in PENALTIES}
+    penalty = min(losses, key=losses.__getitem__)
+    return _Basis(vectors, features).head(labels, penalty), unseen[penalty], penalty
+
+
+def _unseen(vectors: Array, features: Mapping[str, Numbers], labels: Numbers, folds: Rows) -> dict[float, Numbers]:
+    """Penalty -> the probability of each query by the fit of the other folds."""
     chances = {penalty: np.empty(len(labels)) for penalty in PENALTIES}
     for fold in range(FOLDS):
         inside, outside = folds != fold, folds == fold
         basis = _Basis(vectors[inside], {name: values[inside] for name, values in features.items()})
-        unseen = {name: values[outside] for name, values in features.items()}
+        others = {name: values[outside] for name, values in features.items()}
         for penalty, column in chances.items():
-            evidence = basis.head(labels[inside], penalty).evidence(vectors[outside], unseen)
+            evidence = basis.head(labels[inside], penalty).evidence(vectors[outside], others)
             column[outside] = sigmoid(np.sum(list(evidence.values()), axis=0))
-    penalty = min(chances, key=lambda one: log_loss(chances[one], labels))
-    return _Basis(vectors, features).head(labels, penalty), chances[penalty], penalty
+    return chances
 
 
 def _folds(groups: Sequence[int], seed: int) -> Rows:
