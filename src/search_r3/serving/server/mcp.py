@@ -5,8 +5,10 @@ They are the routes `/v1/search` and `/v1/documents/ID` in another form; what is
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+import asyncio
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping
+from concurrent.futures import Future
+from contextlib import asynccontextmanager, contextmanager
 from importlib.metadata import version
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -22,6 +24,7 @@ from .search import answered
 from .service import Service
 
 with extra("serve"):
+    import anyio
     from mcp.server import MCPServer
     from mcp.server.mcpserver import Context
     from mcp.server.mcpserver.exceptions import ToolError
@@ -60,15 +63,36 @@ class FetchedText(BaseModel):
     metadata: dict[str, Any]
 
 
-def create_mcp(service: Service) -> MCPServer[Any]:
+def create_mcp(service: Service | Callable[[], Service]) -> MCPServer[Any]:
     """The tools; `run("stdio")` serves them to one client, `streamable_http_app` to many.
 
     Args:
-        service: with a store, else every call is an error that says so.
+        service: with a store, else every call is an error that says so. Or what makes it, which is called in a thread
+            when a client is there (over stdio): it is told of the tools at once, and its calls wait.
     """
+    loading: Future[Service] = Future()
+
+    def load() -> None:
+        try:
+            loading.set_result(service if isinstance(service, Service) else service())
+        except BaseException as error:
+            loading.set_exception(error)
+
+    @asynccontextmanager
+    async def lifespan(_: MCPServer[Any]) -> AsyncIterator[None]:
+        async with anyio.create_task_group() as tasks:
+            if not loading.done():
+                tasks.start_soon(run_in_threadpool, load)
+            yield
+
+    async def ready() -> Service:
+        return await asyncio.shield(asyncio.wrap_future(loading))
+
+    if isinstance(service, Service):
+        load()
     # At INFO it would log each call that failed; the caller is told.
     server: MCPServer[Any] = MCPServer(
-        "search-r3", instructions=INSTRUCTIONS, version=version("search-r3"), log_level="WARNING"
+        "search-r3", instructions=INSTRUCTIONS, version=version("search-r3"), log_level="WARNING", lifespan=lifespan
     )
 
     @server.tool(annotations=READING)
@@ -92,8 +116,11 @@ def create_mcp(service: Service) -> MCPServer[Any]:
     ) -> Results:
         """Search the documents; the best passages come first. `fetch` gives the text of one by its id."""
         with _as_tool_errors():
+            made = await ready()
+            if filter:
+                await run_in_threadpool(made.store.check_filter, filter)
             body = SearchRequest(query=query, k=k, mode=mode, filter=filter, hybrid=hybrid)
-            answer = await answered(body, service, ctx.request_context.request)
+            answer = await answered(body, made, ctx.request_context.request)
         return Results(
             results=[
                 Result(id=hit["id"], title=_title(hit), url=_url(hit), text=hit["text"] if texts else None)
@@ -107,7 +134,7 @@ def create_mcp(service: Service) -> MCPServer[Any]:
     ) -> FetchedText:
         """Get the text of a passage by its id; by the id of its document (`metadata.document`), all of that."""
         with _as_tool_errors():
-            document = await run_in_threadpool(read, id, service)
+            document = await run_in_threadpool(read, id, await ready())
         facts = {name: document[name] for name in ("path", "source", "page") if document[name]}
         return FetchedText(
             id=id,
