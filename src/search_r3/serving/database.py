@@ -89,8 +89,8 @@ def connect(place: str) -> Any:
     with extra("serve"):
         import lancedb
 
-    # Without the interval a table does not see what other processes write. Each version is cached apart, and by default up
-    # to a GiB of them: a server that is written to would grow for days.
+    # Without the interval a table does not see what other processes write. Each version is cached apart, by default in
+    # up to a GiB: a server that is written to would grow for days.
     caches = lancedb.Session(metadata_cache_size_bytes=METADATA_BYTES)
     return lancedb.connect(place, read_consistency_interval=timedelta(0), session=caches)
 

@@ -46,7 +46,7 @@ class Retention:
         self._clock, self._rounds = clock, deque[datetime](maxlen=ROUNDS)
 
     def age(self) -> timedelta:
-        """As old as the round before the last ones, from `READERS` to `VERSIONS_FOR`; the latter while there is none."""
+        """The time since `ROUNDS` rounds ago, from `READERS` to `VERSIONS_FOR`; the latter while there were fewer."""
         now = self._clock()
         age = now - self._rounds[0] if len(self._rounds) == ROUNDS else VERSIONS_FOR
         self._rounds.append(now)

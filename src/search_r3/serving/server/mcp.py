@@ -70,29 +70,14 @@ def create_mcp(service: Service | Callable[[], Service]) -> MCPServer[Any]:
         service: with a store, else every call is an error that says so. Or what makes it, which is called in a thread
             when a client is there (over stdio): it is told of the tools at once, and its calls wait.
     """
-    loading: Future[Service] = Future()
-
-    def load() -> None:
-        try:
-            loading.set_result(service if isinstance(service, Service) else service())
-        except BaseException as error:
-            loading.set_exception(error)
-
-    @asynccontextmanager
-    async def lifespan(_: MCPServer[Any]) -> AsyncIterator[None]:
-        async with anyio.create_task_group() as tasks:
-            if not loading.done():
-                tasks.start_soon(run_in_threadpool, load)
-            yield
-
-    async def ready() -> Service:
-        return await asyncio.shield(asyncio.wrap_future(loading))
-
-    if isinstance(service, Service):
-        load()
+    loading = _Loading(service)
     # At INFO it would log each call that failed; the caller is told.
     server: MCPServer[Any] = MCPServer(
-        "search-r3", instructions=INSTRUCTIONS, version=version("search-r3"), log_level="WARNING", lifespan=lifespan
+        "search-r3",
+        instructions=INSTRUCTIONS,
+        version=version("search-r3"),
+        log_level="WARNING",
+        lifespan=loading.session,
     )
 
     @server.tool(annotations=READING)
@@ -116,7 +101,7 @@ def create_mcp(service: Service | Callable[[], Service]) -> MCPServer[Any]:
     ) -> Results:
         """Search the documents; the best passages come first. `fetch` gives the text of one by its id."""
         with _as_tool_errors():
-            made = await ready()
+            made = await loading.ready()
             if filter:
                 await run_in_threadpool(made.store.check_filter, filter)
             body = SearchRequest(query=query, k=k, mode=mode, filter=filter, hybrid=hybrid)
@@ -134,7 +119,7 @@ def create_mcp(service: Service | Callable[[], Service]) -> MCPServer[Any]:
     ) -> FetchedText:
         """Get the text of a passage by its id; by the id of its document (`metadata.document`), all of that."""
         with _as_tool_errors():
-            document = await run_in_threadpool(read, id, await ready())
+            document = await run_in_threadpool(read, id, await loading.ready())
         facts = {name: document[name] for name in ("path", "source", "page") if document[name]}
         return FetchedText(
             id=id,
@@ -145,6 +130,35 @@ def create_mcp(service: Service | Callable[[], Service]) -> MCPServer[Any]:
         )
 
     return server
+
+
+class _Loading:
+    """A service, or what makes it in a thread once a session has begun."""
+
+    def __init__(self, service: Service | Callable[[], Service]) -> None:
+        self._made: Future[Service] = Future()
+        self._make = service
+        if isinstance(service, Service):
+            self._made.set_result(service)
+
+    async def ready(self) -> Service:
+        """The service, or the error that there was."""
+        return await asyncio.shield(asyncio.wrap_future(self._made))
+
+    @asynccontextmanager
+    async def session(self, _: MCPServer[Any]) -> AsyncIterator[None]:
+        """Around all that is asked."""
+        async with anyio.create_task_group() as tasks:
+            if not self._made.done():
+                tasks.start_soon(run_in_threadpool, self._load)
+            yield
+
+    def _load(self) -> None:
+        assert not isinstance(self._make, Service)
+        try:
+            self._made.set_result(self._make())
+        except BaseException as error:
+            self._made.set_exception(error)
 
 
 @contextmanager
