@@ -35,6 +35,17 @@ INSTRUCTIONS = (
     "Searches documents by meaning. `search` gives the best passages, `fetch` the text of one of them, or of a whole "
     "document. A question in plain words, of several steps too, finds more than keywords do."
 )
+Mode = Annotated[
+    Literal["reason", "direct", "bm25"] | None,
+    Field(description="`reason` thinks about the query first; `direct` is quicker; `bm25`: its words."),
+]
+Where = Annotated[
+    dict[str, Any] | None,
+    Field(
+        description="Only documents that fit, by path, title, source, page or fields of their metadata, e.g. "
+        '{"year": {"$gte": 2020}, "lang": ["en", "de"]}.'
+    ),
+]
 READING = ToolAnnotations(read_only_hint=True, open_world_hint=False)
 
 
@@ -85,17 +96,8 @@ def create_mcp(service: Service | Callable[[], Service]) -> MCPServer[Any]:
         query: Annotated[str, Field(description="What to look for: a question or a description in plain words.")],
         ctx: Context[Any, Any],
         k: Annotated[Count, Field(description="How many passages.")] = 10,
-        mode: Annotated[
-            Literal["reason", "direct", "bm25"] | None,
-            Field(description="`reason` thinks about the query first; `direct` is quicker; `bm25`: its words."),
-        ] = None,
-        filter: Annotated[
-            dict[str, Any] | None,
-            Field(
-                description="Only documents that fit, by path, title, source, page or fields of their metadata, e.g. "
-                '{"year": {"$gte": 2020}, "lang": ["en", "de"]}.'
-            ),
-        ] = None,
+        mode: Mode = None,
+        filter: Where = None,
         hybrid: Annotated[bool, Field(description="Look for the words, too.")] = False,
         texts: Annotated[bool, Field(description="Give the texts of the passages, too.")] = False,
     ) -> Results:
