@@ -6,7 +6,8 @@
 DATA_ROOT holds the collections in the BEIR layout. `dev` has all queries that training keeps apart (the collection's
 own dev split, or a fifth of train by the hash of the id), `test` those of the collection's test split, where it has
 one. Documents are all there; of the queries of a split at most 1,500, by the hash of the id. Of `babi_support` the
-query has the story in it, as in training, and its documents are those that a query may rank. Choose by dev, read test once.
+query has the story in it, as in training, and its documents are those that a query may rank. Choose by dev, read
+test once.
 """
 
 from __future__ import annotations
