@@ -1,0 +1,94 @@
+"""What a GGUF file of ours says beside its weights: settings with their frames, and the tokenizer as it stands.
+
+The keys are GGUF's own where it has some, so that llama.cpp and what is built on it read the same.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from ...errors import MissingExtraError, ModelError
+from ...extras import extra
+from ..settings import EmbeddingSettings, parse_settings
+
+Lookup = Callable[[str], str | None]
+"""Key -> its value as text; None where the file has none."""
+
+SETTINGS_KEY = "search_r3.settings"
+"""What stands in `search_r3.json` of a model directory."""
+_TOKENIZER_KEY, _TEMPLATE_KEY = "tokenizer.huggingface.json", "tokenizer.chat_template"
+_ROLES = {
+    "bos_token": "tokenizer.ggml.bos_token_id",
+    "eos_token": "tokenizer.ggml.eos_token_id",
+    "unk_token": "tokenizer.ggml.unknown_token_id",
+    "pad_token": "tokenizer.ggml.padding_token_id",
+}
+_KEYS = (SETTINGS_KEY, _TOKENIZER_KEY, _TEMPLATE_KEY, *_ROLES.values())
+
+
+def read_metadata(path: Path, name: str) -> Lookup:
+    """What the metadata of a GGUF file says of these things.
+
+    Args:
+        path: of the file.
+        name: what the model is called, for messages.
+
+    Raises:
+        ModelError: it is no GGUF file, or not whole.
+        MissingExtraError: the package gguf is not installed.
+    """
+    try:
+        with extra("gguf"):
+            import gguf
+        reader = gguf.GGUFReader(path)
+        fields = {key: reader.get_field(key) for key in _KEYS}
+        values = {key: str(field.contents()) for key, field in fields.items() if field is not None}
+    except MissingExtraError:
+        raise
+    except Exception as error:  # of numpy, about offsets that are beyond the file's end
+        fault = str(error).strip().partition("\n")[0] or type(error).__name__
+        raise ModelError(f"cannot load a model from {name}: {fault}; fetch or copy it again") from error
+    return values.get
+
+
+def settings_in(value: Lookup, place: str) -> EmbeddingSettings | None:
+    """The settings that stand in a file; None in a file that is not of ours.
+
+    Raises:
+        ModelError: they are not usable.
+    """
+    text = value(SETTINGS_KEY)
+    return None if text is None else parse_settings(text, place)
+
+
+def tokenizer_in(value: Lookup, **more: Any) -> Any:
+    """The tokenizer that stands in a file, a `transformers.PreTrainedTokenizerFast`; None where it has none whole.
+
+    Args:
+        value: looks keys up.
+        more: in place of what the file says.
+    """
+    from tokenizers import Tokenizer
+    from transformers import PreTrainedTokenizerFast
+
+    text = value(_TOKENIZER_KEY)
+    if text is None:
+        return None
+    tokenizer = Tokenizer.from_str(text)
+    ids = {role: value(key) for role, key in _ROLES.items()}
+    roles = {role: tokenizer.id_to_token(int(number)) for role, number in ids.items() if number is not None}
+    template = {"chat_template": value(_TEMPLATE_KEY)}
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, clean_up_tokenization_spaces=False, **(roles | template | more)
+    )
+
+
+def tokenizer_values(tokenizer: Any) -> dict[str, str | int]:
+    """Key -> value of all that `tokenizer_in` reads."""
+    values: dict[str, str | int] = {_TOKENIZER_KEY: tokenizer.backend_tokenizer.to_str()}
+    for role, key in _ROLES.items():
+        if (token := getattr(tokenizer, role)) is not None:
+            values[key] = int(tokenizer.convert_tokens_to_ids(token))
+    return values
