@@ -16,10 +16,10 @@ from ..errors import ConfigError, MissingExtraError, ModelError
 from ..extras import extra
 from .backbone import Backbone, without_bars
 from .checks import BaseFacts, check_backbone
-from .precision import torch_device, torch_dtype
-from .prompts import EMBED_TOKEN, PromptSet
 from .llamacpp.backbone import BACKEND, load_llamacpp
 from .llamacpp.metadata import tokenizer_in
+from .precision import torch_device, torch_dtype
+from .prompts import EMBED_TOKEN, PromptSet
 from .settings import SETTINGS_FILE, EmbeddingSettings, choose_settings, with_frames
 from .source import ADAPTER_CONFIG, CONFIG, TOKENIZER, HubOptions, ModelFiles, check_whole, find_files
 from .templates import ChatTemplate

@@ -224,7 +224,7 @@ def test_how_texts_are_split_has_llama_cpps_name(thinking: Any, steps: list[Any]
     own = copy.deepcopy(thinking)
     own.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence(steps) if len(steps) > 1 else steps[0]
     assert vocabulary_of(own, len(own), "it").split == split
-    with pytest.raises(ModelError, match="it: the token .* and the table 100 rows"):
+    with pytest.raises(ModelError, match=r"it: the token .* and the table 100 rows"):
         vocabulary_of(own, 100, "it")
 
 

@@ -177,8 +177,8 @@ def _load_side(
     saved, tokenizer = settings_in(model.value, files.name), tokenizer_in(model.value, **tokenizer_kwargs)
     if saved is None or saved.frames is None or tokenizer is None:
         raise ModelError(
-            f"{files.name} does not say how it embeds: it is not a file that `search-r3 export MODEL OUT --gguf` wrote. "
-            "Write one of a model that stage 1 has trained (of any GGUF file that SearchR3 loads)"
+            f"{files.name} does not say how it embeds: it is no file that `search-r3 export MODEL OUT --gguf` wrote; "
+            "write one of a model that stage 1 has trained"
         )
     config = PretrainedConfig(max_position_embeddings=model.context_length)
     settings = choose_settings(files.name, config, tokenizer, saved=saved, settings=settings, **changes)
@@ -193,7 +193,7 @@ def _load_side(
         parallel=parallel,
         longest=min(settings.max_length + settings.max_new_tokens, model.context_length),
         prompt=settings.max_length,
-        threads=options.get("n_threads") or torch.get_num_threads(),
+        threads=options.get("n_threads", torch.get_num_threads()),
     )
     return LlamaCppBackbone(
         model, tokenizer, settings, embed_token_id, files.name, files, BACKEND, cache=cache, parallel=parallel

@@ -16,8 +16,9 @@ from .runtime import Token
 
 
 class LlamaCppEngine:
-    """See `Engine`. A state is what the final norm gives, `D`, and the logits, `V`: of a token that does not embed the
-    logits alone are computed, of the embed token what the final norm gives alone; the rest is zero.
+    """See `Engine`. A state is what the final norm gives, `D`, and the logits, `V`.
+
+    Of the embed token the first alone is computed, of other tokens the second alone; the rest is zero.
 
     Args:
         backbone: the model; its cache is shared by all engines.
@@ -84,7 +85,7 @@ class LlamaCppEngine:
         return order
 
     def _computed(self, sequences: Sequence[tuple[int, ...]]) -> tuple[list[int], Tensor]:
-        """Sequences in the cache that hold these ids, behind what is kept of their beginnings, and their last states."""
+        """Sequences of the cache that hold these ids, and their last states; kept beginnings are not computed anew."""
         places = self._take(len(sequences))
         try:
             tokens = []
