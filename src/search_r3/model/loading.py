@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from importlib import import_module
@@ -84,8 +84,7 @@ def load_backbone(
     """
     changes = {"prompts": prompts, "max_length": max_length, "max_new_tokens": max_new_tokens}
     if backend == BACKEND:
-        own = {"dtype": dtype, "device": device, "model_kwargs": model_kwargs, "tokenizer_kwargs": tokenizer_kwargs}
-        return load_llamacpp(source, settings=settings, changes=changes, **own, **hub)
+        return load_llamacpp(source, settings, changes, dtype, device, model_kwargs, tokenizer_kwargs, **hub)
     if backend != "torch":
         raise ConfigError(f"backend={backend!r}: expected 'torch' or {BACKEND!r}")
     place = torch_device(device)
@@ -100,7 +99,13 @@ def load_backbone(
             models.append(_query_model(files.queries, model, precision, dtype == "auto", more[0]))
     for one in models:
         _put_on(place, one, has_map="device_map" in more[0])
-    sides = [Backbone(one.eval(), tokenizer, settings, embed_token_id, files.name, files) for one in models]
+    return _as_one([Backbone(one.eval(), tokenizer, settings, embed_token_id, files.name, files) for one in models])
+
+
+def _as_one(sides: Sequence[Backbone]) -> Backbone:
+    """A loaded model of one side, or of documents and queries, after its checks."""
+    files = sides[0].files
+    assert files is not None
     for side in sides:
         check_backbone(side)
     if facts := BaseFacts.read(files):

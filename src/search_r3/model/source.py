@@ -20,7 +20,7 @@ from typing import Any, TypedDict, Unpack
 
 from ..errors import ModelError
 from ..files import hash_file, hash_folder, must_be_path
-from .llamacpp.metadata import Lookup, read_metadata, settings_in
+from .llamacpp.metadata import Lookup, check_one_file, queries_file, read_metadata, settings_in
 from .settings import QUERIES, SETTINGS_FILE, EmbeddingSettings, read_settings
 
 CONFIG, ADAPTER_CONFIG = "config.json", "adapter_config.json"
@@ -36,16 +36,6 @@ SMOL_BASE = "SEARCH_R3_SMOL_BASE"
 """The environment variable that names where the base of `smol` is, in place of the hub."""
 RUN_MODELS = ("model", "sft/model")
 """Where a run has its models, the last stage's first."""
-
-
-def queries_file(name: str) -> str:
-    """What the file beside a GGUF file is called that holds what encodes queries.
-
-    Example:
-        >>> queries_file("model.gguf")
-        'model.queries.gguf'
-    """
-    return f"{name.removesuffix('.gguf')}.{QUERIES}.gguf"
 
 
 def packaged_path(name: str) -> Path:
@@ -113,19 +103,9 @@ class ModelFiles:
             ModelError: they are not usable.
         """
         saved = settings_in(self.metadata, self.name) or read_settings(self.folder_of(SETTINGS_FILE))
-        if self.gguf is not None and saved is not None and saved.queries is not None:
-            self.check_queries()
+        if self.gguf is not None and self.queries is None and saved is not None:
+            check_one_file(saved, self.gguf, self.name)
         return saved
-
-    def check_queries(self) -> None:
-        """Refuse a GGUF file that encodes documents only, where the one for queries is not beside it.
-
-        Raises:
-            ModelError: it is so.
-        """
-        if self.queries is None:
-            missing = queries_file(str(self.gguf))
-            raise ModelError(f"{self.name} encodes documents only, and {missing} beside it is missing; copy it, too")
 
     def folder_of(self, name: str) -> Path:
         """The folder that holds a file of that name, or may: adapters lean on their base for what they lack."""

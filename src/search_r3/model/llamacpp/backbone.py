@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, NoReturn, Unpack
+from typing import Any, Literal, Unpack
 
 import torch
 from torch import Tensor
@@ -15,7 +15,7 @@ from ..backbone import Backbone
 from ..precision import torch_device
 from ..settings import EmbeddingSettings, choose_settings, with_frames
 from ..source import HubOptions, ModelFiles, find_files
-from .metadata import settings_in, tokenizer_in
+from .metadata import check_one_file, settings_in, tokenizer_in
 from .runtime import Cache, LlamaModel
 
 BACKEND: Literal["llama.cpp"] = "llama.cpp"
@@ -38,16 +38,13 @@ class LlamaCppBackbone(Backbone):
     parallel: int = PARALLEL
 
     @property
-    def causal_lm(self) -> NoReturn:
+    def causal_lm(self) -> Any:
         """Nothing that learns.
 
         Raises:
             ModelError: always.
         """
-        raise ModelError(
-            f"{self.source} is computed by llama.cpp, which only encodes: to train, save, export or inspect a model, "
-            "load it without backend='llama.cpp'"
-        )
+        raise self._refusal()
 
     @property
     def device(self) -> torch.device:
@@ -98,22 +95,27 @@ class LlamaCppBackbone(Backbone):
             raise ConfigError("llama.cpp computes where it was loaded (device=...); leave device out of this call")
         return [self]
 
-    def hidden_states(self, ids: Tensor, mask: Tensor | None) -> NoReturn:
+    def hidden_states(self, ids: Tensor, mask: Tensor | None) -> Tensor:
         """See `causal_lm`."""
-        return self.causal_lm
+        raise self._refusal()
 
-    def frozen_copy(self, dtype: str | None = None) -> NoReturn:
+    def frozen_copy(self, dtype: str | None = None) -> Backbone:
         """See `causal_lm`."""
-        return self.causal_lm
+        raise self._refusal()
 
     def save(self, folder: str | Path, dtype: str | None = None, *, state: Mapping[str, Tensor] | None = None) -> None:
         """See `causal_lm`."""
-        return self.causal_lm
+        raise self._refusal()
+
+    def _refusal(self) -> ModelError:
+        return ModelError(
+            f"{self.source} is computed by llama.cpp, which only encodes: to train, save, export or inspect a model, "
+            "load it without backend='llama.cpp'"
+        )
 
 
 def load_llamacpp(
     source: str | Path,
-    *,
     settings: EmbeddingSettings | None,
     changes: Mapping[str, Any],
     dtype: str | torch.dtype,
@@ -153,9 +155,8 @@ def load_llamacpp(
     if device is not None and torch_device(device).type != "cpu":
         options.setdefault("n_gpu_layers", -1)
     loaded = _load_side(files, settings, changes, options, tokenizer_kwargs or {})
-    if loaded.settings.queries is not None:
-        files.check_queries()
     if files.queries is None:
+        check_one_file(loaded.settings, files.gguf, files.name)
         return loaded
     queries = _load_side(files.queries, settings, changes, options, tokenizer_kwargs or {})
     queries.documents = loaded

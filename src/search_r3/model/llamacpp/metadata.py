@@ -11,7 +11,7 @@ from typing import Any
 
 from ...errors import MissingExtraError, ModelError
 from ...extras import extra
-from ..settings import EmbeddingSettings, parse_settings
+from ..settings import QUERIES, EmbeddingSettings, parse_settings
 
 Lookup = Callable[[str], str | None]
 """Key -> its value as text; None where the file has none."""
@@ -61,6 +61,26 @@ def settings_in(value: Lookup, place: str) -> EmbeddingSettings | None:
     """
     text = value(SETTINGS_KEY)
     return None if text is None else parse_settings(text, place)
+
+
+def queries_file(name: str) -> str:
+    """What the file beside a GGUF file is called that holds what encodes queries.
+
+    Example:
+        >>> queries_file("model.gguf")
+        'model.queries.gguf'
+    """
+    return f"{name.removesuffix('.gguf')}.{QUERIES}.gguf"
+
+
+def check_one_file(settings: EmbeddingSettings, file: str, name: str) -> None:
+    """Refuse a file that encodes documents only, where there is none for queries beside it.
+
+    Raises:
+        ModelError: it is so.
+    """
+    if settings.queries is not None:
+        raise ModelError(f"{name} encodes documents only, and {queries_file(file)} beside it is missing; copy it, too")
 
 
 def tokenizer_in(value: Lookup, **more: Any) -> Any:

@@ -29,6 +29,7 @@ _AT_ONCE = 12  # documents, or prompts of direct mode, that are computed togethe
 _BEGINNINGS = 4  # kept beginnings of prompts; a model has three
 _SPARE_TOKENS = 1024  # room in the cache beside the replies, for documents
 _ERRORS: deque[str] = deque(maxlen=3)
+_CALLBACKS: list[Any] = []  # which llama.cpp holds, and nobody else would
 
 
 @cache
@@ -37,16 +38,15 @@ def _library() -> Any:
     with extra("llamacpp"):
         import llama_cpp
 
-    @llama_cpp.llama_log_callback
     def log(level: int, text: bytes, _: Any) -> None:
         line = text.decode("utf-8", "replace").strip()
         if level == 4 and line:  # of ggml's levels, an error
             _ERRORS.append(line)
         logger.debug("%s", line)
 
-    llama_cpp.llama_log_set(log, ctypes.c_void_p(0))
+    _CALLBACKS.append(llama_cpp.llama_log_callback(log))
+    llama_cpp.llama_log_set(_CALLBACKS[-1], ctypes.c_void_p(0))
     llama_cpp.llama_backend_init()
-    _library.log = log  # type: ignore[attr-defined]  # llama.cpp holds it without counting
     return llama_cpp
 
 

@@ -22,9 +22,8 @@ from ..adapters import merged_queries
 from ..backbone import Backbone
 from ..export import check_exportable
 from ..settings import settings_record
-from ..source import queries_file
 from ..templates import ChatTemplate
-from .metadata import SETTINGS_KEY, tokenizer_values
+from .metadata import SETTINGS_KEY, queries_file, tokenizer_values
 from .vocabulary import vocabulary_of
 
 GGUFType = Literal["f32", "f16", "bf16", "q8_0"]
