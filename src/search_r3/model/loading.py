@@ -17,7 +17,7 @@ from ..extras import extra
 from .backbone import Backbone, without_bars
 from .checks import BaseFacts, check_backbone
 from .llamacpp.backbone import BACKEND, load_llamacpp
-from .llamacpp.metadata import tokenizer_in
+from .llamacpp.metadata import mend_config, tokenizer_in
 from .precision import torch_device, torch_dtype
 from .prompts import EMBED_TOKEN, PromptSet
 from .settings import SETTINGS_FILE, EmbeddingSettings, choose_settings, with_frames
@@ -213,6 +213,7 @@ def _config(files: ModelFiles) -> Any:
     files.json(CONFIG)
     config = transformers.AutoConfig.from_pretrained(files.folder, **_gguf(files), trust_remote_code=False)
     config.name_or_path = files.name
+    mend_config(config, files.metadata)
     return config
 
 

@@ -57,7 +57,7 @@ def read(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
     return {name: field.contents() for name, field in reader.fields.items()}, {one.name: one for one in reader.tensors}
 
 
-@pytest.mark.parametrize("kind", ["qwen2", "llama"])
+@pytest.mark.parametrize("kind", ["qwen2", "qwen3", "llama"])
 @pytest.mark.parametrize("tied", [True, False])
 def test_the_file_alone_is_the_model_again(tmp_path: Path, thinking: Any, kind: str, tied: bool) -> None:
     folder = save_tiny(tmp_path / "model", thinking, kind, tied=tied, spare_rows=16)

@@ -1,4 +1,8 @@
-"""The engine on llama.cpp, against ours: the same prompts, replies and vectors from the same weights."""
+"""The engine on llama.cpp, against ours: the same prompts, replies and vectors from the same weights.
+
+Each test runs with what stands for llama.cpp's functions, and with llama.cpp itself where `-m real` says so: it takes
+minutes to install (extra `llamacpp`).
+"""
 
 from __future__ import annotations
 
@@ -12,14 +16,14 @@ import numpy as np
 import pytest
 import torch
 from conftest import call, save_tiny, small_collection
+from fake_llama import FakeLlama
 from test_gguf import two_sides
 
 from search_r3 import SearchR3
 from search_r3.errors import ConfigError, ModelError
+from search_r3.model.llamacpp import runtime
 from search_r3.model.llamacpp.writing import export_gguf
 from search_r3.model.loading import load_backbone
-
-pytest.importorskip("llama_cpp")
 
 TEXTS = [document.full_text for document in small_collection().documents.values()][:11]
 BACKEND = {"backend": "llama.cpp", "model_kwargs": {"n_threads": 1}}
@@ -32,6 +36,16 @@ def exported(
     model = SearchR3(save_tiny(folder / "model", tokenizer, kind, **options), device="cpu", max_new_tokens=12)
     [path] = export_gguf(model.backbone, folder / "model.gguf", type_)
     return model, path
+
+
+@pytest.fixture(autouse=True, params=["fake", pytest.param("real", marks=pytest.mark.real)])
+def library(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """What computes."""
+    if request.param == "real":
+        return pytest.importorskip("llama_cpp")
+    fake = FakeLlama()
+    monkeypatch.setattr(runtime, "_library", lambda: fake)
+    return fake
 
 
 @pytest.fixture(scope="module")
@@ -69,7 +83,7 @@ def test_vectors_and_replies_are_ours(tmp_path: Path, tokenizer: Any, kind: str,
 def test_smaller_types_stay_close(tmp_path: Path, tokenizer: Any, type_: str, least: float) -> None:
     ours, path = exported(tmp_path, tokenizer, type_=type_)
     theirs = SearchR3(path, **BACKEND)
-    assert theirs.backbone.dtype == f"{type_}-llama.cpp"
+    assert theirs.backbone.dtype.endswith("-llama.cpp")
     assert cosines(ours.encode_document(TEXTS), theirs.encode_document(TEXTS)).min() >= least
 
 
@@ -109,6 +123,26 @@ def test_budgets_seeds_and_the_forced_token_are_as_everywhere(ours: SearchR3, th
     [rollout] = theirs.rollouts([theirs.backbone.prompt_encoder.encode(TEXTS[0], "reason").ids])
     [own] = ours.rollouts([ours.backbone.prompt_encoder.encode(TEXTS[0], "reason").ids])
     np.testing.assert_allclose(rollout.logprobs, own.logprobs, atol=1e-2)
+
+
+def test_a_full_cache_is_one_error_and_is_emptied(pair: tuple[SearchR3, Path]) -> None:
+    loaded = SearchR3(pair[1], backend="llama.cpp", model_kwargs={"n_parallel": 1, "n_threads": 1})
+    expected = loaded.encode_query(TEXTS, "reason")
+    long, streams = " ".join(TEXTS) * 3, []
+    with pytest.raises(ModelError, match=r"cache for .* is full of what other calls have in work; .*'n_parallel'"):
+        for _ in range(20):
+            streams.append(loaded.stream_query(long, "reason"))
+            next(streams[-1])
+    streams.clear()
+    assert cosines(loaded.encode_query(TEXTS, "reason"), expected).min() > 0.9999
+
+
+def test_a_store_of_one_can_be_asked_by_the_other(ours: SearchR3, theirs: SearchR3) -> None:
+    from search_r3.serving.fingerprint import Fingerprint
+
+    made, asking = Fingerprint.of(ours), Fingerprint.of(theirs)
+    assert made.difference(asking) is None and asking.backend == f"{theirs.backbone.dtype} on cpu, llama.cpp"
+    assert asking.weights == theirs.backbone.revision
 
 
 def test_the_beginning_of_a_prompt_is_computed_once(theirs: SearchR3, monkeypatch: pytest.MonkeyPatch) -> None:

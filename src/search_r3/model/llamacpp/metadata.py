@@ -25,7 +25,8 @@ _ROLES = {
     "unk_token": "tokenizer.ggml.unknown_token_id",
     "pad_token": "tokenizer.ggml.padding_token_id",
 }
-_KEYS = (SETTINGS_KEY, _TOKENIZER_KEY, _TEMPLATE_KEY, *_ROLES.values())
+_QWEN3_HEADS = "qwen3.attention.key_length"
+_KEYS = (_QWEN3_HEADS, SETTINGS_KEY, _TOKENIZER_KEY, _TEMPLATE_KEY, *_ROLES.values())
 
 
 def read_metadata(path: Path, name: str) -> Lookup:
@@ -61,6 +62,12 @@ def settings_in(value: Lookup, place: str) -> EmbeddingSettings | None:
     """
     text = value(SETTINGS_KEY)
     return None if text is None else parse_settings(text, place)
+
+
+def mend_config(config: Any, value: Lookup) -> None:
+    """Set the size of heads in a configuration of transformers, which does not read it from files of Qwen3."""
+    if (size := value(_QWEN3_HEADS)) is not None:
+        config.head_dim = int(size)
 
 
 def queries_file(name: str) -> str:
