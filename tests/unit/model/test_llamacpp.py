@@ -95,6 +95,9 @@ def test_company_changes_nothing_and_more_queries_than_rows_are_done_in_turns(th
     reverse = theirs.encode_document(TEXTS[::-1])[::-1]
     assert cosines(reverse, theirs.encode_document(TEXTS)).min() > 0.9999
     many = TEXTS * 4
+    assert theirs.encode_query(many, "reason", max_new_tokens=3).reasoning[: len(TEXTS)] == [
+        theirs.encode_query(text, "reason", max_new_tokens=3).reasoning[0] for text in TEXTS
+    ]
     np.testing.assert_allclose(theirs.encode_document(many)[:3], theirs.encode_document(many)[11:14], atol=1e-3)
 
 
