@@ -119,7 +119,7 @@ def check_exportable(backbone: Backbone, target: Path) -> None:
         raise ModelError("the model has unmerged adapters (LoRA); call its merge_and_unload() and export the result")
     source = Path(backbone.source)
     if source.exists() and source.resolve().is_relative_to(target.resolve()):
-        raise ModelError(f"an export to {target} would replace the model in {source}; give another place")
+        raise ModelError(f"an export to {target} would replace the model in {source}; give another folder")
 
 
 def _special_names(backbone: Backbone) -> dict[int, str]:

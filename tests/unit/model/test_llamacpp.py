@@ -224,6 +224,8 @@ def test_what_it_cannot_do_says_what_can(pair: tuple[SearchR3, Path], tmp_path: 
     for name in ("n_threads", "n_parallel"):
         with pytest.raises(ConfigError, match=f"{name}=0: expected"):
             SearchR3(path, backend="llama.cpp", model_kwargs={name: 0})
+    with pytest.raises(ConfigError, match="built without a GPU"):
+        SearchR3(path, backend="llama.cpp", model_kwargs={"n_gpu_layers": 3})
     broken = tmp_path / "broken.gguf"
     broken.write_bytes(path.read_bytes()[:5000])
     with pytest.raises(ModelError, match=r"llama\.cpp cannot load .*broken\.gguf"):
@@ -287,3 +289,26 @@ def test_vectors_behind_given_words_are_ours(ours: SearchR3, theirs: SearchR3) -
         own = ours.backbone.embed(ids)
     assert cosines(own, theirs.backbone.embed(ids)).min() > 0.9999
     assert load_backbone(theirs.backbone.source, backend="llama.cpp").trained == ours.backbone.trained
+
+
+def test_mteb_names_what_computes(theirs: SearchR3) -> None:
+    mteb = pytest.importorskip("search_r3.evaluation.mteb")
+    meta = mteb._model_meta(theirs, "direct", None, "none")
+    assert meta.framework == ["GGUF"] and meta.n_parameters is None
+    assert meta.experiment_kwargs["dtype"] == theirs.backbone.dtype
+
+
+@pytest.mark.real
+@pytest.mark.parametrize("kind", ["qwen2", "llama"])
+def test_llama_cpps_own_tokenizer_reads_texts_as_ours(tmp_path: Path, tokenizer: Any, kind: str) -> None:
+    """The names of tokens, their types, merges and the split: what other programs on llama.cpp go by."""
+    llama_cpp = pytest.importorskip("llama_cpp")
+    ours, path = exported(tmp_path, tokenizer, kind)
+    model = llama_cpp.Llama(str(path), vocab_only=True, verbose=False)
+    own = ours.backbone.tokenizer
+    for text in ("where is the red house?", "It's 1984,\n\n  and 日本語 🙂 <|im_end|> don't", "a  b\t c"):
+        ids = own(text, add_special_tokens=False, split_special_tokens=True)["input_ids"]
+        assert model.tokenize(text.encode(), add_bos=False, special=False) == ids, text
+    chat = own.apply_chat_template([{"role": "user", "content": "red"}], tokenize=False, add_generation_prompt=True)
+    assert model.tokenize(chat.encode(), add_bos=False, special=True) == own(chat)["input_ids"]
+    assert model.token_eos() == own.eos_token_id
