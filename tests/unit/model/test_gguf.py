@@ -14,6 +14,7 @@ import pytest
 import torch
 import transformers
 from conftest import call, save_model, save_tiny, tiny_model
+from hub_server import Repository, reached_hub
 from tokenizers import AddedToken, pre_tokenizers
 
 from search_r3 import SearchR3
@@ -130,8 +131,6 @@ def test_matrices_are_stored_as_asked_and_numbers_in_vectors_whole(saved: Path, 
 
 
 def test_a_saved_file_is_trained_if_the_model_was_and_keeps_its_mode(saved: Path, tmp_path: Path) -> None:
-    record = json.loads((saved / "search_r3.json").read_text()) if (saved / "search_r3.json").exists() else None
-    assert record is None
     backbone = load_backbone(saved, device="cpu")
     backbone.settings = backbone.settings.model_copy(update={"trained": True, "mode": "direct"})
     [path] = export_gguf(backbone, tmp_path / "model.gguf", "f32")
@@ -167,6 +166,15 @@ def test_a_model_with_frozen_documents_gives_two_files_which_are_one_model(saved
     files[1].unlink()
     with pytest.raises(ModelError, match=r"model\.queries\.gguf.* is missing"):
         SearchR3(files[0])
+
+
+def test_both_files_are_fetched_from_the_hub(saved: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    files = export_gguf(two_sides(saved), tmp_path / "model.gguf")
+    with reached_hub(monkeypatch, tmp_path / "hub") as hub:
+        hub.repositories["o/m"] = Repository()
+        hub.repositories["o/m"].commit("main", {file.name: file.read_bytes() for file in files})
+        fetched = load_backbone("o/m/model.gguf", device="cpu")
+    assert fetched.documents is not None and fetched.revision == "+".join(map(hash_file, files))
 
 
 def other_layers(backbone: Backbone, **changes: Any) -> Backbone:

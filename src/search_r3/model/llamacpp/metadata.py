@@ -5,6 +5,7 @@ The keys are GGUF's own where it has some, so that llama.cpp and what is built o
 
 from __future__ import annotations
 
+import mmap
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ Lookup = Callable[[str], str | None]
 SETTINGS_KEY = "search_r3.settings"
 """What stands in `search_r3.json` of a model directory."""
 _TOKENIZER_KEY, _TEMPLATE_KEY = "tokenizer.huggingface.json", "tokenizer.chat_template"
+_HEAD = 2**26  # bytes in which the metadata of a file stands
 _ROLES = {
     "bos_token": "tokenizer.ggml.bos_token_id",
     "eos_token": "tokenizer.ggml.eos_token_id",
@@ -30,16 +32,20 @@ _KEYS = (_QWEN3_HEADS, SETTINGS_KEY, _TOKENIZER_KEY, _TEMPLATE_KEY, *_ROLES.valu
 
 
 def read_metadata(path: Path, name: str) -> Lookup:
-    """What the metadata of a GGUF file says of these things.
+    """What the metadata of a GGUF file of ours says of these things; of another one nothing.
 
     Args:
         path: of the file.
         name: what the model is called, for messages.
 
     Raises:
-        ModelError: it is no GGUF file, or not whole.
+        ModelError: it is not whole.
         MissingExtraError: the package gguf is not installed.
     """
+    values: dict[str, str] = {}
+    with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
+        if content.find(SETTINGS_KEY.encode(), 0, _HEAD) < 0:  # to read all metadata takes seconds
+            return values.get
     try:
         with extra("gguf"):
             import gguf

@@ -103,10 +103,10 @@ def _write(backbone: Backbone, path: Path, kind: GGUFType, has_queries: bool) ->
     writer.add_name(Path(backbone.source).name)
     writer.add_file_type(gguf.LlamaFileType[_FILE_TYPES[kind]])
     writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
-    _add_shape(writer, config)
-    _add_tokenizer(writer, backbone)
     record = settings_record(backbone.settings, has_queries=has_queries)
     writer.add_string(SETTINGS_KEY, json.dumps(record, ensure_ascii=False))
+    _add_shape(writer, config)
+    _add_tokenizer(writer, backbone)
     tensors = [(name, tensor, _stored_as(gguf, tensor, kind)) for name, tensor in _tensors(gguf, backbone)]
     for name, tensor, stored in tensors:
         shape: tuple[int, ...] = tuple(tensor.shape)
