@@ -16,6 +16,7 @@ from ..errors import ConfigError, MissingExtraError, ModelError
 from ..extras import extra
 from .backbone import Backbone, without_bars
 from .checks import BaseFacts, check_backbone
+from .engine.packed import pack
 from .precision import torch_device, torch_dtype
 from .prompts import EMBED_TOKEN, PromptSet
 from .settings import SETTINGS_FILE, EmbeddingSettings, choose_settings, read_settings, with_frames
@@ -90,6 +91,12 @@ def load_backbone(
             models.append(_query_model(files.queries, model, precision, dtype == "auto", more[0]))
     for one in models:
         _put_on(place, one, has_map="device_map" in more[0])
+        if (
+            precision == torch.float16
+            and place.type == "cpu"
+            and not any(hasattr(side, "peft_config") for side in models)
+        ):
+            pack(one)
     sides = [Backbone(one.eval(), tokenizer, settings, embed_token_id, files.name, files) for one in models]
     for side in sides:
         check_backbone(side)

@@ -104,6 +104,7 @@ def test_one_long_reply_does_not_hold_up_the_others(quiet: Backbone) -> None:
 
 
 def test_a_token_is_computed_once_and_the_vector_needs_no_second_pass(quiet: Backbone) -> None:
+    quiet.prefixes.stop()
     counts = computed_tokens(quiet)
     ids = prompt(quiet, 0)
     [rollout] = Decoder(quiet).run([DecodeRequest(ids, 7)])
