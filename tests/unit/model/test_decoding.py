@@ -183,6 +183,7 @@ def test_streaming_gives_the_same_query_in_pieces(model: SearchR3) -> None:
 
 
 def test_closing_a_stream_stops_the_model(model: SearchR3) -> None:
+    model.backbone.prefixes.stop()
     counts = computed_tokens(model.backbone)
     stream = model.stream_query(TEXTS[0], max_new_tokens=40, sampling_temperature=1.0, seed=3)
     next(stream)

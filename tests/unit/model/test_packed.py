@@ -19,12 +19,19 @@ TEXTS = ["where is the red house?", "river", "a black horse and a white chair on
 pytestmark = pytest.mark.skipif(not packed.can_pack(), reason="this machine's torch has no such products")
 
 
-def halved(model: SearchR3) -> SearchR3:
-    """Its weights rounded to float16, in float32: what a packed model has to compute as."""
+def folder_of(tmp_path: Path, tokenizer: Any, kind: str, tied: bool) -> Path:
+    """A tiny model that has the embed token."""
+    whole = SearchR3(save_tiny(tmp_path / "base", tokenizer, kind, tied=tied), device="cpu")
+    whole.save_pretrained(tmp_path / "model")
+    return tmp_path / "model"
+
+
+def halved(folder: Path) -> SearchR3:
+    """The weights rounded to float16, in float32: what a packed model has to compute as."""
+    model = SearchR3(folder, device="cpu")
     with torch.no_grad():
-        for name, parameter in model.backbone.model.named_parameters():
-            if "norm" not in name:
-                parameter.copy_(parameter.half())
+        for parameter in model.backbone.model.parameters():
+            parameter.copy_(parameter.half())
     return model
 
 
@@ -38,8 +45,8 @@ def test_float16_on_a_cpu_rounds_nothing_but_the_weights(
     tmp_path: Path, tokenizer: Any, kind: str, tied: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(packed, "_PIECE_ROWS", 100)  # the output layer has more
-    folder = save_tiny(tmp_path / "model", tokenizer, kind, tied=tied)
-    ours, exact = SearchR3(folder, device="cpu", dtype="float16"), halved(SearchR3(folder, device="cpu"))
+    folder = folder_of(tmp_path, tokenizer, kind, tied)
+    ours, exact = SearchR3(folder, device="cpu", dtype="float16"), halved(folder)
     assert is_packed(ours)
     assert (ours.backbone.dtype, ours.backbone.engine) == ("float16", "fast")
     np.testing.assert_allclose(ours.encode_document(TEXTS), exact.encode_document(TEXTS), atol=1e-5)
@@ -52,11 +59,10 @@ def test_float16_on_a_cpu_rounds_nothing_but_the_weights(
 
 @pytest.mark.parametrize("tied", [True, False])
 def test_a_packed_model_is_saved_as_any_other(tmp_path: Path, tokenizer: Any, tied: bool) -> None:
-    folder = save_tiny(tmp_path / "model", tokenizer, tied=tied)
-    ours = SearchR3(folder, device="cpu", dtype="float16")
-    ours.save_pretrained(tmp_path / "saved")
-    again, exact = SearchR3(tmp_path / "saved", device="cpu"), halved(SearchR3(folder, device="cpu"))
-    weights, expected = again.backbone.model.state_dict(), exact.backbone.model.state_dict()
+    folder = folder_of(tmp_path, tokenizer, "qwen2", tied)
+    SearchR3(folder, device="cpu", dtype="float16").save_pretrained(tmp_path / "saved")
+    weights = SearchR3(tmp_path / "saved", device="cpu").backbone.model.state_dict()
+    expected = halved(folder).backbone.model.state_dict()
     assert weights.keys() == expected.keys()
     for name, value in expected.items():
         torch.testing.assert_close(weights[name], value, atol=0, rtol=0)
