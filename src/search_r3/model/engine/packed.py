@@ -31,8 +31,8 @@ class PackedLinear(torch.nn.Module):
         super().__init__()
         self.in_features, self.out_features, self.is_tied = layer.in_features, layer.out_features, is_tied
         self.has_bias = layer.bias is not None
-        weights = layer.weight.detach().split(_PIECE_ROWS)
-        biases = layer.bias.detach().float().split(_PIECE_ROWS) if self.has_bias else [None] * len(weights)
+        weights = torch.split(layer.weight.detach(), _PIECE_ROWS)
+        biases = torch.split(layer.bias.detach().float(), _PIECE_ROWS) if self.has_bias else [None] * len(weights)
         self.pieces = [_prepack(weight, bias) for weight, bias in zip(weights, biases, strict=True)]
 
     def forward(self, values: Tensor) -> Tensor:
@@ -84,7 +84,8 @@ def pack(model: Any) -> None:
         for name, layer in list(parent.named_children()):
             if type(layer) is torch.nn.Linear:
                 setattr(parent, name, PackedLinear(layer, layer.weight is table.weight))
-    half = HalfEmbedding(*table.weight.shape, padding_idx=table.padding_idx, _weight=table.weight.detach())
+    rows, columns = table.weight.shape
+    half = HalfEmbedding(rows, columns, padding_idx=table.padding_idx, _weight=table.weight.detach())
     model.set_input_embeddings(half)
     for parameter in model.parameters():  # norms
         parameter.requires_grad_(False)
