@@ -234,7 +234,8 @@ def prepare(source: str, scratch: Path, options: argparse.Namespace) -> dict[str
 
     folder, gguf = scratch / "model", scratch / "model.gguf"
     model = SearchR3(source, device="cpu")
-    model.save_pretrained(folder)
+    model.save_pretrained(folder, dtype="float16")
+    model = SearchR3(folder, device="cpu")  # all have the numbers of the file
     backbone, queries = model.backbone, list(QUERIES[: options.queries])
     why = None
     try:

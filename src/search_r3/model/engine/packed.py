@@ -7,6 +7,8 @@ x86, reads float16 and computes in float32, so that nothing is rounded but the w
 
 from __future__ import annotations
 
+import ctypes
+from contextlib import suppress
 from functools import cache
 from typing import Any
 
@@ -75,9 +77,9 @@ def can_pack() -> bool:
 def pack(model: Any) -> None:
     """Put packed layers into a causal LM in float16 on a CPU; one that cannot have them stays as it is.
 
-    It can where its layers are driven one by one and are not quantised, and where `can_pack`.
+    It can where its layers are driven one by one, and where `can_pack`.
     """
-    if getattr(model, "quantization_method", None) or not is_drivable(model) or not can_pack():
+    if not is_drivable(model) or not can_pack():
         return
     table = model.get_input_embeddings()
     for parent in list(model.modules()):
@@ -92,3 +94,5 @@ def pack(model: Any) -> None:
         if parameter is not half.weight:
             parameter.data = parameter.data.float()
     model.is_packed = True
+    with suppress(AttributeError, OSError, TypeError):  # glibc keeps what other threads, which loaded, had and freed
+        ctypes.CDLL(None).malloc_trim(0)
