@@ -9,7 +9,7 @@ token and once as a GGUF file by our export, and all contenders load one of the 
 prompts and write the same number of tokens, the likeliest ones, to the end of which the embed token is put; an end of
 the turn is a token like any other here, so that no reply ends early. Then its state is the vector:
 
-- `ours/DTYPE`: `encode_query` in that precision; float16 is packed (docs/models.md).
+- `ours/DTYPE`: `encode_query` in that precision; float16 is packed (docs/laptop.md).
 - `backend`: the same with `backend="llama.cpp"`.
 - `llama.cpp`: its own C functions through the binding, nothing of ours. It keeps what prompts begin with, as its server
   does, and reads the vector in the decoding step of the embed token.

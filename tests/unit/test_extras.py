@@ -196,7 +196,8 @@ COMMANDS = {
     "scipy": [("eval", "evaluate --collections {data} --baselines bm25 --out {out}/e")],
     "matplotlib": [("eval", "report {evaluated} --out {out}/report")],
     "mteb": [("mteb", "mteb --model {model} --tasks SciFact")],
-    "gguf": [("gguf", "search {gguf} --collection {data} red")],
+    "gguf": [("gguf", "search {gguf} --collection {data} red"), ("gguf", "export {model} {out}/m.gguf --gguf")],
+    "llama_cpp": [("llamacpp", "search {gguf} --collection {data} --backend llama.cpp red")],
     "sentence_transformers": [
         ("integrations", "evaluate --collections {data} --baselines sentence-transformers:x --out {out}/e"),
         ("integrations", "data mine {data} {out}/mined --with bm25 --cross-encoder x"),

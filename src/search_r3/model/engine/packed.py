@@ -1,7 +1,7 @@
 """Weights of 16 bits under float32 arithmetic, for CPUs.
 
 To decode one sequence is to read all weights once per token, so half the bytes is half the time. torch's own products
-in bfloat16 and float16 lose that again, with one row or with many (docs/models.md). FBGEMM, which torch has in it on
+in bfloat16 and float16 lose that again, with one row or with many (docs/laptop.md). FBGEMM, which torch has in it on
 x86, reads float16 and computes in float32, so that nothing is rounded but the weights.
 """
 
