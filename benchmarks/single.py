@@ -86,7 +86,6 @@ class LlamaAlone:
             n_ctx=1024,
             n_threads=job["threads"],
             n_threads_batch=job["threads"],
-            embedding=True,
             pooling_type=llama_cpp.LLAMA_POOLING_TYPE_NONE,
             verbose=False,
         )
@@ -101,14 +100,18 @@ class LlamaAlone:
         same = next((i for i, (a, b) in enumerate(zip(prompt, self.known, strict=False)) if a != b), len(self.known))
         kept = min(same, len(prompt) - 1, self.job["beginnings"][mode])
         self.lib.llama_memory_seq_rm(self.memory, 0, kept, -1)
-        self.decode(prompt[kept:])
-        reply = []
-        if mode == "reason":
+        self.known, reply = prompt, []
+        if mode == "direct":
+            self.decode(prompt[kept:-1])
+        else:
+            self.decode(prompt[kept:])
             for _ in range(self.job["tokens"]):
                 reply.append(self.lib.llama_sampler_sample(self.sampler, self.context, -1))
                 self.decode(reply[-1:])
-            self.decode([self.job["embed_token_id"]])
-        self.known = [*prompt, *reply]
+        # Where states are wanted llama.cpp computes the logits of a whole batch, so the embed token has one of its own.
+        self.lib.llama_set_embeddings(self.context, True)
+        self.decode([self.job["embed_token_id"]])
+        self.lib.llama_set_embeddings(self.context, False)
         state = self.lib.llama_get_embeddings_ith(self.context, -1)
         vector = np.array(state[: self.job["dimension"]], dtype=np.float32)
         text = self.model.detokenize(reply).decode(errors="replace").strip() if reply else ""
@@ -328,7 +331,9 @@ def ratios(found: dict[str, Any]) -> dict[str, Any]:
         return {}
     base = found["llama.cpp"]
     return {
-        name: {f"{mode}_p50": one[mode]["p50"] / base[mode]["p50"] for mode in MODES}
+        name: {
+            f"{mode}_{share}": one[mode][share] / base[mode][share] for mode in MODES for share in ("p50", "cpu_p50")
+        }
         for name, one in found.items()
         if name != "llama.cpp"
     }
