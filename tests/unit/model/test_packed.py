@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from search_r3 import SearchR3
 from search_r3.errors import ConfigError
@@ -61,6 +62,8 @@ def test_float16_on_a_cpu_rounds_nothing_but_the_weights(
 def test_a_packed_model_is_saved_as_any_other(tmp_path: Path, tokenizer: Any, tied: bool) -> None:
     folder = folder_of(tmp_path, tokenizer, "qwen2", tied)
     SearchR3(folder, device="cpu", dtype="float16").save_pretrained(tmp_path / "saved")
+    names = [set(load_file(path / "model.safetensors")) for path in (folder, tmp_path / "saved")]
+    assert names[0] == names[1], "a tied table is written once"
     weights = SearchR3(tmp_path / "saved", device="cpu").backbone.model.state_dict()
     expected = halved(folder).backbone.model.state_dict()
     assert weights.keys() == expected.keys()
