@@ -134,7 +134,7 @@ def test_every_module_imports_and_a_model_encodes_with_the_core_alone() -> None:
         "search_r3.integrations.llama_index the package llama_index is not installed; "
         "it comes with the extra `llama-index`: "
         "pip install 'search-r3[llama-index]'",
-        "search_r3.integrations.llm the package llm is not installed; it comes with the extra `llm`: "
+        "search_r3.integrations.llm the package click is not installed; it comes with the extra `llm`: "
         "pip install 'search-r3[llm]'",
         "search_r3.serving.server the package prometheus_client is not installed; it comes with the extra `serve`: "
         "pip install 'search-r3[serve]'",
