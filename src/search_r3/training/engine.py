@@ -173,6 +173,7 @@ def make_engine(model: SearchR3, recipe: Recipe, settings: SFTSettings | GRPOSet
 
     set_seed(recipe.seed)  # before the adapters are drawn
     backbone = model.backbone
+    backbone.prefixes.stop()  # FSDP and DeepSpeed write weights where nothing counts it
     needs_reference = (settings.kl_weight if isinstance(settings, SFTSettings) else settings.kl_coefficient) > 0
     copy = None
     if recipe.lora.rank:
