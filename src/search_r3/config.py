@@ -13,6 +13,7 @@ import yaml
 from pydantic import Field, model_validator
 
 from .loader import Section, load_settings
+from .sections import DevSettings, DistillSettings
 
 
 class BaseModelSettings(Section):
@@ -26,25 +27,6 @@ class BaseModelSettings(Section):
     hidden_size: int = Field(192, ge=64, description="D, a multiple of 64.")
     layers: int = Field(2, ge=1, description="Transformer blocks.")
     intermediate_size: int = Field(768, ge=32, description="Width of the MLP.")
-
-
-class DevSettings(Section):
-    """Evaluation on `evaluation.dev_split` while a stage trains."""
-
-    evaluate_every: int = Field(0, ge=0, description="Steps between evaluations on `evaluation.dev_split`; 0: none.")
-    keep: Literal["last", "best"] = Field(
-        "last", description="Model left: the last, or the best on dev in reason mode."
-    )
-    patience: int | None = Field(None, ge=1, description="Evaluations without a better one that stop it; null: never.")
-
-    @model_validator(mode="after")
-    def _need_evaluations(self) -> DevSettings:
-        if self.evaluate_every == 0 and (self.keep == "best" or self.patience is not None):
-            raise ValueError(
-                f"keep={self.keep}, patience={self.patience}, evaluate_every=0: nothing says what is best; raise "
-                "evaluate_every"
-            )
-        return self
 
 
 class SFTSettings(DevSettings):
@@ -365,6 +347,7 @@ class Recipe(Section):
     base_model: BaseModelSettings = BaseModelSettings()
     sft: SFTSettings = SFTSettings()
     grpo: GRPOSettings = GRPOSettings()
+    distill: DistillSettings = DistillSettings()
     evaluation: EvaluationSettings = EvaluationSettings()
 
     @model_validator(mode="after")
@@ -376,6 +359,10 @@ class Recipe(Section):
                 "(adapters over frozen bfloat16 weights)"
             )
         return self
+
+    def stage(self, name: str) -> SFTSettings | GRPOSettings | DistillSettings:
+        """The section of a stage: `sft`, `grpo` or `distill`."""
+        return {"sft": self.sft, "grpo": self.grpo, "distill": self.distill}[name]
 
 
 def load_recipe(path: str | Path | None, overrides: Sequence[str] = ()) -> Recipe:

@@ -41,6 +41,7 @@ MODULES = (
     "training.best_of_n",
     "training.sft",
     "training.grpo",
+    "training.modes.distill",
     "config",
     "extras",
 )

@@ -42,7 +42,7 @@ TERMINATED = 143
 PANELS = {
     "Start": ("quickstart", "fit"),
     "Search and serve": ("index", "search", "serve", "mcp", "encode"),
-    "Train": ("base", "plan", "sft", "probe", "best_of_n", "grpo"),
+    "Train": ("base", "plan", "sft", "probe", "best_of_n", "grpo", "distill"),
     "Measure": ("evaluate", "mteb", "report"),
     "Share": ("export", "push"),
 }
