@@ -97,6 +97,14 @@ class SFTSettings(DevSettings):
         "sizes are averaged (arXiv 2205.13147).",
     )
 
+    latent_steps: int = Field(
+        0, ge=0, description="K, soft tokens that mode latent is trained with, beside the other modes; 0: it is not."
+    )
+    latent_objective: Literal["gircse", "laser"] = Field(
+        "laser", description="What the latent vectors learn from (docs/modes.md)."
+    )
+    latent_weight: float = Field(1.0, ge=0, description="Weight of the latent losses among the others.")
+
     @model_validator(mode="after")
     def _need_negatives(self) -> SFTSettings:
         if self.triplet_weight > 0 and self.random_negatives + self.hard_negatives == 0:

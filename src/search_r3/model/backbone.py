@@ -102,17 +102,18 @@ class Backbone:
         """The longest sequence the model was made for, in tokens; `NO_LIMIT` where it has none (states, ALiBi)."""
         return getattr(self.model.config.get_text_config(), "max_position_embeddings", None) or NO_LIMIT
 
-    def hidden_states(self, ids: Tensor, mask: Tensor | None) -> Tensor:
-        """Output of the final norm, `B x T x D`, where the output layer reads.
+    def hidden_states(self, ids: Tensor | None, mask: Tensor | None, inputs: Tensor | None = None) -> Tensor:
+        """Output of the final norm, `B x T x D`, where the output layer reads; of ids, or of inputs `B x T x D`.
 
         Padding on either side is allowed. None for the mask is right where padding stands on the right and the model
         `looks_back_only`: then no real token sees it, and attention needs no mask.
         """
         base = self.causal_lm.base_model
-        options = {}
+        options: dict[str, Any] = {}
         if mask is not None and "position_ids" in inspect.signature(base.forward).parameters:
             options["position_ids"] = position_ids(mask)
-        hidden: Tensor = base(input_ids=ids, attention_mask=mask, use_cache=False, **options).last_hidden_state
+        options |= {"input_ids": ids} if inputs is None else {"inputs_embeds": inputs}
+        hidden: Tensor = base(attention_mask=mask, use_cache=False, **options).last_hidden_state
         return hidden
 
     @torch.no_grad()
@@ -215,6 +216,7 @@ class Backbone:
         """Write `search_r3.json`, which also says whether the folder has a query side of its own."""
         more = ({} if self.trained else {"trained": False}) | ({"queries": QUERIES} if has_queries else {})
         mode = {} if self.settings.mode == "reason" else {"mode": self.settings.mode}
+        mode |= {"latent_steps": self.settings.latent_steps} if self.settings.latent_steps else {}
         write_json(folder / SETTINGS_FILE, self.settings.model_dump() | mode | more)
 
 
