@@ -199,10 +199,10 @@ def table(title: str, rows: Mapping[str, dict[str, Any]]) -> None:
         cost = [row[key] for key in ("ms_per_query", "queries_per_second", "documents_per_second")]
         gain = "" if row["gain_per_100_tokens"] is None else f"{row['gain_per_100_tokens']:+.3f}"
         lines.append([name, *cells, f"{row['tokens_per_query']:.1f}", *map(shorten, cost), gain])
-    _show_grid(columns, lines, title=title, box=SIMPLE_HEAD, show_edge=False, padding=0)
+    show_grid(columns, lines, title=title, box=SIMPLE_HEAD, show_edge=False, padding=0)
 
 
-def _show_grid(columns: Iterable[Any], rows: Iterable[Sequence[str]], title: str, **options: Any) -> None:
+def show_grid(columns: Iterable[Any], rows: Iterable[Sequence[str]], title: str, **options: Any) -> None:
     """Show a table of rich, names in it as they are; `options` are those of its `Table`."""
     from rich import print as rich_print
     from rich.table import Table
@@ -224,14 +224,14 @@ def show_comparisons(results: Sequence[Result], comparisons: Sequence[Comparison
     if means := averages(results):
         splits = len({result.place for result in results})
         lines = [[name, *(f"{row[key]:.3f}" for key in AVERAGED)] for name, row in means.items()]
-        _show_grid(["", *AVERAGED], lines, title=f"mean over {splits} splits")
+        show_grid(["", *AVERAGED], lines, title=f"mean over {splits} splits")
     if 0 < len(comparisons) <= MOST_TESTS:
         lines = []
         for one in comparisons:
             numbers = f"{one.difference:+.3f}", f"{one.p:.4f}", f"{one.p_holm:.4f}"
             lines.append([f"{one.collection}, {one.split}: {one.first}", one.second, *numbers])
         columns = ["nDCG@10 of", "minus that of", "", "p", "p (Holm)"]
-        _show_grid(columns, lines, title="paired randomisation tests")
+        show_grid(columns, lines, title="paired randomisation tests")
     elif comparisons:
         sure = sum(one.p_holm < 0.05 for one in comparisons)
         say(f"{len(comparisons)} paired tests, {sure} with p < 0.05 after Holm's correction: see summary.md")
@@ -247,7 +247,7 @@ def show_mteb(scores: Sequence[TaskScore]) -> None:
         tokens = f"{fmean(one.tokens_per_query.values()):.1f}" if one.tokens_per_query else ""
         lines.append([one.task, one.mode, short(one.instruction), one.measure, f"{one.score:.4f}", tokens])
     title = ", ".join(["mteb", *dict.fromkeys(one.part for one in scores if one.part)])
-    _show_grid(["task", "mode", "instruction", "measure", "score", "tokens/query"], lines, title=title)
+    show_grid(["task", "mode", "instruction", "measure", "score", "tokens/query"], lines, title=title)
     for one in scores:
         name = ", ".join((one.task, one.mode, short(one.instruction)))
         for note in truncation_notes(name, one.truncated_queries, one.truncated_documents):
@@ -395,4 +395,4 @@ def show_store(store: Store, entries: Sequence[Entry], top: int) -> None:
         say(f"source: {source}: {count:,} documents")
     if top and entries:
         rows = [[entry.doc_id, entry.title, str(entry.chunks)] for entry in entries[:top]]
-        _show_grid(["document", "title", "chunks"], rows, title=f"first {len(rows)} of {len(entries):,}")
+        show_grid(["document", "title", "chunks"], rows, title=f"first {len(rows)} of {len(entries):,}")

@@ -134,12 +134,16 @@ def hash_file(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+NO_CONTENT = frozenset({"README.md", "gate.json"})
+"""Files of a model directory on which no vector depends."""
+
+
 def hash_folder(folder: Path) -> str:
-    """SHA-256 (hex) over the names and bytes of all files in a folder but hidden ones and READMEs."""
+    """SHA-256 (hex) over the names and bytes of all files in a folder but hidden ones and `NO_CONTENT`."""
     digest = hashlib.sha256()
     for path in sorted(folder.rglob("*")):
         name = path.relative_to(folder)
-        if path.is_file() and name.name != "README.md" and not any(part.startswith(".") for part in name.parts):
+        if path.is_file() and name.name not in NO_CONTENT and not any(part.startswith(".") for part in name.parts):
             digest.update(f"{name.as_posix()}\0{hash_file(path)}\n".encode())
     return digest.hexdigest()
 

@@ -18,6 +18,7 @@ ROOMS = [
     "extras",
     "files",
     "types",
+    "modes",
     "client",
     "loader",
     "sections",

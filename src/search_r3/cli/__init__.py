@@ -14,6 +14,7 @@ from ..data.rows import check_text
 from ..errors import SearchR3Error, StoppedError
 from . import best_of_n, data, evaluation, fit, mining, plan, push, search, serve, store, training
 from .common import app
+from .modes import gate
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -24,6 +25,7 @@ __all__ = [
     "data",
     "evaluation",
     "fit",
+    "gate",
     "main",
     "mining",
     "plan",
@@ -42,7 +44,7 @@ TERMINATED = 143
 PANELS = {
     "Start": ("quickstart", "fit"),
     "Search and serve": ("index", "search", "serve", "mcp", "encode"),
-    "Train": ("base", "plan", "sft", "probe", "best_of_n", "grpo", "distill"),
+    "Train": ("base", "plan", "sft", "probe", "best_of_n", "grpo", "distill", "gate"),
     "Measure": ("evaluate", "mteb", "report"),
     "Share": ("export", "push"),
 }

@@ -55,10 +55,11 @@ WeightDType = Literal["float16", "bfloat16", "float32"]
 
 
 class ModeName(StrEnum):
-    """The two ways to encode a query; an enumeration, since typer takes no list of Literals."""
+    """`modes.MODES` as an enumeration, since typer takes no list of Literals."""
 
     direct = "direct"
     reason = "reason"
+    auto = "auto"
 
 
 def _option(help_text: str, *names: str, **limits: Any) -> Any:

@@ -24,7 +24,7 @@ from .common import (
 
 if TYPE_CHECKING:
     from ..evaluation.results import Result
-    from ..evaluation.runner import EvaluationPlan
+    from ..evaluation.runner import EvaluationPlan, FrontierOptions
     from ..model.prompts import Mode
 
 Models = Annotated[
@@ -35,7 +35,7 @@ Splits = Annotated[
     list[str] | None,
     typer.Option("--splits", help="Splits of collections, or `all`; by default test, else dev or train."),
 ]
-Modes = Annotated[list[ModeName] | None, typer.Option("--modes", help="`direct`, `reason`; both by default.")]
+Modes = Annotated[list[ModeName] | None, typer.Option("--modes", help="`direct`, `reason` (both by default), `auto`.")]
 Instructions = Annotated[
     list[str] | None,
     typer.Option(
@@ -79,6 +79,18 @@ Rule = Annotated[
         "does; never (`keep`).",
     ),
 ]
+Frontier = Annotated[
+    bool,
+    typer.Option(
+        "--frontier", help="Also quality against tokens and time: auto at prices, budgets, means of samples, oracle."
+    ),
+]
+Budgets = Annotated[
+    list[int] | None, typer.Option("--budgets", min=1, help="Of --frontier, in tokens; 8, 16 and 32 by default.")
+]
+Samples = Annotated[
+    list[int] | None, typer.Option("--samples", min=2, help="Of --frontier, replies to a query; 4 by default.")
+]
 Out = Annotated[Path, typer.Option(help="Folder of the results; what is in it already is not repeated.")]
 
 
@@ -95,6 +107,9 @@ def evaluate(
     baselines: Baselines = None,
     language: Language = "auto",
     out: Out = Path("runs/evaluation"),
+    frontier: Frontier = False,
+    budgets: Budgets = None,
+    samples: Samples = None,
     runs: Annotated[bool, typer.Option("--runs", help="Write rankings and judgements in TREC's formats, too.")] = False,
     queries: Sample = None,
     depth: Annotated[int, typer.Option(min=100, help="Documents ranked for each query.")] = 1000,
@@ -131,16 +146,45 @@ def evaluate(
         language,
         follow_mteb,
         runs,
+        _frontier(frontier, budgets, samples),
     )
     results = _run(plan, out)
     comparisons = write_summary(results, out, permutations, seed)
     console.show_comparisons(results, comparisons)
+    if frontier:
+        _show_frontier(results, out, permutations, seed)
     console.say(f"tables: {out}/summary.md; records: {out}/results; a page to look at: search-r3 report {out}")
 
 
 def _modes(names: list[ModeName] | None) -> list[Mode]:
-    """The modes, each once."""
-    return [name.value for name in dict.fromkeys(names or ModeName)]
+    """The modes, each once; by default those of every model."""
+    from ..modes import PLAIN_MODES
+
+    return [name.value for name in dict.fromkeys(names)] if names else [*PLAIN_MODES]
+
+
+def _show_frontier(results: list[Result], out: Path, permutations: int, seed: int) -> None:
+    """Write the frontier of each split, and show it."""
+    from ..evaluation.frontier.record import COLUMNS, cells, write_frontier
+
+    for split in write_frontier(results, out, permutations, seed):
+        title = f"frontier: {split['collection']}, {split['split']}"
+        console.show_grid(COLUMNS, [cells(row) for row in split["points"]], title)
+        for axis, areas in split["areas"].items():
+            values = ", ".join(f"{family} {value:.3f}" for family, value in areas.items())
+            console.say(f"area under it by {axis} (0.5: thinking at random): {values}")
+
+
+def _frontier(wanted: bool, budgets: list[int] | None, samples: list[int] | None) -> FrontierOptions | None:
+    """What of a frontier is measured."""
+    from ..evaluation.runner import FrontierOptions as Options
+
+    if not wanted:
+        if budgets or samples:
+            raise ConfigError("--budgets and --samples are for --frontier; add it")
+        return None
+    given = {"budgets": budgets, "samples": samples}
+    return Options(**{name: tuple(values) for name, values in given.items() if values})
 
 
 def _instructions(texts: list[str] | None) -> list[str]:

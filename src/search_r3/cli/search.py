@@ -107,7 +107,8 @@ def search(
     query: Annotated[str | None, typer.Argument(help="The query; without it, a prompt to type queries at.")] = None,
     collection: CollectionOption = None,
     mode: Annotated[
-        ModeName | None, typer.Option(help="Reason first, or embed at once; by default the model's own.")
+        ModeName | None,
+        typer.Option(help="Reason first, embed at once, or let the gate say; by default the model's own."),
     ] = None,
     k: Annotated[int, typer.Option("--top", "-k", min=1, help="Documents to show.")] = 5,
     index: Annotated[

@@ -86,6 +86,8 @@ class SearchAnswer(_Answer):
     Attributes:
         forced: whether the embed token had to be forced, since the reasoning was at the end of its budget.
         truncated: whether the query was too long and lost its end.
+        thought: whether it was reasoned about; in mode auto the gate says so.
+        gate: in mode auto the `probability` that reasoning pays, and what each thing adds to its log-odds.
         seconds: at the server: `total`, `queue`, `inference`.
     """
 
@@ -94,6 +96,8 @@ class SearchAnswer(_Answer):
     reasoning_tokens: int
     forced: bool
     truncated: bool
+    thought: bool = False
+    gate: Mapping[str, float] = Field(default_factory=dict)
     hits: list[SearchHit]
     usage: Usage = Usage()
     seconds: Mapping[str, float] = Field(default_factory=dict)

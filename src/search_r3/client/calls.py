@@ -10,7 +10,7 @@ import json
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from http import HTTPStatus
-from typing import Any, Literal, TypedDict, TypeVar
+from typing import Any, TypedDict, TypeVar
 from urllib.parse import quote
 
 import httpx2
@@ -18,6 +18,7 @@ import numpy as np
 from pydantic import BaseModel, ValidationError
 
 from ..errors import ConfigError, DataError, SearchR3Error, UnavailableError
+from ..modes import SearchMode
 from .answers import (
     DocumentEntry,
     Embeddings,
@@ -45,7 +46,7 @@ class SearchOptions(TypedDict, total=False):
 
     k: int
     """Documents wanted; 10 by default."""
-    mode: Literal["reason", "direct", "bm25"]
+    mode: SearchMode
     """Reason first, embed at once, or rank by words alone."""
     instruction: str
     """What is looked for; it follows the query."""

@@ -7,11 +7,12 @@ import os
 import time
 from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
 from contextlib import aclosing, closing
-from typing import Any, Literal, Self, TypeVar, Unpack
+from typing import Any, Self, TypeVar, Unpack
 
 import httpx2
 
 from ..errors import ConfigError, DeadlineError, UnavailableError
+from ..modes import Mode
 from .answers import (
     DocumentEntry,
     Embeddings,
@@ -30,7 +31,6 @@ _CONNECT = 10.0
 # A server closes idle connections after 5 seconds; one that is used at that moment would fail.
 _LIMITS = httpx2.Limits(max_connections=100, max_keepalive_connections=20, keepalive_expiry=3.0)
 
-Mode = Literal["reason", "direct"]
 T = TypeVar("T")
 
 

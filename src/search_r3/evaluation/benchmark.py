@@ -211,7 +211,7 @@ def _measure_system(
     ready = time.perf_counter()
     answers = index.answer(requests, depth, watch(f"{label}: queries", len(requests)) if watch else None)
     end = time.perf_counter()
-    if answers.forced and all(answers.forced):
+    if answers.forced and all(answers.forced) and "budget" not in system.info.settings:
         settings = system.info.settings
         raise ModelError(
             f"{system.info.model} emitted {settings['embed_token']} for none of {len(requests)} queries within "
@@ -245,6 +245,8 @@ def _measure_system(
         snippets=_snippets(collection, top, relevant),
         reasoning=answers.reasoning,
         reasoning_tokens=answers.reasoning_tokens,
+        thought=answers.thought,
+        gate=answers.gate,
         notes=answers.notes,
         provenance=provenance() | {"seconds": {"documents": ready - started, "queries": end - ready}},
     )
@@ -293,6 +295,7 @@ def _cost(system: System, answers: Answers, speed: float, latency: float | None,
         ms_per_query=latency,
         documents_per_second=index.documents_per_second,
         tokens_per_query=fmean(answers.reasoning_tokens or [0]) if before is None else before.tokens_per_query,
+        thinking_share=fmean(answers.thought) if answers.thought else None,
         forced_share=fmean(answers.forced or [0]),
         truncated_queries=answers.truncated,
         truncated_documents=index.truncated_documents,

@@ -22,6 +22,7 @@ from torch.utils.data import DataLoader
 from ..errors import ConfigError, DataError
 from ..extras import extra
 from ..model.encoder import SearchR3
+from ..model.modes.auto import gate_of
 from ..model.prompts import MODES, PROMPT_SETS, Mode, PromptSet
 from ..types import Array
 from .instructions import NONE, OWN, choose, file_label, task_instruction
@@ -48,7 +49,7 @@ class TaskScore:
 
     Attributes:
         task: mteb's name of the task.
-        mode: `direct` or `reason`.
+        mode: of `MODES`.
         model: the name in mteb's results, the mode in it.
         instruction: of the queries: `own`, `none` or a text.
         measure: the task's main score, e.g. `ndcg_at_10`.
@@ -84,8 +85,8 @@ class SearchR3MTEB:
     Args:
         model: a directory, a hub id, `"smol"`, or a loaded `SearchR3` (then device, dtype and revision are its own).
         revision: branch, tag or commit on the hub.
-        mode: what queries do, `reason` or `direct`; by default the model's own. Each has a model name of its own in
-            mteb's results.
+        mode: what queries do, of `MODES`; by default the model's own. Each has a model name of its own in mteb's
+            results. In mode auto the gate reads vectors alone: mteb wants those of queries before those of documents.
         device: as of `SearchR3`.
         dtype: as of `SearchR3`; results of a precision other than float32 are kept apart.
         batch_size: queries reasoned about at once; by default mteb's `batch_size`. Documents are batched by tokens.
@@ -233,7 +234,7 @@ def run_mteb(
 
     Args:
         model: a directory, a hub id, `"smol"`, or a `SearchR3` loaded with a device or dtype of choice.
-        modes: `direct`, `reason` or both.
+        modes: of `MODES`.
         tasks: names of suites or tasks (`suite_tasks`), tasks of mteb, or a mixture.
         out_folder: takes mteb's files, `results/MODEL/REVISION/TASK.json`, each written when its task is done.
         batch_size: queries reasoned about at once.
@@ -337,7 +338,9 @@ def _model_meta(model: SearchR3, mode: Mode, max_new_tokens: int | None, instruc
         "max_length": settings.max_length,
         "prompts": _prompts_label(settings.prompts),
     }
-    if mode == "reason":
+    if mode == "auto":
+        experiment["gate"] = gate_of(model.backbone).digest
+    if mode != "direct":
         experiment["max_new_tokens"] = settings.max_new_tokens if max_new_tokens is None else max_new_tokens
     if dtype != "float32":
         experiment["dtype"] = dtype

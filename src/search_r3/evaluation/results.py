@@ -48,8 +48,13 @@ class SystemInfo(_Part):
     kind: str = Field(description="`search-r3`, `bm25` or `sentence-transformers`.")
     model: str = Field(description="Directory, hub id or package; a library and its version for BM25.")
     revision: str = Field(description="Commit on the hub, or SHA-256 of the files in a directory.")
-    mode: str = Field("", description="`direct` or `reason`; empty for others.")
+    mode: str = Field("", description="Of `modes.MODES`; empty for others.")
     settings: dict[str, Any] = Field(description="All that the ranking depends on: prompts, limits, dtype, ...")
+
+    @property
+    def varied(self) -> bool:
+        """Whether it thinks less or more than its mode does: with a budget, a price or samples of its own."""
+        return not {"budget", "price", "samples"}.isdisjoint(self.settings)
 
 
 class CollectionInfo(_Part):
@@ -76,6 +81,7 @@ class Cost(_Part):
     ms_per_query: float | None = Field(description="Median over queries that were asked one at a time.")
     documents_per_second: float | None = Field(description="Indexing; None where the index was there already.")
     tokens_per_query: float = Field(0.0, description="Mean tokens of reasoning.")
+    thinking_share: float | None = Field(None, description="Share of queries that the gate of mode auto let think.")
     forced_share: float = Field(0.0, description="Share of queries whose embed token was forced.")
     truncated_queries: int = Field(0, description="Queries that lost their end.")
     truncated_documents: int = Field(0, description="Documents that lost their end.")
@@ -102,6 +108,10 @@ class Result(_Part):
     snippets: dict[str, str] = Field(description="doc_id -> beginning of its text, for all in `top` and `relevant`.")
     reasoning: list[str] = Field([], description="Per query, in reason mode.")
     reasoning_tokens: list[int] = Field([], description="Per query, in reason mode.")
+    thought: list[bool] = Field([], description="Per query, in mode auto: whether the gate let it think.")
+    gate: list[dict[str, float]] = Field(
+        [], description="Per query, in mode auto: the probability that reasoning pays, and what adds to its log-odds."
+    )
     notes: list[str] = Field([], description="What a reader of the numbers should know of this system here.")
     provenance: dict[str, Any] = Field(description="Date, versions, machine, device, threads, seconds.")
 

@@ -6,6 +6,7 @@ import difflib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
+from itertools import product
 from pathlib import Path
 from typing import Any, Literal
 
@@ -14,7 +15,7 @@ from ..data.load import load_collection
 from ..errors import ConfigError
 from ..files import write_json, write_text
 from ..model.encoder import SearchR3
-from ..model.prompts import Mode
+from ..model.prompts import PLAIN_MODES, Mode
 from ..retrieval.tokens import AUTO, LexicalTokens
 from ..types import Watch
 from . import instructions
@@ -31,7 +32,7 @@ from .instructions import NONE, OWN
 from .results import Result, SystemInfo
 from .runs import check_ids
 from .significance import Comparison, compare
-from .systems import EncodedCollections, SearchR3System, System, short_name
+from .systems import Effort, EncodedCollections, SearchR3System, System, short_name
 from .table import averages, markdown, summary
 
 REASONING_NAME, BOTH_NAME = "bm25+reasoning", "bm25+query+reasoning"
@@ -42,6 +43,24 @@ RUNS = "runs"
 """Where rankings and judgements are in TREC's formats."""
 SUMMARY = "summary.json"
 """What the last command into the folder of an evaluation found."""
+
+
+@dataclass(frozen=True)
+class FrontierOptions:
+    """What is measured of a frontier beside the modes.
+
+    Attributes:
+        budgets: tokens after which reasoning is cut.
+        samples: numbers of replies whose vectors' mean is taken.
+    """
+
+    budgets: Sequence[int] = (8, 16, 32)
+    samples: Sequence[int] = (4,)
+
+    def efforts(self) -> dict[str, Effort]:
+        """Suffix of the reason mode's name -> effort."""
+        cut = {f"reason {budget} tokens": Effort(budget=budget) for budget in dict.fromkeys(self.budgets)}
+        return cut | {f"reason mean of {count}": Effort(samples=count) for count in dict.fromkeys(self.samples)}
 
 
 @dataclass(frozen=True)
@@ -64,6 +83,7 @@ class EvaluationPlan:
         language: of the texts, for BM25 (`LexicalTokens`).
         follow_mteb: leave documents with the id of their query out where mteb does; else `options` say so.
         write_runs: also write rankings and judgements in TREC's formats.
+        frontier: also measure the modes with less and with more effort, and mode auto where there is a gate.
     """
 
     models: dict[str, str]
@@ -79,6 +99,7 @@ class EvaluationPlan:
     language: str = AUTO
     follow_mteb: bool = False
     write_runs: bool = False
+    frontier: FrontierOptions | None = None
 
 
 def label_models(sources: Sequence[str]) -> dict[str, str]:
@@ -132,7 +153,7 @@ def run_plan(plan: EvaluationPlan, folder: Path, watch: Watch | None = None) -> 
                 if system.info.kind != "bm25" and system.info.settings.get("instruction", OWN) not in asked:
                     continue
                 yield (result := run(system, collection, split))
-                if result.system.mode == "reason":
+                if result.system.mode == "reason" and not result.system.varied:
                     for name in (REASONING_NAME, BOTH_NAME):
                         if name in plan.baselines:
                             lexical = reasoning_baseline(result, baseline=name, language=plan.language)
@@ -219,8 +240,23 @@ def _check_baselines(plan: EvaluationPlan) -> None:
             raise ConfigError(f"{name} searches what a model wrote; add --model and --modes reason")
     if lexical := [name for name in plan.baselines if name.startswith(BM25_NAME)]:
         LexicalTokens(plan.language, stemmed=lexical != [UNSTEMMED])
+    if plan.frontier is not None and not plan.models:
+        raise ConfigError("--frontier is of models; add --model")
     if not plan.models and not plan.baselines:
         raise ConfigError("nothing to evaluate; give --model, --baselines, or both")
+
+
+def _ways(plan: EvaluationPlan, model: SearchR3) -> list[tuple[str, Mode, Effort]]:
+    """Name, mode and effort of all that is measured of one model."""
+    modes = [*plan.modes]
+    if plan.frontier is not None:
+        modes += [mode for mode in PLAIN_MODES if mode not in modes]
+        if model.backbone.gate is not None and "auto" not in modes:
+            modes.append("auto")
+    ways: list[tuple[str, Mode, Effort]] = [(mode, mode, Effort()) for mode in modes]
+    if plan.frontier is not None:
+        ways += [(name, "reason", effort) for name, effort in plan.frontier.efforts().items()]
+    return ways
 
 
 def _systems(plan: EvaluationPlan, models: Mapping[str, EncodedCollections]) -> list[System]:
@@ -238,10 +274,9 @@ def _systems(plan: EvaluationPlan, models: Mapping[str, EncodedCollections]) -> 
             name = Path(peer.source).name
             systems += [SentenceTransformersSystem(peer, name + instructions.label(one), one) for one in chosen]
     for label, collections in models.items():
-        for mode in plan.modes:
-            for choice in chosen:
-                name = (f"{mode}/{label}" if label else mode) + instructions.label(choice)
-                systems.append(SearchR3System(collections, mode, name, plan.batch_size, choice))
+        for (title, mode, effort), choice in product(_ways(plan, collections.model), chosen):
+            name = (f"{title}/{label}" if label else title) + instructions.label(choice)
+            systems.append(SearchR3System(collections, mode, name, plan.batch_size, choice, effort))
     named: dict[str, SystemInfo] = {}
     for info in (system.info for system in systems):
         other = named.setdefault(info.name, info)

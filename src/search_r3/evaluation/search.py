@@ -6,6 +6,7 @@ import re
 from bisect import bisect_left
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any
 
 from ..data.collection import Document
@@ -14,6 +15,7 @@ from ..model.embeddings import QueryEmbeddings
 from ..model.encoder import SearchR3
 from ..model.prompts import Mode
 from ..retrieval.index import ExactIndex
+from ..types import Array
 from .systems import index_documents
 
 SNIPPET = 300
@@ -24,7 +26,8 @@ SNIPPET = 300
 class Answer:
     """The reasoning about one query and the documents found, best first, with cosine scores.
 
-    Of a document that was cut into chunks only the best one is there.
+    Of a document that was cut into chunks only the best one is there. `thought` and `gate` are those of
+    `QueryEmbeddings`.
     """
 
     reasoning: str
@@ -33,6 +36,14 @@ class Answer:
     truncated: bool
     documents: list[tuple[Document, float]]
     query: str = ""
+    thought: bool = False
+    gate: Mapping[str, float] = MappingProxyType({})
+
+    @classmethod
+    def of(cls, query: str, encoded: QueryEmbeddings, documents: list[tuple[Document, float]]) -> Answer:
+        """The answer to one encoded query."""
+        row = encoded.reasoning[0], encoded.reasoning_tokens[0], encoded.forced[0], encoded.truncated[0]
+        return cls(*row, documents, query, encoded.thought[0], encoded.gate[0])
 
     def as_dict(self) -> dict[str, Any]:
         """All of it, for JSON."""
@@ -40,8 +51,9 @@ class Answer:
             {"rank": rank, "score": score, **_facts(document), "snippet": snippet(document.text, self.query)}
             for rank, (document, score) in enumerate(self.documents, 1)
         ]
-        names = "query", "reasoning", "reasoning_tokens", "forced", "truncated"
-        return {**{name: getattr(self, name) for name in names}, "hits": hits}
+        names = "query", "reasoning", "reasoning_tokens", "forced", "truncated", "thought"
+        of_gate = {"gate": dict(self.gate)} if self.gate else {}
+        return {**{name: getattr(self, name) for name in names}, **of_gate, "hits": hits}
 
 
 class Searcher:
@@ -70,7 +82,8 @@ class Searcher:
         Raises:
             DataError: the query is empty.
         """
-        return self._answer(query, self.model.encode_query([query], mode, instruction=self.instruction), k)
+        options: dict[str, Any] = {"instruction": self.instruction, "top_scores": self._top_scores}
+        return self._answer(query, self.model.encode_query([query], mode, **options), k)
 
     def stream(self, query: str, mode: Mode | None = None, k: int = 10) -> Iterator[str | Answer]:
         """Pieces of the reasoning as the model writes them, then the answer that `search` gives.
@@ -78,12 +91,16 @@ class Searcher:
         Raises:
             DataError: the query is empty.
         """
-        for piece in self.model.stream_query(query, mode, instruction=self.instruction):
+        options: dict[str, Any] = {"instruction": self.instruction, "top_scores": self._top_scores}
+        for piece in self.model.stream_query(query, mode, **options):
             yield piece if isinstance(piece, str) else self._answer(query, piece, k)
 
     def _answer(self, query: str, encoded: QueryEmbeddings, k: int) -> Answer:
-        row = encoded.reasoning[0], encoded.reasoning_tokens[0], encoded.forced[0], encoded.truncated[0]
-        return Answer(*row, self._best(encoded, k), query)
+        return Answer.of(query, encoded, self._best(encoded, k))
+
+    def _top_scores(self, vectors: Array) -> Array:
+        """What a gate reads of the documents."""
+        return self.index.top_scores(vectors)
 
     def _best(self, encoded: QueryEmbeddings, k: int) -> list[tuple[Document, float]]:
         """The `k` best documents, each with its best chunk."""

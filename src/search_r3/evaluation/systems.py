@@ -12,12 +12,14 @@ import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Generic, NamedTuple, Protocol, TypeVar
+from typing import Any, Generic, NamedTuple, Protocol, TypeVar
 
 import numpy as np
 
 from ..data.collection import Collection, Document
 from ..model.encoder import SearchR3
+from ..model.modes.auto import gate_of
+from ..model.modes.gate import Gate
 from ..model.prompts import Mode
 from ..retrieval.encode import encode_corpus
 from ..retrieval.index import ExactIndex
@@ -46,7 +48,8 @@ class Ranking(NamedTuple):
 class Answers:
     """What a system says about requests, in their order; what is said of reasoning is empty for systems that do not.
 
-    `truncated` counts queries that lost their end, `notes` are sentences for those who read the results.
+    `truncated` counts queries that lost their end, `notes` are sentences for those who read the results. `thought` and
+    `gate` are those of `QueryEmbeddings`, and empty but for mode auto.
     """
 
     rankings: list[Ranking]
@@ -55,6 +58,8 @@ class Answers:
     forced: list[bool] = field(default_factory=list)
     truncated: int = 0
     notes: list[str] = field(default_factory=list)
+    thought: list[bool] = field(default_factory=list)
+    gate: list[dict[str, float]] = field(default_factory=list)
 
 
 class Searchable(Protocol):
@@ -171,15 +176,43 @@ class EncodedCollections(PerCollection[tuple[ExactIndex, float | None]]):
         return self._folder / (f"{name}-{file_label(self.instruction)}" if self.instruction else name)
 
 
+@dataclass(frozen=True)
+class Effort:
+    """How much a mode may think; by default as much as it does.
+
+    Attributes:
+        price: in mode auto what a token must earn, in place of the gate's own price.
+        budget: tokens of reasoning after which the embed token is forced, in place of the model's own.
+        samples: replies to each query, at temperature 1, whose vectors' mean is taken; 1 is one greedy reply.
+    """
+
+    price: float | None = None
+    budget: int | None = None
+    samples: int = 1
+
+    def settings(self, mode: Mode, gate: Gate | None) -> dict[str, Any]:
+        """What of it is in the record of a result."""
+        record: dict[str, Any] = {}
+        if mode == "auto" and gate is not None:
+            terms = gate.model_dump(include={"price", "measure", "gain", "loss", "tokens"})
+            record = {"gate": terms | {"hash": gate.digest}}
+        own = {"price": self.price, "budget": self.budget, "samples": self.samples if self.samples > 1 else None}
+        return record | {name: value for name, value in own.items() if value is not None}
+
+
 class SearchR3System:
     """One model in one mode; reasoning is greedy.
 
     Args:
         collections: the model and what it has encoded, shared by its modes.
-        mode: `direct` or `reason`.
+        mode: of `MODES`.
         name: as in the tables; by default the mode.
         batch_size: queries reasoned about at once; it changes results by rounding only.
         instruction: of the queries, see `instructions.choose`.
+        effort: how much it may think.
+
+    Raises:
+        ModelError: mode auto, and the model has no gate.
     """
 
     before: Cost | None = None
@@ -191,15 +224,18 @@ class SearchR3System:
         name: str | None = None,
         batch_size: int = 128,
         instruction: str = OWN,
+        effort: Effort = Effort(),
     ) -> None:
         backbone = collections.model.backbone
         self.mode: Mode = mode
         self.collections, self.batch_size, self.instruction = collections, batch_size, instruction
+        self.effort = effort
         # Without instructions a result has the key that it had before there were any.
         instructions = {} if instruction == OWN else {"instruction": instruction}
         if collections.instruction:
             instructions["document_instruction"] = collections.instruction
         shortened = {} if collections.model.truncate_dim is None else {"truncate_dim": collections.model.truncate_dim}
+        gate = gate_of(backbone) if mode == "auto" else None
         self.info = SystemInfo(
             name=name or mode,
             kind="search-r3",
@@ -209,41 +245,50 @@ class SearchR3System:
             settings={
                 **backbone.settings.model_dump(exclude={"frames"}),  # a part of the revision
                 "dtype": backbone.dtype,
-                "sampling_temperature": 0.0,
+                "sampling_temperature": 0.0 if effort.samples == 1 else 1.0,
                 **instructions,
                 **shortened,
+                **effort.settings(mode, gate),
             },
         )
 
     def index(self, collection: Collection, progress: Progress | None = None) -> Searchable:
         """Encode all documents, unless the other mode has."""
         index, speed = self.collections.index(collection, progress)
-        cut = self.collections.truncated_documents(collection)
-        return _Reasoning(self.collections.model, self.mode, self.batch_size, self.instruction, index, speed, cut)
+        return _Reasoning(self, index, speed, self.collections.truncated_documents(collection))
 
 
 @dataclass(frozen=True)
 class _Reasoning:
-    _model: SearchR3
-    _mode: Mode
-    _batch_size: int
-    _instruction: str
+    _system: SearchR3System
     _index: ExactIndex
     documents_per_second: float | None
     truncated_documents: int
 
     def answer(self, requests: Sequence[RankRequest], depth: int, progress: Progress | None = None) -> Answers:
-        queries = self._model.encode_query(
-            [request.bare for request in requests],
-            self._mode,
-            instruction=[choose(self._instruction, request.instruction) for request in requests],
-            batch_size=self._batch_size,
+        system, samples = self._system, self._system.effort.samples
+        asked = [request for request in requests for _ in range(samples)]
+        auto = {"top_scores": self._index.top_scores, "price": system.effort.price} if system.mode == "auto" else {}
+        queries = system.collections.model.encode_query(
+            [request.bare for request in asked],
+            system.mode,
+            instruction=[choose(system.instruction, request.instruction) for request in asked],
+            batch_size=system.batch_size,
+            max_new_tokens=system.effort.budget,
+            sampling_temperature=0.0 if samples == 1 else 1.0,
             progress=progress,
+            **auto,
         )
-        rankings, truncated = rank_vectors(self._index, queries.vectors, requests, depth), sum(queries.truncated)
-        if self._mode == "direct":
+        vectors, first = queries.vectors, queries[::samples]
+        if samples > 1:
+            means = vectors.reshape(len(requests), samples, -1).mean(axis=1)
+            vectors = means / np.linalg.norm(means, axis=1, keepdims=True)
+        rankings, truncated = rank_vectors(self._index, vectors, requests, depth), sum(first.truncated)
+        if system.mode == "direct":
             return Answers(rankings, truncated=truncated)
-        return Answers(rankings, queries.reasoning, queries.reasoning_tokens, queries.forced, truncated)
+        tokens = np.reshape(queries.reasoning_tokens, (len(requests), samples)).sum(axis=1).tolist()
+        of_gate = {"thought": first.thought, "gate": first.gate} if system.mode == "auto" else {}
+        return Answers(rankings, first.reasoning, tokens, first.forced, truncated, **of_gate)
 
 
 def rank_in_blocks(count: int, rank: Callable[[slice], Iterable[Scored]]) -> list[Ranking]:

@@ -18,6 +18,7 @@ COLUMNS = {
     "ndcg@5": "nDCG@5",
     "p-mrr": "p-MRR",
     "tokens_per_query": "tokens/query",
+    "thinking_share": "thinks",
     "ms_per_query": "ms/query",
     "queries_per_second": "queries/s",
     "documents_per_second": "documents/s",
@@ -26,6 +27,8 @@ COLUMNS = {
 """Key in `summary` -> heading."""
 FOLLOWIR = ("ndcg@5", "p-mrr")
 """Columns that are there where instructions change."""
+EFFORT = ("gate", "price", "budget", "samples", "sampling_temperature")
+"""Settings of a system that change nothing about its direct mode."""
 AVERAGED = (MAIN, "recall@100", "mrr@10", "map")
 
 
@@ -87,6 +90,8 @@ def notes(results: Sequence[Result]) -> list[str]:
     for result in results:
         name, cost = result.system.name, result.cost
         lines += truncation_notes(name, cost.truncated_queries, cost.truncated_documents)
+        if cost.thinking_share is not None:
+            lines.append(f"{name}: the gate let {cost.thinking_share:.0%} of the queries think")
         lines += [f"{name}: {note}" for note in result.notes]
     return lines
 
@@ -113,8 +118,8 @@ def gain_per_100_tokens(result: Result, results: Sequence[Result]) -> float | No
 
 
 def direct_of(result: Result, results: Sequence[Result]) -> Result | None:
-    """The direct mode of the model that reasoned in `result`, on the same split."""
-    if result.system.mode != "reason":
+    """The direct mode of the model that reasoned in `result` (where it reasons), on the same split."""
+    if result.system.mode in ("", "direct"):
         return None
     for other in results:
         if other.system.mode == "direct" and _model_and_place(other) == _model_and_place(result):
@@ -124,13 +129,16 @@ def direct_of(result: Result, results: Sequence[Result]) -> Result | None:
 
 def _model_and_place(result: Result) -> tuple[Any, ...]:
     system = result.system
-    return result.place, result.collection.hash, result.settings, system.kind, system.revision, system.settings
+    own = {name: value for name, value in system.settings.items() if name not in EFFORT}
+    return result.place, result.collection.hash, result.settings, system.kind, system.revision, own
 
 
 def columns(results: Sequence[Result]) -> dict[str, str]:
-    """Those of `COLUMNS` that say something: some only where instructions change."""
-    p_mrr = any("p-mrr" in result.scores for result in results)
-    return {key: heading for key, heading in COLUMNS.items() if key not in FOLLOWIR or p_mrr}
+    """Those of `COLUMNS` that say something: some only where instructions change, or a gate decides."""
+    hidden = set() if any("p-mrr" in result.scores for result in results) else {*FOLLOWIR}
+    if all(result.cost.thinking_share is None for result in results):
+        hidden.add("thinking_share")
+    return {key: heading for key, heading in COLUMNS.items() if key not in hidden}
 
 
 def cell(row: dict[str, Any], key: str) -> str:
@@ -145,6 +153,8 @@ def cell(row: dict[str, Any], key: str) -> str:
         return shorten(value)
     if key in ("p-mrr", "gain_per_100_tokens"):
         return f"{value:+.3f}"
+    if key == "thinking_share":
+        return f"{value:.0%}"
     return f"{value:.1f}" if key == "tokens_per_query" else f"{value:.3f}"
 
 

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import Any, Literal
+from typing import Any
 
 from ..client import Client, Usage
 from ..errors import ConfigError, DataError
 from ..extras import extra
+from ..modes import Mode, SearchMode
 from .source import InProcess, Source, connect, facts_of, given
 
 with extra("haystack"):
@@ -77,7 +78,7 @@ class SearchR3TextEmbedder(_Component):
         instruction: follows the query.
     """
 
-    def __init__(self, source: Source, mode: Literal["reason", "direct"] | None = None, instruction: str = "") -> None:
+    def __init__(self, source: Source, mode: Mode | None = None, instruction: str = "") -> None:
         self.arguments = {"source": source, "mode": mode, "instruction": instruction}
 
     @component.output_types(embedding=list[float], meta=dict[str, Any])
@@ -135,7 +136,7 @@ class SearchR3Retriever(_Component):
         source: Source,
         filters: dict[str, Any] | None = None,
         top_k: int = 10,
-        mode: Literal["reason", "direct", "bm25"] | None = None,
+        mode: SearchMode | None = None,
         instruction: str = "",
         hybrid: bool = False,
         rerank: bool = False,

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, Literal
+from typing import Any
 
 from pydantic import ConfigDict, PrivateAttr
 
 from ..extras import extra
+from ..modes import Mode, SearchMode
 from .source import Source, connect, facts_of, given
 
 with extra("langchain"):
@@ -38,7 +39,7 @@ class SearchR3Retriever(BaseRetriever):
 
     source: Source
     k: int = 10
-    mode: Literal["reason", "direct", "bm25"] | None = None
+    mode: SearchMode | None = None
     instruction: str = ""
     filter: Mapping[str, Any] | None = None
     hybrid: bool = False
@@ -65,9 +66,7 @@ class SearchR3Embeddings(Embeddings):
         instruction: follows each query.
     """
 
-    def __init__(
-        self, source: Source, *, mode: Literal["reason", "direct"] | None = None, instruction: str = ""
-    ) -> None:
+    def __init__(self, source: Source, *, mode: Mode | None = None, instruction: str = "") -> None:
         self._client, self._mode, self._instruction = connect(source), mode, instruction
 
     def embed_query(self, text: str) -> list[float]:

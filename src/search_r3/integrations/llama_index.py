@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import asyncio
-from typing import Any, Literal, Unpack
+from typing import Any, Unpack
 
 from ..client import SearchOptions
 from ..extras import extra
+from ..modes import Mode
 from .source import Source, connect, facts_of
 
 with extra("llama-index"):
@@ -70,7 +71,7 @@ class SearchR3Embedding(BaseEmbedding):
         self,
         source: Source,
         *,
-        mode: Literal["reason", "direct"] | None = None,
+        mode: Mode | None = None,
         instruction: str = "",
         **options: Any,
     ) -> None:

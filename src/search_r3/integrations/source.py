@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, Literal, Self, Unpack
 
 from ..client import Client, Embeddings, SearchAnswer, SearchHit, SearchOptions, Usage
 from ..errors import ConfigError, DataError, NotFoundError
+from ..modes import Mode
 
 if TYPE_CHECKING:
     from ..model.encoder import SearchR3
@@ -54,7 +55,7 @@ class InProcess:
         return cls(model, store)
 
     def encode_query(
-        self, texts: str | Sequence[str], mode: Literal["reason", "direct"] | None = None, *, instruction: str = ""
+        self, texts: str | Sequence[str], mode: Mode | None = None, *, instruction: str = ""
     ) -> Embeddings:
         """As `Client.encode_query`."""
         outcome = self._encode(texts, mode, instruction=instruction)
@@ -110,10 +111,14 @@ class InProcess:
     def _document_instruction(self) -> str:
         return "" if self._store is None else self._store.info.fingerprint.instruction
 
-    def _encode(
-        self, texts: str | Sequence[str], kind: Literal["reason", "direct", "document"] | None, **options: Any
-    ) -> Outcome:
-        return self._engine.submit([texts] if isinstance(texts, str) else list(texts), kind, **options).result()
+    def _encode(self, texts: str | Sequence[str], kind: Literal[Mode, "document"] | None, **options: Any) -> Outcome:
+        from ..serving.auto import encode_auto
+
+        listed = [texts] if isinstance(texts, str) else list(texts)
+        kind = kind or self._engine.model.backbone.settings.mode
+        if kind == "auto":
+            return encode_auto(self._engine, listed, self._store, **options)
+        return self._engine.submit(listed, kind, **options).result()
 
 
 Source = str | Path | Client | InProcess

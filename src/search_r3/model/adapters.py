@@ -68,4 +68,4 @@ def merge_adapters(backbone: Backbone, folder: Path, dtype: str) -> Backbone:
     commit = None if backbone.files is None else backbone.files.commit
     base = load_backbone(backbone.source, settings=backbone.settings, dtype=dtype, device="cpu", revision=commit)
     tuned: Any = peft.PeftModel.from_pretrained(base.model, str(folder))
-    return replace(base, model=tuned.merge_and_unload(), settings=backbone.settings)
+    return replace(base, model=tuned.merge_and_unload(), settings=backbone.settings, gate=backbone.gate)

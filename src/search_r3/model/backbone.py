@@ -21,6 +21,7 @@ from torch import Tensor
 
 from ..errors import ConfigError
 from ..files import atomic_directory, check_replaceable, write_json
+from .modes.gate import Gate
 from .precision import torch_dtype
 from .prompts import PromptEncoder
 from .settings import QUERIES, SETTINGS_FILE, EmbeddingSettings
@@ -39,6 +40,7 @@ class Backbone:
 
     `engine` computes what is encoded: ours (`fast`), or the one that serves every architecture (`fallback`); which of
     them is right for a model is found out when it is loaded. Where `documents` is set, this one encodes queries only.
+    `gate` says in mode auto which queries think.
     """
 
     model: Any
@@ -49,6 +51,7 @@ class Backbone:
     files: ModelFiles | None = None
     engine: Literal["fast", "fallback"] = "fast"
     documents: Backbone | None = None
+    gate: Gate | None = None
 
     def __post_init__(self) -> None:
         assert self.settings.frames is not None
@@ -208,9 +211,11 @@ class Backbone:
         write_json(path, config | {"base_model_name_or_path": None, "revision": None})
 
     def save_companions(self, folder: Path) -> None:
-        """Write what stands beside the weights: tokenizer and settings."""
+        """Write what stands beside the weights: tokenizer, settings, and the gate where there is one."""
         self.tokenizer.save_pretrained(folder)
         self.save_settings(folder, has_queries=self.documents is not None)
+        if self.gate is not None:
+            self.gate.save(folder)
 
     def save_settings(self, folder: Path, *, has_queries: bool) -> None:
         """Write `search_r3.json`, which also says whether the folder has a query side of its own."""

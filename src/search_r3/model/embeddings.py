@@ -8,7 +8,7 @@ from __future__ import annotations
 import difflib
 import inspect
 import logging
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from threading import Lock
 from typing import Any, TypedDict
@@ -20,7 +20,7 @@ from ..errors import ConfigError, DataError
 from ..types import Array, Progress
 from .precision import torch_device
 
-FACTS = ("reasoning", "reasoning_tokens", "forced", "truncated")
+FACTS = ("reasoning", "reasoning_tokens", "forced", "truncated", "thought", "gate")
 
 
 class QueryEmbeddings(np.ndarray[tuple[int, int], np.dtype[np.float32]]):
@@ -34,6 +34,9 @@ class QueryEmbeddings(np.ndarray[tuple[int, int], np.dtype[np.float32]]):
         reasoning_tokens: its length in tokens.
         forced: whether the embed token had to be forced.
         truncated: whether the query was longer than the model's `max_length` and lost its end.
+        thought: whether it was reasoned about: in mode auto the gate decides, query by query.
+        gate: in mode auto what the gate saw: the `probability` that reasoning pays, and what each thing adds to its
+            log-odds; else empty.
 
     Example:
         >>> queries = QueryEmbeddings(np.eye(3), ["a", "b", "c"], [1, 2, 3], [False] * 3, [False] * 3)
@@ -45,6 +48,8 @@ class QueryEmbeddings(np.ndarray[tuple[int, int], np.dtype[np.float32]]):
     reasoning_tokens: list[int]
     forced: list[bool]
     truncated: list[bool]
+    thought: list[bool]
+    gate: list[dict[str, float]]
 
     def __new__(
         cls,
@@ -53,14 +58,19 @@ class QueryEmbeddings(np.ndarray[tuple[int, int], np.dtype[np.float32]]):
         reasoning_tokens: Sequence[int],
         forced: Sequence[bool],
         truncated: Sequence[bool],
+        thought: Sequence[bool] | None = None,
+        gate: Sequence[dict[str, float]] | None = None,
     ) -> QueryEmbeddings:
-        """Put facts beside vectors.
+        """Put facts beside vectors; by default those thought that wrote something.
 
         Raises:
             ValueError: there are more or fewer of them.
         """
         result = np.asarray(vectors, dtype=np.float32).view(cls)
-        for name, values in zip(FACTS, (reasoning, reasoning_tokens, forced, truncated), strict=True):
+        thought = [tokens > 0 for tokens in reasoning_tokens] if thought is None else thought
+        gate = [{} for _ in reasoning_tokens] if gate is None else gate
+        facts = (reasoning, reasoning_tokens, forced, truncated, thought, gate)
+        for name, values in zip(FACTS, facts, strict=True):
             if len(values) != len(result):
                 raise ValueError(f"{len(values)} values of {name} for {len(result)} vectors")
             setattr(result, name, list(values))
@@ -70,6 +80,10 @@ class QueryEmbeddings(np.ndarray[tuple[int, int], np.dtype[np.float32]]):
     def vectors(self) -> Array:
         """The vectors as a plain array; nothing is copied."""
         return np.asarray(self)
+
+    def shortened(self, dimensions: int | None) -> QueryEmbeddings:
+        """The first dimensions of the vectors, normalised again, with the same facts; all of them for None."""
+        return self if dimensions is None else QueryEmbeddings(shorten(self.vectors, dimensions), *(self._facts or ()))
 
     @property
     def _facts(self) -> list[list[Any]] | None:
@@ -215,6 +229,20 @@ def shorten(vectors: Array, dimensions: int | None) -> Array:
         return vectors
     head = vectors[:, :dimensions]
     result: Array = head / np.linalg.norm(head, axis=1, keepdims=True)
+    return result
+
+
+def as_list(texts: str | Sequence[str], kind: str) -> list[str]:
+    """The texts; a single one counts as one.
+
+    Raises:
+        DataError: there are none, or something else than texts.
+    """
+    if isinstance(texts, Mapping | bytes) or not isinstance(texts, Iterable):
+        raise DataError(f"the texts are of type {type(texts).__name__}; expected a list of strings")
+    result = [texts] if isinstance(texts, str) else list(texts)
+    if not result:
+        raise DataError(f"no {kind} was given; give at least one text")
     return result
 
 

@@ -3,25 +3,25 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, Unpack
 
 import numpy as np
-import torch
 
 from ..errors import ConfigError, DataError
 from ..types import Array, Progress
-from .backbone import Backbone, in_parallel
-from .documents import WINDOW, check_finite, encode_stream
-from .embeddings import Habits, QueryEmbeddings, as_asked, check_habits, devices_of, plain, shorten, telling
-from .engine.decoding import Decoder, DecodeRequest, Rollout
-from .loaded import LoadedModel
-from .prompts import MODES, EncodedPrompt, Kind, Mode
+from .backbone import Backbone
+from .documents import WINDOW, encode_stream
+from .embeddings import Habits, QueryEmbeddings, as_asked, as_list, check_habits, devices_of, plain, shorten, telling
+from .engine.decoding import Decoder, DecodeRequest
+from .modes.auto import TopScores, choose, gate_of, merged
+from .modes.plain import PlainModes
+from .prompts import MODES, Mode
 
 logger = logging.getLogger(__name__)
 
 
-class SearchR3(LoadedModel):
+class SearchR3(PlainModes):
     """A model that reasons about a query and then embeds it.
 
     Args:
@@ -69,14 +69,16 @@ class SearchR3(LoadedModel):
         sampling_temperature: float = 0.0,
         top_p: float = 1.0,
         seed: int = 0,
+        top_scores: TopScores | None = None,
+        price: float | None = None,
         progress: Progress | None = None,
         **habits: Unpack[Habits],
     ) -> QueryEmbeddings:
-        """Encode queries, after reasoning (`reason`) or at once (`direct`).
+        """Encode queries, after reasoning (`reason`), at once (`direct`), or as the gate says for each (`auto`).
 
         Args:
             texts: queries; a single string counts as one.
-            mode: `reason` or `direct`; by default the model's own, which is `reason` where `search_r3.json` names none.
+            mode: of `MODES`; by default the model's own, which is `reason` where `search_r3.json` names none.
             instruction: what is looked for, e.g. `Find a passage that answers this question.`; it follows the text, as
                 in training. One for all, or one per query; an empty one is none.
             batch_size: queries reasoned about at once; it changes vectors by rounding, which can tip a near tie between
@@ -85,36 +87,32 @@ class SearchR3(LoadedModel):
             sampling_temperature: 0 reasons greedily.
             top_p: sample among the likeliest tokens that together reach this probability.
             seed: query `i` samples with seed `seed + i`.
+            top_scores: in mode auto the scores of the 10 best documents for direct vectors, best first, which the gate
+                then reads, too (`VectorIndex.top_scores`).
+            price: in mode auto what a token must earn, in place of the price that the gate was fitted with.
             progress: called with the numbers of queries done, and of tokens (written, or in direct mode read).
             habits: `show_progress_bar`, `convert_to_tensor` and other arguments of sentence-transformers, see `Habits`.
 
         Raises:
             DataError: no texts, an empty one (its place is named), another number of instructions than of texts, or an
                 instruction that leaves no room for its text.
-            ModelError: a vector holds NaN or infinity.
+            ModelError: a vector holds NaN or infinity; or mode auto, and the model has no gate.
             ConfigError: an argument of sentence-transformers that asks for what cannot be had.
         """
         mode = self._mode(mode)
-        texts = _as_list(texts, "query")
+        texts = as_list(texts, "query")
         dimensions, backbones = self._asked("query", habits, batch_size)
+        decoding: dict[str, Any]
+        decoding = {"max_new_tokens": max_new_tokens, "sampling_temperature": sampling_temperature, "top_p": top_p}
+        seeds = range(seed, seed + len(texts))
         with telling("queries", len(texts), progress, habits.get("show_progress_bar")) as progress:
-            if mode == "direct":
-                vectors, truncated = self._vectors(backbones, texts, "direct", instruction, progress)
-                empty = [""] * len(texts), [0] * len(texts), [False] * len(texts)
-                result = QueryEmbeddings(shorten(vectors, dimensions), *empty, truncated)
+            decoding |= {"batch_size": batch_size, "backbones": backbones, "progress": progress}
+            if mode == "reason":
+                result = self._reasoned(texts, instruction, dimensions, seeds, decoding)
+            elif mode == "direct":
+                result = self._direct(backbones, texts, instruction, progress).shortened(dimensions)
             else:
-                prompts = self.backbone.prompt_encoder.encode_batch(texts, mode, instruction)
-                rollouts = self.rollouts(
-                    [prompt.ids for prompt in prompts],
-                    max_new_tokens=max_new_tokens,
-                    sampling_temperature=sampling_temperature,
-                    top_p=top_p,
-                    seeds=[seed + i for i in range(len(texts))],
-                    batch_size=batch_size,
-                    progress=progress,
-                    backbones=backbones,
-                )
-                result = self._embeddings(rollouts, texts, [prompt.truncated for prompt in prompts], dimensions)
+                result = self._auto(texts, instruction, dimensions, seeds, decoding, top_scores, price)
         given: QueryEmbeddings = as_asked(result, habits, self.device)
         return given
 
@@ -128,6 +126,8 @@ class SearchR3(LoadedModel):
         sampling_temperature: float = 0.0,
         top_p: float = 1.0,
         seed: int = 0,
+        top_scores: TopScores | None = None,
+        price: float | None = None,
     ) -> Iterator[str | QueryEmbeddings]:
         """Encode one query and show the reasoning while it is written; arguments as in `encode_query`.
 
@@ -138,11 +138,19 @@ class SearchR3(LoadedModel):
         Raises:
             DataError: the query is empty, or the instruction leaves no room for it.
         """
-        mode = self._mode(mode)
-        encoder = self.backbone.prompt_encoder
-        [prompt] = encoder.encode_batch(_as_list(text, "query"), mode, instruction)
+        mode, choice = self._mode(mode), None
+        encoder, texts = self.backbone.prompt_encoder, as_list(text, "query")
+        if mode != "reason":
+            direct = self._direct([self.backbone], texts, instruction, None)
+            choice = None
+            if mode == "auto":
+                choice = choose(self.backbone, direct.vectors, self.truncate_dim, top_scores, price)
+            direct = direct.shortened(self.truncate_dim)
+            if choice is None or not choice.thinks[0]:
+                yield direct if choice is None else merged(direct, None, choice)
+                return
+        [prompt] = encoder.encode_batch(texts, "reason", instruction)
         budget = self.backbone.settings.max_new_tokens if max_new_tokens is None else max_new_tokens
-        budget = budget if mode == "reason" else 0
         decoder = Decoder(self.backbone, slots=1)
         ticket = decoder.submit(DecodeRequest(prompt.ids, budget, sampling_temperature, top_p, seed))
         output = ""  # what has been yielded
@@ -155,6 +163,7 @@ class SearchR3(LoadedModel):
                     yield piece
         rollouts = [rollout for _, rollout in results]
         result = self._embeddings(rollouts, [text], [prompt.truncated], self.truncate_dim)
+        result = result if choice is None else merged(direct, result, choice)
         if result.reasoning[0] != output and result.reasoning[0].startswith(output):
             yield result.reasoning[0][len(output) :]
         yield result
@@ -186,7 +195,7 @@ class SearchR3(LoadedModel):
             DataError, ConfigError: as in `encode_query`.
             ModelError: a vector holds NaN or infinity.
         """
-        texts = _as_list(texts, "document")
+        texts = as_list(texts, "document")
         dimensions, backbones = self._asked("document", habits, batch_size)
         with telling("documents", len(texts), progress, habits.get("show_progress_bar")) as progress:
             limits = batch_size, batch_tokens
@@ -276,85 +285,37 @@ class SearchR3(LoadedModel):
         result: Array = left @ right.T
         return result
 
-    def rollouts(
-        self,
-        prompts: Sequence[Sequence[int]],
-        *,
-        max_new_tokens: int | Sequence[int] | None = None,
-        sampling_temperature: float = 0.0,
-        top_p: float = 1.0,
-        seeds: Sequence[int] | None = None,
-        batch_size: int = 128,
-        progress: Progress | None = None,
-        backbones: Sequence[Backbone] | None = None,
-    ) -> list[Rollout]:
-        """Let the model reply to each prompt until it emits the embed token (see `DecodeRequest` for the settings).
-
-        Args:
-            prompts: prompt ids (from `PromptEncoder.encode(..., "reason")`).
-            max_new_tokens: budget of a reply, the embed token included; one for all (by default the model's own) or one
-                per prompt.
-            sampling_temperature: 0 decodes greedily (log-probabilities are then at temperature 1).
-            top_p: sample among the likeliest tokens that together reach this probability.
-            seeds: one seed per prompt; needed when the temperature is above 0.
-            batch_size: rollouts decoded at once; it changes them by rounding only, as in `encode_query`.
-            progress: called with the numbers of rollouts finished, and of their tokens, since the last call.
-            backbones: copies of this model on other devices (`Backbone.on`), each of which takes a share.
-
-        Returns:
-            One rollout per prompt, in the order of the prompts: ids, log-probabilities, masks and vectors.
-
-        Raises:
-            ModelError: a prompt and its budget do not fit into the model's context, or a logit is not finite.
-        """
-        if sampling_temperature > 0 and (seeds is None or len(seeds) != len(prompts)):
-            raise ValueError("sampling needs one seed per prompt")
-        budgets = self.backbone.settings.max_new_tokens if max_new_tokens is None else max_new_tokens
-        budgets = [budgets] * len(prompts) if isinstance(budgets, int) else budgets
-        requests = [
-            DecodeRequest(prompt, budget, sampling_temperature, top_p, None if seeds is None else seeds[place])
-            for place, (prompt, budget) in enumerate(zip(prompts, budgets, strict=True))
-        ]
-        return in_parallel(
-            backbones or [self.backbone], requests, lambda one, share: Decoder(one, batch_size).run(share, progress)
-        )
-
     def _mode(self, mode: str | None) -> Mode:
-        if mode is None:
-            return self.backbone.settings.mode
+        mode = self.backbone.settings.mode if mode is None else mode
         for known in MODES:
             if mode == known:
+                if known == "auto":
+                    gate_of(self.backbone)
                 return known
-        raise DataError(f"unknown mode {mode!r}; expected 'direct' or 'reason'")
+        raise DataError(f"unknown mode {mode!r}; expected one of {', '.join(MODES)}")
 
-    def _vectors(
+    def _auto(
         self,
-        backbones: Sequence[Backbone],
         texts: Sequence[str],
-        kind: Kind,
         instruction: str | Sequence[str],
-        progress: Progress | None,
-        batch_size: int | None = None,
-        batch_tokens: int | None = None,
-    ) -> tuple[Array, list[bool]]:
-        self.backbone.prompt_encoder.check(texts, kind, instruction)
-        instructions = [instruction] * len(texts) if isinstance(instruction, str) else instruction
-
-        def work(one: Backbone, share: Sequence[tuple[str, str]]) -> list[tuple[list[EncodedPrompt], Array]]:
-            return list(
-                encode_stream(
-                    *(one.document_side if kind == "document" else one, [text for text, _ in share], kind),
-                    instruction=[ending for _, ending in share],
-                    batch_size=batch_size,
-                    batch_tokens=batch_tokens,
-                    window=len(share),
-                    progress=progress,
-                )
-            )
-
-        blocks = in_parallel(backbones, list(zip(texts, instructions, strict=True)), work)
-        truncated = [prompt.truncated for prompts, _ in blocks for prompt in prompts]
-        return np.concatenate([vectors for _, vectors in blocks]), truncated
+        dimensions: int | None,
+        seeds: Sequence[int],
+        decoding: dict[str, Any],
+        top_scores: TopScores | None,
+        price: float | None,
+    ) -> QueryEmbeddings:
+        """All queries at once, and after reasoning those of which the gate says that it pays; no others are decoded."""
+        direct = self._direct(decoding["backbones"], texts, instruction, None)
+        choice = choose(self.backbone, direct.vectors, dimensions, top_scores, price)
+        places, progress = np.flatnonzero(choice.thinks).tolist(), decoding["progress"]
+        if progress is not None and len(places) < len(texts):
+            progress(len(texts) - len(places), 0)
+        reasoned = None
+        if places:
+            endings = instruction if isinstance(instruction, str) else [instruction[place] for place in places]
+            thinkers = [texts[place] for place in places], endings, dimensions, [seeds[place] for place in places]
+            reasoned = self._reasoned(*thinkers, decoding)
+        return merged(direct.shortened(dimensions), reasoned, choice)
 
     def _asked(self, kind: str, habits: Habits, batch_size: int | None) -> tuple[int | None, list[Backbone]]:
         """The dimensions and the devices that are asked for, where everything that is asked for can be had."""
@@ -364,29 +325,7 @@ class SearchR3(LoadedModel):
         dimensions = self.checked_dimensions(habits.get("truncate_dim")) or self.truncate_dim
         return dimensions, self.backbone.on(devices_of(habits, self.device))
 
-    def _embeddings(
-        self, rollouts: Sequence[Rollout], texts: Sequence[str], truncated: list[bool], dimensions: int | None
-    ) -> QueryEmbeddings:
-        vectors = torch.stack([rollout.vector for rollout in rollouts]).numpy()
-        check_finite(vectors, texts, self.backbone.source)
-        return QueryEmbeddings(
-            shorten(vectors, dimensions),
-            [rollout.reasoning for rollout in rollouts],
-            [rollout.reasoning_tokens for rollout in rollouts],
-            [rollout.forced for rollout in rollouts],
-            truncated,
-        )
-
     def _warn_of(self, truncated: int, count: int) -> None:
         if truncated:
             limit = self.backbone.settings.max_length
             logger.warning("%d of %d documents were cut to max_length=%d tokens", truncated, count, limit)
-
-
-def _as_list(texts: str | Sequence[str], kind: str) -> list[str]:
-    if isinstance(texts, Mapping | bytes) or not isinstance(texts, Iterable):
-        raise DataError(f"the texts are of type {type(texts).__name__}; expected a list of strings")
-    result = [texts] if isinstance(texts, str) else list(texts)
-    if not result:
-        raise DataError(f"no {kind} was given; give at least one text")
-    return result

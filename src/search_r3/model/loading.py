@@ -16,6 +16,7 @@ from ..errors import ConfigError, MissingExtraError, ModelError
 from ..extras import extra
 from .backbone import Backbone, without_bars
 from .checks import BaseFacts, check_backbone
+from .modes.auto import fitting_gate
 from .precision import torch_device, torch_dtype
 from .prompts import EMBED_TOKEN, PromptSet
 from .settings import SETTINGS_FILE, EmbeddingSettings, choose_settings, read_settings, with_frames
@@ -95,7 +96,8 @@ def load_backbone(
         check_backbone(side)
     if facts := BaseFacts.read(files):
         facts.check_vector(sides[0])
-    return sides[0] if files.queries is None else replace(sides[1], documents=sides[0])
+    asked = sides[0] if files.queries is None else replace(sides[1], documents=sides[0])
+    return replace(asked, gate=fitting_gate(asked, files.folder))
 
 
 def _put_on(place: torch.device, model: Any, has_map: bool) -> None:

@@ -17,13 +17,15 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from ..data.rows import check_text, instructed
 from ..errors import ConfigError, DataError, ModelError
+from ..modes import MODES as MODES
+from ..modes import PLAIN_MODES as PLAIN_MODES
+from ..modes import Mode as Mode
+from ..modes import PlainMode as PlainMode
 from .templates import ChatTemplate, Frame, Frames
 
 _TOKENIZING = threading.Lock()
 """A tokenizer's settings change from call to call, so one thread at a time uses it."""
 EMBED_TOKEN = "<|embed_token|>"  # noqa: S105 - the token's name in the paper, no secret
-Mode = Literal["direct", "reason"]
-MODES: tuple[Mode, ...] = ("direct", "reason")
 Kind = Literal["direct", "reason", "latent", "document"]
 
 

@@ -20,6 +20,7 @@ from typing import Any, TypedDict, Unpack
 
 from ..errors import ModelError
 from ..files import hash_file, hash_folder, must_be_path
+from .modes.gate import GATE_FILE
 from .settings import QUERIES, SETTINGS_FILE
 
 CONFIG, ADAPTER_CONFIG = "config.json", "adapter_config.json"
@@ -94,8 +95,8 @@ class ModelFiles:
         return self.folder if self.base is None or (self.folder / name).is_file() else self.base.folder
 
     def copy_to(self, folder: Path) -> None:
-        """Copy settings, tokenizer and weights of a model directory; nothing else that may lie there."""
-        data = [path for pattern in _DATA for path in self.folder.glob(pattern)]
+        """Copy settings, tokenizer and weights of a model directory; no gate, and nothing else that may lie there."""
+        data = [path for pattern in _DATA for path in self.folder.glob(pattern) if path.name != GATE_FILE]
         templates = self.folder.glob("additional_chat_templates/*.jinja")
         for path in (*data, *templates, *(self.folder / name for name in _weight_names(self))):
             target = folder / path.relative_to(self.folder)

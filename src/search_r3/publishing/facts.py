@@ -208,6 +208,8 @@ def _name(result: Result, states: set[str], earlier: set[str], keys: Mapping[str
     `keys` holds what their names say of their instructions.
     """
     system = result.system
+    if system.varied:
+        return ""
     if system.kind == "search-r3":
         if _is_of(result, states):
             return system.mode + _label(result)

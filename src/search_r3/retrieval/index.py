@@ -21,6 +21,7 @@ from numpy.typing import NDArray
 
 from ..errors import VectorIndexError
 from ..model.documents import unusable_rows
+from ..model.modes.gate import TOP
 from ..types import Array, Rows
 from . import storage
 from .selection import Best, Blocks, count_ahead, count_better
@@ -73,6 +74,10 @@ class VectorIndex(ABC):
         """`search_rows` with doc_ids instead of rows."""
         rows, scores = self.search_rows(queries, k)
         return SearchResult([[self.doc_ids[row] for row in line] for line in rows.tolist()], scores)
+
+    def top_scores(self, queries: Array) -> Array:
+        """The scores of the best documents, `Q x 10` (all where there are fewer), best first: what a gate reads."""
+        return self.search_rows(queries, TOP)[1]
 
     @abstractmethod
     def search_rows(self, queries: Array, k: int) -> tuple[Rows, Array]:

@@ -110,7 +110,8 @@ class EngineThread:
 
         Args:
             texts: queries or documents.
-            kind: `reason`, `direct` or `document`; by default queries in the model's own mode.
+            kind: `reason`, `direct` or `document`; by default queries in the model's own mode, and reasoned about where
+                that is auto, which is two requests (`serving.auto`).
             instruction: follows each text.
             max_new_tokens: reasoning budget; by default the model's own.
             truncate: a text that is too long may lose its end; else it is an error.
@@ -127,7 +128,8 @@ class EngineThread:
             OverloadedError: the queue is full.
             UnavailableError: it is closed.
         """
-        kind = kind or self.model.backbone.settings.mode
+        if kind is None:
+            kind = "direct" if self.model.backbone.settings.mode == "direct" else "reason"
         if not texts:
             raise DataError("no text was given; give at least one")
         if len(texts) > self.max_queue:
@@ -300,7 +302,7 @@ class EngineThread:
         self._show(row, rollout.reasoning)
         vector = shorten(rollout.vector.numpy()[None], self.model.truncate_dim)
         reasoned = rollout.reasoning, rollout.reasoning_tokens, rollout.forced
-        self._done(row, Embedded(vector[0], len(row.prompt.ids), row.prompt.truncated, *reasoned))
+        self._done(row, Embedded(vector[0], len(row.prompt.ids), row.prompt.truncated, *reasoned, thought=True))
 
     def _piece(self, kind: Kind) -> list[Row]:
         """The next texts that are encoded together."""
@@ -321,8 +323,10 @@ class EngineThread:
             self._encode(rows[: len(rows) // 2])
             self._encode(rows[len(rows) // 2 :])
             return
-        for row, vector in zip(rows, vectors, strict=True):
-            self._done(row, Embedded(vector, len(row.prompt.ids), row.prompt.truncated))
+        short = shorten(vectors, self.model.truncate_dim)
+        for row, vector, whole in zip(rows, short, vectors, strict=True):
+            kept = whole if row.job.kind == "direct" else None
+            self._done(row, Embedded(vector, len(row.prompt.ids), row.prompt.truncated, whole=kept))
 
     @torch.inference_mode()
     def _vectors(self, rows: Sequence[Row]) -> Array:
@@ -335,7 +339,7 @@ class EngineThread:
             self._encoders[kind] = engine
         hidden = self._encoders[kind].encode([row.prompt.ids for row in rows])
         vectors: Array = torch.nn.functional.normalize(hidden.float(), dim=-1).cpu().numpy()
-        return shorten(vectors, self.model.truncate_dim)
+        return vectors
 
     def _done(self, row: Row, embedded: Embedded) -> None:
         job = row.job

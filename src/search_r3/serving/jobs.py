@@ -6,14 +6,16 @@ Shapes: `N` texts, `D` vector size.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
+from types import MappingProxyType
 from typing import NamedTuple
 
 import numpy as np
 
 from ..errors import TooLargeError
+from ..model.modes.gate import Choice
 from ..model.prompts import EncodedPrompt, Kind, PromptEncoder
 from ..types import Array
 
@@ -28,6 +30,9 @@ class Embedded(NamedTuple):
         reasoning: empty but for reasoned queries.
         reasoning_tokens: its length.
         forced: whether the embed token had to be forced.
+        whole: of a query in direct mode the vector with all dimensions of the model, which a gate reads.
+        thought: whether it was reasoned about.
+        gate: in mode auto what the gate saw, as in `QueryEmbeddings`.
     """
 
     vector: Array
@@ -36,6 +41,9 @@ class Embedded(NamedTuple):
     reasoning: str = ""
     reasoning_tokens: int = 0
     forced: bool = False
+    whole: Array | None = None
+    thought: bool = False
+    gate: Mapping[str, float] = MappingProxyType({})
 
 
 class Outcome(NamedTuple):
@@ -59,6 +67,18 @@ class Outcome(NamedTuple):
     def reasoning_tokens(self) -> int:
         """Tokens of the reasoning."""
         return sum(one.reasoning_tokens for one in self.texts)
+
+
+def joined(direct: Outcome, reasoned: Outcome | None, choice: Choice) -> Outcome:
+    """Mode auto: all queries in direct mode, and in their places those that thought, which pay for both."""
+    texts = [one._replace(gate=facts) for one, facts in zip(direct.texts, choice.facts(), strict=True)]
+    if reasoned is None:
+        return direct._replace(texts=texts)
+    for place, one in zip(np.flatnonzero(choice.thinks).tolist(), reasoned.texts, strict=True):
+        before = texts[place]
+        texts[place] = one._replace(prompt_tokens=before.prompt_tokens + one.prompt_tokens, gate=before.gate)
+    waited = direct.queue_seconds + reasoned.queue_seconds
+    return Outcome(texts, waited, direct.inference_seconds + reasoned.inference_seconds)
 
 
 @dataclass(eq=False)

@@ -11,6 +11,7 @@ import numpy as np
 from ..evaluation.search import Answer, Searcher
 from ..model.embeddings import QueryEmbeddings
 from ..model.encoder import SearchR3
+from ..types import Array
 from .filters import Filter
 from .fingerprint import Fingerprint
 from .jobs import Embedded, Outcome
@@ -79,7 +80,8 @@ def hits_of(
 def answer_of(query: str, outcome: Outcome, hits: Sequence[Hit]) -> dict[str, Any]:
     """The query's reasoning and hits, as JSON."""
     [one] = outcome.texts
-    return Answer(one.reasoning, one.reasoning_tokens, one.forced, one.truncated, list(hits), query).as_dict()
+    reasoned = one.reasoning, one.reasoning_tokens, one.forced, one.truncated
+    return Answer(*reasoned, list(hits), query, one.thought, one.gate).as_dict()
 
 
 class StoreSearcher(Searcher):
@@ -102,5 +104,7 @@ class StoreSearcher(Searcher):
     def _answer(self, query: str, encoded: QueryEmbeddings, k: int) -> Answer:
         texts = [query] if self.hybrid else None
         [hits] = self.store.search(encoded.vectors, texts=texts, k=k, where=self.where)
-        row = encoded.reasoning[0], encoded.reasoning_tokens[0], encoded.forced[0], encoded.truncated[0]
-        return Answer(*row, list(hits), query)
+        return Answer.of(query, encoded, list(hits))
+
+    def _top_scores(self, vectors: Array) -> Array:
+        return self.store.top_scores(vectors)

@@ -20,6 +20,7 @@ import numpy as np
 
 from ..data.documents import Chunk
 from ..errors import DataError, StoreError
+from ..model.modes.gate import TOP
 from ..types import Array
 from . import rows
 from .database import TABLE, StoreInfo, connect, exists, one_line, place_of
@@ -312,6 +313,12 @@ class Store:
         read |= {row["id"]: row for row in self._rows("id", missing, rows.CHUNK)}
         # What was deleted meanwhile is no hit.
         return [[Hit(rows.chunk_of(read[name]), score) for name, score in one if name in read] for one in best]
+
+    def top_scores(self, vectors: Array) -> Array:
+        """The scores of the best documents, `Q x 10` (fewer columns where there are fewer), best first, for a gate."""
+        scores = [[hit.score for hit in hits] for hits in self.search(vectors, k=TOP)]
+        width = min(map(len, scores), default=0)
+        return np.array([line[:width] for line in scores], dtype=np.float32).reshape(len(scores), width)
 
     def compact(self, *, keep: timedelta = timedelta(minutes=1)) -> None:
         """Put files together, bring all rows into the indexes, and remove versions that are older.

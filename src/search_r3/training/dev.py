@@ -19,7 +19,7 @@ from ..config import DevSettings, EvaluationSettings, Recipe
 from ..data.collection import Collection
 from ..errors import DataError
 from ..model.encoder import SearchR3
-from ..model.prompts import MODES, Mode
+from ..model.prompts import PLAIN_MODES, Mode
 from ..parallel import Communicator, agree, divide, encode_sharded
 from ..retrieval.index import ExactIndex
 from ..retrieval.metrics import ndcg, probe_cosine, relevant_ids
@@ -74,7 +74,7 @@ class DevSplit:
             index = index or self._index(model, communicator)
             shares = divide([len(request.text) for request in self.requests], communicator.world_size)
             own = [self.requests[place] for place in sorted(shares[communicator.rank])]
-            for mode in MODES:
+            for mode in PLAIN_MODES:
                 scores = self._scores(model, index, own, mode) if own else []
                 everyone = [score for part in communicator.all_gather(scores) for score in part]
                 values[f"dev_ndcg@{DEPTH}_{mode}"] = fmean(everyone)

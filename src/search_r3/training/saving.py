@@ -34,8 +34,8 @@ def save_trained(
         frozen: whether documents keep the weights that the stage began from.
     """
     backbone = model.backbone
-    # Which mode is better was measured of the model before.
-    backbone.settings = backbone.settings.model_copy(update={"trained": True, "mode": "reason"})
+    # Which mode is better was measured of the model before, and the gate was fitted to that one.
+    backbone.settings, backbone.gate = backbone.settings.model_copy(update={"trained": True, "mode": "reason"}), None
     state = _state(engine, backbone)
     if engine.rank == 0:
         if frozen:

@@ -237,7 +237,8 @@ function renderDetail(row) {
   facts.append(make("span", `difference ${row.kind}`, signed(row.difference)));
   const parts = [make("h3", "asked", row.text), facts];
   for (const run of new Set([base, other])) {
-    if (!run.reasoning) continue;
+    if (run.gate) parts.push(make("p", "quiet", gateText(run, run.gate[row.i])));
+    if (!run.reasoning || !run.reasoning[row.i]) continue;
     parts.push(make("h3", "", `Reasoning of ${run.name}, ${plural(run.tokens[row.i], "token", "tokens")}`));
     parts.push(make("p", `reasoning s${run.number}`, run.reasoning[row.i]));
   }
@@ -250,6 +251,12 @@ function renderDetail(row) {
   parts.push(columns, ...relevantDocuments(row, before, after));
   byId("detail").replaceChildren(...parts);
   byId("detail").scrollTop = 0;
+}
+
+function gateText(run, { thought, probability, ...evidence }) {
+  const parts = Object.entries(evidence).map(([name, value]) => `${name} ${signed(value)}`);
+  const what = thought ? "thought" : "did not think";
+  return `${run.name} ${what}: reasoning pays with a probability of ${probability.toFixed(2)} (log-odds: ${parts.join(", ")})`;
 }
 
 function place(rank) {

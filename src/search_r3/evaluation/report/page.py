@@ -22,12 +22,14 @@ from typing import Any
 from ...errors import DataError
 from ...files import write_text
 from ...retrieval.metrics import MAIN
+from ..frontier.record import COLUMNS, Split, cells
 from ..results import Result
 from ..significance import check_same_state
 from ..table import AVERAGED, averages, cell, columns, direct_of, notes, summary
 from .plots import (
     dark_theme,
     plot_account,
+    plot_frontier,
     plot_latency,
     plot_reasoning,
     plot_rewards,
@@ -74,6 +76,7 @@ def write_page(
     rewards: Mapping[str, Sequence[float]] | None = None,
     metrics: Sequence[Mapping[str, Any]] = (),
     comparisons: Sequence[Mapping[str, Any]] = (),
+    frontiers: Sequence[Split] = (),
 ) -> Path:
     """Write `folder/report.html`, and its plots as PNG files into `folder/plots/`.
 
@@ -84,6 +87,7 @@ def write_page(
         rewards: `before` / `after` -> nDCG of sampled rollouts.
         metrics: rows of stage 2's `metrics.jsonl`, for the training curves.
         comparisons: records of `significance.Comparison`.
+        frontiers: of splits, as `frontier.record.frontier` gives them.
 
     Returns:
         The path of the page.
@@ -111,7 +115,9 @@ def write_page(
         averaged=AVERAGED,
         keys=list(columns(results)),
         comparisons=comparisons,
-        plots=_plots(results, folder / "plots", rewards or {}, metrics),
+        frontiers=[(split, [cells(row) for row in split["points"]]) for split in frontiers],
+        frontier_columns=COLUMNS,
+        plots=_plots(results, folder / "plots", rewards or {}, metrics, frontiers),
         blocks=[embed_json(_split_data(systems, number)) for systems in places.values()],
         records=results,
     )
@@ -180,7 +186,8 @@ def default_pair(results: Sequence[Result]) -> tuple[Result, Result]:
     Args:
         results: of one split. Of several models that reason the last is taken.
     """
-    for result in reversed(results):
+    plain = [result for result in results if result.system.mode == "reason" and not result.system.varied]
+    for result in [*reversed(plain), *reversed(results)]:
         direct = direct_of(result, results)
         if direct is not None:
             return direct, result
@@ -240,6 +247,7 @@ def _split_data(results: Sequence[Result], numbers: Mapping[str, int]) -> dict[s
             "top": [[[place_of(doc_id), round(score, 4)] for doc_id, score in result.top[i]] for i in queries],
             "reasoning": [result.reasoning[i] for i in queries] if result.reasoning else None,
             "tokens": [result.reasoning_tokens[i] for i in queries] if result.reasoning_tokens else None,
+            "gate": [{"thought": result.thought[i], **result.gate[i]} for i in queries] if result.gate else None,
         }
         for result in results
     ]
@@ -302,6 +310,7 @@ def _plots(
     folder: Path,
     rewards: Mapping[str, Sequence[float]],
     metrics: Sequence[Mapping[str, Any]],
+    frontiers: Sequence[Split],
 ) -> list[Plot]:
     """Draw all that can be drawn; the PNG files are the light ones."""
     drawings: Iterable[tuple[str, str, Callable[[Path], bool]]] = [
@@ -311,6 +320,11 @@ def _plots(
             "Quality against cost. Large points are means over the splits that all systems share, small ones single "
             "splits.",
             lambda path: plot_latency(results, path),
+        ),
+        (
+            "frontier",
+            "What thinking is worth: quality against its price. The line is the upper edge of mode auto.",
+            lambda path: plot_frontier(frontiers, path),
         ),
         ("reasoning", "How much the model writes before it embeds.", lambda path: plot_reasoning(results, path)),
         (

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 from ...extras import extra
 from ...retrieval.metrics import MAIN
+from ..frontier.curves import upper_edge
 from ..results import Result
 
 if TYPE_CHECKING:
@@ -134,6 +135,34 @@ def _milliseconds(result: Result) -> float:
     median = result.cost.ms_per_query
     # Above 0 for the logarithm, whatever the clock's resolution.
     return max(1e-3, 1000 / result.cost.queries_per_second if median is None else median)
+
+
+def plot_frontier(frontiers: Sequence[Mapping[str, Any]], path: Path) -> bool:
+    """Quality against tokens and against milliseconds, a row for each split; a line through the edge of mode auto."""
+    if not frontiers:
+        return False
+    figure, grid = _figure(len(frontiers), 2, width=10.0, height=3.6 if len(frontiers) == 1 else 3.0)
+    families = dict.fromkeys(point["family"] for split in frontiers for point in split["points"])
+    greens = iter(cycle(COLOURS[""]))
+    named = {"direct": COLOURS["direct"][0], "reason": COLOURS["reason"][0], "budget": COLOURS["reason"][1]}
+    named |= {"samples": COLOURS["reason"][2], "oracle": COLOURS["bm25"][0]}
+    colours = {family: named.get(family) or next(greens) for family in families}
+    keys = ("tokens_per_query", "tokens of reasoning per query"), ("ms_per_query", "milliseconds per query")
+    for row, split in enumerate(frontiers):
+        for axes, (key, label) in zip(grid[2 * row : 2 * row + 2], keys, strict=True):
+            known = [point for point in split["points"] if point[key] is not None]
+            for i, family in enumerate(families):
+                at = [(point[key], point[MAIN]) for point in known if point["family"] == family]
+                if at:
+                    axes.scatter(
+                        *zip(*at, strict=True), 42, colours[family], marker=MARKERS[i % len(MARKERS)], zorder=3
+                    )
+            line = [(one[key], one[MAIN]) for one in known if one["family"] in ("direct", "auto", "reason")]
+            if len(line) > 1:
+                axes.plot(*zip(*upper_edge(line), strict=True), color=_ink(), linewidth=1)
+            axes.set(xlabel=label, ylabel="nDCG@10", title=f"{split['collection']} / {split['split']}")
+    _legend(figure, colours)
+    return _save(figure, path)
 
 
 def plot_reasoning(results: Sequence[Result], path: Path) -> bool:

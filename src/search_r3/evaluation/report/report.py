@@ -17,12 +17,13 @@ from ...data.collection import Collection
 from ...errors import DataError
 from ...files import atomic_directory, read_jsonl, write_json
 from ...model.encoder import SearchR3
-from ...model.prompts import MODES
+from ...model.prompts import PLAIN_MODES
 from ...retrieval.index import ExactIndex
 from ...retrieval.metrics import ndcg
 from ...retrieval.ranking import make_requests, ranked
 from ..baselines import BM25System
 from ..benchmark import EvaluationOptions, evaluate, judged
+from ..frontier.record import Split, read_frontier
 from ..instructions import NONE, OWN, choices, label
 from ..results import Result, load_results, package_versions
 from ..runner import RESULTS, SUMMARY, reasoning_baseline
@@ -61,7 +62,7 @@ def evaluate_run(
     for stage in STAGES:
         note(f"evaluating the {stage} model on {split}")
         collections = EncodedCollections(SearchR3(models[stage], dtype=recipe.dtype))
-        for choice, mode in product(reversed(choices(collection, split)), MODES):
+        for choice, mode in product(reversed(choices(collection, split)), PLAIN_MODES):
             name = f"{mode}/{stage}{label(choice)}"
             system = SearchR3System(collections, mode, name, settings.batch_size, choice)
             results.append(evaluate(system, collection, split, options, source=recipe.collection, folder=folder))
@@ -155,6 +156,7 @@ def write_runs_page(runs: Sequence[Path], folder: Path, title: str | None, permu
     results: list[Result] = []
     rewards: dict[str, list[float]] = {}
     metrics: list[dict[str, Any]] = []
+    frontiers: list[Split] = []
     alike = len({run.name for run in runs}) < len(runs)
     for run in runs:
         new = last_results(run)
@@ -169,6 +171,7 @@ def write_runs_page(runs: Sequence[Path], folder: Path, title: str | None, permu
             if (result.place, result.system.name) in names:
                 result = result.renamed(result.system.name + suffix)
             results.append(result)
+        frontiers += read_frontier(run)
         if (run / REWARDS).exists():
             values = json.loads((run / REWARDS).read_text(encoding="utf-8"))
             rewards |= {name + suffix: values[name] for name in values}
@@ -177,7 +180,8 @@ def write_runs_page(runs: Sequence[Path], folder: Path, title: str | None, permu
     comparisons = [comparison.record() for comparison in compare(results, permutations, seed)]
     title = title or ", ".join(run.name for run in runs)
     with atomic_directory(folder) as scratch:
-        write_page(results, scratch, title=title, rewards=rewards, metrics=metrics, comparisons=comparisons)
+        more = {"metrics": metrics, "comparisons": comparisons, "frontiers": frontiers}
+        write_page(results, scratch, title=title, rewards=rewards, **more)
     return folder / "report.html"
 
 

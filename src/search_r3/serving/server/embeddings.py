@@ -10,7 +10,7 @@ from typing import Any
 from ...errors import DataError, NotFoundError, UnavailableError
 from ...extras import extra
 from ...model.embeddings import shorten
-from ...model.prompts import Kind
+from ...model.prompts import MODES, Kind, Mode
 from ...types import Array
 from ..jobs import Outcome
 from .schemas import EmbeddingsRequest, EmbedRequest, SimilarityRequest
@@ -58,7 +58,7 @@ async def embeddings(body: EmbeddingsRequest, request: Request, service: Given) 
 def models(service: Given) -> dict[str, Any]:
     """The model ids."""
     name = service.settings.name
-    ids = [name, *(f"{name}:{kind}" for kind in KINDS)]
+    ids = [name, *(f"{name}:{kind}" for kind in named_kinds(service))]
     return {
         "object": "list",
         "data": [{"id": one, "object": "model", "created": 0, "owned_by": "search-r3"} for one in ids],
@@ -131,17 +131,24 @@ def metrics(service: Given) -> Response:
     return Response(service.metrics.text(), media_type="text/plain; version=0.0.4; charset=utf-8")
 
 
-def kind_of(model: str, service: Service) -> Kind:
+def kind_of(model: str, service: Service) -> Kind | Mode:
     """What a model id asks for.
 
     Raises:
         NotFoundError: there is no such model.
     """
-    name, _, suffix = model.partition(":") if model.partition(":")[2] in KINDS else (model, "", "")
+    kinds = named_kinds(service)
+    name, _, suffix = model.partition(":") if model.partition(":")[2] in kinds else (model, "", "")
     if name not in (service.settings.name, "search-r3"):
-        known = ", ".join([service.settings.name, *(f"{service.settings.name}:{kind}" for kind in KINDS)])
+        known = ", ".join([service.settings.name, *(f"{service.settings.name}:{kind}" for kind in kinds)])
         raise NotFoundError(f"there is no model {model!r} here; take one of {known}")
-    return next((kind for kind in KINDS if kind == suffix), service.mode)
+    return next((kind for kind in kinds if kind == suffix), service.mode)
+
+
+def named_kinds(service: Service) -> list[Kind | Mode]:
+    """What model ids can ask for: `auto` where the model has a gate."""
+    has_gate = service.engine.model.backbone.gate is not None
+    return [*KINDS, "auto"] if has_gate else [*KINDS]
 
 
 def checked_dimensions(dimensions: int | None, service: Service) -> int | None:
@@ -179,8 +186,8 @@ def prices(started: float, *outcomes: Outcome) -> dict[str, str]:
     return {name: str(round(1000 * value)) for name, value in milliseconds.items()} | {"x-compute-tokens": str(tokens)}
 
 
-def _kind_named(name: str | None, service: Service) -> Kind:
-    return next((kind for kind in KINDS if kind == name), service.mode)
+def _kind_named(name: str | None, service: Service) -> Kind | Mode:
+    return next((kind for kind in (*KINDS, *MODES) if kind == name), service.mode)
 
 
 def _written(vector: Array, form: str) -> list[float] | str:

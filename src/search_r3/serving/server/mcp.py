@@ -9,13 +9,14 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 from urllib.parse import quote
 
 from pydantic import BaseModel, Field
 
 from ...errors import OverloadedError, SearchR3Error
 from ...extras import extra
+from ...modes import SearchMode
 from .documents import read
 from .schemas import Count, SearchRequest
 from .search import answered
@@ -77,8 +78,11 @@ def create_mcp(service: Service) -> MCPServer[Any]:
         ctx: Context[Any, Any],
         k: Annotated[Count, Field(description="How many passages.")] = 10,
         mode: Annotated[
-            Literal["reason", "direct", "bm25"] | None,
-            Field(description="`reason` thinks about the query first; `direct` is quicker; `bm25`: its words."),
+            SearchMode | None,
+            Field(
+                description="`reason` thinks about the query first; `direct` is quicker; `auto` thinks where it pays; "
+                "`bm25`: its words."
+            ),
         ] = None,
         filter: Annotated[
             dict[str, Any] | None,

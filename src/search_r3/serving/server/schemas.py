@@ -6,6 +6,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from ...modes import Mode, SearchMode
+
 Texts = str | list[str]
 Count = Annotated[int, Field(ge=1, le=1000)]
 
@@ -25,7 +27,7 @@ class EmbeddingsRequest(BaseModel):
     dimensions: Annotated[int, Field(ge=1)] | None = None
     user: str | None = None
     input_type: Literal["query", "document"] | None = Field(None, description="In place of what the model id says.")
-    mode: Literal["reason", "direct"] | None = Field(None, description="In place of what the model id says.")
+    mode: Mode | None = Field(None, description="In place of what the model id says.")
     instruction: str = Field("", description="Follows each query.")
     max_new_tokens: int | None = Field(None, description="Reasoning budget; by default the model's own.")
     truncate: bool = Field(False, description="Texts that are too long lose their ends; else they are an error.")
@@ -36,7 +38,7 @@ class EmbedRequest(BaseModel):
 
     inputs: Texts
     truncate: bool = False
-    prompt_name: Literal["query", "document", "reason", "direct"] | None = Field(
+    prompt_name: Literal[Mode, "query", "document"] | None = Field(
         None, description="What the texts are; by default queries, in the server's mode."
     )
     normalize: Literal[True] = Field(True, description="Vectors have the length 1; there are no others.")
@@ -50,7 +52,7 @@ class _Pairs(BaseModel):
 
 class _Parameters(BaseModel):
     truncate: bool = False
-    prompt_name: Literal["query", "reason", "direct"] | None = None
+    prompt_name: Literal[Mode, "query"] | None = None
 
 
 class SimilarityRequest(BaseModel):
@@ -91,7 +93,7 @@ class SearchRequest(Ours):
 
     query: str
     k: Count = 10
-    mode: Literal["reason", "direct", "bm25"] | None = Field(None, description="By default the server's.")
+    mode: SearchMode | None = Field(None, description="By default the server's.")
     instruction: str = Field("", description="Follows the query.")
     filter: dict[str, Any] | None = Field(None, description="Fields and their values, or `{'year': {'$gte': 2020}}`.")
     hybrid: bool = Field(False, description="Ranks by words and by vectors are fused.")

@@ -13,7 +13,7 @@ from ...data.documents import Chunk
 from ...errors import DataError
 from ...extras import extra
 from ..filters import to_sql
-from ..jobs import Outcome
+from ..jobs import Outcome, joined
 from ..search import NOT_ENCODED, answer_of, hits_of
 from ..store import Hit
 from .embeddings import usage_of
@@ -137,8 +137,14 @@ async def _streamed(body: SearchRequest, service: Service) -> Response:
     def on_piece(piece: str) -> None:
         loop.call_soon_threadsafe(pieces.put_nowait, piece)
 
-    if (kind := body.mode or service.mode) == "bm25":
+    kind, glance = body.mode or service.mode, None
+    if kind == "auto":
+        glance = await service.glance(None, [body.query], instruction=body.instruction, truncate=body.truncate)
+        kind = "reason" if glance[1].thinks[0] else "direct"
+    if kind == "bm25":
         future.set_result(NOT_ENCODED)
+    elif glance is not None and kind == "direct":
+        future.set_result(glance[0])
     else:
         future = await service.submit(
             [body.query],
@@ -156,6 +162,8 @@ async def _streamed(body: SearchRequest, service: Service) -> Response:
             while (piece := await pieces.get()) is not None:
                 yield _event("reasoning", {"text": piece})
             outcome = await waiting
+            if glance is not None:
+                outcome = joined(glance[0], outcome if glance[1].thinks[0] else None, glance[1])
             answer = await _answer(body, service, outcome)
             yield _event("hits", answer)
             yield _event("done", _price(started, outcome))

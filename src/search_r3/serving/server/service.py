@@ -13,9 +13,12 @@ from ...data.reading.chunks import Chunking
 from ...errors import ConfigError, DataError, ModelError, NotFoundError, SearchR3Error, TooLargeError
 from ...extras import extra
 from ...model.documents import document_chunking
+from ...model.modes.auto import gate_of
+from ...model.modes.gate import Choice
 from ...model.prompts import Kind, Mode
+from ..auto import who_thinks
 from ..engine import EngineThread
-from ..jobs import Outcome
+from ..jobs import Outcome, joined
 from ..store import Store
 from .metrics import Metrics
 
@@ -148,13 +151,25 @@ class Service:
         self,
         request: Request | None,
         texts: Sequence[str],
-        kind: Kind,
+        kind: Kind | Mode,
         *,
         instruction: str = "",
         max_new_tokens: int | None = None,
         truncate: bool = False,
     ) -> Outcome:
         """Encode texts; who hangs up cancels it, and so does cancelling this, where there is no request to watch."""
+        if kind == "auto":
+            direct, choice = await self.glance(request, texts, instruction=instruction, truncate=truncate)
+            thinkers = [text for text, thinks in zip(texts, choice.thinks, strict=True) if thinks]
+            reasoned = None
+            if thinkers:
+                reasoned = await self.encode(
+                    *(request, thinkers, "reason"),
+                    instruction=instruction,
+                    max_new_tokens=max_new_tokens,
+                    truncate=truncate,
+                )
+            return joined(direct, reasoned, choice)
         future = await self.submit(
             texts, kind, instruction=instruction, max_new_tokens=max_new_tokens, truncate=truncate
         )
@@ -168,6 +183,18 @@ class Service:
         finally:
             hanging_up.cancel()
             outcome.cancel()
+
+    async def glance(
+        self, request: Request | None, texts: Sequence[str], *, instruction: str, truncate: bool
+    ) -> tuple[Outcome, Choice]:
+        """Mode auto's first look: queries in direct mode, and which of them think.
+
+        Raises:
+            ModelError: there is no gate.
+        """
+        gate_of(self.engine.model.backbone)
+        direct = await self.encode(request, texts, "direct", instruction=instruction, truncate=truncate)
+        return direct, await run_in_threadpool(who_thinks, self.engine.model, direct, self._store)
 
     async def encode_chunks(self, request: Request, chunks: Sequence[Chunk]) -> list[Outcome]:
         """Encode what is stored of documents, in requests that the limits allow; more than one is never waiting."""

@@ -1,1 +1,1 @@
-"""Trainings of the modes beyond reasoning in words: reasoning distilled into one glance."""
+"""Trainings and fits of what lies beyond `direct` and `reason`: gate, distillation, soft tokens."""

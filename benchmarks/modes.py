@@ -1,0 +1,185 @@
+"""Modes side by side on queries of one and of several hops: direct, auto at prices, budgets, means of samples, oracle.
+
+    python benchmarks/modes.py runs/a/model runs/b/model --collection atlas --split dev --out modes.json
+
+One-hop queries of `atlas` are all in its split `facts`, and stage 1 learns from every one of them. So one-hop queries
+are asked here in wordings that no training has seen, about the territories of a split and what lies in them: as many as
+the split has queries of several hops. The gate is fitted on such a mixture of the split `rl`, whose direct vectors no
+stage has trained, and measured on one of `dev` (or, at the very end, `test`); nothing is written into the models.
+
+More models join as further points: `--also distilled=FOLDER` for each of the models, in their order.
+"""
+
+from __future__ import annotations
+
+import argparse
+import random
+from itertools import pairwise
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+from common import finish, machine, say, spread, versions
+
+ONE_HOP = {
+    "fit": {
+        "city_territory": ("{s} lies in which state?", "the land around {s}"),
+        "territory_currency": ("what do I pay with in {s}?", "coins from {s}"),
+        "territory_language": ("what is spoken in {s}?", "the tongue of {s}"),
+        "language_script": ("what letters does {s} use?", "the alphabet of {s}"),
+        "currency_territory": ("whose money is the {s}?",),
+        "language_territory": ("in which state is {s} spoken?",),
+    },
+    "held out": {
+        "city_territory": ("name the country of {s}", "which nation has the city {s}?"),
+        "territory_currency": ("money used across {s}", "which currency does {s} have?"),
+        "territory_language": ("language used across {s}", "which language does {s} have?"),
+        "language_script": ("in which letters is {s} printed?", "script used for {s}"),
+        "currency_territory": ("the state that issues the {s}",),
+        "language_territory": ("the land where they speak {s}",),
+    },
+}
+"""Wordings of one-hop questions that no training has seen: other ones for the fit than for what is measured."""
+BUDGETS, SAMPLES = (4, 8, 12, 16, 24), (4,)
+PARTS = ("mixed", "one", "several")
+TARGETS = {"mixed": 0.95, "several": 0.80}
+"""Share of reason's gain over direct that auto should keep with half of reason's tokens."""
+
+
+def mixture(split: str, name: str, seed: int = 0) -> Any:
+    """A collection with the splits `mixed`, `one` and `several`: as many queries of one hop as of several."""
+    from search_r3.data.collection import Collection, Query
+    from search_r3.data.generators.atlas import BUILT_IN, read_atlas, share_a_stem, split_territories
+
+    atlas, whole = read_atlas(), BUILT_IN[name](0)
+    territory_of = split_territories(atlas, 0)
+    candidates = []
+    for relation, questions in ONE_HOP["fit" if split == "rl" else "held out"].items():
+        for subject, target in sorted(atlas.facts[relation].items()):
+            places = [one for one in (subject, target) if one.startswith("territory:")]
+            places = places or [one for one, spoken in atlas.facts["territory_language"].items() if spoken == subject]
+            if {territory_of[one] for one in places} == {split} and not share_a_stem(
+                atlas.name(subject), atlas.name(target)
+            ):
+                candidates += [(relation, subject, target, question) for question in questions]
+    chance = random.Random(f"{seed}/{split}")
+    several = sorted(whole.split(split))
+    size = min(len(several), len(candidates))
+    several, chosen = chance.sample(several, size), chance.sample(candidates, size)
+    queries = {query_id: whole.queries[query_id] for query_id in several}
+    qrels: dict[str, Any] = {"one": {}, "several": {query_id: whole.split(split)[query_id] for query_id in several}}
+    for number, (relation, subject, target, question) in enumerate(chosen):
+        query_id = f"one/{relation}/{subject}/{number}"
+        queries[query_id] = Query(query_id, question.format(s=atlas.name(subject)), {"hops": 1})
+        qrels["one"][query_id] = {target: 1}
+    return Collection(f"{name}-{split}", whole.documents, queries, {"mixed": qrels["one"] | qrels["several"], **qrels})
+
+
+def measure_model(model: Any, fit: Any, held_out: Any, price: float | None, also: dict[str, Any]) -> dict[str, Any]:
+    """The gate, and the frontier on each part of the held-out mixture."""
+    from search_r3.evaluation.benchmark import EvaluationOptions, evaluate
+    from search_r3.evaluation.frontier.record import frontier
+    from search_r3.evaluation.runner import FrontierOptions
+    from search_r3.evaluation.systems import Effort, EncodedCollections, SearchR3System
+    from search_r3.training.modes.gate import fit_gate, label_queries
+
+    gate = model.backbone.gate = fit_gate(model, label_queries(model, fit, ["mixed"]), price)
+    say(f"gate: AUC {gate.fitted['by_scores']['auc']:.3f}, vector alone {gate.fitted['by_vector']['auc']:.3f}")
+    half = min(gate.fitted["by_scores"]["prices"], key=lambda row: abs((row["token_share"] or 0) - 0.5))["price"]
+    ways: list[tuple[str, Any, Any]] = [(mode, mode, Effort()) for mode in ("direct", "reason", "auto")]
+    ways.append(("auto at half", "auto", Effort(price=half)))
+    ways += [(name, "reason", effort) for name, effort in FrontierOptions(BUDGETS, SAMPLES).efforts().items()]
+    encoded = EncodedCollections(model)
+    systems = [SearchR3System(encoded, mode, name, effort=effort) for name, mode, effort in ways]
+    for label, other in also.items():
+        there = EncodedCollections(other)
+        systems += [SearchR3System(there, mode, f"{mode}/{label}") for mode in ("direct", "reason")]
+    options = EvaluationOptions(depth=100, bootstrap=100)
+    results = [evaluate(system, held_out, part, options) for system in systems for part in PARTS]
+    return {"gate": gate.model_dump(mode="json"), "half_price": half, "frontier": frontier(results, 10_000, 0)}
+
+
+def kept(split: dict[str, Any], name: str) -> dict[str, float | None]:
+    """A point of one part of the mixture."""
+    row = next(point for point in split["points"] if point["name"] == name)
+    keys = "ndcg@10", "tokens_per_query", "ms_per_query", "gain_share", "token_share"
+    return {key: row[key] for key in keys}
+
+
+def at_half(split: dict[str, Any]) -> float | None:
+    """The share of the gain that auto keeps at exactly half of reason's tokens, between its two nearest prices."""
+    rows = [row for row in split["points"] if row["family"] in ("direct", "auto", "reason")]
+    rows = sorted((row for row in rows if row["gain_share"] is not None), key=lambda row: row["token_share"])
+    for low, high in pairwise(rows):
+        if low["token_share"] <= 0.5 <= high["token_share"]:
+            share = (0.5 - low["token_share"]) / max(1e-12, high["token_share"] - low["token_share"])
+            return float(low["gain_share"] + share * (high["gain_share"] - low["gain_share"]))
+    return None
+
+
+def table(seeds: list[dict[str, Any]]) -> dict[str, Any]:
+    """Means over the models, part by part; what is kept at half of the tokens; areas."""
+    rows: dict[str, Any] = {}
+    for place, part in enumerate(PARTS):
+        splits = [one["frontier"][place] for one in seeds]
+        names = [row["name"] for row in splits[0]["points"] if " at 0" not in row["name"]]
+        rows[part] = {
+            "points": {
+                name: {
+                    key: None if any(each[key] is None for each in values) else fmean(each[key] for each in values)
+                    for key in values[0]
+                }
+                for name in names
+                if (values := [kept(split, name) for split in splits])
+            },
+            "kept_at_half": [at_half(split) for split in splits],
+            "areas": [split["areas"] for split in splits],
+        }
+    return rows
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("models", nargs="+", help="model directories, a seed each")
+    parser.add_argument("--also", action="append", default=[], help="LABEL=FOLDER,FOLDER,...: one for each model")
+    parser.add_argument("--collection", default="atlas", help="atlas or atlas-wide")
+    parser.add_argument("--split", default="dev", help="dev, or at the end test")
+    parser.add_argument("--price", type=float, help="of a token in nDCG@10; by default half of what it earns")
+    parser.add_argument("--out", type=Path)
+    options = parser.parse_args()
+
+    from search_r3 import SearchR3
+
+    fit = mixture("rl", options.collection)
+    held_out = mixture(options.split, options.collection)
+    say(f"fit: {len(fit.queries)} queries; measured: {len(held_out.queries)}")
+    also = {label: folders.split(",") for label, _, folders in (one.partition("=") for one in options.also)}
+    seeds = []
+    for number, name in enumerate(options.models):
+        others = {label: SearchR3(folders[number]) for label, folders in also.items()}
+        seeds.append({"model": name} | measure_model(SearchR3(name), fit, held_out, options.price, others))
+    record = {
+        "benchmark": "modes",
+        "collection": options.collection,
+        "split": options.split,
+        "queries": {part: len(held_out.qrels[part]) for part in PARTS},
+        "fit": len(fit.queries),
+        "targets": TARGETS,
+        "table": table(seeds),
+        "seeds": seeds,
+        "machine": machine(),
+        "versions": versions("search-r3", "torch", "transformers", "numpy"),
+    }
+    for part, rows in record["table"].items():
+        for name, row in rows["points"].items():
+            say(
+                f"{part:8} {name:24} "
+                + " ".join(f"{key} {value:.3f}" for key, value in row.items() if value is not None)
+            )
+        known = [value for value in rows["kept_at_half"] if value is not None]
+        say(f"{part:8} kept at half of the tokens: {spread(known) if known else 'nothing to keep'}")
+    finish(record, options.out)
+
+
+if __name__ == "__main__":
+    main()

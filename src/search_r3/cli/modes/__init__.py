@@ -1,0 +1,1 @@
+"""Commands around modes beyond `direct` and `reason`."""

@@ -1,0 +1,1 @@
+"""Quality against its price: which ways to think, and how often, are worth their tokens."""

@@ -1,0 +1,1 @@
+"""Modes beyond `direct` and `reason`."""

@@ -1,0 +1,91 @@
+"""`mode="auto"`: which queries think, and one answer of those that do and those that do not."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from ...errors import ModelError
+from ...types import Array
+from ..backbone import Backbone
+from ..embeddings import QueryEmbeddings, shorten
+from .gate import PROBE, Choice, Gate, read_gate
+
+logger = logging.getLogger(__name__)
+
+TopScores = Callable[[Array], Array]
+"""Gives the scores of the best documents, `Q x 10`, best first, for direct vectors `Q x D`."""
+
+
+@torch.no_grad()
+def fitting_gate(backbone: Backbone, folder: Path) -> Gate | None:
+    """The gate in a model's folder, where it was fitted to this model: to others' weights or prompts it says nothing.
+
+    Raises:
+        ModelError: its file is damaged.
+    """
+    gate = read_gate(folder)
+    if gate is None or gate.belongs_to(probe_of(backbone)):
+        return gate
+    logger.warning(
+        "the gate of %s was fitted to other weights or prompts, and is left out; fit it again: search-r3 gate %s",
+        *(backbone.source, backbone.source),
+    )
+    return None
+
+
+@torch.no_grad()
+def probe_of(backbone: Backbone) -> Array:
+    """The direct vector of `PROBE`, `D`."""
+    vector: Array = backbone.embed([backbone.prompt_encoder.encode(PROBE, "direct").ids])[0].cpu().numpy()
+    return vector
+
+
+def gate_of(backbone: Backbone) -> Gate:
+    """The gate of a model.
+
+    Raises:
+        ModelError: it has none.
+    """
+    if backbone.gate is None:
+        raise ModelError(
+            f"{backbone.source} has no gate, which mode='auto' needs to tell which queries think; fit one: "
+            f"search-r3 gate {backbone.source} --collection COLLECTION --splits SPLIT"
+        )
+    return backbone.gate
+
+
+def choose(
+    backbone: Backbone, vectors: Array, dimensions: int | None, top_scores: TopScores | None, price: float | None
+) -> Choice:
+    """Who thinks, from whole direct vectors, `Q x D`; documents are asked for with the dimensions that they have.
+
+    Raises:
+        ModelError: there is no gate.
+    """
+    gate = gate_of(backbone)
+    scores = None if top_scores is None else top_scores(shorten(vectors, dimensions))
+    has_documents = scores is not None and scores.shape[1] > 0
+    return gate.decide(vectors, scores if has_documents else None, price)
+
+
+def merged(direct: QueryEmbeddings, reasoned: QueryEmbeddings | None, choice: Choice) -> QueryEmbeddings:
+    """One answer for all queries: `reasoned` holds those that think, in their order."""
+    thinks = choice.thinks.tolist()
+    vectors = direct.vectors.copy()
+    facts = [list(direct.reasoning), list(direct.reasoning_tokens), list(direct.forced), list(direct.truncated)]
+    if reasoned is not None:
+        places = np.flatnonzero(choice.thinks)
+        vectors[places] = reasoned.vectors
+        of_reason: Sequence[Sequence[object]] = (
+            *(reasoned.reasoning, reasoned.reasoning_tokens),
+            *(reasoned.forced, reasoned.truncated),
+        )
+        for place, *values in zip(places.tolist(), *of_reason, strict=True):
+            for fact, value in zip(facts, values, strict=True):
+                fact[place] = value
+    return QueryEmbeddings(vectors, *facts, thinks, choice.facts())

@@ -1,0 +1,40 @@
+"""Mode auto over an engine thread: all queries at once, then those that think."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from ..model.encoder import SearchR3
+from ..model.modes.auto import choose, gate_of
+from ..model.modes.gate import Choice
+from .engine import EngineThread
+from .jobs import Outcome, joined
+from .store import Store
+
+
+def who_thinks(model: SearchR3, direct: Outcome, store: Store | None) -> Choice:
+    """What the gate says of queries in direct mode; of a store it reads the best scores.
+
+    Raises:
+        ModelError: there is no gate.
+    """
+    whole = np.stack([one.vector if one.whole is None else one.whole for one in direct.texts])
+    return choose(model.backbone, whole, model.truncate_dim, None if store is None else store.top_scores, None)
+
+
+def encode_auto(engine: EngineThread, texts: Sequence[str], store: Store | None, **options: Any) -> Outcome:
+    """Queries in mode auto; `options` are those of `EngineThread.submit`.
+
+    Raises:
+        ModelError: there is no gate.
+    """
+    gate_of(engine.model.backbone)
+    of_direct = {name: value for name, value in options.items() if name != "max_new_tokens"}
+    direct = engine.submit(texts, "direct", **of_direct).result()
+    choice = who_thinks(engine.model, direct, store)
+    places = np.flatnonzero(choice.thinks).tolist()
+    thinkers = [texts[place] for place in places]
+    return joined(direct, engine.submit(thinkers, "reason", **options).result() if places else None, choice)
