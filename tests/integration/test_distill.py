@@ -22,7 +22,6 @@ from search_r3.parallel import Communicator
 from search_r3.retrieval.index import ExactIndex
 from search_r3.training import losses
 from search_r3.training.modes.teacher import Teacher, choose_queries
-from search_r3.training.run import Run
 from search_r3.training.sft import train_sft
 from tests.conftest import Stop, StopAt, call, save_tiny
 
@@ -154,7 +153,7 @@ def test_queries_need_no_judgements_and_those_that_are_measured_on_are_left_out(
 def test_the_best_of_several_replies_is_the_teacher(
     stage_1: Path, collection: Collection, collection_path: Path, tmp_path: Path
 ) -> None:
-    more = ["distill.samples=4", "distill.splits=[train]", "distill.sampling_temperature=2.0"]
+    more = ["distill.samples=4", "distill.splits=[train]", "distill.sampling_temperature=1.3"]
     model = SearchR3(stage_1, device="cpu")
     index = ExactIndex(list(collection.documents), model.encode_document(list(collection.texts().values())))
     queries = choose_queries(collection, ["train"], [])
@@ -163,7 +162,6 @@ def test_the_best_of_several_replies_is_the_teacher(
         settings = recipe(tmp_path, collection_path, *more, f"distill.teacher={kind}").distill
         teacher = Teacher(model, collection, index, settings, 0)
         found[kind] = teacher.lessons(queries, tmp_path / kind, Communicator())
-    ranks = {}
     for several, best in zip(found["mean"], found["best"], strict=True):
         [one] = best.replies
         relevant = index.rows_of(list(collection.qrels["train"][best.query.query_id]))
@@ -174,8 +172,7 @@ def test_the_best_of_several_replies_is_the_teacher(
         assert rank(one.vector) == min(rank(reply.vector) for reply in several.replies)
         mean = torch.nn.functional.normalize(sum(reply.vector for reply in several.replies), dim=0)
         torch.testing.assert_close(several.vector, mean)
-        ranks[best.query.query_id] = rank(one.vector)
-    assert len(ranks) == 20
+    assert any(len(lesson.replies) > 1 for lesson in found["mean"]), "there was something to choose"
     unjudged = [*queries, Query("new", "a house?")]
     with pytest.raises(DataError, match="1 of 21 queries have no relevant document"):
         teacher.lessons(unjudged, tmp_path / "other", Communicator())
@@ -187,11 +184,8 @@ def test_score_distillation_is_the_divergence_of_two_softmaxes() -> None:
     teachers.requires_grad_()
     students.requires_grad_()
     found = losses.score_distillation(students, teachers, documents, 0.1)
-    expected = sum(
-        float(torch.distributions.kl_divergence(*(torch.distributions.Categorical(logits=documents @ one / 0.1)
-                                                  for one in (teacher, student))))
-        for student, teacher in zip(students, teachers, strict=True)
-    )  # fmt: skip
+    views = [torch.distributions.Categorical(logits=side.detach() @ documents.T / 0.1) for side in (teachers, students)]
+    expected = float(torch.distributions.kl_divergence(*views).sum())
     assert found.item() == pytest.approx(expected, rel=1e-5)
     found.backward()
     assert teachers.grad is None
@@ -207,8 +201,7 @@ def test_the_command_says_what_one_glance_has_now(
     said = capsys.readouterr().out
     assert "dev nDCG@10, direct: " in said
     assert "dev nDCG@10, reason: " in said
-    model = Run(recipe(tmp_path / "run", collection_path)).model_path("distill")
-    assert str(model) in said.replace("\n", "")
+    assert str(tmp_path / "run" / "distill" / "model") in said.replace("\n", "")
     assert call(monkeypatch, "distill", stage_1, *SETTINGS, *where) == 2
     assert "add --resume" in capsys.readouterr().err
 

@@ -19,7 +19,8 @@ from ..config import DevSettings, EvaluationSettings, Recipe
 from ..data.collection import Collection
 from ..errors import DataError
 from ..model.encoder import SearchR3
-from ..model.prompts import PLAIN_MODES, Mode
+from ..model.modes.latent import trained_modes
+from ..model.prompts import Mode
 from ..parallel import Communicator, agree, divide, encode_sharded
 from ..retrieval.index import ExactIndex
 from ..retrieval.metrics import ndcg, probe_cosine, relevant_ids
@@ -59,7 +60,7 @@ class DevSplit:
         self.requests = make_requests(collection, self.qrels)
 
     def evaluate(self, model: SearchR3, engine: Engine, index: ExactIndex | None = None) -> dict[str, float]:
-        """nDCG@10 in both modes over a freshly encoded corpus, and the collapse alarm.
+        """nDCG@10 in all trained modes over a freshly encoded corpus, and the collapse alarm.
 
         Documents, queries and their rankings are shared among the processes.
 
@@ -74,7 +75,7 @@ class DevSplit:
             index = index or self._index(model, communicator)
             shares = divide([len(request.text) for request in self.requests], communicator.world_size)
             own = [self.requests[place] for place in sorted(shares[communicator.rank])]
-            for mode in PLAIN_MODES:
+            for mode in trained_modes(model.backbone):
                 scores = self._scores(model, index, own, mode) if own else []
                 everyone = [score for part in communicator.all_gather(scores) for score in part]
                 values[f"dev_ndcg@{DEPTH}_{mode}"] = fmean(everyone)
