@@ -220,7 +220,7 @@ class Backbone:
     def save_settings(self, folder: Path, *, has_queries: bool) -> None:
         """Write `search_r3.json`, which also says whether the folder has a query side of its own."""
         more = ({} if self.trained else {"trained": False}) | ({"queries": QUERIES} if has_queries else {})
-        mode = {} if self.settings.mode == "reason" else {"mode": self.settings.mode}
+        mode: dict[str, Any] = {} if self.settings.mode == "reason" else {"mode": self.settings.mode}
         mode |= {"latent_steps": self.settings.latent_steps} if self.settings.latent_steps else {}
         write_json(folder / SETTINGS_FILE, self.settings.model_dump() | mode | more)
 

@@ -15,7 +15,7 @@ from statistics import fmean
 
 import numpy as np
 
-from ..config import DevSettings, EvaluationSettings, Recipe
+from ..config import EvaluationSettings, Recipe
 from ..data.collection import Collection
 from ..errors import DataError
 from ..model.encoder import SearchR3
@@ -25,6 +25,7 @@ from ..parallel import Communicator, agree, divide, encode_sharded
 from ..retrieval.index import ExactIndex
 from ..retrieval.metrics import ndcg, probe_cosine, relevant_ids
 from ..retrieval.ranking import RankRequest, make_requests, ranked
+from ..sections import DevSettings
 from .engine import Engine
 from .run import Run
 from .saving import save_trained

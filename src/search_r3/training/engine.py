@@ -18,7 +18,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from ..config import DistillSettings, GRPOSettings, Recipe, SFTSettings
+from ..config import GRPOSettings, Recipe, SFTSettings
 from ..errors import ConfigError, ModelError
 from ..extras import extra
 from ..model.adapters import add_adapters
@@ -29,6 +29,7 @@ from ..model.loading import load_backbone
 from ..model.settings import SETTINGS_FILE, read_settings
 from ..model.source import ModelFiles, find_files
 from ..parallel import Communicator, make_communicator
+from ..sections import DistillSettings
 from .policy import Policy, Reference, make_reference
 from .tracking import check_trackers, start_trackers
 

@@ -270,9 +270,9 @@ def forward(
     """Compute one chunk, of queries, of documents or of latent prompts, which have K vectors each."""
     chunk = collate(sequences, backbone.tokenizer.pad_token_id, backbone.device)
     if steps := sequences[0].soft:
-        vectors, _ = engine.policy(chunk.ids, chunk.mask, latent_steps=steps)  # b x K x D
-        places = chunk.places[:, None] * steps + torch.arange(steps, device=chunk.places.device)
-        return Output(vectors.flatten(0, 1), places.flatten(), None, None, 0.0)
+        latents, _ = engine.policy(chunk.ids, chunk.mask, latent_steps=steps)  # b x K x D
+        rows = chunk.places[:, None] * steps + torch.arange(steps, device=chunk.places.device)
+        return Output(latents.flatten(0, 1), rows.flatten(), None, None, 0.0)
     supervised = bool(chunk.replies.any()) and not only_vectors
     # The policy without its adapters is a collective too: then all processes ask it about every chunk of queries.
     with_kl = bool(chunk.prompts.any()) or (queries and engine.adapters and engine.world_size > 1)

@@ -239,7 +239,7 @@ class Course:
                     for name, term in terms.items()
                 }
                 weight = settings.hold_weight if holds else 1.0
-                loss = weight * sum(part for name, part in divided.items() if name not in _SHOWN)
+                loss = weight * torch.stack([part for name, part in divided.items() if name not in _SHOWN]).sum()
                 engine.backward(loss if counts else 0.0 * loss)
             if counts:
                 for name, part in {"loss": loss, **divided}.items():

@@ -41,7 +41,7 @@ def latent_losses(vectors: Sequence[Tensor], batch: Batch, settings: SFTSettings
     if not batch.latent_steps:
         return {}
     queries, documents, latents = vectors
-    latents = latents.unflatten(0, (-1, batch.latent_steps))  # B x K x D
+    latents = latents.view(-1, batch.latent_steps, latents.shape[-1])  # B x K x D
     temperature, device = settings.contrastive_temperature, latents.device
     positives, excluded = batch.positives.to(device), batch.excluded.to(device)
     if settings.latent_objective == "gircse":
