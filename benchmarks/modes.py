@@ -4,7 +4,7 @@
 
 One-hop queries of `atlas` are all in its split `facts`, and stage 1 learns from every one of them. So one-hop queries
 are asked here in wordings that no training has seen, about the territories of a split and what lies in them: as many as
-the split has queries of several hops. The gate is fitted on such a mixture of the split `rl`, whose direct vectors no
+there are queries of several hops. The gate is fitted on such a mixture of the split `rl`, whose direct vectors no
 stage has trained, and measured on one of `dev` (or, at the very end, `test`); nothing is written into the models.
 
 More models join as further points: `--also distilled=FOLDER` for each of the models, in their order.
@@ -22,24 +22,13 @@ from typing import Any
 from common import finish, machine, say, spread, versions
 
 ONE_HOP = {
-    "fit": {
-        "city_territory": ("{s} lies in which state?", "the land around {s}"),
-        "territory_currency": ("what do I pay with in {s}?", "coins from {s}"),
-        "territory_language": ("what is spoken in {s}?", "the tongue of {s}"),
-        "language_script": ("what letters does {s} use?", "the alphabet of {s}"),
-        "currency_territory": ("whose money is the {s}?",),
-        "language_territory": ("in which state is {s} spoken?",),
-    },
-    "held out": {
-        "city_territory": ("name the country of {s}", "which nation has the city {s}?"),
-        "territory_currency": ("money used across {s}", "which currency does {s} have?"),
-        "territory_language": ("language used across {s}", "which language does {s} have?"),
-        "language_script": ("in which letters is {s} printed?", "script used for {s}"),
-        "currency_territory": ("the state that issues the {s}",),
-        "language_territory": ("the land where they speak {s}",),
-    },
+    "city_territory": ("the country of the city {s}", "which country is the city of {s} in?", "where is {s}?"),
+    "currency_territory": ("the country that uses the {s}", "the country that pays with the {s}"),
+    "language_territory": ("the country that speaks {s}", "which country is {s} spoken in?"),
+    "language_script": ("which script do people write {s} with?", "the writing system used in {s}"),
 }
-"""Wordings of one-hop questions that no training has seen: other ones for the fit than for what is measured."""
+"""Wordings of one-hop questions that no training has seen, in words that it has; those of territories are the wordings
+that ask about a city with several hops (`city_currency`, `city_language`), so that no wording gives the hops away."""
 BUDGETS, SAMPLES = (4, 8, 12, 16, 24), (4,)
 PARTS = ("mixed", "one", "several")
 TARGETS = {"mixed": 0.95, "several": 0.80}
@@ -49,12 +38,13 @@ TARGETS = {"mixed": 0.95, "several": 0.80}
 def mixture(split: str, name: str, seed: int = 0) -> Any:
     """A collection with the splits `mixed`, `one` and `several`: as many queries of one hop as of several."""
     from search_r3.data.collection import Collection, Query
-    from search_r3.data.generators.atlas import BUILT_IN, read_atlas, share_a_stem, split_territories
+    from search_r3.data.generators.atlas import BUILT_IN, PATHS, read_atlas, share_a_stem, split_territories
 
     atlas, whole = read_atlas(), BUILT_IN[name](0)
     territory_of = split_territories(atlas, 0)
     candidates = []
-    for relation, questions in ONE_HOP["fit" if split == "rl" else "held out"].items():
+    wordings = ONE_HOP | {f"territory_{kind}": PATHS[f"city_{kind}"].questions for kind in ("currency", "language")}
+    for relation, questions in wordings.items():
         for subject, target in sorted(atlas.facts[relation].items()):
             places = [one for one in (subject, target) if one.startswith("territory:")]
             places = places or [one for one, spoken in atlas.facts["territory_language"].items() if spoken == subject]

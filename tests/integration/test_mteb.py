@@ -24,16 +24,17 @@ from mteb.types import PromptType
 import search_r3
 from search_r3 import console
 from search_r3.data.collection import Collection, Document, Query
-from search_r3.errors import ConfigError, DataError
+from search_r3.errors import ConfigError, DataError, ModelError
 from search_r3.evaluation.benchmark import EvaluationOptions, evaluate
 from search_r3.evaluation.mteb import SearchR3MTEB, run_mteb
 from search_r3.evaluation.mteb_tasks import BRIGHT, PAPER, collection_task, suite_tasks
 from search_r3.evaluation.systems import EncodedCollections, SearchR3System
 from search_r3.model.encoder import SearchR3
-from search_r3.model.prompts import MODES, PROMPT_SETS
+from search_r3.model.prompts import PLAIN_MODES, PROMPT_SETS
 from search_r3.retrieval.index import ExactIndex
 from search_r3.retrieval.metrics import measure, p_mrr
 from tests.conftest import favour
+from tests.gates import gate_for
 
 MEASURES = {
     **{f"ndcg@{k}": f"ndcg_at_{k}" for k in (1, 3, 5, 10, 100)},
@@ -114,7 +115,7 @@ def test_both_modes_score_as_our_own_evaluation_and_are_not_run_twice(
     options = EvaluationOptions(latency_queries=0, bootstrap=100)
     ours = {
         mode: evaluate(SearchR3System(EncodedCollections(model), mode), collection, "test", options).scores["ndcg@10"]
-        for mode in MODES
+        for mode in PLAIN_MODES
     }
     calls = counted(monkeypatch)
     first = run_mteb(model, ["direct", "reason"], task, tmp_path, save_predictions=True)
@@ -473,3 +474,20 @@ def test_without_mteb_the_error_says_what_to_install(monkeypatch: pytest.MonkeyP
     monkeypatch.setitem(sys.modules, "mteb", None)
     with pytest.raises(ConfigError, match=r"pip install 'search-r3\[mteb\]'"):
         _ = search_r3.SearchR3MTEB
+
+
+def test_mode_auto_is_a_model_of_its_own_and_a_gates_results_are_kept_apart(
+    model: SearchR3, collection: Collection, tmp_path: Path
+) -> None:
+    texts = [collection.queries[query_id].text for query_id in collection.qrels["test"]]
+    with pytest.raises(ModelError, match="search-r3 gate"):
+        SearchR3MTEB(model, mode="auto")
+    model.backbone.gate = gate_for(model, texts)
+    [score] = run_mteb(model, ["auto"], collection_task(collection, "test"), tmp_path, max_new_tokens=4)
+    tokens = model.encode_query(texts, "auto", max_new_tokens=4).reasoning_tokens
+    assert score.model.endswith("-auto") and list(score.tokens_per_query.values()) == [pytest.approx(fmean(tokens))]
+    names = []
+    for price in (0.001, 0.002):
+        model.backbone.gate = gate_for(model, texts, price=price)
+        names.append(SearchR3MTEB(model, mode="auto").mteb_model_meta.experiment_name)
+    assert names[0] != names[1]

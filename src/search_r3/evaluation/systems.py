@@ -268,7 +268,6 @@ class _Reasoning:
     def answer(self, requests: Sequence[RankRequest], depth: int, progress: Progress | None = None) -> Answers:
         system, samples = self._system, self._system.effort.samples
         asked = [request for request in requests for _ in range(samples)]
-        auto = {"top_scores": self._index.top_scores, "price": system.effort.price} if system.mode == "auto" else {}
         queries = system.collections.model.encode_query(
             [request.bare for request in asked],
             system.mode,
@@ -276,8 +275,9 @@ class _Reasoning:
             batch_size=system.batch_size,
             max_new_tokens=system.effort.budget,
             sampling_temperature=0.0 if samples == 1 else 1.0,
+            top_scores=self._index.top_scores,
+            price=system.effort.price,
             progress=progress,
-            **auto,
         )
         vectors, first = queries.vectors, queries[::samples]
         if samples > 1:

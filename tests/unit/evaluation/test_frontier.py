@@ -20,6 +20,7 @@ from search_r3.evaluation.results import Result
 from search_r3.evaluation.systems import Effort, EncodedCollections, SearchR3System
 from search_r3.evaluation.table import gain_per_100_tokens, notes
 from search_r3.model.encoder import SearchR3
+from tests.conftest import favour, small_collection
 from tests.gates import gate_for
 
 OPTIONS = EvaluationOptions(depth=100, latency_queries=1, bootstrap=20)
@@ -28,9 +29,8 @@ OPTIONS = EvaluationOptions(depth=100, latency_queries=1, bootstrap=20)
 @pytest.fixture(scope="module")
 def results(tiny_path: Path) -> list[Result]:
     """A tiny model in all ways on one split."""
-    from tests.conftest import small_collection
-
     collection, model = small_collection(), SearchR3(tiny_path, device="cpu", max_new_tokens=8)
+    favour(model.backbone, model.backbone.embed_token_id, 1.0)
     model.backbone.gate = gate_for(model, [one.text for one in collection.queries.values()])
     encoded = EncodedCollections(model)
     ways = [("direct", "direct", Effort()), ("reason", "reason", Effort()), ("auto", "auto", Effort())]

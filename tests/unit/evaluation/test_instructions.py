@@ -19,7 +19,7 @@ from search_r3.evaluation.runner import EvaluationPlan, reasoning_baseline, run_
 from search_r3.evaluation.search import Searcher
 from search_r3.evaluation.systems import EncodedCollections, SearchR3System, index_documents
 from search_r3.model.encoder import SearchR3
-from search_r3.model.prompts import MODES
+from search_r3.model.prompts import PLAIN_MODES
 from search_r3.training.dev import DevSplit
 from search_r3.training.engine import make_engine
 from tests.conftest import call, favour
@@ -161,7 +161,7 @@ def test_the_report_of_a_run_has_both(
     )
     models = {"sft": tmp_path, "rl": tmp_path}
     results, _, _ = report.evaluate_run(recipe, instructed, models, tmp_path / "results", lambda text: None)
-    systems = [f"{mode}/{stage}{end}" for stage in ("sft", "rl") for mode in MODES for end in ("", " (none)")]
+    systems = [f"{mode}/{stage}{end}" for stage in ("sft", "rl") for mode in PLAIN_MODES for end in ("", " (none)")]
     assert [result.system.name for result in results] == ["bm25", "bm25+reasoning", *systems]
     by_name = {result.system.name: result for result in results}
     assert by_name["bm25+reasoning"].system.settings["texts"] == by_name["reason/rl"].key

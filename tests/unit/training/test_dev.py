@@ -15,7 +15,7 @@ from search_r3.errors import ConfigError, DataError
 from search_r3.evaluation.benchmark import evaluate
 from search_r3.evaluation.systems import EncodedCollections, SearchR3System
 from search_r3.model.encoder import SearchR3
-from search_r3.model.prompts import MODES
+from search_r3.model.prompts import PLAIN_MODES
 from search_r3.retrieval.index import ExactIndex
 from search_r3.training.dev import DECIDING, DevSplit
 from search_r3.training.engine import make_engine
@@ -49,7 +49,7 @@ def test_the_dev_evaluation_is_the_reports(model: SearchR3, limited: Collection,
     recipe = Recipe(run_dir=str(tmp_path))
     favour(model.backbone, model.backbone.embed_token_id, 3.5)  # a report refuses a model that never emits it
     values = DevSplit(limited, EvaluationSettings()).evaluate(model, make_engine(model, recipe, recipe.sft))
-    for mode in MODES:
+    for mode in PLAIN_MODES:
         system = SearchR3System(EncodedCollections(model), mode)
         report = evaluate(system, limited, "dev")
         assert values[f"dev_ndcg@10_{mode}"] == pytest.approx(report.scores["ndcg@10"], abs=1e-9)

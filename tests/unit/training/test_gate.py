@@ -10,8 +10,9 @@ import pytest
 from search_r3.data.collection import Collection
 from search_r3.errors import DataError
 from search_r3.model.encoder import SearchR3
+from search_r3.model.modes.gate import sigmoid
 from search_r3.training.modes.gate import Labelled, fit_gate, label_queries
-from search_r3.training.modes.logistic import auc, brier, fit_logistic, log_loss, reliability, sigmoid
+from search_r3.training.modes.logistic import auc, brier, fit_logistic, log_loss, reliability
 
 
 def made(size: int = 32, count: int = 240, noise: float = 0.0, seed: int = 0) -> Labelled:

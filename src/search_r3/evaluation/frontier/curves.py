@@ -72,18 +72,24 @@ def family_areas(pair: Pair, points: Sequence[Point]) -> dict[str, dict[str, flo
     """`tokens` and `milliseconds` -> family -> area; `all` is every family but the oracle."""
     families = dict.fromkeys(point.family for point in points if point.family not in ("direct", "reason"))
     areas: dict[str, dict[str, float]] = {}
-    for axis, price in (("tokens", lambda point: point.cost), ("milliseconds", lambda point: point.milliseconds)):
-        known = [point for point in points if price(point) is not None]
-        if pair.direct not in known or pair.reason not in known:
+    for axis in ("tokens", "milliseconds"):
+        ends = [_place(point, axis) for point in (pair.direct, pair.reason)]
+        if ends[0] is None or ends[1] is None:
             continue
-        ends = [(price(point), point.quality) for point in (pair.direct, pair.reason)]
         areas[axis] = {}
         for family in [*families, "all"]:
-            chosen = [one for one in known if (one.family != "oracle" if family == "all" else one.family == family)]
-            value = area([(price(one), one.quality) for one in chosen], ends[0], ends[1])
-            if value is not None and chosen:
+            chosen = [one for one in points if (one.family != "oracle" if family == "all" else one.family == family)]
+            line = [place for one in chosen if (place := _place(one, axis)) is not None]
+            value = area(line, ends[0], ends[1])
+            if value is not None and line:
                 areas[axis][family] = value
     return areas
+
+
+def _place(point: Point, axis: str) -> tuple[float, float] | None:
+    """Price and quality; None where the price is not known."""
+    price = point.cost if axis == "tokens" else point.milliseconds
+    return None if price is None else (price, point.quality)
 
 
 def at_cost(points: Sequence[Point], tokens: float, name: str) -> Point | None:
@@ -116,7 +122,9 @@ def equal_cost_tests(
             other = at_cost(rivals[family], point.cost, family)
             if other is not None:
                 rows.append((point, other, point.cost))
-    p_values = [paired_p_value(one.values, other.values, permutations, seed) for one, other, _ in rows]
+    p_values = [
+        paired_p_value(one.values.tolist(), other.values.tolist(), permutations, seed) for one, other, _ in rows
+    ]
     return [
         Comparison(*place, one.name, other.name, one.quality - other.quality, p, corrected).record() | {"tokens": cost}
         for (one, other, cost), p, corrected in zip(rows, p_values, holm(p_values), strict=True)

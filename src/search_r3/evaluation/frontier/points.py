@@ -121,7 +121,9 @@ def _point(result: Result, of_another: bool) -> Point:
     """A measured result as a point; the family of one of another model bears its label."""
     settings = result.system.settings
     family = next((name for name in ("budget", "samples") if name in settings), result.system.mode)
-    facts = {name: float(settings[name]) for name in ("price", "budget", "samples") if name in settings}
+    facts: dict[str, float] = {
+        name: float(settings[name]) for name in ("price", "budget", "samples") if name in settings
+    }
     if result.cost.thinking_share is not None:
         facts |= {"share": result.cost.thinking_share, "price": settings.get("price", settings["gate"]["price"])}
     tokens = result.reasoning_tokens or [0] * len(result.query_ids)

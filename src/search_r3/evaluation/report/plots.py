@@ -154,9 +154,8 @@ def plot_frontier(frontiers: Sequence[Mapping[str, Any]], path: Path) -> bool:
             for i, family in enumerate(families):
                 at = [(point[key], point[MAIN]) for point in known if point["family"] == family]
                 if at:
-                    axes.scatter(
-                        *zip(*at, strict=True), 42, colours[family], marker=MARKERS[i % len(MARKERS)], zorder=3
-                    )
+                    x, y = zip(*at, strict=True)
+                    axes.scatter(x, y, 42, colours[family], marker=MARKERS[i % len(MARKERS)], zorder=3)
             line = [(one[key], one[MAIN]) for one in known if one["family"] in ("direct", "auto", "reason")]
             if len(line) > 1:
                 axes.plot(*zip(*upper_edge(line), strict=True), color=_ink(), linewidth=1)

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -77,15 +78,14 @@ def merged(direct: QueryEmbeddings, reasoned: QueryEmbeddings | None, choice: Ch
     """One answer for all queries: `reasoned` holds those that think, in their order."""
     thinks = choice.thinks.tolist()
     vectors = direct.vectors.copy()
+    facts: list[list[Any]]
     facts = [list(direct.reasoning), list(direct.reasoning_tokens), list(direct.forced), list(direct.truncated)]
     if reasoned is not None:
         places = np.flatnonzero(choice.thinks)
         vectors[places] = reasoned.vectors
-        of_reason: Sequence[Sequence[object]] = (
-            *(reasoned.reasoning, reasoned.reasoning_tokens),
-            *(reasoned.forced, reasoned.truncated),
-        )
-        for place, *values in zip(places.tolist(), *of_reason, strict=True):
-            for fact, value in zip(facts, values, strict=True):
-                fact[place] = value
-    return QueryEmbeddings(vectors, *facts, thinks, choice.facts())
+        of_reason = reasoned.reasoning, reasoned.reasoning_tokens, reasoned.forced, reasoned.truncated
+        for name, fact in enumerate(facts):
+            for row, place in enumerate(places.tolist()):
+                fact[place] = of_reason[name][row]
+    reasoning, tokens, forced, truncated = facts
+    return QueryEmbeddings(vectors, reasoning, tokens, forced, truncated, thinks, choice.facts())

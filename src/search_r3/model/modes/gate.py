@@ -38,6 +38,12 @@ _TEMPERATURE = 0.05
 Numbers = NDArray[np.float64]
 
 
+def sigmoid(values: Numbers) -> Numbers:
+    """1 / (1 + exp(-x)), without overflow."""
+    result: Numbers = 0.5 * (1.0 + np.tanh(0.5 * values))
+    return result
+
+
 def score_features(scores: Array) -> dict[str, Numbers]:
     """What is read of the best scores of each query, `Q x K` in descending order: a name -> `Q` values.
 
@@ -90,7 +96,7 @@ class Choice(NamedTuple):
         """Probability and evidence, query by query."""
         columns = {"probability": self.probability, **self.evidence}
         return [
-            {name: round(float(values[row]), 4) for name, values in columns.items()} for row in range(len(self.thinks))
+            {name: round(float(values[row]), 6) for name, values in columns.items()} for row in range(len(self.thinks))
         ]
 
 
@@ -146,7 +152,7 @@ class Gate(BaseModel):
         """
         head = self.by_vector if scores is None else self.by_scores
         evidence = head.evidence(vectors, {} if scores is None else score_features(scores))
-        probability = 1.0 / (1.0 + np.exp(-np.sum(list(evidence.values()), axis=0)))
+        probability = sigmoid(np.sum(list(evidence.values()), axis=0))
         more = 0.0 if price is None else price - self.price
         return Choice(worth(probability, self.gain, self.loss, self.tokens, more), probability, evidence)
 

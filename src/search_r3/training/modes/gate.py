@@ -26,11 +26,11 @@ from ...evaluation.results import provenance
 from ...evaluation.systems import index_documents, rank_vectors
 from ...model.encoder import SearchR3
 from ...model.modes.auto import probe_of
-from ...model.modes.gate import Gate, Head, Weighted, score_features, worth
+from ...model.modes.gate import Gate, Head, Numbers, Weighted, score_features, sigmoid, worth
 from ...retrieval.metrics import DEPTH, MAIN, MEASURES, measure
 from ...retrieval.ranking import RankRequest, make_requests
 from ...types import Array, Rows, Watch
-from .logistic import Numbers, auc, brier, fit_logistic, log_loss, reliability, sigmoid
+from .logistic import auc, brier, fit_logistic, log_loss, reliability
 
 PENALTIES = (1.0, 3.0, 10.0, 30.0, 100.0, 300.0, 1000.0, 1e6)
 """Of the components of vectors, from free to silent; of the features of scores it is 1."""

@@ -8,16 +8,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import numpy as np
-from numpy.typing import NDArray
 
-Numbers = NDArray[np.float64]
+from ...model.modes.gate import Numbers, sigmoid
+
 BINS = 10
-
-
-def sigmoid(values: Numbers) -> Numbers:
-    """1 / (1 + exp(-x)), without overflow."""
-    result: Numbers = 0.5 * (1.0 + np.tanh(0.5 * values))
-    return result
 
 
 def fit_logistic(features: Numbers, labels: Numbers, penalties: Numbers, steps: int = 50) -> tuple[float, Numbers]:

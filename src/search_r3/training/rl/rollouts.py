@@ -25,7 +25,7 @@ from ...environment.scoring import Score
 from ...errors import DataError, RunError
 from ...model.encoder import SearchR3
 from ...model.engine.decoding import Rollout
-from ...model.prompts import Kind
+from ...model.prompts import PlainMode
 from .. import losses
 from ..engine import Engine
 
@@ -201,7 +201,7 @@ def answer_directly(model: SearchR3, queries: Sequence[Query], batch_size: int) 
     return model.rollouts(_prompts(model, queries, "direct"), max_new_tokens=0, batch_size=batch_size)
 
 
-def _prompts(model: SearchR3, queries: Sequence[Query], mode: Kind) -> list[list[int]]:
+def _prompts(model: SearchR3, queries: Sequence[Query], mode: PlainMode) -> list[list[int]]:
     encode, instructions = model.backbone.prompt_encoder.encode_batch, [query.instruction for query in queries]
     return [prompt.ids for prompt in encode([query.bare for query in queries], mode, instructions)]
 
