@@ -139,15 +139,12 @@ class EngineThread:
         if len(texts) > self.max_queue:
             raise TooLargeError(f"{len(texts)} texts at once, and the queue takes {self.max_queue}; send fewer")
         prompts = read_texts(self._sides[kind].prompt_encoder, texts, kind, instruction, truncate)
-        budget = 0
-        if decoded := kind in DECODED:
-            wanted = latent_budget(self.model.backbone, max_new_tokens) if kind == "latent" else max_new_tokens
-            budget = self._budget(prompts, wanted)
+        budget = self._budget(kind, prompts, max_new_tokens)
         now = self._clock()
         job = Job(kind, texts, budget, Future(), now, now + timeout, on_piece)
         rows = [Row(job, place, prompt) for place, prompt in enumerate(prompts)]
         # Texts of like length are computed together.
-        job.waiting.extend(rows if decoded else sorted(rows, key=lambda row: -len(row.prompt.ids)))
+        job.waiting.extend(rows if kind in DECODED else sorted(rows, key=lambda row: -len(row.prompt.ids)))
         with self._changed:
             if not self.alive:
                 raise UnavailableError("the server is ending, or its engine has; ask another one")
@@ -180,7 +177,11 @@ class EngineThread:
             self._changed.notify()
         self._thread.join()
 
-    def _budget(self, prompts: Sequence[EncodedPrompt], wanted: int | None) -> int:
+    def _budget(self, kind: Kind, prompts: Sequence[EncodedPrompt], wanted: int | None) -> int:
+        if kind not in DECODED:
+            return 0
+        if kind == "latent":
+            wanted = latent_budget(self.model.backbone, wanted)
         budget = self.model.backbone.settings.max_new_tokens if wanted is None else wanted
         room = self.model.backbone.context_length - max(len(prompt.ids) for prompt in prompts)
         if not 1 <= budget <= room:
