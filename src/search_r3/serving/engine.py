@@ -139,8 +139,7 @@ class EngineThread:
         if len(texts) > self.max_queue:
             raise TooLargeError(f"{len(texts)} texts at once, and the queue takes {self.max_queue}; send fewer")
         prompts = read_texts(self._sides[kind].prompt_encoder, texts, kind, instruction, truncate)
-        budget = self._budget(kind, prompts, max_new_tokens)
-        now = self._clock()
+        budget, now = self._budget(kind, prompts, max_new_tokens), self._clock()
         job = Job(kind, texts, budget, Future(), now, now + timeout, on_piece)
         rows = [Row(job, place, prompt) for place, prompt in enumerate(prompts)]
         # Texts of like length are computed together.
