@@ -5,8 +5,7 @@ from __future__ import annotations
 import re
 from bisect import bisect_left
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
-from types import MappingProxyType
+from dataclasses import dataclass, field
 from typing import Any
 
 from ..data.collection import Document
@@ -37,7 +36,7 @@ class Answer:
     documents: list[tuple[Document, float]]
     query: str = ""
     thought: bool = False
-    gate: Mapping[str, float] = MappingProxyType({})
+    gate: Mapping[str, float] = field(default_factory=dict)
 
     @classmethod
     def of(cls, query: str, encoded: QueryEmbeddings, documents: list[tuple[Document, float]]) -> Answer:

@@ -30,7 +30,7 @@ OPTIONS = EvaluationOptions(depth=100, latency_queries=1, bootstrap=20)
 def results(tiny_path: Path) -> list[Result]:
     """A tiny model in all ways on one split."""
     collection, model = small_collection(), SearchR3(tiny_path, device="cpu", max_new_tokens=8)
-    favour(model.backbone, model.backbone.embed_token_id, 1.0)
+    favour(model.backbone, model.backbone.embed_token_id, 2.2)
     model.backbone.gate = gate_for(model, [one.text for one in collection.queries.values()])
     encoded = EncodedCollections(model)
     ways = [("direct", "direct", Effort()), ("reason", "reason", Effort()), ("auto", "auto", Effort())]
@@ -70,9 +70,12 @@ def test_auto_at_the_gates_price_is_composed_of_its_modes(results: list[Result])
     assert [point.facts["share"] for point in composed] == pytest.approx([i / 10 for i in range(1, 10)], abs=0.06)
     prices = [point.facts["price"] for point in composed]
     assert prices == sorted(prices, reverse=True)
+    order = np.argsort([-one["probability"] for one in auto.gate])
     for point in composed:
-        values = [[direct, reason][int(tokens > 0)].per_query["ndcg@10"][i] for i, tokens in enumerate(point.tokens)]
+        thinkers = order[: round(point.facts["share"] * len(order))]
+        values = [[direct, reason][i in thinkers].per_query["ndcg@10"][i] for i in range(len(order))]
         assert point.values.tolist() == pytest.approx(values)
+        assert sum(point.tokens) == sum(reason.reasoning_tokens[i] for i in thinkers)
 
 
 def test_effort_is_measured_and_paid(results: list[Result]) -> None:
@@ -91,7 +94,8 @@ def test_the_oracle_is_the_better_of_both(results: list[Result]) -> None:
     oracle = next(point for point in split["points"] if point["name"] == "oracle")
     best = np.maximum(results[0].per_query["ndcg@10"], results[1].per_query["ndcg@10"])
     assert oracle["ndcg@10"] == pytest.approx(best.mean())
-    assert "oracle" in split["areas"].get("tokens", {"oracle": 1.0})
+    [made] = frontier([make_result("direct", mode="direct", quality=0.3), make_result("reason")], 100, 0)
+    assert 0.5 <= made["areas"]["tokens"]["all"] <= made["areas"]["tokens"]["oracle"]
     assert {"random", "budget"} <= {test["second"] for test in split["tests"] if test["first"].startswith("auto")}
 
 

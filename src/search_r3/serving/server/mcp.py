@@ -79,10 +79,7 @@ def create_mcp(service: Service) -> MCPServer[Any]:
         k: Annotated[Count, Field(description="How many passages.")] = 10,
         mode: Annotated[
             SearchMode | None,
-            Field(
-                description="`reason` thinks about the query first; `direct` is quicker; `auto` thinks where it pays; "
-                "`bm25`: its words."
-            ),
+            Field(description="`reason` thinks first; `direct` is quicker; `auto`: where it pays; `bm25`: its words."),
         ] = None,
         filter: Annotated[
             dict[str, Any] | None,

@@ -5,7 +5,7 @@ measure(reason) - measure(direct) - price * tokens > 0`. All that is reported is
 queries with the same relevant documents, which look alike, are in one fold.
 
 The direct vector is read through its principal components: there are more dimensions than a few hundred queries can
-tell apart. How far the weights of vectors are held down is chosen by the log loss of the folds.
+tell apart. How far their weights are held down is chosen by the log loss of the folds.
 
 Shapes: `Q` queries, `D` vector size, `K` best documents.
 """
@@ -27,8 +27,9 @@ from ...evaluation.systems import index_documents, rank_vectors
 from ...model.encoder import SearchR3
 from ...model.modes.auto import probe_of
 from ...model.modes.gate import Gate, Head, Numbers, Weighted, score_features, sigmoid, worth
+from ...modes import PLAIN_MODES
 from ...retrieval.metrics import DEPTH, MAIN, MEASURES, measure
-from ...retrieval.ranking import RankRequest, make_requests
+from ...retrieval.ranking import make_requests
 from ...types import Array, Rows, Watch
 from .logistic import auc, brier, fit_logistic, log_loss, reliability
 
@@ -93,41 +94,30 @@ def label_queries(
     Raises:
         DataError: an unknown measure or split, or too few queries.
     """
-    if measure_name not in MEASURES:
-        raise DataError(f"unknown measure {measure_name!r}; expected one of {', '.join(MEASURES)}")
-    qrels = {key: gains for split in splits for key, gains in measured(collection, split, EvaluationOptions()).items()}
-    if limit is not None and limit < len(qrels):
-        chosen = set(random.Random(seed).sample(sorted(qrels), limit))
-        qrels = {query_id: gains for query_id, gains in qrels.items() if query_id in chosen}
-    if len(qrels) < LEAST:
-        raise DataError(f"{len(qrels)} queries in {', '.join(splits)}; a gate needs at least {LEAST}")
-    requests, count = make_requests(collection, qrels), len(qrels)
+    qrels = _judgements(collection, splits, measure_name, limit, seed)
+    requests = make_requests(collection, qrels)
     index = index_documents(
         model, collection.documents, progress=watch("documents", len(collection.documents)) if watch else None
     )
-    texts = [request.bare for request in requests], [request.instruction for request in requests]
-    views = {
-        mode: model.encode_query(
-            texts[0], mode, instruction=texts[1], batch_size=batch_size, progress=watch(mode, count) if watch else None
+    texts = [request.bare for request in requests]
+    direct, reason = (
+        model.encode_query(
+            *(texts, mode),
+            instruction=[request.instruction for request in requests],
+            batch_size=batch_size,
+            progress=watch(mode, len(texts)) if watch else None,
         )
-        for mode in ("direct", "reason")
-    }
+        for mode in PLAIN_MODES
+    )
     depth = int(measure_name.partition("@")[2] or DEPTH)
-
-    def measures(vectors: Array, part: Sequence[RankRequest]) -> Numbers:
-        rankings = rank_vectors(index, vectors, part, depth)
-        rows = [measure(one.doc_ids, qrels[each.query_id]) for one, each in zip(rankings, part, strict=True)]
-        return np.array([row[measure_name] for row in rows])
-
+    values = []
+    for vectors in (direct.vectors, reason.vectors):
+        rankings = zip(rank_vectors(index, vectors, requests, depth), qrels.values(), strict=True)
+        values.append(np.array([measure(one.doc_ids, gains)[measure_name] for one, gains in rankings]))
     of_documents: dict[frozenset[str], int] = {}
     relevant = (frozenset(key for key, gain in gains.items() if gain > 0) for gains in qrels.values())
-    direct, reason = views["direct"], views["reason"]
     return Labelled(
-        list(qrels),
-        direct.vectors,
-        index.top_scores(direct.vectors),
-        measures(direct.vectors, requests),
-        measures(reason.vectors, requests),
+        *(list(qrels), direct.vectors, index.top_scores(direct.vectors), values[0], values[1]),
         np.array(reason.reasoning_tokens, dtype=float),
         [of_documents.setdefault(key, len(of_documents)) for key in relevant],
         {
@@ -139,6 +129,21 @@ def label_queries(
             "revision": model.backbone.revision,
         },
     )
+
+
+def _judgements(
+    collection: Collection, splits: Sequence[str], measure_name: str, limit: int | None, seed: int
+) -> dict[str, dict[str, int]]:
+    """The queries to learn from, with their judgements."""
+    if measure_name not in MEASURES:
+        raise DataError(f"unknown measure {measure_name!r}; expected one of {', '.join(MEASURES)}")
+    qrels = {key: gains for split in splits for key, gains in measured(collection, split, EvaluationOptions()).items()}
+    if limit is not None and limit < len(qrels):
+        chosen = set(random.Random(seed).sample(sorted(qrels), limit))
+        qrels = {query_id: gains for query_id, gains in qrels.items() if query_id in chosen}
+    if len(qrels) < LEAST:
+        raise DataError(f"{len(qrels)} queries in {', '.join(splits)}; a gate needs at least {LEAST}")
+    return qrels
 
 
 def fit_gate(model: SearchR3, labelled: Labelled, price: float | None = None, seed: int = 0) -> Gate:
@@ -165,7 +170,7 @@ def fit_gate(model: SearchR3, labelled: Labelled, price: float | None = None, se
                 f"{len(labels)} queries, too few to learn from; take the mode that is right for nearly all of them "
                 f"(direct {labelled.direct.mean():.3f}, reason {labelled.reason.mean():.3f}), another price, or others"
             )
-    folds = _folds(labelled.groups, seed)
+    folds = _folds(labelled.groups, seed), _folds(range(len(labels)), seed)
     terms = {
         "gain": float(utility[labels > 0].mean()),
         "loss": float(utility[labels < 1].mean()),
@@ -216,19 +221,32 @@ class _Basis:
         return Head(bias=bias, vector=tuple(of_vector.tolist()), centre=float(of_vector @ self.mean), scores=of_scores)
 
 
-def _fit_head(vectors: Array, scores: Array | None, labels: Numbers, folds: Rows) -> tuple[Head, Numbers, float]:
-    """A head, the probabilities of the queries that a fold's fit has not seen, and the penalty that was chosen."""
+def _fit_head(
+    vectors: Array, scores: Array | None, labels: Numbers, folds: tuple[Rows, Rows]
+) -> tuple[Head, Numbers, float]:
+    """A head, the probabilities of the queries that a fold's fit has not seen, and the penalty that was chosen.
+
+    The probabilities are of the first folds, which keep queries alike together. Queries to come ask for documents that
+    were asked for before, and for others: so the penalty is the one that is best on average over both kinds of folds.
+    """
     features = {} if scores is None else score_features(scores)
+    unseen, apart = (_unseen(vectors, features, labels, one) for one in folds)
+    losses = {one: log_loss(unseen[one], labels) + log_loss(apart[one], labels) for one in PENALTIES}
+    penalty = min(losses, key=losses.__getitem__)
+    return _Basis(vectors, features).head(labels, penalty), unseen[penalty], penalty
+
+
+def _unseen(vectors: Array, features: Mapping[str, Numbers], labels: Numbers, folds: Rows) -> dict[float, Numbers]:
+    """Penalty -> the probability of each query by the fit of the other folds."""
     chances = {penalty: np.empty(len(labels)) for penalty in PENALTIES}
     for fold in range(FOLDS):
         inside, outside = folds != fold, folds == fold
         basis = _Basis(vectors[inside], {name: values[inside] for name, values in features.items()})
-        unseen = {name: values[outside] for name, values in features.items()}
+        others = {name: values[outside] for name, values in features.items()}
         for penalty, column in chances.items():
-            evidence = basis.head(labels[inside], penalty).evidence(vectors[outside], unseen)
+            evidence = basis.head(labels[inside], penalty).evidence(vectors[outside], others)
             column[outside] = sigmoid(np.sum(list(evidence.values()), axis=0))
-    penalty = min(chances, key=lambda one: log_loss(chances[one], labels))
-    return _Basis(vectors, features).head(labels, penalty), chances[penalty], penalty
+    return chances
 
 
 def _folds(groups: Sequence[int], seed: int) -> Rows:
