@@ -219,11 +219,11 @@ def story_of(query: Query, gains: dict[str, int]) -> Story:
     return query.text, query.metadata["chain"], next(iter(gains))
 
 
-def stories(folder: Path) -> Collection:
-    """babi_support with the story in the query: its distinct sentences are the pool."""
+def stories(folder: Path, split: str = "train") -> Collection:
+    """A split of babi_support with the story in the query: its distinct sentences are the pool."""
     bare = Collection.load(folder)
     queries, qrels, pools, documents = {}, {}, {}, {}
-    for query_id, gains in bare.split("train").items():
+    for query_id, gains in bare.split(split).items():
         query, lines = bare.queries[query_id], sorted(bare.pools[query_id], key=line_number)
         if query.metadata["task"] not in STORY_TASKS or len(lines) > STORY_LINES:
             continue
@@ -234,7 +234,7 @@ def stories(folder: Path) -> Collection:
         text = " ".join([*(bare.documents[one].text for one in lines), query.text])
         support = list(dict.fromkeys(bare.documents[one].text for one in gains))
         queries[query_id] = Query(query_id, text, {"answer": query.metadata["answer"], "support": support})
-    return Collection("babi_support", documents, queries, {"train": qrels}, pools=pools)
+    return Collection("babi_support", documents, queries, {split: qrels}, pools=pools)
 
 
 def line_number(doc_id: str) -> int:

@@ -4,9 +4,10 @@
     python benchmarks/soak.py --model runs/quickstart/model --out runs/bench/soak.json     # 14 minutes
     python benchmarks/soak.py --quick                                                      # a minute or two
 
-First each route alone is asked by all clients for --alone seconds, as `serve.py` does: its rate. Then for --seconds
-each client asks them in a random order, and comes back when it is told to (429 with `Retry-After`). The queue is short
-(--max-queue) and some requests hold many documents, so that this happens.
+First each route alone is asked for --alone seconds by as many clients as ask it at once later (--beside), as `serve.py`
+does: its rate; documents are written and deleted together, so that a deletion finds something. Then for --seconds
+all clients ask all routes in a random order, and come back when they are told to (429 with `Retry-After`). The queue is
+short (--max-queue) and some requests hold many documents, so that this happens.
 
 - `statuses` counts all answers by route; anything but 200 and 429 is an error, 0 a connection that broke or events that
   ended early.
@@ -59,6 +60,9 @@ MIX = {
     "info": 1,
 }
 """Route -> how often, of 29."""
+WRITES = ("documents/put", "documents/delete")
+ALONE = [*([kind] for kind in MIX if kind not in WRITES), list(WRITES)]
+"""What is measured before."""
 
 
 def one_call(kind: str, draw: random.Random, queries: list[str], texts: list[str]) -> Call:
@@ -149,11 +153,11 @@ def soak(options: argparse.Namespace, store: Path) -> dict[str, Any]:
     ended: list[int] = []
     with serve(store, "--max-queue", options.max_queue) as (running, url):
         alone = {}
-        for kind in MIX:
-            calls = calls_of([kind], [1], queries, texts)
-            answers = keep_busy(url, options.clients, options.alone, calls, warm_up=0.2 * options.alone, patience=20)
-            alone[kind] = rate_and_waits(answers, options.alone)
-            say(f"{kind} alone: {alone[kind]}")
+        for kinds in ALONE:
+            calls = calls_of(kinds, [1] * len(kinds), queries, texts)
+            answers = keep_busy(url, options.beside, options.alone, calls, warm_up=0.2 * options.alone, patience=20)
+            alone[kinds[0]] = rate_and_waits(answers, options.alone)
+            say(f"{' and '.join(kinds)} alone: {alone[kinds[0]]}")
         say(f"all of them, for {options.seconds:g} s")
         with Watch(running.pid) as watch:
             started = time.monotonic()
@@ -164,7 +168,8 @@ def soak(options: argparse.Namespace, store: Path) -> dict[str, Any]:
             )  # fmt: skip
     statuses = {kind: dict(Counter(a.status for a in answers if a.kind == kind)) for kind in MIX}
     done = [answer for answer in answers if answer.status == 200]
-    needed = sum(1 / max(alone[answer.kind]["per_second"], 1 / options.alone) for answer in done)
+    rates = {kind: max(alone[kinds[0]]["per_second"], 1 / options.alone) for kinds in ALONE for kind in kinds}
+    needed = sum(1 / rates[answer.kind] for answer in done)
     minutes = by_minute(answers, watch, started, options.seconds, options.minute)
     memory = [row["mebibytes"] for row in minutes]
     return {
@@ -184,6 +189,7 @@ def main() -> None:
     parser.add_argument("--model", default="builtin")
     parser.add_argument("--collection", default="atlas")
     parser.add_argument("--clients", type=int, default=64)
+    parser.add_argument("--beside", type=int, default=8, help="clients of a route that is measured alone")
     parser.add_argument("--seconds", type=float, default=600.0)
     parser.add_argument("--alone", type=float, default=15.0, help="seconds of each route before")
     parser.add_argument("--minute", type=float, default=60.0, help="seconds that are told apart")

@@ -344,11 +344,12 @@ def test_llm_has_a_model_for_queries_and_one_for_documents(
     query, document = llm.get_embedding_model("search-r3-query"), llm.get_embedding_model("search-r3-document")
     assert np.allclose(query.embed(QUERY), served.model.encode_query(QUERY).vectors[0], atol=1e-5)
     assert np.allclose(list(document.embed_multi(texts)), served.model.encode_document(texts), atol=1e-5)
-    import sqlite_utils
-
-    collection = llm.Collection("notes", sqlite_utils.Database(memory=True), model=document)
+    database = importlib.import_module("sqlite_utils").Database(memory=True)
+    collection = llm.Collection("notes", database, model=document)
     collection.embed_multi((str(number), text) for number, text in enumerate(texts))
     [best] = collection.similar_by_vector(query.embed(QUERY), number=1)
+    with pytest.raises(llm.cli.click.ClickException, match="is longer than"):  # shown as one line
+        document.embed("red " * 9000)
     scores = served.model.similarity(served.model.encode_query(QUERY), served.model.encode_document(texts))[0]
     assert int(best.id) == int(np.argmax(scores)) and best.score == pytest.approx(scores.max(), abs=1e-5)
 
@@ -367,9 +368,8 @@ def test_a_store_or_a_model_is_opened_by_its_path(served: Served, tiny_path: Pat
     with InProcess(SearchR3(replace(served.model.backbone, settings=settings)), served.store) as source:
         assert source.encode_query(QUERY).usage.completion_tokens == source.search(QUERY).usage.completion_tokens == 0
         assert source.search(QUERY, mode="reason").usage.completion_tokens > 0
-    instructed = Store.create("memory://instructed", Fingerprint.of(served.model, "Only tea."))
-    with InProcess(served.model, instructed) as source:
-        expected = served.model.encode_document("a", instruction="Only tea.")
+    expected = served.model.encode_document("a", instruction="Only tea.")
+    with InProcess(served.model, Store.create("memory://tea", Fingerprint.of(served.model, "Only tea."))) as source:
         assert np.allclose(source.encode_document("a").vectors, expected, atol=1e-5)
     for one in (client, here):
         with pytest.raises(DataError, match="the query is empty"):

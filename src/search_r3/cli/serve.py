@@ -6,14 +6,14 @@ import os
 import socket
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from .. import console
-from ..errors import ConfigError
+from ..errors import ConfigError, SearchR3Error
 from .common import ModelOptions, ModeName, Untrained, app, load_encoder, takes_model_options
 from .store import AskedArgument, OtherModel, StoreArgument, is_store, open_with_model
 
@@ -100,20 +100,34 @@ def mcp(
 
     Example: search-r3 mcp notes.store
     """
+    from ..serving import Store
     from ..serving.engine import EngineThread
     from ..serving.server.mcp import create_mcp
     from ..serving.server.service import ServerSettings, Service
 
-    with _on_stderr():
-        opened, encoder = open_with_model(store, other_model, options)
-        console.aside(f"{store}: {len(opened):,} chunks; MCP over stdin and stdout")
-    with EngineThread(encoder) as engine:
-        settings = ServerSettings(mode=mode.value if mode else None, timeout=timeout)
+    settings = ServerSettings(mode=mode.value if mode else None, timeout=timeout)
+    failed: list[SearchR3Error] = []
+    with ExitStack() as loaded:
+
+        def load() -> Service:
+            try:
+                opened, encoder = open_with_model(store, other_model, options)
+            except SearchR3Error as error:
+                failed.append(error)
+                raise
+            console.aside(f"{store}: {len(opened):,} chunks; the model is loaded")
+            return Service(loaded.enter_context(EngineThread(encoder)), settings, opened, None)
+
+        with _on_stderr():
+            Store.open(store)  # what is no store is no tool
+            console.aside(f"{store}: MCP over stdin and stdout")
         try:
-            create_mcp(Service(engine, settings, opened, None)).run("stdio")
+            create_mcp(load).run("stdio")
         finally:
             with _on_stderr():  # what is still in a buffer
                 pass
+    if failed:
+        raise failed[0]
 
 
 @contextmanager

@@ -156,6 +156,7 @@ def searcher_of(
     Raises:
         ConfigError: options that are for a store only, or that are for none.
     """
+    from ..serving import Store
     from ..serving.filters import parse
     from ..serving.search import StoreSearcher
 
@@ -166,6 +167,7 @@ def searcher_of(
     if has_others:
         raise ConfigError(f"{address} is a store and holds its documents; leave out what names or encodes others")
     condition = parse(where or ())
+    Store.open(address).check_filter(condition)  # before a model is loaded
     store, encoder = open_with_model(address, model, options)
     searcher = StoreSearcher(encoder, store, instruction, hybrid=hybrid, where=condition)
     return searcher, f"{len(store):,} chunks"

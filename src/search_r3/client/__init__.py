@@ -5,6 +5,7 @@ from __future__ import annotations
 from .answers import (
     DocumentEntry,
     Embeddings,
+    FilterField,
     RankedText,
     Reranking,
     SearchAnswer,
@@ -22,6 +23,7 @@ __all__ = [
     "Client",
     "DocumentEntry",
     "Embeddings",
+    "FilterField",
     "RankedText",
     "Reranking",
     "SearchAnswer",

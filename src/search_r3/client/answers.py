@@ -153,6 +153,20 @@ class StoredDocument(_Answer):
     metadata: dict[str, Any] = Field(default_factory=dict)
 
 
+class FilterField(_Answer):
+    """What a `filter` can name.
+
+    Attributes:
+        name: of the field.
+        list: whether documents have lists of it (`$contains`).
+        values: the most frequent ones, with the number of chunks that have them.
+    """
+
+    name: str
+    list: bool
+    values: tuple[tuple[str | bool | int | float, int], ...]
+
+
 class ServerInfo(_Answer):
     """The model and all limits.
 

@@ -22,6 +22,7 @@ from ..modes import SearchMode
 from .answers import (
     DocumentEntry,
     Embeddings,
+    FilterField,
     RankedText,
     Reranking,
     SearchAnswer,
@@ -77,6 +78,14 @@ class Calls:
         """`GET /info`."""
         self._info = _read(ServerInfo, (yield from self._ask("GET", "/info")))
         return self._info
+
+    def fields(self) -> Steps[list[FilterField]]:
+        """`GET /v1/fields`."""
+        answer = yield from self._ask("GET", "/v1/fields")
+        try:
+            return [_read(FilterField, one) for one in answer["fields"]]
+        except (KeyError, TypeError) as error:
+            raise _unlike(error) from error
 
     def health(self) -> Steps[None]:
         """`GET /health`, once."""

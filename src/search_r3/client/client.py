@@ -16,6 +16,7 @@ from ..modes import Mode
 from .answers import (
     DocumentEntry,
     Embeddings,
+    FilterField,
     Reranking,
     SearchAnswer,
     ServerInfo,
@@ -201,6 +202,10 @@ class Client(_Base):
         """Remove documents, and return how many there were; unknown ids are passed over."""
         return self._run(self._calls.delete_documents(ids))
 
+    def fields(self) -> list[FilterField]:
+        """What the `filter` of a search can name, of the first 10,000 chunks."""
+        return self._run(self._calls.fields())
+
     def info(self) -> ServerInfo:
         """The model and the server's limits."""
         return self._run(self._calls.info())
@@ -337,6 +342,10 @@ class AsyncClient(_Base):
     async def delete_documents(self, ids: str | Sequence[str]) -> int:
         """As `Client.delete_documents`."""
         return await self._run(self._calls.delete_documents(ids))
+
+    async def fields(self) -> list[FilterField]:
+        """As `Client.fields`."""
+        return await self._run(self._calls.fields())
 
     async def info(self) -> ServerInfo:
         """As `Client.info`."""

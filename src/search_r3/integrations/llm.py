@@ -13,10 +13,12 @@ from typing import Literal
 
 from ..client import Client
 from ..client.client import DEFAULT_URL
+from ..errors import SearchR3Error
 from ..extras import extra
 from .source import InProcess, connect
 
 with extra("llm"):
+    from click import ClickException
     from llm import hookimpl
     from llm.models import EmbeddingModel
 
@@ -38,12 +40,20 @@ class SearchR3Model(EmbeddingModel):
         return connect(os.environ.get("SEARCH_R3_SOURCE") or DEFAULT_URL)
 
     def embed_batch(self, items: Iterable[str | bytes], *, key: str | None = None) -> Iterator[list[float]]:
-        """A vector for each text."""
+        """A vector for each text.
+
+        Raises:
+            ClickException: what is wrong, which commands of `llm` show as one line.
+        """
         texts = [str(item) for item in items]
         if not texts:
             return
-        encode = self._client.encode_query if self._kind == "query" else self._client.encode_document
-        yield from encode(texts).vectors.tolist()
+        try:
+            encode = self._client.encode_query if self._kind == "query" else self._client.encode_document
+            vectors = encode(texts).vectors
+        except SearchR3Error as error:
+            raise ClickException(str(error)) from error
+        yield from vectors.tolist()
 
 
 @hookimpl

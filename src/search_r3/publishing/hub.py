@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ..errors import ConfigError, HubError, ModelError, SearchR3Error
+from ..model.modes.gate import GATE_FILE
 from ..model.settings import QUERIES, SETTINGS_FILE, read_settings
 from ..model.source import ADAPTER_CONFIG, CONFIG
 from .card import is_own_card
@@ -172,7 +173,7 @@ def _leftovers(there: list[str], files: Mapping[str, Path]) -> list[str]:
         for name in there
         if (own := name.removeprefix(f"{QUERIES}/")).count("/") == 0
         and name not in files
-        and (own.endswith(weights) or own in (CONFIG, ADAPTER_CONFIG))
+        and (own.endswith(weights) or own in (CONFIG, ADAPTER_CONFIG, GATE_FILE))
     ]
 
 

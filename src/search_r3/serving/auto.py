@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -12,6 +13,7 @@ from ..model.modes.auto import choose, gate_of
 from ..model.modes.gate import Choice
 from .engine import EngineThread
 from .jobs import Outcome, joined
+from .search import top_scores
 from .store import Store
 
 
@@ -22,7 +24,8 @@ def who_thinks(model: SearchR3, direct: Outcome, store: Store | None) -> Choice:
         ModelError: there is no gate.
     """
     whole = np.stack([one.vector if one.whole is None else one.whole for one in direct.texts])
-    return choose(model.backbone, whole, model.truncate_dim, None if store is None else store.top_scores, None)
+    scores = None if store is None else partial(top_scores, store)
+    return choose(model.backbone, whole, model.truncate_dim, scores, None)
 
 
 def encode_auto(engine: EngineThread, texts: Sequence[str], store: Store | None, **options: Any) -> Outcome:

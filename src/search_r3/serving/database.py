@@ -18,6 +18,8 @@ from .fingerprint import Fingerprint
 
 TABLE = "documents"
 FORMAT = 1
+METADATA_BYTES = 16 * 2**20
+"""What LanceDB may cache of versions and files."""
 _KEY = "search_r3"
 
 
@@ -87,8 +89,10 @@ def connect(place: str) -> Any:
     with extra("serve"):
         import lancedb
 
-    # Otherwise a table does not see what other processes write.
-    return lancedb.connect(place, read_consistency_interval=timedelta(0))
+    # Without the interval a table does not see what other processes write. Each version is cached apart, by default in
+    # up to a GiB: a server that is written to would grow for days.
+    caches = lancedb.Session(metadata_cache_size_bytes=METADATA_BYTES)
+    return lancedb.connect(place, read_consistency_interval=timedelta(0), session=caches)
 
 
 @contextmanager

@@ -107,6 +107,24 @@ def fields_of(rows: Iterable[Mapping[str, Any]], values: int) -> list[dict[str, 
     ]
 
 
+def unknown_in(where: Filter, rows: Iterable[Mapping[str, Any]]) -> list[str]:
+    """What a filter names and no row has; rows, with their metadata as JSON, are read until all is found.
+
+    Example:
+        >>> unknown_in({"year": 2020, "lnag": "en", "path": "a.md"}, [{"metadata": '{"year": 1990, "lang": "en"}'}])
+        ['lnag']
+    """
+    missing = {name.removeprefix("metadata."): name for name in where if name not in COLUMNS}
+    empty = True
+    for row in rows if missing else ():
+        empty = False
+        for name in json.loads(row["metadata"]).keys() & missing.keys():
+            del missing[name]
+        if not missing:
+            break
+    return [] if empty else sorted(missing.values())
+
+
 def quote(text: str) -> str:
     """A string of SQL."""
     return "'" + text.replace("'", "''") + "'"

@@ -10,8 +10,10 @@ from __future__ import annotations
 import logging
 import os
 import threading
-from collections.abc import Iterator
+from collections import deque
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 import filelock
@@ -25,6 +27,30 @@ LOCK = "write.lock"
 LOCK_SECONDS = 600.0
 """How long a writer waits for another one, which may be building an index."""
 SET_ASIDE = "set-aside"
+VERSIONS_FOR = timedelta(hours=1)
+"""How long versions stay, for readers and for `rollback`."""
+ROUNDS = 4
+"""Of many writes, those between so many rounds of upkeep stay: each version slows every read and write."""
+READERS = timedelta(minutes=1)
+"""What is younger may be in use."""
+
+
+class Retention:
+    """How old the versions are that stay; asked once at each round of upkeep.
+
+    Args:
+        clock: the time.
+    """
+
+    def __init__(self, clock: Callable[[], datetime] = lambda: datetime.now(UTC)) -> None:
+        self._clock, self._rounds = clock, deque[datetime](maxlen=ROUNDS)
+
+    def age(self) -> timedelta:
+        """The time since `ROUNDS` rounds ago, from `READERS` to `VERSIONS_FOR`; the latter while there were fewer."""
+        now = self._clock()
+        age = now - self._rounds[0] if len(self._rounds) == ROUNDS else VERSIONS_FOR
+        self._rounds.append(now)
+        return max(min(age, VERSIONS_FOR), READERS)
 
 
 class Guard:

@@ -143,32 +143,34 @@ class Ranker:
 
     def _hold(self) -> _Held:
         """What is held in memory, read again after every write; LanceDB would take milliseconds for each query."""
-        from ..retrieval.index import ExactIndex
-
         with self._mutex:
             version = self._table.version
             if self._held is None or self._held.version != version:
                 self._held = _Held(version)
                 if 0 < self._table.count_rows() < IN_MEMORY:
-                    found = self._table.search().select(["id", "parent_id", "vector"]).to_arrow()
-                    names, parents = found["id"].to_pylist(), found["parent_id"].to_pylist()
-                    index = ExactIndex(names, self._matrix(found["vector"].combine_chunks()))
-                    self._held = _Held(version, dict(zip(names, parents, strict=True)), index, self._small_chunks())
+                    self._held = self._read(version)
             return self._held
 
-    def _small_chunks(self) -> tuple[Any, dict[str, int]]:
-        """All chunks and the place of each; none where they take more than `CHUNK_BYTES`."""
+    def _read(self, version: int) -> _Held:
+        """All rows in one pass; chunks that take more than `CHUNK_BYTES` are not kept."""
+        from ..retrieval.index import ExactIndex
+
         with extra("serve"):
             import pyarrow as pa
 
-        batches, size = [], 0
-        for batch in self._table.search().select(list(CHUNK)).to_batches():
-            batches.append(batch)
-            size += batch.nbytes
-            if size > CHUNK_BYTES:
-                return None, {}
-        table = pa.Table.from_batches(batches).combine_chunks()
-        return table, {name: place for place, name in enumerate(table["id"].to_pylist())}
+        names, parents, vectors = list[str](), list[str](), list[Array]()
+        chunks, size = list[Any](), 0
+        for batch in self._table.search().select([*CHUNK, "vector"]).to_batches():
+            names += batch["id"].to_pylist()
+            parents += batch["parent_id"].to_pylist()
+            vectors.append(self._matrix(batch["vector"]))
+            chunk = batch.select(CHUNK)
+            size += chunk.nbytes
+            chunks = [*chunks, chunk] if size <= CHUNK_BYTES else []
+        table = pa.Table.from_batches(chunks).combine_chunks() if size <= CHUNK_BYTES else None
+        places = {name: place for place, name in enumerate(names)} if table is not None else {}
+        index = ExactIndex(names, np.concatenate(vectors))
+        return _Held(version, dict(zip(names, parents, strict=True)), index, (table, places))
 
     def _matrix(self, column: Any) -> Array:
         values: Array = column.flatten().to_numpy().reshape(-1, self._dimension)

@@ -11,6 +11,7 @@ import numpy as np
 from ..evaluation.search import Answer, Searcher
 from ..model.embeddings import QueryEmbeddings
 from ..model.encoder import SearchR3
+from ..model.modes.gate import TOP
 from ..types import Array
 from .filters import Filter
 from .fingerprint import Fingerprint
@@ -77,6 +78,13 @@ def hits_of(
     return list(hits)
 
 
+def top_scores(store: Store, vectors: Array) -> Array:
+    """The scores of the best documents, `Q x 10` (fewer columns where there are fewer), best first, for a gate."""
+    scores = [[hit.score for hit in hits] for hits in store.search(vectors, k=TOP)]
+    width = min(map(len, scores), default=0)
+    return np.array([line[:width] for line in scores], dtype=np.float32).reshape(len(scores), width)
+
+
 def answer_of(query: str, outcome: Outcome, hits: Sequence[Hit]) -> dict[str, Any]:
     """The query's reasoning and hits, as JSON."""
     [one] = outcome.texts
@@ -107,4 +115,4 @@ class StoreSearcher(Searcher):
         return Answer.of(query, encoded, list(hits))
 
     def _top_scores(self, vectors: Array) -> Array:
-        return self.store.top_scores(vectors)
+        return top_scores(self.store, vectors)

@@ -20,22 +20,19 @@ import numpy as np
 
 from ..data.documents import Chunk
 from ..errors import DataError, StoreError
-from ..model.modes.gate import TOP
 from ..types import Array
 from . import rows
 from .database import TABLE, StoreInfo, connect, exists, one_line, place_of
-from .filters import COLUMNS, Filter, fields_of, one_of, to_sql
+from .filters import COLUMNS, Filter, fields_of, one_of, to_sql, unknown_in
 from .fingerprint import Fingerprint
-from .guards import Guard
-from .ranking import WORDS, Ranker, Ranking, first_of_each, fuse
+from .guards import READERS, Guard, Retention
+from .ranking import IN_MEMORY, WORDS, Ranker, Ranking, first_of_each, fuse
 
 if TYPE_CHECKING:
     import pyarrow as pa
 
 OPTIMIZE_AFTER = 64
 """Commits after which files are put together; each slows every search."""
-VERSIONS_FOR = timedelta(hours=1)
-"""How long versions stay, for readers and for `rollback`."""
 FUSED_DEPTH = 50
 """Hits of each list, at least, that are fused."""
 _IN = 5000
@@ -84,6 +81,8 @@ class Store:
         self.info = StoreInfo.read(table.schema.metadata, address)
         self._ranker = Ranker(table, self.info.fingerprint.dimension)
         self._commits = 0
+        self._retention = Retention()
+        self._listed: tuple[int, list[Entry]] | None = None
 
     @classmethod
     def create(
@@ -223,17 +222,40 @@ class Store:
 
     def documents(self, where: Filter | None = None) -> list[Entry]:
         """All documents, or those with a chunk that the filter lets through, by their ids."""
+        with one_line(self.address, "read"):
+            version = self.version
+        if where is None and self._listed is not None and self._listed[0] == version:
+            return list(self._listed[1])
         entries: dict[str, Entry] = {}
         for row in self._scan(["parent_id", "title", "path", "source"], where):
             known = entries.get(row["parent_id"])
             count = 1 if known is None else known.chunks + 1
             entries[row["parent_id"]] = Entry(row["parent_id"], row["title"], row["path"], row["source"], count)
-        return [entries[doc_id] for doc_id in sorted(entries)]
+        found = [entries[doc_id] for doc_id in sorted(entries)]
+        if where is None and len(found) < IN_MEMORY:
+            self._listed = version, found
+        return list(found)
 
     def fields(self, rows: int = 10_000, values: int = 50) -> list[dict[str, Any]]:
         """What a filter can name, as `filters.fields_of` has it, from the first chunks that are read."""
         columns = [*COLUMNS[1:], "metadata"]  # every chunk has an id of its own
         return fields_of(islice(self._scan(columns, None), rows), values)
+
+    def check_filter(self, where: Filter) -> None:
+        """Refuse a filter that names what no document has: nothing would fit, and mostly a name is misspelt.
+
+        An empty store lets every name through.
+
+        Raises:
+            DataError: such a name, with those that there are; or as `filters.to_sql`.
+        """
+        to_sql(where)
+        if unknown := unknown_in(where, self._scan(["metadata"], None)):
+            known = ", ".join(one["name"] for one in self.fields(values=0))
+            raise DataError(
+                f"filter: no document of {self.address} has {', '.join(map(repr, unknown))}; those that can be named "
+                f"are {known}"
+            )
 
     def revisions(self) -> dict[str, tuple[str, str]]:
         """doc_id -> source and revision (`rows.revision_of`)."""
@@ -314,13 +336,7 @@ class Store:
         # What was deleted meanwhile is no hit.
         return [[Hit(rows.chunk_of(read[name]), score) for name, score in one if name in read] for one in best]
 
-    def top_scores(self, vectors: Array) -> Array:
-        """The scores of the best documents, `Q x 10` (fewer columns where there are fewer), best first, for a gate."""
-        scores = [[hit.score for hit in hits] for hits in self.search(vectors, k=TOP)]
-        width = min(map(len, scores), default=0)
-        return np.array([line[:width] for line in scores], dtype=np.float32).reshape(len(scores), width)
-
-    def compact(self, *, keep: timedelta = timedelta(minutes=1)) -> None:
+    def compact(self, *, keep: timedelta = READERS) -> None:
         """Put files together, bring all rows into the indexes, and remove versions that are older.
 
         Raises:
@@ -376,6 +392,6 @@ class Store:
             self._commits += 1
             fragments = self._table.stats()["fragment_stats"]["num_small_fragments"]
             if max(self._commits, fragments) >= OPTIMIZE_AFTER:
-                self._optimize(VERSIONS_FOR)
+                self._optimize(self._retention.age())
             elif WORDS not in self._ranker.indices():
                 self._ranker.keep_indices()

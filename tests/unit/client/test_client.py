@@ -294,6 +294,14 @@ def test_documents_are_listed_page_by_page_and_named_whatever_their_ids(
         both(server, "get_document", "")
 
 
+def test_fields_are_what_a_filter_can_name(waits: list[float]) -> None:
+    fields = [{"name": "year", "list": False, "values": [[2020, 3], [True, 1], ["x", 1]]}]
+    server = Server(lambda request, count: httpx2.Response(200, json={"chunks": 5, "fields": fields}))
+    [field] = both(server, "fields")
+    assert (field.name, field.list, field.values) == ("year", False, ((2020, 3), (True, 1), ("x", 1)))
+    assert field.values[1][0] is True and server.requests[0].url.path == "/v1/fields"
+
+
 def events(*named: tuple[str, Any]) -> str:
     return "".join(f"event: {name}\ndata: {json.dumps(data)}\n\n" for name, data in named)
 

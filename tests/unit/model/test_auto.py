@@ -18,6 +18,7 @@ from search_r3.errors import DataError, ModelError
 from search_r3.model.engine.decoding import Decoder
 from search_r3.model.modes.gate import Gate, read_gate, score_features, worth
 from search_r3.model.prompts import MODES
+from search_r3.publishing.hub import _leftovers, check_files
 from search_r3.retrieval.index import ExactIndex
 from tests.conftest import COLOURS, THINGS
 from tests.gates import gate_for, of_scores
@@ -131,6 +132,8 @@ def test_a_gate_is_saved_and_copied_with_its_model_and_changes_no_revision(gated
     loaded = SearchR3(tmp_path / "copied", device="cpu")
     assert loaded.backbone.gate == gated.backbone.gate == read_gate(tmp_path / "copied")
     assert loaded.encode_query(TEXTS, "auto", max_new_tokens=2).thought.count(True) == len(TEXTS) // 2
+    files = check_files(tmp_path / "saved")
+    assert "gate.json" in files and _leftovers(["gate.json"], {}) == ["gate.json"], "that of another model has to go"
     revision = loaded.backbone.revision
     (tmp_path / "copied" / "gate.json").unlink()
     assert SearchR3(tmp_path / "copied", device="cpu").backbone.revision == revision

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +16,7 @@ from search_r3.integrations.source import InProcess
 from search_r3.model.encoder import SearchR3
 from search_r3.serving import Fingerprint, Store
 from search_r3.serving.engine import EngineThread
-from search_r3.serving.search import StoreSearcher
+from search_r3.serving.search import StoreSearcher, top_scores
 from search_r3.serving.server import ServerSettings, create_app
 from tests.conftest import small_collection
 from tests.gates import gate_for, of_scores
@@ -91,7 +92,7 @@ def test_a_search_says_who_thought_and_why(client: TestClient, model: SearchR3, 
 
 def test_a_store_tells_the_gate_its_scores(model: SearchR3, store: Store) -> None:
     vectors = model.encode_query(TEXTS, "direct").vectors
-    scores = store.top_scores(vectors)
+    scores = top_scores(store, vectors)
     assert scores.shape == (6, 10) and (np.diff(scores, axis=1) <= 0).all()
     top = np.sort(scores[:, 0])
     assert top[2] < top[3]
@@ -102,13 +103,13 @@ def test_a_store_tells_the_gate_its_scores(model: SearchR3, store: Store) -> Non
     assert expected != thinkers(model)
     with InProcess(model, store) as source:
         assert [source.search(text, mode="auto").thought for text in TEXTS] == expected
-        alone = [model.encode_query([t], "auto", top_scores=store.top_scores).vectors[0] for t in TEXTS]
+        alone = [model.encode_query([t], "auto", top_scores=partial(top_scores, store)).vectors[0] for t in TEXTS]
         assert np.abs(source.encode_query(TEXTS, "auto").vectors - np.array(alone)).max() < 1e-5
 
 
 def test_an_empty_store_leaves_the_decision_to_the_vector(model: SearchR3, tmp_path: Path) -> None:
     empty = Store.create(tmp_path / "empty", Fingerprint.of(model))
-    assert model.encode_query(TEXTS, "auto", top_scores=empty.top_scores).thought == thinkers(model)
+    assert model.encode_query(TEXTS, "auto", top_scores=partial(top_scores, empty)).thought == thinkers(model)
 
 
 def test_without_a_gate_every_way_says_how_to_fit_one(client: TestClient, model: SearchR3) -> None:

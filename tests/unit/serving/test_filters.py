@@ -108,6 +108,14 @@ def test_conditions_of_the_command_line_are_filters() -> None:
         parse(["page>>3"])
 
 
+def test_a_name_that_no_document_has_is_told_with_those_that_there_are(store: Store) -> None:
+    for where in ({}, {"metadata.year": 1066, "title": "a"}, {"page": 9, "tags": {"$contains": "nothing"}}):
+        store.check_filter(where)
+    with pytest.raises(DataError, match=r"has 'title2', 'yaer'; those that can be named are .*\byear\b.*\btitle\b"):
+        store.check_filter({"yaer": 1, "year": 1, "title2": "a"})
+    Store.create("memory://no-documents", store.info.fingerprint).check_filter({"yaer": 1})
+
+
 def test_the_fields_of_a_store_are_what_a_filter_can_name(store: Store) -> None:
     fields = {(one["name"], one["list"]): dict(map(tuple, one["values"])) for one in store.fields()}
     assert fields["year", False] == {1999: 1, 2000.5: 1, "2001": 1} and fields["open", False] == {True: 1, False: 1}

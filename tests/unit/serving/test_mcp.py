@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -162,6 +163,43 @@ def test_without_a_store_the_tools_say_so(engine: EngineThread) -> None:
     service = Service(engine, ServerSettings(), None, None)
     for answer in (ask(service, "search", query="tea"), ask(service, "fetch", id="a")):
         assert answer.is_error and "serve a store" in answer.content[0].text
+
+
+def test_an_agent_is_told_of_the_tools_while_the_model_is_loaded(service: Service) -> None:
+    loaded = threading.Event()
+
+    def load() -> Service:
+        assert loaded.wait(WAIT)
+        return service
+
+    async def asked() -> mcp.types.CallToolResult:
+        async with Client(create_mcp(load)) as client:
+            assert len((await client.list_tools()).tools) == 2
+            call = asyncio.ensure_future(client.call_tool("search", {"query": "tea"}))
+            await client.list_tools()
+            assert not call.done()
+            loaded.set()
+            return await call
+
+    assert asyncio.run(asked()).structured_content["results"]
+
+
+def test_a_model_that_cannot_be_loaded_is_an_error_of_each_call() -> None:
+    def load() -> Service:
+        raise errors.ModelError("no model there; name another")
+
+    async def asked() -> list[mcp.types.CallToolResult]:
+        async with Client(create_mcp(load)) as client:
+            return [await client.call_tool("search", {"query": "tea"}), await client.call_tool("fetch", {"id": "a"})]
+
+    for answer in asyncio.run(asked()):
+        assert answer.is_error and "no model there; name another" in answer.content[0].text
+
+
+def test_a_filter_that_no_document_can_fit_is_told_from_one_that_none_fits(service: Service) -> None:
+    assert ask(service, "search", query="tea", filter={"year": 1066}).structured_content == {"results": []}
+    answer = ask(service, "search", query="tea", filter={"yaer": 2020, "lang": "en", "path": "a"})
+    assert answer.is_error and "has 'yaer'" in answer.content[0].text and "year" in answer.content[0].text
 
 
 def test_a_call_that_is_given_up_frees_what_it_holds(service: Service, engine: EngineThread) -> None:

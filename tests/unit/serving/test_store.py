@@ -8,7 +8,7 @@ import subprocess
 import sys
 import threading
 from dataclasses import replace
-from datetime import timedelta
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
@@ -301,6 +301,28 @@ def test_files_are_put_together_after_so_many_commits(store: Store, monkeypatch:
         counts.append(store._table.stats()["fragment_stats"]["num_small_fragments"])
     assert max(counts) <= 5 and len(store) == 12
     assert found(store, texts=["d11"]) == ["d11#0"]
+
+
+def test_versions_stay_for_an_hour_and_of_many_writes_the_last_rounds_do() -> None:
+    now = datetime(2026, 1, 1, tzinfo=UTC)
+    retention = guards.Retention(lambda: now)
+    ages = []
+    for wait in (0, 600, 600, 600, 600, 1, 1, 1, 1, 7200):
+        now += timedelta(seconds=wait)
+        ages.append(retention.age().total_seconds())
+    assert ages == [3600, 3600, 3600, 3600, 2400, 1801, 1202, 603, 60, 3600]
+
+
+def test_the_list_of_documents_is_never_old(store: Store) -> None:
+    put(store, document("a"))
+    assert [one.doc_id for one in store.documents()] == ["a"]
+    put(Store.open(store.address), document("b"))
+    listed = store.documents()
+    assert [one.doc_id for one in listed] == ["a", "b"] == [one.doc_id for one in store.documents()]
+    listed.clear()  # the caller's own
+    assert [one.doc_id for one in store.documents({"title": store.documents()[0].title})]
+    store.delete(["a"])
+    assert [one.doc_id for one in store.documents()] == ["b"]
 
 
 @pytest.mark.parametrize(("size", "asked_for"), [(ranking.CHUNK_BYTES, 0), (0, 3)])

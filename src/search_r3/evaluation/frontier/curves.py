@@ -105,7 +105,7 @@ def at_cost(points: Sequence[Point], tokens: float, name: str) -> Point | None:
 def equal_cost_tests(
     pair: Pair, points: Sequence[Point], place: tuple[str, str], permutations: int, seed: int
 ) -> list[dict[str, Any]]:
-    """Each point against thinking at random at exactly its tokens, and auto also against budgets and samples.
+    """Each point against thinking at random at exactly its tokens; auto as it was measured also against other families.
 
     Returns:
         Records of `significance.Comparison` with `tokens`; Holm's correction is over all of them.
@@ -118,7 +118,7 @@ def equal_cost_tests(
     for point in points:
         if point.family in ("direct", "reason", "oracle"):
             continue
-        for family in rivals if point.family == "auto" else ("random",):
+        for family in rivals if point.family == "auto" and point.measured else ("random",):
             other = at_cost(rivals[family], point.cost, family)
             if other is not None:
                 rows.append((point, other, point.cost))

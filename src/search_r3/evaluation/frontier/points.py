@@ -38,6 +38,7 @@ class Point:
         milliseconds: of a query that is asked alone; of what is composed, in proportion to the tokens of the reason
             mode that it writes. None where it was not measured.
         facts: `price`, `share` of queries that think, `budget`, `samples`.
+        measured: whether it is a result of its own, and not composed of others.
     """
 
     name: str
@@ -46,6 +47,7 @@ class Point:
     tokens: Numbers
     milliseconds: float | None
     facts: Mapping[str, float] = field(default_factory=dict)
+    measured: bool = True
 
     @property
     def quality(self) -> float:
@@ -78,17 +80,13 @@ class Pair:
         if direct.milliseconds is not None and reason.milliseconds is not None:
             milliseconds = direct.milliseconds + float(tokens.sum()) / spent * reason.milliseconds
         facts = {"share": float(thinks.mean()), **facts}
-        return Point(name, family, np.where(thinks, reason.values, direct.values), tokens, milliseconds, facts)
-
-    def mixed(self, share: float) -> Point:
-        """The mean of thinking about so many queries, drawn at random."""
-        return mixture(self.direct, self.reason, share, "random")
+        return Point(name, family, np.where(thinks, reason.values, direct.values), tokens, milliseconds, facts, False)
 
 
 def mixture(first: Point, second: Point, share: float, name: str) -> Point:
     """What each query gets on average where `second` answers a random share of the queries, and `first` the rest."""
     values, tokens = ((1 - share) * getattr(first, key) + share * getattr(second, key) for key in ("values", "tokens"))
-    return Point(name, name, values, tokens, None, {"share": share})
+    return Point(name, name, values, tokens, None, {"share": share}, False)
 
 
 def points_of(results: Sequence[Result]) -> tuple[Pair, list[Point]] | None:
@@ -139,7 +137,7 @@ def _point(result: Result, of_another: bool) -> Point:
 
 
 def _at_prices(pair: Pair, auto: Result) -> list[Point]:
-    """Mode auto at the prices at which a tenth, two tenths, ... of the queries think."""
+    """Mode auto at the prices at which a tenth, two tenths, ... of the queries think; none is below 0."""
     gate = auto.system.settings["gate"]
     probability = np.array([one["probability"] for one in auto.gate])
     points, seen = [], set()
@@ -149,7 +147,7 @@ def _at_prices(pair: Pair, auto: Result) -> list[Point]:
         price = gate["price"] + earned / max(gate["tokens"], 1e-12) - 1e-9
         terms = {name: gate[name] for name in ("gain", "loss", "tokens")}
         thinks = worth(probability, **terms, more=price - gate["price"])
-        if (count := int(thinks.sum())) not in seen:
+        if (count := int(thinks.sum())) not in seen and price >= 0:
             seen.add(count)
             points.append(pair.composed(f"{auto.system.name} at {price:.3g}", "auto", thinks, price=price))
     return points

@@ -64,7 +64,7 @@ def read(doc_id: str, service: Given) -> dict[str, Any]:
     """A document, or one chunk of it, by its id."""
     chunks = service.store.get(doc_id)
     if not chunks:
-        raise NotFoundError(f"there is no document {doc_id!r}; GET /v1/documents lists them")
+        raise NotFoundError(f"there is no document {doc_id!r}; take an id of a hit, or of the list of documents")
     first = chunks[0]
     return {
         "id": doc_id,

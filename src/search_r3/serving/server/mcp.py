@@ -5,8 +5,10 @@ They are the routes `/v1/search` and `/v1/documents/ID` in another form; what is
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+import asyncio
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping
+from concurrent.futures import Future
+from contextlib import asynccontextmanager, contextmanager
 from importlib.metadata import version
 from pathlib import Path
 from typing import Annotated, Any
@@ -23,6 +25,7 @@ from .search import answered
 from .service import Service
 
 with extra("serve"):
+    import anyio
     from mcp.server import MCPServer
     from mcp.server.mcpserver import Context
     from mcp.server.mcpserver.exceptions import ToolError
@@ -33,6 +36,17 @@ INSTRUCTIONS = (
     "Searches documents by meaning. `search` gives the best passages, `fetch` the text of one of them, or of a whole "
     "document. A question in plain words, of several steps too, finds more than keywords do."
 )
+Mode = Annotated[
+    SearchMode | None,
+    Field(description="`reason` thinks first; `direct` is quicker; `auto`: where it pays; `bm25`: its words."),
+]
+Where = Annotated[
+    dict[str, Any] | None,
+    Field(
+        description="Only documents that fit, by path, title, source, page or fields of their metadata, e.g. "
+        '{"year": {"$gte": 2020}, "lang": ["en", "de"]}.'
+    ),
+]
 READING = ToolAnnotations(read_only_hint=True, open_world_hint=False)
 
 
@@ -61,15 +75,21 @@ class FetchedText(BaseModel):
     metadata: dict[str, Any]
 
 
-def create_mcp(service: Service) -> MCPServer[Any]:
+def create_mcp(service: Service | Callable[[], Service]) -> MCPServer[Any]:
     """The tools; `run("stdio")` serves them to one client, `streamable_http_app` to many.
 
     Args:
-        service: with a store, else every call is an error that says so.
+        service: with a store, else every call is an error that says so. Or what makes it, which is called in a thread
+            when a client is there (over stdio): it is told of the tools at once, and its calls wait.
     """
+    loading = _Loading(service)
     # At INFO it would log each call that failed; the caller is told.
     server: MCPServer[Any] = MCPServer(
-        "search-r3", instructions=INSTRUCTIONS, version=version("search-r3"), log_level="WARNING"
+        "search-r3",
+        instructions=INSTRUCTIONS,
+        version=version("search-r3"),
+        log_level="WARNING",
+        lifespan=loading.session,
     )
 
     @server.tool(annotations=READING)
@@ -77,24 +97,18 @@ def create_mcp(service: Service) -> MCPServer[Any]:
         query: Annotated[str, Field(description="What to look for: a question or a description in plain words.")],
         ctx: Context[Any, Any],
         k: Annotated[Count, Field(description="How many passages.")] = 10,
-        mode: Annotated[
-            SearchMode | None,
-            Field(description="`reason` thinks first; `direct` is quicker; `auto`: where it pays; `bm25`: its words."),
-        ] = None,
-        filter: Annotated[
-            dict[str, Any] | None,
-            Field(
-                description="Only documents that fit, by path, title, source, page or fields of their metadata, e.g. "
-                '{"year": {"$gte": 2020}, "lang": ["en", "de"]}.'
-            ),
-        ] = None,
+        mode: Mode = None,
+        filter: Where = None,
         hybrid: Annotated[bool, Field(description="Look for the words, too.")] = False,
         texts: Annotated[bool, Field(description="Give the texts of the passages, too.")] = False,
     ) -> Results:
         """Search the documents; the best passages come first. `fetch` gives the text of one by its id."""
         with _as_tool_errors():
+            made = await loading.ready()
+            if filter:
+                await run_in_threadpool(made.store.check_filter, filter)
             body = SearchRequest(query=query, k=k, mode=mode, filter=filter, hybrid=hybrid)
-            answer = await answered(body, service, ctx.request_context.request)
+            answer = await answered(body, made, ctx.request_context.request)
         return Results(
             results=[
                 Result(id=hit["id"], title=_title(hit), url=_url(hit), text=hit["text"] if texts else None)
@@ -108,7 +122,7 @@ def create_mcp(service: Service) -> MCPServer[Any]:
     ) -> FetchedText:
         """Get the text of a passage by its id; by the id of its document (`metadata.document`), all of that."""
         with _as_tool_errors():
-            document = await run_in_threadpool(read, id, service)
+            document = await run_in_threadpool(read, id, await loading.ready())
         facts = {name: document[name] for name in ("path", "source", "page") if document[name]}
         return FetchedText(
             id=id,
@@ -119,6 +133,35 @@ def create_mcp(service: Service) -> MCPServer[Any]:
         )
 
     return server
+
+
+class _Loading:
+    """A service, or what makes it in a thread once a session has begun."""
+
+    def __init__(self, service: Service | Callable[[], Service]) -> None:
+        self._made: Future[Service] = Future()
+        self._make = service
+        if isinstance(service, Service):
+            self._made.set_result(service)
+
+    async def ready(self) -> Service:
+        """The service, or the error that there was."""
+        return await asyncio.shield(asyncio.wrap_future(self._made))
+
+    @asynccontextmanager
+    async def session(self, _: MCPServer[Any]) -> AsyncIterator[None]:
+        """Around all that is asked."""
+        async with anyio.create_task_group() as tasks:
+            if not self._made.done():
+                tasks.start_soon(run_in_threadpool, self._load)
+            yield
+
+    def _load(self) -> None:
+        assert not isinstance(self._make, Service)
+        try:
+            self._made.set_result(self._make())
+        except BaseException as error:
+            self._made.set_exception(error)
 
 
 @contextmanager

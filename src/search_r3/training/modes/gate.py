@@ -100,13 +100,9 @@ def label_queries(
         model, collection.documents, progress=watch("documents", len(collection.documents)) if watch else None
     )
     texts = [request.bare for request in requests]
+    more: dict[str, Any] = {"instruction": [request.instruction for request in requests], "batch_size": batch_size}
     direct, reason = (
-        model.encode_query(
-            *(texts, mode),
-            instruction=[request.instruction for request in requests],
-            batch_size=batch_size,
-            progress=watch(mode, len(texts)) if watch else None,
-        )
+        model.encode_query(texts, mode, progress=watch(mode, len(texts)) if watch else None, **more)
         for mode in PLAIN_MODES
     )
     depth = int(measure_name.partition("@")[2] or DEPTH)
