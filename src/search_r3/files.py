@@ -44,6 +44,20 @@ def atomic_directory(target: Path) -> Iterator[Path]:
         shutil.rmtree(scratch, ignore_errors=True)
 
 
+@contextmanager
+def atomic_file(target: Path) -> Iterator[Path]:
+    """Give the name of a temporary file beside `target` that replaces it when the block ends without an error."""
+    target = Path(target).absolute()
+    target.parent.mkdir(parents=True, exist_ok=True)
+    scratch = _scratch_beside(target)
+    try:
+        yield scratch
+        flush(scratch)
+        scratch.replace(target)
+    finally:
+        scratch.unlink(missing_ok=True)
+
+
 def check_replaceable(target: Path, marks: Iterable[str]) -> None:
     """Refuse to replace what is there, unless it is empty or holds one of the files `marks`, as what replaces it does.
 

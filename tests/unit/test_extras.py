@@ -134,7 +134,7 @@ def test_every_module_imports_and_a_model_encodes_with_the_core_alone() -> None:
         "search_r3.integrations.llama_index the package llama_index is not installed; "
         "it comes with the extra `llama-index`: "
         "pip install 'search-r3[llama-index]'",
-        "search_r3.integrations.llm the package llm is not installed; it comes with the extra `llm`: "
+        "search_r3.integrations.llm the package click is not installed; it comes with the extra `llm`: "
         "pip install 'search-r3[llm]'",
         "search_r3.serving.server the package prometheus_client is not installed; it comes with the extra `serve`: "
         "pip install 'search-r3[serve]'",
@@ -196,7 +196,8 @@ COMMANDS = {
     "scipy": [("eval", "evaluate --collections {data} --baselines bm25 --out {out}/e")],
     "matplotlib": [("eval", "report {evaluated} --out {out}/report")],
     "mteb": [("mteb", "mteb --model {model} --tasks SciFact")],
-    "gguf": [("gguf", "search {gguf} --collection {data} red")],
+    "gguf": [("gguf", "search {gguf} --collection {data} red"), ("gguf", "export {model} {out}/m.gguf --gguf")],
+    "llama_cpp": [("llamacpp", "search {gguf} --collection {data} --backend llama.cpp red")],
     "sentence_transformers": [
         ("integrations", "evaluate --collections {data} --baselines sentence-transformers:x --out {out}/e"),
         ("integrations", "data mine {data} {out}/mined --with bm25 --cross-encoder x"),

@@ -75,6 +75,10 @@ class ModelOptions:
     dtype: Annotated[
         str, _option("Precision it computes in: `float32`, `bfloat16`, `float16`; `auto`: bfloat16 on CUDA.")
     ] = "auto"
+    backend: Annotated[
+        Literal["torch", "llama.cpp"],
+        _option("What computes: `torch`, or `llama.cpp` with a file of `export --gguf`, for one query at a time."),
+    ] = "torch"
     revision: Annotated[str | None, _option("Branch, tag or commit on the hub.")] = None
     prompts: Annotated[str | None, _option("Name of the prompt set; by default the model's own.")] = None
     max_length: Annotated[int | None, _option("Longest prompt in tokens, instead of the model's own limit.", min=8)] = (
@@ -89,7 +93,7 @@ class ModelOptions:
         return {name: getattr(self, name) for name in _LOADING}
 
 
-_LOADING = ("device", "dtype", "revision", "prompts", "max_length", "max_new_tokens")
+_LOADING = ("device", "dtype", "backend", "revision", "prompts", "max_length", "max_new_tokens")
 Untrained = Annotated[bool, _option("Use a base that no stage has trained: its vectors mean nothing.", "--untrained")]
 
 

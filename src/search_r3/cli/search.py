@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
 from .. import console
+from ..errors import ConfigError
 from .common import (
     DEFAULT_COLLECTION,
     CollectionOption,
@@ -16,7 +17,6 @@ from .common import (
     ModelArgument,
     ModelOptions,
     ModeName,
-    NewFolder,
     Untrained,
     WeightDType,
     app,
@@ -87,14 +87,30 @@ def encode(
 @takes_model_options
 def export(
     model: ModelArgument,
-    out: NewFolder,
+    out: Annotated[Path, typer.Argument(help="Folder to write, or file with --gguf; it must not exist.")],
     options: ModelOptions,
     weights: Annotated[WeightDType | None, typer.Option(help="How weights are stored; by default as --dtype.")] = None,
+    gguf: Annotated[bool, typer.Option("--gguf", help="Write a GGUF file, for llama.cpp: both modes.")] = False,
+    gguf_type: Annotated[
+        Literal["f32", "f16", "bf16", "q8_0"] | None,
+        typer.Option("--type", help="How a GGUF file stores matrices; f16 by default, q8_0 is half of it."),
+    ] = None,
 ) -> None:
-    """Write the direct mode of a model for sentence-transformers."""
+    """Write the direct mode of a model for sentence-transformers, or all of it for llama.cpp (--gguf)."""
+    check_new(out)
+    if gguf:
+        if weights is not None:
+            raise ConfigError("--weights is for sentence-transformers; say --type of a GGUF file")
+        from ..model.llamacpp.writing import export_gguf
+
+        files = export_gguf(load_encoder(model, options).backbone, out, gguf_type or "f16")
+        beside = f" (and {files[1].name}, for queries)" if len(files) > 1 else ""
+        console.say(f"{out}{beside}: search-r3 search {out} --backend llama.cpp, or SearchR3({str(out)!r})")
+        return
+    if gguf_type is not None:
+        raise ConfigError("--type is for a GGUF file; add --gguf, or say --weights")
     from ..model.export import export_sentence_transformers
 
-    check_new(out)
     export_sentence_transformers(load_encoder(model, options).backbone, out, weights)
     console.say(f"{out}: load it with SentenceTransformer({str(out)!r})")
 

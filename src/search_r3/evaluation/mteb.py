@@ -329,7 +329,8 @@ def _run(encoder: SearchR3MTEB, task: AbsTask, cache: ResultCache, batch_size: i
 
 def _model_meta(model: SearchR3, mode: Mode, max_new_tokens: int | None, instruction: str) -> ModelMeta:
     source, sides = model.backbone.source, (model.backbone, model.backbone.document_side)
-    weights = list({weight: None for side in sides for weight in side.model.parameters()})
+    is_gguf = model.backbone.engine == "llama.cpp"  # which shows no weights
+    weights = [] if is_gguf else list({weight: None for side in sides for weight in side.model.parameters()})
     on_hub = "/" in source and not Path(source).exists()
     name = source if on_hub else f"local/{short_name(str(Path(source).resolve()))}"
     settings, dtype = model.backbone.settings, model.backbone.dtype
@@ -354,12 +355,12 @@ def _model_meta(model: SearchR3, mode: Mode, max_new_tokens: int | None, instruc
         **dict.fromkeys((*unknown, "public_training_code", "public_training_data")),
         name=f"{name}-{mode}",
         revision=model.backbone.revision,
-        n_parameters=sum(weight.numel() for weight in weights),
-        memory_usage_mb=sum(weight.numel() * weight.element_size() for weight in weights) / 2**20,
+        n_parameters=sum(weight.numel() for weight in weights) or None,
+        memory_usage_mb=sum(weight.numel() * weight.element_size() for weight in weights) / 2**20 or None,
         max_tokens=settings.max_length,
         embed_dim=model.dimension,
         open_weights=True,
-        framework=["PyTorch", "Transformers"],
+        framework=["GGUF"] if is_gguf else ["PyTorch", "Transformers"],
         similarity_fn_name=ScoringFunction.COSINE,
         use_instructions=instruction != NONE,
         experiment_kwargs=experiment,

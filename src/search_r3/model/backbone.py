@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
@@ -24,7 +25,7 @@ from ..files import atomic_directory, check_replaceable, write_json
 from .modes.gate import Gate
 from .precision import torch_dtype
 from .prompts import PromptEncoder
-from .settings import QUERIES, SETTINGS_FILE, EmbeddingSettings
+from .settings import QUERIES, SETTINGS_FILE, EmbeddingSettings, settings_record
 from .source import ADAPTER_CONFIG, CONFIG, ModelFiles
 
 # What a configuration calls the factor on its logits (Granite, Cohere, Falcon-H1); Granite's divides them.
@@ -38,9 +39,9 @@ U = TypeVar("U")
 class Backbone:
     """A causal LM ready to embed, with settings that have their frames. `prompt_encoder` is the only way to ids.
 
-    `engine` computes what is encoded: ours (`fast`), or the one that serves every architecture (`fallback`); which of
-    them is right for a model is found out when it is loaded. Where `documents` is set, this one encodes queries only.
-    `gate` says in mode auto which queries think.
+    `engine` computes what is encoded: ours (`fast`), the one that serves every architecture (`fallback`), or llama.cpp;
+    which of the first two is right for a model is found out when it is loaded. Where `documents` is set, this one
+    encodes queries only. `gate` says in mode auto which queries think.
     """
 
     model: Any
@@ -49,7 +50,7 @@ class Backbone:
     embed_token_id: int
     source: str
     files: ModelFiles | None = None
-    engine: Literal["fast", "fallback"] = "fast"
+    engine: Literal["fast", "fallback", "llama.cpp"] = "fast"
     documents: Backbone | None = None
     gate: Gate | None = None
 
@@ -58,10 +59,14 @@ class Backbone:
         self.prompt_encoder = PromptEncoder(
             self.tokenizer, self.settings.frames, self.embed_token_id, self.settings.max_length
         )
+
+    @cached_property
+    def _logit_scale(self) -> tuple[float, float | None]:
+        """The factor on logits, and what they are capped at."""
         config = self.model.config.get_text_config()
         factors = {name: getattr(config, name, None) or 1.0 for name in LOGIT_FACTORS}
-        self._logit_factor = math.prod(factors[name] ** power for name, power in LOGIT_FACTORS.items())
-        self._logit_cap = getattr(config, "final_logit_softcapping", None)
+        factor = math.prod(factors[name] ** power for name, power in LOGIT_FACTORS.items())
+        return factor, getattr(config, "final_logit_softcapping", None)
 
     @property
     def causal_lm(self) -> Any:
@@ -105,6 +110,11 @@ class Backbone:
         """The longest sequence the model was made for, in tokens; `NO_LIMIT` where it has none (states, ALiBi)."""
         return getattr(self.model.config.get_text_config(), "max_position_embeddings", None) or NO_LIMIT
 
+    @property
+    def most_rows(self) -> int:
+        """How many replies can be decoded at once."""
+        return NO_LIMIT
+
     def hidden_states(self, ids: Tensor | None, mask: Tensor | None, inputs: Tensor | None = None) -> Tensor:
         """Output of the final norm, `B x T x D`, where the output layer reads; of ids, or of inputs `B x T x D`.
 
@@ -130,9 +140,14 @@ class Backbone:
     def logits(self, hidden: Tensor) -> Tensor:
         """Next-token logits `... x V` for hidden states `... x D`, in float32, scaled and capped as the model does."""
         scores: Tensor = self.causal_lm.get_output_embeddings()(hidden).float()
-        if self._logit_factor != 1.0:
-            scores = scores * self._logit_factor
-        return scores if self._logit_cap is None else self._logit_cap * torch.tanh(scores / self._logit_cap)
+        factor, cap = self._logit_scale
+        if factor != 1.0:
+            scores = scores * factor
+        return scores if cap is None else cap * torch.tanh(scores / cap)
+
+    def vectors(self, states: Tensor) -> Tensor:
+        """Search embeddings `B x D` (float32, L2-normalised) of an engine's states at the embed token."""
+        return torch.nn.functional.normalize(states.float(), dim=-1)
 
     def embed(self, sequences: Sequence[Sequence[int]]) -> Tensor:
         """Vectors `B x D` (float32, L2-normalised) of sequences that end with the embed token, with gradients."""
@@ -219,10 +234,7 @@ class Backbone:
 
     def save_settings(self, folder: Path, *, has_queries: bool) -> None:
         """Write `search_r3.json`, which also says whether the folder has a query side of its own."""
-        more = ({} if self.trained else {"trained": False}) | ({"queries": QUERIES} if has_queries else {})
-        mode: dict[str, Any] = {} if self.settings.mode == "reason" else {"mode": self.settings.mode}
-        mode |= {"latent_steps": self.settings.latent_steps} if self.settings.latent_steps else {}
-        write_json(folder / SETTINGS_FILE, self.settings.model_dump() | mode | more)
+        write_json(folder / SETTINGS_FILE, settings_record(self.settings, has_queries=has_queries))
 
 
 def in_parallel(

@@ -132,7 +132,7 @@ def _vectors(
     start = len(engine.beginning)
     for batch in length_batches([sequence[start:] for sequence in sequences], *limits):
         hidden = engine.encode([sequences[i] for i in batch])
-        vectors[batch] = torch.nn.functional.normalize(hidden.float(), dim=-1).cpu().numpy()
+        vectors[batch] = backbone.vectors(hidden).cpu().numpy()
         if progress is not None:
             progress(len(batch), sum(len(sequences[i]) for i in batch))
     return vectors

@@ -31,6 +31,8 @@ class SearchR3(PlainModes):
         device: `cpu`, `cuda`, `mps`, ...; by default a GPU where there is one.
         dtype: `float32`, `bfloat16`, `float16` (or `fp32`, `bf16`, `fp16`, or torch's own); `auto`: bfloat16 on CUDA,
             else float32.
+        backend: what computes: `torch`, or `llama.cpp` with a GGUF file that `search-r3 export --gguf` wrote, for one
+            query at a time on a CPU (docs/laptop.md; extra `llamacpp`).
         settings: wording and limits in place of all that are saved with the model.
         prompts: wording in place of the saved one: a name of `PROMPT_SETS`, or a `PromptSet`.
         max_length: in place of the saved limit: the longest prompt, in tokens.
@@ -38,7 +40,8 @@ class SearchR3(PlainModes):
         revision: branch, tag or commit on the hub.
         truncate_dim: keep so many dimensions of a vector, the first ones (and normalise again); for models that stage 1
             trained with `sft.matryoshka_dimensions`.
-        model_kwargs: more for transformers' `from_pretrained`: `device_map`, `quantization_config`, ...
+        model_kwargs: more for transformers' `from_pretrained`: `device_map`, `quantization_config`, ...; for llama.cpp
+            `n_threads`, `n_parallel`, `n_gpu_layers`.
         tokenizer_kwargs: more for that of the tokenizer.
         cache_folder: of the hub's files; by default the hub library's own.
         token: for the hub; by default the one that is logged in.

@@ -91,7 +91,7 @@ def export_sentence_transformers(backbone: Backbone, folder: str | Path, dtype: 
     if backbone.documents is not None:
         sides = {"query": merged_queries(backbone), "document": backbone.documents}
     for side in sides.values():
-        _check_exportable(side, Path(folder))
+        check_exportable(side, Path(folder))
     check_replaceable(Path(folder), ("modules.json",))
     frames = {name: backbone.prompt_encoder.frame(kind) for name, kind in _KINDS.items()}
     suffix = frames["query"][1]
@@ -109,12 +109,17 @@ def export_sentence_transformers(backbone: Backbone, folder: str | Path, dtype: 
         _write_settings(out, backbone, prompts, list(sides))
 
 
-def _check_exportable(backbone: Backbone, folder: Path) -> None:
+def check_exportable(backbone: Backbone, target: Path) -> None:
+    """Refuse unmerged adapters, and to write over the model itself.
+
+    Raises:
+        ModelError: it is so.
+    """
     if hasattr(backbone.model, "peft_config"):
         raise ModelError("the model has unmerged adapters (LoRA); call its merge_and_unload() and export the result")
     source = Path(backbone.source)
-    if source.exists() and source.resolve().is_relative_to(folder.resolve()):
-        raise ModelError(f"an export to {folder} would replace the model in {source}; give another folder")
+    if source.exists() and source.resolve().is_relative_to(target.resolve()):
+        raise ModelError(f"an export to {target} would replace the model in {source}; give another folder")
 
 
 def _special_names(backbone: Backbone) -> dict[int, str]:

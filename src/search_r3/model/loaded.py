@@ -13,7 +13,7 @@ import torch
 
 from ..errors import ConfigError, ModelError
 from .backbone import Backbone
-from .loading import load_backbone
+from .loading import Backend, load_backbone
 from .prompts import PromptSet
 from .settings import EmbeddingSettings
 
@@ -53,6 +53,7 @@ class LoadedModel:
         *,
         device: str | torch.device | None = None,
         dtype: str | torch.dtype = "auto",
+        backend: Backend = "torch",
         settings: EmbeddingSettings | None = None,
         prompts: str | PromptSet | None = None,
         max_length: int | None = None,
@@ -81,6 +82,7 @@ class LoadedModel:
                 max_new_tokens=max_new_tokens,
                 dtype=dtype,
                 device=device,
+                backend=backend,
                 revision=revision,
                 model_kwargs=model_kwargs,
                 tokenizer_kwargs=tokenizer_kwargs,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from importlib import import_module
@@ -16,13 +16,16 @@ from ..errors import ConfigError, MissingExtraError, ModelError
 from ..extras import extra
 from .backbone import Backbone, without_bars
 from .checks import BaseFacts, check_backbone
+from .llamacpp.backbone import BACKEND, load_llamacpp
+from .llamacpp.metadata import mend_config, tokenizer_in
 from .modes.auto import fitting_gate
 from .precision import torch_device, torch_dtype
 from .prompts import EMBED_TOKEN, PromptSet
-from .settings import SETTINGS_FILE, EmbeddingSettings, choose_settings, read_settings, with_frames
+from .settings import SETTINGS_FILE, EmbeddingSettings, choose_settings, with_frames
 from .source import ADAPTER_CONFIG, CONFIG, TOKENIZER, HubOptions, ModelFiles, check_whole, find_files
 from .templates import ChatTemplate
 
+Backend = Literal["torch", "llama.cpp"]
 EmbedStart = Literal["mean", "end_of_turn"]
 """Where the row of an embed token that the model lacks starts."""
 _OURS = (
@@ -47,6 +50,7 @@ def load_backbone(
     max_new_tokens: int | None = None,
     dtype: str | torch.dtype = "auto",
     device: str | torch.device | None = None,
+    backend: Backend = "torch",
     embed_start: EmbedStart = "mean",
     model_kwargs: Mapping[str, Any] | None = None,
     tokenizer_kwargs: Mapping[str, Any] | None = None,
@@ -68,6 +72,7 @@ def load_backbone(
         max_new_tokens: in place of the saved budget.
         dtype: precision of the weights (`torch_dtype`); `auto` leaves quantised weights as they are.
         device: where the weights go; by default a GPU where there is one.
+        backend: what computes: torch, or llama.cpp, see `load_llamacpp`.
         embed_start: the row of an embed token that the model lacks: the mean of all rows, or the end of turn's.
         model_kwargs: more for transformers' `from_pretrained`: `device_map`, `quantization_config`, ...
         tokenizer_kwargs: more for that of the tokenizer.
@@ -78,20 +83,30 @@ def load_backbone(
         ConfigError: an unknown dtype or device, unknown prompts, limits that do not fit into the model's context, or an
             argument that `model_kwargs` cannot hold.
     """
+    changes = {"prompts": prompts, "max_length": max_length, "max_new_tokens": max_new_tokens}
+    if backend == BACKEND:
+        return load_llamacpp(source, settings, changes, dtype, device, model_kwargs, tokenizer_kwargs, **hub)
+    if backend != "torch":
+        raise ConfigError(f"backend={backend!r}: expected 'torch' or {BACKEND!r}")
     place = torch_device(device)
     more = _checked(model_kwargs, "model_kwargs"), _checked(tokenizer_kwargs, "tokenizer_kwargs")
     files, precision = find_files(source, **hub), torch_dtype(dtype, place)
-    has_settings = settings is not None or (files.folder_of(SETTINGS_FILE) / SETTINGS_FILE).is_file()
-    changes = {"prompts": prompts, "max_length": max_length, "max_new_tokens": max_new_tokens}
+    saved = files.settings()
     with without_bars():
-        model, tokenizer = _load_parts(files, precision, dtype == "auto", has_settings, *more)
-        settings, embed_token_id = _settle(files, model, tokenizer, settings, changes, embed_start)
+        model, tokenizer = _load_parts(files, precision, dtype == "auto", (settings or saved) is not None, *more)
+        settings, embed_token_id = _settle(files, model, tokenizer, saved, settings, changes, embed_start)
         models = [model]
         if files.queries is not None:
             models.append(_query_model(files.queries, model, precision, dtype == "auto", more[0]))
     for one in models:
         _put_on(place, one, has_map="device_map" in more[0])
-    sides = [Backbone(one.eval(), tokenizer, settings, embed_token_id, files.name, files) for one in models]
+    return _as_one([Backbone(one.eval(), tokenizer, settings, embed_token_id, files.name, files) for one in models])
+
+
+def _as_one(sides: Sequence[Backbone]) -> Backbone:
+    """A loaded model of one side, or of documents and queries, after its checks."""
+    files = sides[0].files
+    assert files is not None
     for side in sides:
         check_backbone(side)
     if facts := BaseFacts.read(files):
@@ -182,6 +197,8 @@ def _load_tokenizer(files: ModelFiles, more: Mapping[str, Any]) -> Any:
     for path in filter(Path.is_file, (files.folder / name for name in TOKENIZER)):
         check_whole(path)
     with _one_line(f"cannot load a tokenizer from {files.name}"):
+        if (whole := tokenizer_in(files.metadata, **more)) is not None:
+            return whole
         # The configuration is read for the name: of some models of the hub transformers knows that theirs is wrong.
         config = {} if files.gguf or not (files.folder / CONFIG).is_file() else {"config": _config(files)}
         tokenizer = transformers.AutoTokenizer.from_pretrained(
@@ -198,6 +215,7 @@ def _config(files: ModelFiles) -> Any:
     files.json(CONFIG)
     config = transformers.AutoConfig.from_pretrained(files.folder, **_gguf(files), trust_remote_code=False)
     config.name_or_path = files.name
+    mend_config(config, files.metadata)
     return config
 
 
@@ -323,12 +341,12 @@ def _settle(
     files: ModelFiles,
     model: Any,
     tokenizer: Any,
+    saved: EmbeddingSettings | None,
     settings: EmbeddingSettings | None,
     overrides: Mapping[str, Any],
     start: EmbedStart,
 ) -> tuple[EmbeddingSettings, int]:
     """The settings with their frames, and the id of the embed token; that and the padding token are seen to."""
-    saved = read_settings(files.folder_of(SETTINGS_FILE))
     settings = choose_settings(files.name, model.config, tokenizer, saved=saved, settings=settings, **overrides)
     trained = settings.embed_token in tokenizer.get_vocab() and (saved is None or saved.trained)
     eos = getattr(model.generation_config, "eos_token_id", None)  # one id, several or none

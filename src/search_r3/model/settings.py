@@ -56,13 +56,34 @@ def read_settings(folder: Path) -> EmbeddingSettings | None:
     file = folder / SETTINGS_FILE
     if not file.is_file():
         return None
+    return parse_settings(file.read_bytes(), str(file))
+
+
+def parse_settings(text: str | bytes, place: str) -> EmbeddingSettings:
+    """Settings as `settings_record` writes them.
+
+    Args:
+        text: JSON, in UTF-8.
+        place: where they are saved, for messages.
+
+    Raises:
+        ModelError: they are not usable.
+    """
     try:
-        saved = json.loads(file.read_text(encoding="utf-8"))
+        saved = json.loads(text)
         settings = EmbeddingSettings.model_validate(saved)
     except ValueError as error:  # of pydantic, JSON or UTF-8
-        raise ModelError(f"{file}: not usable as model settings: {str(error).splitlines()[0]}") from error
+        raise ModelError(f"{place}: not usable as model settings: {str(error).splitlines()[0]}") from error
     # Without them it was trained with what version 0.1 rendered.
     return settings if "template_arguments" in saved else settings.model_copy(update={"template_arguments": None})
+
+
+def settings_record(settings: EmbeddingSettings, *, has_queries: bool) -> dict[str, Any]:
+    """Settings as they are saved with a model, which may have a query side of its own."""
+    more = ({} if settings.trained else {"trained": False}) | ({"queries": QUERIES} if has_queries else {})
+    mode: dict[str, Any] = {} if settings.mode == "reason" else {"mode": settings.mode}
+    mode |= {"latent_steps": settings.latent_steps} if settings.latent_steps else {}
+    return settings.model_dump() | mode | more
 
 
 def choose_settings(

@@ -20,8 +20,9 @@ from typing import Any, TypedDict, Unpack
 
 from ..errors import ModelError
 from ..files import hash_file, hash_folder, must_be_path
+from .llamacpp.metadata import Lookup, check_one_file, queries_file, read_metadata, settings_in
 from .modes.gate import GATE_FILE
-from .settings import QUERIES, SETTINGS_FILE
+from .settings import QUERIES, SETTINGS_FILE, EmbeddingSettings, read_settings
 
 CONFIG, ADAPTER_CONFIG = "config.json", "adapter_config.json"
 _WEIGHTS, _ADAPTER_WEIGHTS = "model.safetensors", "adapter_model.safetensors"
@@ -80,8 +81,9 @@ class ModelFiles:
     def revision(self) -> str:
         """What names this state: the commit on the hub, or the SHA-256 of the files; of adapters with their base's."""
         if self.gguf is not None:  # a commit may hold several
-            own, settings = hash_file(self.folder / self.gguf), self.folder / SETTINGS_FILE
-            return f"{own}+{hash_file(settings)}" if settings.is_file() else own
+            files = [self.folder / self.gguf, self.folder / SETTINGS_FILE]
+            files += [] if self.queries is None else [self.folder / str(self.queries.gguf)]
+            return "+".join(hash_file(file) for file in files if file.is_file())
         own = self.commit or hash_folder(self.folder)
         return own if self.base is None else f"{own}+{self.base.revision}"
 
@@ -89,6 +91,22 @@ class ModelFiles:
     def has_tokenizer(self) -> bool:
         """Whether a tokenizer is among the files."""
         return self.gguf is not None or any((self.folder / name).is_file() for name in TOKENIZER)
+
+    @cached_property  # a vocabulary takes seconds to read
+    def metadata(self) -> Lookup:
+        """What the GGUF file says beside its weights; nothing where there is no such file."""
+        return (lambda key: None) if self.gguf is None else read_metadata(self.folder / self.gguf, self.name)
+
+    def settings(self) -> EmbeddingSettings | None:
+        """The settings that are saved with the model; None where there are none.
+
+        Raises:
+            ModelError: they are not usable.
+        """
+        saved = settings_in(self.metadata, self.name) or read_settings(self.folder_of(SETTINGS_FILE))
+        if self.gguf is not None and self.queries is None and saved is not None:
+            check_one_file(saved, self.gguf, self.name)
+        return saved
 
     def folder_of(self, name: str) -> Path:
         """The folder that holds a file of that name, or may: adapters lean on their base for what they lack."""
@@ -159,7 +177,10 @@ def find_files(source: str | Path, **hub: Unpack[HubOptions]) -> ModelFiles:
         hint = f"; there is a model in {found.folder / inside[0]}" if inside else ""
         raise ModelError(f"{name} is no model directory: config.json is missing{hint}")
     _check_weights(found)
-    if found.base is None and found.gguf is None and found.json(SETTINGS_FILE).get("queries") is not None:
+    if found.gguf is not None:
+        if (found.folder / queries_file(found.gguf)).is_file():
+            found = replace(found, queries=replace(found, gguf=queries_file(found.gguf)))
+    elif found.base is None and found.json(SETTINGS_FILE).get("queries") is not None:
         found = replace(found, queries=_queries_of(found, hub))
     return found
 
@@ -267,7 +288,7 @@ def _fetched(name: str, hub: HubOptions) -> ModelFiles:
     parts = name.split("/")
     if name.endswith(".gguf"):
         repository, file = "/".join(parts[:2]), "/".join(parts[2:])
-        folder = _snapshot(repository, [file], hub)
+        folder = _snapshot(repository, [file, queries_file(file)], hub)
         path = folder / file
         if not path.is_file():
             raise ModelError(f"{repository} holds no {file}, or the cache does not and the hub was not asked")

@@ -80,6 +80,7 @@ class EngineThread:
         # The thread's own.
         self._jobs: dict[Kind, list[Job]] = {"direct": [], "reason": [], "document": []}
         self._decoder = Decoder(backbone, slots)
+        self.slots = self._decoder.slots
         self._tickets: dict[int, Row] = {}
         self._suspects: list[list[Row]] = []
         self._encoders: dict[Kind, Engine] = {}
@@ -345,7 +346,7 @@ class EngineThread:
                 engine.share(before)
             self._encoders[kind] = engine
         hidden = self._encoders[kind].encode([row.prompt.ids for row in rows])
-        vectors: Array = torch.nn.functional.normalize(hidden.float(), dim=-1).cpu().numpy()
+        vectors: Array = side.vectors(hidden).cpu().numpy()
         return vectors
 
     def _done(self, row: Row, embedded: Embedded) -> None:

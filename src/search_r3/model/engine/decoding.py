@@ -16,7 +16,6 @@ from dataclasses import dataclass, field
 from itertools import islice
 
 import torch
-import torch.nn.functional as F  # noqa: N812 - its usual name
 from torch import Tensor
 
 from ...errors import ModelError
@@ -119,7 +118,7 @@ class Decoder:
 
     Args:
         backbone: the model; its weights must not change while requests are in work.
-        slots: how many replies are decoded at once.
+        slots: how many replies are decoded at once, or fewer where the model has room for no more.
 
     Example:
         >>> from search_r3 import SearchR3
@@ -134,7 +133,7 @@ class Decoder:
     def __init__(self, backbone: Backbone, slots: int = 128) -> None:
         if slots < 1:
             raise ValueError(f"slots={slots}: expected at least 1")
-        self.backbone, self.slots = backbone, slots
+        self.backbone, self.slots = backbone, min(slots, backbone.most_rows)
         self._engine = make_engine(backbone)
         self._waiting: deque[_Row] = deque()
         self._rows: list[_Row] = []  # as the engine numbers them
@@ -323,7 +322,7 @@ class Decoder:
     def _finish(self, rows: list[_Row], hidden: Tensor) -> list[tuple[int, Rollout]]:
         if not rows:
             return []
-        vectors = F.normalize(hidden.float(), dim=-1).cpu()  # all at once
+        vectors = self.backbone.vectors(hidden).cpu()  # all at once
         decode = self.backbone.prompt_encoder.decode
         return [
             (

@@ -1,4 +1,4 @@
-"""What computes hidden states for encoding and decoding: one interface, and the two that have it.
+"""What computes hidden states for encoding and decoding: one interface, and the three that have it.
 
 Shapes: `B` sequences, `D` hidden size.
 """
@@ -11,6 +11,8 @@ from typing import Protocol
 from torch import Tensor
 
 from ..backbone import Backbone
+from ..llamacpp.backbone import LlamaCppBackbone
+from ..llamacpp.engine import LlamaCppEngine
 from .fallback import FallbackEngine
 from .slots import SlotEngine
 
@@ -18,7 +20,8 @@ from .slots import SlotEngine
 class Engine(Protocol):
     """Computes sequences whole, and rows in work, numbered from 0, one token at a time.
 
-    All its states are outputs of the final norm, where the output layer and the vectors read.
+    All its states are outputs of the final norm, where the output layer and the vectors read; what they give tell
+    `Backbone.logits` and `Backbone.vectors`.
     """
 
     beginning: tuple[int, ...]
@@ -59,4 +62,6 @@ class Engine(Protocol):
 
 def make_engine(backbone: Backbone) -> Engine:
     """The engine that was found right for this model when it was loaded."""
+    if isinstance(backbone, LlamaCppBackbone):
+        return LlamaCppEngine(backbone)
     return SlotEngine(backbone) if backbone.engine == "fast" else FallbackEngine(backbone)

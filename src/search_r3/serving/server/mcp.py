@@ -25,7 +25,6 @@ from .search import answered
 from .service import Service
 
 with extra("serve"):
-    import anyio
     from mcp.server import MCPServer
     from mcp.server.mcpserver import Context
     from mcp.server.mcpserver.exceptions import ToolError
@@ -151,10 +150,12 @@ class _Loading:
     @asynccontextmanager
     async def session(self, _: MCPServer[Any]) -> AsyncIterator[None]:
         """Around all that is asked."""
-        async with anyio.create_task_group() as tasks:
-            if not self._made.done():
-                tasks.start_soon(run_in_threadpool, self._load)
+        loading = None if self._made.done() else asyncio.ensure_future(run_in_threadpool(self._load))
+        try:
             yield
+        finally:
+            if loading is not None:
+                await loading
 
     def _load(self) -> None:
         assert not isinstance(self._make, Service)
