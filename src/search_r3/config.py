@@ -370,7 +370,9 @@ class Recipe(Section):
 
     def stage(self, name: str) -> SFTSettings | GRPOSettings | DistillSettings:
         """The section of a stage: `sft`, `grpo` or `distill`."""
-        return {"sft": self.sft, "grpo": self.grpo, "distill": self.distill}[name]
+        stages: dict[str, SFTSettings | GRPOSettings | DistillSettings]
+        stages = {"sft": self.sft, "grpo": self.grpo, "distill": self.distill}
+        return stages[name]
 
 
 def load_recipe(path: str | Path | None, overrides: Sequence[str] = ()) -> Recipe:
