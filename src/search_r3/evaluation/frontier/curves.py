@@ -105,15 +105,14 @@ def at_cost(points: Sequence[Point], tokens: float, name: str) -> Point | None:
 def equal_cost_tests(
     pair: Pair, points: Sequence[Point], place: tuple[str, str], permutations: int, seed: int
 ) -> list[dict[str, Any]]:
-    """Each point against thinking at random at exactly its tokens; auto as it was measured also against other families.
+    """Each point against thinking at random at exactly its tokens; auto as it was measured also against cut reasoning.
 
     Returns:
         Records of `significance.Comparison` with `tokens`; Holm's correction is over all of them.
     """
     rivals = {"random": [pair.direct, pair.reason]}
-    for family, ends in (("budget", [pair.direct]), ("samples", [pair.direct, pair.reason])):
-        if members := [point for point in points if point.family == family]:
-            rivals[family] = [*ends, *members]
+    if budgets := [point for point in points if point.family == "budget"]:
+        rivals["budget"] = [pair.direct, *budgets, pair.reason]
     rows: list[tuple[Point, Point, float]] = []
     for point in points:
         if point.family in ("direct", "reason", "oracle"):
