@@ -33,7 +33,7 @@ class DistillSettings(DevSettings):
 
     steps: int = Field(300, ge=1, description="Optimizer steps.")
     batch_size: int = Field(48, ge=1, description="Queries per step.")
-    learning_rate: float = Field(3e-4, gt=0, description="Peak rate; linear warm-up, cosine to 0.")
+    learning_rate: float = Field(1e-3, gt=0, description="Peak rate; linear warm-up, cosine to 0.")
     warmup_steps: int = Field(10, ge=0, description="Steps of linear warm-up.")
     max_grad_norm: float = Field(1.0, gt=0, description="Gradients are clipped to this norm.")
     weight_decay: float = Field(0.0, ge=0, description="AdamW's, as in stage 1.")
