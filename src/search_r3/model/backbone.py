@@ -22,6 +22,7 @@ from torch import Tensor
 
 from ..errors import ConfigError
 from ..files import atomic_directory, check_replaceable, write_json
+from .engine.prefixes import KeptPrefixes
 from .modes.gate import Gate
 from .precision import torch_dtype
 from .prompts import PromptEncoder
@@ -59,6 +60,7 @@ class Backbone:
         self.prompt_encoder = PromptEncoder(
             self.tokenizer, self.settings.frames, self.embed_token_id, self.settings.max_length
         )
+        self.prefixes = KeptPrefixes()
 
     @cached_property
     def _logit_scale(self) -> tuple[float, float | None]:
@@ -170,7 +172,7 @@ class Backbone:
         """This model for each of the devices: itself where it is, copies elsewhere.
 
         Raises:
-            ConfigError: it is quantised or has a map of devices, and cannot be copied elsewhere.
+            ConfigError: it is quantised, packed or has a map of devices, and cannot be copied elsewhere.
         """
         sides = [self.model] if self.documents is None else [self.model, self.documents.model]
         models = []
@@ -178,9 +180,11 @@ class Backbone:
             if device.type == self.device.type and device.index in (None, self.device.index):
                 models.append(self)
                 continue
-            if any(getattr(self.causal_lm, name, None) for name in ("hf_device_map", "quantization_method")):
+            bound = "hf_device_map", "quantization_method", "is_packed"
+            if any(getattr(self.causal_lm, name, None) for name in bound):
                 raise ConfigError(
-                    f"{self.source} is quantised or has a device_map, and stays where it is; leave device={device} out"
+                    f"{self.source} is quantised, packed for this CPU or has a device_map, and stays where it is; "
+                    f"leave device={device} out"
                 )
             memo: dict[int, Any] = {}  # so that weights go there at once, and those that both sides share stay one
             for side in sides:

@@ -66,7 +66,7 @@ def encode_stream(
     while block := list(islice(source, window)):
         prompts = backbone.prompt_encoder.encode_batch(block, kind, instruction)
         prefix = backbone.prompt_encoder.prefix_of(prompts[0].ids)  # a bare template may have nothing before a text
-        if prefix and not engine.beginning and len(block) > 1:
+        if prefix and not engine.beginning and (len(block) > 1 or backbone.prefixes.keeps):
             with torch.inference_mode():
                 engine.share(prefix)
         limits = batch_tokens, batch_size or len(block)

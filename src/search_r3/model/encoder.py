@@ -30,7 +30,7 @@ class SearchR3(PlainModes):
             `"builtin"` for its small base model.
         device: `cpu`, `cuda`, `mps`, ...; by default a GPU where there is one.
         dtype: `float32`, `bfloat16`, `float16` (or `fp32`, `bf16`, `fp16`, or torch's own); `auto`: bfloat16 on CUDA,
-            else float32.
+            else float32. On a CPU float16 is weights of 16 bits under float32 arithmetic where there is such (`pack`).
         backend: what computes: `torch`, or `llama.cpp` with a GGUF file that `search-r3 export --gguf` wrote, for one
             query at a time on a CPU (docs/laptop.md; extra `llamacpp`).
         settings: wording and limits in place of all that are saved with the model.

@@ -16,6 +16,7 @@ from ..errors import ConfigError, MissingExtraError, ModelError
 from ..extras import extra
 from .backbone import Backbone, without_bars
 from .checks import BaseFacts, check_backbone
+from .engine.packed import pack
 from .llamacpp.backbone import BACKEND, load_llamacpp
 from .llamacpp.metadata import mend_config, tokenizer_in
 from .modes.auto import fitting_gate
@@ -98,8 +99,7 @@ def load_backbone(
         models = [model]
         if files.queries is not None:
             models.append(_query_model(files.queries, model, precision, dtype == "auto", more[0]))
-    for one in models:
-        _put_on(place, one, has_map="device_map" in more[0])
+    _put_on(place, models, precision, has_map="device_map" in more[0])
     return _as_one([Backbone(one.eval(), tokenizer, settings, embed_token_id, files.name, files) for one in models])
 
 
@@ -115,14 +115,18 @@ def _as_one(sides: Sequence[Backbone]) -> Backbone:
     return replace(asked, gate=fitting_gate(asked, files.folder))
 
 
-def _put_on(place: torch.device, model: Any, has_map: bool) -> None:
+def _put_on(place: torch.device, models: Sequence[Any], dtype: torch.dtype, has_map: bool) -> None:
     """Move the weights there; quantised ones, and those with a map, are where they belong."""
     if place.type == "cuda":
         # On Hopper and Blackwell torch prefers cuDNN's attention, which builds a plan for every new shape, some tenths
         # of a second each (torch 2.11). Here every decoding step and nearly every batch has a new one.
         torch.backends.cuda.enable_cudnn_sdp(False)
-    if not (has_map or getattr(model, "quantization_method", None)):
-        model.to(place)
+    has_adapters = any(hasattr(model, "get_base_model") for model in models)  # beside weights that both sides share
+    for model in models:
+        if not (has_map or getattr(model, "quantization_method", None)):
+            model.to(place)
+            if place.type == "cpu" and dtype == torch.float16 and not has_adapters:
+                pack(model)
 
 
 def _checked(more: Mapping[str, Any] | None, name: str) -> Mapping[str, Any]:

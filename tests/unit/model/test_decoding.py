@@ -108,6 +108,7 @@ def test_one_long_reply_does_not_hold_up_the_others(quiet: Backbone) -> None:
 
 
 def test_a_token_is_computed_once_and_the_vector_needs_no_second_pass(quiet: Backbone) -> None:
+    quiet.prefixes.stop()
     counts = computed_tokens(quiet)
     ids = prompt(quiet, 0)
     [rollout] = Decoder(quiet).run([DecodeRequest(ids, 7)])
@@ -186,6 +187,7 @@ def test_streaming_gives_the_same_query_in_pieces(model: SearchR3) -> None:
 
 
 def test_closing_a_stream_stops_the_model(model: SearchR3) -> None:
+    model.backbone.prefixes.stop()
     counts = computed_tokens(model.backbone)
     stream = model.stream_query(TEXTS[0], max_new_tokens=40, sampling_temperature=1.0, seed=3)
     next(stream)

@@ -80,6 +80,16 @@ def test_a_model_that_looks_ahead_keeps_its_mask(tmp_path: Path, tokenizer: Any)
     assert Policy(backbone).needs_mask
 
 
+def test_what_trains_keeps_nothing_of_its_prompts_between_calls(tmp_path: Path, tiny_path: Path) -> None:
+    recipe = load_recipe(None, [f"run_dir={tmp_path}"])
+    model = SearchR3(tiny_path, device="cpu")
+    assert model.backbone.prefixes.keeps
+    make_engine(model, recipe, recipe.sft)
+    model.encode_query("red house", "direct")
+    assert not model.backbone.prefixes.keeps
+    assert not model.backbone.prefixes._kept
+
+
 def test_the_reference_of_a_kl_takes_no_mask_either(
     tmp_path: Path, tiny_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

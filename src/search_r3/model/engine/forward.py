@@ -122,7 +122,7 @@ def _drive(base: Any, hidden: Tensor, positions: Tensor, last: Tensor, attention
         normed = _norm(layer.input_layernorm, hidden)
         key = _heads(block, "k", normed, rotation)
         value = _heads(block, "v", normed, None)
-        if number == final:
+        if number == final and ids.shape[1] > 1:
             # Nobody reads the other positions of the last layer: they give keys and values and are dropped.
             normed, hidden = normed[rows, last].unsqueeze(1), hidden[rows, last].unsqueeze(1)
             rotation = tuple(part[rows, last].unsqueeze(1) for part in rotation)
@@ -157,9 +157,8 @@ def _heads(block: Any, name: str, hidden: Tensor, rotation: tuple[Tensor, ...] |
 
 
 def _linear(layer: Any, values: Tensor) -> Tensor:
-    rows = values.shape[:-1].numel()
     plain = type(layer) is torch.nn.Linear and values.device.type == "cpu" and values.dtype == torch.float32
-    if not plain or rows not in _FEW_ROWS:
+    if not plain or (rows := values.shape[:-1].numel()) not in _FEW_ROWS:
         result: Tensor = layer(values)
         return result
     product: Tensor = (layer.weight @ values.reshape(rows, -1).T).T

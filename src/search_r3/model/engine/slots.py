@@ -47,7 +47,7 @@ class SlotEngine:
     def share(self, ids: Sequence[int]) -> None:
         """See `Engine`."""
         self.beginning = tuple(ids)
-        self._prefixes[self.beginning] = compute_prefix(self.model, ids)
+        self._prefixes[self.beginning] = self._prefix(self.beginning)
 
     def encode(self, sequences: Sequence[Sequence[int]]) -> Tensor:
         """See `Engine`."""
@@ -72,11 +72,14 @@ class SlotEngine:
         return torch.stack([self._prompts[ids].hidden for ids in prompts])
 
     def _prefix_of(self, ids: tuple[int, ...], company: int) -> Prefix | None:
-        """The template before the text, computed when a second prompt can use it."""
+        """The template before the text, computed when another prompt can use it, of this call or of a later one."""
         template = self.backbone.prompt_encoder.prefix_of(ids)
-        if template and template not in self._prefixes and company > 1:
-            self._prefixes[template] = compute_prefix(self.model, template)
+        if template and template not in self._prefixes and (company > 1 or self.backbone.prefixes.keeps):
+            self._prefixes[template] = self._prefix(template)
         return self._prefixes.get(template) if len(template) < len(ids) else None
+
+    def _prefix(self, ids: tuple[int, ...]) -> Prefix:
+        return self.backbone.prefixes.get(self.model, ids, lambda: compute_prefix(self.model, ids))
 
     def admit(self, prompts: Sequence[tuple[int, ...]]) -> None:
         """See `Engine`."""
