@@ -122,7 +122,7 @@ def _drive(base: Any, hidden: Tensor, positions: Tensor, last: Tensor, attention
         normed = _norm(layer.input_layernorm, hidden)
         key = _heads(block, "k", normed, rotation)
         value = _heads(block, "v", normed, None)
-        if number == final and ids.shape[1] > 1:
+        if number == final and hidden.shape[1] > 1:
             # Nobody reads the other positions of the last layer: they give keys and values and are dropped.
             normed, hidden = normed[rows, last].unsqueeze(1), hidden[rows, last].unsqueeze(1)
             rotation = tuple(part[rows, last].unsqueeze(1) for part in rotation)
