@@ -24,6 +24,7 @@ STAGES = {
         "grpo.embedding_loss_weight=0.3", "grpo.kl_coefficient=0.1", "grpo.evaluate_every=2",
         "grpo.refresh={policy: selective, depth: 3, neighbours: 3, max_documents: 12}",
     ],
+    "distill": ["distill.steps=2", "distill.batch_size=5", "distill.depth=3", "distill.evaluate_every=2"],
 }  # fmt: skip
 COMMON = ["max_length=120", "max_new_tokens=16", "save_every=1000"]
 
@@ -32,6 +33,7 @@ def train(stage: str, folder: Path, base: str, collection: str, options: list[st
     """Run one stage; the gradients of each step by name (summed over the processes), the metrics, the weights."""
     from search_r3.config import load_recipe
     from search_r3.training import engine, grpo, sft
+    from search_r3.training.modes import distill
 
     where = [f"run_dir={folder}", f"base={base}", f"collection={collection}"]
     recipe = load_recipe(None, [*COMMON, *STAGES[stage], *where, *options])
@@ -50,7 +52,10 @@ def train(stage: str, folder: Path, base: str, collection: str, options: list[st
     engine.Engine.step = keep
     sft.ROWS_AT_A_TIME = 4  # a tiny batch has several blocks of rows, too
     try:
-        result = sft.train_sft(recipe) if stage == "sft" else grpo.train_grpo(recipe, model=base)
+        if stage == "distill":
+            result = distill.train_distill(base, recipe)
+        else:
+            result = sft.train_sft(recipe) if stage == "sft" else grpo.train_grpo(recipe, model=base)
     finally:
         engine.Engine.step = step
     return {"gradients": gradients, "metrics": result.log_history, "path": str(result.model_path)}

@@ -25,6 +25,7 @@ _PUBLIC = {
     "load_recipe": "config",
     "train_sft": "training.sft",
     "train_grpo": "training.grpo",
+    "train_distill": "training.modes.distill",
     "TrainingResult": "training.session",
     "SearchR3Error": "errors",
 }

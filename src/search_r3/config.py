@@ -13,6 +13,7 @@ import yaml
 from pydantic import Field, model_validator
 
 from .loader import Section, load_settings
+from .sections import DevSettings, DistillSettings
 
 
 class BaseModelSettings(Section):
@@ -26,25 +27,6 @@ class BaseModelSettings(Section):
     hidden_size: int = Field(192, ge=64, description="D, a multiple of 64.")
     layers: int = Field(2, ge=1, description="Transformer blocks.")
     intermediate_size: int = Field(768, ge=32, description="Width of the MLP.")
-
-
-class DevSettings(Section):
-    """Evaluation on `evaluation.dev_split` while a stage trains."""
-
-    evaluate_every: int = Field(0, ge=0, description="Steps between evaluations on `evaluation.dev_split`; 0: none.")
-    keep: Literal["last", "best"] = Field(
-        "last", description="Model left: the last, or the best on dev in reason mode."
-    )
-    patience: int | None = Field(None, ge=1, description="Evaluations without a better one that stop it; null: never.")
-
-    @model_validator(mode="after")
-    def _need_evaluations(self) -> DevSettings:
-        if self.evaluate_every == 0 and (self.keep == "best" or self.patience is not None):
-            raise ValueError(
-                f"keep={self.keep}, patience={self.patience}, evaluate_every=0: nothing says what is best; raise "
-                "evaluate_every"
-            )
-        return self
 
 
 class SFTSettings(DevSettings):
@@ -114,6 +96,14 @@ class SFTSettings(DevSettings):
         description="Prefixes of the vector that L_InfoNCE and L_TripletMargin are taken of too; the losses of all "
         "sizes are averaged (arXiv 2205.13147).",
     )
+
+    latent_steps: int = Field(
+        0, ge=0, description="K, soft tokens that mode latent is trained with, beside the other modes; 0: it is not."
+    )
+    latent_objective: Literal["gircse", "laser"] = Field(
+        "laser", description="What the latent vectors learn from (docs/modes.md)."
+    )
+    latent_weight: float = Field(1.0, ge=0, description="Weight of the latent losses among the others.")
 
     @model_validator(mode="after")
     def _need_negatives(self) -> SFTSettings:
@@ -365,6 +355,7 @@ class Recipe(Section):
     base_model: BaseModelSettings = BaseModelSettings()
     sft: SFTSettings = SFTSettings()
     grpo: GRPOSettings = GRPOSettings()
+    distill: DistillSettings = DistillSettings()
     evaluation: EvaluationSettings = EvaluationSettings()
 
     @model_validator(mode="after")
@@ -376,6 +367,12 @@ class Recipe(Section):
                 "(adapters over frozen bfloat16 weights)"
             )
         return self
+
+    def stage(self, name: str) -> SFTSettings | GRPOSettings | DistillSettings:
+        """The section of a stage: `sft`, `grpo` or `distill`."""
+        stages: dict[str, SFTSettings | GRPOSettings | DistillSettings]
+        stages = {"sft": self.sft, "grpo": self.grpo, "distill": self.distill}
+        return stages[name]
 
 
 def load_recipe(path: str | Path | None, overrides: Sequence[str] = ()) -> Recipe:

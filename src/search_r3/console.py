@@ -116,6 +116,7 @@ LIVE_VALUES = {
     "info_nce": "info_nce",
     "reward": "reward",
     "share_ge_half": "share_ge_half",
+    "teacher_cosine": "teacher_cosine",
 }
 
 
@@ -282,7 +283,7 @@ def show_next(*words: str, extra: str = "") -> None:
         print(f"Next{needs}: {shlex.join([sys.argv[0], *words])}")
 
 
-STAGE_NAMES = {"sft": "stage 1", "grpo": "stage 2"}
+STAGE_NAMES = {"sft": "stage 1", "grpo": "stage 2", "distill": "distillation"}
 
 
 def show_plan(plan: MemoryPlan, base: str, gpu_bytes: float, remedy: str) -> None:

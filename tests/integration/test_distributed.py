@@ -199,3 +199,21 @@ def test_shards_of_a_query_side_are_written_whole(tmp_path: Path, stage_1: Path,
             assert saved.keys() == whole.keys()
             assert all(torch.allclose(saved[key], whole[key], atol=1e-6, rtol=0) for key in whole)
         assert hash_file(folders[0] / "model.safetensors") == hash_file(stage_1 / "model.safetensors")
+
+
+@pytest.mark.parametrize("kind", ["ddp", "fsdp2"])
+def test_soft_tokens_and_a_distillation_are_the_same_in_two_processes(
+    tmp_path: Path, tiny_path: Path, stage_1: Path, collection_path: Path, kind: str
+) -> None:
+    latent = ["sft.latent_steps=2", "sft.evaluate_every=0", "sft.keep=last"]
+    trainings = {
+        "laser": ("sft", str(tiny_path), latent),
+        "gircse": ("sft", str(tiny_path), [*latent, "sft.latent_objective=gircse", f"{MICRO}=3"]),
+        "distill": ("distill", str(stage_1), ["distill.micro_batch_size=2"]),
+        "bare": ("distill", str(stage_1), ["distill.target=vector", "distill.hold_weight=0", "distill.samples=2"]),
+    }
+    launch(tmp_path / kind, trainings, collection_path, **(FSDP2 if kind == "fsdp2" else {}))
+    for name, (stage, base, options) in trainings.items():
+        expected = train(stage, tmp_path / name, base, str(collection_path), options)
+        for rank in range(2):
+            check_same(torch.load(tmp_path / kind / f"{name}-{rank}.pt"), expected)

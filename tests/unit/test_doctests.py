@@ -44,6 +44,7 @@ MODULES = (
     "training.modes.logistic",
     "training.sft",
     "training.grpo",
+    "training.modes.distill",
     "config",
     "extras",
 )

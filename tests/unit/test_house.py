@@ -21,6 +21,7 @@ ROOMS = [
     "modes",
     "client",
     "loader",
+    "sections",
     "config",
     "parallel",
     "data",
@@ -38,7 +39,7 @@ ROOMS = [
     "console",
     "cli",
 ]
-LOOPS = {"train_sft": 150, "train_grpo": 150, "train_base": 150}
+LOOPS = {"train_sft": 150, "train_grpo": 150, "train_base": 150, "train_distill": 150}
 SOURCES = sorted(PACKAGE.rglob("*.py"))
 
 

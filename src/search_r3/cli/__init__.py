@@ -44,7 +44,7 @@ TERMINATED = 143
 PANELS = {
     "Start": ("quickstart", "fit"),
     "Search and serve": ("index", "search", "serve", "mcp", "encode"),
-    "Train": ("base", "plan", "sft", "probe", "best_of_n", "grpo", "gate"),
+    "Train": ("base", "plan", "sft", "probe", "best_of_n", "grpo", "distill", "gate"),
     "Measure": ("evaluate", "mteb", "report"),
     "Share": ("export", "push"),
 }

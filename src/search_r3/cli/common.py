@@ -59,6 +59,7 @@ class ModeName(StrEnum):
 
     direct = "direct"
     reason = "reason"
+    latent = "latent"
     auto = "auto"
 
 

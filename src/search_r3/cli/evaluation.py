@@ -35,7 +35,9 @@ Splits = Annotated[
     list[str] | None,
     typer.Option("--splits", help="Splits of collections, or `all`; by default test, else dev or train."),
 ]
-Modes = Annotated[list[ModeName] | None, typer.Option("--modes", help="`direct`, `reason` (both by default), `auto`.")]
+Modes = Annotated[
+    list[ModeName] | None, typer.Option("--modes", help="`direct`, `reason` (both by default), `latent`, `auto`.")
+]
 Instructions = Annotated[
     list[str] | None,
     typer.Option(

@@ -124,7 +124,9 @@ def search(
     collection: CollectionOption = None,
     mode: Annotated[
         ModeName | None,
-        typer.Option(help="Reason first, embed at once, or let the gate say; by default the model's own."),
+        typer.Option(
+            help="Reason first, in words or in soft tokens, embed at once, or let the gate say; by default the model's."
+        ),
     ] = None,
     k: Annotated[int, typer.Option("--top", "-k", min=1, help="Documents to show.")] = 5,
     index: Annotated[

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from .. import console
 from ..errors import ConfigError, MissingExtraError
-from .common import ManyValues, NewFolder, Overrides, RecipeOption, Resume, app, load_settings
+from .common import ManyValues, ModelArgument, NewFolder, Overrides, RecipeOption, Resume, app, load_settings
 
 if TYPE_CHECKING:
     from ..config import Recipe
@@ -110,3 +110,37 @@ def grpo(
             console.say(f"account of the live index: {account}")
     except MissingExtraError as error:  # the training is done and saved
         console.say(f"no plot of the account: {error}")
+
+
+@app.command()
+def distill(
+    model: ModelArgument, overrides: Overrides = None, recipe: RecipeOption = None, resume: Resume = False
+) -> None:
+    """Teach a model's direct vectors what its reasoning finds, into run_dir/distill/model (section distill).
+
+    It needs queries, and no judgements. Documents stay as they are, so an index of MODEL stays valid.
+
+    Example: search-r3 distill runs/quickstart/model collection=atlas run_dir=runs/distilled
+    """
+    from ..training.modes.distill import train_distill
+
+    settings = load_settings(recipe, overrides)
+    with console.live() as live:
+        result = train_distill(model, settings, callbacks=[live], resume=resume)
+    console.say(f"distilled model: {result.model_path}")
+    _show_before_and_after(result.log_history)
+
+
+def _show_before_and_after(rows: list[dict[str, Any]]) -> None:
+    """Say what dev evaluations found before and after, and how much of reasoning's gain direct mode has now."""
+    from ..training.modes.distill import gain_kept
+
+    measured = [row for row in rows if "dev_ndcg@10_direct" in row]
+    if len(measured) < 2:
+        return
+    for mode in ("direct", "reason"):
+        before, after = (row[f"dev_ndcg@10_{mode}"] for row in (measured[0], measured[-1]))
+        console.say(f"dev nDCG@10, {mode}: {before:.3f} -> {after:.3f}")
+    share = gain_kept(measured[0], measured[-1])
+    if share is not None:
+        console.say(f"of what reasoning added to direct mode, one glance has {share:.0%} now")

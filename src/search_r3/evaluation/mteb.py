@@ -23,6 +23,7 @@ from ..errors import ConfigError, DataError
 from ..extras import extra
 from ..model.encoder import SearchR3
 from ..model.modes.auto import gate_of
+from ..model.modes.latent import latent_budget
 from ..model.prompts import MODES, PROMPT_SETS, Mode, PromptSet
 from ..types import Array
 from .instructions import NONE, OWN, choose, file_label, task_instruction
@@ -341,7 +342,9 @@ def _model_meta(model: SearchR3, mode: Mode, max_new_tokens: int | None, instruc
     }
     if mode == "auto":
         experiment["gate"] = gate_of(model.backbone).digest
-    if mode != "direct":
+    if mode == "latent":
+        experiment["soft_tokens"] = latent_budget(model.backbone, max_new_tokens) - 1
+    elif mode != "direct":
         experiment["max_new_tokens"] = settings.max_new_tokens if max_new_tokens is None else max_new_tokens
     if dtype != "float32":
         experiment["dtype"] = dtype

@@ -15,7 +15,8 @@ from ..data.load import load_collection
 from ..errors import ConfigError
 from ..files import write_json, write_text
 from ..model.encoder import SearchR3
-from ..model.prompts import PLAIN_MODES, Mode
+from ..model.modes.latent import trained_modes
+from ..model.prompts import Mode
 from ..retrieval.tokens import AUTO, LexicalTokens
 from ..types import Watch
 from . import instructions
@@ -250,7 +251,7 @@ def _ways(plan: EvaluationPlan, model: SearchR3) -> list[tuple[str, Mode, Effort
     """Name, mode and effort of all that is measured of one model."""
     modes = [*plan.modes]
     if plan.frontier is not None:
-        modes += [mode for mode in PLAIN_MODES if mode not in modes]
+        modes += [mode for mode in trained_modes(model.backbone) if mode not in modes]
         if model.backbone.gate is not None and "auto" not in modes:
             modes.append("auto")
     ways: list[tuple[str, Mode, Effort]] = [(mode, mode, Effort()) for mode in modes]

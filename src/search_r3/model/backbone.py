@@ -42,8 +42,7 @@ class Backbone:
 
     `engine` computes what is encoded: ours (`fast`), the one that serves every architecture (`fallback`), or llama.cpp;
     which of the first two is right for a model is found out when it is loaded. Where `documents` is set, this one
-    encodes queries only.
-    `gate` says in mode auto which queries think.
+    encodes queries only. `gate` says in mode auto which queries think.
     """
 
     model: Any
@@ -118,17 +117,18 @@ class Backbone:
         """How many replies can be decoded at once."""
         return NO_LIMIT
 
-    def hidden_states(self, ids: Tensor, mask: Tensor | None) -> Tensor:
-        """Output of the final norm, `B x T x D`, where the output layer reads.
+    def hidden_states(self, ids: Tensor | None, mask: Tensor | None, inputs: Tensor | None = None) -> Tensor:
+        """Output of the final norm, `B x T x D`, where the output layer reads; of ids, or of inputs `B x T x D`.
 
         Padding on either side is allowed. None for the mask is right where padding stands on the right and the model
         `looks_back_only`: then no real token sees it, and attention needs no mask.
         """
         base = self.causal_lm.base_model
-        options = {}
+        options: dict[str, Any] = {}
         if mask is not None and "position_ids" in inspect.signature(base.forward).parameters:
             options["position_ids"] = position_ids(mask)
-        hidden: Tensor = base(input_ids=ids, attention_mask=mask, use_cache=False, **options).last_hidden_state
+        options |= {"input_ids": ids} if inputs is None else {"inputs_embeds": inputs}
+        hidden: Tensor = base(attention_mask=mask, use_cache=False, **options).last_hidden_state
         return hidden
 
     @torch.no_grad()

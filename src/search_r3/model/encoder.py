@@ -15,6 +15,7 @@ from .documents import WINDOW, encode_stream
 from .embeddings import Habits, QueryEmbeddings, as_asked, as_list, check_habits, devices_of, plain, shorten, telling
 from .engine.decoding import Decoder, DecodeRequest
 from .modes.auto import TopScores, choose, gate_of, merged
+from .modes.latent import latent_budget
 from .modes.plain import PlainModes
 from .prompts import MODES, Mode
 
@@ -77,7 +78,7 @@ class SearchR3(PlainModes):
         progress: Progress | None = None,
         **habits: Unpack[Habits],
     ) -> QueryEmbeddings:
-        """Encode queries, after reasoning (`reason`), at once (`direct`), or as the gate says for each (`auto`).
+        """Encode queries after reasoning (`reason`, `latent`), at once (`direct`), or as the gate says (`auto`).
 
         Args:
             texts: queries; a single string counts as one.
@@ -86,7 +87,7 @@ class SearchR3(PlainModes):
                 in training. One for all, or one per query; an empty one is none.
             batch_size: queries reasoned about at once; it changes vectors by rounding, which can tip a near tie between
                 tokens (rarely in float32).
-            max_new_tokens: reasoning budget; by default the model's own.
+            max_new_tokens: reasoning budget, the embed token included; by default the model's own.
             sampling_temperature: 0 reasons greedily.
             top_p: sample among the likeliest tokens that together reach this probability.
             seed: query `i` samples with seed `seed + i`.
@@ -99,7 +100,8 @@ class SearchR3(PlainModes):
         Raises:
             DataError: no texts, an empty one (its place is named), another number of instructions than of texts, or an
                 instruction that leaves no room for its text.
-            ModelError: a vector holds NaN or infinity; or mode auto, and the model has no gate.
+            ModelError: a vector holds NaN or infinity; or mode auto, and the model has no gate, or mode latent, and it
+                was not trained for that.
             ConfigError: an argument of sentence-transformers that asks for what cannot be had.
         """
         mode = self._mode(mode)
@@ -114,6 +116,8 @@ class SearchR3(PlainModes):
                 result = self._reasoned(texts, instruction, dimensions, seeds, decoding)
             elif mode == "direct":
                 result = self._direct(backbones, texts, instruction, progress).shortened(dimensions)
+            elif mode == "latent":
+                result = self._latent(texts, instruction, dimensions, decoding)
             else:
                 result = self._auto(texts, instruction, dimensions, seeds, decoding, top_scores, price)
         given: QueryEmbeddings = as_asked(result, habits, self.device)
@@ -143,6 +147,9 @@ class SearchR3(PlainModes):
         """
         mode, choice = self._mode(mode), None
         encoder, texts = self.backbone.prompt_encoder, as_list(text, "query")
+        if mode == "latent":
+            yield self.encode_query(texts, mode, instruction=instruction, max_new_tokens=max_new_tokens)
+            return
         if mode != "reason":
             direct = self._direct([self.backbone], texts, instruction, None)
             choice = None
@@ -294,6 +301,8 @@ class SearchR3(PlainModes):
             if mode == known:
                 if known == "auto":
                     gate_of(self.backbone)
+                if known == "latent":
+                    latent_budget(self.backbone)
                 return known
         raise DataError(f"unknown mode {mode!r}; expected one of {', '.join(MODES)}")
 

@@ -26,7 +26,7 @@ from .templates import ChatTemplate, Frame, Frames
 _TOKENIZING = threading.Lock()
 """A tokenizer's settings change from call to call, so one thread at a time uses it."""
 EMBED_TOKEN = "<|embed_token|>"  # noqa: S105 - the token's name in the paper, no secret
-Kind = Literal["direct", "reason", "document"]
+Kind = Literal["direct", "reason", "latent", "document"]
 
 
 class PromptSet(BaseModel):
@@ -187,6 +187,7 @@ class PromptEncoder:
         self._frames: dict[Kind, Frame] = {
             "direct": frames.direct,
             "reason": frames.reason,
+            "latent": frames.reason,  # what would be written, as it is said there
             "document": frames.document,
         }
         for kind in self._frames:
@@ -196,7 +197,7 @@ class PromptEncoder:
     def encode(self, text: str, kind: Kind, instruction: str = "") -> EncodedPrompt:
         """Token ids for a text.
 
-        For `direct` and `document` they end with the embed token, for `reason` where the model's reply begins. The
+        For `direct` and `document` they end with the embed token, else where the model's reply begins. The
         instruction follows the text; where both are too long, the text loses its end and the instruction stays whole.
 
         Raises:

@@ -36,7 +36,10 @@ class EmbeddingSettings(BaseModel):
         description="What the chat template is rendered with; null: nothing, and nothing is mended (version 0.1).",
     )
     frames: Frames | None = Field(None, description="Token ids around texts; rendered when a model is loaded without.")
-    # These are no part of what vectors depend on, and are saved where they are not the default.
+    # These are no part of what documents' vectors depend on, and are saved where they are not the default.
+    latent_steps: int = Field(
+        0, ge=0, exclude=True, description="Soft tokens of mode latent; 0: stage 1 has not trained it."
+    )
     mode: Mode = Field("reason", exclude=True, description="What queries do where nobody says it.")
     trained: bool = Field(True, exclude=True, description="Whether a stage has trained the embed token.")
     queries: Literal["queries"] | None = Field(
@@ -78,7 +81,8 @@ def parse_settings(text: str | bytes, place: str) -> EmbeddingSettings:
 def settings_record(settings: EmbeddingSettings, *, has_queries: bool) -> dict[str, Any]:
     """Settings as they are saved with a model, which may have a query side of its own."""
     more = ({} if settings.trained else {"trained": False}) | ({"queries": QUERIES} if has_queries else {})
-    mode = {} if settings.mode == "reason" else {"mode": settings.mode}
+    mode: dict[str, Any] = {} if settings.mode == "reason" else {"mode": settings.mode}
+    mode |= {"latent_steps": settings.latent_steps} if settings.latent_steps else {}
     return settings.model_dump() | mode | more
 
 

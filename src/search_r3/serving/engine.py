@@ -25,6 +25,7 @@ from ..model.embeddings import shorten
 from ..model.encoder import SearchR3
 from ..model.engine.decoding import Decoder, DecodeRequest, Rollout
 from ..model.engine.engines import Engine, make_engine
+from ..model.modes.latent import latent_budget
 from ..model.prompts import EncodedPrompt, Kind
 from ..types import Array
 from .jobs import Embedded, Job, Outcome, Row, read_texts
@@ -33,6 +34,8 @@ logger = logging.getLogger(__name__)
 
 DRAIN = 30.0
 """Seconds for what is in work when the engine is closed."""
+DECODED: tuple[Kind, ...] = ("reason", "latent")
+"""What the decoder serves."""
 LONGEST_WAIT = 60
 """The most seconds that a client of a full queue is told to wait."""
 
@@ -65,7 +68,7 @@ class EngineThread:
     ) -> None:
         self.model, self.slots, self.max_queue, self._clock = model, slots, max_queue, clock
         backbone = model.backbone
-        self._sides = {"direct": backbone, "reason": backbone, "document": backbone.document_side}
+        self._sides = {"document": backbone.document_side} | dict.fromkeys(("direct", "reason", "latent"), backbone)
         self._piece_tokens = piece_tokens or BATCH_TOKENS.get(backbone.device.type, BATCH_TOKENS["cuda"])
         self._changed = threading.Condition()  # guards what callers and the thread share
         self._inbox: list[Job] = []
@@ -111,8 +114,8 @@ class EngineThread:
 
         Args:
             texts: queries or documents.
-            kind: `reason`, `direct` or `document`; by default queries in the model's own mode, and reasoned about where
-                that is auto, which is two requests (`serving.auto`).
+            kind: `reason`, `latent`, `direct` or `document`; by default queries in the model's own mode, and reasoned
+                about where that is auto, which is two requests (`serving.auto`).
             instruction: follows each text.
             max_new_tokens: reasoning budget; by default the model's own.
             truncate: a text that is too long may lose its end; else it is an error.
@@ -130,18 +133,18 @@ class EngineThread:
             UnavailableError: it is closed.
         """
         if kind is None:
-            kind = "direct" if self.model.backbone.settings.mode == "direct" else "reason"
+            own = self.model.backbone.settings.mode
+            kind = "reason" if own == "auto" else own
         if not texts:
             raise DataError("no text was given; give at least one")
         if len(texts) > self.max_queue:
             raise TooLargeError(f"{len(texts)} texts at once, and the queue takes {self.max_queue}; send fewer")
         prompts = read_texts(self._sides[kind].prompt_encoder, texts, kind, instruction, truncate)
-        budget = self._budget(prompts, max_new_tokens) if kind == "reason" else 0
-        now = self._clock()
+        budget, now = self._budget(kind, prompts, max_new_tokens), self._clock()
         job = Job(kind, texts, budget, Future(), now, now + timeout, on_piece)
         rows = [Row(job, place, prompt) for place, prompt in enumerate(prompts)]
         # Texts of like length are computed together.
-        job.waiting.extend(rows if kind == "reason" else sorted(rows, key=lambda row: -len(row.prompt.ids)))
+        job.waiting.extend(rows if kind in DECODED else sorted(rows, key=lambda row: -len(row.prompt.ids)))
         with self._changed:
             if not self.alive:
                 raise UnavailableError("the server is ending, or its engine has; ask another one")
@@ -174,7 +177,11 @@ class EngineThread:
             self._changed.notify()
         self._thread.join()
 
-    def _budget(self, prompts: Sequence[EncodedPrompt], wanted: int | None) -> int:
+    def _budget(self, kind: Kind, prompts: Sequence[EncodedPrompt], wanted: int | None) -> int:
+        if kind not in DECODED:
+            return 0
+        if kind == "latent":
+            wanted = latent_budget(self.model.backbone, wanted)
         budget = self.model.backbone.settings.max_new_tokens if wanted is None else wanted
         room = self.model.backbone.context_length - max(len(prompt.ids) for prompt in prompts)
         if not 1 <= budget <= room:
@@ -216,7 +223,7 @@ class EngineThread:
 
     def _take_in(self) -> None:
         for job in self._inbox:
-            self._jobs[job.kind].append(job)
+            self._jobs[_line(job.kind)].append(job)
         self._inbox.clear()
 
     def _round(self, now: float) -> None:
@@ -249,7 +256,7 @@ class EngineThread:
 
     def _submit(self, rows: Sequence[Row]) -> None:
         for row in rows:
-            request = DecodeRequest(row.prompt.ids, row.job.budget)
+            request = DecodeRequest(row.prompt.ids, row.job.budget, latent=row.job.kind == "latent")
             self._tickets[self._decoder.submit(request)] = row
 
     def _in_turn(self, kind: Kind, count: int) -> list[Row]:
@@ -357,7 +364,7 @@ class EngineThread:
 
     def _end(self, job: Job, error: BaseException | None = None) -> None:
         """Answer a request, and drop what is left of it."""
-        self._jobs[job.kind].remove(job)
+        self._jobs[_line(job.kind)].remove(job)
         for ticket in [ticket for ticket, row in self._tickets.items() if row.job is job]:
             self._decoder.cancel(ticket)
             del self._tickets[ticket]
@@ -375,6 +382,11 @@ class EngineThread:
             self.counts["reasoning_tokens"] += outcome.reasoning_tokens
         with suppress(InvalidStateError):  # cancelled
             job.future.set_result(outcome) if error is None else job.future.set_exception(error)
+
+
+def _line(kind: Kind) -> Kind:
+    """Where a request stands: all that the decoder serves is in one line."""
+    return "reason" if kind in DECODED else kind
 
 
 def _share(kind: Kind) -> str:

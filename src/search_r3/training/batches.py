@@ -8,16 +8,26 @@ from __future__ import annotations
 
 import random
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
+from functools import cache
 
 import torch
 from torch import Tensor
 
 from ..config import SFTSettings
 from ..data.collection import Collection
-from ..data.triples import TrainingExample, draw_negatives, draw_trace, draw_uninstructed, swap_traces
+from ..data.triples import (
+    TrainingExample,
+    draw_negatives,
+    draw_trace,
+    draw_uninstructed,
+    swap_traces,
+    training_examples,
+)
+from ..errors import ConfigError
 from ..model.backbone import pad
 from ..model.prompts import PromptEncoder
+from ..retrieval.lexical import BM25
 
 
 @dataclass(frozen=True)
@@ -34,6 +44,7 @@ class Batch:
     excluded: Tensor
     owners: list[int]  # `R`, the query of each vector
     unwritten: frozenset[int] = frozenset()  # queries whose trace is not supervised: another's, or one only to be read
+    latent_steps: int = 0  # soft tokens that each query is trained with, too
 
     def names(self) -> dict[str, list[str]]:
         """The ids of its queries and documents."""
@@ -49,16 +60,21 @@ class TrainingSequence:
     place: int  # the row of its vector, among the `R` of the queries or among the `M` of the documents
     prompt_length: int  # tokens before the supervised completion; all tokens where nothing is supervised
     in_kl: bool = False  # whether the KL to the base is measured on its prompt
+    soft: int = 0  # soft tokens that follow a prompt without a reply; the vectors after each of them are wanted
 
 
 @dataclass(frozen=True)
 class LocalBatch:
-    """The sequences of a batch that one process computes; of `reason`, `cut` have lost the end of their trace."""
+    """The sequences of a batch that one process computes; of `reason`, `cut` have lost the end of their trace.
+
+    `latent` holds the prompts that soft tokens follow, where these are trained.
+    """
 
     direct: list[TrainingSequence]
     reason: list[TrainingSequence]
     documents: list[TrainingSequence]
     cut: int = 0
+    latent: list[TrainingSequence] = field(default_factory=list)
 
     def counts(self) -> dict[str, int]:
         """Supervised tokens (`cross_entropy`), those of the KL (`kl_to_base`), all; and cut traces."""
@@ -66,24 +82,26 @@ class LocalBatch:
         return {
             "cross_entropy": sum(len(sequence.ids) - sequence.prompt_length for sequence in queries),
             "kl_to_base": sum(sequence.prompt_length - 1 for sequence in queries if sequence.in_kl),
-            "tokens": sum(len(sequence.ids) for sequence in (*queries, *self.documents)),
+            "tokens": sum(len(one.ids) + one.soft for one in (*queries, *self.documents, *self.latent)),
             "traces_cut": self.cut,
         }
 
-    def chunks(self, size: int | None) -> tuple[list[list[TrainingSequence]], list[list[TrainingSequence]]]:
-        """Queries and documents in groups that are computed together.
+    def chunks(self, size: int | None) -> list[list[list[TrainingSequence]]]:
+        """Queries, documents and, where soft tokens are trained, latent prompts, in groups that are computed together.
 
         Args:
-            size: sequences per group, of like length together; None puts all direct queries, all reasoned ones and all
-                documents into one group each.
+            size: sequences per group, of like length together; None puts all direct queries, all reasoned ones, all
+                documents and all latent prompts into one group each.
         """
+        latent = [self.latent] if self.latent else []
         if size is None:
-            return [sequences for sequences in (self.direct, self.reason) if sequences], [self.documents]
+            queries = [sequences for sequences in (self.direct, self.reason) if sequences]
+            return [queries, [self.documents], *([latent] if latent else [])]
         kinds = []
-        for sequences in ([*self.direct, *self.reason], self.documents):
+        for sequences in ([*self.direct, *self.reason], self.documents, *latent):
             ordered = sorted(sequences, key=lambda sequence: len(sequence.ids))
             kinds.append([ordered[start : start + size] for start in range(0, len(ordered), size)])
-        return kinds[0], kinds[1]
+        return kinds
 
 
 @dataclass(frozen=True)
@@ -142,6 +160,7 @@ def make_batch(
         find_false_negatives(examples, positives, columns, collection),
         [*range(len(examples)), *reasoned],
         frozenset(unwritten),
+        settings.latent_steps,
     )
 
 
@@ -192,12 +211,19 @@ def tokenise(
         reasoned.append(
             TrainingSequence(ids, position, place_of[row], supervised_from, in_kl=row not in batch.unwritten)
         )
+    latent = []
+    if batch.latent_steps:
+        texts, instructions = [queries[row].bare for row in rows], [queries[row].instruction for row in rows]
+        latent = [
+            TrainingSequence(one.ids, len(one.ids) - 1, row, len(one.ids), soft=batch.latent_steps)
+            for row, one in zip(rows, encoder.encode_batch(texts, "latent", instructions), strict=True)
+        ]
     texts = [collection.documents[batch.doc_ids[column]].full_text for column in columns]
     documents = [
         TrainingSequence(encoded.ids, len(encoded.ids) - 1, column, len(encoded.ids))
         for column, encoded in zip(columns, encoder.encode_batch(texts, "document"), strict=True)
     ]
-    return LocalBatch(direct, reasoned, documents, cut)
+    return LocalBatch(direct, reasoned, documents, cut, latent)
 
 
 def collate(sequences: Sequence[TrainingSequence], pad_id: int, device: torch.device) -> MicroBatch:
@@ -217,3 +243,35 @@ def collate(sequences: Sequence[TrainingSequence], pad_id: int, device: torch.de
         torch.roll(ids, -1, dims=1)[replies],
         (positions < lengths[:, None] - 1) & in_kl[:, None],
     )
+
+
+def check_dimensions(dimension: int, settings: SFTSettings) -> None:
+    """Refuse prefixes that a vector of `dimension` dimensions does not have.
+
+    Raises:
+        ConfigError: there is one.
+    """
+    wrong = [size for size in settings.matryoshka_dimensions if not 0 < size < dimension]
+    if wrong:
+        raise ConfigError(
+            f"sft.matryoshka_dimensions holds {wrong[0]}; expected prefixes of a vector of {dimension} dimensions"
+        )
+
+
+def find_examples(collection: Collection, settings: SFTSettings) -> dict[str, list[TrainingExample]]:
+    """The examples of each split, with negatives that BM25 finds where their queries list none.
+
+    Raises:
+        DataError: as `training_examples`.
+    """
+    documents = collection.documents
+
+    @cache
+    def bm25() -> BM25:
+        return BM25(list(documents), [document.full_text for document in documents.values()])
+
+    mined = 4 * settings.hard_negatives
+    return {
+        split: training_examples(collection, split, lambda *query: bm25().search(*query), mined)
+        for split in settings.splits
+    }

@@ -15,15 +15,17 @@ from statistics import fmean
 
 import numpy as np
 
-from ..config import DevSettings, EvaluationSettings, Recipe
+from ..config import EvaluationSettings, Recipe
 from ..data.collection import Collection
 from ..errors import DataError
 from ..model.encoder import SearchR3
-from ..model.prompts import PLAIN_MODES, Mode
+from ..model.modes.latent import trained_modes
+from ..model.prompts import Mode
 from ..parallel import Communicator, agree, divide, encode_sharded
 from ..retrieval.index import ExactIndex
 from ..retrieval.metrics import ndcg, probe_cosine, relevant_ids
 from ..retrieval.ranking import RankRequest, make_requests, ranked
+from ..sections import DevSettings
 from .engine import Engine
 from .run import Run
 from .saving import save_trained
@@ -31,8 +33,8 @@ from .saving import save_trained
 logger = logging.getLogger(__name__)
 
 DEPTH = 10
-DECIDING = "dev_ndcg@10_reason"
-"""The metric that says which evaluation is the best."""
+DECIDING = {"sft": "dev_ndcg@10_reason", "grpo": "dev_ndcg@10_reason", "distill": "dev_ndcg@10_direct"}
+"""Stage -> the metric that says which evaluation is the best."""
 PROBE_DOCUMENTS = 64
 
 
@@ -54,12 +56,12 @@ class DevSplit:
         if not self.qrels:
             raise DataError(
                 f"no query of split {settings.dev_split!r} in {collection.name!r} has a relevant document; set "
-                "evaluation.dev_split, or evaluate_every=0 in the sections sft and grpo"
+                "evaluation.dev_split, or evaluate_every=0 in the section of the stage"
             )
         self.requests = make_requests(collection, self.qrels)
 
     def evaluate(self, model: SearchR3, engine: Engine, index: ExactIndex | None = None) -> dict[str, float]:
-        """nDCG@10 in both modes over a freshly encoded corpus, and the collapse alarm.
+        """nDCG@10 in all trained modes over a freshly encoded corpus, and the collapse alarm.
 
         Documents, queries and their rankings are shared among the processes.
 
@@ -74,7 +76,7 @@ class DevSplit:
             index = index or self._index(model, communicator)
             shares = divide([len(request.text) for request in self.requests], communicator.world_size)
             own = [self.requests[place] for place in sorted(shares[communicator.rank])]
-            for mode in PLAIN_MODES:
+            for mode in trained_modes(model.backbone):
                 scores = self._scores(model, index, own, mode) if own else []
                 everyone = [score for part in communicator.all_gather(scores) for score in part]
                 values[f"dev_ndcg@{DEPTH}_{mode}"] = fmean(everyone)
@@ -113,7 +115,7 @@ class Evaluations:
 
     Args:
         run: holds metrics and checkpoints, those of the step that training goes on from.
-        stage: `sft` or `grpo`.
+        stage: `sft`, `grpo` or `distill`.
         recipe: the settings.
         engine: around the model.
         model: what is trained.
@@ -122,11 +124,12 @@ class Evaluations:
 
     def __init__(self, run: Run, stage: str, recipe: Recipe, engine: Engine, model: SearchR3, start: int) -> None:
         self.run, self.stage, self.engine = run, stage, engine
-        self.settings: DevSettings = recipe.sft if stage == "sft" else recipe.grpo
-        frozen = stage == "grpo" and recipe.grpo.documents == "frozen"
+        self.settings: DevSettings = recipe.stage(stage)
+        self.deciding = DECIDING[stage]
+        frozen = stage == "distill" or (stage == "grpo" and recipe.grpo.documents == "frozen")
         self._save: Callable[[Path, Path], None] = partial(save_trained, engine, model, recipe, frozen=frozen)
         rows = engine.communicator.all_gather(run.metrics(stage) if run.first else [])[0]
-        self.scores: dict[int, float] = {row["step"]: row[DECIDING] for row in rows if DECIDING in row}
+        self.scores: dict[int, float] = {row["step"]: row[self.deciding] for row in rows if self.deciding in row}
         self._remove(lambda step: step > start)
 
     def due(self, step: int, steps: int) -> bool:
@@ -151,9 +154,9 @@ class Evaluations:
         Raises:
             RunError: the model cannot be written.
         """
-        if DECIDING not in values:
+        if self.deciding not in values:
             return
-        self.scores[step] = values[DECIDING]
+        self.scores[step] = values[self.deciding]
         if self.settings.keep == "best" and self.best_step == step:
             folder = self._folder(step)
             agree(self.engine.communicator, folder, lambda: self._save(folder / "model", folder / "adapter"))
@@ -162,7 +165,7 @@ class Evaluations:
         if self.stopped and self.run.first:
             logger.warning(
                 "%s stops after step %d: %s was %.4f at step %d, and no better in %d evaluations since",
-                self.stage, step, DECIDING, self.scores[self.best_step], self.best_step, self.settings.patience,
+                self.stage, step, self.deciding, self.scores[self.best_step], self.best_step, self.settings.patience,
             )  # fmt: skip
 
     def finish(self) -> None:

@@ -29,10 +29,12 @@ from ..model.loading import load_backbone
 from ..model.settings import SETTINGS_FILE, read_settings
 from ..model.source import ModelFiles, find_files
 from ..parallel import Communicator, make_communicator
+from ..sections import DistillSettings
 from .policy import Policy, Reference, make_reference
 from .tracking import check_trackers, start_trackers
 
 T = TypeVar("T")
+StageSettings = SFTSettings | GRPOSettings | DistillSettings
 
 
 @dataclass
@@ -156,7 +158,7 @@ class Engine:
             yield
 
 
-def make_engine(model: SearchR3, recipe: Recipe, settings: SFTSettings | GRPOSettings) -> Engine:
+def make_engine(model: SearchR3, recipe: Recipe, settings: StageSettings) -> Engine:
     """AdamW with linear warm-up and cosine decay to 0 over a stage's optimizer steps, on accelerate.
 
     Args:
@@ -174,7 +176,8 @@ def make_engine(model: SearchR3, recipe: Recipe, settings: SFTSettings | GRPOSet
     set_seed(recipe.seed)  # before the adapters are drawn
     backbone = model.backbone
     backbone.prefixes.stop()  # FSDP and DeepSpeed write weights where nothing counts it
-    needs_reference = (settings.kl_weight if isinstance(settings, SFTSettings) else settings.kl_coefficient) > 0
+    stage, kl_weight = _stage_and_kl(settings)
+    needs_reference = kl_weight > 0
     copy = None
     if recipe.lora.rank:
         add_adapters(backbone, recipe.lora)
@@ -213,8 +216,15 @@ def make_engine(model: SearchR3, recipe: Recipe, settings: SFTSettings | GRPOSet
     )
     policy, optimizer, scheduler = accelerator.prepare(policy, optimizer, scheduler)
     reference = make_reference(policy, Policy(copy) if copy else None) if needs_reference else None
-    start_trackers(accelerator, recipe, "sft" if isinstance(settings, SFTSettings) else "grpo")
+    start_trackers(accelerator, recipe, stage)
     return Engine(accelerator, policy, optimizer, scheduler, make_communicator(), reference, recipe.lora.rank > 0)
+
+
+def _stage_and_kl(settings: StageSettings) -> tuple[str, float]:
+    """The name of the stage that has these settings, and the weight of its KL to the model that it began from."""
+    if isinstance(settings, SFTSettings):
+        return "sft", settings.kl_weight
+    return ("grpo", settings.kl_coefficient) if isinstance(settings, GRPOSettings) else ("distill", 0.0)
 
 
 def _parameter_groups(policy: Policy, learning_rate: float, embed_row_rate: float) -> list[dict[str, Any]]:
@@ -306,7 +316,7 @@ def deepspeed_plugin(accelerator: Any) -> Any:
     return getattr(accelerator.state, "deepspeed_plugin", None)
 
 
-def _fit_deepspeed(accelerator: Any, settings: SFTSettings | GRPOSettings) -> None:
+def _fit_deepspeed(accelerator: Any, settings: StageSettings) -> None:
     """Tell DeepSpeed what it would read off a data loader, that it clips, and that weights are saved whole."""
     from transformers.integrations import unset_hf_deepspeed_config
 
@@ -341,8 +351,8 @@ def check_begins(files: ModelFiles, source: str | Path) -> None:
     """
     if files.queries is not None:
         raise ConfigError(
-            f"{source} encodes queries with other weights than documents (grpo.documents=frozen made it), and no stage "
-            "goes on from there; begin from the stage-1 model that it was made from"
+            f"{source} encodes queries with other weights than documents (grpo.documents=frozen or distill made it), "
+            "and no stage goes on from there; begin from the model that it was made from"
         )
 
 

@@ -104,7 +104,7 @@ def train_grpo(
     encoder = load_model(recipe, os.fspath(model or run.model_path("sft")))
     frozen = settings.documents == "frozen"
     if frozen:
-        check_documents(encoder.backbone)
+        check_documents(encoder.backbone, else_=", or set grpo.documents=moving")
     run.begin_from(stage, encoder.backbone)
     engine = make_engine(encoder, recipe, settings)
     guard = Guard(run, stage, engine)

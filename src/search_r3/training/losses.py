@@ -162,3 +162,17 @@ def chosen_logprobs(logits: Tensor, ids: Tensor, sampling_temperature: float) ->
         sampling_temperature: the temperature that they were sampled at.
     """
     return torch.log_softmax(logits / sampling_temperature, dim=-1).gather(-1, ids[:, None])[:, 0]
+
+
+def score_distillation(students: Tensor, teachers: Tensor, documents: Tensor, score_temperature: float) -> Tensor:
+    """`KL(softmax(teacher's scores / tau) || softmax(student's scores / tau))` in nats, summed over queries.
+
+    Args:
+        students: `B x D`, L2-normalised.
+        teachers: `B x D`, L2-normalised; they get no gradient.
+        documents: `M x D`, scored for every query.
+        score_temperature: tau.
+    """
+    student = torch.log_softmax(students @ documents.T / score_temperature, dim=-1)  # B x M
+    teacher = torch.log_softmax(teachers.detach() @ documents.T / score_temperature, dim=-1)
+    return (teacher.exp() * (teacher - student)).sum()

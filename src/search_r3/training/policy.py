@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from ..model.backbone import Backbone, vectors_at
+from .modes.think import think
 
 Reference = Callable[[Tensor, Tensor, Tensor], Tensor]
 """`(ids, mask, places) -> logits`: the model that a KL term stays close to, without gradients; see `make_reference`."""
@@ -41,6 +42,7 @@ class Policy(torch.nn.Module):
         embed: Tensor | None = None,
         places: Sequence[Tensor] = (),
         adapters: bool = True,
+        latent_steps: int = 0,
     ) -> tuple[Tensor | None, list[Tensor]]:
         """Compute sequences.
 
@@ -50,11 +52,14 @@ class Policy(torch.nn.Module):
             embed: `B`, the position of the embed token in each sequence.
             places: masks `B x T` (bool) of the positions whose next-token logits are wanted.
             adapters: False computes with the frozen weights alone.
+            latent_steps: K; above 0 the sequences are prompts, and the vectors, `B x K x D`, are those of `think`.
 
         Returns:
             The search embeddings `B x D` at `embed` (float32, L2-normalised), and for each of `places` its logits
             `S x V` (float32), row by row.
         """
+        if latent_steps:
+            return think(self.backbone, ids, mask, latent_steps, self.needs_mask), []
         with contextlib.nullcontext() if adapters else self.model.disable_adapter():
             hidden = self.backbone.hidden_states(ids, mask if self.needs_mask else None)
             logits = [self.backbone.logits(hidden[place]) for place in places[:1]]

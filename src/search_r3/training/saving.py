@@ -47,8 +47,13 @@ def save_trained(
             backbone.save(folder, state=state)
 
 
-def check_documents(backbone: Backbone) -> None:
+def check_documents(backbone: Backbone, what: str = "grpo.documents=frozen", else_: str = "") -> None:
     """Refuse a model whose documents cannot stay as they are.
+
+    Args:
+        backbone: the model.
+        what: keeps them.
+        else_: what can be done instead, after a remedy.
 
     Raises:
         ConfigError: no stage has trained it, it is no directory of whole weights, or it was saved with another
@@ -57,19 +62,19 @@ def check_documents(backbone: Backbone) -> None:
     files, limit = backbone.files, backbone.settings.max_length
     if not backbone.trained:
         raise ConfigError(
-            f"grpo.documents=frozen keeps the document vectors of {backbone.source}, which no stage has trained; train "
-            "stage 1 (search-r3 sft) first, or set grpo.documents=moving"
+            f"{what} keeps the document vectors of {backbone.source}, which no stage has trained; train stage 1 "
+            f"(search-r3 sft) first{else_}"
         )
     if files is None or files.base is not None or files.gguf is not None:
         raise ConfigError(
-            f"grpo.documents=frozen copies the weights of {backbone.source}, which is no directory of whole weights "
-            "(adapters, or GGUF); begin from a merged model, such as stage 1 writes, or set grpo.documents=moving"
+            f"{what} copies the weights of {backbone.source}, which is no directory of whole weights (adapters, or "
+            f"GGUF); begin from a merged model, such as stage 1 writes{else_}"
         )
     saved = read_settings(files.folder)
     if saved is not None and saved.max_length != limit:
         raise ConfigError(
-            f"grpo.documents=frozen with max_length={limit}, but {backbone.source} encodes documents with max_length="
-            f"{saved.max_length}; set that, or set grpo.documents=moving"
+            f"{what} with max_length={limit}, but {backbone.source} encodes documents with max_length="
+            f"{saved.max_length}; set that{else_}"
         )
 
 

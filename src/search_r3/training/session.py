@@ -59,7 +59,7 @@ class Callbacks:
     Args:
         callbacks: instances or classes of `transformers.TrainerCallback`.
         args: the settings, which they get as `args`.
-        stage: `sft`, `grpo` or `base`; they get it as the keyword `stage`.
+        stage: `sft`, `grpo`, `distill` or `base`; they get it as the keyword `stage`.
 
     Attributes:
         state: `global_step`, `max_steps`, `log_history`, `is_world_process_zero`, `is_local_process_zero` are kept.
@@ -103,10 +103,10 @@ class Callbacks:
 
 
 class Session:
-    """One call of `train_sft` or `train_grpo`.
+    """One call of `train_sft`, `train_grpo` or `train_distill`.
 
     Args:
-        stage: `sft` or `grpo`.
+        stage: `sft`, `grpo` or `distill`.
         recipe: the settings.
         collection: instead of the recipe's.
         callbacks: who is told.
@@ -133,7 +133,7 @@ class Session:
         **places: str | os.PathLike[str] | None,
     ) -> None:
         self.stage, self._collection = stage, collection
-        self.recipe = _resolve(recipe, places, collection)
+        self.recipe = resolve(recipe, places, collection)
         self._callbacks = Callbacks(callbacks, self.recipe, stage)
         self.run = Run(self.recipe)
         self.run.claim(stage, resume)
@@ -148,7 +148,7 @@ class Session:
         self._engine, self._guard = engine, guard
         state = self._callbacks.state
         state.global_step = start
-        state.max_steps = (self.recipe.sft if self.stage == "sft" else self.recipe.grpo).steps
+        state.max_steps = self.recipe.stage(self.stage).steps
         state.log_history = self.run.metrics(self.stage)
         state.is_world_process_zero = self.run.first
         state.is_local_process_zero = engine.accelerator.is_local_main_process
@@ -194,9 +194,14 @@ def check_place(name: str, value: object) -> None:
         raise ConfigError(f"{name}: expected a path or a name, found {type(value).__name__}")
 
 
-def _resolve(
+def resolve(
     recipe: RecipeLike, places: Mapping[str, str | os.PathLike[str] | None], collection: Collection | None
 ) -> Recipe:
+    """All settings of a call; see `Session`.
+
+    Raises:
+        ConfigError: one cannot be used, or `collection` is no `Collection`.
+    """
     if recipe is None or isinstance(recipe, str | os.PathLike):
         recipe = load_recipe(None if recipe is None else Path(recipe))
     elif not isinstance(recipe, Recipe):

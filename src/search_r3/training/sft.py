@@ -17,7 +17,6 @@ from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import closing
 from dataclasses import dataclass
-from functools import cache
 from typing import Any
 
 import torch
@@ -26,17 +25,16 @@ from torch import Tensor
 from ..config import SFTSettings
 from ..data.collection import Collection
 from ..data.draws import Draws, step_rng, text_keys
-from ..data.triples import TrainingExample, hold_out, training_examples
-from ..errors import ConfigError
+from ..data.triples import hold_out
 from ..model.backbone import Backbone, shorten
 from ..model.encoder import SearchR3
 from ..parallel import divide
-from ..retrieval.lexical import BM25
 from . import losses
-from .batches import Batch, LocalBatch, TrainingSequence, collate, make_batch, tokenise
+from .batches import Batch, LocalBatch, TrainingSequence, check_dimensions, collate, find_examples, make_batch, tokenise
 from .dev import DevSplit, Evaluations
 from .engine import Engine, load_model, make_engine, rates
 from .guard import Guard
+from .modes.latent import LATENT_WEIGHTS, latent_losses
 from .session import RecipeLike, Session, TrainingResult
 
 logger = logging.getLogger(__name__)
@@ -94,7 +92,7 @@ def train_sft(
         return session.end()
     collection = hold_out(session.collection(), list(settings.splits), recipe.evaluation.held_out)
     doc_ids = list(collection.documents)
-    examples = _examples(collection, settings)
+    examples = find_examples(collection, settings)
     if not any(example.reasoning for of_split in examples.values() for example in of_split):
         logger.warning(
             "no query of %s has a reasoning trace: reason mode learns %s, and stage 2 will find little to choose from; "
@@ -103,8 +101,10 @@ def train_sft(
         )
     dev = DevSplit(collection, recipe.evaluation) if settings.evaluate_every else None
     encoder = load_model(recipe, recipe.base)
-    _check_dimensions(encoder.dimension, settings)
+    check_dimensions(encoder.dimension, settings)
     run.begin_from(stage, encoder.backbone)
+    steps = {"latent_steps": settings.latent_steps}
+    encoder.backbone.settings = encoder.backbone.settings.model_copy(update=steps)
     engine = make_engine(encoder, recipe, settings)
     guard = Guard(run, stage, engine)
     draws = Draws(examples, settings, recipe.seed, text_keys(collection, settings), engine.world_size)
@@ -180,24 +180,25 @@ def compute_gradients(
         The losses of the whole batch, `loss` and its parts; the numbers of its tokens and of traces that were cut.
     """
     totals = engine.total(share.counts())
-    queries, documents = share.chunks(settings.micro_batch_size)
-    sizes = len(batch.owners), len(batch.doc_ids)
+    queries, *others = share.chunks(settings.micro_batch_size)
+    sizes = [len(batch.owners), len(batch.doc_ids), len(batch.examples) * batch.latent_steps]
     if settings.micro_batch_size is None:
         with engine.accumulating(last=True):
             # A process without a reasoned query computes its direct ones twice.
             outputs = [forward(engine, backbone, chunk, settings, queries=True) for chunk, _ in engine.padded(queries)]
             idle = [outputs.pop() for _ in outputs[len(queries) :]]
-            own = [outputs, [forward(engine, backbone, chunk, settings) for chunk in documents]]
+            own = [outputs, *([forward(engine, backbone, chunk, settings) for chunk in kind] for kind in others)]
             parts = token_losses([*own[0], *own[1]], totals)
-            vectors = [assemble(engine, kind, size) for kind, size in zip(own, sizes, strict=True)]
+            vectors = [assemble(engine, kind, size) for kind, size in zip(own, sizes, strict=False)]
             contrastive = contrastive_losses(vectors[0], vectors[1], batch, range(sizes[0]), settings)
+            contrastive |= latent_losses(vectors, batch, settings)
             whole = total_loss({**parts, **contrastive}, settings)
             for output in idle:
                 whole = whole + 0.0 * (total_loss(token_losses([output], totals), settings) + output.vectors.sum())
             engine.backward(whole)
         sums = engine.total(_no_token_losses(engine) | _numbers(parts)) | _numbers(contrastive)
     else:
-        sums = _cached(engine, backbone, batch, (queries, documents), sizes, totals, settings)
+        sums = _cached(engine, backbone, batch, [queries, *others], sizes, totals, settings)
     loss = sum(weight_of(name, settings) * value for name, value in sums.items())
     return {"loss": loss, **sums, "tokens": totals["tokens"], "traces_cut": totals["traces_cut"]}
 
@@ -206,15 +207,15 @@ def _cached(
     engine: Engine,
     backbone: Backbone,
     batch: Batch,
-    chunks: tuple[list[list[TrainingSequence]], list[list[TrainingSequence]]],
-    sizes: tuple[int, int],
+    chunks: list[list[list[TrainingSequence]]],
+    sizes: Sequence[int],
     totals: Mapping[str, float],
     settings: SFTSettings,
 ) -> dict[str, float]:
     """`compute_gradients` chunk by chunk."""
     padded = [engine.padded(kind) for kind in chunks]
     leaves = []
-    for kind, own_chunks, size in zip(padded, chunks, sizes, strict=True):
+    for kind, own_chunks, size in zip(padded, chunks, sizes, strict=False):
         with torch.no_grad():
             outputs = [forward(engine, backbone, chunk, settings, only_vectors=True) for chunk, _ in kind]
         leaves.append(assemble(engine, outputs[: len(own_chunks)], size).requires_grad_())
@@ -223,6 +224,9 @@ def _cached(
         rows = range(start, min(start + ROWS_AT_A_TIME, sizes[0]))
         parts = contrastive_losses(leaves[0], leaves[1], batch, rows, settings)
         parts = {name: part * len(rows) / sizes[0] for name, part in parts.items()}
+        torch.autograd.backward(total_loss(parts, settings))
+        _add(sums, _numbers(parts))
+    if parts := latent_losses(leaves, batch, settings):
         torch.autograd.backward(total_loss(parts, settings))
         _add(sums, _numbers(parts))
     work = [(*one, kind is padded[0], leaf.grad) for kind, leaf in zip(padded, leaves, strict=True) for one in kind]
@@ -263,8 +267,12 @@ def forward(
     queries: bool = False,
     only_vectors: bool = False,
 ) -> Output:
-    """Compute one chunk, of queries or of documents."""
+    """Compute one chunk, of queries, of documents or of latent prompts, which have K vectors each."""
     chunk = collate(sequences, backbone.tokenizer.pad_token_id, backbone.device)
+    if steps := sequences[0].soft:
+        latents, _ = engine.policy(chunk.ids, chunk.mask, latent_steps=steps)  # b x K x D
+        rows = chunk.places[:, None] * steps + torch.arange(steps, device=chunk.places.device)
+        return Output(latents.flatten(0, 1), rows.flatten(), None, None, 0.0)
     supervised = bool(chunk.replies.any()) and not only_vectors
     # The policy without its adapters is a collective too: then all processes ask it about every chunk of queries.
     with_kl = bool(chunk.prompts.any()) or (queries and engine.adapters and engine.world_size > 1)
@@ -352,6 +360,8 @@ def contrastive_losses(
 
 def weight_of(name: str, settings: SFTSettings) -> float:
     """The weight of a loss by its name in the metrics."""
+    if name in LATENT_WEIGHTS:
+        return settings.latent_weight * LATENT_WEIGHTS[name]
     return float(getattr(settings, {"kl_to_base": "kl_weight"}.get(name, f"{name}_weight")))
 
 
@@ -374,25 +384,3 @@ def _numbers(parts: Mapping[str, Tensor]) -> dict[str, float]:
 def _add(sums: dict[str, float], values: Mapping[str, float]) -> None:
     for name, value in values.items():
         sums[name] = sums.get(name, 0.0) + value
-
-
-def _check_dimensions(dimension: int, settings: SFTSettings) -> None:
-    wrong = [size for size in settings.matryoshka_dimensions if not 0 < size < dimension]
-    if wrong:
-        raise ConfigError(
-            f"sft.matryoshka_dimensions holds {wrong[0]}; expected prefixes of a vector of {dimension} dimensions"
-        )
-
-
-def _examples(collection: Collection, settings: SFTSettings) -> dict[str, list[TrainingExample]]:
-    documents = collection.documents
-
-    @cache
-    def bm25() -> BM25:
-        return BM25(list(documents), [document.full_text for document in documents.values()])
-
-    mined = 4 * settings.hard_negatives
-    return {
-        split: training_examples(collection, split, lambda *query: bm25().search(*query), mined)
-        for split in settings.splits
-    }

@@ -122,7 +122,7 @@ def test_a_model_without_a_gate_says_how_to_fit_one(model: SearchR3) -> None:
     for ask in (model.encode_query, lambda *args: list(model.stream_query(args[0][0], args[1]))):
         with pytest.raises(ModelError, match=r"has no gate.*search-r3 gate .*qwen2 --collection"):
             ask(TEXTS, "auto")
-    with pytest.raises(DataError, match="expected one of direct, reason, auto"):
+    with pytest.raises(DataError, match="expected one of direct, reason, latent, auto"):
         model.encode_query(TEXTS, "think")
 
 

@@ -41,6 +41,7 @@ def computed_tokens(backbone: Backbone) -> list[int]:
 def assert_same(one: Rollout, other: Rollout) -> None:
     assert one.completion_ids == other.completion_ids
     assert one.completion_mask == other.completion_mask
+    assert one.soft_tokens == other.soft_tokens
     np.testing.assert_allclose(one.logprobs, other.logprobs, atol=1e-5)
     torch.testing.assert_close(one.vector, other.vector, atol=1e-5, rtol=1e-5)
 
@@ -56,6 +57,9 @@ def mixed_requests(backbone: Backbone) -> list[DecodeRequest]:
         DecodeRequest(prompt(backbone, 1, "direct"), 0),
         DecodeRequest(prompt(backbone, 2), 2, temperature=2.0, seed=7),
         DecodeRequest(prompt(backbone, 0), 9, temperature=0.7, top_p=0.1, seed=8),
+        DecodeRequest(prompt(backbone, 0, "latent"), 4, latent=True),
+        DecodeRequest(prompt(backbone, 3, "latent"), 1, latent=True),
+        DecodeRequest(prompt(backbone, 2, "latent"), 6, latent=True),
     ]
 
 

@@ -88,7 +88,7 @@ def script(monkeypatch: pytest.MonkeyPatch, scores: dict[int, float]) -> dict[in
     def evaluate(self: Any, model: SearchR3, engine: Any, index: Any = None) -> dict[str, float]:
         step = engine.scheduler.scheduler.last_epoch
         weights[step] = {name: value.clone() for name, value in model.backbone.model.state_dict().items()}
-        return {DECIDING: scores[step], "evaluation_seconds": 0.0}
+        return {DECIDING["sft"]: scores[step], "evaluation_seconds": 0.0}
 
     monkeypatch.setattr(DevSplit, "evaluate", evaluate)
     return weights
@@ -120,7 +120,7 @@ def test_the_best_model_is_kept_and_a_resumed_run_keeps_the_same(
         train_sft(recipe, callbacks=[StopAt(5)], resume=True)
     run = Run(recipe)
     path = train_sft(recipe, resume=True).model_path
-    assert [row[DECIDING] for row in run.metrics("sft")] == [0.1, 0.3, 0.5, 0.5, 0.2, 0.4]
+    assert [row[DECIDING["sft"]] for row in run.metrics("sft")] == [0.1, 0.3, 0.5, 0.5, 0.2, 0.4]
     assert not (tmp_path / "run" / "sft" / "checkpoints").exists()
     if rank:
         assert (run.adapter_path("sft") / "adapter_model.safetensors").exists()

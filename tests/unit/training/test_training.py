@@ -24,7 +24,7 @@ from search_r3.parallel import Communicator
 from search_r3.retrieval.lexical import BM25
 from search_r3.retrieval.metrics import probe_cosine
 from search_r3.training import grpo, sft
-from search_r3.training.batches import Batch, collate, find_false_negatives, make_batch, tokenise
+from search_r3.training.batches import Batch, check_dimensions, collate, find_false_negatives, make_batch, tokenise
 from search_r3.training.engine import Engine, make_engine, warmup_cosine
 from search_r3.training.rl import rollouts, signals
 from search_r3.training.run import Run
@@ -198,7 +198,7 @@ def test_shorter_prefixes_share_the_contrastive_losses(model: SearchR3, collecti
         assert both[name].item() == pytest.approx((long[name] + short[name]).item() / 2)
         assert long[name].item() != pytest.approx(short[name].item())
     with pytest.raises(ConfigError, match="matryoshka_dimensions holds 32; expected prefixes of a vector of 32"):
-        sft._check_dimensions(32, SFTSettings(matryoshka_dimensions=(8, 32)))
+        check_dimensions(32, SFTSettings(matryoshka_dimensions=(8, 32)))
 
 
 def test_a_frozen_copy_in_bfloat16_keeps_its_frequencies(model: SearchR3) -> None:
@@ -469,7 +469,7 @@ def test_every_query_is_seen_once_a_pass_in_a_seeded_order() -> None:
     assert first != second
     assert rollouts.queries_of_step(ids, 4, 0, 1) == first[4:8]
     assert rollouts.queries_of_step(ids, 4, 1, 1) != first[4:8]
-    with pytest.raises(DataError, match="a step needs 13 queries but the split has 12"):
+    with pytest.raises(DataError, match="a step needs 13 queries but there are 12"):
         rollouts.queries_of_step(ids, 13, 0, 0)
 
 

@@ -22,6 +22,7 @@ from ...errors import ModelError
 from ...types import Progress
 from ..backbone import Backbone
 from .engines import make_engine
+from .latent import soft_tokens
 from .sampling import choose_tokens
 
 
@@ -37,6 +38,8 @@ class DecodeRequest:
         temperature: 0 decodes greedily (log-probabilities are then at temperature 1).
         top_p: sample among the likeliest tokens that together reach this probability.
         seed: where this reply's random numbers start; needed when the temperature is above 0.
+        latent: whether soft tokens take the place of a text: as many as the budget holds beside the embed token, which
+            follows them.
     """
 
     prompt_ids: Sequence[int]
@@ -44,6 +47,7 @@ class DecodeRequest:
     temperature: float = 0.0
     top_p: float = 1.0
     seed: int | None = None
+    latent: bool = False
 
     def __post_init__(self) -> None:
         if not self.prompt_ids or self.max_new_tokens < 0:
@@ -66,6 +70,7 @@ class Rollout:
             where the mask is 0).
         vector: the search embedding, `D`, float32, L2-normalised, on the CPU.
         reasoning: the reply's text without special tokens.
+        soft_tokens: soft tokens before the embed token.
     """
 
     prompt_ids: list[int]
@@ -74,6 +79,7 @@ class Rollout:
     logprobs: list[float]
     vector: Tensor
     reasoning: str
+    soft_tokens: int = 0
 
     @property
     def forced(self) -> bool:
@@ -82,8 +88,8 @@ class Rollout:
 
     @property
     def reasoning_tokens(self) -> int:
-        """Tokens before the embed token."""
-        return max(0, len(self.completion_ids) - 1)
+        """Tokens before the embed token, soft ones too."""
+        return max(0, len(self.completion_ids) - 1) + self.soft_tokens
 
 
 @dataclass(eq=False)
@@ -97,6 +103,8 @@ class _Row:
     completion: list[int] = field(default_factory=list)
     mask: list[int] = field(default_factory=list)
     logprobs: list[float] = field(default_factory=list)
+    soft: Tensor | None = None  # D, the last soft token
+    soft_tokens: int = 0
 
     def append(self, token: int, logprob: float | None) -> None:
         """Take a token into the reply: one that the model chose, or (without a log-probability) a forced one."""
@@ -195,7 +203,7 @@ class Decoder:
                     _check_finite(rollout, ticket - tickets[0])
                 rollouts.update(news)
                 if news and progress is not None:
-                    progress(len(news), sum(len(rollout.completion_ids) for _, rollout in news))
+                    progress(len(news), sum(len(one.completion_ids) + one.soft_tokens for _, one in news))
         except BaseException:
             self._waiting.clear()
             self._remove(self._rows)
@@ -221,11 +229,13 @@ class Decoder:
     def _decode(self) -> list[tuple[int, Rollout]]:
         """One forward pass over all rows in work."""
         rows = self._rows
-        hidden = self._engine.advance([row.completion[-1] for row in rows])
         embed = self.backbone.embed_token_id
-        last = [i for i, row in enumerate(rows) if row.completion[-1] == embed]
+        soft = {i: row.soft for i, row in enumerate(rows) if row.soft is not None}
+        tokens = [row.completion[-1] if row.completion else embed for row in rows]
+        hidden = self._engine.advance(tokens, soft)
+        last = [i for i, row in enumerate(rows) if tokens[i] == embed and i not in soft]
         results = self._finish([rows[i] for i in last], hidden[last])
-        rest = [i for i, row in enumerate(rows) if row.completion[-1] != embed]
+        rest = sorted(set(range(len(rows))) - set(last))
         return results + self._choose([rows[i] for i in rest], hidden[rest], [rows[i] for i in last])
 
     def _remove(self, rows: Sequence[_Row], broken: Sequence[_Row] = ()) -> None:
@@ -262,9 +272,27 @@ class Decoder:
         Returns:
             Tickets and rollouts of rows whose logits are not finite.
         """
-        broken = self._append(rows, hidden) if rows else []
+        latent = [i for i, row in enumerate(rows) if row.request.latent]
+        text = [i for i, row in enumerate(rows) if not row.request.latent]
+        broken = self._append_soft([rows[i] for i in latent], hidden[latent]) if latent else []
+        broken += self._append([rows[i] for i in text], hidden[text]) if text else []
         self._remove([*ended, *broken], broken)
         return self._finish(broken, torch.full((len(broken), hidden.shape[-1]), math.nan)) if broken else []
+
+    def _append_soft(self, rows: list[_Row], hidden: Tensor) -> list[_Row]:
+        """Append a soft token to every row, or behind the last of them the embed token; as `_append`."""
+        soft, embed = soft_tokens(self.backbone, hidden), self.backbone.embed_token_id
+        broken = []
+        for row, one, is_finite in zip(rows, soft, soft.isfinite().all(-1).tolist(), strict=True):
+            row.soft = None
+            if not is_finite:
+                broken.append(row)
+                row.append(embed, None)
+            elif row.soft_tokens == row.request.max_new_tokens - 1:
+                row.append(embed, 0.0)
+            else:
+                row.soft, row.soft_tokens = one, row.soft_tokens + 1
+        return broken
 
     def _append(self, rows: list[_Row], hidden: Tensor) -> list[_Row]:
         """Append one token to every row; rows whose logits are not finite get the embed token and are returned."""
@@ -299,7 +327,10 @@ class Decoder:
         return [
             (
                 row.ticket,
-                Rollout(list(row.prompt), row.completion, row.mask, row.logprobs, vector, decode(row.completion)),
+                Rollout(
+                    *(list(row.prompt), row.completion, row.mask, row.logprobs),
+                    *(vector, decode(row.completion), row.soft_tokens),
+                ),
             )
             for row, vector in zip(rows, vectors, strict=True)
         ]

@@ -5,7 +5,7 @@ Shapes: `B` sequences, `D` hidden size.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Protocol
 
 from torch import Tensor
@@ -47,8 +47,8 @@ class Engine(Protocol):
         """Drop what is kept of other prompts."""
         ...
 
-    def advance(self, tokens: Sequence[int]) -> Tensor:
-        """Give every row its next token; the states at these tokens, `B x D`."""
+    def advance(self, tokens: Sequence[int], soft: Mapping[int, Tensor] | None = None) -> Tensor:
+        """Give every row its next token, those in `soft` an input `D` in its place; the states there, `B x D`."""
         ...
 
     def remove(self, rows: Collection[int], broken: Collection[int] = ()) -> list[int]:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import copy
 import inspect
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 from typing import Any
@@ -20,6 +20,7 @@ from torch import Tensor
 
 from ..backbone import Backbone, pad
 from .forward import length_batches
+from .latent import with_soft
 from .slots import PREFILL_TOKENS
 
 
@@ -99,10 +100,18 @@ class FallbackEngine:
         """See `Engine`."""
         self._prompts = {ids: prompt for ids, prompt in self._prompts.items() if ids in keep}
 
-    def advance(self, tokens: Sequence[int]) -> Tensor:
+    def advance(self, tokens: Sequence[int], soft: Mapping[int, Tensor] | None = None) -> Tensor:
         """See `Engine`. One forward pass for each length."""
         rows = [row for group in self._groups for row in group.rows]
-        hidden = torch.cat([self._forward(group, [[tokens[row]] for row in group.rows]) for group in self._groups])
+        own = [
+            {i: soft[row] for i, row in enumerate(group.rows) if row in soft} if soft else {} for group in self._groups
+        ]
+        hidden = torch.cat(
+            [
+                self._forward(group, [[tokens[row]] for row in group.rows], inputs)
+                for group, inputs in zip(self._groups, own, strict=True)
+            ]
+        )
         return hidden[torch.tensor(rows, device=hidden.device).argsort()]
 
     def remove(self, rows: Collection[int], broken: Collection[int] = ()) -> list[int]:
@@ -127,14 +136,17 @@ class FallbackEngine:
         return DynamicCache(config=self.model.config.get_text_config())
 
     @torch.no_grad()
-    def _forward(self, group: _Group, sequences: Sequence[Sequence[int]]) -> Tensor:
+    def _forward(
+        self, group: _Group, sequences: Sequence[Sequence[int]], soft: Mapping[int, Tensor] | None = None
+    ) -> Tensor:
         """Take tokens in behind those of a group; the final norm's output at the last of them, `B x D`."""
         ids = torch.tensor(sequences, device=self.backbone.device)
         options = {self._cache_name: group.cache}
         if self._takes_positions:  # some models start at 0 again where they are not told
             places = torch.arange(group.length, group.length + ids.shape[1], device=ids.device)
             options["position_ids"] = places.expand(len(ids), -1)
-        output = self.model(input_ids=ids, use_cache=True, **options)
+        what = {"inputs_embeds": with_soft(self.backbone, ids, soft)} if soft else {"input_ids": ids}
+        output = self.model(**what, use_cache=True, **options)
         group.length += ids.shape[1]
         hidden: Tensor = output.last_hidden_state[:, -1]
         return hidden

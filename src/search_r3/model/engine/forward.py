@@ -74,7 +74,9 @@ def length_batches(
 
 
 @torch.no_grad()
-def last_hidden(model: Any, ids: Tensor, positions: Tensor, last: Tensor, attention: Attention) -> Tensor:
+def last_hidden(
+    model: Any, ids: Tensor, positions: Tensor, last: Tensor, attention: Attention, inputs: Tensor | None = None
+) -> Tensor:
     """The final norm's output at one position of each sequence.
 
     Args:
@@ -83,14 +85,17 @@ def last_hidden(model: Any, ids: Tensor, positions: Tensor, last: Tensor, attent
         positions: `B x T`, each token's position in its sequence.
         last: `B`, the column that is wanted.
         attention: where keys and values come from.
+        inputs: `B x T x D`, what goes in instead of the rows of the ids; the caller's no more.
 
     Returns:
         `B x D`.
     """
     if is_drivable(model):
-        return _drive(model.base_model, ids, positions, last, attention)
+        base = model.base_model
+        return _drive(base, base.embed_tokens(ids) if inputs is None else inputs, positions, last, attention)
+    what = {"input_ids": ids} if inputs is None else {"inputs_embeds": inputs}
     with attending(attention):
-        output = model.base_model(input_ids=ids, attention_mask=None, position_ids=positions, use_cache=False)
+        output = model.base_model(**what, attention_mask=None, position_ids=positions, use_cache=False)
     hidden: Tensor = output.last_hidden_state
     return hidden[torch.arange(len(ids), device=ids.device), last]
 
@@ -107,10 +112,9 @@ def layer_windows(config: Any) -> list[int | None]:
     return [window if kind == "sliding_attention" else None for kind in kinds]
 
 
-def _drive(base: Any, ids: Tensor, positions: Tensor, last: Tensor, attention: Attention) -> Tensor:
-    hidden = base.embed_tokens(ids)
+def _drive(base: Any, hidden: Tensor, positions: Tensor, last: Tensor, attention: Attention) -> Tensor:
     rotation = tuple(part.unsqueeze(2) for part in base.rotary_emb(hidden, positions))  # B x T x 1 x d
-    rows = torch.arange(len(ids), device=ids.device)
+    rows = torch.arange(len(hidden), device=hidden.device)
     final = len(base.layers) - 1
     windows = layer_windows(base.config)
     for number, layer in enumerate(base.layers):
@@ -118,7 +122,7 @@ def _drive(base: Any, ids: Tensor, positions: Tensor, last: Tensor, attention: A
         normed = _norm(layer.input_layernorm, hidden)
         key = _heads(block, "k", normed, rotation)
         value = _heads(block, "v", normed, None)
-        if number == final and ids.shape[1] > 1:
+        if number == final and hidden.shape[1] > 1:
             # Nobody reads the other positions of the last layer: they give keys and values and are dropped.
             normed, hidden = normed[rows, last].unsqueeze(1), hidden[rows, last].unsqueeze(1)
             rotation = tuple(part[rows, last].unsqueeze(1) for part in rotation)

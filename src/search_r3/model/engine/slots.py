@@ -5,7 +5,7 @@ Shapes: `B` sequences, `T` tokens, `L` layers, `h` key-value heads, `d` head siz
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -14,6 +14,7 @@ from torch import Tensor
 from ..backbone import Backbone
 from .attention import Prefix, SlotAttention, SlotCache
 from .forward import compute_prefix, last_hidden, length_batches, prefill
+from .latent import with_soft
 
 # Tokens of prompts that are computed together; it bounds memory and does not change results.
 PREFILL_TOKENS = 4096
@@ -100,14 +101,15 @@ class SlotEngine:
         """See `Engine`."""
         self._prompts = {ids: prompt for ids, prompt in self._prompts.items() if ids in keep}
 
-    def advance(self, tokens: Sequence[int]) -> Tensor:
+    def advance(self, tokens: Sequence[int], soft: Mapping[int, Tensor] | None = None) -> Tensor:
         """See `Engine`."""
         assert self._cache is not None
         self._cache.reserve(len(tokens), max(self._lengths) + 1)
         attention = SlotAttention(self._cache, self._lengths)
         ids = torch.tensor(tokens, device=self.backbone.device)[:, None]
         places = attention.lengths[:, None]
-        hidden = last_hidden(self.model, ids, places, torch.zeros_like(places[:, 0]), attention)
+        inputs = with_soft(self.backbone, ids, soft) if soft else None
+        hidden = last_hidden(self.model, ids, places, torch.zeros_like(places[:, 0]), attention, inputs)
         self._lengths = [length + 1 for length in self._lengths]
         return hidden
 

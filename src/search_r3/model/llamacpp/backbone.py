@@ -95,7 +95,7 @@ class LlamaCppBackbone(Backbone):
             raise ConfigError("llama.cpp computes where it was loaded (device=...); leave device out of this call")
         return [self]
 
-    def hidden_states(self, ids: Tensor, mask: Tensor | None) -> Tensor:
+    def hidden_states(self, ids: Tensor | None, mask: Tensor | None, inputs: Tensor | None = None) -> Tensor:
         """See `causal_lm`."""
         raise self._refusal()
 

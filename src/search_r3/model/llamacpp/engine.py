@@ -6,7 +6,7 @@ Shapes: `B` sequences, `D` hidden size, `V` vocabulary.
 from __future__ import annotations
 
 import weakref
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -69,8 +69,9 @@ class LlamaCppEngine:
         self._free([place for ids, (place, _) in self._prompts.items() if ids != kept])
         self._prompts = {} if kept is None else {kept: self._prompts[kept]}
 
-    def advance(self, tokens: Sequence[int]) -> Tensor:
-        """See `Engine`."""
+    def advance(self, tokens: Sequence[int], soft: Mapping[int, Tensor] | None = None) -> Tensor:
+        """See `Engine`; no request for soft tokens comes so far (`modes.latent`)."""
+        assert not soft
         places = zip(tokens, self._lengths, self._rows, strict=True)
         states = self._states([Token(token, length, row, True) for token, length, row in places])
         self._lengths = [length + 1 for length in self._lengths]

@@ -18,6 +18,7 @@ from ..embeddings import QueryEmbeddings, shorten
 from ..engine.decoding import Decoder, DecodeRequest, Rollout
 from ..loaded import LoadedModel
 from ..prompts import EncodedPrompt, Kind
+from .latent import latent_budget
 
 
 class PlainModes(LoadedModel):
@@ -34,6 +35,7 @@ class PlainModes(LoadedModel):
         batch_size: int = 128,
         progress: Progress | None = None,
         backbones: Sequence[Backbone] | None = None,
+        latent: bool = False,
     ) -> list[Rollout]:
         """Let the model reply to each prompt until it emits the embed token (see `DecodeRequest` for the settings).
 
@@ -47,6 +49,7 @@ class PlainModes(LoadedModel):
             batch_size: rollouts decoded at once; it changes them by rounding only, as in `encode_query`.
             progress: called with the numbers of rollouts finished, and of their tokens, since the last call.
             backbones: copies of this model on other devices (`Backbone.on`), each of which takes a share.
+            latent: soft tokens take the place of a text; then nothing is sampled.
 
         Returns:
             One rollout per prompt, in the order of the prompts: ids, log-probabilities, masks and vectors.
@@ -59,7 +62,7 @@ class PlainModes(LoadedModel):
         budgets = self.backbone.settings.max_new_tokens if max_new_tokens is None else max_new_tokens
         budgets = [budgets] * len(prompts) if isinstance(budgets, int) else budgets
         requests = [
-            DecodeRequest(prompt, budget, sampling_temperature, top_p, None if seeds is None else seeds[place])
+            DecodeRequest(prompt, budget, sampling_temperature, top_p, None if seeds is None else seeds[place], latent)
             for place, (prompt, budget) in enumerate(zip(prompts, budgets, strict=True))
         ]
         return in_parallel(
@@ -88,6 +91,20 @@ class PlainModes(LoadedModel):
         """Queries encoded after reasoning; `decoding` are arguments of `rollouts`."""
         prompts = self.backbone.prompt_encoder.encode_batch(texts, "reason", instruction)
         rollouts = self.rollouts([prompt.ids for prompt in prompts], seeds=seeds, **decoding)
+        return self._embeddings(rollouts, texts, [prompt.truncated for prompt in prompts], dimensions)
+
+    def _latent(
+        self,
+        texts: Sequence[str],
+        instruction: str | Sequence[str],
+        dimensions: int | None,
+        decoding: dict[str, Any],
+    ) -> QueryEmbeddings:
+        """Queries encoded after soft tokens; of `decoding` what is said about sampling changes nothing."""
+        budget = latent_budget(self.backbone, decoding["max_new_tokens"])
+        prompts = self.backbone.prompt_encoder.encode_batch(texts, "latent", instruction)
+        how = {name: decoding[name] for name in ("batch_size", "backbones", "progress")}
+        rollouts = self.rollouts([prompt.ids for prompt in prompts], max_new_tokens=budget, latent=True, **how)
         return self._embeddings(rollouts, texts, [prompt.truncated for prompt in prompts], dimensions)
 
     def _vectors(

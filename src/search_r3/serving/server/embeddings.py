@@ -146,9 +146,10 @@ def kind_of(model: str, service: Service) -> Kind | Mode:
 
 
 def named_kinds(service: Service) -> list[Kind | Mode]:
-    """What model ids can ask for: `auto` where the model has a gate."""
-    has_gate = service.engine.model.backbone.gate is not None
-    return [*KINDS, "auto"] if has_gate else [*KINDS]
+    """What model ids can ask for: `latent` where the model was trained for it, `auto` where it has a gate."""
+    backbone = service.engine.model.backbone
+    latent: list[Kind | Mode] = ["latent"] if backbone.settings.latent_steps else []
+    return [*KINDS, *latent, *(("auto",) if backbone.gate is not None else ())]
 
 
 def checked_dimensions(dimensions: int | None, service: Service) -> int | None:

@@ -1,1 +1,1 @@
-"""What is fitted to a trained model for modes beyond `direct` and `reason`."""
+"""Trainings and fits of what lies beyond `direct` and `reason`: gate, distillation, soft tokens."""

@@ -206,7 +206,9 @@ def _prompts(model: SearchR3, queries: Sequence[Query], mode: PlainMode) -> list
     return [prompt.ids for prompt in encode([query.bare for query in queries], mode, instructions)]
 
 
-def queries_of_step(query_ids: Sequence[str], count: int, seed: int, step: int) -> list[str]:
+def queries_of_step(
+    query_ids: Sequence[str], count: int, seed: int, step: int, setting: str = "grpo.queries_per_step"
+) -> list[str]:
     """The queries of a step: whole passes over all queries, each pass in its own seeded order.
 
     The last step of a pass is filled up with the first queries of the same pass.
@@ -215,7 +217,7 @@ def queries_of_step(query_ids: Sequence[str], count: int, seed: int, step: int) 
         DataError: fewer queries than a step needs.
     """
     if len(query_ids) < count:
-        raise DataError(f"a step needs {count} queries but the split has {len(query_ids)}; lower grpo.queries_per_step")
+        raise DataError(f"a step needs {count} queries but there are {len(query_ids)}; lower {setting}")
     per_pass = -(-len(query_ids) // count)
     order = list(query_ids)
     step_rng(seed, "queries", step // per_pass).shuffle(order)

@@ -1,0 +1,135 @@
+"""Soft tokens: what they are, in decoding and in training, with each engine and with adapters."""
+
+from __future__ import annotations
+
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from search_r3.config import LoRASettings
+from search_r3.errors import ModelError
+from search_r3.model.adapters import add_adapters
+from search_r3.model.backbone import Backbone, pad
+from search_r3.model.engine.decoding import Decoder, DecodeRequest
+from search_r3.training.modes.think import think
+from search_r3.training.policy import Policy
+from tests.conftest import save_tiny
+
+TEXTS = ["where is the red house?", "river", "a black horse and a white chair"]
+
+
+def by_hand(backbone: Backbone, ids: list[int], steps: int) -> torch.Tensor:
+    """With transformers alone, from the beginning at every step."""
+    lm = backbone.model
+    table = lm.get_input_embeddings()
+    every = table(torch.arange(table.weight.shape[0]))
+    inputs = table(torch.tensor([ids]))
+    for _ in range(steps):
+        logits = lm(inputs_embeds=inputs).logits[:, -1]
+        inputs = torch.cat([inputs, (torch.softmax(logits, -1) @ every)[:, None]], dim=1)
+    inputs = torch.cat([inputs, table(torch.tensor([[backbone.embed_token_id]]))], dim=1)
+    hidden = lm(inputs_embeds=inputs, output_hidden_states=True).hidden_states[-1][0, -1]
+    return torch.nn.functional.normalize(hidden, dim=0)
+
+
+@pytest.fixture(params=["plain", "adapters"])
+def changed(request: Any, backbone: Backbone) -> Backbone:
+    """As it is, or with adapters, among them a row of the embed token that is not the table's."""
+    if request.param == "adapters":
+        add_adapters(backbone, LoRASettings(rank=2))
+        torch.manual_seed(4)
+        with torch.no_grad():
+            for name, parameter in backbone.model.named_parameters():
+                if parameter.requires_grad:
+                    parameter += (0.5 if "token" in name else 0.05) * torch.randn_like(parameter)
+    return backbone
+
+
+@pytest.mark.parametrize("engine", ["fast", "fallback"])
+@pytest.mark.parametrize("steps", [0, 1, 3])
+def test_soft_tokens_are_the_models_mean_next_inputs(changed: Backbone, engine: Any, steps: int) -> None:
+    changed.engine = engine
+    for text in TEXTS:
+        ids = changed.prompt_encoder.encode(text, "latent").ids
+        [rollout] = Decoder(changed).run([DecodeRequest(ids, steps + 1, latent=True)])
+        torch.testing.assert_close(rollout.vector, by_hand(changed, ids, steps).detach(), atol=1e-5, rtol=1e-5)
+        assert (rollout.soft_tokens, rollout.reasoning_tokens, rollout.forced) == (steps, steps, False)
+        assert (rollout.completion_ids, rollout.reasoning) == ([changed.embed_token_id], "")
+
+
+def test_other_architectures_take_soft_tokens_too(tmp_path: Path, tokenizer: Any) -> None:
+    import transformers
+
+    from search_r3.model.loading import load_backbone
+    from tests.conftest import save_model
+
+    torch.manual_seed(2)
+    config = transformers.Gemma3TextConfig(
+        vocab_size=len(tokenizer) + 8, hidden_size=32, num_hidden_layers=2, intermediate_size=64, head_dim=8,
+        num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=256, sliding_window=32,
+        pad_token_id=tokenizer.pad_token_id, eos_token_id=tokenizer.eos_token_id, bos_token_id=None,
+    )  # fmt: skip
+    path = save_model(tmp_path / "gemma", tokenizer, transformers.Gemma3ForCausalLM(config))
+    backbone = load_backbone(path, device="cpu")
+    ids = backbone.prompt_encoder.encode(TEXTS[0], "latent").ids
+    [rollout] = Decoder(backbone).run([DecodeRequest(ids, 4, latent=True)])
+    expected = by_hand(backbone, ids, 3).detach()
+    torch.testing.assert_close(rollout.vector, expected, atol=1e-5, rtol=1e-5)
+
+
+def test_training_computes_the_vectors_that_decoding_does(changed: Backbone) -> None:
+    prompts = [changed.prompt_encoder.encode(text, "latent").ids for text in TEXTS]
+    ids, mask = pad(prompts, changed.tokenizer.pad_token_id, changed.device)
+    vectors, _ = Policy(changed)(ids, mask, latent_steps=3)
+    assert vectors.shape == (3, 3, 32)
+    for steps in (1, 2, 3):
+        rollouts = Decoder(changed).run([DecodeRequest(one, steps + 1, latent=True) for one in prompts])
+        expected = torch.stack([rollout.vector for rollout in rollouts])
+        torch.testing.assert_close(vectors[:, steps - 1].detach(), expected, atol=1e-5, rtol=1e-5)
+    masked = think(changed, ids, mask, 3, needs_mask=True)
+    torch.testing.assert_close(masked, vectors, atol=1e-5, rtol=1e-5)
+
+
+def test_gradients_go_through_all_soft_tokens(tmp_path: Path, tokenizer: Any) -> None:
+    from search_r3.model.loading import load_backbone
+
+    backbone = load_backbone(save_tiny(tmp_path / "untied", tokenizer, tied=False), device="cpu")
+    backbone.model.double()
+    ids, mask = pad([backbone.prompt_encoder.encode(TEXTS[0], "latent").ids], 0, backbone.device)
+    weight = backbone.causal_lm.get_output_embeddings().weight  # a vector depends on it through soft tokens alone
+    direction = torch.randn(32, generator=torch.Generator().manual_seed(0))
+
+    def value() -> torch.Tensor:
+        hidden = think(backbone, ids, mask, 2, needs_mask=False)
+        return (hidden[0, -1] * direction).sum()
+
+    value().backward()
+    assert weight.grad is not None
+    step = torch.randn(weight.shape, generator=torch.Generator().manual_seed(1)).double() * 1e-2
+    with torch.no_grad():
+        weight += step
+        above = value()
+        weight -= 2 * step
+        below = value()
+    expected = float(above - below) / 2
+    assert float((weight.grad * step).sum()) == pytest.approx(expected, rel=2e-2)
+    assert abs(expected) > 1e-6
+
+
+def test_states_that_are_not_finite_end_a_latent_request_alone(backbone: Backbone) -> None:
+    from tests.conftest import favour
+
+    prompts = [backbone.prompt_encoder.encode(text, "latent").ids for text in TEXTS]
+    favour(backbone, 0, float("nan"))
+    with pytest.raises(ModelError, match="not finite in request 0"):
+        Decoder(backbone).run([DecodeRequest(ids, 3, latent=True) for ids in prompts])
+
+
+def test_vectors_differ_by_what_would_have_been_written(backbone: Backbone) -> None:
+    ids = backbone.prompt_encoder.encode(TEXTS[0], "latent").ids
+    found = [Decoder(backbone).run([DecodeRequest(ids, steps, latent=True)])[0].vector for steps in (1, 2, 3)]
+    assert all(np.abs((one - other).numpy()).max() > 1e-3 for one, other in pairwise(found))
