@@ -137,6 +137,18 @@ def test_gircse_takes_every_number_of_soft_tokens_and_punishes_a_rise() -> None:
     assert sum(rises) > 0
 
 
+def test_gircse_learns_on_where_all_queries_are_told_apart() -> None:
+    settings = SFTSettings(latent_steps=2, latent_objective="gircse", contrastive_temperature=0.02)
+    batch, documents = batch_of([0, 1], 2), torch.eye(4)
+    latents = documents[[0, 0, 1, 1]].requires_grad_()
+    found = latent_losses([documents[:2], documents, latents], batch, settings)
+    assert float(found["latent_info_nce"].detach()) == 0
+    assert float(found["latent_rise"].detach()) == 0
+    sum(found.values(), torch.zeros(())).backward()
+    assert latents.grad is not None
+    assert latents.grad.isfinite().all()
+
+
 def test_laser_learns_the_scores_of_the_written_view_and_does_not_teach_it() -> None:
     torch.manual_seed(0)
     settings = SFTSettings(latent_steps=3, latent_objective="laser", contrastive_temperature=0.5)

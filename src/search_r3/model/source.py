@@ -95,7 +95,7 @@ class ModelFiles:
     @cached_property  # a vocabulary takes seconds to read
     def metadata(self) -> Lookup:
         """What the GGUF file says beside its weights; nothing where there is no such file."""
-        return (lambda key: None) if self.gguf is None else read_metadata(self.folder / self.gguf, self.name)
+        return dict[str, str]().get if self.gguf is None else read_metadata(self.folder / self.gguf, self.name)
 
     def settings(self) -> EmbeddingSettings | None:
         """The settings that are saved with the model; None where there are none.

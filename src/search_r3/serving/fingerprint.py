@@ -16,6 +16,7 @@ import numpy as np
 from pydantic import BaseModel, ConfigDict, Field
 
 from ..errors import StoreError
+from ..files import hash_file
 from ..types import Array
 
 if TYPE_CHECKING:
@@ -127,8 +128,9 @@ def _digest(side: Backbone) -> str:
     """Over names and values of all weights below the output layer, whatever precision they were loaded in."""
     import torch
 
-    if side.engine == "llama.cpp":  # of which nobody sees the weights but in their file
-        return side.revision
+    if side.engine == "llama.cpp":  # of which nobody sees the weights but in their file; that for queries is another
+        assert side.files is not None
+        return hash_file(side.files.folder / str(side.files.gguf))
 
     def digest(item: tuple[str, Any]) -> str:
         name, tensor = item

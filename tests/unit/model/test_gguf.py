@@ -23,6 +23,7 @@ from search_r3.errors import ConfigError, ModelError
 from search_r3.files import hash_file
 from search_r3.model.adapters import add_adapters
 from search_r3.model.backbone import Backbone
+from search_r3.model.engine.packed import can_pack
 from search_r3.model.llamacpp.vocabulary import vocabulary_of
 from search_r3.model.llamacpp.writing import export_gguf
 from search_r3.model.loading import load_backbone
@@ -90,6 +91,20 @@ def test_transformers_own_loader_computes_the_same_logits(tmp_path: Path, thinki
     ids = torch.tensor([[*range(40), backbone.embed_token_id]])
     with torch.no_grad():
         torch.testing.assert_close(own(input_ids=ids).logits, backbone.model(input_ids=ids).logits, atol=1e-4, rtol=0)
+
+
+@pytest.mark.skipif(not can_pack(), reason="this machine's torch has no such products")
+@pytest.mark.parametrize("tied", [True, False])
+def test_a_packed_model_is_written_as_its_float16_weights(tmp_path: Path, thinking: Any, tied: bool) -> None:
+    folder = save_tiny(tmp_path / "model", thinking, tied=tied, spare_rows=16)
+    written = [
+        export_gguf(load_backbone(folder, device="cpu", dtype=dtype), tmp_path / f"{dtype}.gguf", "f16")[0]
+        for dtype in ("float32", "float16")
+    ]
+    expected, found = (read(path)[1] for path in written)
+    assert found.keys() == expected.keys()
+    for name, tensor in expected.items():
+        np.testing.assert_allclose(found[name].data, tensor.data, rtol=1e-3, atol=1e-5)
 
 
 def test_what_llama_cpp_reads_is_there(saved: Path, tmp_path: Path) -> None:

@@ -24,6 +24,7 @@ from search_r3.errors import ConfigError, ModelError
 from search_r3.model.llamacpp import runtime
 from search_r3.model.llamacpp.writing import export_gguf
 from search_r3.model.loading import load_backbone
+from search_r3.serving.fingerprint import Fingerprint
 
 TEXTS = [document.full_text for document in small_collection().documents.values()][:11]
 BACKEND = {"backend": "llama.cpp", "model_kwargs": {"n_threads": 1}}
@@ -141,8 +142,6 @@ def test_a_full_cache_is_one_error_and_is_emptied(pair: tuple[SearchR3, Path]) -
 
 
 def test_a_store_of_one_can_be_asked_by_the_other(ours: SearchR3, theirs: SearchR3) -> None:
-    from search_r3.serving.fingerprint import Fingerprint
-
     made, asking = Fingerprint.of(ours), Fingerprint.of(theirs)
     assert made.difference(asking) is None and asking.backend == f"{theirs.backbone.dtype} on cpu, llama.cpp"
     assert asking.weights == theirs.backbone.revision
@@ -205,6 +204,13 @@ def test_frozen_documents_have_weights_of_their_own(tmp_path: Path, tokenizer: A
     assert cosines(ours.encode_document(TEXTS), theirs.encode_document(TEXTS)).min() > 0.9999
     assert cosines(ours.encode_query(TEXTS, "direct"), theirs.encode_query(TEXTS, "direct")).min() > 0.9999
     assert cosines(theirs.encode_document(TEXTS), theirs.encode_query(TEXTS, "direct")).max() < 0.999
+    with torch.no_grad():  # queries that learned on
+        for name, one in backbone.model.named_parameters():
+            if "lora_B" in name:
+                one.mul_(0.5)
+    learned = SearchR3(export_gguf(backbone, tmp_path / "learned" / "model.gguf", "f32")[0], **BACKEND)
+    assert learned.backbone.revision != theirs.backbone.revision
+    assert Fingerprint.of(theirs).difference(Fingerprint.of(learned)) is None
     files[1].unlink()
     with pytest.raises(ModelError, match=r"model\.queries\.gguf.* is missing"):
         SearchR3(files[0], **BACKEND)

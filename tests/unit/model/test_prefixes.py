@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import copy
+import pickle
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -110,6 +112,10 @@ def test_adapters_that_are_switched_and_merged_forget_what_was_kept(tiny_path: P
     tuned.set_adapter("other")
     assert np.abs(answers(model)[0] - first[0]).max() > 1e-4
     assert_same(answers(model), answers(forgetful(model)))
+    for module in tuned.modules():
+        if hasattr(module, "set_scale"):
+            module.set_scale("other", 3.0)
+    assert_same(answers(model), answers(forgetful(model)))
     tuned.base_model.merge_adapter(["default"])  # in place, where nothing is counted
     assert_same(answers(model), answers(forgetful(model)))
 
@@ -139,3 +145,22 @@ def test_threads_that_ask_at_once_get_what_one_gets(model: SearchR3) -> None:
         for _ in range(5):
             for one, other in zip(pool.map(lambda text: answers(model, text), TEXTS), expected, strict=True):
                 assert_same(one, other)
+
+
+def test_what_autocast_computed_is_not_kept_for_others(model: SearchR3) -> None:
+    with torch.autocast("cpu", torch.bfloat16):
+        model.encode_document(TEXTS[0])
+    result = model.encode_document(TEXTS[0])
+    np.testing.assert_allclose(result, forgetful(model).encode_document(TEXTS[0]), atol=1e-6)
+
+
+@pytest.mark.parametrize("twin_of", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))])
+def test_a_model_can_be_copied_and_pickled_and_its_copy_keeps_its_own(
+    model: SearchR3, twin_of: Callable[[SearchR3], SearchR3]
+) -> None:
+    expected = model.encode_document(TEXTS[0])
+    twin = twin_of(model)
+    assert (twin.backbone.prefixes.keeps, twin.backbone.prefixes._kept) == (True, {})
+    np.testing.assert_allclose(twin.encode_document(TEXTS[0]), expected, atol=1e-6)
+    model.backbone.prefixes.stop()
+    assert not twin_of(model).backbone.prefixes.keeps

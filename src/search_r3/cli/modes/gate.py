@@ -62,6 +62,8 @@ def gate(
     if out is not None:
         check_new(out)
     encoder = load_encoder(model, options)
+    if encoder.backbone.engine == "llama.cpp":
+        raise ConfigError("llama.cpp's files hold no gate; leave --backend out, and give --out for a model folder")
     if out is None:
         _check_writable(model, encoder)
     data = load_collection(collection or "atlas", skip_empty_documents=True)

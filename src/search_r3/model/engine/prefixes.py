@@ -7,6 +7,8 @@ from collections.abc import Callable
 from itertools import chain
 from typing import Any
 
+import torch
+
 from .attention import Prefix
 
 MOST = 4
@@ -21,11 +23,15 @@ class KeptPrefixes:
     `stop` first, as training does.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, keeps: bool = True) -> None:
         self._lock = threading.Lock()
         self._state: object = None
         self._kept: dict[tuple[int, ...], Prefix] = {}
-        self.keeps = True
+        self.keeps = keeps
+
+    def __reduce__(self) -> Any:
+        """A copy of a model, or a pickled one, keeps its own."""
+        return KeptPrefixes, (self.keeps,)
 
     def stop(self) -> None:
         """Forget all, and keep nothing from now on."""
@@ -53,13 +59,18 @@ class KeptPrefixes:
 
 
 def _state(model: Any) -> object:
-    """What tells apart two states of a model's weights and of the adapters in it; without copying any number."""
+    """What tells apart two states of a model's weights, its adapters and autocast; without copying any number."""
     tensors = [*chain(model.parameters(), model.buffers())]
     if any(one.is_inference() for one in tensors):
         return object()  # they are not counted: no state is ever the same
     adapters = [
-        (tuple(module.active_adapters), tuple(module.merged_adapters), module.disable_adapters)
+        (
+            *(tuple(module.active_adapters), tuple(module.merged_adapters), module.disable_adapters),
+            dict(getattr(module, "scaling", {})),
+        )
         for module in model.modules()
         if hasattr(module, "merged_adapters")
     ]
-    return [(one.data_ptr(), one.dtype, one._version) for one in tensors], adapters
+    kinds = filter(torch.amp.is_autocast_available, sorted({one.device.type for one in tensors}))
+    precision = [torch.get_autocast_dtype(kind) for kind in kinds if torch.is_autocast_enabled(kind)]
+    return [(one.data_ptr(), one.dtype, one._version) for one in tensors], adapters, precision

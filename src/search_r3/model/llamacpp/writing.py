@@ -165,9 +165,10 @@ def _tensors(gguf: Any, backbone: Backbone) -> Iterator[tuple[str, Tensor]]:
     config = model.config.get_text_config()
     architecture = {name: arch for arch, name in gguf.MODEL_ARCH_NAMES.items()}[config.model_type]
     names = gguf.get_tensor_name_map(architecture, config.num_hidden_layers)
-    tables = model.get_input_embeddings().weight, model.get_output_embeddings().weight
-    is_tied = tables[0].data_ptr() == tables[1].data_ptr()
-    for name, tensor in model.state_dict().items():
+    weights = model.state_dict()  # of a packed model it alone gives them, and a tied table once
+    output = weights.get("lm_head.weight")
+    is_tied = output is None or output.data_ptr() == model.get_input_embeddings().weight.data_ptr()
+    for name, tensor in weights.items():
         if is_tied and name == "lm_head.weight":
             continue
         stem, _, last = name.rpartition(".")

@@ -27,6 +27,8 @@ LATENT_WEIGHTS = {"latent_info_nce": 1.0, "latent_rise": 1.0, "latent_kl": 10.0}
 """Loss -> its weight among those of its objective, as published."""
 _NEVER = -1e4
 """Score of a document that is left out."""
+_LEAST = 1e-6
+"""InfoNCE of queries that are all told apart rounds to 0, which has no logarithm."""
 
 
 def latent_losses(vectors: Sequence[Tensor], batch: Batch, settings: SFTSettings) -> dict[str, Tensor]:
@@ -48,7 +50,8 @@ def latent_losses(vectors: Sequence[Tensor], batch: Batch, settings: SFTSettings
         each = torch.stack(
             [losses.info_nce(one, documents, positives, excluded, temperature) for one in latents.unbind(1)]
         )
-        rises = functional.relu(each[1:].log() - each[:-1].log())
+        logs = each.clamp_min(_LEAST).log()
+        rises = functional.relu(logs[1:] - logs[:-1])
         return {"latent_info_nce": each.mean(), "latent_rise": rises.sum() / max(1, len(rises))}
     last = latents[:, -1]
     reasoned = torch.tensor(batch.owners[len(batch.examples) :], dtype=torch.long, device=device)
