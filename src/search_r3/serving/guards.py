@@ -78,6 +78,15 @@ class Guard:
             yield
             self._flush(before)
 
+    @contextmanager
+    def unchanged(self) -> Iterator[None]:
+        """Keep writers out while something is read; not where nothing can be written, the lock neither."""
+        if self.folder is None or not os.access(self.folder, os.W_OK):
+            yield
+            return
+        with self._mutex, self._locked():
+            yield
+
     def set_aside_empty(self) -> None:
         """Move newest versions whose manifest is empty, or zeros, out of the way, with a warning.
 

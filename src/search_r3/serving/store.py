@@ -9,7 +9,7 @@ Shapes: `Q` queries, `N` chunks, `D` vector size.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from datetime import UTC, datetime, timedelta
 from importlib.metadata import version
 from itertools import islice
@@ -242,9 +242,7 @@ class Store:
         return fields_of(islice(self._scan(columns, None), rows), values)
 
     def check_filter(self, where: Filter) -> None:
-        """Refuse a filter that names what no document has: nothing would fit, and mostly a name is misspelt.
-
-        An empty store lets every name through.
+        """Refuse a filter that names what no document has, mostly misspelt; an empty store has all names.
 
         Raises:
             DataError: such a name, with those that there are; or as `filters.to_sql`.
@@ -253,8 +251,7 @@ class Store:
         if unknown := unknown_in(where, self._scan(["metadata"], None)):
             known = ", ".join(one["name"] for one in self.fields(values=0))
             raise DataError(
-                f"filter: no document of {self.address} has {', '.join(map(repr, unknown))}; those that can be named "
-                f"are {known}"
+                f"filter: no document has {', '.join(map(repr, unknown))}; those that can be named are {known}"
             )
 
     def revisions(self) -> dict[str, tuple[str, str]]:
@@ -274,6 +271,10 @@ class Store:
             for row in self._rows(column, sorted(values), ["full_text", "vector"]):
                 known[row["full_text"]] = np.array(row["vector"], dtype=np.float32)
         return known
+
+    def unchanged(self) -> AbstractContextManager[None]:
+        """Keep writers waiting, of this process and of others on this machine, while something long is read."""
+        return self._guard.unchanged()
 
     def batches(self) -> Iterator[pa.RecordBatch]:
         """All rows, as they are at the beginning."""

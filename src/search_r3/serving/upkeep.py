@@ -73,8 +73,9 @@ def copy_store(store: Store, address: str | Path) -> Store:
 
 
 def _copy(store: Store, address: str | Path, facts: dict[str, object]) -> Store:
-    count = len(store)
-    copy = Store.create(address, store.info.fingerprint, batches=store.batches(), **facts)
+    with store.unchanged():
+        count = len(store)
+        copy = Store.create(address, store.info.fingerprint, batches=store.batches(), **facts)
     copy.compact()
     problems = verify(copy) + ["chunks are missing"] * (len(copy) < count)
     if problems:

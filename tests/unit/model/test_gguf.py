@@ -155,6 +155,15 @@ def test_a_saved_file_is_trained_if_the_model_was_and_keeps_its_mode(saved: Path
     assert load_backbone(tmp_path / "saved", device="cpu").trained
 
 
+def test_a_file_holds_no_gate_and_so_no_mode_auto(
+    saved: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    backbone = load_backbone(saved, device="cpu")
+    backbone.settings = backbone.settings.model_copy(update={"trained": True, "mode": "auto"})
+    [path] = export_gguf(backbone, tmp_path / "model.gguf", "f32")
+    assert load_backbone(path, device="cpu").settings.mode == "reason" and "holds no gate" in caplog.text
+
+
 def two_sides(folder: Path) -> Backbone:
     """Queries with adapters, documents as they were."""
     documents, queries = load_backbone(folder, device="cpu"), load_backbone(folder, device="cpu")

@@ -105,6 +105,14 @@ def test_other_weights_of_another_precision_are_told_by_the_vector_of_a_text() -
     assert "other weights" in str(fingerprint().difference(fingerprint(weights="1" * 64)))
 
 
+def test_the_same_weights_may_stand_in_two_files_of_llama_cpp() -> None:
+    mine, other = {"backend": "llama.cpp"}, {"backend": "llama.cpp", "weights": "1" * 64}
+    assert fingerprint(**mine).difference(fingerprint(**other)) is None
+    moved = vector("probe") + 0.01 * vector("other")
+    probe = base64.b64encode((moved / np.linalg.norm(moved)).astype("<f4").tobytes()).decode()
+    assert "other weights" in str(fingerprint(**mine).difference(fingerprint(**other, probe=probe)))
+
+
 def test_a_store_refuses_another_model_by_name(tmp_path: Path) -> None:
     pytest.importorskip("lancedb")
     Store.create(tmp_path / "s", fingerprint())

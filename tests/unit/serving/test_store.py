@@ -430,6 +430,29 @@ def test_a_backup_is_a_store_and_overwrites_nothing(store: Store, tmp_path: Path
     assert len(copy_store(copy, tmp_path / "restored")) == 3
 
 
+def test_a_writer_waits_for_a_backup(store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    put(store, document("a"))
+    batches, written = Store.batches, threading.Event()
+
+    def write() -> None:
+        put(Store.open(store.address), document("b"))
+        written.set()
+
+    def slow(own: Store) -> Any:
+        writers.append(threading.Thread(target=write))
+        writers[-1].start()
+        assert not written.wait(0.3)
+        yield from batches(own)
+
+    writers: list[threading.Thread] = []
+    with monkeypatch.context() as patch:
+        patch.setattr(Store, "batches", slow)
+        patch.setattr("search_r3.serving.upkeep.verify", lambda copy: [])
+        copy = copy_store(store, tmp_path / "backup")
+    writers[0].join()
+    assert (len(copy), len(store)) == (1, 2)
+
+
 def test_a_backup_that_is_not_whole_is_not_there(store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     put(store, document("a"), document("b"))
     monkeypatch.setattr(Store, "batches", lambda self: iter(()))

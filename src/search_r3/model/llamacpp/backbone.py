@@ -187,7 +187,8 @@ def _load_side(
     if embed_token_id is None or embed_token_id >= model.rows:
         raise ModelError(f"{files.name} has no token {settings.embed_token}; leave it out of the settings given")
     settings = with_frames(settings, tokenizer, embed_token_id, set(saved.frames.end_token_ids), files.name)
-    settings = settings.model_copy(update={"trained": saved.trained})
+    mode = "reason" if settings.mode == "latent" else settings.mode  # soft tokens are for torch
+    settings = settings.model_copy(update={"trained": saved.trained, "mode": mode})
     parallel = options.get("n_parallel", PARALLEL)
     cache = Cache(
         model,

@@ -1,11 +1,13 @@
 """Write a model as a GGUF file, for llama.cpp and what is built on it, and for `SearchR3` again.
 
-The file holds all that a model directory does: weights, tokenizer, chat template, and `search_r3.json` as metadata.
+The file holds all that a model directory does but a gate: weights, tokenizer, chat template, and `search_r3.json` as
+metadata.
 """
 
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Iterator
 from contextlib import ExitStack
 from pathlib import Path
@@ -25,6 +27,8 @@ from ..settings import settings_record
 from ..templates import ChatTemplate
 from .metadata import SETTINGS_KEY, queries_file, tokenizer_values
 from .vocabulary import vocabulary_of
+
+logger = logging.getLogger(__name__)
 
 GGUFType = Literal["f32", "f16", "bf16", "q8_0"]
 TYPES: tuple[GGUFType, ...] = get_args(GGUFType)
@@ -103,7 +107,11 @@ def _write(backbone: Backbone, path: Path, kind: GGUFType, has_queries: bool) ->
     writer.add_name(Path(backbone.source).name)
     writer.add_file_type(gguf.LlamaFileType[_FILE_TYPES[kind]])
     writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
-    record = settings_record(backbone.settings, has_queries=has_queries)
+    settings = backbone.settings
+    if settings.mode == "auto":
+        logger.warning("%s: queries reason in the file, which holds no gate (mode auto)", backbone.source)
+        settings = settings.model_copy(update={"mode": "reason"})
+    record = settings_record(settings, has_queries=has_queries)
     writer.add_string(SETTINGS_KEY, json.dumps(record, ensure_ascii=False))
     _add_shape(writer, config)
     _add_tokenizer(writer, backbone)

@@ -28,5 +28,6 @@ def latent_budget(backbone: Backbone, max_new_tokens: int | None = None) -> int:
 
 
 def trained_modes(backbone: Backbone) -> list[Mode]:
-    """The modes that stage 1 has trained: the plain ones, and latent where it has."""
-    return [*PLAIN_MODES, *(("latent",) if backbone.settings.latent_steps else ())]
+    """The modes that stage 1 has trained and that can be computed here: the plain ones, and latent where it can."""
+    latent = backbone.settings.latent_steps and backbone.engine != "llama.cpp"
+    return [*PLAIN_MODES, *(("latent",) if latent else ())]
