@@ -71,6 +71,8 @@ class Rollout:
         vector: the search embedding, `D`, float32, L2-normalised, on the CPU.
         reasoning: the reply's text without special tokens.
         soft_tokens: soft tokens before the embed token.
+        sampler_logprobs: as `logprobs`, where another sampler wrote the reply: what that one said. `logprobs` are then
+            this model's.
     """
 
     prompt_ids: list[int]
@@ -80,6 +82,7 @@ class Rollout:
     vector: Tensor
     reasoning: str
     soft_tokens: int = 0
+    sampler_logprobs: list[float] | None = None
 
     @property
     def forced(self) -> bool:
