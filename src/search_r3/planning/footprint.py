@@ -285,10 +285,5 @@ class Job:
         return {"weights": stored, "reference": max(copy, resident["reference"]), "shards": shards}
 
     def host(self) -> dict[str, int]:
-        """Memory of the machine."""
-        stored = self.shape.total * (FULL if self.recipe.dtype == "float32" else HALF)
-        parts = {"loading": self.gpus * stored}
-        if self.stage == "grpo":
-            graph = 8 * self.recipe.grpo.refresh.neighbours if self.recipe.grpo.refresh.policy == "selective" else 0
-            parts["index"] = self.gpus * self.documents * (FULL * self.shape.hidden + 8 + graph)
-        return parts
+        """Memory of the machine that the models take while every process reads one."""
+        return {"loading": self.gpus * self.shape.total * (FULL if self.recipe.dtype == "float32" else HALF)}
