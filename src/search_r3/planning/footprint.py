@@ -273,6 +273,9 @@ class Job:
         slots = min(self.recipe.grpo.rollout_batch_size, self.own_rollouts)
         prompt = self.lengths.template + self.lengths.longest_query
         size = self.sampling_bytes
+        if self.recipe.grpo.sampler.url is not None:  # replies come from elsewhere, and are read
+            states = memory.encoding_memory(self.shape, memory.PREFILL_TOKENS, size)
+            return {"activations": states, "logits": memory.LOGIT_ROWS * self.shape.vocabulary * (size + 3 * FULL)}
         cache = memory.cache_memory(self.shape, slots, prompt, self.lengths.longest_reasoning, size)
         return {"rollout cache": cache, "logits": memory.sampling_memory(self.shape, slots, size)}
 

@@ -26,7 +26,9 @@ ZERO_BUCKET = 500_000_000
 ZERO_LIVE = 1_000_000_000
 """Weights that ZeRO-3 keeps whole at most (its default `stage3_max_live_parameters`)."""
 PREFILL_TOKENS = 4096
-"""Tokens of prompts that the decoder computes together (`model/engine/decoding.py`)."""
+"""Tokens of prompts that the decoder computes together, and of another sampler's replies that are read so."""
+LOGIT_ROWS = 256
+"""Positions of such replies whose logits are held at once (`training/rl/sampler.py`)."""
 
 
 @dataclass(frozen=True)

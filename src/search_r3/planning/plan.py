@@ -266,10 +266,15 @@ class Work:
         settings = recipe.grpo
         queries, rollouts = settings.queries_per_step, settings.queries_per_step * settings.group_size
         direct = {"direct": (settings.num_iterations * queries * prompt, prompt, passes)}
-        return {
+        sampling = {
             "prompts": (queries * prompt, prompt, 1),
             # A decoded token sees all before it.
             "rollouts": (rollouts * lengths.reasoning, 2 * prompt + lengths.reasoning, 1),
+        }
+        if settings.sampler.url is not None:  # that is another machine's, and whole replies are read
+            sampling = {"read": (rollouts * reply, reply, 1)}
+        return {
+            **sampling,
             "refresh": (self.refreshed() * document, document, 1),
             "trained": (settings.num_iterations * rollouts * reply, reply, passes),
             **(direct if settings.direct_loss_weight > 0 else {}),

@@ -14,7 +14,7 @@ from accelerate.commands.config.config_args import ClusterConfig, load_config_fr
 from accelerate.commands.launch import _validate_launch_command, launch_command_parser
 from accelerate.utils.launch import prepare_multi_gpu_env
 
-from search_r3.config import LoRASettings, Recipe, RefreshSettings, SFTSettings, load_recipe
+from search_r3.config import GRPOSettings, LoRASettings, Recipe, RefreshSettings, SFTSettings, load_recipe
 from search_r3.errors import ConfigError, ModelError
 from search_r3.model.loading import load_backbone
 from search_r3.planning.footprint import Lengths
@@ -192,6 +192,21 @@ def test_the_pathwise_terms_cost_direct_passes_and_the_best_documents() -> None:
     rollouts, documents = grpo.micro_batch_size, grpo.micro_batch_size * 51
     assert found.phases["train"]["nearest documents"] == 4 * documents * (1536 + 4 * rollouts)
     assert "nearest documents" not in without.phases["train"]
+
+
+def test_replies_of_a_server_are_read_and_not_decoded() -> None:
+    def planned(**settings: Any) -> Any:
+        recipe = LARGE.model_copy(update={"max_length": 512, "grpo": GRPOSettings(**settings)})
+        return plan(recipe, "grpo", gpus=1, lengths=Lengths(query=20, reasoning=50, template=10))
+
+    own, served = planned(), planned(sampler={"url": "http://localhost:8000/v1"})
+    rollouts = own.tokens["rollouts"] // 50
+    assert {"prompts", "rollouts"} <= set(own.tokens) and not {"prompts", "rollouts"} & set(served.tokens)
+    assert served.tokens["read"] == rollouts * 80 == served.tokens["trained"]
+    assert "rollout cache" in own.phases["rollouts"] and "rollout cache" not in served.phases["rollouts"]
+    logits = served.phases["rollouts"]["logits"]
+    assert logits == 256 * 151_936 * (2 + 3 * 4) < own.phases["rollouts"]["logits"]
+    assert served.seconds.keys() == own.seconds.keys() - {"rollouts"}
 
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
