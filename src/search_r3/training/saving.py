@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tempfile
 from pathlib import Path
 
 from torch import Tensor
@@ -45,18 +46,15 @@ def save_trained(
             _save_whole(backbone, state, recipe, folder, adapter)
 
 
-def save_policy(
-    engine: Engine, backbone: Backbone, recipe: Recipe, folder: Path, adapter: Path, dtype: str | None = None
-) -> None:
-    """Write the model as it is in the middle of a stage, in the first process, for whoever else computes with it.
+def save_policy(engine: Engine, backbone: Backbone, recipe: Recipe, folder: Path, dtype: str | None = None) -> None:
+    """Write the model as it is in the middle of a stage, whole, adapters merged, for who computes with a copy of it.
 
     Args:
         engine: holds the weights.
         backbone: the model that is being trained.
         recipe: says whether there are adapters.
-        folder: the model directory, whole, of queries where documents are frozen.
-        adapter: the directory of the adapters, without the embed token's row, which servers do not take.
-        dtype: storage type of the model directory.
+        folder: the model directory; where documents are frozen, of what encodes queries.
+        dtype: storage type of the weights.
 
     Raises:
         RunError: it cannot be written; in every process.
@@ -64,9 +62,20 @@ def save_policy(
     state = policy_state(engine, backbone)
 
     def write() -> None:
-        _save_whole(backbone, state, recipe, folder, adapter, dtype)
-        if recipe.lora.rank:
-            drop_token_rows(adapter)
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=folder.parent) as scratch:
+            _save_whole(backbone, state, recipe, folder, Path(scratch) / "adapter", dtype)
+
+    agree(engine.communicator, folder, write if engine.rank == 0 else lambda: None)
+
+
+def save_policy_adapters(engine: Engine, backbone: Backbone, folder: Path) -> None:
+    """Write the adapters alone, without the embed token's row, which servers do not take; see `save_policy`."""
+    state = policy_state(engine, backbone)
+
+    def write() -> None:
+        save_adapters(backbone, state, folder)
+        drop_token_rows(folder)
 
     agree(engine.communicator, folder, write if engine.rank == 0 else lambda: None)
 

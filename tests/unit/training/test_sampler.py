@@ -190,7 +190,7 @@ def test_the_whole_of_stage_2_equals_that_of_the_own_decoder(
         assert paths - {"/v1/models", "/v1/completions"} == (
             {"/collective_rpc", "/reset_prefix_cache"} if kind == "vllm" else {"/update_weights_from_disk"}
         )
-        assert kept.name == "model-000002", "weights that were read are dropped"
+        assert kept.name == "weights-000002", "weights that were read are dropped"
         for other, row in zip(others, rows, strict=True):
             for name in ("query", "reasoning", "reasoning_tokens", "forced", "best_rank"):
                 assert other[name] == row[name], (kind, name)
@@ -267,7 +267,7 @@ def test_adapters_alone_are_loaded_under_a_name_of_their_own(
         assert rollout.sampler_logprobs == pytest.approx(rollout.logprobs, abs=1e-4), "the adapters have an effect"
     base = complete(SearchR3(talker_path), requests, [SampledReply(r.completion_ids, r.logprobs) for r in rollouts])
     assert base[0].logprobs != pytest.approx(rollouts[0].logprobs, abs=1e-3)
-    named = pytest.raises(ConfigError, match=r"lora.rank is 0; set reload=vllm")
+    named = pytest.raises(ConfigError, match=r"lora.rank is 0; have whole models loaded")
     with running(talker_path, monkeypatch) as server, named:
         endpoint_of(server, SearchR3(talker_path), tmp_path, reload="vllm_adapter")
 
@@ -411,8 +411,8 @@ def test_settings_that_name_no_server_are_refused() -> None:
 
 def test_weights_for_a_server_are_stored_as_they_are_computed_with(talker: SearchR3, tmp_path: Path) -> None:
     weights = weights_of(talker)
-    save_policy(weights.engine, talker.backbone, weights.recipe, tmp_path / "m", tmp_path / "a", "bfloat16")
+    save_policy(weights.engine, talker.backbone, weights.recipe, tmp_path / "m", "bfloat16")
     saved = load_backbone(tmp_path / "m")
-    assert not (tmp_path / "a").exists()
+    assert [path.name for path in tmp_path.iterdir()] == ["m"]
     own = talker.backbone.model.get_output_embeddings().weight
     assert torch.equal(saved.model.get_output_embeddings().weight, own.bfloat16().float())

@@ -40,7 +40,7 @@ class Engine(Protocol):
         ...
 
     def admit(self, prompts: Sequence[tuple[int, ...]], most: int | None = None) -> None:
-        """Take prompts that `prompt_states` has computed into work, as the next rows, of which there are `most` at most."""
+        """Take prompts that `prompt_states` has computed into work, as the next rows, of `most` that there may be."""
         ...
 
     def forget(self, keep: Collection[tuple[int, ...]]) -> None:

@@ -129,21 +129,18 @@ class EndpointSampler:
         self._ends = sorted({backbone.embed_token_id, *backbone.prompt_encoder.end_token_ids})
         if settings.reload == "none" or not (first or weights.version - self._version >= settings.reload_every):
             return
-        if settings.reload == "vllm_adapter" and not weights.recipe.lora.rank:
-            raise ConfigError("grpo.sampler.reload=vllm_adapter needs adapters, and lora.rank is 0; set reload=vllm")
         # A folder of their own for these weights: servers keep in mind what they have read from one.
-        name = f"{weights.version:06d}"
-        model, adapter = self._folder / f"model-{name}", self._folder / f"adapter-{name}"
-        weights.save(model, adapter)
-        read = adapter if settings.reload == "vllm_adapter" else model
-        weights.in_first(lambda: self._tell(read, weights.version), read, "have the server load")
+        folder = self._folder / f"weights-{weights.version:06d}"
         if settings.reload == "vllm_adapter":
+            weights.save_adapters(folder)
             self._model = ADAPTER
-        weights.in_first(lambda: self._drop_older(name), self._folder, "clear")
+        else:
+            weights.save(folder)
+        weights.in_first(lambda: self._tell(folder, weights.version), folder, "have the server load")
         self._version = weights.version
 
     def _tell(self, folder: Path, version: int) -> None:
-        """Have the server load what a folder holds."""
+        """Have the server load what a folder holds, and drop those that it has loaded before."""
         match self._settings.reload:
             case "vllm":
                 body = {"method": "reload_weights", "kwargs": {"weights_path": str(folder)}}
@@ -163,6 +160,9 @@ class EndpointSampler:
                 if answer.get("success") is not True:
                     words = " ".join(str(answer.get("message", answer)).split())[:300]
                     raise RunError(f"{self._root}/update_weights_from_disk failed: {words}; {RELOADS['sglang']}")
+        for path in self._folder.glob("weights-*"):
+            if re.fullmatch(r"weights-\d{6,}", path.name) and path != folder:
+                shutil.rmtree(path, ignore_errors=True)
 
     def _reload(self, path: str, body: Mapping[str, Any], allowed: Sequence[int] = ()) -> dict[str, Any]:
         try:
@@ -180,11 +180,6 @@ class EndpointSampler:
         except ValueError:  # vLLM says some things in words
             answer = {}
         return answer if isinstance(answer, dict) else {}
-
-    def _drop_older(self, name: str) -> None:
-        for path in self._folder.glob("*-??????"):
-            if re.fullmatch(r"(model|adapter)-\d{6}", path.name) and not path.name.endswith(name):
-                shutil.rmtree(path, ignore_errors=True)
 
     def _served_model(self) -> str:
         """The name under which the server has its model."""

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from ...config import Recipe
-from ...errors import RunError
+from ...errors import ConfigError, RunError
 from ...model.backbone import Backbone
 from ...model.encoder import SearchR3
 from ...model.engine.decoding import Decoder, DecodeRequest, Rollout
@@ -26,7 +26,7 @@ from ...model.engine.forward import length_batches, sequence_states
 from ...parallel import agree
 from .. import losses
 from ..engine import Engine
-from ..saving import policy_state, save_policy
+from ..saving import policy_state, save_policy, save_policy_adapters
 
 PASS_TOKENS = 4096
 """Tokens of replies that are read together, padding included."""
@@ -66,14 +66,25 @@ class PolicyWeights:
         """The weights by the names that transformers (or, of adapters, peft) gives them; whole in the first process."""
         return policy_state(self.engine, self.model.backbone)
 
-    def save(self, folder: Path, adapter: Path) -> None:
-        """Write a model directory, and adapters, where these learn, to a directory of their own.
+    def save(self, folder: Path) -> None:
+        """Write a model directory, whole, adapters merged.
 
         Raises:
-            RunError: they cannot be written.
+            RunError: it cannot be written.
         """
         dtype = "bfloat16" if self.recipe.mixed_precision == "bf16" else None
-        save_policy(self.engine, self.model.backbone, self.recipe, folder, adapter, dtype)
+        save_policy(self.engine, self.model.backbone, self.recipe, folder, dtype)
+
+    def save_adapters(self, folder: Path) -> None:
+        """Write LoRA matrices alone, as peft does, without the embed token's row.
+
+        Raises:
+            ConfigError: there are no adapters.
+            RunError: they cannot be written.
+        """
+        if not self.recipe.lora.rank:
+            raise ConfigError("adapters are to be sampled with, and lora.rank is 0; have whole models loaded")
+        save_policy_adapters(self.engine, self.model.backbone, folder)
 
     def in_first(self, work: Callable[[], None], what: Path, verb: str = "write") -> None:
         """Do something in the first process, while the others wait; where it fails, all raise.
