@@ -15,7 +15,7 @@ from .memory import FULL
 
 TEXT_BYTES = 5
 """Bytes of text per token, about: English in the tokenizers of large models has 4 to 5 letters and blanks a token."""
-DOCUMENT_BYTES = 800
+DOCUMENT_BYTES = 420
 """Bytes of a document's Python objects in a collection and in an index, its text apart (measured by a test)."""
 PROCESS_BYTES = 2_000_000_000
 """Bytes of a training process without model and data: Python, torch and what CUDA keeps of its own; about."""

@@ -162,9 +162,7 @@ def plan(
     job.check()
     work, corpus, speed = Work(job), Corpus(job), speed or Speed()
     tokens, flops = {kind: count for kind, (count, _, _) in work.kinds().items()}, work.flops()
-    document = job.lengths.document + job.lengths.template
-    encoding = documents * document * work.forward(document) / work.rate(speed)
-    refreshed = work.refreshed() if stage == "grpo" else job.batch_documents
+    refreshed, encoding = work.refreshed(), work.encoding(documents) / work.rate(speed)
     return MemoryPlan(
         stage=stage,
         strategy=job.strategy,
@@ -280,8 +278,15 @@ class Work:
             **(direct if settings.direct_loss_weight > 0 else {}),
         }
 
+    def encoding(self, documents: int) -> float:
+        """FLOP of encoding so many documents."""
+        length = self.job.lengths.document + self.job.lengths.template
+        return documents * length * self.forward(length)
+
     def refreshed(self) -> int:
         """Documents encoded per step, at most: by the policy, and the positives (one per query); frozen ones: none."""
+        if self.job.stage == "sft":
+            return self.job.batch_documents
         settings = self.job.recipe.grpo.refresh
         if self.job.recipe.grpo.documents == "frozen":
             return 0

@@ -161,7 +161,7 @@ def test_rows_that_come_one_by_one_copy_the_cache_seldom() -> None:
         cache.reserve(count, 8, 64)
         sizes.append(cache.values.shape[2])
         assert count <= cache.values.shape[2] <= max(64, count)
-    assert len(set(sizes)) <= 11, "it grows by a half each time, and not by one"
+    assert len(set(sizes)) <= 12, "it grows by a half each time, and not by one"
     cache.values[:, :, :64] = 1
     cache.reserve(66, 8, 64)
     assert cache.values.shape[2] == 66 and bool((cache.values[:, :, :64] == 1).all())
@@ -371,7 +371,7 @@ def test_requests_wait_on_where_their_prompts_cannot_be_taken_in(
     decoder.submit(DecodeRequest(prompt(quiet, 0), 3))
     for part in ("prompt_states", "admit"):
         with monkeypatch.context() as patch:
-            patch.setattr(decoder._engine, part, lambda prompts: 1 / 0)
+            patch.setattr(decoder._engine, part, lambda *arguments: 1 / 0)
             with pytest.raises(ZeroDivisionError):
                 decoder.step()
     assert len(decoder) == 1

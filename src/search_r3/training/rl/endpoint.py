@@ -18,7 +18,7 @@ from concurrent.futures import ThreadPoolExecutor
 from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 from urllib.parse import urlsplit
 
 from ...config import GRPOSettings
@@ -284,7 +284,7 @@ class EndpointSampler:
         return words.replace(self._key, "***") if self._key else words
 
 
-def _are(values: object, kind: Any) -> bool:
+def _are(values: object, kind: Any) -> TypeGuard[list[Any]]:
     """Whether something is a list of such numbers."""
     return isinstance(values, list) and bool(values) and all(isinstance(one, kind) for one in values)
 

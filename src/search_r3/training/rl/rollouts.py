@@ -100,13 +100,7 @@ def collect(
 ) -> Experience:
     """Sample `G` rollouts for each of this process's share of the step's queries; the environment scores them.
 
-    Args:
-        model: reads the vectors, and writes where there is no other sampler.
-        environment: scores.
-        recipe: the settings.
-        step: its number, from 0.
-        engine: the other processes.
-        sampler: writes; by default the model itself.
+    What writes them is by default the model itself.
 
     Raises:
         RunError: no rollout of any process emitted the embed token, or the sampler gives no replies.

@@ -223,7 +223,9 @@ def _read(backbone: Backbone, written: Sequence[_Written]) -> tuple[list[Tensor]
         tokens = torch.tensor(one.token_ids, device=hidden.device)  # S
         parts = [
             losses.chosen_logprobs(backbone.logits(states), chosen, one.request.temperature or 1.0)
-            for states, chosen in zip(hidden[row, start:end].split(LOGIT_ROWS), tokens.split(LOGIT_ROWS), strict=True)
+            for states, chosen in zip(
+                torch.split(hidden[row, start:end], LOGIT_ROWS), torch.split(tokens, LOGIT_ROWS), strict=True
+            )
         ]
         logprobs.append(torch.cat(parts).tolist())
     return list(vectors), logprobs
