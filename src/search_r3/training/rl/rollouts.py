@@ -126,11 +126,7 @@ def collect(
 
     groups = sample(everyone, own)
     if all(communicator.all_gather(all(rollout.forced for rollout in groups.rollouts))):
-        raise RunError(
-            f"none of {len(everyone) * group_size} rollouts at step {step + 1} emitted the embed token within "
-            f"{model.backbone.settings.max_new_tokens} tokens; train stage 1 (search-r3 sft) first, "
-            "or set max_new_tokens higher"
-        )
+        raise _none_emitted(model, len(everyone) * group_size, step)
     spare = sorted(set(environment.qrels) - set(everyone))
     step_rng(recipe.seed, "redraws", step).shuffle(spare)
     redrawn = 0
@@ -153,6 +149,14 @@ def collect(
         redrawn=redrawn,
     )
     return with_advantages(experience, environment, settings, engine, own)
+
+
+def _none_emitted(model: SearchR3, count: int, step: int) -> RunError:
+    return RunError(
+        f"none of {count} rollouts at step {step + 1} emitted the embed token within "
+        f"{model.backbone.settings.max_new_tokens} tokens; train stage 1 (search-r3 sft) first, "
+        "or set max_new_tokens higher"
+    )
 
 
 def with_advantages(
