@@ -15,9 +15,9 @@ from pathlib import Path
 
 import numpy as np
 
-from ..config import RefreshSettings
-from ..retrieval.index import VectorIndex
+from ..retrieval.protocol import VectorIndex
 from ..retrieval.ranking import RestrictedRows, ranked_rows
+from ..sections import RefreshSettings
 from ..types import Array, Rows
 from .neighbours import NeighbourGraph
 

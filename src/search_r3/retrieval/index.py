@@ -1,4 +1,4 @@
-"""Vector indexes behind one protocol; the exact index is the truth.
+"""The exact index: the truth that every other one is held against.
 
 Higher scores rank first and equal scores by doc_id, the larger string first, as everywhere (`metrics`). The rows of an
 index stand in descending order of doc_id, so among equal scores the lower row wins.
@@ -8,12 +8,10 @@ Shapes: `Q` queries, `N` documents, `D` vector size, `K` results.
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import numpy as np
 import torch
@@ -21,81 +19,20 @@ from numpy.typing import NDArray
 
 from ..errors import VectorIndexError
 from ..model.documents import unusable_rows
-from ..model.modes.gate import TOP
 from ..types import Array, Rows
 from . import storage
+from .protocol import VectorIndex
 from .selection import Best, Blocks, count_ahead, count_better
 
-DType = Literal["float32", "float16"]
+DType = Literal["float32", "float16", "bfloat16"]
 
-_DTYPES: dict[str, torch.dtype] = {"float32": torch.float32, "float16": torch.float16}
-
-
-@dataclass(frozen=True)
-class SearchResult:
-    """The best documents of every query: `doc_ids` `Q x K` (lists), `scores` `Q x K` (float32)."""
-
-    doc_ids: list[list[str]]
-    scores: Array
-
-
-class VectorIndex(ABC):
-    """What ranks and refresh policies ask of an index.
-
-    Attributes:
-        doc_ids: the document of each row, in descending order.
-        rows: the row of each document.
-        encoded_at_version: the policy version that encoded each row, `N`.
-    """
-
-    doc_ids: Sequence[str]
-    rows: Mapping[str, int]
-    encoded_at_version: NDArray[np.int64]
-
-    def __len__(self) -> int:
-        return len(self.doc_ids)
-
-    def row(self, doc_id: str) -> int:
-        """The row of a document.
-
-        Raises:
-            VectorIndexError: the index does not hold it.
-        """
-        try:
-            return self.rows[doc_id]
-        except KeyError:
-            raise VectorIndexError(f"document {doc_id!r} is not in the index of {len(self)} documents") from None
-
-    def rows_of(self, doc_ids: Sequence[str]) -> Rows:
-        """The row of each document, as `row`."""
-        return np.array([self.row(doc_id) for doc_id in doc_ids], dtype=np.int64)
-
-    def search(self, queries: Array, k: int) -> SearchResult:
-        """`search_rows` with doc_ids instead of rows."""
-        rows, scores = self.search_rows(queries, k)
-        return SearchResult([[self.doc_ids[row] for row in line] for line in rows.tolist()], scores)
-
-    def top_scores(self, queries: Array) -> Array:
-        """The scores of the best documents, `Q x 10` (all where there are fewer), best first: what a gate reads."""
-        return self.search_rows(queries, TOP)[1]
-
-    @abstractmethod
-    def search_rows(self, queries: Array, k: int) -> tuple[Rows, Array]:
-        """Rows and scores, both `Q x K`, of the `k` best documents of each query (all where there are fewer)."""
-
-    @abstractmethod
-    def ranks(
-        self, queries: Array, rows: Sequence[Sequence[int]], left_out: Sequence[Rows] | None = None
-    ) -> list[list[int]]:
-        """The rank (from 1) of chosen rows for each query, among all but those that are left out for it."""
-
-    @abstractmethod
-    def scores_at(self, rows: Rows, query: Array) -> Array:
-        """The scores of these rows for one query, `len(rows)`; equal vectors have equal ones."""
-
-    @abstractmethod
-    def vectors_at(self, rows: Sequence[int] | Rows) -> Array:
-        """The vectors held in these rows, `len(rows) x D`, as float32."""
+_DTYPES: dict[str, torch.dtype] = {
+    "float32": torch.float32,
+    "float16": torch.float16,
+    "bfloat16": torch.bfloat16,
+}
+_FILE_DTYPES = {"bfloat16": "int16"}
+"""numpy has no bfloat16: its bits are saved as these."""
 
 
 class ExactIndex(VectorIndex):
@@ -138,10 +75,21 @@ class ExactIndex(VectorIndex):
         for start in range(0, len(order), self.block):
             self._tensor[start : start + self.block] = _tensor_of(vectors[order[start : start + self.block]])
 
+    @classmethod
+    def reserve(
+        cls, doc_ids: Sequence[str], dimension: int, *, dtype: DType = "float32", device: str | torch.device = "cpu"
+    ) -> ExactIndex:
+        """An index of zeros for `update` to fill block by block; `doc_ids` in descending order."""
+        index = cls.__new__(cls)
+        index._tensor = torch.zeros((len(doc_ids), dimension), dtype=_DTYPES[dtype], device=device)
+        index._label(doc_ids, np.zeros(len(doc_ids), dtype=np.int64))
+        return index
+
     @property
     def dtype(self) -> DType:
         """How vectors are stored."""
-        return "float16" if self._tensor.dtype == torch.float16 else "float32"
+        name: DType = next(name for name in get_args(DType) if _DTYPES[name] == self._tensor.dtype)
+        return name
 
     @property
     def dimension(self) -> int:
@@ -179,53 +127,38 @@ class ExactIndex(VectorIndex):
             rows[part], scores[part] = best.rows.cpu().numpy(), best.scores.cpu().numpy()
         return rows, scores
 
-    def ranks(
-        self, queries: Array, rows: Sequence[Sequence[int]], left_out: Sequence[Rows] | None = None
+    def count_ahead(
+        self, queries: Array, rows: Sequence[Rows], scores: Sequence[Array], left_out: Sequence[Rows]
     ) -> list[list[int]]:
-        """The rank (from 1) of chosen rows for each query, without sorting all scores.
-
-        Args:
-            queries: `Q x D`.
-            rows: the documents asked for, for each query.
-            left_out: the documents that are not ranked, for each query; none of them is asked for.
-
-        Raises:
-            VectorIndexError: wrong shape, values that are not finite, or not one list of rows for each query.
-        """
-        if len(rows) != len(queries):
-            raise VectorIndexError(f"{len(queries)} queries need {len(queries)} lists of rows, found {len(rows)}")
+        """How many documents rank ahead of each target, but for those that are left out."""
         vectors = self._queries(queries)
         result: list[list[int]] = [[] for _ in rows]
         # The longest lists stand together, so that they alone pay for their length.
         order = sorted(range(len(rows)), key=lambda query: len(rows[query]), reverse=True)
         for start in range(0, len(order), self.query_block):
             part = order[start : start + self.query_block]
-            block, lists = vectors[part], [rows[i] for i in part]
-            better = count_better(self._products(block), partial(self._pair_scores, block), lists, block.device)
+            block, lists, bars = vectors[part], [rows[i].tolist() for i in part], [scores[i].tolist() for i in part]
+            better = count_better(self._products(block), partial(self._pair_scores, block), lists, bars, block.device)
             for i, counts in zip(part, better, strict=True):
-                result[i] = [count + 1 for count in counts]
-        for i, rivals in enumerate(left_out or ()):
-            if len(rivals) and result[i]:
-                targets = np.array(rows[i], dtype=np.int64)
-                scores, rival_scores = self.scores_at(targets, queries[i]), self.scores_at(rivals, queries[i])
-                ahead = count_ahead(targets, scores, rivals, rival_scores)
-                result[i] = [rank - count for rank, count in zip(result[i], ahead, strict=True)]
+                result[i] = counts
+        limited = [i for i, rivals in enumerate(left_out) if len(rivals) and len(rows[i])]
+        for i, own in zip(limited, self.scores_at(queries[limited], [left_out[i] for i in limited]), strict=True):
+            less = count_ahead(rows[i], scores[i], left_out[i], own)
+            result[i] = [count - some for count, some in zip(result[i], less, strict=True)]
         return result
 
-    def scores_at(self, rows: Rows, query: Array) -> Array:
-        """The scores of these rows for one query, `len(rows)`; equal vectors have equal ones.
+    def scores_at(self, queries: Array, rows: Sequence[Rows]) -> list[Array]:
+        """The scores of chosen rows for each query, `Q` lists; equal vectors have equal ones.
 
         Those of a matrix product may differ in the last bit: it sums the edges of a block in another order.
         """
-        scores: Array = self.candidate_scores(query[None], rows[None])[0]
-        return scores
-
-    def candidate_scores(self, queries: Array, rows: Rows) -> Array:
-        """The same for the rows `Q x C` of queries `Q x D`."""
-        vectors, places = self._queries(queries), torch.tensor(rows, dtype=torch.long).to(self._tensor.device)
-        owners = torch.arange(len(places), device=places.device).repeat_interleave(places.shape[1])
-        scores: Array = self._pair_scores(vectors, places.flatten(), owners).view(places.shape).cpu().numpy()
-        return scores
+        if not len(rows):
+            return []
+        sizes = [len(line) for line in rows]
+        places = torch.from_numpy(np.concatenate(rows)).to(self._tensor.device)
+        owners = torch.arange(len(rows)).repeat_interleave(torch.tensor(sizes)).to(places.device)
+        scores = self._pair_scores(self._queries(queries), places, owners).cpu().numpy()
+        return np.split(scores, np.cumsum(sizes)[:-1])
 
     def _pair_scores(self, queries: torch.Tensor, rows: torch.Tensor, query: torch.Tensor) -> torch.Tensor:
         """The scores of pairs of a row and a query, each summed by itself."""
@@ -297,7 +230,8 @@ class ExactIndex(VectorIndex):
     def writers(self) -> dict[str, storage.FileWriter]:
         """What writes each data file of a saved index."""
         labels = storage.label_writers(self.doc_ids, self.encoded_at_version)
-        return {"vectors.npy": storage.write_array(self._tensor, self.block), **labels}
+        bits = self._tensor.view(torch.int16) if self.dtype in _FILE_DTYPES else self._tensor
+        return {"vectors.npy": storage.write_array(bits, self.block), **labels}
 
     def facts(self) -> dict[str, Any]:
         """What the manifest of a saved index says about it."""
@@ -310,9 +244,10 @@ class ExactIndex(VectorIndex):
         doc_ids, versions = storage.read_labels(paths, count)
         if dtype not in _DTYPES:
             raise ValueError(f"unknown dtype {dtype!r}")
-        vectors = storage.read_array(paths["vectors.npy"], (count, dimension), dtype, mmap=mmap)
+        file_dtype = _FILE_DTYPES.get(dtype, dtype)
+        vectors = storage.read_array(paths["vectors.npy"], (count, dimension), file_dtype, mmap=mmap)
         index = cls.__new__(cls)
-        index._tensor = torch.from_numpy(vectors)
+        index._tensor = torch.from_numpy(vectors).view(_DTYPES[dtype])
         index._label(doc_ids, versions)
         return index
 
@@ -327,7 +262,8 @@ class ExactIndex(VectorIndex):
 
     def _check_values(self, vectors: Array) -> None:
         for start in range(0, len(vectors), self.block):
-            if len(unusable_rows(vectors[start : start + self.block], self.dtype)):
+            largest = "float16" if self.dtype == "float16" else "float32"  # bfloat16 reaches as far as float32
+            if len(unusable_rows(vectors[start : start + self.block], largest)):
                 raise VectorIndexError(
                     f"vectors hold NaN or infinity (or more than {self.dtype} can); the model that made them is broken"
                 )

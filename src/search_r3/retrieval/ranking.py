@@ -31,8 +31,8 @@ from ..data.collection import Collection
 from ..data.restrictions import IdenticalIds, Restrictions, restrictions
 from ..data.rows import bare_text
 from ..types import Array, Rows
-from .index import VectorIndex
 from .lexical import Scored
+from .protocol import VectorIndex
 from .selection import NOISE, count_ahead, groups_alike
 
 MARGIN = 32
@@ -91,10 +91,9 @@ def ranked_rows(
             last = min(depth + len(limits[i].left_out), len(rows)) - 1
             tied = len(rows) < len(index) and scores[last] - scores[-1] < NOISE
             candidates[i] = np.setdiff1d(np.arange(len(index)) if tied else rows, limits[i].left_out)
+    chosen = [rows for rows in candidates if rows is not None]  # all of them by now
     rankings = []
-    for rows, vector in zip(candidates, vectors, strict=True):
-        assert rows is not None
-        scores = index.scores_at(rows, vector)
+    for rows, scores in zip(chosen, index.scores_at(vectors, chosen), strict=True):
         # Rows stand in descending order of doc_id, so the lower row comes first among equals.
         order = np.lexsort((rows, -scores))[:depth]
         rankings.append((rows[order], scores[order]))
@@ -150,10 +149,13 @@ def ranks(
         vectors[unpooled], [targets[i].tolist() for i in unpooled], [limits[i].left_out for i in unpooled]
     )
     rank_lists = dict(zip(unpooled, whole, strict=True))
-    for i, limit in enumerate(limits):
-        if limit.pool is not None:
-            scores, pool_scores = index.scores_at(targets[i], vectors[i]), index.scores_at(limit.pool, vectors[i])
-            rank_lists[i] = [count + 1 for count in count_ahead(targets[i], scores, limit.pool, pool_scores)]
+    pools = {i: limit.pool for i, limit in enumerate(limits) if limit.pool is not None}
+    pooled = vectors[list(pools)]
+    scores, pool_scores = (
+        index.scores_at(pooled, asked) for asked in ([targets[i] for i in pools], list(pools.values()))
+    )
+    for place, (i, pool) in enumerate(pools.items()):
+        rank_lists[i] = [count + 1 for count in count_ahead(targets[i], scores[place], pool, pool_scores[place])]
     result = [np.full(len(line), len(index) + 1) for line in numbers]
     for i, line in enumerate(result):
         line[limits[i].allow(numbers[i])] = rank_lists[i]

@@ -55,7 +55,11 @@ class Best:
 
 
 def count_better(
-    blocks: Blocks, pair_scores: PairScores, targets: Sequence[Sequence[int]], device: torch.device
+    blocks: Blocks,
+    pair_scores: PairScores,
+    targets: Sequence[Sequence[int]],
+    target_scores: Sequence[Sequence[float]],
+    device: torch.device,
 ) -> list[list[int]]:
     """How many documents rank before each target.
 
@@ -64,16 +68,19 @@ def count_better(
     Args:
         blocks: the scores of all documents.
         pair_scores: the score of each pair of a row and a query; equal vectors get equal scores.
-        targets: rows of the documents asked for, a list for each query, the longest lists first.
+        targets: rows of the documents asked for, a list for each query, the longest lists first; of a document that
+            is none of these, the row that it would push back.
+        target_scores: of each of them, by `pair_scores`.
         device: where the scores are.
     """
     # The slot-th target of every query that has so many: the first columns of a block.
-    slots = [
-        torch.tensor([rows[slot] for rows in targets if len(rows) > slot], device=device)
-        for slot in range(len(targets[0]))
-    ]
-    columns = torch.arange(len(targets), device=device)
-    bars = [pair_scores(slot, columns[: len(slot)]) for slot in slots]
+    slots, bars = (
+        [
+            torch.tensor([line[slot] for line in lists if len(line) > slot], dtype=dtype, device=device)
+            for slot in range(len(lists[0]))
+        ]
+        for lists, dtype in ((targets, torch.long), (target_scores, torch.float32))
+    )
     counts = [torch.zeros_like(slot) for slot in slots]
     for start, scores in blocks:
         for target, bar, count in zip(slots, bars, counts, strict=True):

@@ -22,6 +22,7 @@ from search_r3.retrieval.approximate import ApproximateIndex, GraphSettings
 from search_r3.retrieval.index import ExactIndex
 from search_r3.retrieval.metrics import ndcg, rank
 from search_r3.retrieval.ranking import RankRequest
+from search_r3.types import Progress
 
 WEIGHTS = RewardSettings(ndcg=1.0, log_rank=0.0, contrastive=0.0, format=0.25, tokens=0.1)
 
@@ -34,8 +35,10 @@ class MovingEncoder:
         self.shift = 0.0
         self.encoded: list[str] = []
 
-    def encode_document(self, texts: Sequence[str]) -> np.ndarray:
+    def encode_document(self, texts: Sequence[str], progress: Progress | None = None) -> np.ndarray:
         self.encoded += texts
+        if progress is not None:
+            progress(len(texts), sum(self.count_document_tokens(texts)))
         angles = np.array([self.place[text] * 0.03 + self.shift for text in texts])
         return np.stack([np.cos(angles), np.sin(angles)], axis=1).astype(np.float32)
 

@@ -9,7 +9,8 @@ import torch
 from search_r3.data.collection import Collection, Document, Query
 from search_r3.data.restrictions import Restrictions, restrictions
 from search_r3.retrieval.approximate import ApproximateIndex, GraphSettings
-from search_r3.retrieval.index import ExactIndex, VectorIndex
+from search_r3.retrieval.index import ExactIndex
+from search_r3.retrieval.protocol import VectorIndex
 from search_r3.retrieval.ranking import make_requests, ranked, ranks, restricted_rows
 
 COUNT, SIZE = 60, 8
