@@ -26,11 +26,12 @@ from ..model.engine.decoding import Rollout
 from ..parallel import Communicator, gather_queries
 from ..retrieval.approximate import ApproximateIndex
 from ..retrieval.index import ExactIndex
-from ..retrieval.ranking import ranked_rows
+from ..retrieval.ranking import Hits, ranked_rows
 from ..retrieval.sharded import ROWS_AT_A_TIME, ShardedIndex, divide_rows, encode_rows, load_rows, shard_name
 from ..sections import RefreshSettings
 from ..types import Array, DocumentEncoder, Rows
 from .account import Audit, compare_scores
+from .amended import SLACK, Moved, amend
 from .drift import MIN_PAIRS, DriftCorrection, fit_drift
 from .feedback import Feedback, RefreshReport
 from .refresh import RefreshRequest, make_policy
@@ -156,9 +157,14 @@ class RetrievalEnvironment:
             raise RewardError(
                 f"query {lacking[0]!r} has no relevant document and so no reward; remove it from the training split"
             )
-        vectors = rollout_vectors(rollouts)
-        report = self._refresh(vectors, query_ids, policy_version)
-        scores = self.score(rollouts, query_ids)
+        vectors, everyone, own = gather_queries(self.communicator, rollout_vectors(rollouts), query_ids)
+        if not everyone:
+            raise RewardError("no rollouts were given; one process at least has to give one")
+        targets = [self.query_rows(query_id) for query_id in everyone]
+        report, hits = self._refresh(vectors, targets, policy_version)
+        scores = (
+            self.score(rollouts, query_ids) if hits is None else self.scorer.judge(rollouts, targets[own], hits[own])
+        )
         self.communicator.barrier()
         return Feedback([score.parts.total(self.weights) for score in scores], scores, report)
 
@@ -239,15 +245,14 @@ class RetrievalEnvironment:
         if self.communicator.rank == 0:
             self.policy.save(folder / "policy")
 
-    def _refresh(self, vectors: Array, query_ids: Sequence[str], policy_version: int) -> RefreshReport:
+    def _refresh(
+        self, queries: Array, targets: Sequence[QueryRows], policy_version: int
+    ) -> tuple[RefreshReport, list[Hits] | None]:
+        """Of all processes' queries together; also what these find afterwards, where that is known already."""
         started = time.perf_counter()
-        queries, everyone, _ = gather_queries(self.communicator, vectors, query_ids)
-        if not everyone:
-            raise RewardError("no rollouts were given; one process at least has to give one")
         if self.frozen:
-            return RefreshReport(0, 0, time.perf_counter() - started, 0.0, 0, 0.0, self._recall)
+            return RefreshReport(0, 0, time.perf_counter() - started, 0.0, 0, 0.0, self._recall), None
         self._encoded_tokens = 0
-        targets = [self.query_rows(query_id) for query_id in everyone]
         positives = [query.positives for query in targets]
         first = self._stale(_by_doc_id(np.concatenate(positives)), policy_version)
         correct = self.refresh.policy == "drift" or self.refresh.correct_drift
@@ -257,14 +262,22 @@ class RetrievalEnvironment:
             if len(first) + len(sample) >= MIN_PAIRS:  # fewer would buy no map
                 first = np.concatenate([first, sample])
         gain = self._encode_again(first, policy_version, correct=correct)
-        limits = [query.limits for query in targets]
-        request = RefreshRequest(self.index, policy_version, queries, positives, limits, self.k)
+        limits, hits, depth = [query.limits for query in targets], None, 0
+        if self.refresh.policy == "shortlist":  # it moves few documents: one search serves choice and reward
+            depth = max(self.scorer.wanted, self.refresh.depth)
+            hits = self.scorer.search(self.index, queries, targets, depth + SLACK)
+        request = RefreshRequest(self.index, policy_version, queries, positives, limits, self.k, hits)
         urgent = self._stale(self.policy.choose(request), policy_version)
         second = self._agree(self._affordable(urgent, first))
+        moved = np.sort(second)
+        before = None if hits is None else self.index.vectors_at(moved)
         self._encode_again(second, policy_version, correct=False)
+        if hits is not None and before is not None and len(moved):
+            change = Moved(moved, before, self.index.vectors_at(moved))
+            hits = amend(self.index, self.scorer, self.communicator, hits, change, queries, targets, depth)
         rows = np.concatenate([first, second])
         staleness = policy_version - self.index.encoded_at_version
-        return RefreshReport(
+        report = RefreshReport(
             documents_encoded=len(rows),
             tokens_encoded=sum(self.communicator.all_gather(self._encoded_tokens)),
             seconds=time.perf_counter() - started,
@@ -273,6 +286,7 @@ class RetrievalEnvironment:
             drift_gain=gain,
             index_recall=self._recall,
         )
+        return report, hits
 
     @property
     def _recall(self) -> float:

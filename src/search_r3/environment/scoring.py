@@ -17,7 +17,7 @@ from ..data.collection import Collection, Qrels
 from ..data.restrictions import restrictions
 from ..model.engine.decoding import Rollout
 from ..retrieval.protocol import VectorIndex
-from ..retrieval.ranking import RestrictedRows, ranked_rows, ranks, restricted_rows
+from ..retrieval.ranking import Hits, RestrictedRows, find, restricted_rows
 from ..types import Array, Rows
 from .reward import Outcome, RewardParts, contrastive, load_function, reward_parts
 
@@ -50,23 +50,6 @@ class QueryRows:
     def are_negatives(self, rows: Rows) -> NDArray[np.bool_]:
         """Which of some ranked rows are neither relevant nor have the text of a relevant document."""
         return np.isin(rows, [*self.positives, *self.twins], invert=True)
-
-
-@dataclass(frozen=True)
-class Hits:
-    """Where one vector's query finds its relevant documents.
-
-    Attributes:
-        ranks: of the relevant documents.
-        cosines: to them.
-        rows: the best of its ranking.
-        scores: of these.
-    """
-
-    ranks: list[int]
-    cosines: Array
-    rows: Rows
-    scores: Array
 
 
 @dataclass(frozen=True)
@@ -146,15 +129,17 @@ class Scorer:
         """
         return self.judge(rollouts, targets, self.search(index, vectors, targets)) if rollouts else []
 
-    def search(self, index: VectorIndex, vectors: Array, targets: Sequence[QueryRows]) -> list[Hits]:
-        """What vectors `B x D` find in an index, where the query of each is about `targets`; at least one."""
+    @property
+    def wanted(self) -> int:
+        """The number of best documents that a score is made of."""
+        return max(self.depth, self.settings.contrastive_depth if self.settings.contrastive > 0 else 0)
+
+    def search(
+        self, index: VectorIndex, vectors: Array, targets: Sequence[QueryRows], depth: int | None = None
+    ) -> list[Hits]:
+        """What vectors `B x D` find in an index, where the query of each is about `targets`, to `depth` or `wanted`."""
         limits, positives = [query.limits for query in targets], [query.positives for query in targets]
-        rank_lists, cosines = ranks(index, vectors, positives, limits), index.scores_at(vectors, positives)
-        wanted = max(self.depth, self.settings.contrastive_depth if self.settings.contrastive > 0 else 0)
-        none = [(np.arange(0), np.empty(0, np.float32))] * len(vectors)
-        nearest = ranked_rows(index, vectors, limits, wanted) if wanted else none
-        found = zip(rank_lists, cosines, nearest, strict=True)
-        return [Hits(own_ranks, own_cosines, *best) for own_ranks, own_cosines, best in found]
+        return find(index, vectors, positives, limits, self.wanted if depth is None else depth)
 
     def judge(self, rollouts: Sequence[Rollout], targets: Sequence[QueryRows], hits: Sequence[Hits]) -> list[Score]:
         """Score replies for what their vectors found.
@@ -172,8 +157,8 @@ class Scorer:
 
     def _contrast(self, query: QueryRows, hits: Hits) -> float:
         depth = self.settings.contrastive_depth
-        rivals = hits.scores[:depth][query.are_negatives(hits.rows[:depth])]
-        own = np.where(query.limits.allow(query.positives), hits.cosines, -np.inf)
+        rivals = hits.row_scores[:depth][query.are_negatives(hits.rows[:depth])]
+        own = np.where(query.limits.allow(query.positives), hits.scores, -np.inf)
         return contrastive(own, query.gains, rivals, self.settings.contrastive_temperature)
 
     def _outcome(self, rollout: Rollout, query: QueryRows, hits: Hits) -> Outcome:
@@ -187,7 +172,7 @@ class Scorer:
             doc_ids=query.doc_ids,
             gains=query.gains,
             ranks=hits.ranks,
-            cosines=hits.cosines.tolist(),
+            cosines=hits.scores.tolist(),
         )
 
     def _same_text(self, doc_id: str) -> list[str]:

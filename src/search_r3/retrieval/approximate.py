@@ -29,6 +29,8 @@ GraphDType = Literal["f32", "f16", "bf16", "i8"]
 
 SPARE = 16
 """Candidates beyond `K` at least: the graph compares rounded vectors, so the order at its edge is not the true one."""
+STRAYED = 0.01
+"""A document is put into the graph anew when `1 - cos` between its vector and the graph's is above this."""
 ALIKE = 1e-6
 """Scores of unit vectors closer than this are equal to an audit: documents of one text stand in for each other."""
 
@@ -130,10 +132,30 @@ class ApproximateIndex(VectorIndex):
         A document behind all of them counts `rank_depth`: it ranks there or further down. Where the graph proposes
         too few, that query is counted exactly.
         """
+        return self._count(queries, rows, scores, left_out)[0]
+
+    def search_and_count(
+        self, queries: Array, k: int, rows: Sequence[Rows], scores: Sequence[Array], left_out: Sequence[Rows]
+    ) -> tuple[Rows, Array, list[list[int]]]:
+        """Both, from one search of the graph; none of those that are left out is among the `k` best."""
+        counts, near = self._count(queries, rows, scores, left_out)
+        width = min((len(line) for line, _ in near.values()), default=0)
+        if len(near) < len(rows) or width < k:
+            return *self.search_rows(queries, k), counts
+        best = np.empty((len(rows), k), np.int64), np.empty((len(rows), k), np.float32)
+        for i, (line, own) in near.items():
+            order = np.lexsort((line, -own))[:k]
+            best[0][i], best[1][i] = line[order], own[order]
+        return *best, counts
+
+    def _count(
+        self, queries: Array, rows: Sequence[Rows], scores: Sequence[Array], left_out: Sequence[Rows]
+    ) -> tuple[list[list[int]], dict[int, tuple[Rows, Array]]]:
+        """The counts, and where the graph gave them, the documents (and their scores) among which was counted."""
         depth, depths = self.settings.rank_depth, [self.settings.rank_depth + len(line) for line in left_out]
         shallow = {i: len(left_out[i]) for i, deep in enumerate(depths) if deep < len(self)}
         if not shallow:
-            return self.store.count_ahead(queries, rows, scores, left_out)
+            return self.store.count_ahead(queries, rows, scores, left_out), {}
         queries = self.store.check_queries(queries)
         rivals: dict[int, Rows] = {}
         for group in groups_alike(shallow):
@@ -144,13 +166,14 @@ class ApproximateIndex(VectorIndex):
                     own = rows[i][rows[i] < len(self)]
                     rivals[i] = np.setdiff1d(np.union1d(candidates[: depths[i]], own), left_out[i])
         result: dict[int, list[int]] = {}
-        near = self.store.scores_at(queries[list(rivals)], list(rivals.values()))
-        for (i, line), rival_scores in zip(rivals.items(), near, strict=True):
-            result[i] = [min(count, depth) for count in count_ahead(rows[i], scores[i], line, rival_scores)]
+        found = self.store.scores_at(queries[list(rivals)], list(rivals.values()))
+        near = {i: (line, own) for (i, line), own in zip(rivals.items(), found, strict=True)}
+        for i, (line, own) in near.items():
+            result[i] = [min(count, depth) for count in count_ahead(rows[i], scores[i], line, own)]
         rest = [i for i in range(len(rows)) if i not in rivals]
         exact = self.store.count_ahead(queries[rest], *([given[i] for i in rest] for given in (rows, scores, left_out)))
         result |= dict(zip(rest, exact, strict=True))
-        return [result[i] for i in range(len(rows))]
+        return [result[i] for i in range(len(rows))], near
 
     def scores_at(self, queries: Array, rows: Sequence[Rows]) -> list[Array]:
         """The scores of chosen rows for each query; equal vectors have equal ones."""
@@ -163,7 +186,8 @@ class ApproximateIndex(VectorIndex):
     def update(self, rows: Rows, vectors: Array, version: int | None = None) -> None:
         """Replace the vectors in these rows, each once, `len(rows) x D`; without a version they stay as old as before.
 
-        Where more than half of all documents change, the graph is built anew, which is faster and better.
+        The graph takes up anew what has moved by more than `STRAYED` from where it has it: it only proposes. Where more
+        than half of all documents change, it is built anew, which is faster and better.
 
         Raises:
             VectorIndexError: wrong shape or values that are not finite; nothing is changed.
@@ -172,9 +196,10 @@ class ApproximateIndex(VectorIndex):
         if 2 * len(rows) > len(self):
             self.rebuild()
         elif len(rows):
-            rows = np.sort(rows)
-            self._graph.remove(rows.astype(np.uint64), threads=torch.get_num_threads())
-            self._add(rows)
+            rows = self._strayed(np.sort(rows))
+            if len(rows):
+                self._graph.remove(rows.astype(np.uint64), threads=torch.get_num_threads())
+                self._add(rows)
         self._updates += 1
         if self.audit_every and self._updates % self.audit_every == 0:
             self.maintain()
@@ -287,6 +312,14 @@ class ApproximateIndex(VectorIndex):
         self._graph = self._empty_graph()
         for start in range(0, len(self), self.store.block):
             self._add(np.arange(start, min(start + self.store.block, len(self))))
+
+    def _strayed(self, rows: Rows) -> Rows:
+        """Those of these rows whose vectors are no longer where the graph has them."""
+        there = np.stack(self._graph.get(rows.astype(np.uint64), "f32"))
+        here = self.vectors_at(rows)
+        lengths = np.linalg.norm(there, axis=1) * np.linalg.norm(here, axis=1)
+        strayed: Rows = rows[(there * here).sum(axis=1) < (1 - STRAYED) * lengths]
+        return strayed
 
     def _add(self, rows: Rows) -> None:
         self._graph.add(rows.astype(np.uint64), self.store.vectors_at(rows), threads=torch.get_num_threads())

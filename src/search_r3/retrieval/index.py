@@ -22,7 +22,7 @@ from ..model.documents import unusable_rows
 from ..types import Array, Rows
 from . import storage
 from .protocol import VectorIndex
-from .selection import Best, Blocks, count_ahead, count_better
+from .selection import Ahead, Best, Blocks, count_ahead
 
 DType = Literal["float32", "float16", "bfloat16"]
 
@@ -117,35 +117,54 @@ class ExactIndex(VectorIndex):
         """
         if k < 1:
             raise VectorIndexError(f"a search returns at least 1 document; k was {k}")
-        vectors, k = self._queries(queries), min(k, len(self))
-        rows, scores = np.empty((len(vectors), k), dtype=np.int64), np.empty((len(vectors), k), dtype=np.float32)
-        for start in range(0, len(vectors), self.query_block):
-            part = slice(start, start + self.query_block)
-            best = Best(vectors[part])
-            for first, products in self._products(vectors[part]):
-                best.add(first, products, k)
-            rows[part], scores[part] = best.rows.cpu().numpy(), best.scores.cpu().numpy()
+        none: list[Rows] = [np.empty(0, np.int64)] * len(queries)
+        rows, scores, _ = self._scan(queries, k, none, [])
         return rows, scores
 
     def count_ahead(
         self, queries: Array, rows: Sequence[Rows], scores: Sequence[Array], left_out: Sequence[Rows]
     ) -> list[list[int]]:
         """How many documents rank ahead of each target, but for those that are left out."""
-        vectors = self._queries(queries)
-        result: list[list[int]] = [[] for _ in rows]
-        # The longest lists stand together, so that they alone pay for their length.
-        order = sorted(range(len(rows)), key=lambda query: len(rows[query]), reverse=True)
-        for start in range(0, len(order), self.query_block):
-            part = order[start : start + self.query_block]
-            block, lists, bars = vectors[part], [rows[i].tolist() for i in part], [scores[i].tolist() for i in part]
-            better = count_better(self._products(block), partial(self._pair_scores, block), lists, bars, block.device)
-            for i, counts in zip(part, better, strict=True):
-                result[i] = counts
+        return self.search_and_count(queries, 0, rows, scores, left_out)[2]
+
+    def search_and_count(
+        self, queries: Array, k: int, rows: Sequence[Rows], scores: Sequence[Array], left_out: Sequence[Rows]
+    ) -> tuple[Rows, Array, list[list[int]]]:
+        """`search_rows` and `count_ahead` in one pass over the documents."""
+        best, best_scores, counts = self._scan(queries, k, rows, scores)
         limited = [i for i, rivals in enumerate(left_out) if len(rivals) and len(rows[i])]
         for i, own in zip(limited, self.scores_at(queries[limited], [left_out[i] for i in limited]), strict=True):
             less = count_ahead(rows[i], scores[i], left_out[i], own)
-            result[i] = [count - some for count, some in zip(result[i], less, strict=True)]
-        return result
+            counts[i] = [count - some for count, some in zip(counts[i], less, strict=True)]
+        return best, best_scores, counts
+
+    def _scan(
+        self, queries: Array, k: int, targets: Sequence[Rows], target_scores: Sequence[Array]
+    ) -> tuple[Rows, Array, list[list[int]]]:
+        """The `k` best documents of each query (none, where it is 0), and how many rank ahead of each target."""
+        vectors, k = self._queries(queries), min(k, len(self))
+        rows, scores = np.empty((len(vectors), k), dtype=np.int64), np.empty((len(vectors), k), dtype=np.float32)
+        counts: list[list[int]] = [[] for _ in targets]
+        # The longest lists stand together, so that they alone pay for their length.
+        order = sorted(range(len(targets)), key=lambda query: len(targets[query]), reverse=True)
+        if not any(map(len, targets)):
+            target_scores = targets = [np.empty(0, np.int64)] * len(vectors)
+            if not k:
+                return rows, scores, counts
+        for start in range(0, len(order), self.query_block):
+            part = order[start : start + self.query_block]
+            block, best = vectors[part], Best(vectors[part])
+            lists, bars = [targets[i].tolist() for i in part], [target_scores[i].tolist() for i in part]
+            ahead = Ahead(partial(self._pair_scores, block), lists, bars, block.device)
+            for first, products in self._products(block):
+                if k:
+                    best.add(first, products, k)
+                ahead.add(first, products)
+            if k:
+                rows[part], scores[part] = best.rows.cpu().numpy(), best.scores.cpu().numpy()
+            for i, own in zip(part, ahead.lists(), strict=True):
+                counts[i] = own
+        return rows, scores, counts
 
     def scores_at(self, queries: Array, rows: Sequence[Rows]) -> list[Array]:
         """The scores of chosen rows for each query, `Q` lists; equal vectors have equal ones.
@@ -155,10 +174,20 @@ class ExactIndex(VectorIndex):
         if not len(rows):
             return []
         sizes = [len(line) for line in rows]
+        if sum(sizes) > 64 * len(sizes):  # then a query's own product spares copies of the query
+            vectors = self._queries(queries)
+            return [self._row_scores(query, line).cpu().numpy() for query, line in zip(vectors, rows, strict=True)]
         places = torch.from_numpy(np.concatenate(rows)).to(self._tensor.device)
         owners = torch.arange(len(rows)).repeat_interleave(torch.tensor(sizes)).to(places.device)
         scores = self._pair_scores(self._queries(queries), places, owners).cpu().numpy()
         return np.split(scores, np.cumsum(sizes)[:-1])
+
+    def _row_scores(self, query: torch.Tensor, rows: Rows) -> torch.Tensor:
+        """`_pair_scores` of one query."""
+        places = torch.from_numpy(rows).to(query.device)
+        parts = (places[start : start + self.block] for start in range(0, len(places), self.block))
+        scores = [(self._tensor[part].to(query) * query).sum(1) for part in parts]
+        return torch.cat(scores) if scores else query.new_empty(0)
 
     def _pair_scores(self, queries: torch.Tensor, rows: torch.Tensor, query: torch.Tensor) -> torch.Tensor:
         """The scores of pairs of a row and a query, each summed by itself."""

@@ -110,6 +110,12 @@ class VectorIndex(ABC):
             left_out: for each query; none of them is a target.
         """
 
+    def search_and_count(
+        self, queries: Array, k: int, rows: Sequence[Rows], scores: Sequence[Array], left_out: Sequence[Rows]
+    ) -> tuple[Rows, Array, list[list[int]]]:
+        """`search_rows` and `count_ahead` of the same queries, at the price of one search where that is possible."""
+        return *self.search_rows(queries, k), self.count_ahead(queries, rows, scores, left_out)
+
     @abstractmethod
     def scores_at(self, queries: Array, rows: Sequence[Rows]) -> list[Array]:
         """The scores of chosen rows for each query, `Q` lists; equal vectors have equal ones."""

@@ -54,45 +54,52 @@ class Best:
             self.floor = self.scores[:, -1].contiguous()
 
 
-def count_better(
-    blocks: Blocks,
-    pair_scores: PairScores,
-    targets: Sequence[Sequence[int]],
-    target_scores: Sequence[Sequence[float]],
-    device: torch.device,
-) -> list[list[int]]:
-    """How many documents rank before each target.
+class Ahead:
+    """How many of the documents seen so far rank ahead of each target.
 
     Documents whose score in a block is within `NOISE` of the target's are compared by `pair_scores`.
 
     Args:
-        blocks: the scores of all documents.
         pair_scores: the score of each pair of a row and a query; equal vectors get equal scores.
         targets: rows of the documents asked for, a list for each query, the longest lists first; of a document that
             is none of these, the row that it would push back.
         target_scores: of each of them, by `pair_scores`.
         device: where the scores are.
     """
-    # The slot-th target of every query that has so many: the first columns of a block.
-    slots, bars = (
-        [
-            torch.tensor([line[slot] for line in lists if len(line) > slot], dtype=dtype, device=device)
-            for slot in range(len(lists[0]))
-        ]
-        for lists, dtype in ((targets, torch.long), (target_scores, torch.float32))
-    )
-    counts = [torch.zeros_like(slot) for slot in slots]
-    for start, scores in blocks:
-        for target, bar, count in zip(slots, bars, counts, strict=True):
+
+    def __init__(
+        self,
+        pair_scores: PairScores,
+        targets: Sequence[Sequence[int]],
+        target_scores: Sequence[Sequence[float]],
+        device: torch.device,
+    ) -> None:
+        self.pair_scores, self.lengths = pair_scores, [len(line) for line in targets]
+        # The slot-th target of every query that has so many: the first columns of a block.
+        self.slots, self.bars = (
+            [
+                torch.tensor([line[slot] for line in lists if len(line) > slot], dtype=dtype, device=device)
+                for slot in range(max(self.lengths, default=0))
+            ]
+            for lists, dtype in ((targets, torch.long), (target_scores, torch.float32))
+        )
+        self.counts = [torch.zeros_like(slot) for slot in self.slots]
+
+    def add(self, start: int, scores: torch.Tensor) -> None:
+        """Count in the scores (`rows x Q`) of the block that begins at row `start`."""
+        for target, bar, count in zip(self.slots, self.bars, self.counts, strict=True):
             gaps = scores[:, : len(target)] - bar
             count += (gaps > NOISE).sum(0)
             row, query = (gaps.abs() <= NOISE).nonzero(as_tuple=True)
             row += start
-            exact = pair_scores(row, query)
+            exact = self.pair_scores(row, query)
             ahead = (exact > bar[query]) | ((exact == bar[query]) & (row < target[query]))
             count += query[ahead].bincount(minlength=len(target))
-    lists = [count.tolist() for count in counts]
-    return [[lists[slot][place] for slot in range(len(rows))] for place, rows in enumerate(targets)]
+
+    def lists(self) -> list[list[int]]:
+        """The counts, a list for each query."""
+        lists = [count.tolist() for count in self.counts]
+        return [[lists[slot][place] for slot in range(length)] for place, length in enumerate(self.lengths)]
 
 
 def groups_alike(counts: Mapping[int, int]) -> list[list[int]]:

@@ -85,22 +85,37 @@ class ShardedIndex(VectorIndex):
 
     def search_rows(self, queries: Array, k: int) -> tuple[Rows, Array]:
         """Rows and scores, both `Q x K`, of the `k` best documents of each query, from the best of every shard."""
-        k = min(k, len(self))
-        rows = np.full((len(queries), k), -1, np.int64)
-        scores = np.full((len(queries), k), -np.inf, np.float32)
-        places, found = self.shard.search_rows(queries, k)
+        return self._best_of_all(*self.shard.search_rows(queries, k), min(k, len(self)))
+
+    def count_ahead(
+        self, queries: Array, rows: Sequence[Rows], scores: Sequence[Array], left_out: Sequence[Rows]
+    ) -> list[list[int]]:
+        """How many documents of all shards rank ahead of each target, but for those that are left out."""
+        places, limits = self._places(rows, left_out)
+        return self._sum(self.shard.count_ahead(queries, places, scores, limits), rows)
+
+    def search_and_count(
+        self, queries: Array, k: int, rows: Sequence[Rows], scores: Sequence[Array], left_out: Sequence[Rows]
+    ) -> tuple[Rows, Array, list[list[int]]]:
+        """Both, from one pass over each shard."""
+        places, limits = self._places(rows, left_out)
+        best, best_scores, counts = self.shard.search_and_count(queries, k, places, scores, limits)
+        return *self._best_of_all(best, best_scores, min(k, len(self))), self._sum(counts, rows)
+
+    def _places(self, rows: Sequence[Rows], left_out: Sequence[Rows]) -> tuple[list[Rows], list[Rows]]:
+        """Where targets stand, or would stand, in this process's shard, and what it leaves out."""
+        return [np.searchsorted(self._own, line) for line in rows], [self._place[self.held(line)] for line in left_out]
+
+    def _best_of_all(self, places: Rows, found: Array, k: int) -> tuple[Rows, Array]:
+        rows = np.full((len(places), k), -1, np.int64)
+        scores = np.full((len(places), k), -np.inf, np.float32)
         rows[:, : places.shape[1]], scores[:, : places.shape[1]] = self._own[places], found
         rows = np.concatenate(self._communicator.all_gather_rows(rows), axis=1)
         scores = np.concatenate(self._communicator.all_gather_rows(scores), axis=1)
         order = np.lexsort((rows, -scores), axis=1)[:, :k]
         return np.take_along_axis(rows, order, 1), np.take_along_axis(scores, order, 1)
 
-    def count_ahead(
-        self, queries: Array, rows: Sequence[Rows], scores: Sequence[Array], left_out: Sequence[Rows]
-    ) -> list[list[int]]:
-        """How many documents of all shards rank ahead of each target, but for those that are left out."""
-        targets = [np.searchsorted(self._own, line) for line in rows]
-        own = self.shard.count_ahead(queries, targets, scores, [self._place[self.held(line)] for line in left_out])
+    def _sum(self, own: Sequence[Sequence[int]], rows: Sequence[Rows]) -> list[list[int]]:
         flat = np.array([count for counts in own for count in counts], dtype=np.int64)
         total = sum(part[:, 0] for part in self._communicator.all_gather_rows(flat[:, None]))
         return [line.tolist() for line in _split(np.minimum(total, self.counts_to), rows)]

@@ -427,3 +427,20 @@ def test_a_shortlist_holds_what_can_be_ranked_and_nothing_else() -> None:
         encode.encoded.clear()
         world.feedback([rollout(0.0)], ["q"], policy_version=1)
         assert {text.removeprefix("text ") for text in encode.encoded} == expected
+
+
+@pytest.mark.parametrize(("policy", "passes"), [("shortlist", 1), ("full", 1), ("never", 1)])
+def test_one_pass_over_the_corpus_serves_the_choice_the_ranks_and_the_best_documents(
+    policy: str, passes: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    doc_ids = [f"d{i:03d}" for i in range(300)]
+    documents = {doc_id: Document(doc_id, f"text {doc_id}") for doc_id in doc_ids}
+    data = Collection("long", documents, {"q": Query("q", "where?")}, {"train": {"q": {"d010": 1}}})
+    world = environment(data, MovingEncoder(data), policy, depth=3)
+    scans, products = [], ExactIndex._products
+    monkeypatch.setattr(
+        ExactIndex, "_products", lambda self, queries: (scans.append(len(self)), products(self, queries))[1]
+    )
+    feedback = world.feedback([rollout(0.3), rollout(0.33)], ["q", "q"], policy_version=1)
+    assert feedback.best_ranks == [1, 2]
+    assert scans.count(300) == passes
