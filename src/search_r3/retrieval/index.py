@@ -9,7 +9,7 @@ Shapes: `Q` queries, `N` documents, `D` vector size, `K` results.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -22,7 +22,7 @@ from ..model.documents import unusable_rows
 from ..types import Array, Rows
 from . import storage
 from .protocol import VectorIndex
-from .selection import Ahead, Best, Blocks, count_ahead
+from .selection import NOISE, Ahead, Best, Blocks, Rounding, count_ahead
 
 DType = Literal["float32", "float16", "bfloat16"]
 
@@ -33,6 +33,8 @@ _DTYPES: dict[str, torch.dtype] = {
 }
 _FILE_DTYPES = {"bfloat16": "int16"}
 """numpy has no bfloat16: its bits are saved as these."""
+LONGEST = 1.01
+"""The length of a unit vector that was rounded, at most."""
 
 
 class ExactIndex(VectorIndex):
@@ -153,10 +155,12 @@ class ExactIndex(VectorIndex):
                 return rows, scores, counts
         for start in range(0, len(order), self.query_block):
             part = order[start : start + self.query_block]
-            block, best = vectors[part], Best(vectors[part])
+            block = vectors[part]
+            rounding = self._rounding(block)
+            best = Best(block, rounding)
             lists, bars = [targets[i].tolist() for i in part], [target_scores[i].tolist() for i in part]
-            ahead = Ahead(partial(self._pair_scores, block), lists, bars, block.device)
-            for first, products in self._products(block):
+            ahead = Ahead(partial(self._pair_scores, block), lists, bars, block.device, rounding)
+            for first, products in self._products(block) if rounding is None else self._rounded_products(block):
                 if k:
                     best.add(first, products, k)
                 ahead.add(first, products)
@@ -297,6 +301,27 @@ class ExactIndex(VectorIndex):
                     f"vectors hold NaN or infinity (or more than {self.dtype} can); the model that made them is broken"
                 )
 
+    def _rounding(self, queries: torch.Tensor) -> Rounding | None:
+        """Of products in bfloat16, where vectors are stored so and the processor multiplies them faster than float32.
+
+        What such a product cannot tell is taken from float32 sums, so that results are the same.
+        """
+        if self.dtype != "bfloat16" or not (self._tensor.is_cuda or _multiplies_bfloat16()):
+            return None
+
+        def products(start: int, columns: torch.Tensor) -> torch.Tensor:
+            return self._tensor[start : start + self.block].to(queries) @ queries[columns].T
+
+        error = (queries - queries.bfloat16()).norm(dim=1) * LONGEST + NOISE
+        # A GPU may add parts of a sum that are rounded already.
+        unit = torch.finfo(torch.bfloat16).eps / 2 * (4 if queries.is_cuda else 1)
+        return Rounding(partial(self._pair_scores, queries), products, error, unit)
+
+    def _rounded_products(self, queries: torch.Tensor) -> Blocks:
+        narrow = queries.bfloat16().T
+        for start in range(0, len(self), self.block):
+            yield start, torch.mm(self._tensor[start : start + self.block], narrow).float()
+
     def _products(self, queries: torch.Tensor) -> Blocks:
         """The first row and the scores (`rows x Q`) of each block; the next block overwrites the scores.
 
@@ -312,6 +337,11 @@ class ExactIndex(VectorIndex):
             if narrow:
                 block = wide[: len(block)].copy_(block)
             yield start, torch.mm(block, queries.T, out=scores[: len(block)])
+
+
+@cache
+def _multiplies_bfloat16() -> bool:
+    return bool(getattr(torch.cpu, "_is_avx512_bf16_supported", bool)())
 
 
 def descending(doc_ids: Sequence[str]) -> Rows:

@@ -9,6 +9,7 @@ import pytest
 
 from search_r3.config import RewardSettings
 from search_r3.data.collection import Collection
+from search_r3.environment import amended
 from search_r3.environment.amended import SLACK, Moved, amend
 from search_r3.environment.scoring import QueryRows, Scorer
 from search_r3.parallel import Communicator
@@ -38,6 +39,8 @@ def query(rng: np.random.Generator, kind: int) -> QueryRows:
 def test_amended_hits_are_those_of_a_new_search(
     many: int, far: float, dtype: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    slack = SLACK if far < 1 else 1
+    monkeypatch.setattr(amended, "SLACK", slack)
     rng = np.random.default_rng(many)
     index = ExactIndex([f"{COUNT - row:04}" for row in range(COUNT)], unit(rng, COUNT), dtype=dtype)
     targets, vectors = [query(rng, kind) for kind in range(QUERIES)], unit(rng, QUERIES)
@@ -53,7 +56,7 @@ def test_amended_hits_are_those_of_a_new_search(
         limits, positives = [one.limits for one in targets], [one.positives for one in targets]
         return find(index, vectors, positives, limits, depth)
 
-    before = look(index, vectors, targets, DEPTH + SLACK)
+    before = look(index, vectors, targets, DEPTH + slack)
     rows = np.sort(rng.choice(np.arange(100, COUNT), many, replace=False))
     held = index.vectors_at(rows)
     moved = held + far * unit(rng, many)
