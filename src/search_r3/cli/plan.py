@@ -69,7 +69,7 @@ def plan(
     """
     from ..config import load_recipe
     from ..planning import plan as planning
-    from ..planning.corpus import Processor
+    from ..planning.corpus import Rates
     from ..planning.footprint import Lengths
 
     settings = load_recipe(recipe, overrides or [])
@@ -79,7 +79,7 @@ def plan(
         "strategy": strategy,
         "documents": documents,
         "lengths": Lengths(query_tokens, document_tokens, reasoning_tokens, longest_query),
-        "speed": planning.Speed(tokens_per_second, tflops, utilisation, decoded_per_second, Processor(threads)),
+        "speed": planning.Speed(tokens_per_second, tflops, utilisation, decoded_per_second, Rates(threads=threads)),
         "config": config,
     }
     records = {}

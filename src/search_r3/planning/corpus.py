@@ -1,6 +1,6 @@
 """What the corpus costs beside the model's own work: memory of the machine, searches, tokenizing, evaluations.
 
-The index is searched on the CPU, by every process. Rates are those of one thread, and can be replaced by measured ones.
+The index lies on the GPUs, each of which holds and searches its share (`retrieval/sharded.py`).
 
 Shapes: `N` documents, `D` vector size, `P` processes.
 """
@@ -24,19 +24,18 @@ LINK_BYTES = 8
 
 
 @dataclass(frozen=True)
-class Processor:
-    """What a process has of the machine's CPUs.
+class Rates:
+    """How fast a process is at what is not the model's work; both are guesses.
 
     Attributes:
-        threads: `OMP_NUM_THREADS`.
-        gflops: GFLOP/s of a thread in products with an index (docs/results.md, "Exact and approximate": 65 queries a
-            second over a million vectors of 896 on two threads).
+        index_tflops: TFLOP/s of a GPU in float32 products with its part of the index (an H100's peak is 67).
         tokens_per_second: tokens that a thread makes of text.
+        threads: of a process (`OMP_NUM_THREADS`).
     """
 
-    threads: int = 8
-    gflops: float = 58.0
+    index_tflops: float = 30.0
     tokens_per_second: float = 250_000.0
+    threads: int = 8
 
 
 @dataclass(frozen=True)
@@ -46,11 +45,6 @@ class Corpus:
     job: Job
 
     @property
-    def moves(self) -> bool:
-        """Whether documents are encoded in the course of the stage, and evaluated ones anew."""
-        return self.job.stage == "sft" or self.job.recipe.grpo.documents == "moving"
-
-    @property
     def evaluated_every(self) -> int:
         """Steps between two evaluations of the stage, 0 for none."""
         return (self.job.recipe.sft if self.job.stage == "sft" else self.job.recipe.grpo).evaluate_every
@@ -58,23 +52,28 @@ class Corpus:
     @property
     def has_graph(self) -> bool:
         """Whether the policy keeps a neighbour graph."""
-        return self.job.stage == "grpo" and self.moves and self.job.recipe.grpo.refresh.policy == "selective"
+        return self.job.stage == "grpo" and self.job.moves and self.job.recipe.grpo.refresh.policy == "selective"
+
+    @property
+    def evaluates_apart(self) -> bool:
+        """Whether an evaluation encodes the corpus into an index of its own, rather than into the live one."""
+        if self.job.stage == "sft" or not self.job.moves:
+            return self.job.stage == "sft"
+        settings = self.job.recipe.grpo.refresh
+        return settings.index == "approximate" or settings.policy in ("never", "drift", "selective")
 
     def host(self) -> dict[str, int]:
         """Bytes of the machine's memory by part, of all processes together."""
         count, processes = self.job.documents, self.job.gpus
-        matrix = FULL * self.job.shape.hidden * count
         parts = {
             "processes": PROCESS_BYTES,
             "texts": count * (TEXT_BYTES * self.job.lengths.document + DOCUMENT_BYTES),
         }
         if self.job.stage == "grpo":
             links = LINK_BYTES * self.job.recipe.grpo.refresh.neighbours if self.has_graph else 0
-            parts["index"] = matrix + count * (VERSION_BYTES + links)
-            # What all encoded, and the copy that an index makes of it: at the start the second one stays.
-            parts["index, while made"] = matrix * (2 if self.moves and self.evaluated_every else 1)
-        elif self.evaluated_every:
-            parts["index, while made"] = 2 * matrix
+            parts["index"] = count * (VERSION_BYTES + links)
+        if self.evaluated_every and self.evaluates_apart:
+            parts["evaluated index"] = FULL * self.job.shape.hidden * math.ceil(count / processes)
         return {part: processes * size for part, size in parts.items()}
 
     def searches(self, refreshed: int) -> dict[str, float]:
@@ -86,46 +85,45 @@ class Corpus:
         settings = self.job.recipe.grpo
         if self.job.stage == "sft" or settings.refresh.index == "approximate":
             return {}
-        one = 2.0 * self.job.documents * self.job.shape.hidden
-        queries = math.ceil(settings.queries_per_step / self.job.gpus)
-        # One pass for the ranks of the relevant documents, one for the best ones where a reward or a loss looks there.
-        passes = 1 + (settings.reward.contrastive > 0 or settings.pathwise)
+        # All processes' queries are searched in every part; where a process holds all, it searches its own.
+        shares = self.job.gpus if self.job.index_rows == self.job.documents else 1
+        queries = math.ceil(settings.queries_per_step / shares)
+        one = 2.0 * self.job.index_rows * self.job.shape.hidden
         direct = queries if settings.baseline == "direct" or settings.direct_loss_weight > 0 else 0
         looked_at = queries * settings.curriculum if settings.curriculum > 1 else 0
-        flops = {"reward": passes * one * (self.job.own_rollouts + direct + looked_at)}
-        if self.moves and settings.refresh.policy in ("shortlist", "selective"):
-            flops["choice"] = one * settings.queries_per_step * settings.group_size
+        # One pass gives ranks and the best documents, and to `shortlist` its choice.
+        flops = {"reward": one * (queries * settings.group_size + direct + looked_at)}
         if self.has_graph:
+            flops["choice"] = one * settings.queries_per_step * settings.group_size
             flops["graph"] = one * refreshed
         return flops
 
-    def step_seconds(self, refreshed: int, encoding: float, cpu: Processor) -> dict[str, float]:
+    def step_seconds(self, refreshed: int, encoding: float, rates: Rates) -> dict[str, float]:
         """Seconds of a step, the model's apart, by part; an evaluation counts by its share of the steps.
 
         Args:
             refreshed: documents encoded in a step.
             encoding: seconds in which all GPUs encode the corpus.
-            cpu: of a process.
+            rates: of a process.
         """
-        rate = cpu.threads * cpu.gflops * 1e9
-        seconds = {"search": sum(self.searches(refreshed).values()) / rate}
-        seconds["tokenizing"] = self._tokenizing(refreshed / self.job.gpus, cpu)
-        if self.moves and self.evaluated_every:
-            whole = encoding + self._tokenizing(self.job.documents / self.job.gpus, cpu)
+        seconds = {"search": sum(self.searches(refreshed).values()) / (rates.index_tflops * 1e12)}
+        seconds["tokenizing"] = self._tokenizing(refreshed, rates)
+        if self.job.moves and self.evaluated_every:
+            whole = encoding + self._tokenizing(self.job.documents, rates)
             seconds["evaluation"] = whole / self.evaluated_every
         return {part: value for part, value in seconds.items() if value}
 
-    def start_seconds(self, encoding: float, cpu: Processor) -> dict[str, float]:
+    def start_seconds(self, encoding: float, rates: Rates) -> dict[str, float]:
         """Seconds before the first step of stage 2 has ended that no other step takes, by part; see `step_seconds`."""
         if self.job.stage == "sft":
             return {}
         count = self.job.documents
-        # Every process counts the tokens of all documents, and encodes its share.
-        seconds = {"encoding": encoding, "tokenizing": self._tokenizing(count * (1 + 1 / self.job.gpus), cpu)}
+        seconds = {"encoding": encoding, "tokenizing": self._tokenizing(count, rates)}
         if self.has_graph:
-            graph = 2.0 * count * count * self.job.shape.hidden
-            seconds["graph"] = graph / (cpu.threads * cpu.gflops * 1e9)
+            seconds["graph"] = 2.0 * count * count * self.job.shape.hidden / (rates.index_tflops * 1e12)
         return seconds
 
-    def _tokenizing(self, documents: float, cpu: Processor) -> float:
-        return documents * self.job.lengths.document / (cpu.threads * cpu.tokens_per_second)
+    def _tokenizing(self, documents: int, rates: Rates) -> float:
+        """Of so many documents, each of them by one process."""
+        tokens = documents * self.job.lengths.document
+        return tokens / (self.job.gpus * rates.threads * rates.tokens_per_second)

@@ -140,7 +140,25 @@ class Job:
         reference = 0
         if self.has_reference and not frozen:
             reference = total * (HALF if self.recipe.mixed_precision == "bf16" else precision.weights)
-        return {"weights": weights, "reference": reference, "optimizer": moments, "buckets": buckets}
+        parts = {"weights": weights, "reference": reference, "optimizer": moments, "buckets": buckets}
+        return parts if self.stage == "sft" else parts | {"index": self.index_bytes}
+
+    @property
+    def moves(self) -> bool:
+        """Whether documents are encoded in the course of the stage."""
+        return self.stage == "sft" or self.recipe.grpo.documents == "moving"
+
+    @property
+    def index_rows(self) -> int:
+        """Documents whose vectors a GPU holds in stage 2: its share, or all where a mechanism reads from everywhere."""
+        settings = self.recipe.grpo.refresh
+        whole = self.moves and (settings.correct_drift or settings.policy in ("selective", "drift"))
+        return self.documents if whole else math.ceil(self.documents / self.gpus)
+
+    @property
+    def index_bytes(self) -> int:
+        """Of these vectors."""
+        return self.index_rows * self.shape.hidden * (FULL if self.recipe.grpo.refresh.dtype == "float32" else HALF)
 
     def own_gradients(self) -> int:
         """Gradients when all processes' are summed."""

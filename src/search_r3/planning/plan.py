@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from ..config import Recipe
-from .corpus import Corpus, Processor
+from .corpus import Corpus, Rates
 from .footprint import DIRECT_REPLY, Job, Lengths, Stage
 from .memory import Strategy
 from .shape import read_shape
@@ -34,14 +34,14 @@ class Speed:
         utilisation: share of it that is reached.
         decoded_per_second: tokens of rollouts, of all GPUs; by default at the same FLOP/s as the rest, which decoding
             seldom reaches.
-        cpu: of a process.
+        rates: of a process, at what is not the model's work.
     """
 
     tokens_per_second: float | None = None
     tflops: float = 990.0
     utilisation: float = 0.4
     decoded_per_second: float | None = None
-    cpu: Processor = field(default_factory=Processor)
+    rates: Rates = field(default_factory=Rates)
 
 
 @dataclass(frozen=True)
@@ -174,8 +174,8 @@ def plan(
         tokens=tokens,
         flops=flops,
         steps=(recipe.sft if stage == "sft" else recipe.grpo).steps,
-        seconds=work.seconds(tokens, flops, speed) | corpus.step_seconds(refreshed, encoding, speed.cpu),
-        start_seconds=corpus.start_seconds(encoding, speed.cpu),
+        seconds=work.seconds(tokens, flops, speed) | corpus.step_seconds(refreshed, encoding, speed.rates),
+        start_seconds=corpus.start_seconds(encoding, speed.rates),
     )
 
 

@@ -10,7 +10,7 @@ import pytest
 
 from search_r3.config import GRPOSettings, Recipe, RefreshSettings
 from search_r3.data.collection import Document
-from search_r3.planning.corpus import DOCUMENT_BYTES, TEXT_BYTES, Corpus, Processor
+from search_r3.planning.corpus import DOCUMENT_BYTES, TEXT_BYTES, Corpus, Rates
 from search_r3.planning.footprint import Job, Lengths
 from search_r3.planning.plan import Speed, plan
 from search_r3.planning.shape import SHAPES
@@ -19,7 +19,7 @@ from search_r3.retrieval.index import ExactIndex
 BASE = "Qwen/Qwen2.5-1.5B-Instruct"
 WIDTH, DOCUMENTS, TOKENS = 1_536, 10_000, 100
 LENGTHS = Lengths(query=20, document=TOKENS, reasoning=50, template=0)
-CPU = Processor(threads=2, gflops=10.0, tokens_per_second=1_000.0)
+RATES = Rates(index_tflops=0.002, tokens_per_second=1_000.0, threads=2)
 ONE = 2 * DOCUMENTS * WIDTH
 """FLOP of one query's scores."""
 
@@ -31,55 +31,62 @@ def corpus(gpus: int = 4, stage: Any = "grpo", **settings: Any) -> Corpus:
     return Corpus(job)
 
 
-def test_memory_of_the_machine_by_hand() -> None:
-    matrix = DOCUMENTS * WIDTH * 4
-    moving = corpus().host()
-    assert moving["processes"] == 4 * 2_000_000_000
-    assert moving["texts"] == 4 * DOCUMENTS * (100 * 5 + 420)
-    assert moving["index"] == 4 * (matrix + 8 * DOCUMENTS)
-    assert moving["index, while made"] == 4 * 2 * matrix, "an evaluation makes another one"
-    assert corpus(evaluate_every=0).host()["index, while made"] == 4 * matrix
-    assert corpus(documents="frozen").host()["index, while made"] == 4 * matrix
-    graph = corpus(refresh=RefreshSettings(policy="selective", neighbours=6)).host()
-    assert graph["index"] - moving["index"] == 4 * DOCUMENTS * 6 * 8
+def test_memory_of_the_machine_and_of_the_index_by_hand() -> None:
+    moving = corpus()
+    assert moving.host()["processes"] == 4 * 2_000_000_000
+    assert moving.host()["texts"] == 4 * DOCUMENTS * (100 * 5 + 420)
+    assert moving.host()["index"] == 4 * 8 * DOCUMENTS
+    assert moving.job.resident()["index"] == DOCUMENTS // 4 * WIDTH * 4, "each GPU holds its share"
+    assert "evaluated index" not in moving.host(), "the live index is evaluated"
+    never = corpus(refresh=RefreshSettings(policy="never", dtype="float16"))
+    assert never.host()["evaluated index"] == DOCUMENTS * WIDTH * 4
+    assert never.job.resident()["index"] == DOCUMENTS // 4 * WIDTH * 2
+    assert "evaluated index" not in corpus(refresh=RefreshSettings(policy="never"), evaluate_every=0).host()
+    selective = corpus(refresh=RefreshSettings(policy="selective", neighbours=6))
+    assert selective.host()["index"] == 4 * DOCUMENTS * (8 + 6 * 8)
+    assert selective.job.resident()["index"] == DOCUMENTS * WIDTH * 4, "its graph reads from everywhere"
+    drift = corpus(refresh=RefreshSettings(policy="shortlist", correct_drift=True))
+    assert drift.job.resident()["index"] == DOCUMENTS * WIDTH * 4
     frozen = corpus(documents="frozen", refresh=RefreshSettings(policy="selective"))
-    assert frozen.host()["index"] == moving["index"], "no graph where nothing moves"
-    assert set(corpus(stage="sft").host()) == {"processes", "texts"}, "stage 1 has no index but for evaluations"
-    assert corpus(gpus=1).host()["index"] == matrix + 8 * DOCUMENTS
+    assert frozen.host()["index"] == 4 * 8 * DOCUMENTS, "no graph where nothing moves"
+    assert frozen.job.resident()["index"] == DOCUMENTS // 4 * WIDTH * 4
+    assert set(corpus(stage="sft").host()) == {"processes", "texts"}
+    assert "index" not in corpus(stage="sft").job.resident()
+    assert corpus(gpus=1).job.resident()["index"] == DOCUMENTS * WIDTH * 4
+    assert corpus(gpus=3).job.resident()["index"] == 3_334 * WIDTH * 4, "the largest share"
 
 
 def test_searches_of_a_step_by_hand() -> None:
     shortlist = RefreshSettings(policy="shortlist")
     own, everyone = 2 * 4, 8 * 4  # rollouts
-    assert corpus(refresh=shortlist).searches(50) == {"reward": 2 * own * ONE, "choice": everyone * ONE}
-    by_rank = corpus(reward={"contrastive": 0.0}).searches(50)
-    assert by_rank == {"reward": own * ONE}, "the ranks alone, and no choice is made"
-    assert corpus(documents="frozen", refresh=shortlist).searches(0) == {"reward": 2 * own * ONE}
+    assert corpus(refresh=shortlist).searches(50) == {"reward": everyone * ONE / 4}, "of all, in a quarter of them"
+    assert corpus(gpus=1, refresh=shortlist).searches(50) == {"reward": everyone * ONE}
     selective = corpus(refresh=RefreshSettings(policy="selective")).searches(50)
-    assert selective == {"reward": 2 * own * ONE, "choice": everyone * ONE, "graph": 50 * ONE}
-    direct = corpus(baseline="direct", curriculum=3, reward={"contrastive": 0.0}).searches(50)
-    assert direct == {"reward": (own + 2 + 3 * 2) * ONE}, "direct replies, of those that are looked at too"
+    assert selective == {"reward": own * ONE, "choice": everyone * ONE, "graph": 50 * ONE}
+    direct = corpus(baseline="direct", curriculum=3).searches(50)
+    assert direct == {"reward": (everyone + 8 + 3 * 8) * ONE / 4}, "direct replies, of those that are looked at too"
     assert corpus(refresh=RefreshSettings(index="approximate")).searches(50) == {}
     assert corpus(stage="sft").searches(50) == {}
 
 
 def test_seconds_of_a_step_and_of_the_beginning_by_hand() -> None:
-    found = corpus(refresh=RefreshSettings(policy="selective")).step_seconds(50, 7.0, CPU)
-    assert found["search"] == pytest.approx((2 * 8 + 32 + 50) * ONE / (2 * 10e9))
+    selective = corpus(refresh=RefreshSettings(policy="selective"))
+    found = selective.step_seconds(50, 7.0, RATES)
+    assert found["search"] == pytest.approx((8 + 32 + 50) * ONE / 2e9)
     assert found["tokenizing"] == pytest.approx(50 / 4 * TOKENS / 2_000)
     assert found["evaluation"] == pytest.approx((7.0 + DOCUMENTS / 4 * TOKENS / 2_000) / 10)
-    assert set(corpus(documents="frozen").step_seconds(0, 7.0, CPU)) == {"search"}
-    start = corpus(refresh=RefreshSettings(policy="selective")).start_seconds(7.0, CPU)
+    assert set(corpus(documents="frozen").step_seconds(0, 7.0, RATES)) == {"search"}
+    start = selective.start_seconds(7.0, RATES)
     assert start["encoding"] == 7.0
-    assert start["tokenizing"] == pytest.approx((DOCUMENTS + DOCUMENTS / 4) * TOKENS / 2_000)
-    assert start["graph"] == pytest.approx(DOCUMENTS * ONE / (2 * 10e9))
-    assert "graph" not in corpus().start_seconds(7.0, CPU)
-    assert corpus(stage="sft").start_seconds(7.0, CPU) == {}
+    assert start["tokenizing"] == pytest.approx(DOCUMENTS / 4 * TOKENS / 2_000)
+    assert start["graph"] == pytest.approx(DOCUMENTS * ONE / 2e9)
+    assert "graph" not in corpus().start_seconds(7.0, RATES)
+    assert corpus(stage="sft").start_seconds(7.0, RATES) == {}
 
 
 def test_a_plan_adds_up_its_parts() -> None:
     recipe = corpus(refresh=RefreshSettings(policy="shortlist")).job.recipe
-    speed = Speed(tokens_per_second=1_000.0, decoded_per_second=500.0, cpu=CPU)
+    speed = Speed(tokens_per_second=1_000.0, decoded_per_second=500.0, rates=RATES)
     found = plan(recipe, "grpo", gpus=4, strategy="ddp", documents=DOCUMENTS, lengths=LENGTHS, speed=speed)
     assert found.seconds["rollouts"] == pytest.approx(8 * 4 * 50 / 500)
     assert set(found.seconds) == {"rollouts", "model", "search", "tokenizing", "evaluation"}
