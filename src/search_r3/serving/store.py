@@ -22,7 +22,7 @@ from ..data.documents import Chunk
 from ..errors import DataError, StoreError
 from ..types import Array
 from . import rows
-from .database import TABLE, StoreInfo, connect, exists, one_line, place_of
+from .database import TABLE, StoreInfo, connect, exists, give_back, one_line, place_of
 from .filters import COLUMNS, Filter, fields_of, one_of, to_sql, unknown_in
 from .fingerprint import Fingerprint
 from .guards import READERS, Guard, Retention
@@ -347,6 +347,7 @@ class Store:
     def _optimize(self, keep: timedelta) -> None:
         self._table.optimize(cleanup_older_than=keep)
         self._ranker.keep_indices()
+        give_back()
         self._commits = 0
 
     @property

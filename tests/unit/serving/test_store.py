@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 
 from search_r3.errors import DataError, StoreError
-from search_r3.serving import Store, guards, held, ranking
+from search_r3.serving import Store, database, guards, held, ranking
 from search_r3.serving import store as stores
 from search_r3.serving.upkeep import copy_store, verify
 from tests.stores import SIZE, document, fingerprint, vector, vectors
@@ -298,12 +298,27 @@ def test_an_empty_newest_manifest_is_set_aside_and_said(
 
 def test_files_are_put_together_after_so_many_commits(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(stores, "OPTIMIZE_AFTER", 5)
-    counts = []
+    counts, trims = [], []
+    plain = stores.give_back
+    monkeypatch.setattr(stores, "give_back", lambda: trims.append(1) or plain())
     for number in range(12):
         put(Store.open(store.address), document(f"d{number}"))
         counts.append(store._table.stats()["fragment_stats"]["num_small_fragments"])
-    assert max(counts) <= 5 and len(store) == 12
+    assert max(counts) <= 5 and len(store) == 12 and len(trims) >= 2
     assert found(store, texts=["d11"]) == ["d11#0"]
+
+
+def test_what_is_cached_of_versions_has_a_bound(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import lancedb
+
+    for name in ("METADATA_BYTES", "INDEX_BYTES"):
+        monkeypatch.setattr(database, name, 2**15)
+    caches, plain = [], lancedb.Session
+    monkeypatch.setattr(lancedb, "Session", lambda **sizes: caches.append(plain(**sizes)) or caches[-1])
+    store = Store.create(tmp_path / "s", fingerprint())
+    for number in range(25):
+        put(store, document(f"d{number % 2}", f"text {number}"))
+    assert 0 < caches[-1].size_bytes < 2**18
 
 
 def test_versions_stay_for_an_hour_and_of_many_writes_the_last_rounds_do() -> None:
