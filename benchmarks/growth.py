@@ -8,8 +8,8 @@ Documents, vectors of size 896, are those of benchmarks/index.py. 512 rollouts, 
 relevant document and random directions, so that it ranks anywhere from first to beyond the thousandth. A step is, with
 the package's own functions and without the encoding: `choose` (the search, and the shortlist policy's choice),
 `refresh` (the index takes new vectors of the chosen documents) and `reward` (ranks of the relevant documents and the
-best 100 of every ranking, amended for what moved). `search` is the ten best of every rollout, alone. Peers do what they can: `choose` is their
-search, `reward` the search of the 1,000 best in which the relevant document is looked for.
+best 100 of every ranking, amended for what moved). `search` is the ten best of every rollout, alone. Peers do what they
+can: `choose` is their search, `reward` the search of the 1,000 best in which the relevant document is looked for.
 
 Each contender runs in a process of its own with the same number of threads; memory is the peak of anonymous resident
 memory since before it was built. `ranks right` is the share of the relevant documents within the first 1,000, by exact
