@@ -25,6 +25,7 @@ MICRO = "sft.micro_batch_size"
 CHOSEN = [
     "grpo.baseline=direct", "grpo.redraws=2", "grpo.curriculum=2", "grpo.reward.contrastive=0.5",
     "grpo.embedding_loss_on=winners", "grpo.direct_loss_weight=0.2", "grpo.embedding_depth=5",
+    "grpo.refresh.policy=shortlist",
 ]  # fmt: skip
 VARIANTS: dict[str, tuple[str, list[str]]] = {
     "sft-whole": ("sft", []),

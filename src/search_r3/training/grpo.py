@@ -119,6 +119,7 @@ def train_grpo(
                 seed=recipe.seed,
                 frozen=frozen,
                 communicator=engine.communicator,
+                device=encoder.device if encoder.device.type == "cuda" else "cpu",
                 state=None if checkpoint is None else checkpoint / "environment",
             )
         guard.save_extra = lambda folder: environment.save(folder / "environment")
@@ -149,7 +150,11 @@ def train_grpo(
             values["tokens"] *= settings.num_iterations
             values |= rates(values["tokens"], started, ready)
             if dev is not None and evaluations.due(step + 1, settings.steps):
-                values |= dev.evaluate(encoder, engine, environment.exact_index if frozen else None)
+                began = time.perf_counter()
+                with engine.full_params():
+                    index = environment.caught_up(step + 1)
+                values |= dev.evaluate(encoder, engine, index)
+                values["evaluation_seconds"] = time.perf_counter() - began
             run.log(stage, step + 1, values)
             run.log_rollouts(rollout_rows(experience, step + 1, settings.group_size))
             engine.track(stage, step + 1, values)
@@ -173,6 +178,8 @@ def update(
     gradient norm before each of the steps, and may refuse.
     """
     rollouts, computed = experience.rollouts, _rollouts_that_teach(experience, settings)
+    if settings.pathwise:
+        environment.keep_near(experience.query_ids, [*experience.feedback.scores, *experience.direct_scores])
     own = {"tokens": sum(sum(rollout.completion_mask) for rollout in rollouts), "rollouts": len(rollouts)}
     own |= {"computed_tokens": sum(sum(rollouts[row].completion_mask) for row in computed), "computed": len(computed)}
     totals = engine.total(own | {"queries": len(experience.direct)})
