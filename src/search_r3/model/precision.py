@@ -62,18 +62,29 @@ def float32_scores(head: Any, states: Tensor) -> Tensor:
     """Scores `... x V` that an output layer gives states `... x D`, in float32 although it computes in half precision.
 
     Its output, rounded to bfloat16, would be off by 0.06 where a logit is 20. Only what is multiplied is rounded, and
-    the sums stay in float32. Layers that are more than a matrix (low-rank adapters in them, quantised) compute as ever.
+    the sums stay in float32. Rows that peft trains are multiplied by themselves, where peft copies the whole matrix.
+    Layers that are more than a matrix (low-rank adapters in them, quantised) compute as ever.
     """
-    layer = bare_layer(head)
-    is_matrix = layer is head or hasattr(head, "token_adapter")  # peft's, which trains rows of the matrix
-    if not is_matrix or type(layer) is not torch.nn.Linear or layer.bias is not None:
+    rows, layer = getattr(head, "token_adapter", None), bare_layer(head)
+    is_matrix = type(layer) is torch.nn.Linear and layer.bias is None
+    # ZeRO-3 has the weights whole within the layer's own forward pass only.
+    if not is_matrix or layer is not getattr(rows, "base_layer", head) or hasattr(layer.weight, "ds_id"):
         return torch.as_tensor(head(states)).float()
     kind = states.device.type
     dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else layer.weight.dtype
-    # ZeRO-3 has the weights whole within the layer's own forward pass only.
-    if dtype not in (torch.bfloat16, torch.float16) or hasattr(layer.weight, "ds_id"):
-        return torch.as_tensor(head(states)).float()
-    scores: Tensor = _Float32Product.apply(states.reshape(-1, states.shape[-1]).to(dtype), head.weight.to(dtype))
+    flat = states.reshape(-1, states.shape[-1]).to(dtype)
+
+    def product(weight: Tensor) -> Tensor:
+        if dtype not in (torch.bfloat16, torch.float16):
+            return torch.nn.functional.linear(flat, weight)
+        scores: Tensor = _Float32Product.apply(flat, weight.to(dtype))
+        return scores
+
+    scores = product(layer.weight)
+    if rows is not None and not rows.disable_adapters:
+        for name in rows.active_adapters:
+            ids = torch.tensor(rows.token_indices[name], device=scores.device)
+            scores = scores.index_copy_(1, ids, product(rows.trainable_tokens_delta[name]))
     return scores.view(*states.shape[:-1], -1)
 
 

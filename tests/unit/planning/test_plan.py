@@ -14,10 +14,10 @@ from accelerate.commands.config.config_args import ClusterConfig, load_config_fr
 from accelerate.commands.launch import _validate_launch_command, launch_command_parser
 from accelerate.utils.launch import prepare_multi_gpu_env
 
-from search_r3.config import LoRASettings, Recipe, RefreshSettings, SFTSettings, load_recipe
+from search_r3.config import GRPOSettings, LoRASettings, Recipe, RefreshSettings, SFTSettings, load_recipe
 from search_r3.errors import ConfigError, ModelError
 from search_r3.model.loading import load_backbone
-from search_r3.planning.footprint import Lengths
+from search_r3.planning.footprint import Lengths, _in_a_pass
 from search_r3.planning.memory import Precision, cache_memory
 from search_r3.planning.plan import Speed, plan, suggest
 from search_r3.planning.shape import SHAPES, ModelShape, read_shape, shape_of
@@ -123,6 +123,13 @@ def test_memory_of_stage_1_grows_with_the_passes_and_not_with_the_batch() -> Non
     assert train(1024, 8) == train(256, 8)
     assert train(1024, 16) == pytest.approx(2 * train(1024, 8), rel=0.01)
     assert train(1024, None) > 10 * train(1024, 8)
+
+
+def test_a_budget_in_tokens_says_how_many_sequences_a_pass_holds() -> None:
+    assert _in_a_pass(SFTSettings(micro_batch_tokens=100), 64, 30) == 3
+    assert _in_a_pass(SFTSettings(micro_batch_tokens=100, micro_batch_size=2), 64, 30) == 2, "both limit"
+    assert _in_a_pass(GRPOSettings(micro_batch_tokens=100), 64, 300) == 1, "a longer one is a pass of its own"
+    assert _in_a_pass(GRPOSettings(micro_batch_tokens=10**6), 64, 300) == 64, "there are no more"
 
 
 def test_the_cache_grows_by_halves_and_its_copy_counts() -> None:
