@@ -189,6 +189,7 @@ class Run:
                     f"cannot resume: the stage {stage!r} learns from {source} now, but it began from another model "
                     f"({origin['source']}, see {path}); give that one, or set run_dir=ANOTHER"
                 )
+        remove_leftovers(path)
         write_json(path, {"revision": revision, "source": source})
 
     def restore(self, stage: str, engine: Engine) -> tuple[int, Path | None]:
