@@ -109,11 +109,11 @@ def measure(policy: Any, positions: int, kind: str, learns: bool) -> dict[str, A
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_arguments(parser, runs=1)
-    parser.set_defaults(shape=Shape(1, 896), vocabulary=151_936)
+    parser.set_defaults(shape=Shape(1, 128), vocabulary=151_936)
     parser.add_argument("--positions", type=int, default=2048, help="sampled or supervised tokens of a pass")
     options = parser.parse_args()
     if options.quick:
-        options.shape, options.positions = Shape(1, 64), 512
+        options.shape, options.positions, options.vocabulary = Shape(1, 64), 1024, 50_000
     prepare(options)
     import torch
 

@@ -77,7 +77,7 @@ def float32_scores(head: Any, states: Tensor) -> Tensor:
     def product(weight: Tensor) -> Tensor:
         if dtype not in (torch.bfloat16, torch.float16):
             return torch.nn.functional.linear(flat, weight)
-        scores: Tensor = _Float32Product.apply(flat, weight.to(dtype))
+        scores: Tensor = _Float32Product.apply(flat, weight.to(dtype))  # type: ignore[no-untyped-call]
         return scores
 
     scores = product(layer.weight)
