@@ -176,7 +176,6 @@ def make_engine(model: SearchR3, recipe: Recipe, settings: StageSettings) -> Eng
     set_seed(recipe.seed)  # before the adapters are drawn
     backbone = model.backbone
     backbone.prefixes.stop()  # FSDP and DeepSpeed write weights where nothing counts it
-    backbone.float32_logits = True
     stage, kl_weight = _stage_and_kl(settings)
     needs_reference = kl_weight > 0
     copy = None

@@ -66,13 +66,14 @@ class Policy(torch.nn.Module):
     """A causal LM, with adapters or without, that answers with search embeddings and with what its logits say.
 
     Args:
-        backbone: its model is the one that learns.
+        backbone: its model is the one that learns; from now on its logits are in float32, while it samples too.
         frozen: the reference of a KL term, where it has weights of its own; else it is the policy without its adapters.
     """
 
     def __init__(self, backbone: Backbone, frozen: Backbone | None = None) -> None:
         super().__init__()
         self.backbone, self.model, self.frozen = backbone, backbone.model, frozen
+        backbone.float32_logits = True
         self.needs_mask = not backbone.looks_back_only()
         self.vocabulary = int(backbone.causal_lm.config.get_text_config().vocab_size)
 
