@@ -6,10 +6,10 @@
 
 Documents, vectors of size 896, are those of benchmarks/index.py. 512 rollouts, eight to a query, lie between a
 relevant document and random directions, so that it ranks anywhere from first to beyond the thousandth. A step is, with
-the package's own functions and without the encoding: `choose` (the shortlist policy's search), `refresh` (the index
-takes new vectors of the relevant and the chosen documents) and `reward` (ranks of the relevant documents and the best
-100 of every ranking). `search` is the ten best of every rollout, alone. Peers do what they can: `choose` is their
-search, `reward` the search of the 1,000 best in which the relevant document is looked for.
+the package's own functions and without the encoding: `choose` (the search, and the shortlist policy's choice),
+`refresh` (the index takes new vectors of the chosen documents) and `reward` (ranks of the relevant documents and the
+best 100 of every ranking, amended for what moved). `search` is the ten best of every rollout, alone. Peers do what they
+can: `choose` is their search, `reward` the search of the 1,000 best in which the relevant document is looked for.
 
 Each contender runs in a process of its own with the same number of threads; memory is the peak of anonymous resident
 memory since before it was built. `ranks right` is the share of the relevant documents within the first 1,000, by exact
@@ -86,24 +86,27 @@ class Ours:
         """Seconds of each part of a step."""
         from search_r3.config import RewardSettings
         from search_r3.data.collection import Collection
+        from search_r3.environment.amended import SLACK, Moved, amend
         from search_r3.environment.refresh import RefreshRequest, Shortlist
         from search_r3.environment.scoring import QueryRows, Scorer
+        from search_r3.parallel import Communicator
         from search_r3.retrieval.ranking import RestrictedRows
 
         free, none = RestrictedRows(np.arange(0), None), np.arange(0)
         targets = [QueryRows("q", ["d"], np.array([row]), [1], none, free) for row in relevant]
-        request = RefreshRequest(
-            self.index, version, queries, [query.positives for query in targets], [free] * len(queries), DEPTH
-        )
+        positives, limits = [query.positives for query in targets], [free] * len(queries)
         scorer = Scorer(Collection("none", {}, {}, {}), {}, RewardSettings(), k=DEPTH, max_new_tokens=1, depth=NEAREST)
         started = time.perf_counter()
-        chosen = Shortlist(DEPTH).choose(request)
+        hits = scorer.search(self.index, queries, targets, NEAREST + SLACK)
+        chosen = Shortlist(DEPTH).choose(RefreshRequest(self.index, version, queries, positives, limits, DEPTH, hits))
         spent = {"choose": time.perf_counter() - started}
-        rows = np.unique(np.concatenate([relevant, chosen]))
-        vectors = moved(self.index.vectors_at(rows), version)
+        rows = np.setdiff1d(chosen, relevant)  # these are fresh before the search
+        before = self.index.vectors_at(rows)
+        vectors = moved(before, version)
         spent["refresh"] = seconds(self.index.update, rows, vectors, version)
         started = time.perf_counter()
-        hits = scorer.search(self.index, queries, targets)
+        change = Moved(rows, before, self.index.vectors_at(rows))
+        hits = amend(self.index, scorer, Communicator(), hits, change, queries, targets, NEAREST)
         spent["reward"] = time.perf_counter() - started
         self.ranks = np.array([own.ranks[0] for own in hits])
         return spent
@@ -169,6 +172,7 @@ class Faiss(Peer):
             bits = 8 if len(sample) >= 1000 else 4
             self.index = faiss.IndexIVFPQ(quantizer, SIZE, count, SIZE // 8, bits, faiss.METRIC_INNER_PRODUCT)
             self.index.nprobe = max(1, count // 16)
+            self.index.cp.min_points_per_centroid = self.index.pq.cp.min_points_per_centroid = 1
             self.index.train(np.ascontiguousarray(sample))
         else:
             self.index = faiss.IndexFlatIP(SIZE)

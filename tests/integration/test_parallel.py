@@ -28,70 +28,78 @@ from search_r3.parallel import make_communicator
 from search_r3.sections import RefreshSettings
 from search_r3.training.dev import DevSplit
 
-model_path, data, out, policy, rank, world_size, meeting = sys.argv[1:]
+model_path, data, out, policies, rank, world_size, meeting = sys.argv[1:]
 rank, world_size = int(rank), int(world_size)
 if world_size > 1:
     store = dist.FileStore(meeting, world_size)
-    dist.init_process_group("gloo", store=store, rank=rank, world_size=world_size, timeout=timedelta(seconds=60))
-model, collection = SearchR3(model_path, device="cpu"), Collection.load(data)
-settings = {"policy": policy, "depth": 3, "audit_documents": 6}
-if policy == "selective":
-    settings |= {"neighbours": 3, "correct_drift": True, "max_documents": 30, "drift_sample": 16}
-if policy == "shortlist":
-    settings |= {"max_documents": 12, "max_tokens": 300}
-if policy in ("frozen", "approximate"):
-    settings |= {"policy": "shortlist", "index": "approximate" if policy == "approximate" else "exact"}
-texts = []
-encode_document = model.encode_document
-model.encode_document = lambda own, **options: texts.extend(own) or encode_document(own, **options)
-def make(state=None):
-    return RetrievalEnvironment(
-        collection, collection.split("train"), model, RefreshSettings(**settings), RewardSettings(), k=10, depth=4,
-        max_new_tokens=8, frozen=policy == "frozen", communicator=communicator, state=state,
-    )
-
-communicator = make_communicator()
-environment = make()
-assert environment.sharded == (world_size > 1 and policy != "selective")
-everyone = sorted(environment.qrels)
-encoded = []
-for step in range(1, 4):
-    torch.manual_seed(step)  # the same change of the weights in every process
-    for parameter in model.backbone.model.parameters():
-        parameter.data.add_(0.02 * torch.randn_like(parameter))
-    query_ids = everyone[4 * step : 4 * step + 4]
-    own = query_ids[rank * 4 // world_size : (rank + 1) * 4 // world_size]
-    prompts = [model.backbone.prompt_encoder.encode(collection.queries[q].text, "reason").ids for q in own]
-    seeds = [everyone.index(q) for q in own]
-    rollouts = model.rollouts(prompts, max_new_tokens=8, sampling_temperature=1.0, seeds=seeds)
-    feedback = environment.feedback(rollouts, own, step)
-    encoded.append((feedback.refresh.documents_encoded, feedback.refresh.tokens_encoded))
+    dist.init_process_group("gloo", store=store, rank=rank, world_size=world_size, timeout=timedelta(seconds=120))
+collection, communicator = Collection.load(data), make_communicator()
 rows = np.arange(len(collection.documents))
-vectors, versions = environment.index.vectors_at(rows), environment.index.encoded_at_version.copy()
-environment.keep_near(own, feedback.scores)
-near = np.concatenate([score.nearest for score in feedback.scores])
-np.testing.assert_array_equal(environment.vectors_at(near), vectors[near])
-audit = [value for name, value in environment.audit(rollouts, own, 3).metrics().items() if "second" not in name]
-own_texts = list(texts)
-environment.save(Path(out) / "state")
-communicator.barrier()
-again = make(Path(out) / "state")
-np.testing.assert_array_equal(again.index.vectors_at(rows), vectors)
-np.testing.assert_array_equal(again.index.encoded_at_version, versions)
-if world_size > 1 and policy != "selective":
-    assert len(again.index.shard) < len(rows), "no process holds all"
-dev = DevSplit(collection, EvaluationSettings())
-engine = SimpleNamespace(communicator=communicator, full_params=nullcontext)
-live = environment.caught_up(4)
-if policy in ("full", "shortlist"):
-    assert (environment.index.encoded_at_version == 4).all()
-values = dev.evaluate(model, engine, live)
-del values["evaluation_seconds"]
-if policy != "frozen":
-    fresh = dev.evaluate(model, engine)
-    assert all(abs(fresh[name] - value) < 1e-6 for name, value in values.items())
-np.savez(Path(out) / f"rank{rank}.npz", vectors=vectors, encoded=encoded, versions=versions, audit=audit,
-         rewards=feedback.rewards, texts=own_texts, dev=list(values.values()))
+
+
+def work(policy, model, out):
+    settings = {"policy": policy, "depth": 3, "audit_documents": 6}
+    if policy == "selective":
+        settings |= {"neighbours": 3, "correct_drift": True, "max_documents": 30, "drift_sample": 16}
+    if policy == "shortlist":
+        settings |= {"max_documents": 12, "max_tokens": 300}
+    if policy in ("frozen", "approximate"):
+        settings |= {"policy": "shortlist", "index": "approximate" if policy == "approximate" else "exact"}
+    texts = []
+    encode_document = model.encode_document
+    model.encode_document = lambda own, **options: texts.extend(own) or encode_document(own, **options)
+
+    def make(state=None):
+        return RetrievalEnvironment(
+            collection, collection.split("train"), model, RefreshSettings(**settings), RewardSettings(), k=10, depth=4,
+            max_new_tokens=8, frozen=policy == "frozen", communicator=communicator, state=state,
+        )
+
+    environment = make()
+    assert environment.sharded == (world_size > 1 and policy != "selective")
+    everyone = sorted(environment.qrels)
+    encoded = []
+    for step in range(1, 4):
+        torch.manual_seed(step)  # the same change of the weights in every process
+        for parameter in model.backbone.model.parameters():
+            parameter.data.add_(0.02 * torch.randn_like(parameter))
+        query_ids = everyone[4 * step : 4 * step + 4]
+        own = query_ids[rank * 4 // world_size : (rank + 1) * 4 // world_size]
+        prompts = [model.backbone.prompt_encoder.encode(collection.queries[q].text, "reason").ids for q in own]
+        seeds = [everyone.index(q) for q in own]
+        rollouts = model.rollouts(prompts, max_new_tokens=8, sampling_temperature=1.0, seeds=seeds)
+        feedback = environment.feedback(rollouts, own, step)
+        encoded.append((feedback.refresh.documents_encoded, feedback.refresh.tokens_encoded))
+    vectors, versions = environment.index.vectors_at(rows), environment.index.encoded_at_version.copy()
+    environment.keep_near(own, feedback.scores)
+    near = np.concatenate([score.nearest for score in feedback.scores])
+    np.testing.assert_array_equal(environment.vectors_at(near), vectors[near])
+    audit = [value for name, value in environment.audit(rollouts, own, 3).metrics().items() if "second" not in name]
+    own_texts = list(texts)
+    environment.save(out / "state")
+    communicator.barrier()
+    again = make(out / "state")
+    np.testing.assert_array_equal(again.index.vectors_at(rows), vectors)
+    np.testing.assert_array_equal(again.index.encoded_at_version, versions)
+    if environment.sharded:
+        assert len(again.index.shard) < len(rows), "no process holds all"
+    dev = DevSplit(collection, EvaluationSettings())
+    engine = SimpleNamespace(communicator=communicator, full_params=nullcontext)
+    values = dev.evaluate(model, engine, environment.caught_up(4))
+    if policy in ("full", "shortlist"):
+        assert (environment.index.encoded_at_version == 4).all()
+    del values["evaluation_seconds"]
+    if policy != "frozen":
+        fresh = dev.evaluate(model, engine)
+        assert all(abs(fresh[name] - value) < 1e-6 for name, value in values.items())
+    np.savez(out / f"rank{rank}.npz", vectors=vectors, encoded=encoded, versions=versions, audit=audit,
+             rewards=feedback.rewards, texts=own_texts, dev=list(values.values()))
+
+
+for policy in policies.split(","):
+    folder = Path(out) / policy
+    folder.mkdir(exist_ok=True)
+    work(policy, SearchR3(model_path, device="cpu"), folder)
 """
 
 DIES = """
@@ -128,18 +136,29 @@ def run(script: str, arguments: list[list[str]], timeout: float = 120) -> list[s
     return done
 
 
-@pytest.mark.parametrize("policy", ["full", "shortlist", "frozen", "approximate", "selective"])
-def test_two_processes_refresh_search_and_evaluate_as_one_does(
-    tmp_path: Path, tiny_path: Path, collection_path: Path, policy: str
-) -> None:
-    results = {}
+POLICIES = ["full", "shortlist", "frozen", "approximate", "selective"]
+
+
+@pytest.fixture(scope="module")
+def worked(tmp_path_factory: pytest.TempPathFactory, tiny_path: Path, collection_path: Path) -> Path:
+    """What one process and two have left of every policy, in folders `1` and `2`."""
+    folder = tmp_path_factory.mktemp("worked")
     for world_size in (1, 2):
-        out = tmp_path / str(world_size)
+        out = folder / str(world_size)
         out.mkdir()
-        common = [str(tiny_path), str(collection_path), str(out), policy]
-        ended = run(WORKER, [[*common, str(r), str(world_size), str(out / "store")] for r in range(world_size)])
+        common = [str(tiny_path), str(collection_path), str(out), ",".join(POLICIES)]
+        arguments = [[*common, str(r), str(world_size), str(out / "store")] for r in range(world_size)]
+        ended = run(WORKER, arguments, timeout=600)
         assert all(process.returncode == 0 for process in ended), "\n".join(process.stderr for process in ended)
-        results[world_size] = [np.load(out / f"rank{rank}.npz") for rank in range(world_size)]
+    return folder
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+def test_two_processes_refresh_search_and_evaluate_as_one_does(worked: Path, policy: str) -> None:
+    results = {
+        world_size: [np.load(worked / str(world_size) / policy / f"rank{rank}.npz") for rank in range(world_size)]
+        for world_size in (1, 2)
+    }
     one, two = results[1][0], results[2]
     for own in two:
         np.testing.assert_allclose(own["vectors"], one["vectors"], atol=1e-6)

@@ -291,7 +291,8 @@ class RetrievalEnvironment:
     @property
     def _recall(self) -> float:
         held = self.index.shard if isinstance(self.index, ShardedIndex) else self.index
-        return min(self.communicator.all_gather(held.last_recall if isinstance(held, ApproximateIndex) else 1.0))
+        own = held.last_recall if isinstance(held, ApproximateIndex) else 1.0
+        return float(min(self.communicator.all_gather(own)))
 
     def _agree(self, choice: T) -> T:
         """The first process's choice, for all: searches and fits of other machines may differ in a near tie."""

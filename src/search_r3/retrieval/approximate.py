@@ -163,15 +163,17 @@ class ApproximateIndex(VectorIndex):
             for i, candidates in zip(group, proposals, strict=True):
                 if candidates[depths[i] - 1] >= 0:
                     # The targets are rivals of each other, whether the graph proposes them or not.
-                    own = rows[i][rows[i] < len(self)]
-                    rivals[i] = np.setdiff1d(np.union1d(candidates[: depths[i]], own), left_out[i])
+                    held = rows[i][rows[i] < len(self)]
+                    rivals[i] = np.setdiff1d(np.union1d(candidates[: depths[i]], held), left_out[i])
         result: dict[int, list[int]] = {}
         found = self.store.scores_at(queries[list(rivals)], list(rivals.values()))
         near = {i: (line, own) for (i, line), own in zip(rivals.items(), found, strict=True)}
         for i, (line, own) in near.items():
             result[i] = [min(count, depth) for count in count_ahead(rows[i], scores[i], line, own)]
         rest = [i for i in range(len(rows)) if i not in rivals]
-        exact = self.store.count_ahead(queries[rest], *([given[i] for i in rest] for given in (rows, scores, left_out)))
+        exact = self.store.count_ahead(
+            queries[rest], [rows[i] for i in rest], [scores[i] for i in rest], [left_out[i] for i in rest]
+        )
         result |= dict(zip(rest, exact, strict=True))
         return [result[i] for i in range(len(rows))], near
 

@@ -150,7 +150,7 @@ class ExactIndex(VectorIndex):
         # The longest lists stand together, so that they alone pay for their length.
         order = sorted(range(len(targets)), key=lambda query: len(targets[query]), reverse=True)
         if not any(map(len, targets)):
-            target_scores = targets = [np.empty(0, np.int64)] * len(vectors)
+            target_scores = [np.empty(0, np.float32)] * len(vectors)
             if not k:
                 return rows, scores, counts
         for start in range(0, len(order), self.query_block):

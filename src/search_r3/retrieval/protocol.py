@@ -42,8 +42,10 @@ class VectorIndex(ABC):
     rows: Mapping[str, int]
     encoded_at_version: NDArray[np.int64]
 
-    counts_to = sys.maxsize
-    """The largest number that `count_ahead` tells from a larger one."""
+    @property
+    def counts_to(self) -> int:
+        """The largest number that `count_ahead` tells from a larger one."""
+        return sys.maxsize
 
     def __len__(self) -> int:
         return len(self.doc_ids)

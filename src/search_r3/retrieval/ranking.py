@@ -166,7 +166,8 @@ def find(
     asked = [np.array(line, dtype=np.int64) for line in rows]
     scores = index.scores_at(vectors, asked)
     allowed = [limit.allow(line) for line, limit in zip(asked, limits, strict=True)]
-    targets, bars = ([line[ok] for line, ok in zip(lines, allowed, strict=True)] for lines in (asked, scores))
+    targets = [line[ok] for line, ok in zip(asked, allowed, strict=True)]
+    bars = [line[ok] for line, ok in zip(scores, allowed, strict=True)]
     candidates, ahead = search_allowed(index, vectors, targets, bars, limits, depth)
     result = []
     for place, (near, near_scores) in enumerate(zip(candidates, index.scores_at(vectors, candidates), strict=True)):
@@ -201,13 +202,14 @@ def search_allowed(
     candidates = [np.empty(0, np.int64) if limit.pool is None else limit.pool for limit in limits]
     ahead: list[list[int]] = [[] for _ in limits]
     for group in groups_alike({i: len(limit.left_out) for i, limit in enumerate(limits) if limit.pool is None}):
-        given = [[lines[i] for i in group] for lines in (targets, bars, [limit.left_out for limit in limits])]
+        left_out = [limits[i].left_out for i in group]
+        asked, asked_scores = [targets[i] for i in group], [bars[i] for i in group]
         if not depth:
-            for i, counts in zip(group, index.count_ahead(vectors[group], *given), strict=True):
+            for i, counts in zip(group, index.count_ahead(vectors[group], asked, asked_scores, left_out), strict=True):
                 ahead[i] = counts
             continue
-        deepest = depth + MARGIN + max(map(len, given[2]))
-        nearest, products, group_counts = index.search_and_count(vectors[group], deepest, *given)
+        deepest = depth + MARGIN + max(map(len, left_out))
+        nearest, products, group_counts = index.search_and_count(vectors[group], deepest, asked, asked_scores, left_out)
         for i, rows, scores, counts in zip(group, nearest, products, group_counts, strict=True):
             last = min(depth + len(limits[i].left_out), len(rows)) - 1
             tied = len(rows) < len(index) and scores[last] - scores[-1] < NOISE
