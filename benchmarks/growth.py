@@ -55,8 +55,8 @@ def generate(folder: Path, count: int, rollouts: int) -> None:
         matrix[start : start + some] = normalised(around + noise(rng, some, bases[1], 0.8, 0.2))
     matrix.flush()
     relevant = rng.choice(count, -(-rollouts // GROUP), replace=False).repeat(GROUP)[:rollouts]
-    far = rng.uniform(0.3, 1.6, size=(rollouts, 1)).astype(np.float32)
-    np.save(folder / "rollouts.npy", normalised(matrix[relevant] + far * noise(rng, rollouts, bases[1], 1.0, 0.2)))
+    far = rng.uniform(0.5, 4, size=(rollouts, 1)).astype(np.float32)
+    np.save(folder / "rollouts.npy", normalised(matrix[relevant] + far * noise(rng, rollouts, bases[0], 1.0, 0.2)))
     np.save(folder / "relevant.npy", relevant)
 
 
@@ -243,6 +243,7 @@ def work(name: str, folder: Path, threads: int, rounds: int) -> dict[str, Any]:
         return {**result, "peak_memory_bytes": memory.peak - memory.before}
     steps = [contender.step(queries, relevant, version) for version in range(1, rounds + 1)]
     result |= {part: median(step[part] for step in steps) for part in steps[0]}
+    result["median_rank"] = float(np.median(contender.ranks))
     result["step"] = median(sum(step.values()) for step in steps)
     result["peak_memory_bytes"] = memory.peak - memory.before
     return {**result, "ranks_right": contender.ranks_right(queries, relevant)}
