@@ -167,6 +167,7 @@ class ExactIndex(VectorIndex):
                     best.add(first, products, k)
                 ahead.add(first, products)
             if k:
+                best.merge(k)
                 rows[part], scores[part] = best.rows.cpu().numpy(), best.scores.cpu().numpy()
             for i, own in zip(part, ahead.lists(), strict=True):
                 counts[i] = own
