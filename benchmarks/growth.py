@@ -1,7 +1,8 @@
 """How the index work of an RL step grows with the corpus, part by part; the last line is one JSON object.
 
     pip install search-r3[benchmarks]
-    python benchmarks/growth.py --out runs/growth.json      # 1,000 to 1,000,000 documents; peak below 12 GiB
+    python benchmarks/growth.py --out runs/growth.json      # 1,000 to 1,000,000 documents; most of an hour, 12 GiB
+    python benchmarks/growth.py --only "exact float32" "exact bfloat16"                    # minutes, without peers
     python benchmarks/growth.py --quick                     # within a minute
 
 Documents, vectors of size 896, are those of benchmarks/index.py. 512 rollouts, eight to a query, lie between a
@@ -173,6 +174,7 @@ class Faiss(Peer):
             self.index = faiss.IndexIVFPQ(quantizer, SIZE, count, SIZE // 8, bits, faiss.METRIC_INNER_PRODUCT)
             self.index.nprobe = max(1, count // 16)
             self.index.cp.min_points_per_centroid = self.index.pq.cp.min_points_per_centroid = 1
+            self.index.cp.niter = 10  # of 25: training is most of its time at a million
             self.index.train(np.ascontiguousarray(sample))
         else:
             self.index = faiss.IndexFlatIP(SIZE)
