@@ -13,7 +13,7 @@ import yaml
 from pydantic import Field, model_validator
 
 from .loader import Section, load_settings
-from .sections import DevSettings, DistillSettings, RefreshSettings
+from .sections import DistillSettings, PassSettings, RefreshSettings
 
 
 class BaseModelSettings(Section):
@@ -29,7 +29,7 @@ class BaseModelSettings(Section):
     intermediate_size: int = Field(768, ge=32, description="Width of the MLP.")
 
 
-class SFTSettings(DevSettings):
+class SFTSettings(PassSettings):
     """Stage 1: `L = L_SFT + L_KL + L_InfoNCE + L_TripletMargin`."""
 
     steps: int = Field(600, ge=1, description="Optimizer steps.")
@@ -87,16 +87,14 @@ class SFTSettings(DevSettings):
     micro_batch_size: int | None = Field(
         None,
         ge=1,
-        description="Sequences per forward and backward pass; the gradients of the vectors are then cached (arXiv "
-        "2101.06983), so that memory does not grow with batch_size, for one more forward pass. Null: the whole batch "
-        "at once.",
+        description="Sequences per forward and backward pass. With it or micro_batch_tokens gradients are cached "
+        "(arXiv 2101.06983): batch_size costs no memory, but one more forward pass. Neither: the whole batch at once.",
     )
     matryoshka_dimensions: tuple[int, ...] = Field(
         (),
         description="Prefixes of the vector that L_InfoNCE and L_TripletMargin are taken of too; the losses of all "
         "sizes are averaged (arXiv 2205.13147).",
     )
-
     latent_steps: int = Field(
         0, ge=0, description="K, soft tokens that mode latent is trained with, beside the other modes; 0: it is not."
     )
@@ -104,6 +102,11 @@ class SFTSettings(DevSettings):
         "laser", description="What the latent vectors learn from (docs/modes.md)."
     )
     latent_weight: float = Field(1.0, ge=0, description="Weight of the latent losses among the others.")
+
+    @property
+    def cached(self) -> bool:
+        """Whether the batch is computed in passes, with cached gradients."""
+        return self.micro_batch_size is not None or self.micro_batch_tokens is not None
 
     @model_validator(mode="after")
     def _need_negatives(self) -> SFTSettings:
@@ -165,7 +168,7 @@ class RewardSettings(Section):
     contrastive_depth: int = Field(100, ge=1, description="Best documents of the index that contrastive looks at.")
 
 
-class GRPOSettings(DevSettings):
+class GRPOSettings(PassSettings):
     """Stage 2: GRPO with the retrieval reward."""
 
     steps: int = Field(60, ge=1, description="Optimizer steps (with num_iterations=1, one per batch of rollouts).")

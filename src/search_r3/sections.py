@@ -28,6 +28,17 @@ class DevSettings(Section):
         return self
 
 
+class PassSettings(DevSettings):
+    """What a stage computes at once, beside its `micro_batch_size`."""
+
+    micro_batch_tokens: int | None = Field(
+        None,
+        ge=1,
+        description="Tokens per forward and backward pass at most, padding included, beside micro_batch_size; a longer "
+        "sequence is a pass of its own. Changes memory and speed only. Null: no such limit.",
+    )
+
+
 class RefreshSettings(Section):
     """How document vectors follow the model (docs/method.md, "The moving corpus")."""
 
@@ -84,7 +95,7 @@ class RefreshSettings(Section):
         return self
 
 
-class DistillSettings(DevSettings):
+class DistillSettings(PassSettings):
     """Reasoning distilled into one glance: direct vectors learn from the model's own reasoned vectors."""
 
     steps: int = Field(300, ge=1, description="Optimizer steps.")
