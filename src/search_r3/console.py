@@ -27,7 +27,8 @@ if TYPE_CHECKING:
     from .evaluation.search import Answer
     from .evaluation.significance import Comparison
     from .planning.plan import MemoryPlan
-    from .serving.store import Entry, Store
+    from .serving.held import Entry
+    from .serving.store import Store
     from .training.probe import ProbeReport
 
 
