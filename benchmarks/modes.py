@@ -7,7 +7,11 @@ are asked here in wordings that no training has seen, about the territories of a
 there are queries of several hops. The gate is fitted on such a mixture of the split `rl`, whose direct vectors no
 stage has trained, and measured on one of `dev` (or, at the very end, `test`); nothing is written into the models.
 
-More models join as further points: `--also distilled=FOLDER` for each of the models, in their order.
+More models join as further points, in all modes that they have: `--also distilled=FOLDER,FOLDER` for each of the
+models, in their order. `--brief` leaves budgets and samples out.
+
+A policy that decides itself (`grpo.at_once`) is best trained on such a mixture, too: `--save FOLDER` writes it, with
+the splits `rl` and `dev`, and does nothing else.
 """
 
 from __future__ import annotations
@@ -65,12 +69,26 @@ def mixture(split: str, name: str, seed: int = 0) -> Any:
     return Collection(f"{name}-{split}", whole.documents, queries, {"mixed": qrels["one"] | qrels["several"], **qrels})
 
 
-def measure_model(model: Any, fit: Any, held_out: Any, price: float | None, also: dict[str, Any]) -> dict[str, Any]:
+def mixtures(name: str) -> Any:
+    """A collection whose splits `rl` and `dev` are the mixtures of these."""
+    from search_r3.data.collection import Collection
+
+    parts = {split: mixture(split, name) for split in ("rl", "dev")}
+    queries = {query_id: query for part in parts.values() for query_id, query in part.queries.items()}
+    qrels = {split: part.qrels["mixed"] for split, part in parts.items()}
+    return Collection(f"{name}-mixed", parts["rl"].documents, queries, qrels)
+
+
+def measure_model(
+    model: Any, fit: Any, held_out: Any, price: float | None, also: dict[str, Any], brief: bool
+) -> dict[str, Any]:
     """The gate, and the frontier on each part of the held-out mixture."""
     from search_r3.evaluation.benchmark import EvaluationOptions, evaluate
     from search_r3.evaluation.frontier.record import frontier
     from search_r3.evaluation.runner import FrontierOptions
     from search_r3.evaluation.systems import Effort, EncodedCollections, SearchR3System
+    from search_r3.model.modes.first import has_auto
+    from search_r3.model.modes.latent import trained_modes
     from search_r3.training.modes.gate import fit_gate, label_queries
 
     gate = model.backbone.gate = fit_gate(model, label_queries(model, fit, ["mixed"]), price)
@@ -78,12 +96,14 @@ def measure_model(model: Any, fit: Any, held_out: Any, price: float | None, also
     half = min(gate.fitted["by_scores"]["prices"], key=lambda row: abs((row["token_share"] or 0) - 0.5))["price"]
     ways: list[tuple[str, Any, Any]] = [(mode, mode, Effort()) for mode in ("direct", "reason", "auto")]
     ways.append(("auto at half", "auto", Effort(price=half)))
-    ways += [(name, "reason", effort) for name, effort in FrontierOptions(BUDGETS, SAMPLES).efforts().items()]
+    if not brief:
+        ways += [(name, "reason", effort) for name, effort in FrontierOptions(BUDGETS, SAMPLES).efforts().items()]
     encoded = EncodedCollections(model)
     systems = [SearchR3System(encoded, mode, name, effort=effort) for name, mode, effort in ways]
     for label, other in also.items():
         there = EncodedCollections(other)
-        systems += [SearchR3System(there, mode, f"{mode}/{label}") for mode in ("direct", "reason")]
+        modes = [*trained_modes(other.backbone), *(("auto",) if has_auto(other.backbone) else ())]
+        systems += [SearchR3System(there, mode, f"{mode}/{label}") for mode in modes]
     options = EvaluationOptions(depth=100, bootstrap=100)
     whole = [evaluate(system, held_out, "mixed", options) for system in systems]
     results = [part_of(result, part, held_out.qrels[part]) for part in PARTS for result in whole]
@@ -147,13 +167,20 @@ def table(seeds: list[dict[str, Any]]) -> dict[str, Any]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("models", nargs="+", help="model directories, a seed each")
+    parser.add_argument("models", nargs="*", help="model directories, a seed each")
     parser.add_argument("--also", action="append", default=[], help="LABEL=FOLDER,FOLDER,...: one for each model")
     parser.add_argument("--collection", default="atlas", help="atlas or atlas-wide")
     parser.add_argument("--split", default="dev", help="dev, or at the end test")
     parser.add_argument("--price", type=float, help="of a token in nDCG@10; by default half of what it earns")
+    parser.add_argument("--brief", action="store_true", help="without budgets and samples")
+    parser.add_argument("--save", type=Path, help="write the mixture that a policy is trained on, and end")
     parser.add_argument("--out", type=Path)
     options = parser.parse_args()
+    if options.save is not None:
+        mixtures(options.collection).save(options.save)
+        return
+    if not options.models:
+        parser.error("name one model or more")
 
     from search_r3 import SearchR3
 
@@ -164,7 +191,9 @@ def main() -> None:
     seeds = []
     for number, name in enumerate(options.models):
         others = {label: SearchR3(folders[number]) for label, folders in also.items()}
-        seeds.append({"model": name} | measure_model(SearchR3(name), fit, held_out, options.price, others))
+        seeds.append(
+            {"model": name} | measure_model(SearchR3(name), fit, held_out, options.price, others, options.brief)
+        )
     record = {
         "benchmark": "modes",
         "collection": options.collection,

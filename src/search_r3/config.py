@@ -13,20 +13,7 @@ import yaml
 from pydantic import Field, model_validator
 
 from .loader import Section, load_settings
-from .sections import DevSettings, DistillSettings
-
-
-class BaseModelSettings(Section):
-    """Making a small base model (`search-r3 base`)."""
-
-    steps: int = Field(1500, ge=1, description="Optimizer steps.")
-    batch_size: int = Field(32, ge=1, description="Packed sequences per step.")
-    sequence_length: int = Field(128, ge=16, description="Tokens per packed sequence.")
-    learning_rate: float = Field(3e-3, gt=0, description="Peak rate; cosine to 5 % after 50 warm-up steps.")
-    vocab_size: int = Field(3072, ge=300, description="Tokenizer entries, special tokens included.")
-    hidden_size: int = Field(192, ge=64, description="D, a multiple of 64.")
-    layers: int = Field(2, ge=1, description="Transformer blocks.")
-    intermediate_size: int = Field(768, ge=32, description="Width of the MLP.")
+from .sections import BaseModelSettings, DevSettings, DistillSettings, EvaluationSettings
 
 
 class SFTSettings(DevSettings):
@@ -48,6 +35,13 @@ class SFTSettings(DevSettings):
     untraced: Literal["embed", "direct"] = Field(
         "embed",
         description="What reason mode learns from a query without a trace: to embed at once, or (direct) nothing.",
+    )
+    at_once: float = Field(
+        0.0,
+        ge=0,
+        lt=1,
+        description="Share of the traces that are left out, drawn anew at each use: there reason mode embeds at once, "
+        "so that stage 2 can teach it when to (grpo.at_once).",
     )
     swapped_traces: float = Field(
         0.0,
@@ -248,6 +242,11 @@ class GRPOSettings(DevSettings):
         description="What is taken from a reward: the mean of its group, of the group's others, or what direct mode "
         "earns with the same weights, so that reasoning is paid for what it adds.",
     )
+    at_once: bool = Field(
+        False,
+        description="Of each group one reply embeds at once and the others write, so that the policy learns when to; "
+        "in mode auto its own first token then decides (docs/modes.md). Give tokens a price: reward.tokens.",
+    )
     redraws: int = Field(
         0, ge=0, description="Times that a step replaces groups whose ranks are all alike by other queries'."
     )
@@ -292,25 +291,12 @@ class GRPOSettings(DevSettings):
                 "baseline=direct with advantage_scale=group divides by 0 where all rewards of a group are equal, but "
                 "not direct mode's; set advantage_scale=batch"
             )
+        if self.at_once and (self.baseline == "leave_one_out" or self.advantage_scale == "group"):
+            raise ValueError(
+                f"at_once=true with baseline={self.baseline}, advantage_scale={self.advantage_scale}: the replies of "
+                "a group do not count alike; set baseline=group_mean (or direct), advantage_scale=batch (or none)"
+            )
         return self
-
-
-class EvaluationSettings(Section):
-    """What is evaluated, and on which queries."""
-
-    dev_split: str = Field("dev", description="Split looked at during training.")
-    test_split: str = Field("test", description="Split read once, by the final evaluation.")
-    batch_size: int = Field(128, ge=1, description="Queries reasoned about at once; changes results by rounding.")
-    rollout_queries: int = Field(
-        64, ge=1, description="Test queries whose sampled rollouts are scored before and after RL."
-    )
-    permutations: int = Field(10_000, ge=100, description="Permutations of the paired randomisation tests.")
-    bootstrap: int = Field(1_000, ge=100, description="Resamples of the confidence intervals.")
-
-    @property
-    def held_out(self) -> list[str]:
-        """The splits that are measured on."""
-        return list(dict.fromkeys((self.dev_split, self.test_split)))
 
 
 class Recipe(Section):

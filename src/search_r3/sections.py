@@ -1,4 +1,4 @@
-"""Sections of a recipe that stand by themselves: what all stages share, and the distillation of reasoning."""
+"""Sections of a recipe that stand by themselves: the small base model, dev evaluations, distillation, evaluation."""
 
 from __future__ import annotations
 
@@ -7,6 +7,19 @@ from typing import Literal
 from pydantic import Field, model_validator
 
 from .loader import Section
+
+
+class BaseModelSettings(Section):
+    """Making a small base model (`search-r3 base`)."""
+
+    steps: int = Field(1500, ge=1, description="Optimizer steps.")
+    batch_size: int = Field(32, ge=1, description="Packed sequences per step.")
+    sequence_length: int = Field(128, ge=16, description="Tokens per packed sequence.")
+    learning_rate: float = Field(3e-3, gt=0, description="Peak rate; cosine to 5 % after 50 warm-up steps.")
+    vocab_size: int = Field(3072, ge=300, description="Tokenizer entries, special tokens included.")
+    hidden_size: int = Field(192, ge=64, description="D, a multiple of 64.")
+    layers: int = Field(2, ge=1, description="Transformer blocks.")
+    intermediate_size: int = Field(768, ge=32, description="Width of the MLP.")
 
 
 class DevSettings(Section):
@@ -76,3 +89,21 @@ class DistillSettings(DevSettings):
         if self.teacher == "best" and self.samples == 1:
             raise ValueError("teacher=best chooses among several replies, and samples=1; raise samples")
         return self
+
+
+class EvaluationSettings(Section):
+    """What is evaluated, and on which queries."""
+
+    dev_split: str = Field("dev", description="Split looked at during training.")
+    test_split: str = Field("test", description="Split read once, by the final evaluation.")
+    batch_size: int = Field(128, ge=1, description="Queries reasoned about at once; changes results by rounding.")
+    rollout_queries: int = Field(
+        64, ge=1, description="Test queries whose sampled rollouts are scored before and after RL."
+    )
+    permutations: int = Field(10_000, ge=100, description="Permutations of the paired randomisation tests.")
+    bootstrap: int = Field(1_000, ge=100, description="Resamples of the confidence intervals.")
+
+    @property
+    def held_out(self) -> list[str]:
+        """The splits that are measured on."""
+        return list(dict.fromkeys((self.dev_split, self.test_split)))

@@ -25,6 +25,7 @@ from ..model.embeddings import shorten
 from ..model.encoder import SearchR3
 from ..model.engine.decoding import Decoder, DecodeRequest, Rollout
 from ..model.engine.engines import Engine, make_engine
+from ..model.modes.first import decides, facts_of, first_of
 from ..model.modes.latent import latent_budget
 from ..model.prompts import EncodedPrompt, Kind
 from ..types import Array
@@ -34,7 +35,7 @@ logger = logging.getLogger(__name__)
 
 DRAIN = 30.0
 """Seconds for what is in work when the engine is closed."""
-DECODED: tuple[Kind, ...] = ("reason", "latent")
+DECODED: tuple[Kind, ...] = ("reason", "latent", "auto")
 """What the decoder serves."""
 LONGEST_WAIT = 60
 """The most seconds that a client of a full queue is told to wait."""
@@ -68,7 +69,7 @@ class EngineThread:
     ) -> None:
         self.model, self.slots, self.max_queue, self._clock = model, slots, max_queue, clock
         backbone = model.backbone
-        self._sides = {"document": backbone.document_side} | dict.fromkeys(("direct", "reason", "latent"), backbone)
+        self._sides = {"document": backbone.document_side} | dict.fromkeys(("direct", *DECODED), backbone)
         self._piece_tokens = piece_tokens or BATCH_TOKENS.get(backbone.device.type, BATCH_TOKENS["cuda"])
         self._changed = threading.Condition()  # guards what callers and the thread share
         self._inbox: list[Job] = []
@@ -114,8 +115,8 @@ class EngineThread:
 
         Args:
             texts: queries or documents.
-            kind: `reason`, `latent`, `direct` or `document`; by default queries in the model's own mode, and reasoned
-                about where that is auto, which is two requests (`serving.auto`).
+            kind: `reason`, `latent`, `direct`, `document`, or `auto` of a model that decides; by default queries in the
+                model's own mode, and reasoned about where a gate decides, which is two requests (`serving.auto`).
             instruction: follows each text.
             max_new_tokens: reasoning budget; by default the model's own.
             truncate: a text that is too long may lose its end; else it is an error.
@@ -134,7 +135,7 @@ class EngineThread:
         """
         if kind is None:
             own = self.model.backbone.settings.mode
-            kind = "reason" if own == "auto" else own
+            kind = "reason" if own == "auto" and not decides(self.model.backbone) else own
         if not texts:
             raise DataError("no text was given; give at least one")
         if len(texts) > self.max_queue:
@@ -256,7 +257,8 @@ class EngineThread:
 
     def _submit(self, rows: Sequence[Row]) -> None:
         for row in rows:
-            request = DecodeRequest(row.prompt.ids, row.job.budget, latent=row.job.kind == "latent")
+            kind, first = row.job.kind, first_of(self.model.backbone, row.job.kind)
+            request = DecodeRequest(row.prompt.ids, row.job.budget, latent=kind == "latent", first=first)
             self._tickets[self._decoder.submit(request)] = row
 
     def _in_turn(self, kind: Kind, count: int) -> list[Row]:
@@ -310,7 +312,8 @@ class EngineThread:
         self._show(row, rollout.reasoning)
         vector = shorten(rollout.vector.numpy()[None], self.model.truncate_dim)
         reasoned = rollout.reasoning, rollout.reasoning_tokens, rollout.forced
-        self._done(row, Embedded(vector[0], len(row.prompt.ids), row.prompt.truncated, *reasoned, thought=True))
+        of_gate = {"thought": rollout.thought, "gate": facts_of(rollout.writes)}
+        self._done(row, Embedded(vector[0], len(row.prompt.ids), row.prompt.truncated, *reasoned, **of_gate))
 
     def _piece(self, kind: Kind) -> list[Row]:
         """The next texts that are encoded together."""

@@ -15,17 +15,18 @@ from statistics import fmean
 
 import numpy as np
 
-from ..config import EvaluationSettings, Recipe
+from ..config import Recipe
 from ..data.collection import Collection
 from ..errors import DataError
 from ..model.encoder import SearchR3
+from ..model.modes.first import decides
 from ..model.modes.latent import trained_modes
 from ..model.prompts import Mode
 from ..parallel import Communicator, agree, divide, encode_sharded
 from ..retrieval.index import ExactIndex
 from ..retrieval.metrics import ndcg, probe_cosine, relevant_ids
 from ..retrieval.ranking import RankRequest, make_requests, ranked
-from ..sections import DevSettings
+from ..sections import DevSettings, EvaluationSettings
 from .engine import Engine
 from .run import Run
 from .saving import save_trained
@@ -71,15 +72,18 @@ class DevSplit:
             index: the corpus as these weights encode it, if that was done already, or as frozen ones did.
         """
         started, communicator = time.perf_counter(), engine.communicator
-        values = {}
+        values: dict[str, float] = {}
         with engine.full_params():
             index = index or self._index(model, communicator)
             shares = divide([len(request.text) for request in self.requests], communicator.world_size)
             own = [self.requests[place] for place in sorted(shares[communicator.rank])]
-            for mode in trained_modes(model.backbone):
+            modes = [*trained_modes(model.backbone), *(("auto",) if decides(model.backbone) else ())]
+            for mode in modes:
                 scores = self._scores(model, index, own, mode) if own else []
-                everyone = [score for part in communicator.all_gather(scores) for score in part]
-                values[f"dev_ndcg@{DEPTH}_{mode}"] = fmean(everyone)
+                everyone = [one for part in communicator.all_gather(scores) for one in part]
+                values[f"dev_ndcg@{DEPTH}_{mode}"] = fmean(score for score, _ in everyone)
+                if mode == "auto":
+                    values["dev_tokens_auto"] = fmean(tokens for _, tokens in everyone)
         rows = np.arange(0, len(index), max(1, len(index) // PROBE_DOCUMENTS))
         values["probe_cosine"] = probe_cosine(index.vectors_at(rows))
         return values | {"evaluation_seconds": time.perf_counter() - started}
@@ -93,7 +97,10 @@ class DevSplit:
         )
         return ExactIndex(list(texts), vectors)
 
-    def _scores(self, model: SearchR3, index: ExactIndex, requests: Sequence[RankRequest], mode: Mode) -> list[float]:
+    def _scores(
+        self, model: SearchR3, index: ExactIndex, requests: Sequence[RankRequest], mode: Mode
+    ) -> list[tuple[float, int]]:
+        """NDCG and tokens of each."""
         queries = model.encode_query(
             [request.bare for request in requests],
             mode,
@@ -102,8 +109,8 @@ class DevSplit:
         )
         rankings = ranked(index, queries.vectors, requests, DEPTH)
         return [
-            ndcg([doc_id for doc_id, _ in ranking], self.qrels[request.query_id], DEPTH)
-            for request, ranking in zip(requests, rankings, strict=True)
+            (ndcg([doc_id for doc_id, _ in ranking], self.qrels[request.query_id], DEPTH), tokens)
+            for request, ranking, tokens in zip(requests, rankings, queries.reasoning_tokens, strict=True)
         ]
 
 

@@ -28,6 +28,7 @@ from ...model.engine.decoding import Rollout
 from ...model.prompts import PlainMode
 from .. import losses
 from ..engine import Engine
+from .decision import chances, first_tokens, standing
 
 
 @dataclass(frozen=True)
@@ -44,6 +45,7 @@ class Experience:
         direct: the direct reply to each of the `Q` queries, where a setting needs them.
         direct_scores: of these.
         redrawn: groups of all processes that were replaced, since their rollouts ranked alike.
+        at_once: the probability of embedding at once of each of the `Q` queries, where that is learned.
     """
 
     queries: list[Query]
@@ -55,6 +57,7 @@ class Experience:
     direct: list[Rollout] = field(default_factory=list)
     direct_scores: list[Score] = field(default_factory=list)
     redrawn: int = 0
+    at_once: list[float] = field(default_factory=list)
 
     @property
     def query_ids(self) -> list[str]:
@@ -117,7 +120,8 @@ def collect(
         )  # fmt: skip
 
     groups = sample(everyone, own)
-    if all(communicator.all_gather(all(rollout.forced for rollout in groups.rollouts))):
+    written = [one for one in groups.rollouts if one.reasoning_tokens or not settings.at_once]
+    if all(communicator.all_gather(all(rollout.forced for rollout in written))):
         raise RunError(
             f"none of {len(everyone) * group_size} rollouts at step {step + 1} emitted the embed token within "
             f"{model.backbone.settings.max_new_tokens} tokens; train stage 1 (search-r3 sft) first, "
@@ -143,6 +147,7 @@ def collect(
         direct=direct,
         direct_scores=environment.score(direct, [query.query_id for query in queries]),
         redrawn=redrawn,
+        at_once=chances(groups.rollouts, group_size) if settings.at_once else [],
     )
     return with_advantages(experience, environment, settings, engine, own)
 
@@ -152,12 +157,12 @@ def with_advantages(
 ) -> Experience:
     """The same with advantages; their scale is that of all rollouts, whichever process made them."""
     direct = [score.parts.total(environment.weights) for score in experience.direct_scores]
-    shares = engine.communicator.all_gather((experience.feedback.rewards, direct))
-    rewards = torch.tensor([reward for rewards, _ in shares for reward in rewards]).view(-1, settings.group_size)
-    baseline: Tensor | str = settings.baseline
-    if baseline == "direct":
-        baseline = torch.tensor([reward for _, rewards in shares for reward in rewards])
-    advantages = losses.group_advantages(rewards, settings.advantage_scale, baseline)
+    shares = engine.communicator.all_gather((experience.feedback.rewards, direct, experience.at_once))
+    earned, asked, at_once = ([one for part in column for one in part] for column in zip(*shares, strict=True))
+    rewards = torch.tensor(earned).view(-1, settings.group_size)
+    baseline: Tensor | str = torch.tensor(asked) if settings.baseline == "direct" else settings.baseline
+    weights = standing(at_once, settings.group_size) if settings.at_once else None
+    advantages = losses.group_advantages(rewards, settings.advantage_scale, baseline, weights=weights)
     values = advantages.values[own.start : own.stop].flatten()
     return replace(experience, advantages=values, equal_share=advantages.equal_share)
 
@@ -193,6 +198,7 @@ def roll_out(model: SearchR3, settings: GRPOSettings, queries: Sequence[Query], 
         sampling_temperature=settings.sampling_temperature,
         seeds=seeds,
         batch_size=settings.rollout_batch_size,
+        first=first_tokens(settings.group_size) * len(queries) if settings.at_once else None,
     )
 
 
