@@ -87,7 +87,7 @@ def measure_model(
     from search_r3.evaluation.frontier.record import frontier
     from search_r3.evaluation.runner import FrontierOptions
     from search_r3.evaluation.systems import Effort, EncodedCollections, SearchR3System
-    from search_r3.model.modes.first import has_auto
+    from search_r3.model.modes.first import decides, has_auto
     from search_r3.model.modes.latent import trained_modes
     from search_r3.training.modes.gate import fit_gate, label_queries
 
@@ -104,10 +104,37 @@ def measure_model(
         there = EncodedCollections(other)
         modes = [*trained_modes(other.backbone), *(("auto",) if has_auto(other.backbone) else ())]
         systems += [SearchR3System(there, mode, f"{mode}/{label}") for mode in modes]
+        if decides(other.backbone):
+            systems.append(SearchR3System(there, "reason", f"at once/{label}", effort=Effort(budget=1)))
     options = EvaluationOptions(depth=100, bootstrap=100)
     whole = [evaluate(system, held_out, "mixed", options) for system in systems]
     results = [part_of(result, part, held_out.qrels[part]) for part in PARTS for result in whole]
-    return {"gate": gate.model_dump(mode="json"), "half_price": half, "frontier": frontier(results, PERMUTATIONS, 0)}
+    splits = frontier(results, PERMUTATIONS, 0)
+    for split in splits:
+        here = {one.system.name: one for one in results if one.collection.split == split["split"]}
+        for label in [name.removeprefix("at once/") for name in here if name.startswith("at once/")]:
+            split["points"] += own_thresholds(here, label)
+    return {"gate": gate.model_dump(mode="json"), "half_price": half, "frontier": splits}
+
+
+def own_thresholds(results: dict[str, Any], label: str) -> list[dict[str, Any]]:
+    """A model that decides, where its probability to write has to reach other values than a half."""
+    import numpy as np
+
+    direct, reason = (results[name] for name in ("direct", "reason"))
+    low, high = (one.scores["ndcg@10"] for one in (direct, reason))
+    written, at_once = results[f"reason/{label}"], results[f"at once/{label}"]
+    chances = np.array([one["probability"] for one in results[f"auto/{label}"].gate])
+    rows = []
+    for share in (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9):
+        thinks = chances >= np.quantile(chances, 1 - share)
+        quality = np.where(thinks, written.per_query["ndcg@10"], at_once.per_query["ndcg@10"]).mean()
+        tokens = np.where(thinks, written.reasoning_tokens, 0).mean()
+        row: dict[str, Any] = {"name": f"auto/{label} at {share}", "family": f"auto/{label}", "ndcg@10": float(quality)}
+        row |= {"tokens_per_query": float(tokens), "ms_per_query": None, "share": float(thinks.mean())}
+        row["gain_share"] = float((quality - low) / (high - low)) if high > low else None
+        rows.append(row | {"token_share": float(tokens / max(1e-12, fmean(reason.reasoning_tokens)))})
+    return rows
 
 
 def part_of(result: Any, part: str, query_ids: Any) -> Any:
@@ -133,9 +160,9 @@ def kept(split: dict[str, Any], name: str) -> dict[str, float | None]:
     return {key: row[key] for key in keys}
 
 
-def at_half(split: dict[str, Any]) -> float | None:
+def at_half(split: dict[str, Any], family: str = "auto") -> float | None:
     """The share of the gain that auto keeps at exactly half of reason's tokens, between its two nearest prices."""
-    rows = [row for row in split["points"] if row["family"] in ("direct", "auto", "reason")]
+    rows = [row for row in split["points"] if row["family"] in ("direct", family, "reason")]
     rows = sorted((row for row in rows if row["gain_share"] is not None), key=lambda row: row["token_share"])
     for low, high in pairwise(rows):
         if low["token_share"] <= 0.5 <= high["token_share"]:
@@ -159,7 +186,11 @@ def table(seeds: list[dict[str, Any]]) -> dict[str, Any]:
                 for name in names
                 if (values := [kept(split, name) for split in splits])
             },
-            "kept_at_half": [at_half(split) for split in splits],
+            "kept_at_half": {
+                family: [at_half(split, family) for split in splits]
+                for family in sorted({row["family"] for row in splits[0]["points"]})
+                if family.partition("/")[0] == "auto"
+            },
             "areas": [split["areas"] for split in splits],
         }
     return rows
@@ -212,8 +243,9 @@ def main() -> None:
                 f"{part:8} {name:24} "
                 + " ".join(f"{key} {value:.3f}" for key, value in row.items() if value is not None)
             )
-        known = [value for value in rows["kept_at_half"] if value is not None]
-        say(f"{part:8} kept at half of the tokens: {spread(known) if known else 'nothing to keep'}")
+        for family, values in rows["kept_at_half"].items():
+            known = [value for value in values if value is not None]
+            say(f"{part:8} {family} keeps at half of the tokens: {spread(known) if known else 'nothing'}")
     finish(record, options.out)
 
 

@@ -27,7 +27,7 @@ def decider(model: SearchR3) -> SearchR3:
 
 def first_logprobs(model: SearchR3, ids: list[int], temperature: float = 1.0) -> torch.Tensor:
     with torch.no_grad():
-        logits = model.backbone.logits(model.backbone.hidden_states(torch.tensor([ids])))[0, -1]
+        logits = model.backbone.logits(model.backbone.hidden_states(torch.tensor([ids]), None))[0, -1]
     return torch.log_softmax(logits / temperature, dim=-1)
 
 

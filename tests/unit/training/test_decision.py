@@ -104,7 +104,7 @@ def test_the_policy_learns_whether_writing_pays(
     model: SearchR3, collection: Collection, pays: float, rises: bool
 ) -> None:
     favour(model.backbone, model.backbone.embed_token_id, 6.0)
-    settings = recipe(learning_rate=3e-3, warmup_steps=0, steps=100)
+    settings = recipe(learning_rate=1e-2, warmup_steps=0, steps=100)
     environment, engine = world(model, collection, settings.grpo), make_engine(model, settings, settings.grpo)
     environment.scorer.function = lambda outcome: pays * (outcome.reasoning_tokens > 0)
     chances = []
@@ -151,16 +151,16 @@ def test_stage_1_leaves_a_share_of_the_traces_out(collection: Collection) -> Non
 
 
 def test_a_stage_2_that_taught_it_leaves_a_model_that_decides(
-    tiny_path: Path, collection_path: Path, tmp_path: Path
+    run_dir: Path, collection_path: Path, tmp_path: Path
 ) -> None:
     settings = [
-        "max_length=120", "max_new_tokens=6", "grpo.steps=1", "grpo.queries_per_step=2", "grpo.group_size=3",
+        "max_length=120", "max_new_tokens=16", "grpo.steps=1", "grpo.queries_per_step=2", "grpo.group_size=3",
         "grpo.splits=[train]", f"collection={collection_path}",
     ]  # fmt: skip
     found = {}
     for at_once in ("true", "false"):
         told = load_recipe(None, [*settings, f"grpo.at_once={at_once}", f"run_dir={tmp_path}/{at_once}"])
-        source = tiny_path if at_once == "true" else found["true"].model_path
+        source = run_dir / "sft" / "model" if at_once == "true" else found["true"].model_path
         found[at_once] = train_grpo(told, model=source)
     first, second = (SearchR3(one.model_path, device="cpu").backbone.settings.gate for one in found.values())
     assert (first, second) == ("policy", None), "who was trained on without it decides no more"
