@@ -291,10 +291,10 @@ class GRPOSettings(DevSettings):
                 "baseline=direct with advantage_scale=group divides by 0 where all rewards of a group are equal, but "
                 "not direct mode's; set advantage_scale=batch"
             )
-        if self.at_once and (self.baseline == "leave_one_out" or self.advantage_scale == "group"):
+        if self.at_once and (self.baseline == "direct" or self.group_size < 3):
             raise ValueError(
-                f"at_once=true with baseline={self.baseline}, advantage_scale={self.advantage_scale}: the replies of "
-                "a group do not count alike; set baseline=group_mean (or direct), advantage_scale=batch (or none)"
+                f"at_once=true with baseline={self.baseline}, group_size={self.group_size}: one reply of each group is "
+                "direct, and the others are compared with each other; set baseline=group_mean, and 3 replies or more"
             )
         return self
 

@@ -312,8 +312,9 @@ class EngineThread:
         self._show(row, rollout.reasoning)
         vector = shorten(rollout.vector.numpy()[None], self.model.truncate_dim)
         reasoned = rollout.reasoning, rollout.reasoning_tokens, rollout.forced
-        of_gate = {"thought": rollout.thought, "gate": facts_of(rollout.writes)}
-        self._done(row, Embedded(vector[0], len(row.prompt.ids), row.prompt.truncated, *reasoned, **of_gate))
+        gate, prompt = facts_of(rollout.writes), row.prompt
+        embedded = Embedded(vector[0], len(prompt.ids), prompt.truncated, *reasoned, thought=rollout.thought, gate=gate)
+        self._done(row, embedded)
 
     def _piece(self, kind: Kind) -> list[Row]:
         """The next texts that are encoded together."""

@@ -76,7 +76,6 @@ def group_advantages(
     scale: Literal["group", "batch", "none"],
     baseline: Tensor | str = "group_mean",
     tolerance: float = 1e-6,
-    weights: Tensor | None = None,
 ) -> Advantages:
     """Group-relative advantages: reward minus a baseline, divided once as `scale` says.
 
@@ -91,25 +90,21 @@ def group_advantages(
             factor `G / (G - 1)` and so only where `scale` is `none`; or a reward for each query, `Q`. With the first
             two a group whose rewards are equal within `tolerance` gets exactly 0.
         tolerance: rewards closer than this count as equal.
-        weights: `Q x G`, how many replies of its group each stands for (their mean is 1); one without them. They weigh
-            the group's mean, the batch's divisor, and the advantages themselves.
     """
-    weights = torch.ones_like(rewards) if weights is None else weights
     equal = (rewards.amax(-1) - rewards.amin(-1)) <= tolerance
     if isinstance(baseline, Tensor):
         centred = rewards - baseline[:, None]
     else:
         size = rewards.shape[-1]
         factor = size / (size - 1) if baseline == "leave_one_out" else 1.0
-        mean = (weights * rewards).mean(-1, keepdim=True)
-        centred = (factor * (rewards - mean)).masked_fill(equal[:, None], 0.0)
+        centred = (factor * (rewards - rewards.mean(-1, keepdim=True))).masked_fill(equal[:, None], 0.0)
     if scale == "group":
         divisor = rewards.std(-1, keepdim=True) + 1e-4
     elif scale == "batch":
-        divisor = (weights * centred.pow(2)).mean().sqrt() + 1e-4
+        divisor = centred.pow(2).mean().sqrt() + 1e-4
     else:
         divisor = torch.ones(())
-    return Advantages(weights * centred / divisor, equal.float().mean().item())
+    return Advantages(centred / divisor, equal.float().mean().item())
 
 
 @dataclass(frozen=True)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import math
 import random
 from pathlib import Path
@@ -20,9 +19,8 @@ from search_r3.training import grpo
 from search_r3.training.batches import make_batch
 from search_r3.training.engine import make_engine
 from search_r3.training.grpo import train_grpo
-from search_r3.training.losses import group_advantages
 from search_r3.training.rl import rollouts, signals
-from search_r3.training.rl.decision import standing
+from search_r3.training.rl.decision import decision_advantages
 from tests.conftest import favour
 
 
@@ -38,38 +36,33 @@ def world(model: SearchR3, collection: Collection, settings: GRPOSettings) -> Re
     )  # fmt: skip
 
 
-@pytest.mark.parametrize("baseline", [0.0, 0.7])
-def test_the_expected_gradient_is_that_of_the_policys_own_reward(baseline: float) -> None:
-    """Over all groups that can be drawn: one embeds at once, two write one of three replies."""
-    logits = torch.tensor([0.3, -0.4, 0.9, 0.1], dtype=torch.float64, requires_grad=True)
-    rewards = torch.tensor([0.5, 1.0, 0.2, -0.3], dtype=torch.float64)  # the first: at once
-    (expected,) = torch.autograd.grad((logits.softmax(0) * rewards).sum(), logits)
-    chances, logprobs = logits.softmax(0).detach(), logits.log_softmax(0)
-    written, weights = chances[1:] / (1 - chances[0]), standing([float(chances[0])], 3)
-    total = torch.zeros((), dtype=torch.float64)
-    for first, second in itertools.product(range(1, 4), repeat=2):
-        group = [0, first, second]
-        found = group_advantages(
-            rewards[group][None], "none", torch.tensor([baseline], dtype=torch.float64), weights=weights
-        )
-        chance = written[first - 1] * written[second - 1]
-        total = total + chance * (found.values[0] * logprobs[group]).mean()
-    (gradient,) = torch.autograd.grad(total, logits)
-    torch.testing.assert_close(gradient, expected, atol=1e-6, rtol=1e-5)
+@pytest.mark.parametrize("earned", [[0.9, 0.2, 0.4], [0.1, 0.2, 0.9]])
+def test_the_decision_is_a_logistic_regression_weighted_by_what_the_choice_is_worth(earned: list[float]) -> None:
+    rewards, log_odds = torch.tensor([earned]), torch.tensor([0.7], requires_grad=True)
+    chance = torch.sigmoid(log_odds)
+    [advantage] = decision_advantages(rewards, chance.tolist(), "none")
+    (found,) = torch.autograd.grad(advantage * chance.log().sum(), log_odds)
+    more = earned[0] - (earned[1] + earned[2]) / 2
+    label = torch.tensor([float(more > 0)])
+    loss = abs(more) * torch.nn.functional.binary_cross_entropy_with_logits(log_odds, label)
+    (expected,) = torch.autograd.grad(loss, log_odds)
+    assert found.item() == pytest.approx(-2 * expected.item(), rel=1e-5)
 
 
-def test_a_groups_mean_is_what_the_policy_earns() -> None:
-    rewards, weights = torch.tensor([[0.5, 1.0, 0.2], [0.4, 0.4, 0.4]]), standing([0.25, 0.9], 3)
-    found = group_advantages(rewards, "none", "group_mean", weights=weights)
-    earned = 0.25 * 0.5 + 0.75 * 0.6
-    expected = [0.75 * (0.5 - earned), 1.125 * (1.0 - earned), 1.125 * (0.2 - earned)]
-    assert found.values[0].tolist() == pytest.approx(expected)
-    assert found.values[1].tolist() == [0.0, 0.0, 0.0]
-    spread = math.sqrt(
-        sum(w * (r - earned) ** 2 for w, r in zip(weights[0].tolist(), [0.5, 1.0, 0.2], strict=True)) / 6
-    )
-    scaled = group_advantages(rewards, "batch", "group_mean", weights=weights).values
-    assert scaled[0].tolist() == pytest.approx([one / (spread + 1e-4) for one in expected], rel=1e-5)
+def test_a_policy_that_is_sure_and_wrong_is_told_so() -> None:
+    rewards = torch.tensor([[1.0, 0.0, 0.0], [0.0, 1.0, 1.0]])
+    wrong, right = ([1e-6, 1 - 1e-9], [1 - 1e-9, 1e-6])
+
+    def pushes(chances: list[float]) -> list[float]:  # of the log-odds
+        return [
+            one * (1 - p)
+            for one, p in zip(decision_advantages(rewards, chances, "none").tolist(), chances, strict=True)
+        ]
+
+    assert pushes(wrong)[0] == pytest.approx(2.0, rel=1e-3) and pushes(right) == pytest.approx([0.0, 0.0], abs=1e-5)
+    assert decision_advantages(rewards, wrong, "none").isfinite().all()
+    scaled = decision_advantages(3 * rewards, [0.2, 0.2], "batch")
+    assert scaled.tolist() == pytest.approx(decision_advantages(rewards, [0.2, 0.2], "none").tolist(), rel=1e-3)
 
 
 def test_of_each_group_one_reply_embeds_at_once_and_the_others_write(model: SearchR3, collection: Collection) -> None:
@@ -86,10 +79,10 @@ def test_of_each_group_one_reply_embeds_at_once_and_the_others_write(model: Sear
         assert chance == pytest.approx(math.exp(group[0].logprobs[0]), abs=1e-5) and 0.01 < chance < 0.99
         rewards = batch.feedback.rewards[3 * place : 3 * place + 3]
         assert batch.feedback.parts[3 * place].format == 1, "it was not forced: the policy may choose it"
-        earned = chance * rewards[0] + (1 - chance) * (rewards[1] + rewards[2]) / 2
-        weights = [3 * chance, 1.5 * (1 - chance), 1.5 * (1 - chance)]
-        expected = [w * (r - earned) for w, r in zip(weights, rewards, strict=True)]
-        assert batch.advantages[3 * place : 3 * place + 3].tolist() == pytest.approx(expected, abs=1e-5)
+        more = rewards[0] - (rewards[1] + rewards[2]) / 2
+        decided = 2 * (more if more > 0 else more * chance / (1 - chance))
+        expected = [decided, (rewards[1] - rewards[2]) / 2, (rewards[2] - rewards[1]) / 2]
+        assert batch.advantages[3 * place : 3 * place + 3].tolist() == pytest.approx(expected, abs=1e-4)
     values = signals.describe(batch, engine, settings.grpo.reward, 3)
     assert values["at_once_probability"] == pytest.approx(sum(batch.at_once) / 4)
     assert values["at_once_reward"] == pytest.approx(sum(batch.feedback.rewards[::3]) / 4)
@@ -122,12 +115,12 @@ def test_a_policy_that_never_embeds_at_once_is_told_of(
     signals.warn_if_known(values | {"at_once_probability": 0.3}, recipe().grpo.reward)
     assert not caplog.records
     signals.warn_if_known(values | {"at_once_probability": 1e-6}, recipe().grpo.reward)
-    assert "hardly learns when to; train stage 1 with sft.at_once=0.3" in caplog.text
+    assert "stage 1 has not shown it how; train that with sft.at_once=0.3" in caplog.text
 
 
-def test_settings_under_which_replies_would_count_alike_are_refused() -> None:
-    for other in ("grpo.baseline=leave_one_out", "grpo.advantage_scale=group"):
-        with pytest.raises(ConfigError, match="the replies of a group do not count alike"):
+def test_settings_that_leave_nothing_to_compare_are_refused() -> None:
+    for other in ("grpo.baseline=direct", "grpo.group_size=2"):
+        with pytest.raises(ConfigError, match="the others are compared with each other"):
             load_recipe(None, ["grpo.at_once=true", other])
 
 

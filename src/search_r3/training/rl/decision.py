@@ -1,14 +1,19 @@
 """Whether to write at all, as stage 2 learns it: the first token of a reply (mode auto of a model that decides).
 
-Of each group one reply embeds at once and the others write, whatever the policy would have drawn. So the expectation
-over this decision is taken exactly: with `p` the probability of the embed token as first token,
+Of each group one reply embeds at once and the others write, whatever the policy would have drawn. What is written
+learns from the written replies alone, as in any group: their advantages sum to 0, so they say nothing of the decision.
+This is learned as a logistic regression whose label is the choice that earned more, weighted by how much more:
 
-    J = p R(at once) + (1 - p) E[R | written],
+    (1 - p) max(0, D) - p max(0, -D),    D = R(at once) - mean R(written),
 
-whose gradient is the policy gradient of a group in which the first reply stands for `p G` replies and each of the
-others for `(1 - p) G / (G - 1)`. Their log-probabilities are those of the whole policy, the decision included; so
-forcing adds no bias, less variance is left, and neither choice dies out of the groups. What the policy never does (p
-near 0) it does not learn either: stage 1 teaches it first (`sft.at_once`).
+by the log-odds of `p`, the probability of the embed token as first token. The reply at once carries it: the gradient of
+`log p` by the log-odds is `1 - p`, so its advantage is `D` where that is above 0, and `D p / (1 - p)` where it is not;
+times `G - 1`, for the replies that it is held against.
+
+The policy gradient of the same choice, its expectation taken exactly, is `p (1 - p) D`: it vanishes where the policy is
+sure and wrong as where it is sure and right, and in training what queries have in common drove `p` to 0 for all of them
+before it had learned to tell them apart (docs/log.md). This one vanishes where the policy is right, and ends where `p`
+is above a half exactly if embedding at once earns more on average.
 
 Shapes: `Q` queries, `G` rollouts per query.
 """
@@ -18,6 +23,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Mapping, Sequence
 from statistics import fmean
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -27,8 +33,10 @@ from ...model.modes.first import First
 
 logger = logging.getLogger(__name__)
 
-SELDOM = 0.01
-"""A mean probability of embedding at once below which there is hardly anything to learn from."""
+SELDOM = 1e-4
+"""A mean probability of embedding at once below which stage 1 has not taught it."""
+_LEAST = 1e-4
+"""Least probability of writing that is divided by."""
 
 
 def first_tokens(group_size: int) -> list[First]:
@@ -45,15 +53,23 @@ def chances(rollouts: Sequence[Rollout], group_size: int) -> list[float]:
     return found
 
 
-def standing(at_once: Sequence[float], group_size: int) -> Tensor:
-    """How many replies each one stands for, `Q x G`; their mean in each group is 1.
+def decision_advantages(rewards: Tensor, at_once: Sequence[float], scale: Literal["group", "batch", "none"]) -> Tensor:
+    """Advantages of the replies that embed at once, `Q`; see the module.
+
+    Args:
+        rewards: `Q x G`, the first of each group that of the reply at once.
+        at_once: the policy's probability of it, `Q`.
+        scale: `batch` divides by the root mean square of what it earns more than the written ones; else by 1.
 
     Example:
-        >>> standing([0.5, 0.0], 3).tolist()
-        [[1.5, 0.75, 0.75], [0.0, 1.5, 1.5]]
+        >>> rewards = torch.tensor([[1.0, 0.5, 0.5], [0.0, 0.5, 0.5]])
+        >>> decision_advantages(rewards, [0.2, 0.2], "none").tolist()
+        [1.0, -0.25]
     """
-    first = torch.tensor(at_once)[:, None] * group_size
-    return torch.cat([first, ((group_size - first) / (group_size - 1)).expand(-1, group_size - 1)], dim=1)
+    more = rewards[:, 0] - rewards[:, 1:].mean(-1)
+    divisor = more.pow(2).mean().sqrt() + 1e-4 if scale == "batch" else torch.ones(())
+    chances = torch.tensor(at_once).clamp(max=1 - _LEAST)
+    return (rewards.shape[1] - 1) * more.where(more > 0, more * chances / (1 - chances)) / divisor
 
 
 def describe_decision(at_once: Sequence[float], rewards: Sequence[float], group_size: int) -> dict[str, float]:
@@ -72,10 +88,10 @@ def describe_decision(at_once: Sequence[float], rewards: Sequence[float], group_
 
 
 def warn_if_seldom(values: Mapping[str, float]) -> None:
-    """Say so where the policy hardly ever embeds at once, and so cannot learn when to."""
+    """Say so where the policy has not been shown that it may embed at once."""
     if values.get("at_once_probability", 1.0) < SELDOM:
         logger.warning(
-            "the policy embeds at once with a probability of %.2g, so it hardly learns when to; train stage 1 with "
+            "the policy embeds at once with a probability of %.2g: stage 1 has not shown it how; train that with "
             "sft.at_once=0.3",
             values["at_once_probability"],
         )

@@ -28,7 +28,7 @@ from ...model.engine.decoding import Rollout
 from ...model.prompts import PlainMode
 from .. import losses
 from ..engine import Engine
-from .decision import chances, first_tokens, standing
+from .decision import chances, decision_advantages, first_tokens
 
 
 @dataclass(frozen=True)
@@ -161,10 +161,13 @@ def with_advantages(
     earned, asked, at_once = ([one for part in column for one in part] for column in zip(*shares, strict=True))
     rewards = torch.tensor(earned).view(-1, settings.group_size)
     baseline: Tensor | str = torch.tensor(asked) if settings.baseline == "direct" else settings.baseline
-    weights = standing(at_once, settings.group_size) if settings.at_once else None
-    advantages = losses.group_advantages(rewards, settings.advantage_scale, baseline, weights=weights)
-    values = advantages.values[own.start : own.stop].flatten()
-    return replace(experience, advantages=values, equal_share=advantages.equal_share)
+    written = rewards[:, 1:] if settings.at_once else rewards
+    advantages = losses.group_advantages(written, settings.advantage_scale, baseline)
+    values = advantages.values
+    if settings.at_once:
+        decided = decision_advantages(rewards, at_once, settings.advantage_scale)
+        values = torch.cat([decided[:, None], values], dim=1)
+    return replace(experience, advantages=values[own.start : own.stop].flatten(), equal_share=advantages.equal_share)
 
 
 def choose_queries(
