@@ -94,8 +94,7 @@ class SearchR3(PlainModes):
             seed: query `i` samples with seed `seed + i`.
             top_scores: in mode auto the scores of the 10 best documents for direct vectors, best first, which the gate
                 then reads, too (`VectorIndex.top_scores`).
-            price: in mode auto what a token must earn, in place of the price that the gate was fitted with; not for a
-                model that decides itself.
+            price: in mode auto what a token must earn, in place of the price that the gate was fitted with.
             progress: called with the numbers of queries done, and of tokens (written, or in direct mode read).
             habits: `show_progress_bar`, `convert_to_tensor` and other arguments of sentence-transformers, see `Habits`.
 
@@ -120,9 +119,6 @@ class SearchR3(PlainModes):
                 result = self._direct(backbones, texts, instruction, progress).shortened(dimensions)
             elif mode == "latent":
                 result = self._latent(texts, instruction, dimensions, decoding)
-            elif decides(self.backbone):
-                check_price(self.backbone, price)
-                result = self._reasoned(texts, instruction, dimensions, seeds, decoding, mode)
             else:
                 result = self._auto(texts, instruction, dimensions, seeds, decoding, top_scores, price)
         given: QueryEmbeddings = as_asked(result, habits, self.device)
@@ -323,7 +319,10 @@ class SearchR3(PlainModes):
         top_scores: TopScores | None,
         price: float | None,
     ) -> QueryEmbeddings:
-        """All queries at once, and after reasoning those of which the gate says that it pays; no others are decoded."""
+        """All queries at once, and after reasoning those of which the gate says that it pays; or as the model says."""
+        if decides(self.backbone):
+            check_price(self.backbone, price)
+            return self._reasoned(texts, instruction, dimensions, seeds, decoding, "auto")
         direct = self._direct(decoding["backbones"], texts, instruction, None)
         choice = choose(self.backbone, direct.vectors, dimensions, top_scores, price)
         places, progress = np.flatnonzero(choice.thinks).tolist(), decoding["progress"]
