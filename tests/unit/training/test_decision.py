@@ -40,13 +40,13 @@ def world(model: SearchR3, collection: Collection, settings: GRPOSettings) -> Re
 def test_the_decision_is_a_logistic_regression_weighted_by_what_the_choice_is_worth(earned: list[float]) -> None:
     rewards, log_odds = torch.tensor([earned]), torch.tensor([0.7], requires_grad=True)
     chance = torch.sigmoid(log_odds)
-    [advantage] = decision_advantages(rewards, chance.tolist(), "none")
+    [advantage] = decision_advantages(rewards, chance.tolist(), 5.0, "none")
     (found,) = torch.autograd.grad(advantage * chance.log().sum(), log_odds)
     more = earned[0] - (earned[1] + earned[2]) / 2
     label = torch.tensor([float(more > 0)])
     loss = abs(more) * torch.nn.functional.binary_cross_entropy_with_logits(log_odds, label)
     (expected,) = torch.autograd.grad(loss, log_odds)
-    assert found.item() == pytest.approx(-2 * expected.item(), rel=1e-5)
+    assert found.item() == pytest.approx(-5 * expected.item(), rel=1e-5)
 
 
 def test_a_policy_that_is_sure_and_wrong_is_told_so() -> None:
@@ -56,13 +56,13 @@ def test_a_policy_that_is_sure_and_wrong_is_told_so() -> None:
     def pushes(chances: list[float]) -> list[float]:  # of the log-odds
         return [
             one * (1 - p)
-            for one, p in zip(decision_advantages(rewards, chances, "none").tolist(), chances, strict=True)
+            for one, p in zip(decision_advantages(rewards, chances, 2.0, "none").tolist(), chances, strict=True)
         ]
 
     assert pushes(wrong)[0] == pytest.approx(2.0, rel=1e-3) and pushes(right) == pytest.approx([0.0, 0.0], abs=1e-5)
-    assert decision_advantages(rewards, wrong, "none").isfinite().all()
-    scaled = decision_advantages(3 * rewards, [0.2, 0.2], "batch")
-    assert scaled.tolist() == pytest.approx(decision_advantages(rewards, [0.2, 0.2], "none").tolist(), rel=1e-3)
+    assert decision_advantages(rewards, wrong, 2.0, "none").isfinite().all()
+    scaled = decision_advantages(3 * rewards, [0.2, 0.2], 2.0, "batch")
+    assert scaled.tolist() == pytest.approx(decision_advantages(rewards, [0.2, 0.2], 2.0, "none").tolist(), rel=1e-3)
 
 
 def test_of_each_group_one_reply_embeds_at_once_and_the_others_write(model: SearchR3, collection: Collection) -> None:
@@ -71,6 +71,7 @@ def test_of_each_group_one_reply_embeds_at_once_and_the_others_write(model: Sear
     settings = recipe()
     environment, engine = world(model, collection, settings.grpo), make_engine(model, settings, settings.grpo)
     batch = rollouts.collect(model, environment, settings, 0, engine)
+    tokens = sum(len(one.completion_ids) for one in batch.rollouts if one.completion_ids[0] != embed)
     for place in range(4):
         group = batch.rollouts[3 * place : 3 * place + 3]
         assert group[0].completion_ids == [embed] and group[0].completion_mask == [1]
@@ -80,7 +81,7 @@ def test_of_each_group_one_reply_embeds_at_once_and_the_others_write(model: Sear
         rewards = batch.feedback.rewards[3 * place : 3 * place + 3]
         assert batch.feedback.parts[3 * place].format == 1, "it was not forced: the policy may choose it"
         more = rewards[0] - (rewards[1] + rewards[2]) / 2
-        decided = 2 * (more if more > 0 else more * chance / (1 - chance))
+        decided = tokens / 4 * (more if more > 0 else more * chance / (1 - chance))
         expected = [decided, (rewards[1] - rewards[2]) / 2, (rewards[2] - rewards[1]) / 2]
         assert batch.advantages[3 * place : 3 * place + 3].tolist() == pytest.approx(expected, abs=1e-4)
     values = signals.describe(batch, engine, settings.grpo.reward, 3)

@@ -8,7 +8,8 @@ This is learned as a logistic regression whose label is the choice that earned m
 
 by the log-odds of `p`, the probability of the embed token as first token. The reply at once carries it: the gradient of
 `log p` by the log-odds is `1 - p`, so its advantage is `D` where that is above 0, and `D p / (1 - p)` where it is not;
-times `G - 1`, for the replies that it is held against.
+times the tokens that the others wrote, since token losses are divided by their number: it is one token and counts for a
+whole group. (With the weight of one token for each of them the decision hardly got beyond chance; docs/log.md.)
 
 The policy gradient of the same choice, its expectation taken exactly, is `p (1 - p) D`: it vanishes where the policy is
 sure and wrong as where it is sure and right, and in training what queries have in common drove `p` to 0 for all of them
@@ -53,23 +54,31 @@ def chances(rollouts: Sequence[Rollout], group_size: int) -> list[float]:
     return found
 
 
-def decision_advantages(rewards: Tensor, at_once: Sequence[float], scale: Literal["group", "batch", "none"]) -> Tensor:
+def written_tokens(rollouts: Sequence[Rollout], group_size: int) -> int:
+    """The tokens of all replies but those that embed at once, embed tokens included."""
+    return sum(len(one.completion_ids) for place, one in enumerate(rollouts) if place % group_size)
+
+
+def decision_advantages(
+    rewards: Tensor, at_once: Sequence[float], tokens: float, scale: Literal["group", "batch", "none"]
+) -> Tensor:
     """Advantages of the replies that embed at once, `Q`; see the module.
 
     Args:
         rewards: `Q x G`, the first of each group that of the reply at once.
         at_once: the policy's probability of it, `Q`.
+        tokens: that the others of a group wrote, the mean over groups.
         scale: `batch` divides by the root mean square of what it earns more than the written ones; else by 1.
 
     Example:
         >>> rewards = torch.tensor([[1.0, 0.5, 0.5], [0.0, 0.5, 0.5]])
-        >>> decision_advantages(rewards, [0.2, 0.2], "none").tolist()
-        [1.0, -0.25]
+        >>> decision_advantages(rewards, [0.2, 0.2], 10.0, "none").tolist()
+        [5.0, -1.25]
     """
     more = rewards[:, 0] - rewards[:, 1:].mean(-1)
     divisor = more.pow(2).mean().sqrt() + 1e-4 if scale == "batch" else torch.ones(())
     chances = torch.tensor(at_once).clamp(max=1 - _LEAST)
-    return (rewards.shape[1] - 1) * more.where(more > 0, more * chances / (1 - chances)) / divisor
+    return tokens * more.where(more > 0, more * chances / (1 - chances)) / divisor
 
 
 def describe_decision(at_once: Sequence[float], rewards: Sequence[float], group_size: int) -> dict[str, float]:

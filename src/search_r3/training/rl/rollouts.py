@@ -28,7 +28,7 @@ from ...model.engine.decoding import Rollout
 from ...model.prompts import PlainMode
 from .. import losses
 from ..engine import Engine
-from .decision import chances, decision_advantages, first_tokens
+from .decision import chances, decision_advantages, first_tokens, written_tokens
 
 
 @dataclass(frozen=True)
@@ -157,15 +157,16 @@ def with_advantages(
 ) -> Experience:
     """The same with advantages; their scale is that of all rollouts, whichever process made them."""
     direct = [score.parts.total(environment.weights) for score in experience.direct_scores]
-    shares = engine.communicator.all_gather((experience.feedback.rewards, direct, experience.at_once))
-    earned, asked, at_once = ([one for part in column for one in part] for column in zip(*shares, strict=True))
+    written = written_tokens(experience.rollouts, settings.group_size)
+    shares = engine.communicator.all_gather((experience.feedback.rewards, direct, experience.at_once, [written]))
+    earned, asked, at_once, tokens = ([one for part in column for one in part] for column in zip(*shares, strict=True))
     rewards = torch.tensor(earned).view(-1, settings.group_size)
     baseline: Tensor | str = torch.tensor(asked) if settings.baseline == "direct" else settings.baseline
-    written = rewards[:, 1:] if settings.at_once else rewards
-    advantages = losses.group_advantages(written, settings.advantage_scale, baseline)
+    compared = rewards[:, 1:] if settings.at_once else rewards
+    advantages = losses.group_advantages(compared, settings.advantage_scale, baseline)
     values = advantages.values
     if settings.at_once:
-        decided = decision_advantages(rewards, at_once, settings.advantage_scale)
+        decided = decision_advantages(rewards, at_once, sum(tokens) / len(rewards), settings.advantage_scale)
         values = torch.cat([decided[:, None], values], dim=1)
     return replace(experience, advantages=values[own.start : own.stop].flatten(), equal_share=advantages.equal_share)
 

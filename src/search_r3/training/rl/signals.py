@@ -84,11 +84,11 @@ def describe(experience: Experience, engine: Engine, weights: RewardSettings, gr
         experience.feedback.rewards,
         group_cosines(rollout_vectors(experience.rollouts), group_size),
         [score.parts.total(weights) for score in experience.direct_scores],
-        [experience.rollout_seconds],
         experience.at_once,
+        [experience.rollout_seconds],
     )
     everyone = zip(*engine.communicator.all_gather(own), strict=True)
-    rollouts, scores, rewards, cosines, direct, seconds, at_once = (
+    rollouts, scores, rewards, cosines, direct, at_once, seconds = (
         [one for part in column for one in part] for column in everyone
     )
     forced, lengths, prompts, sampled, logprobs = zip(*rollouts, strict=True)
