@@ -7,8 +7,9 @@ are asked here in wordings that no training has seen, about the territories of a
 there are queries of several hops. The gate is fitted on such a mixture of the split `rl`, whose direct vectors no
 stage has trained, and measured on one of `dev` (or, at the very end, `test`); nothing is written into the models.
 
-More models join as further points, in all modes that they have: `--also distilled=FOLDER,FOLDER` for each of the
-models, in their order. `--brief` leaves budgets and samples out.
+More models join as further points, in all modes that they have, with a gate of their own where they do not decide
+themselves: `--also distilled=FOLDER,FOLDER` for each of the models, in their order. `--brief` leaves budgets and samples
+out.
 
 A policy that decides itself (`grpo.at_once`) is best trained on such a mixture, too: `--save FOLDER` writes it, with
 the splits `rl` and `dev`, and does nothing else.
@@ -102,8 +103,9 @@ def measure_model(
     systems = [SearchR3System(encoded, mode, name, effort=effort) for name, mode, effort in ways]
     for label, other in also.items():
         there = EncodedCollections(other)
-        modes = [*trained_modes(other.backbone), *(("auto",) if has_auto(other.backbone) else ())]
-        systems += [SearchR3System(there, mode, f"{mode}/{label}") for mode in modes]
+        if not has_auto(other.backbone):
+            other.backbone.gate = fit_gate(other, label_queries(other, fit, ["mixed"]), price)
+        systems += [SearchR3System(there, mode, f"{mode}/{label}") for mode in (*trained_modes(other.backbone), "auto")]
         if decides(other.backbone):
             systems.append(SearchR3System(there, "reason", f"at once/{label}", effort=Effort(budget=1)))
     options = EvaluationOptions(depth=100, bootstrap=100)
@@ -112,18 +114,18 @@ def measure_model(
     splits = frontier(results, PERMUTATIONS, 0)
     for split in splits:
         here = {one.system.name: one for one in results if one.collection.split == split["split"]}
-        for label in [name.removeprefix("at once/") for name in here if name.startswith("at once/")]:
+        for label in also:
             split["points"] += own_thresholds(here, label)
     return {"gate": gate.model_dump(mode="json"), "half_price": half, "frontier": splits}
 
 
 def own_thresholds(results: dict[str, Any], label: str) -> list[dict[str, Any]]:
-    """A model that decides, where its probability to write has to reach other values than a half."""
+    """Mode auto of a further model, where the probability to think has to reach other values."""
     import numpy as np
 
     direct, reason = (results[name] for name in ("direct", "reason"))
     low, high = (one.scores["ndcg@10"] for one in (direct, reason))
-    written, at_once = results[f"reason/{label}"], results[f"at once/{label}"]
+    written, at_once = results[f"reason/{label}"], results.get(f"at once/{label}", results[f"direct/{label}"])
     chances = np.array([one["probability"] for one in results[f"auto/{label}"].gate])
     rows = []
     for share in (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9):
