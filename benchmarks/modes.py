@@ -8,8 +8,8 @@ there are queries of several hops. The gate is fitted on such a mixture of the s
 stage has trained, and measured on one of `dev` (or, at the very end, `test`); nothing is written into the models.
 
 More models join as further points, in all modes that they have, with a gate of their own where they do not decide
-themselves: `--also distilled=FOLDER,FOLDER` for each of the models, in their order. `--brief` leaves budgets and samples
-out.
+themselves: `--also distilled=FOLDER,FOLDER` for each of the models, in their order.
+`--brief` leaves budgets and samples out.
 
 A policy that decides itself (`grpo.at_once`) is best trained on such a mixture, too: `--save FOLDER` writes it, with
 the splits `rl` and `dev`, and does nothing else.

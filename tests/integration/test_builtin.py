@@ -10,11 +10,11 @@ import pytest
 import torch
 import transformers
 
+from search_r3.config import BaseModelSettings
 from search_r3.data.generators.atlas import build_atlas, fact_dialogues, fact_probes, read_atlas
 from search_r3.model.loading import load_backbone
 from search_r3.model.source import BUILTIN, packaged_path
 from search_r3.pretraining import base
-from search_r3.sections import BaseModelSettings
 
 
 @pytest.fixture(scope="module")

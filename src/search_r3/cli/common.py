@@ -123,34 +123,37 @@ def takes_model_options(command: Callable[..., None]) -> Callable[..., None]:
 class ManyValues(TyperCommand):
     """A command whose options of several values take them in a row: `--modes direct reason`.
 
-    Where it takes settings too, one of these (`sft.steps=10`) ends the row.
+    Where it takes settings too, one of these (`sft.steps=10`) ends the row. Arguments that it cannot do without end the
+    last row where they stand nowhere else: `--splits dev test MODEL`.
     """
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         """Repeat the name of such an option before each of its values."""
+        options = [param for param in self.params if isinstance(param, TyperOption)]
+        many = {name for param in options if param.multiple for name in param.opts}
+        single = {name for param in options if not (param.multiple or param.is_flag) for name in param.opts}
+        missing = sum(param.required for param in self.params if not isinstance(param, TyperOption))
         settings = _setting_names() if any(param.name == "overrides" for param in self.params) else frozenset()
-        many = {
-            name: param
-            for param in self.params
-            if isinstance(param, TyperOption) and param.multiple
-            for name in param.opts
-        }
-        repeated: list[str] = []
-        current: str | None = None
-        values = 0
+        parts: list[tuple[str, list[str]]] = [("", [])]
         for arg in args:
+            option, values = parts[-1]
+            key, equals, _ = arg.partition("=")
+            is_setting = bool(equals) and key.partition(".")[0] in settings
             if arg.startswith("-"):
-                current, values = (arg, 0) if arg in many else (None, 0)
-                repeated.append(arg)
-                continue
-            if current is not None and values:
-                key, equals, _ = arg.partition("=")
-                if equals and key.partition(".")[0] in settings:
-                    current = None
-                else:
-                    repeated.append(current)
-            repeated.append(arg)
-            values += 1
+                parts.append((arg, []))
+            elif (option in many and not (values and is_setting)) or (option in single and not values):
+                values.append(arg)
+            else:
+                parts.append(("", [arg]))
+                missing -= not is_setting
+        repeated: list[str] = []
+        for option, values in reversed(parts):
+            row = [option, *values] if option else values
+            if option in many and values:
+                size = max(1, len(values) - max(0, missing))
+                row = [*(one for value in values[:size] for one in (option, value)), *values[size:]]
+                missing = 0
+            repeated[:0] = row
         return super().parse_args(ctx, repeated)
 
 

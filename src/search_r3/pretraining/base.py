@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 
+from ..config import BaseModelSettings
 from ..data.generators.atlas import (
     Atlas,
     echo_dialogue,
@@ -29,7 +30,6 @@ from ..errors import ConfigError
 from ..extras import extra
 from ..model.backbone import storage_state
 from ..model.prompts import PROMPT_SETS
-from ..sections import BaseModelSettings
 from ..training.engine import warmup_cosine
 from ..training.session import Callbacks
 from .texts import read_texts

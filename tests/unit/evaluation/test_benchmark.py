@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from search_r3.config import GRPOSettings, Recipe
+from search_r3.config import EvaluationSettings, GRPOSettings, Recipe
 from search_r3.data.collection import Collection, Document, Query
 from search_r3.data.documents import read_documents
 from search_r3.data.reading.chunks import Chunking
@@ -32,7 +32,6 @@ from search_r3.model.encoder import SearchR3
 from search_r3.retrieval.index import ExactIndex
 from search_r3.retrieval.metrics import p_mrr
 from search_r3.retrieval.ranking import RankRequest, make_requests, ranked
-from search_r3.sections import EvaluationSettings
 from tests.conftest import favour, save_tiny
 
 QUICK = EvaluationOptions(latency_queries=2, bootstrap=100)

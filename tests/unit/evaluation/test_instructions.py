@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from search_r3.config import GRPOSettings, Recipe
+from search_r3.config import EvaluationSettings, GRPOSettings, Recipe
 from search_r3.data.collection import Collection
 from search_r3.errors import ConfigError
 from search_r3.evaluation.benchmark import EvaluationOptions, evaluate
@@ -20,7 +20,6 @@ from search_r3.evaluation.search import Searcher
 from search_r3.evaluation.systems import EncodedCollections, SearchR3System, index_documents
 from search_r3.model.encoder import SearchR3
 from search_r3.model.prompts import PLAIN_MODES
-from search_r3.sections import EvaluationSettings
 from search_r3.training.dev import DevSplit
 from search_r3.training.engine import make_engine
 from tests.conftest import call, favour

@@ -10,11 +10,11 @@ from typing import Any
 
 import pytest
 
+from search_r3.config import BaseModelSettings
 from search_r3.errors import DataError
 from search_r3.model.loading import load_backbone
 from search_r3.pretraining.base import train_base
 from search_r3.pretraining.texts import HELD_OUT, Texts, read_texts
-from search_r3.sections import BaseModelSettings
 from tests.conftest import call
 
 DIALOGUE = [{"role": "user", "content": "where is the red boat?"}, {"role": "assistant", "content": "On the river."}]

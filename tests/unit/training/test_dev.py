@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from search_r3.config import Recipe, load_recipe
+from search_r3.config import EvaluationSettings, Recipe, load_recipe
 from search_r3.data.collection import Collection
 from search_r3.errors import ConfigError, DataError
 from search_r3.evaluation.benchmark import evaluate
@@ -17,7 +17,6 @@ from search_r3.evaluation.systems import EncodedCollections, SearchR3System
 from search_r3.model.encoder import SearchR3
 from search_r3.model.prompts import PLAIN_MODES
 from search_r3.retrieval.index import ExactIndex
-from search_r3.sections import EvaluationSettings
 from search_r3.training.dev import DECIDING, DevSplit
 from search_r3.training.engine import make_engine
 from search_r3.training.grpo import train_grpo

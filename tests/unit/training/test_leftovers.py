@@ -182,6 +182,14 @@ def test_a_run_that_was_killed_at_its_settings_can_begin(tmp_path: Path) -> None
         Run(Recipe(run_dir=str(other)))
 
 
+def test_what_a_stage_began_from_is_written_anew_and_half_of_it_removed(tmp_path: Path) -> None:
+    run = Run(Recipe(run_dir=str(tmp_path / "run")))
+    killed(tmp_path / "run" / "sft" / "begun-from.json", "file")
+    assert len(list((tmp_path / "run" / "sft").iterdir())) == 1
+    run.begin_from("sft", SimpleNamespace(revision="one", source="a base"))  # type: ignore[arg-type]
+    assert [path.name for path in (tmp_path / "run" / "sft").iterdir()] == ["begun-from.json"]
+
+
 def test_a_broken_line_of_metrics_is_named(tmp_path: Path) -> None:
     run = Run(Recipe(run_dir=str(tmp_path / "run")))
     run.log("sft", 1, {"loss": 1.0})
