@@ -113,8 +113,8 @@ class EngineThread:
 
         Args:
             texts: queries or documents.
-            kind: by default queries in the model's own mode; `auto` is that of a model that decides. With a gate it is two
-                requests (`serving.auto`), and reasoned about by default.
+            kind: by default queries in the model's own mode; `auto` is that of a model that decides: with a gate it is
+                two requests (`serving.auto`), and here reasoned about.
             instruction: follows each text.
             max_new_tokens: reasoning budget; by default the model's own.
             truncate: a text that is too long may lose its end; else it is an error.
