@@ -325,8 +325,8 @@ class EngineThread:
         self._show(row, rollout.reasoning)
         vector = shorten(rollout.vector.numpy()[None], self.model.truncate_dim)
         reasoned = rollout.reasoning, rollout.reasoning_tokens, rollout.forced
-        read = len(row.prompt.ids), row.prompt.truncated
-        self._done(row, Embedded(vector[0], *read, *reasoned, None, rollout.thought, facts_of(rollout.writes)))
+        one = Embedded(vector[0], len(row.prompt.ids), row.prompt.truncated, *reasoned)
+        self._done(row, one._replace(thought=rollout.thought, gate=facts_of(rollout.writes)))
 
     def _piece(self, kind: Kind) -> list[Row]:
         """The next texts that are encoded together."""
