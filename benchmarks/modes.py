@@ -7,7 +7,12 @@ are asked here in wordings that no training has seen, about the territories of a
 there are queries of several hops. The gate is fitted on such a mixture of the split `rl`, whose direct vectors no
 stage has trained, and measured on one of `dev` (or, at the very end, `test`); nothing is written into the models.
 
-More models join as further points: `--also distilled=FOLDER` for each of the models, in their order.
+More models join as further points, in all modes that they have, with a gate of their own where they do not decide
+themselves: `--also distilled=FOLDER,FOLDER` for each of the models, in their order.
+`--brief` leaves budgets and samples out.
+
+A policy that decides itself (`grpo.at_once`) is best trained on such a mixture, too: `--save FOLDER` writes it, with
+the splits `rl` and `dev`, and does nothing else.
 """
 
 from __future__ import annotations
@@ -65,12 +70,26 @@ def mixture(split: str, name: str, seed: int = 0) -> Any:
     return Collection(f"{name}-{split}", whole.documents, queries, {"mixed": qrels["one"] | qrels["several"], **qrels})
 
 
-def measure_model(model: Any, fit: Any, held_out: Any, price: float | None, also: dict[str, Any]) -> dict[str, Any]:
+def mixtures(name: str) -> Any:
+    """A collection whose splits `rl` and `dev` are the mixtures of these."""
+    from search_r3.data.collection import Collection
+
+    parts = {split: mixture(split, name) for split in ("rl", "dev")}
+    queries = {query_id: query for part in parts.values() for query_id, query in part.queries.items()}
+    qrels = {split: part.qrels["mixed"] for split, part in parts.items()}
+    return Collection(f"{name}-mixed", parts["rl"].documents, queries, qrels)
+
+
+def measure_model(
+    model: Any, fit: Any, held_out: Any, price: float | None, also: dict[str, Any], brief: bool
+) -> dict[str, Any]:
     """The gate, and the frontier on each part of the held-out mixture."""
     from search_r3.evaluation.benchmark import EvaluationOptions, evaluate
     from search_r3.evaluation.frontier.record import frontier
     from search_r3.evaluation.runner import FrontierOptions
     from search_r3.evaluation.systems import Effort, EncodedCollections, SearchR3System
+    from search_r3.model.modes.first import decides, has_auto
+    from search_r3.model.modes.latent import trained_modes
     from search_r3.training.modes.gate import fit_gate, label_queries
 
     gate = model.backbone.gate = fit_gate(model, label_queries(model, fit, ["mixed"]), price)
@@ -78,16 +97,46 @@ def measure_model(model: Any, fit: Any, held_out: Any, price: float | None, also
     half = min(gate.fitted["by_scores"]["prices"], key=lambda row: abs((row["token_share"] or 0) - 0.5))["price"]
     ways: list[tuple[str, Any, Any]] = [(mode, mode, Effort()) for mode in ("direct", "reason", "auto")]
     ways.append(("auto at half", "auto", Effort(price=half)))
-    ways += [(name, "reason", effort) for name, effort in FrontierOptions(BUDGETS, SAMPLES).efforts().items()]
+    if not brief:
+        ways += [(name, "reason", effort) for name, effort in FrontierOptions(BUDGETS, SAMPLES).efforts().items()]
     encoded = EncodedCollections(model)
     systems = [SearchR3System(encoded, mode, name, effort=effort) for name, mode, effort in ways]
     for label, other in also.items():
         there = EncodedCollections(other)
-        systems += [SearchR3System(there, mode, f"{mode}/{label}") for mode in ("direct", "reason")]
+        if not has_auto(other.backbone):
+            other.backbone.gate = fit_gate(other, label_queries(other, fit, ["mixed"]), price)
+        systems += [SearchR3System(there, mode, f"{mode}/{label}") for mode in (*trained_modes(other.backbone), "auto")]
+        if decides(other.backbone):
+            systems.append(SearchR3System(there, "reason", f"at once/{label}", effort=Effort(budget=1)))
     options = EvaluationOptions(depth=100, bootstrap=100)
     whole = [evaluate(system, held_out, "mixed", options) for system in systems]
     results = [part_of(result, part, held_out.qrels[part]) for part in PARTS for result in whole]
-    return {"gate": gate.model_dump(mode="json"), "half_price": half, "frontier": frontier(results, PERMUTATIONS, 0)}
+    splits = frontier(results, PERMUTATIONS, 0)
+    for split in splits:
+        here = {one.system.name: one for one in results if one.collection.split == split["split"]}
+        for label in also:
+            split["points"] += own_thresholds(here, label)
+    return {"gate": gate.model_dump(mode="json"), "half_price": half, "frontier": splits}
+
+
+def own_thresholds(results: dict[str, Any], label: str) -> list[dict[str, Any]]:
+    """Mode auto of a further model, where the probability to think has to reach other values."""
+    import numpy as np
+
+    direct, reason = (results[name] for name in ("direct", "reason"))
+    low, high = (one.scores["ndcg@10"] for one in (direct, reason))
+    written, at_once = results[f"reason/{label}"], results.get(f"at once/{label}", results[f"direct/{label}"])
+    chances = np.array([one["probability"] for one in results[f"auto/{label}"].gate])
+    rows = []
+    for share in (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9):
+        thinks = chances >= np.quantile(chances, 1 - share)
+        quality = np.where(thinks, written.per_query["ndcg@10"], at_once.per_query["ndcg@10"]).mean()
+        tokens = np.where(thinks, written.reasoning_tokens, 0).mean()
+        row: dict[str, Any] = {"name": f"auto/{label} at {share}", "family": f"auto/{label}", "ndcg@10": float(quality)}
+        row |= {"tokens_per_query": float(tokens), "ms_per_query": None, "share": float(thinks.mean())}
+        row["gain_share"] = float((quality - low) / (high - low)) if high > low else None
+        rows.append(row | {"token_share": float(tokens / max(1e-12, fmean(reason.reasoning_tokens)))})
+    return rows
 
 
 def part_of(result: Any, part: str, query_ids: Any) -> Any:
@@ -113,9 +162,9 @@ def kept(split: dict[str, Any], name: str) -> dict[str, float | None]:
     return {key: row[key] for key in keys}
 
 
-def at_half(split: dict[str, Any]) -> float | None:
+def at_half(split: dict[str, Any], family: str = "auto") -> float | None:
     """The share of the gain that auto keeps at exactly half of reason's tokens, between its two nearest prices."""
-    rows = [row for row in split["points"] if row["family"] in ("direct", "auto", "reason")]
+    rows = [row for row in split["points"] if row["family"] in ("direct", family, "reason")]
     rows = sorted((row for row in rows if row["gain_share"] is not None), key=lambda row: row["token_share"])
     for low, high in pairwise(rows):
         if low["token_share"] <= 0.5 <= high["token_share"]:
@@ -139,7 +188,11 @@ def table(seeds: list[dict[str, Any]]) -> dict[str, Any]:
                 for name in names
                 if (values := [kept(split, name) for split in splits])
             },
-            "kept_at_half": [at_half(split) for split in splits],
+            "kept_at_half": {
+                family: [at_half(split, family) for split in splits]
+                for family in sorted({row["family"] for row in splits[0]["points"]})
+                if family.partition("/")[0] == "auto"
+            },
             "areas": [split["areas"] for split in splits],
         }
     return rows
@@ -147,13 +200,20 @@ def table(seeds: list[dict[str, Any]]) -> dict[str, Any]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("models", nargs="+", help="model directories, a seed each")
+    parser.add_argument("models", nargs="*", help="model directories, a seed each")
     parser.add_argument("--also", action="append", default=[], help="LABEL=FOLDER,FOLDER,...: one for each model")
     parser.add_argument("--collection", default="atlas", help="atlas or atlas-wide")
     parser.add_argument("--split", default="dev", help="dev, or at the end test")
     parser.add_argument("--price", type=float, help="of a token in nDCG@10; by default half of what it earns")
+    parser.add_argument("--brief", action="store_true", help="without budgets and samples")
+    parser.add_argument("--save", type=Path, help="write the mixture that a policy is trained on, and end")
     parser.add_argument("--out", type=Path)
     options = parser.parse_args()
+    if options.save is not None:
+        mixtures(options.collection).save(options.save)
+        return
+    if not options.models:
+        parser.error("name one model or more")
 
     from search_r3 import SearchR3
 
@@ -164,7 +224,9 @@ def main() -> None:
     seeds = []
     for number, name in enumerate(options.models):
         others = {label: SearchR3(folders[number]) for label, folders in also.items()}
-        seeds.append({"model": name} | measure_model(SearchR3(name), fit, held_out, options.price, others))
+        seeds.append(
+            {"model": name} | measure_model(SearchR3(name), fit, held_out, options.price, others, options.brief)
+        )
     record = {
         "benchmark": "modes",
         "collection": options.collection,
@@ -183,8 +245,9 @@ def main() -> None:
                 f"{part:8} {name:24} "
                 + " ".join(f"{key} {value:.3f}" for key, value in row.items() if value is not None)
             )
-        known = [value for value in rows["kept_at_half"] if value is not None]
-        say(f"{part:8} kept at half of the tokens: {spread(known) if known else 'nothing to keep'}")
+        for family, values in rows["kept_at_half"].items():
+            known = [value for value in values if value is not None]
+            say(f"{part:8} {family} keeps at half of the tokens: {spread(known) if known else 'nothing'}")
     finish(record, options.out)
 
 

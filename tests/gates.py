@@ -1,14 +1,16 @@
-"""Gates made by hand."""
+"""Gates made by hand, and models that decide themselves."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
 import numpy as np
+import torch
 
 from search_r3.model.encoder import SearchR3
 from search_r3.model.modes.auto import probe_of
 from search_r3.model.modes.gate import Gate, Head, Weighted
+from tests.conftest import favour
 
 
 def gate_for(model: SearchR3, texts: Sequence[str], by_scores: Head | None = None, **changes: float) -> Gate:
@@ -32,3 +34,17 @@ def of_scores(size: int, **weights: float) -> Head:
         centre=0.0,
         scores={name: Weighted(weight=weight, mean=0.0) for name, weight in weights.items()},
     )
+
+
+def let_it_decide(model: SearchR3, texts: Sequence[str]) -> None:
+    """Make a model one that decides itself in mode auto: about half of these texts would write."""
+    backbone = model.backbone
+    embed, margins = backbone.embed_token_id, []
+    for text in texts:
+        ids = backbone.prompt_encoder.encode(text, "auto").ids
+        with torch.no_grad():
+            logits = backbone.logits(backbone.hidden_states(torch.tensor([ids]), None))[0, -1]
+        margins.append(float(torch.cat([logits[:embed], logits[embed + 1 :]]).max() - logits[embed]))
+    middle = sorted(margins)[len(margins) // 2 - 1 : len(margins) // 2 + 1]
+    favour(backbone, embed, sum(middle) / 2)
+    backbone.settings = backbone.settings.model_copy(update={"gate": "policy"})

@@ -49,6 +49,13 @@ class SFTSettings(PassSettings):
         "embed",
         description="What reason mode learns from a query without a trace: to embed at once, or (direct) nothing.",
     )
+    at_once: float = Field(
+        0.0,
+        ge=0,
+        lt=1,
+        description="Share of the traces that are left out, drawn anew at each use: there reason mode embeds at once, "
+        "so that stage 2 can teach it when to (grpo.at_once).",
+    )
     swapped_traces: float = Field(
         0.0,
         ge=0,
@@ -198,6 +205,11 @@ class GRPOSettings(PassSettings):
         description="What is taken from a reward: the mean of its group, of the group's others, or what direct mode "
         "earns with the same weights, so that reasoning is paid for what it adds.",
     )
+    at_once: bool = Field(
+        False,
+        description="Of each group one reply embeds at once and the others write, so that the policy learns when to; "
+        "in mode auto its own first token then decides (docs/modes.md). Give tokens a price: reward.tokens.",
+    )
     redraws: int = Field(
         0, ge=0, description="Times that a step replaces groups whose ranks are all alike by other queries'."
     )
@@ -242,6 +254,11 @@ class GRPOSettings(PassSettings):
             raise ValueError(
                 "baseline=direct with advantage_scale=group divides by 0 where all rewards of a group are equal, but "
                 "not direct mode's; set advantage_scale=batch"
+            )
+        if self.at_once and (self.baseline == "direct" or self.group_size < 3):
+            raise ValueError(
+                f"at_once=true with baseline={self.baseline}, group_size={self.group_size}: one reply of each group is "
+                "direct, and the others are compared with each other; set baseline=group_mean, and 3 replies or more"
             )
         return self
 

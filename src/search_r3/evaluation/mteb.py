@@ -23,6 +23,7 @@ from ..errors import ConfigError, DataError
 from ..extras import extra
 from ..model.encoder import SearchR3
 from ..model.modes.auto import gate_of
+from ..model.modes.first import decides
 from ..model.modes.latent import latent_budget
 from ..model.prompts import MODES, PROMPT_SETS, Mode, PromptSet
 from ..types import Array
@@ -341,7 +342,7 @@ def _model_meta(model: SearchR3, mode: Mode, max_new_tokens: int | None, instruc
         "prompts": _prompts_label(settings.prompts),
     }
     if mode == "auto":
-        experiment["gate"] = gate_of(model.backbone).digest
+        experiment["gate"] = "policy" if decides(model.backbone) else gate_of(model.backbone).digest
     if mode == "latent":
         experiment["soft_tokens"] = latent_budget(model.backbone, max_new_tokens) - 1
     elif mode != "direct":

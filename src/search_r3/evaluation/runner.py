@@ -15,6 +15,7 @@ from ..data.load import load_collection
 from ..errors import ConfigError
 from ..files import write_json, write_text
 from ..model.encoder import SearchR3
+from ..model.modes.first import has_auto
 from ..model.modes.latent import trained_modes
 from ..model.prompts import Mode
 from ..retrieval.tokens import AUTO, LexicalTokens
@@ -252,7 +253,7 @@ def _ways(plan: EvaluationPlan, model: SearchR3) -> list[tuple[str, Mode, Effort
     modes = [*plan.modes]
     if plan.frontier is not None:
         modes += [mode for mode in trained_modes(model.backbone) if mode not in modes]
-        if model.backbone.gate is not None and "auto" not in modes:
+        if has_auto(model.backbone) and "auto" not in modes:
             modes.append("auto")
     ways: list[tuple[str, Mode, Effort]] = [(mode, mode, Effort()) for mode in modes]
     if plan.frontier is not None:

@@ -19,6 +19,7 @@ import numpy as np
 from ..data.collection import Collection, Document
 from ..model.encoder import SearchR3
 from ..model.modes.auto import gate_of
+from ..model.modes.first import decides
 from ..model.modes.gate import Gate
 from ..model.prompts import Mode
 from ..retrieval.encode import encode_corpus
@@ -193,7 +194,9 @@ class Effort:
     def settings(self, mode: Mode, gate: Gate | None) -> dict[str, Any]:
         """What of it is in the record of a result."""
         record: dict[str, Any] = {}
-        if mode == "auto" and gate is not None:
+        if mode == "auto" and gate is None:
+            record = {"gate": {"policy": True}}
+        elif mode == "auto" and gate is not None:
             terms = gate.model_dump(include={"price", "measure", "gain", "loss", "tokens"})
             record = {"gate": terms | {"hash": gate.digest}}
         own = {"price": self.price, "budget": self.budget, "samples": self.samples if self.samples > 1 else None}
@@ -212,7 +215,7 @@ class SearchR3System:
         effort: how much it may think.
 
     Raises:
-        ModelError: mode auto, and the model has no gate.
+        ModelError: mode auto, and neither the model decides nor has it a gate.
     """
 
     before: Cost | None = None
@@ -235,7 +238,7 @@ class SearchR3System:
         if collections.instruction:
             instructions["document_instruction"] = collections.instruction
         shortened = {} if collections.model.truncate_dim is None else {"truncate_dim": collections.model.truncate_dim}
-        gate = gate_of(backbone) if mode == "auto" else None
+        gate = gate_of(backbone) if mode == "auto" and not decides(backbone) else None
         self.info = SystemInfo(
             name=name or mode,
             kind="search-r3",

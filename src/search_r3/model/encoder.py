@@ -15,6 +15,7 @@ from .documents import WINDOW, encode_stream
 from .embeddings import Habits, QueryEmbeddings, as_asked, as_list, check_habits, devices_of, plain, shorten, telling
 from .engine.decoding import Decoder, DecodeRequest
 from .modes.auto import TopScores, choose, gate_of, merged
+from .modes.first import check_price, decides, first_of
 from .modes.latent import latent_budget
 from .modes.plain import PlainModes
 from .prompts import MODES, Mode
@@ -78,7 +79,7 @@ class SearchR3(PlainModes):
         progress: Progress | None = None,
         **habits: Unpack[Habits],
     ) -> QueryEmbeddings:
-        """Encode queries after reasoning (`reason`, `latent`), at once (`direct`), or as the gate says (`auto`).
+        """Encode queries after reasoning (`reason`, `latent`), at once (`direct`), or as gate or model says (`auto`).
 
         Args:
             texts: queries; a single string counts as one.
@@ -150,7 +151,9 @@ class SearchR3(PlainModes):
         if mode == "latent":
             yield self.encode_query(texts, mode, instruction=instruction, max_new_tokens=max_new_tokens)
             return
-        if mode != "reason":
+        if mode == "auto" and decides(self.backbone):
+            check_price(self.backbone, price)
+        elif mode != "reason":
             direct = self._direct([self.backbone], texts, instruction, None)
             choice = None
             if mode == "auto":
@@ -161,8 +164,8 @@ class SearchR3(PlainModes):
                 return
         [prompt] = encoder.encode_batch(texts, "reason", instruction)
         budget = self.backbone.settings.max_new_tokens if max_new_tokens is None else max_new_tokens
-        decoder = Decoder(self.backbone, slots=1)
-        ticket = decoder.submit(DecodeRequest(prompt.ids, budget, sampling_temperature, top_p, seed))
+        decoder, first = Decoder(self.backbone, slots=1), first_of(self.backbone, mode)
+        ticket = decoder.submit(DecodeRequest(prompt.ids, budget, sampling_temperature, top_p, seed, first=first))
         output = ""  # what has been yielded
         while not (results := decoder.step()):
             reasoning = encoder.decode(decoder.reply(ticket))
@@ -299,7 +302,7 @@ class SearchR3(PlainModes):
         mode = self.backbone.settings.mode if mode is None else mode
         for known in MODES:
             if mode == known:
-                if known == "auto":
+                if known == "auto" and not decides(self.backbone):
                     gate_of(self.backbone)
                 if known == "latent":
                     latent_budget(self.backbone)
@@ -316,7 +319,10 @@ class SearchR3(PlainModes):
         top_scores: TopScores | None,
         price: float | None,
     ) -> QueryEmbeddings:
-        """All queries at once, and after reasoning those of which the gate says that it pays; no others are decoded."""
+        """All queries at once, and after reasoning those of which the gate says that it pays; or as the model says."""
+        if decides(self.backbone):
+            check_price(self.backbone, price)
+            return self._reasoned(texts, instruction, dimensions, seeds, decoding, "auto")
         direct = self._direct(decoding["backbones"], texts, instruction, None)
         choice = choose(self.backbone, direct.vectors, dimensions, top_scores, price)
         places, progress = np.flatnonzero(choice.thinks).tolist(), decoding["progress"]

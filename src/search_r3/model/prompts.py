@@ -26,7 +26,7 @@ from .templates import ChatTemplate, Frame, Frames
 _TOKENIZING = threading.Lock()
 """A tokenizer's settings change from call to call, so one thread at a time uses it."""
 EMBED_TOKEN = "<|embed_token|>"  # noqa: S105 - the token's name in the paper, no secret
-Kind = Literal["direct", "reason", "latent", "document"]
+Kind = Literal["direct", "reason", "latent", "auto", "document"]
 
 
 class PromptSet(BaseModel):
@@ -187,7 +187,9 @@ class PromptEncoder:
         self._frames: dict[Kind, Frame] = {
             "direct": frames.direct,
             "reason": frames.reason,
-            "latent": frames.reason,  # what would be written, as it is said there
+            # What would be written, or may be, as it is said there.
+            "latent": frames.reason,
+            "auto": frames.reason,
             "document": frames.document,
         }
         for kind in self._frames:

@@ -40,6 +40,12 @@ class EmbeddingSettings(BaseModel):
     latent_steps: int = Field(
         0, ge=0, exclude=True, description="Soft tokens of mode latent; 0: stage 1 has not trained it."
     )
+    gate: Literal["policy"] | None = Field(
+        None,
+        exclude=True,
+        description="What decides in mode auto. policy: the model's own first token, as stage 2 has taught it "
+        "(grpo.at_once); null: the fitted gate of gate.json, where there is one.",
+    )
     mode: Mode = Field("reason", exclude=True, description="What queries do where nobody says it.")
     trained: bool = Field(True, exclude=True, description="Whether a stage has trained the embed token.")
     queries: Literal["queries"] | None = Field(
@@ -83,6 +89,7 @@ def settings_record(settings: EmbeddingSettings, *, has_queries: bool) -> dict[s
     more = ({} if settings.trained else {"trained": False}) | ({"queries": QUERIES} if has_queries else {})
     mode: dict[str, Any] = {} if settings.mode == "reason" else {"mode": settings.mode}
     mode |= {"latent_steps": settings.latent_steps} if settings.latent_steps else {}
+    mode |= {"gate": settings.gate} if settings.gate else {}
     return settings.model_dump() | mode | more
 
 

@@ -1,4 +1,4 @@
-"""Mode auto over an engine thread: all queries at once, then those that think."""
+"""Mode auto over an engine thread: all queries at once, then those that think; or as the model itself decides."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import numpy as np
 
 from ..model.encoder import SearchR3
 from ..model.modes.auto import choose, gate_of
+from ..model.modes.first import decides
 from ..model.modes.gate import Choice
 from .engine import EngineThread
 from .jobs import Outcome, joined
@@ -34,6 +35,8 @@ def encode_auto(engine: EngineThread, texts: Sequence[str], store: Store | None,
     Raises:
         ModelError: there is no gate.
     """
+    if decides(engine.model.backbone):
+        return engine.submit(texts, "auto", **options).result()
     gate_of(engine.model.backbone)
     of_direct = {name: value for name, value in options.items() if name != "max_new_tokens"}
     direct = engine.submit(texts, "direct", **of_direct).result()

@@ -25,6 +25,7 @@ from ..model.embeddings import shorten
 from ..model.encoder import SearchR3
 from ..model.engine.decoding import Decoder, DecodeRequest, Rollout
 from ..model.engine.engines import Engine, make_engine
+from ..model.modes.first import decides, facts_of, first_of
 from ..model.modes.latent import latent_budget
 from ..model.prompts import EncodedPrompt, Kind
 from ..types import Array
@@ -66,7 +67,7 @@ class EngineThread:
     ) -> None:
         self.model, self.slots, self.max_queue, self._clock = model, slots, max_queue, clock
         backbone = model.backbone
-        self._sides = {"document": backbone.document_side} | dict.fromkeys(("direct", "reason", "latent"), backbone)
+        self._sides = {"document": backbone.document_side} | dict.fromkeys(("direct", *DECODED), backbone)
         self._piece_tokens = piece_tokens or BATCH_TOKENS.get(backbone.device.type, BATCH_TOKENS["cuda"])
         self._changed = threading.Condition()  # guards what callers and the thread share
         self._inbox: list[Job] = []
@@ -112,8 +113,8 @@ class EngineThread:
 
         Args:
             texts: queries or documents.
-            kind: `reason`, `latent`, `direct` or `document`; by default queries in the model's own mode, and reasoned
-                about where that is auto, which is two requests (`serving.auto`).
+            kind: by default queries in the model's own mode; `auto` is that of a model that decides: with a gate it is
+                two requests (`serving.auto`), and here reasoned about.
             instruction: follows each text.
             max_new_tokens: reasoning budget; by default the model's own.
             truncate: a text that is too long may lose its end; else it is an error.
@@ -130,9 +131,8 @@ class EngineThread:
             OverloadedError: the queue is full.
             UnavailableError: it is closed.
         """
-        if kind is None:
-            own = self.model.backbone.settings.mode
-            kind = "reason" if own == "auto" else own
+        kind = self.model.backbone.settings.mode if kind is None else kind
+        kind = "reason" if kind == "auto" and not decides(self.model.backbone) else kind
         if not texts:
             raise DataError("no text was given; give at least one")
         if len(texts) > self.max_queue:
@@ -270,7 +270,8 @@ class EngineThread:
 
     def _submit(self, rows: Sequence[Row]) -> None:
         for row in rows:
-            request = DecodeRequest(row.prompt.ids, row.job.budget, latent=row.job.kind == "latent")
+            latent, first = row.job.kind == "latent", first_of(self.model.backbone, row.job.kind)
+            request = DecodeRequest(row.prompt.ids, row.job.budget, latent=latent, first=first)
             self._tickets[self._decoder.submit(request)] = row
 
     def _in_turn(self, kind: Kind, count: int) -> list[Row]:
@@ -324,7 +325,8 @@ class EngineThread:
         self._show(row, rollout.reasoning)
         vector = shorten(rollout.vector.numpy()[None], self.model.truncate_dim)
         reasoned = rollout.reasoning, rollout.reasoning_tokens, rollout.forced
-        self._done(row, Embedded(vector[0], len(row.prompt.ids), row.prompt.truncated, *reasoned, thought=True))
+        one = Embedded(vector[0], len(row.prompt.ids), row.prompt.truncated, *reasoned)
+        self._done(row, one._replace(thought=rollout.thought, gate=facts_of(rollout.writes)))
 
     def _piece(self, kind: Kind) -> list[Row]:
         """The next texts that are encoded together."""

@@ -19,7 +19,7 @@ from ..model.modes.gate import Choice
 from ..model.prompts import EncodedPrompt, Kind, PromptEncoder
 from ..types import Array
 
-DECODED: tuple[Kind, ...] = ("reason", "latent")
+DECODED: tuple[Kind, ...] = ("reason", "latent", "auto")
 """What the decoder serves."""
 
 

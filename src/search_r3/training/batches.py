@@ -154,7 +154,8 @@ def make_batch(
         collection: holds the texts.
         doc_ids: its documents, from which random negatives are drawn.
         examples: `B`.
-        settings: how many negatives, the weights of the styles of traces, and how many queries lose their instruction.
+        settings: how many negatives, the weights of the styles of traces, and how many traces are left out and queries
+            lose their instruction.
         rng: of the step, so that every process draws the same.
 
     Raises:
@@ -168,10 +169,12 @@ def make_batch(
         traces.append(trace)
         positives.append(rng.choice(example.positive_ids))
         negatives.append(draw_negatives(example, doc_ids, settings.random_negatives, settings.hard_negatives, rng))
+    if settings.at_once:  # a share of 0 leaves all other draws as they are
+        traces = ["" if trace and rng.random() < settings.at_once else trace for trace in traces]
     distinct = list(dict.fromkeys([*positives, *(doc_id for ids in negatives for doc_id in ids)]))
     columns = {doc_id: column for column, doc_id in enumerate(distinct)}
-    reasoned = [row for row, trace in enumerate(traces) if trace or settings.untraced == "embed"]
-    read_only = {row for row in reasoned if styles[row] in settings.read_styles}
+    reasoned = [row for row, style in enumerate(styles) if style or settings.untraced == "embed"]
+    read_only = {row for row in reasoned if traces[row] and styles[row] in settings.read_styles}
     unwritten = read_only | swap_traces(traces, reasoned, settings.swapped_traces, rng)
     # Drawn last, so that a share of 0 leaves all other draws as they are.
     queries = draw_uninstructed([example.query for example in examples], settings.uninstructed, rng)

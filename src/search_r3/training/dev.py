@@ -19,6 +19,7 @@ from ..config import EvaluationSettings, Recipe
 from ..data.collection import Collection
 from ..errors import DataError
 from ..model.encoder import SearchR3
+from ..model.modes.first import decides
 from ..model.modes.latent import trained_modes
 from ..model.prompts import Mode
 from ..parallel import Communicator, agree, divide
@@ -74,14 +75,17 @@ class DevSplit:
             index: the corpus as these weights encode it, if that was done already, or as frozen ones did.
         """
         started, communicator = time.perf_counter(), engine.communicator
-        values = {}
+        values: dict[str, float] = {}
         with engine.full_params():
             index = index or self._index(model, communicator)
             shares = divide([len(request.text) for request in self.requests], communicator.world_size)
-            for mode in trained_modes(model.backbone):
+            modes = [*trained_modes(model.backbone), *(("auto",) if decides(model.backbone) else ())]
+            for mode in modes:
                 scores = self._scores(model, index, sorted(shares[communicator.rank]), mode)
-                everyone = [score for part in communicator.all_gather(scores) for score in part]
-                values[f"dev_ndcg@{DEPTH}_{mode}"] = fmean(everyone)
+                everyone = [one for part in communicator.all_gather(scores) for one in part]
+                values[f"dev_ndcg@{DEPTH}_{mode}"] = fmean(score for score, _ in everyone)
+                if mode == "auto":
+                    values["dev_tokens_auto"] = fmean(tokens for _, tokens in everyone)
         rows = np.arange(0, len(index), max(1, len(index) // PROBE_DOCUMENTS))
         values["probe_cosine"] = probe_cosine(index.vectors_at(rows))
         return values | {"evaluation_seconds": time.perf_counter() - started}
@@ -99,22 +103,23 @@ class DevSplit:
 
     def _scores(
         self, model: SearchR3, index: ExactIndex | ShardedIndex, places: Sequence[int], mode: Mode
-    ) -> list[float]:
-        """Of the requests at some places, of which this process may have none."""
-        vectors = np.empty((0, 0), np.float32)
+    ) -> list[tuple[float, int]]:
+        """NDCG and tokens of each of the requests at some places, of which this process may have none."""
+        vectors, tokens = np.empty((0, 0), np.float32), list[int]()
         if len(places):
-            vectors = model.encode_query(
+            queries = model.encode_query(
                 [self.requests[place].bare for place in places],
                 mode,
                 instruction=[self.requests[place].instruction for place in places],
                 batch_size=self.batch_size,
-            ).vectors
+            )
+            vectors, tokens = queries.vectors, queries.reasoning_tokens
         vectors, everyone, own = index.together(vectors, places)
         requests = [self.requests[place] for place in everyone]
         rankings = ranked(index, vectors, requests, DEPTH) if requests else []
         return [
-            ndcg([doc_id for doc_id, _ in ranking], self.qrels[request.query_id], DEPTH)
-            for request, ranking in zip(requests[own], rankings[own], strict=True)
+            (ndcg([doc_id for doc_id, _ in ranking], self.qrels[request.query_id], DEPTH), written)
+            for request, ranking, written in zip(requests[own], rankings[own], tokens, strict=True)
         ]
 
 

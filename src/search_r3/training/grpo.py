@@ -31,6 +31,7 @@ from ..errors import ConfigError
 from ..model.encoder import SearchR3
 from ..model.engine.decoding import Rollout
 from ..model.engine.generation import sequence_batch
+from ..model.modes.first import check_can_decide
 from . import losses
 from .batches import micro_batches
 from .dev import DevSplit, Evaluations
@@ -113,7 +114,11 @@ def train_grpo(
     frozen = settings.documents == "frozen"
     if frozen:
         check_documents(encoder.backbone, else_=", or set grpo.documents=moving")
+    if settings.at_once:
+        check_can_decide(encoder.backbone, "grpo.at_once")
     run.begin_from(stage, encoder.backbone)
+    gate = {"gate": "policy" if settings.at_once else None}
+    encoder.backbone.settings = encoder.backbone.settings.model_copy(update=gate)
     engine = make_engine(encoder, recipe, settings)
     guard = Guard(run, stage, engine)
     with closing(engine), guard.watching():

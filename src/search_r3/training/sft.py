@@ -28,6 +28,7 @@ from ..data.draws import Draws, step_rng, text_keys
 from ..data.triples import hold_out
 from ..model.backbone import Backbone, shorten
 from ..model.encoder import SearchR3
+from ..model.modes.first import check_can_decide
 from ..parallel import divide
 from . import losses
 from .batches import Batch, LocalBatch, TrainingSequence, check_dimensions, collate, find_examples, make_batch, tokenise
@@ -104,8 +105,10 @@ def train_sft(
     encoder = load_model(recipe, recipe.base)
     check_dimensions(encoder.dimension, settings)
     run.begin_from(stage, encoder.backbone)
-    steps = {"latent_steps": settings.latent_steps}
-    encoder.backbone.settings = encoder.backbone.settings.model_copy(update=steps)
+    if settings.at_once:
+        check_can_decide(encoder.backbone, "sft.at_once")
+    trained = {"latent_steps": settings.latent_steps, "gate": None}
+    encoder.backbone.settings = encoder.backbone.settings.model_copy(update=trained)
     engine = make_engine(encoder, recipe, settings)
     guard = Guard(run, stage, engine)
     draws = Draws(examples, settings, recipe.seed, text_keys(collection, settings), engine.world_size)

@@ -21,7 +21,7 @@ from search_r3.evaluation.systems import Effort, EncodedCollections, SearchR3Sys
 from search_r3.evaluation.table import gain_per_100_tokens, notes
 from search_r3.model.encoder import SearchR3
 from tests.conftest import favour, small_collection
-from tests.gates import gate_for
+from tests.gates import gate_for, let_it_decide
 
 OPTIONS = EvaluationOptions(depth=100, latency_queries=1, bootstrap=20)
 
@@ -138,3 +138,19 @@ def test_it_is_written_read_and_shown(results: list[Result], tmp_path: Path) -> 
 def test_auto_without_a_gate_is_refused_before_anything_is_computed(model: SearchR3, collection: Collection) -> None:
     with pytest.raises(ModelError, match="search-r3 gate"):
         SearchR3System(EncodedCollections(model), "auto")
+
+
+def test_a_model_that_decides_is_a_point_of_its_own(tiny_path: Path) -> None:
+    collection, model = small_collection(), SearchR3(tiny_path, device="cpu", max_new_tokens=8)
+    let_it_decide(model, [collection.queries[query_id].text for query_id in collection.split("train")])
+    encoded = EncodedCollections(model)
+    systems = [SearchR3System(encoded, mode) for mode in ("direct", "reason", "auto")]
+    measured = [evaluate(system, collection, "train", OPTIONS) for system in systems]
+    reason, auto = measured[1:]
+    assert auto.system.settings["gate"] == {"policy": True} and 0 < sum(auto.thought) < len(auto.thought)
+    for i, thinks in enumerate(auto.thought):
+        assert auto.reasoning_tokens[i] == (reason.reasoning_tokens[i] if thinks else 0)
+    [split] = frontier(measured, 100, 0)
+    [row] = [row for row in split["points"] if row["family"] == "auto"]
+    assert row["share"] == pytest.approx(np.mean(auto.thought)) and "price" not in row
+    assert any(test["first"] == "auto" for test in split["tests"]) and markdown([split])

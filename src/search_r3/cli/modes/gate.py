@@ -57,6 +57,7 @@ def gate(
     Example: search-r3 gate runs/quickstart/model --collection atlas --splits rl
     """
     from ...data.load import load_collection
+    from ...model.modes.first import decides
     from ...training.modes.gate import fit_gate, label_queries
 
     if out is not None:
@@ -64,6 +65,8 @@ def gate(
     encoder = load_encoder(model, options)
     if encoder.backbone.engine == "llama.cpp":
         raise ConfigError("llama.cpp's files hold no gate; leave --backend out, and give --out for a model folder")
+    if decides(encoder.backbone):
+        raise ConfigError(f"{model} decides itself which queries think, and takes no gate; fit one to another model")
     if out is None:
         _check_writable(model, encoder)
     data = load_collection(collection or "atlas", skip_empty_documents=True)

@@ -110,7 +110,8 @@ def points_of(results: Sequence[Result]) -> tuple[Pair, list[Point]] | None:
     pair = Pair(points[measured.index(first[0])], points[measured.index(first[1])])
     points.append(pair.composed("oracle", "oracle", pair.reason.values > pair.direct.values))
     for auto in measured:
-        if auto.system.mode == "auto" and not auto.system.varied and direct_of(auto, first) is not None:
+        fitted = auto.system.mode == "auto" and "price" in auto.system.settings["gate"]
+        if fitted and not auto.system.varied and direct_of(auto, first) is not None:
             points += _at_prices(pair, auto)
     return pair, points
 
@@ -123,7 +124,8 @@ def _point(result: Result, of_another: bool) -> Point:
         name: float(settings[name]) for name in ("price", "budget", "samples") if name in settings
     }
     if result.cost.thinking_share is not None:
-        facts |= {"share": result.cost.thinking_share, "price": settings.get("price", settings["gate"]["price"])}
+        price = settings.get("price", settings["gate"].get("price"))  # a policy that decides itself has none of its own
+        facts |= {"share": result.cost.thinking_share} | ({} if price is None else {"price": price})
     tokens = result.reasoning_tokens or [0] * len(result.query_ids)
     label = result.system.name.partition("/")[2]
     return Point(

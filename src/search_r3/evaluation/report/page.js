@@ -256,7 +256,9 @@ function renderDetail(row) {
 function gateText(run, { thought, probability, ...evidence }) {
   const parts = Object.entries(evidence).map(([name, value]) => `${name} ${signed(value)}`);
   const what = thought ? "thought" : "did not think";
-  return `${run.name} ${what}: reasoning pays with a probability of ${probability.toFixed(2)} (log-odds: ${parts.join(", ")})`;
+  const chance = `with a probability of ${probability.toFixed(2)}`;
+  if (!parts.length) return `${run.name} ${what}: the model itself decides, and writes ${chance}`;
+  return `${run.name} ${what}: reasoning pays ${chance} (log-odds: ${parts.join(", ")})`;
 }
 
 function place(rank) {

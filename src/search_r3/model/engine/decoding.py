@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter, deque
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
 
@@ -21,6 +21,7 @@ from torch import Tensor
 from ...errors import ModelError
 from ...types import Progress
 from ..backbone import Backbone
+from ..modes.first import First, hold
 from .engines import make_engine
 from .latent import soft_tokens
 from .sampling import choose_tokens
@@ -40,6 +41,7 @@ class DecodeRequest:
         seed: where this reply's random numbers start; needed when the temperature is above 0.
         latent: whether soft tokens take the place of a text: as many as the budget holds beside the embed token, which
             follows them.
+        first: what the first token may be, where that is a decision to be told of (`modes.first`).
     """
 
     prompt_ids: Sequence[int]
@@ -48,6 +50,7 @@ class DecodeRequest:
     top_p: float = 1.0
     seed: int | None = None
     latent: bool = False
+    first: First | None = None
 
     def __post_init__(self) -> None:
         if not self.prompt_ids or self.max_new_tokens < 0:
@@ -73,6 +76,8 @@ class Rollout:
         soft_tokens: soft tokens before the embed token.
         sampler_logprobs: as `logprobs`, where another sampler wrote the reply: what that one said. `logprobs` are then
             this model's.
+        writes: the probability that the first token is another than the embed token, where that was the model's
+            decision or the embed token was given.
     """
 
     prompt_ids: list[int]
@@ -83,11 +88,17 @@ class Rollout:
     reasoning: str
     soft_tokens: int = 0
     sampler_logprobs: list[float] | None = None
+    writes: float | None = None
 
     @property
     def forced(self) -> bool:
         """Whether the embed token had to be forced."""
         return bool(self.completion_mask) and self.completion_mask[-1] == 0
+
+    @property
+    def thought(self) -> bool:
+        """Whether it was written, or was to be: only who may decide does not."""
+        return self.writes is None or self.reasoning_tokens > 0
 
     @property
     def reasoning_tokens(self) -> int:
@@ -108,6 +119,7 @@ class _Row:
     logprobs: list[float] = field(default_factory=list)
     soft: Tensor | None = None  # D, the last soft token
     soft_tokens: int = 0
+    writes: float | None = None
 
     def append(self, token: int, logprob: float | None) -> None:
         """Take a token into the reply: one that the model chose, or (without a log-probability) a forced one."""
@@ -308,15 +320,16 @@ class Decoder:
         """Append one token to every row; rows whose logits are not finite get the embed token and are returned."""
         requests = [row.request for row in rows]
         draws = [row.uniforms[len(row.completion)] if row.uniforms else 0.0 for row in rows]
-        tokens, logprobs = choose_tokens(
-            self.backbone.logits(hidden),
-            [request.temperature for request in requests],
-            [request.top_p for request in requests],
-            draws,
-        )
         embed, ends = self.backbone.embed_token_id, self.backbone.prompt_encoder.end_token_ids
+        logits, temperatures = self.backbone.logits(hidden), [request.temperature for request in requests]
+        masses: Mapping[int, float] = {}
+        firsts = [None if row.completion else row.request.first for row in rows]
+        if any(firsts):
+            logits, masses = self._hold(rows, firsts, logits, temperatures)
+        tokens, chosen = choose_tokens(logits, temperatures, [request.top_p for request in requests], draws)
+        logprobs = [logprob + masses.get(i, 0.0) for i, logprob in enumerate(chosen.tolist())]
         broken = []
-        for row, token, logprob in zip(rows, tokens.tolist(), logprobs.tolist(), strict=True):
+        for row, token, logprob in zip(rows, tokens.tolist(), logprobs, strict=True):
             # The budget counts the embed token, so the last place is its own: sampled if the model chose it. Where the
             # turn would end, the embed token takes the end's place: behind an end the model has never seen it.
             last = len(row.completion) == row.request.max_new_tokens - 1
@@ -329,6 +342,15 @@ class Decoder:
                 row.append(token, logprob)
         return broken
 
+    def _hold(
+        self, rows: list[_Row], firsts: Sequence[First | None], logits: Tensor, temperatures: Sequence[float]
+    ) -> tuple[Tensor, dict[int, float]]:
+        """Keep first tokens to what they may be; also row -> the log-probability of all that."""
+        held, facts = hold(logits, firsts, temperatures, self.backbone.embed_token_id)
+        for i, (_, writes) in facts.items():
+            rows[i].writes = None if firsts[i] == "text" else writes
+        return held, {i: mass for i, (mass, _) in facts.items()}
+
     def _finish(self, rows: list[_Row], hidden: Tensor) -> list[tuple[int, Rollout]]:
         if not rows:
             return []
@@ -339,7 +361,7 @@ class Decoder:
                 row.ticket,
                 Rollout(
                     *(list(row.prompt), row.completion, row.mask, row.logprobs),
-                    *(vector, decode(row.completion), row.soft_tokens),
+                    *(vector, decode(row.completion), row.soft_tokens, row.writes),
                 ),
             )
             for row, vector in zip(rows, vectors, strict=True)

@@ -108,7 +108,7 @@ def _write(backbone: Backbone, path: Path, kind: GGUFType, has_queries: bool) ->
     writer.add_file_type(gguf.LlamaFileType[_FILE_TYPES[kind]])
     writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
     settings = backbone.settings
-    if settings.mode == "auto":
+    if settings.mode == "auto" and settings.gate is None:
         logger.warning("%s: queries reason in the file, which holds no gate (mode auto)", backbone.source)
         settings = settings.model_copy(update={"mode": "reason"})
     record = settings_record(settings, has_queries=has_queries)

@@ -6,7 +6,7 @@ Shapes: `N` texts, `D` vector size.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -18,6 +18,7 @@ from ..embeddings import QueryEmbeddings, shorten
 from ..engine.decoding import Decoder, DecodeRequest, Rollout
 from ..loaded import LoadedModel
 from ..prompts import EncodedPrompt, Kind
+from .first import First, facts_of, first_of
 from .latent import latent_budget
 
 
@@ -36,6 +37,7 @@ class PlainModes(LoadedModel):
         progress: Progress | None = None,
         backbones: Sequence[Backbone] | None = None,
         latent: bool = False,
+        first: First | Sequence[First] | None = None,
     ) -> list[Rollout]:
         """Let the model reply to each prompt until it emits the embed token (see `DecodeRequest` for the settings).
 
@@ -50,6 +52,7 @@ class PlainModes(LoadedModel):
             progress: called with the numbers of rollouts finished, and of their tokens, since the last call.
             backbones: copies of this model on other devices (`Backbone.on`), each of which takes a share.
             latent: soft tokens take the place of a text; then nothing is sampled.
+            first: what the first tokens may be, one for all or one per prompt; see `DecodeRequest`.
 
         Returns:
             One rollout per prompt, in the order of the prompts: ids, log-probabilities, masks and vectors.
@@ -61,8 +64,12 @@ class PlainModes(LoadedModel):
             raise ValueError("sampling needs one seed per prompt")
         budgets = self.backbone.settings.max_new_tokens if max_new_tokens is None else max_new_tokens
         budgets = [budgets] * len(prompts) if isinstance(budgets, int) else budgets
+        firsts = [first] * len(prompts) if first is None or isinstance(first, str) else first
         requests = [
-            DecodeRequest(prompt, budget, sampling_temperature, top_p, None if seeds is None else seeds[place], latent)
+            DecodeRequest(
+                *(prompt, budget, sampling_temperature, top_p),
+                *(None if seeds is None else seeds[place], latent, firsts[place]),
+            )
             for place, (prompt, budget) in enumerate(zip(prompts, budgets, strict=True))
         ]
         return in_parallel(
@@ -87,10 +94,12 @@ class PlainModes(LoadedModel):
         dimensions: int | None,
         seeds: Sequence[int],
         decoding: dict[str, Any],
+        mode: Literal["reason", "auto"] = "reason",
     ) -> QueryEmbeddings:
-        """Queries encoded after reasoning; `decoding` are arguments of `rollouts`."""
-        prompts = self.backbone.prompt_encoder.encode_batch(texts, "reason", instruction)
-        rollouts = self.rollouts([prompt.ids for prompt in prompts], seeds=seeds, **decoding)
+        """Queries encoded after reasoning, or (auto) as the model's first token says; see `rollouts` for `decoding`."""
+        prompts = self.backbone.prompt_encoder.encode_batch(texts, mode, instruction)
+        first = first_of(self.backbone, mode)
+        rollouts = self.rollouts([prompt.ids for prompt in prompts], seeds=seeds, first=first, **decoding)
         return self._embeddings(rollouts, texts, [prompt.truncated for prompt in prompts], dimensions)
 
     def _latent(
@@ -147,5 +156,6 @@ class PlainModes(LoadedModel):
             [rollout.reasoning_tokens for rollout in rollouts],
             [rollout.forced for rollout in rollouts],
             truncated,
-            [True] * len(rollouts),
+            [rollout.thought for rollout in rollouts],
+            [facts_of(rollout.writes) for rollout in rollouts],
         )

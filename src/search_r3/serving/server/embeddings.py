@@ -10,6 +10,7 @@ from typing import Any
 from ...errors import DataError, NotFoundError, UnavailableError
 from ...extras import extra
 from ...model.embeddings import shorten
+from ...model.modes.first import has_auto
 from ...model.modes.latent import trained_modes
 from ...model.prompts import MODES, Kind, Mode
 from ...types import Array
@@ -147,10 +148,10 @@ def kind_of(model: str, service: Service) -> Kind | Mode:
 
 
 def named_kinds(service: Service) -> list[Kind | Mode]:
-    """What model ids can ask for: `latent` where the model was trained for it, `auto` where it has a gate."""
+    """What model ids can ask for: `latent` where it was trained, `auto` where a gate or the model decides."""
     backbone = service.engine.model.backbone
     more = [mode for mode in trained_modes(backbone) if mode not in KINDS]
-    return [*KINDS, *more, *(("auto",) if backbone.gate is not None else ())]
+    return [*KINDS, *more, *(("auto",) if has_auto(backbone) else ())]
 
 
 def checked_dimensions(dimensions: int | None, service: Service) -> int | None:

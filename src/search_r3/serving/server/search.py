@@ -138,7 +138,7 @@ async def _streamed(body: SearchRequest, service: Service) -> Response:
         loop.call_soon_threadsafe(pieces.put_nowait, piece)
 
     kind, glance = body.mode or service.mode, None
-    if kind == "auto":
+    if kind != "bm25" and service.glances(kind):
         glance = await service.glance(None, [body.query], instruction=body.instruction, truncate=body.truncate)
         kind = "reason" if glance[1].thinks[0] else "direct"
     if kind == "bm25":

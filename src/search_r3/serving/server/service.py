@@ -14,6 +14,7 @@ from ...errors import ConfigError, DataError, ModelError, NotFoundError, SearchR
 from ...extras import extra
 from ...model.documents import document_chunking
 from ...model.modes.auto import gate_of
+from ...model.modes.first import decides
 from ...model.modes.gate import Choice
 from ...model.prompts import Kind, Mode
 from ..auto import who_thinks
@@ -158,7 +159,7 @@ class Service:
         truncate: bool = False,
     ) -> Outcome:
         """Encode texts; who hangs up cancels it, and so does cancelling this, where there is no request to watch."""
-        if kind == "auto":
+        if self.glances(kind):
             direct, choice = await self.glance(request, texts, instruction=instruction, truncate=truncate)
             thinkers = [text for text, thinks in zip(texts, choice.thinks, strict=True) if thinks]
             reasoned = None
@@ -183,6 +184,10 @@ class Service:
         finally:
             hanging_up.cancel()
             outcome.cancel()
+
+    def glances(self, kind: Kind | Mode) -> bool:
+        """Whether a gate looks at direct vectors first; a model that decides itself needs none."""
+        return kind == "auto" and not decides(self.engine.model.backbone)
 
     async def glance(
         self, request: Request | None, texts: Sequence[str], *, instruction: str, truncate: bool

@@ -108,6 +108,8 @@ def train_distill(
     encoder = load_model(recipe, os.fspath(model))
     check_documents(encoder.backbone, "distill")
     run.begin_from(stage, encoder.backbone)
+    # Whether to write was learned with the direct vectors of before.
+    encoder.backbone.settings = encoder.backbone.settings.model_copy(update={"gate": None})
     engine = make_engine(encoder, recipe, settings)
     guard = Guard(run, stage, engine)
     with closing(engine), guard.watching():

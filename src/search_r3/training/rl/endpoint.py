@@ -56,8 +56,12 @@ def find_sampler(settings: GRPOSettings, folder: Path, given: RolloutSampler | N
     """The sampler that was given, or that of the settings, if there is any but the model itself.
 
     Raises:
-        ConfigError: there are two, or the server cannot be used.
+        ConfigError: there are two, the server cannot be used, or first tokens are given.
     """
+    if settings.at_once and (given is not None or settings.sampler.url is not None):
+        raise ConfigError(
+            "grpo.at_once=true gives first tokens, which only the own decoder takes; leave the sampler out"
+        )
     if settings.sampler.url is None:
         return given
     if given is not None:

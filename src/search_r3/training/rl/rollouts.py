@@ -29,6 +29,7 @@ from ...model.engine.decoding import DecodeRequest, Rollout
 from ...model.prompts import PlainMode
 from .. import losses
 from ..engine import Engine
+from .decision import chances, decision_advantages, first_tokens, written_tokens
 from .sampler import LocalSampler, RolloutSampler, complete
 
 
@@ -46,6 +47,7 @@ class Experience:
         direct: the direct reply to each of the `Q` queries, where a setting needs them.
         direct_scores: of these.
         redrawn: groups of all processes that were replaced, since their rollouts ranked alike.
+        at_once: the probability of embedding at once of each of the `Q` queries, where that is learned.
     """
 
     queries: list[Query]
@@ -57,6 +59,7 @@ class Experience:
     direct: list[Rollout] = field(default_factory=list)
     direct_scores: list[Score] = field(default_factory=list)
     redrawn: int = 0
+    at_once: list[float] = field(default_factory=list)
 
     @property
     def query_ids(self) -> list[str]:
@@ -126,7 +129,8 @@ def collect(
         )  # fmt: skip
 
     groups = sample(everyone, own)
-    if all(communicator.all_gather(all(rollout.forced for rollout in groups.rollouts))):
+    written = [one for one in groups.rollouts if one.reasoning_tokens or not settings.at_once]
+    if all(communicator.all_gather(all(rollout.forced for rollout in written))):
         raise _none_emitted(model, len(everyone) * group_size, step)
     spare = sorted(set(environment.qrels) - set(everyone))
     step_rng(recipe.seed, "redraws", step).shuffle(spare)
@@ -148,6 +152,7 @@ def collect(
         direct=direct,
         direct_scores=environment.score(direct, [query.query_id for query in queries]),
         redrawn=redrawn,
+        at_once=chances(groups.rollouts, group_size) if settings.at_once else [],
     )
     return with_advantages(experience, environment, settings, engine, own)
 
@@ -165,14 +170,18 @@ def with_advantages(
 ) -> Experience:
     """The same with advantages; their scale is that of all rollouts, whichever process made them."""
     direct = [score.parts.total(environment.weights) for score in experience.direct_scores]
-    shares = engine.communicator.all_gather((experience.feedback.rewards, direct))
-    rewards = torch.tensor([reward for rewards, _ in shares for reward in rewards]).view(-1, settings.group_size)
-    baseline: Tensor | str = settings.baseline
-    if baseline == "direct":
-        baseline = torch.tensor([reward for _, rewards in shares for reward in rewards])
-    advantages = losses.group_advantages(rewards, settings.advantage_scale, baseline)
-    values = advantages.values[own.start : own.stop].flatten()
-    return replace(experience, advantages=values, equal_share=advantages.equal_share)
+    written = written_tokens(experience.rollouts, settings.group_size)
+    shares = engine.communicator.all_gather((experience.feedback.rewards, direct, experience.at_once, [written]))
+    earned, asked, at_once, tokens = ([one for part in column for one in part] for column in zip(*shares, strict=True))
+    rewards = torch.tensor(earned).view(-1, settings.group_size)
+    baseline: Tensor | str = torch.tensor(asked) if settings.baseline == "direct" else settings.baseline
+    compared = rewards[:, 1:] if settings.at_once else rewards
+    advantages = losses.group_advantages(compared, settings.advantage_scale, baseline)
+    values = advantages.values
+    if settings.at_once:
+        decided = decision_advantages(rewards, at_once, sum(tokens) / len(rewards), settings.advantage_scale)
+        values = torch.cat([decided[:, None], values], dim=1)
+    return replace(experience, advantages=values[own.start : own.stop].flatten(), equal_share=advantages.equal_share)
 
 
 def choose_queries(
@@ -209,8 +218,10 @@ def roll_out(
         return []
     prompts = [prompt for prompt in _prompts(model, queries, "reason") for _ in range(settings.group_size)]
     budget, temperature = model.backbone.settings.max_new_tokens, settings.sampling_temperature
+    firsts = (first_tokens(settings.group_size) if settings.at_once else [None] * settings.group_size) * len(queries)
     requests = [
-        DecodeRequest(prompt, budget, temperature, seed=seed) for prompt, seed in zip(prompts, seeds, strict=True)
+        DecodeRequest(prompt, budget, temperature, seed=seed, first=first)
+        for prompt, seed, first in zip(prompts, seeds, firsts, strict=True)
     ]
     sampler = sampler or LocalSampler(model, settings.rollout_batch_size)
     return complete(model, requests, sampler.sample(requests))

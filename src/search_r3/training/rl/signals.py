@@ -17,9 +17,11 @@ from numpy.typing import NDArray
 from ...config import RewardSettings
 from ...environment.environment import rollout_vectors
 from ...environment.reward import RewardParts
+from ...model.engine.decoding import Rollout
 from ...retrieval.metrics import probe_cosine
 from ...types import Array
 from ..engine import Engine
+from .decision import describe_decision, warn_if_seldom
 from .rollouts import Experience
 
 logger = logging.getLogger(__name__)
@@ -76,17 +78,17 @@ def describe(experience: Experience, engine: Engine, weights: RewardSettings, gr
     """The metrics of the rollouts of all processes (docs/metrics.md)."""
     own = (
         [  # and no tensor
-            (one.forced, one.reasoning_tokens, len(one.prompt_ids), sum(one.completion_mask), sum(one.logprobs))
-            for one in experience.rollouts
+            (one.forced, one.reasoning_tokens, len(one.prompt_ids), *_sampled(one)) for one in experience.rollouts
         ],
         [(one.parts, one.cosine) for one in experience.feedback.scores],
         experience.feedback.rewards,
         group_cosines(rollout_vectors(experience.rollouts), group_size),
         [score.parts.total(weights) for score in experience.direct_scores],
+        experience.at_once,
         [experience.rollout_seconds],
     )
     everyone = zip(*engine.communicator.all_gather(own), strict=True)
-    rollouts, scores, rewards, cosines, direct, seconds = (
+    rollouts, scores, rewards, cosines, direct, at_once, seconds = (
         [one for part in column for one in part] for column in everyone
     )
     forced, lengths, prompts, sampled, logprobs = zip(*rollouts, strict=True)
@@ -98,6 +100,8 @@ def describe(experience: Experience, engine: Engine, weights: RewardSettings, gr
     values |= {"equal_reward_share": experience.equal_share, "redrawn_groups": experience.redrawn}
     if direct:
         values["direct_reward"] = fmean(direct)
+    if at_once:
+        values |= describe_decision(at_once, rewards, group_size)
     values |= {"forced_share": fmean(forced), "entropy_estimate": -sum(logprobs) / max(sum(sampled), 1)}
     values |= {"reasoning_tokens": fmean(lengths), "reasoning_tokens_max": max(lengths)}
     decoded, slowest = sum(lengths) + len(lengths), max(seconds)  # with the embed tokens; the others wait for it
@@ -105,8 +109,14 @@ def describe(experience: Experience, engine: Engine, weights: RewardSettings, gr
     return values | {"rollout_seconds": slowest} | experience.feedback.refresh.metrics()
 
 
+def _sampled(rollout: Rollout) -> tuple[int, float]:
+    """Tokens that were sampled, and the sum of their log-probabilities; an embed token that was given is none."""
+    return (sum(rollout.completion_mask), sum(rollout.logprobs)) if rollout.writes is None else (0, 0.0)
+
+
 def warn_if_known(values: Mapping[str, float], weights: RewardSettings) -> None:
-    """Say so where the model knows the queries already and no part of the reward moves there."""
+    """Say so where the first step shows that there is next to nothing to learn."""
+    warn_if_seldom(values)
     if values["groups_all_1"] >= KNOWN and weights.contrastive == 0:
         logger.warning(
             "%.0f %% of the first step's queries are found by every rollout: the model knows them, and what is left to "
