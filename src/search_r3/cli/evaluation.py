@@ -121,6 +121,14 @@ def evaluate(
     bootstrap: Annotated[int, typer.Option(min=100, help="Resamples of the intervals.")] = 1000,
     seed: Seed = 0,
     batch_size: BatchSize = 128,
+    index: Annotated[
+        Path | None,
+        typer.Option(help="The documents of the one collection as `encode` wrote them with the one model."),
+    ] = None,
+    index_type: Annotated[
+        Literal["exact", "hnsw"],
+        typer.Option(help="Search exactly, or by a graph, whose recall is shown; an --index has its own."),
+    ] = "exact",
 ) -> None:
     """Evaluate models and baselines on collections; a stopped evaluation goes on with the same command.
 
@@ -149,6 +157,8 @@ def evaluate(
         follow_mteb,
         runs,
         _frontier(frontier, budgets, samples),
+        index,
+        index_type,
     )
     results = _run(plan, out)
     comparisons = write_summary(results, out, permutations, seed)

@@ -24,6 +24,7 @@ from ..model.documents import unusable_rows
 from ..model.modes.gate import TOP
 from ..types import Array, Rows
 from . import storage
+from .parts import Parts
 from .selection import Best, Blocks, count_ahead, count_better
 
 DType = Literal["float32", "float16"]
@@ -132,8 +133,12 @@ class ExactIndex(VectorIndex):
             raise VectorIndexError(f"an index cannot hold {dtype!r}; choose one of {', '.join(_DTYPES)}")
         order = descending(doc_ids)
         vectors = _check_shape(vectors, len(doc_ids), None)
-        self._tensor = torch.empty(vectors.shape, dtype=_DTYPES[dtype], device=device)  # N x D
-        self._label([doc_ids[i] for i in order], np.full(len(doc_ids), version, dtype=np.int64))
+        self._tensor: torch.Tensor | Parts = torch.empty(vectors.shape, dtype=_DTYPES[dtype], device=device)  # N x D
+        self.doc_ids = [doc_ids[i] for i in order]
+        self.encoded_at_version = np.full(len(doc_ids), version, dtype=np.int64)
+        self.rows = {doc_id: row for row, doc_id in enumerate(self.doc_ids)}
+        if len(self.rows) != len(doc_ids):
+            raise VectorIndexError("document ids must be unique within an index")
         self._check_values(vectors)
         for start in range(0, len(order), self.block):
             self._tensor[start : start + self.block] = _tensor_of(vectors[order[start : start + self.block]])
@@ -260,7 +265,7 @@ class ExactIndex(VectorIndex):
         vectors = _check_shape(vectors, len(rows), self.dimension)
         self._check_values(vectors)
         self._tensor[torch.tensor(rows, dtype=torch.long, device=self._tensor.device)] = _tensor_of(vectors).to(
-            self._tensor
+            self._tensor.device, self._tensor.dtype
         )
         if version is not None:
             self.encoded_at_version[rows] = version
@@ -306,21 +311,13 @@ class ExactIndex(VectorIndex):
     @classmethod
     def from_state(cls, manifest: Mapping[str, Any], paths: Mapping[str, Path], *, mmap: bool) -> ExactIndex:
         """The index that `facts` and `writers` described; to be called within `storage.readable`."""
-        count, dimension, dtype = manifest["documents"], manifest["dimension"], manifest["dtype"]
-        doc_ids, versions = storage.read_labels(paths, count)
+        count, dtype = manifest["documents"], manifest["dtype"]
         if dtype not in _DTYPES:
             raise ValueError(f"unknown dtype {dtype!r}")
-        vectors = storage.read_array(paths["vectors.npy"], (count, dimension), dtype, mmap=mmap)
         index = cls.__new__(cls)
-        index._tensor = torch.from_numpy(vectors)
-        index._label(doc_ids, versions)
+        index.doc_ids, index.rows, index.encoded_at_version = storage.read_labels(paths, count, mmap=mmap)
+        index._tensor = storage.read_vectors(manifest, paths, mmap=mmap)
         return index
-
-    def _label(self, doc_ids: Sequence[str], versions: NDArray[np.int64]) -> None:
-        self.doc_ids, self.encoded_at_version = doc_ids, versions
-        self.rows = {doc_id: row for row, doc_id in enumerate(doc_ids)}
-        if len(self.rows) != len(doc_ids):
-            raise VectorIndexError("document ids must be unique within an index")
 
     def _queries(self, queries: Array) -> torch.Tensor:
         return torch.tensor(self.check_queries(queries), device=self._tensor.device)

@@ -25,7 +25,7 @@ from search_r3.mining import candidates, mining
 from search_r3.mining.candidates import BlockCache, CrossEncoderJudge, DenseRetriever, LexicalRetriever
 from search_r3.mining.mining import MiningReport, MiningSettings, mine_negatives
 from search_r3.retrieval import encode
-from search_r3.retrieval.encode import Peer
+from search_r3.retrieval.encoding.identity import Peer
 from search_r3.retrieval.index import ExactIndex
 from search_r3.retrieval.lexical import BM25
 from tests.conftest import small_collection
