@@ -89,7 +89,6 @@ class _Rows:
         compute: _Pool,
         fn_constructor_kwargs: dict[str, Any],
         num_cpus: float,
-        max_task_retries: int,
         num_gpus: float = 0,
     ) -> None:
         assert (batch_size, batch_format) == (1, "numpy")
@@ -97,7 +96,6 @@ class _Rows:
         assert num_gpus * compute.size <= ray.resources.get("GPU", 0)
         self._ray, self._items, self._kind = ray, items, kind
         self._arguments = pickle.dumps(fn_constructor_kwargs)
-        self._retries = max_task_retries
         self._actors = [self._start() for _ in range(compute.size)]
 
     def _start(self) -> Any:
@@ -108,12 +106,12 @@ class _Rows:
         turns = list(zip(self._items, cycle(range(len(self._actors))), strict=False))
         for item, turn in reversed(turns):  # in no order that anybody promised
             batch = {name: np.array([value]) for name, value in item.items()}
-            for attempt in range(self._retries + 1):
+            while True:
                 try:
                     columns = self._actors[turn](batch)
                     break
                 except Died:
-                    if attempt == self._retries:
-                        raise RayError("The actor is dead.\nIts process was killed.") from None
                     self._actors[turn] = self._start()
+                except Exception as error:
+                    raise RayError(f"The task failed.\n{error}") from None
             yield from (dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True))

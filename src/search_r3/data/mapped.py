@@ -60,17 +60,18 @@ class _Lines:
         self.path, self.start = path, 0
 
     def __iter__(self) -> Iterator[tuple[str, Mapping[str, Any]]]:
-        place, number = 0, 0
+        place = rows = 0
         try:
             with self.path.open("rb") as file:
                 for number, line in enumerate(file, 1):
                     blank = line.removeprefix(b"\xef\xbb\xbf") if number == 1 else line
                     self.start, place = place + len(line) - len(blank), place + len(line)
                     if blank.strip():
+                        rows += 1
                         yield f"{self.path}:{number}", plain_row(json_object(self.path, number, blank.decode()))
         except OSError as error:
             raise DataError(f"cannot read {self.path}: {error.strerror}") from error
         except UnicodeDecodeError as error:
-            raise DataError(f"{self.path}: not UTF-8 text (line {number}); save the file as UTF-8") from error
-        if not number:
+            raise DataError(f"{self.path}: not UTF-8 text (byte {error.start}); save the file as UTF-8") from error
+        if not rows:
             raise DataError(f"{self.path}: the file has no rows")

@@ -134,11 +134,7 @@ class ExactIndex(VectorIndex):
         order = descending(doc_ids)
         vectors = _check_shape(vectors, len(doc_ids), None)
         self._tensor: torch.Tensor | Parts = torch.empty(vectors.shape, dtype=_DTYPES[dtype], device=device)  # N x D
-        self.doc_ids = [doc_ids[i] for i in order]
-        self.encoded_at_version = np.full(len(doc_ids), version, dtype=np.int64)
-        self.rows = {doc_id: row for row, doc_id in enumerate(self.doc_ids)}
-        if len(self.rows) != len(doc_ids):
-            raise VectorIndexError("document ids must be unique within an index")
+        self._label([doc_ids[i] for i in order], np.full(len(doc_ids), version, dtype=np.int64))
         self._check_values(vectors)
         for start in range(0, len(order), self.block):
             self._tensor[start : start + self.block] = _tensor_of(vectors[order[start : start + self.block]])
@@ -318,6 +314,12 @@ class ExactIndex(VectorIndex):
         index.doc_ids, index.rows, index.encoded_at_version = storage.read_labels(paths, count, mmap=mmap)
         index._tensor = storage.read_vectors(manifest, paths, mmap=mmap)
         return index
+
+    def _label(self, doc_ids: Sequence[str], versions: NDArray[np.int64]) -> None:
+        self.doc_ids, self.encoded_at_version = doc_ids, versions
+        self.rows = {doc_id: row for row, doc_id in enumerate(doc_ids)}
+        if len(self.rows) != len(doc_ids):
+            raise VectorIndexError("document ids must be unique within an index")
 
     def _queries(self, queries: Array) -> torch.Tensor:
         return torch.tensor(self.check_queries(queries), device=self._tensor.device)

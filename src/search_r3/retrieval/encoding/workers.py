@@ -32,8 +32,8 @@ from .survey import Block
 
 CPUS = 0.5
 """Logical CPUs that an actor books. Where actors book all, none is left for Ray's own tasks, and nothing happens."""
-RETRIES = 3
-"""So many deaths of actors a block is forgiven: one that kills every actor, for want of memory, ends the run."""
+TRIES = 4
+"""Actors that a block may kill."""
 OBJECTS = 128 * 2**20
 """Bytes that a Ray of our own takes for objects; names of files are all that it passes on."""
 
@@ -79,8 +79,8 @@ class RayWorkers:
         with _joined(ray, self.address or os.environ.get("RAY_ADDRESS") or "local", self.actors):
             actors, threads, gpus = _room(ray, self.actors)
             options: dict[str, Any] = {"num_gpus": 1} if gpus else {}
-            context = ray.data.DataContext.get_current()
-            context.enable_progress_bars = False
+            ray.data.DataContext.get_current().enable_progress_bars = False
+            logging.getLogger("ray.data").setLevel(logging.ERROR)
             rows = ray.data.from_items(items, override_num_blocks=len(items)).map_batches(
                 _Actor,
                 batch_size=1,
@@ -88,7 +88,6 @@ class RayWorkers:
                 compute=ray.data.ActorPoolStrategy(size=actors),
                 fn_constructor_kwargs={"load": self.load, "instruction": instruction, "threads": threads},
                 num_cpus=CPUS,
-                max_task_retries=RETRIES,
                 **options,
             )
             try:
@@ -120,6 +119,7 @@ class _Actor:
 
         for source, target in zip(batch["source"].tolist(), batch["target"].tolist(), strict=True):
             try:
+                _note_try(Path(source))
                 texts += self._encode(Path(source), Path(target), count)
             except SearchR3Error as error:  # an error of Ray's would be pages long
                 fault = str(error)
@@ -140,6 +140,18 @@ class _Actor:
             parquet.write_table(pa.table({"id": block["id"], "vector": values}), path, compression="none")
         source.unlink()
         return len(texts)
+
+
+def _note_try(source: Path) -> None:
+    """Count how often a block was begun, and refuse one that kills every actor; Ray itself would go on for ever."""
+    tries = source.with_suffix(".tries")
+    with tries.open("ab") as file:
+        file.write(b".")
+    if tries.stat().st_size > TRIES:
+        raise VectorIndexError(
+            f"the texts in {source} have killed {TRIES} actors, perhaps for want of memory; give actors more, or try "
+            "a smaller block size in another folder"
+        )
 
 
 def read_block(folder: Path, start: int, block: Block) -> Array:
@@ -176,6 +188,7 @@ def _written(blocks: Iterable[tuple[int, Block]], folder: Path) -> Iterator[dict
     folder.mkdir(parents=True, exist_ok=True)
     for start, block in blocks:
         source, target = (_path(folder, kind, start, block) for kind in ("texts", "vectors"))
+        source.with_suffix(".tries").unlink(missing_ok=True)
         if target.exists():
             continue
         if not source.exists():
@@ -199,7 +212,7 @@ def _joined(ray: Any, address: str, actors: int | None) -> Iterator[None]:
         options = {"num_cpus": cpus, "object_store_memory": OBJECTS, "include_dashboard": False}
     try:
         ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR, **options)
-    except (ConnectionError, OSError, RuntimeError, ValueError) as error:
+    except Exception as error:  # a node that does not start in time is no more than that
         raise ConfigError(
             f"no Ray cluster at {address!r}: {error}; start one (ray start --head), or say local"
         ) from error
