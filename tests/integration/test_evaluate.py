@@ -166,11 +166,11 @@ def test_an_index_that_is_given_is_searched_as_it_is(
     assert said in " ".join(capsys.readouterr().out.split())
     settings = [result.system.settings for result in load_results(out / "results")]
     assert sorted(one.get("vectors", "") for one in settings if one.get("index_type") == "hnsw") == ["", "float32"]
-    for more, message in (
-        (["--collections", collection_path, second], "is of one collection and one model; evaluate these alone"),
-        (["--collections", second], "was encoded from other documents"),
+    for args, message in (
+        ([*plain, "--collections", second], "is of one collection and one model; evaluate these alone"),
+        ([*plain, "--document-instruction", "A page."], "with document_instruction='', not 'A page.'"),
     ):
-        assert call(monkeypatch, *plain, *more, "--index", index) == 2
+        assert call(monkeypatch, *args, "--index", index) == 2
         assert message in " ".join(capsys.readouterr().err.split())
 
 

@@ -165,8 +165,8 @@ class EncodedCollections(PerCollection[tuple[Index, float | None]]):
         started, count = time.perf_counter(), len(collection.documents)
         if self._folder is None:
             index = index_documents(self.model, collection.documents, instruction=self.instruction, progress=progress)
-            speed = count / (time.perf_counter() - started)
-            return (ApproximateIndex(index) if self._type == "hnsw" else index), speed
+            seconds = time.perf_counter() - started
+            return (ApproximateIndex(index) if self._type == "hnsw" else index), count / seconds
 
         def begin(total: int, resume_at: int) -> None:
             nonlocal started, count
