@@ -127,8 +127,9 @@ class _Actor:
 
     def _encode(self, source: Path, target: Path, count: Progress) -> int:
         """Encode a block, unless it is done: an actor that died may have had more than one."""
-        import pyarrow as pa
-        from pyarrow import parquet
+        with extra("ray"):
+            import pyarrow as pa
+            from pyarrow import parquet
 
         if target.exists():
             return 0
