@@ -41,7 +41,7 @@ from search_r3.training.engine import load_model, make_engine
 from search_r3.training.grpo import train_grpo, update
 from search_r3.training.rl.rollouts import Experience, collect
 from search_r3.training.sft import train_sft
-from search_r3.types import DocumentEncoder
+from search_r3.types import DocumentEncoder, Progress
 
 QUICK = [
     "collection=atlas",
@@ -82,8 +82,10 @@ class FromTheTruth:
         self.doc_ids = {document.full_text: doc_id for doc_id, document in truth.collection.documents.items()}
         self.tokens: dict[str, int] = {}
 
-    def encode_document(self, texts: Sequence[str]) -> Any:
+    def encode_document(self, texts: Sequence[str], progress: Progress | None = None) -> Any:
         """Vectors of the full index."""
+        if progress is not None:
+            progress(len(texts), sum(self.count_document_tokens(texts)))
         return self.truth.index.vectors_at(self.truth.index.rows_of([self.doc_ids[text] for text in texts]))
 
     def count_document_tokens(self, texts: Sequence[str]) -> list[int]:

@@ -4,13 +4,14 @@ A worker indexes, deletes and compacts, and tells before each operation what it 
 acknowledged. It gets SIGKILL at a random moment. Then the store must open, be whole (`verify`), and hold every
 acknowledged document; each document of the operation that was cut is there as before it, or as after it.
 
-With --serving it is `search-r3 serve` that is killed, while --clients write (PUT) and remove (DELETE) documents over
-HTTP, each of them its own; an answer with status 200 acknowledges.
+With --serving it is `search-r3 serve` that is killed, while clients write (PUT) and remove (DELETE) documents over
+HTTP, each of them its own; an answer with status 200 acknowledges. So that a life takes a few seconds, a process that
+has imported everything forks the servers (POSIX only).
 
 One JSON line for each kill, and one at the end; exit status 1 where one was not survived.
 
     python benchmarks/store_faults.py --kills 100
-    python benchmarks/store_faults.py --kills 30 --serving          # a quarter of an hour, most of it loading
+    python benchmarks/store_faults.py --kills 100 --serving         # five minutes
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
+import os
 import random
 import shutil
 import signal
@@ -26,8 +28,11 @@ import sys
 import tempfile
 import threading
 import time
+import warnings
 from collections import Counter
 from datetime import timedelta
+from functools import partial
+from importlib import import_module
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -103,7 +108,8 @@ def work(address: str, seed: int, state: dict[str, int]) -> None:
 
 def versions(store: Store) -> dict[str, int]:
     """The version of each document that is there."""
-    return {entry.doc_id: store.get(entry.doc_id)[0].metadata["version"] for entry in store.documents()}
+    rows = (row for batch in store.batches() for row in batch.select(["parent_id", "metadata"]).to_pylist())
+    return {row["parent_id"]: json.loads(row["metadata"])["version"] for row in rows}
 
 
 def kill_worker(address: str, seed: int, state: dict[str, int], delay: float) -> tuple[list[Any], list[Any], list[str]]:
@@ -122,9 +128,62 @@ def kill_worker(address: str, seed: int, state: dict[str, int], delay: float) ->
     return *([one for one in begun if (one["begin"] in done) == ended] for ended in (True, False)), faults
 
 
-def kill_server(address: str, seed: int, state: dict[str, int], delay: float) -> tuple[list[Any], list[Any], list[str]]:
+def nurse() -> None:
+    """Fork a server for each line on stdin: the store, and a pipe for what the server prints. Ends with its stdin."""
+    for name in ("lancedb", "mcp.server", "transformers", "uvicorn", "search_r3.model.encoder"):
+        import_module(name)
+    import_module("search_r3.serving.server")
+    from search_r3.cli import main as search_r3
+
+    signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # nobody waits for the dead
+    warnings.simplefilter("ignore", RuntimeWarning)  # LanceDB's at a fork, for which it is made
+    while line := sys.stdin.readline():
+        address, pipe = json.loads(line)
+        if not (pid := os.fork()):
+            signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+            os.dup2(os.open(pipe, os.O_WRONLY), 1)
+            sys.argv = ["search-r3", "serve", address, "--port", "0"]
+            search_r3()
+            sys.exit(0)
+        print(pid, flush=True)
+
+
+class Nursery:
+    """Servers that are forked; `pipe` is a name for one."""
+
+    def __init__(self, pipe: Path) -> None:
+        os.mkfifo(pipe)
+        self._pipe = pipe
+        command = [sys.executable, __file__, "--nurse"]
+        # One thread: those of torch would be there before the fork.
+        environment = {name: value for name, value in os.environ.items() if name != "SEARCH_R3_TOKEN"}
+        environment |= {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
+        self._nurse = subprocess.Popen(
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment
+        )
+
+    def bear(self, address: str) -> tuple[int, str]:
+        """A server that listens: its process and its address."""
+        assert self._nurse.stdin is not None and self._nurse.stdout is not None
+        self._nurse.stdin.write(json.dumps([address, str(self._pipe)]) + "\n")
+        self._nurse.stdin.flush()
+        pid = int(self._nurse.stdout.readline())
+        with self._pipe.open() as said:
+            line = said.readline()
+        if not line.startswith("http://"):
+            raise RuntimeError(f"the server did not start: {line!r}")
+        return pid, line.split(" ")[0].strip().removesuffix(":")
+
+    def close(self) -> None:
+        """End it."""
+        self._nurse.communicate()
+
+
+def kill_server(
+    nursery: Nursery, address: str, seed: int, state: dict[str, int], delay: float
+) -> tuple[list[Any], list[Any], list[str]]:
     """The same with a server and clients that write to it."""
-    from http_load import WAIT, Client, serve
+    from http_load import WAIT, Client
 
     ended, first, stop = dict[int, tuple[list[Any], list[Any]]](), threading.Event(), threading.Event()
     faults: list[str] = []
@@ -147,16 +206,16 @@ def kill_server(address: str, seed: int, state: dict[str, int], delay: float) ->
             if call.kind == "put":
                 first.set()
 
-    with serve(address) as (running, url):
-        threads = [threading.Thread(target=write, args=(number, url)) for number in range(CLIENTS)]
-        for thread in threads:
-            thread.start()
-        first.wait(WAIT)  # the first one loads what all need
-        time.sleep(delay)
-        stop.set()
-        running.kill()
-        for thread in threads:
-            thread.join()
+    pid, url = nursery.bear(address)
+    threads = [threading.Thread(target=write, args=(number, url)) for number in range(CLIENTS)]
+    for thread in threads:
+        thread.start()
+    first.wait(WAIT)  # the first one loads what all need
+    time.sleep(delay)
+    stop.set()
+    os.kill(pid, signal.SIGKILL)
+    for thread in threads:
+        thread.join()
     done = [one for number in ended for one in ended[number][0]]
     return done, [one for number in ended for one in ended[number][1]], faults
 
@@ -180,10 +239,10 @@ def operation(draw: random.Random, some: list[str], version: int) -> tuple[Any, 
     return call, {"what": "put", "after": dict.fromkeys(some, version)}
 
 
-def kill_once(address: str, seed: int, state: dict[str, int], longest: float, serving: bool) -> dict[str, Any]:
+def kill_once(kill: Any, address: str, seed: int, state: dict[str, int], longest: float) -> dict[str, Any]:
     """Let something write, kill it, and compare; `state` becomes what is there."""
     delay = random.Random(f"delay/{seed}").uniform(0, longest)
-    done, cut, faults = (kill_server if serving else kill_worker)(address, seed, state, delay)
+    done, cut, faults = kill(address, seed, state, delay)
     for one in done:
         apply(state, one["after"])
     row: dict[str, Any] = {"seed": seed, "during": "+".join(one["what"] for one in cut) or "between"}
@@ -233,19 +292,27 @@ def main() -> None:
     parser.add_argument("--longest", type=float, default=1.5, help="seconds of writing before a kill, at most")
     parser.add_argument("--work", help=argparse.SUPPRESS)
     parser.add_argument("--state", default="{}", help=argparse.SUPPRESS)
+    parser.add_argument("--nurse", action="store_true", help=argparse.SUPPRESS)
     parser.add_argument("--serving", action="store_true", help="kill a server that clients write to")
     parser.add_argument("--model", default="builtin", help="of the server")
     options = parser.parse_args()
     if options.work:
         work(options.work, options.seed, json.loads(options.state))
         return
+    if options.nurse:
+        nurse()
+        return
     folder = Path(tempfile.mkdtemp(prefix="store-faults-"))
     address, state = str(folder / "store"), dict[str, int]()
     create(address, options.model if options.serving else None)
+    nursery = Nursery(folder / "said") if options.serving else None
+    kill = kill_worker if nursery is None else partial(kill_server, nursery)
     rows = []
     for number in range(options.kills):
-        rows.append(kill_once(address, options.seed + number, state, options.longest, options.serving))
+        rows.append(kill_once(kill, address, options.seed + number, state, options.longest))
         print(json.dumps(rows[-1]), flush=True)
+    if nursery is not None:
+        nursery.close()
     during = Counter(row["during"] for row in rows)
     failed = sum(not row["ok"] for row in rows)
     print(

@@ -63,8 +63,11 @@ def train(stage: str, folder: Path, base: str, collection: str, options: list[st
 
 def main() -> None:
     """Read the trainings from the first argument (JSON), run them, write what was kept."""
+    from search_r3.training import policy
+
     given = json.loads(sys.argv[1])
     torch.set_num_threads(1)
+    policy.LOGITS_AT_A_TIME = 8000  # several chunks of positions, where one process computes all at once
     if given["fsdp"]:
         pretend_to_be_gpus()
     for name, (stage, base, options) in given["trainings"].items():

@@ -7,13 +7,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import yaml
 from pydantic import Field, model_validator
 
 from .loader import Section, load_settings
-from .sections import DevSettings, DistillSettings
+from .sections import DistillSettings, PassSettings, RefreshSettings
 
 
 class BaseModelSettings(Section):
@@ -29,7 +29,7 @@ class BaseModelSettings(Section):
     intermediate_size: int = Field(768, ge=32, description="Width of the MLP.")
 
 
-class SFTSettings(DevSettings):
+class SFTSettings(PassSettings):
     """Stage 1: `L = L_SFT + L_KL + L_InfoNCE + L_TripletMargin`."""
 
     steps: int = Field(600, ge=1, description="Optimizer steps.")
@@ -87,16 +87,14 @@ class SFTSettings(DevSettings):
     micro_batch_size: int | None = Field(
         None,
         ge=1,
-        description="Sequences per forward and backward pass; the gradients of the vectors are then cached (arXiv "
-        "2101.06983), so that memory does not grow with batch_size, for one more forward pass. Null: the whole batch "
-        "at once.",
+        description="Sequences per forward and backward pass. With it or micro_batch_tokens gradients are cached "
+        "(arXiv 2101.06983): batch_size costs no memory, but one more forward pass. Neither: the whole batch at once.",
     )
     matryoshka_dimensions: tuple[int, ...] = Field(
         (),
         description="Prefixes of the vector that L_InfoNCE and L_TripletMargin are taken of too; the losses of all "
         "sizes are averaged (arXiv 2205.13147).",
     )
-
     latent_steps: int = Field(
         0, ge=0, description="K, soft tokens that mode latent is trained with, beside the other modes; 0: it is not."
     )
@@ -104,6 +102,11 @@ class SFTSettings(DevSettings):
         "laser", description="What the latent vectors learn from (docs/modes.md)."
     )
     latent_weight: float = Field(1.0, ge=0, description="Weight of the latent losses among the others.")
+
+    @property
+    def cached(self) -> bool:
+        """Whether the batch is computed in passes, with cached gradients."""
+        return self.micro_batch_size is not None or self.micro_batch_tokens is not None
 
     @model_validator(mode="after")
     def _need_negatives(self) -> SFTSettings:
@@ -165,60 +168,7 @@ class RewardSettings(Section):
     contrastive_depth: int = Field(100, ge=1, description="Best documents of the index that contrastive looks at.")
 
 
-class RefreshSettings(Section):
-    """How document vectors follow the model (docs/method.md, "The moving corpus")."""
-
-    policy: Literal["never", "periodic", "drift", "shortlist", "selective", "full"] = Field(
-        "full", description="Rung of the ladder; whatever it is, the positives of the batch are encoded freshly."
-    )
-    every: int = Field(10, ge=1, description="periodic: versions between two refreshes of the whole corpus.")
-    depth: int = Field(10, ge=1, description="shortlist, selective: L, the top documents of each rollout looked at.")
-    hops: int = Field(1, ge=0, description="selective: steps in the neighbour graph from shortlist and positives.")
-    neighbours: int = Field(10, ge=1, le=100, description="selective: links per document in the neighbour graph.")
-    max_documents: int | None = Field(
-        None, ge=1, description="Budget: documents encoded per step; positives count but are never left out."
-    )
-    max_tokens: int | None = Field(None, ge=1, description="Budget: tokens encoded per step, counted in the same way.")
-    correct_drift: bool = Field(
-        False, description="shortlist, selective: also correct stale vectors, as the policy drift always does."
-    )
-    drift_sample: int = Field(64, ge=16, description="Random documents encoded per step to fit the drift correction.")
-    index: Literal["exact", "approximate"] = Field(
-        "exact",
-        description="Search by matrix products, or by a graph (usearch) for corpora far beyond 100,000 documents; only "
-        "with exact does a resumed run equal an unbroken one.",
-    )
-    audit_every: int = Field(0, ge=0, description="Steps between audits of the live index; 0: none.")
-    audit_documents: int = Field(
-        256, ge=0, description="Random documents that an audit encodes beside the best-ranked ones; 0: all documents."
-    )
-
-    @model_validator(mode="before")
-    @classmethod
-    def _was_a_name(cls, value: Any) -> Any:
-        if isinstance(value, str):
-            raise ValueError(f"refresh is a section; write refresh.policy={value}")
-        return value
-
-    @model_validator(mode="after")
-    def _fits_the_policy(self) -> RefreshSettings:
-        by_shortlist = self.policy in ("shortlist", "selective")
-        if self.correct_drift and not by_shortlist:
-            raise ValueError(
-                f"correct_drift=true goes with shortlist or selective, not with policy={self.policy} (the policy drift "
-                "alone corrects all stale vectors)"
-            )
-        if self.index == "approximate" and (self.correct_drift or self.policy == "drift"):
-            raise ValueError(
-                "drift correction moves every vector, and index=approximate would be built anew at every step; "
-                "set index=exact, or correct no drift"
-            )
-        if (self.max_documents or self.max_tokens) and not by_shortlist:
-            raise ValueError(f"a budget goes with shortlist or selective, not with policy={self.policy}")
-        return self
-
-
-class GRPOSettings(DevSettings):
+class GRPOSettings(PassSettings):
     """Stage 2: GRPO with the retrieval reward."""
 
     steps: int = Field(60, ge=1, description="Optimizer steps (with num_iterations=1, one per batch of rollouts).")

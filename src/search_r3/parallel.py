@@ -1,7 +1,7 @@
-"""What several training processes tell each other about the corpus: what to encode, and the vectors.
+"""What several training processes tell each other about the corpus: queries, what each found, what to encode.
 
-Each process searches, fits and mends by itself, on the same data and with the same result; only the encoding is
-divided, by the first process's choice. The vectors travel over a gloo group of their own. Before each exchange, and
+Matrices travel as their bytes over a gloo group of their own, and nothing that grows with the corpus travels at every
+step (`retrieval.sharded`). Before each exchange, and
 after the last one of a step, the processes meet at a barrier that waits long and names who is missing, so that no
 collective of the gradients (whose watchdog is short) ever waits for another process's work on the index. It is made of
 messages to and from the first process: torch's `monitored_barrier` leaves those who came waiting for those who did not,
@@ -19,11 +19,13 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import numpy as np
+from numpy.typing import NDArray
 
 from .errors import RunError
 from .types import Array
 
 T = TypeVar("T")
+Number = TypeVar("Number", bound=np.generic)
 PATIENCE = timedelta(minutes=30)
 NAMING = timedelta(seconds=60)
 """How long the processes wait for each other, after the error of a collective, to find out which of them has died."""
@@ -44,8 +46,8 @@ class Communicator:
         """Every process's value, in rank order."""
         return [value]
 
-    def all_gather_rows(self, rows: Array, counts: Sequence[int]) -> list[Array]:
-        """Every process's matrix, in rank order; `counts[r]` is the number of rows of rank `r`."""
+    def all_gather_rows(self, rows: NDArray[Number]) -> list[NDArray[Number]]:
+        """Every process's matrix, in rank order: of one dtype, and each of as many rows and columns as it has."""
         return [rows]
 
 
@@ -87,18 +89,26 @@ class ProcessGroup(Communicator):
             dist.all_gather_object(values, value, group=self._group)
         return values
 
-    def all_gather_rows(self, rows: Array, counts: Sequence[int]) -> list[Array]:
-        """Every process's matrix, in rank order; padded to the largest share on the way."""
+    def all_gather_rows(self, rows: NDArray[Number]) -> list[NDArray[Number]]:
+        """Every process's matrix, in rank order; their bytes, padded to the largest matrix on the way."""
         import torch
         import torch.distributed as dist
 
         self.barrier()
-        own = torch.zeros((max(counts), rows.shape[1]))
-        own[: len(rows)] = torch.from_numpy(np.ascontiguousarray(rows))
-        everyone = [torch.empty_like(own) for _ in counts]
+        shapes = [torch.empty(2, dtype=torch.long) for _ in range(self.world_size)]
         with self._naming():
-            dist.all_gather(everyone, own, group=self._group)
-        return [share[:count].numpy() for share, count in zip(everyone, counts, strict=True)]
+            dist.all_gather(shapes, torch.tensor(rows.shape), group=self._group)
+        sizes = [int(shape.prod()) * rows.itemsize for shape in shapes]
+        own = torch.zeros(max(sizes), dtype=torch.uint8)
+        own.numpy()[: rows.nbytes] = np.ascontiguousarray(rows).reshape(-1).view(np.uint8)
+        everyone = [torch.empty_like(own) for _ in sizes]
+        if len(own):
+            with self._naming():
+                dist.all_gather(everyone, own, group=self._group)
+        return [
+            share.numpy()[:size].view(rows.dtype).reshape(shape.tolist())
+            for share, size, shape in zip(everyone, sizes, shapes, strict=True)
+        ]
 
     @contextlib.contextmanager
     def _naming(self) -> Iterator[None]:
@@ -235,10 +245,28 @@ def encode_sharded(
         encode: the vectors of the things at some places, `n x D`; it is not asked for none.
     """
     own = shares[communicator.rank]
-    vectors = encode(own) if own else np.empty((0, 0), np.float32)
-    dimension = max(communicator.all_gather(vectors.shape[1]))
-    parts = communicator.all_gather_rows(vectors.reshape(len(own), dimension), [len(share) for share in shares])
-    result = np.empty((sum(map(len, shares)), dimension), np.float32)
+    parts = communicator.all_gather_rows(encode(own) if own else np.empty((0, 0), np.float32))
+    result = np.empty((sum(map(len, shares)), max(part.shape[1] for part in parts)), np.float32)
     for share, rows in zip(shares, parts, strict=True):
-        result[list(share)] = rows
+        if len(share):
+            result[list(share)] = rows
     return result
+
+
+def gather_queries(communicator: Communicator, vectors: Array, labels: Sequence[T]) -> tuple[Array, list[T], slice]:
+    """The queries of all processes together, which all of them search then.
+
+    Args:
+        communicator: the other processes.
+        vectors: of this process's queries, `Q x D`; there may be none.
+        labels: what names each of them; small.
+
+    Returns:
+        All vectors and labels, in rank order, and which of them are this process's.
+    """
+    parts = communicator.all_gather_rows(vectors)
+    shares = communicator.all_gather(list(labels))
+    start = sum(map(len, shares[: communicator.rank]))
+    given = [part for part in parts if len(part)]
+    whole = np.concatenate(given) if given else vectors
+    return whole, [label for share in shares for label in share], slice(start, start + len(labels))

@@ -1,8 +1,8 @@
-"""Sections of a recipe that stand by themselves: what all stages share, and the distillation of reasoning."""
+"""Sections of a recipe that stand by themselves: what stages share, the moving corpus, distilled reasoning."""
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal
 
 from pydantic import Field, model_validator
 
@@ -28,7 +28,74 @@ class DevSettings(Section):
         return self
 
 
-class DistillSettings(DevSettings):
+class PassSettings(DevSettings):
+    """What a stage computes at once, beside its `micro_batch_size`."""
+
+    micro_batch_tokens: int | None = Field(
+        None,
+        ge=1,
+        description="Tokens per forward and backward pass at most, padding included, beside micro_batch_size; a longer "
+        "sequence is a pass of its own. Changes memory and speed only. Null: no such limit.",
+    )
+
+
+class RefreshSettings(Section):
+    """How document vectors follow the model (docs/method.md, "The moving corpus")."""
+
+    policy: Literal["never", "periodic", "drift", "shortlist", "selective", "full"] = Field(
+        "full", description="Rung of the ladder; whatever it is, the positives of the batch are encoded freshly."
+    )
+    every: int = Field(10, ge=1, description="periodic: versions between two refreshes of the whole corpus.")
+    depth: int = Field(10, ge=1, description="shortlist, selective: L, the top documents of each rollout looked at.")
+    hops: int = Field(1, ge=0, description="selective: steps in the neighbour graph from shortlist and positives.")
+    neighbours: int = Field(10, ge=1, le=100, description="selective: links per document in the neighbour graph.")
+    max_documents: int | None = Field(
+        None, ge=1, description="Budget: documents encoded per step; positives count but are never left out."
+    )
+    max_tokens: int | None = Field(None, ge=1, description="Budget: tokens encoded per step, counted in the same way.")
+    correct_drift: bool = Field(
+        False, description="shortlist, selective: also correct stale vectors, as the policy drift always does."
+    )
+    drift_sample: int = Field(64, ge=16, description="Random documents encoded per step to fit the drift correction.")
+    index: Literal["exact", "approximate"] = Field(
+        "exact",
+        description="Search by matrix products, or by a graph (usearch) for corpora far beyond 100,000 documents; only "
+        "with exact does a resumed run equal an unbroken one.",
+    )
+    dtype: Literal["float32", "float16", "bfloat16"] = Field(
+        "float32", description="How the index stores vectors; scores are sums of float32 products in any case."
+    )
+    audit_every: int = Field(0, ge=0, description="Steps between audits of the live index; 0: none.")
+    audit_documents: int = Field(
+        256, ge=0, description="Random documents that an audit encodes beside the best-ranked ones; 0: all documents."
+    )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _was_a_name(cls, value: Any) -> Any:
+        if isinstance(value, str):
+            raise ValueError(f"refresh is a section; write refresh.policy={value}")
+        return value
+
+    @model_validator(mode="after")
+    def _fits_the_policy(self) -> RefreshSettings:
+        by_shortlist = self.policy in ("shortlist", "selective")
+        if self.correct_drift and not by_shortlist:
+            raise ValueError(
+                f"correct_drift=true goes with shortlist or selective, not with policy={self.policy} (the policy drift "
+                "alone corrects all stale vectors)"
+            )
+        if self.index == "approximate" and (self.correct_drift or self.policy == "drift"):
+            raise ValueError(
+                "drift correction moves every vector, and index=approximate would be built anew at every step; "
+                "set index=exact, or correct no drift"
+            )
+        if (self.max_documents or self.max_tokens) and not by_shortlist:
+            raise ValueError(f"a budget goes with shortlist or selective, not with policy={self.policy}")
+        return self
+
+
+class DistillSettings(PassSettings):
     """Reasoning distilled into one glance: direct vectors learn from the model's own reasoned vectors."""
 
     steps: int = Field(300, ge=1, description="Optimizer steps.")

@@ -15,6 +15,7 @@ from accelerate.state import AcceleratorState
 from safetensors.torch import load_file
 
 from search_r3.config import Recipe, load_recipe
+from search_r3.model.precision import float32_scores
 from search_r3.training.grpo import train_grpo
 from search_r3.training.run import Run
 from search_r3.training.sft import train_sft
@@ -114,3 +115,15 @@ def test_stage_2_learns_and_goes_on(
     # Decoding and training compute the same log-probabilities; in bfloat16 by other kernels, to its rounding.
     gaps = [row["sampler_gap"] for row in again.metrics("grpo")[1:]]
     assert max(gaps) < (1e-3 if precision == "float32" else 0.1)
+
+
+def test_logits_are_summed_and_kept_in_float32() -> None:
+    layer = torch.nn.Linear(64, 1000, bias=False, device="cuda", dtype=torch.bfloat16)
+    states = torch.randn(7, 64, device="cuda").mul(20).bfloat16().requires_grad_()
+    scores, usual = float32_scores(layer, states), layer(states).float()
+    exact = states.double() @ layer.weight.double().T
+    assert (scores - exact).abs().max() < 1e-5 * exact.abs().max() < 1e-2 * (usual - exact).abs().max()
+    direction = torch.randn_like(scores)
+    found, expected = (torch.autograd.grad((one * direction).sum(), [states, layer.weight]) for one in (scores, usual))
+    for one, two in zip(found, expected, strict=True):
+        torch.testing.assert_close(one, two, atol=1e-2 * float(two.abs().max()), rtol=1e-2)

@@ -25,27 +25,30 @@ MICRO = "sft.micro_batch_size"
 CHOSEN = [
     "grpo.baseline=direct", "grpo.redraws=2", "grpo.curriculum=2", "grpo.reward.contrastive=0.5",
     "grpo.embedding_loss_on=winners", "grpo.direct_loss_weight=0.2", "grpo.embedding_depth=5",
+    "grpo.refresh.policy=shortlist",
 ]  # fmt: skip
 VARIANTS: dict[str, tuple[str, list[str]]] = {
     "sft-whole": ("sft", []),
     "sft-1": ("sft", [f"{MICRO}=1"]),
     "sft-3": ("sft", [f"{MICRO}=3"]),
+    "sft-tokens": ("sft", ["sft.micro_batch_tokens=200"]),
     "sft-3-recomputed": ("sft", [f"{MICRO}=3", "gradient_checkpointing=true"]),
     "sft-adapters-whole": ("sft", ["lora.rank=4"]),
     "sft-adapters-2": ("sft", ["lora.rank=4", f"{MICRO}=2"]),
     "grpo-whole": ("grpo", []),
     "grpo-1": ("grpo", ["grpo.micro_batch_size=1", "grpo.rollout_batch_size=4"]),
     "grpo-4": ("grpo", ["grpo.micro_batch_size=4"]),
+    "grpo-tokens": ("grpo", ["grpo.micro_batch_tokens=300"]),
     "grpo-chosen-whole": ("grpo", CHOSEN),
     "grpo-chosen-2": ("grpo", [*CHOSEN, "grpo.micro_batch_size=2"]),
 }
-TOGETHER = ("sft-whole", "sft-3", "sft-adapters-2", "grpo-whole", "grpo-4", "grpo-chosen-2")
+TOGETHER = ("sft-whole", "sft-3", "sft-tokens", "sft-adapters-2", "grpo-whole", "grpo-tokens", "grpo-chosen-2")
 FSDP2 = {
     "ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2", "FSDP_AUTO_WRAP_POLICY": "TRANSFORMER_BASED_WRAP",
     "FSDP_TRANSFORMER_CLS_TO_WRAP": "Qwen2DecoderLayer", "FSDP_RESHARD_AFTER_FORWARD": "true",
     "FSDP_STATE_DICT_TYPE": "SHARDED_STATE_DICT", "FSDP_CPU_RAM_EFFICIENT_LOADING": "false",
 }  # fmt: skip
-SHARDED = ("sft-whole", "sft-3-recomputed", "sft-adapters-2", "grpo-4", "grpo-chosen-2")
+SHARDED = ("sft-whole", "sft-3-recomputed", "sft-adapters-2", "grpo-tokens", "grpo-chosen-2")
 
 
 def launch(out: Path, trainings: dict[str, Any], collection: Path, *, world_size: int = 2, **environment: str) -> None:

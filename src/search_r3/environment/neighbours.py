@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 
 from ..errors import VectorIndexError
-from ..retrieval.index import VectorIndex
+from ..retrieval.protocol import VectorIndex
 from ..types import Rows
 
 BLOCK = 1024

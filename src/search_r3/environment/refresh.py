@@ -15,9 +15,9 @@ from pathlib import Path
 
 import numpy as np
 
-from ..config import RefreshSettings
-from ..retrieval.index import VectorIndex
-from ..retrieval.ranking import RestrictedRows, ranked_rows
+from ..retrieval.protocol import VectorIndex
+from ..retrieval.ranking import Hits, RestrictedRows, ranked_rows
+from ..sections import RefreshSettings
 from ..types import Array, Rows
 from .neighbours import NeighbourGraph
 
@@ -38,6 +38,7 @@ class RefreshRequest:
         positives: the rows of the relevant documents of each, `B` lists.
         limits: what the ranking of each may hold.
         k: depth of the reward's nDCG.
+        hits: what each of them finds, where that is known to the depth that the policy looks at.
     """
 
     index: VectorIndex
@@ -46,6 +47,13 @@ class RefreshRequest:
     positives: Sequence[Rows]
     limits: Sequence[RestrictedRows]
     k: int
+    hits: Sequence[Hits] | None = None
+
+    def ranked(self, depth: int) -> list[tuple[Rows, Array]]:
+        """The best rows of each query and their scores."""
+        if self.hits is not None:
+            return [(own.rows[:depth], own.row_scores[:depth]) for own in self.hits]
+        return ranked_rows(self.index, self.queries, self.limits, depth)
 
 
 class RefreshPolicy(ABC):
@@ -89,7 +97,7 @@ class Shortlist(RefreshPolicy):
     def choose(self, request: RefreshRequest) -> Rows:
         """The union of the shortlists; a document's urgency is its best rank, then its best score."""
         urgency: dict[int, tuple[int, float]] = {}
-        for rows, scores in ranked_rows(request.index, request.queries, request.limits, self.depth):
+        for rows, scores in request.ranked(self.depth):
             for place, (row, score) in enumerate(zip(rows.tolist(), scores.tolist(), strict=True)):
                 urgency[row] = min(urgency.get(row, (place, -score)), (place, -score))
         return np.array(sorted(urgency, key=lambda row: (*urgency[row], row)), dtype=np.int64)
@@ -114,7 +122,7 @@ class Selective(RefreshPolicy):
         if self.graph is None:
             self.graph = NeighbourGraph.build(index, self.neighbours)
         deep = max(self.depth, CUTS * request.k)
-        rankings = ranked_rows(index, request.queries, request.limits, deep)
+        rankings = request.ranked(deep)
         shortlists = [rows[: self.depth] for rows, _ in rankings]
         cuts = [scores[: CUTS * request.k][-1] for _, scores in rankings]
         positives = np.unique(np.concatenate(request.positives))

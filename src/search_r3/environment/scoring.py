@@ -10,13 +10,14 @@ from dataclasses import dataclass
 from statistics import fmean
 
 import numpy as np
+from numpy.typing import NDArray
 
 from ..config import RewardSettings
 from ..data.collection import Collection, Qrels
 from ..data.restrictions import restrictions
 from ..model.engine.decoding import Rollout
-from ..retrieval.index import VectorIndex
-from ..retrieval.ranking import RestrictedRows, ranked_rows, ranks, restricted_rows
+from ..retrieval.protocol import VectorIndex
+from ..retrieval.ranking import Hits, RestrictedRows, find, restricted_rows
 from ..types import Array, Rows
 from .reward import Outcome, RewardParts, contrastive, load_function, reward_parts
 
@@ -46,10 +47,9 @@ class QueryRows:
         positives, twins = np.searchsorted(rows, self.positives), np.flatnonzero(np.isin(rows, self.twins))
         return QueryRows(self.query_id, self.doc_ids, positives, self.gains, twins, self.limits.within(rows))
 
-    def negatives(self, rows: Rows) -> Rows:
-        """Those of some ranked rows that are neither relevant nor have the text of a relevant document."""
-        negatives: Rows = rows[np.isin(rows, [*self.positives, *self.twins], invert=True)]
-        return negatives
+    def are_negatives(self, rows: Rows) -> NDArray[np.bool_]:
+        """Which of some ranked rows are neither relevant nor have the text of a relevant document."""
+        return np.isin(rows, [*self.positives, *self.twins], invert=True)
 
 
 @dataclass(frozen=True)
@@ -127,28 +127,41 @@ class Scorer:
         Raises:
             RewardError: a reward cannot be computed.
         """
-        if not rollouts:
-            return []
-        limits = [query.limits for query in targets]
-        rank_lists = ranks(index, vectors, [query.positives for query in targets], limits)
-        wanted = max(self.depth, self.settings.contrastive_depth if self.settings.contrastive > 0 else 0)
-        nearest = [rows for rows, _ in ranked_rows(index, vectors, limits, wanted)] if wanted else []
+        return self.judge(rollouts, targets, self.search(index, vectors, targets)) if rollouts else []
+
+    @property
+    def wanted(self) -> int:
+        """The number of best documents that a score is made of."""
+        return max(self.depth, self.settings.contrastive_depth if self.settings.contrastive > 0 else 0)
+
+    def search(
+        self, index: VectorIndex, vectors: Array, targets: Sequence[QueryRows], depth: int | None = None
+    ) -> list[Hits]:
+        """What vectors `B x D` find in an index, where the query of each is about `targets`, to `depth` or `wanted`."""
+        limits, positives = [query.limits for query in targets], [query.positives for query in targets]
+        return find(index, vectors, positives, limits, self.wanted if depth is None else depth)
+
+    def judge(self, rollouts: Sequence[Rollout], targets: Sequence[QueryRows], hits: Sequence[Hits]) -> list[Score]:
+        """Score replies for what their vectors found.
+
+        Raises:
+            RewardError: a reward cannot be computed.
+        """
         scores = []
-        for place, (rollout, vector, query) in enumerate(zip(rollouts, vectors, targets, strict=True)):
-            cosines = index.vectors_at(query.positives) @ vector
-            outcome = self._outcome(rollout, query, rank_lists[place], cosines)
-            rows = nearest[place] if wanted else np.arange(0)
-            contrast = self._contrast(index, vector, query, cosines, rows) if self.settings.contrastive > 0 else 0.0
+        for rollout, query, own in zip(rollouts, targets, hits, strict=True):
+            outcome = self._outcome(rollout, query, own)
+            contrast = self._contrast(query, own) if self.settings.contrastive > 0 else 0.0
             parts = reward_parts(outcome, self.settings, k=self.k, contrast=contrast, function=self.function)
-            scores.append(Score(parts, min(rank_lists[place]), fmean(outcome.cosines), rows[: self.depth]))
+            scores.append(Score(parts, min(own.ranks), fmean(outcome.cosines), own.rows[: self.depth]))
         return scores
 
-    def _contrast(self, index: VectorIndex, vector: Array, query: QueryRows, cosines: Array, rows: Rows) -> float:
-        rivals = index.vectors_at(query.negatives(rows[: self.settings.contrastive_depth])) @ vector
-        own = np.where(query.limits.allow(query.positives), cosines, -np.inf)
+    def _contrast(self, query: QueryRows, hits: Hits) -> float:
+        depth = self.settings.contrastive_depth
+        rivals = hits.row_scores[:depth][query.are_negatives(hits.rows[:depth])]
+        own = np.where(query.limits.allow(query.positives), hits.scores, -np.inf)
         return contrastive(own, query.gains, rivals, self.settings.contrastive_temperature)
 
-    def _outcome(self, rollout: Rollout, query: QueryRows, own_ranks: list[int], cosines: Array) -> Outcome:
+    def _outcome(self, rollout: Rollout, query: QueryRows, hits: Hits) -> Outcome:
         return Outcome(
             query_id=query.query_id,
             query=self.collection.queries[query.query_id].text,
@@ -158,8 +171,8 @@ class Scorer:
             forced=rollout.forced,
             doc_ids=query.doc_ids,
             gains=query.gains,
-            ranks=own_ranks,
-            cosines=cosines.tolist(),
+            ranks=hits.ranks,
+            cosines=hits.scores.tolist(),
         )
 
     def _same_text(self, doc_id: str) -> list[str]:

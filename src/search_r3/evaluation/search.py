@@ -13,7 +13,7 @@ from ..data.documents import Chunk
 from ..model.embeddings import QueryEmbeddings
 from ..model.encoder import SearchR3
 from ..model.prompts import Mode
-from ..retrieval.index import VectorIndex
+from ..retrieval.protocol import VectorIndex
 from ..types import Array
 from .systems import index_documents
 

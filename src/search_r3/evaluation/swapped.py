@@ -16,8 +16,8 @@ import torch
 
 from ..data.collection import Collection, Qrels
 from ..model.encoder import SearchR3
-from ..retrieval.index import VectorIndex
 from ..retrieval.metrics import ndcg
+from ..retrieval.protocol import VectorIndex
 from ..retrieval.ranking import make_requests, ranked
 from ..types import Array
 

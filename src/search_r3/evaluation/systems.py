@@ -24,9 +24,10 @@ from ..model.modes.gate import Gate
 from ..model.prompts import Mode
 from ..retrieval.approximate import ApproximateIndex
 from ..retrieval.encode import encode_corpus, load_corpus
-from ..retrieval.index import ExactIndex, VectorIndex
+from ..retrieval.index import ExactIndex
 from ..retrieval.kinds import set_index_type
 from ..retrieval.lexical import Scored
+from ..retrieval.protocol import VectorIndex
 from ..retrieval.ranking import RankRequest, ranked
 from ..retrieval.storage import read_manifest, readable
 from ..types import Array, Progress

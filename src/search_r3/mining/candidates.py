@@ -171,10 +171,8 @@ class _DenseSearch:
         return [[doc_id for doc_id, _ in ranking] for ranking in rankings]
 
     def score(self, texts: Sequence[str], doc_ids: Sequence[Sequence[str]]) -> list[list[float]]:
-        return [
-            self._index.scores_at(self._index.rows_of(ids), vector).tolist()
-            for ids, vector in zip(doc_ids, self._vectors(texts), strict=True)
-        ]
+        rows = [self._index.rows_of(ids) for ids in doc_ids]
+        return [scores.tolist() for scores in self._index.scores_at(self._vectors(texts), rows)]
 
     def _vectors(self, texts: Sequence[str]) -> Array:
         """Those of the last call are kept: a retriever that judges too would encode the same queries twice."""

@@ -24,7 +24,7 @@ from ..errors import ConfigError
 from ..files import atomic_directory, check_replaceable, write_json
 from .engine.prefixes import KeptPrefixes
 from .modes.gate import Gate
-from .precision import torch_dtype
+from .precision import bare_layer, float32_scores, torch_dtype
 from .prompts import PromptEncoder
 from .settings import QUERIES, SETTINGS_FILE, EmbeddingSettings, settings_record
 from .source import ADAPTER_CONFIG, CONFIG, ModelFiles
@@ -42,7 +42,8 @@ class Backbone:
 
     `engine` computes what is encoded: ours (`fast`), the one that serves every architecture (`fallback`), or llama.cpp;
     which of the first two is right for a model is found out when it is loaded. Where `documents` is set, this one
-    encodes queries only. `gate` says in mode auto which queries think.
+    encodes queries only. `gate` says in mode auto which queries think. Training sets `float32_logits`: logits are then
+    not rounded to half precision, neither those that tokens are sampled from nor those that are learned from.
     """
 
     model: Any
@@ -54,6 +55,7 @@ class Backbone:
     engine: Literal["fast", "fallback", "llama.cpp"] = "fast"
     documents: Backbone | None = None
     gate: Gate | None = None
+    float32_logits: bool = False
 
     def __post_init__(self) -> None:
         assert self.settings.frames is not None
@@ -139,9 +141,14 @@ class Backbone:
         one, other = self.hidden_states(ids, None)[:, :2].float()
         return bool((one - other).abs().max() <= 1e-3 * one.abs().max())
 
-    def logits(self, hidden: Tensor) -> Tensor:
-        """Next-token logits `... x V` for hidden states `... x D`, in float32, scaled and capped as the model does."""
-        scores: Tensor = self.causal_lm.get_output_embeddings()(hidden).float()
+    def logits(self, hidden: Tensor, *, adapters: bool = True) -> Tensor:
+        """Next-token logits `... x V` for hidden states `... x D`, in float32, scaled and capped as the model does.
+
+        Without `adapters` those of the output layer as it was before any were put around it.
+        """
+        head = self.causal_lm.get_output_embeddings()
+        head = head if adapters else bare_layer(head)
+        scores = float32_scores(head, hidden) if self.float32_logits else torch.as_tensor(head(hidden)).float()
         factor, cap = self._logit_scale
         if factor != 1.0:
             scores = scores * factor

@@ -1,8 +1,11 @@
-"""The names of precisions and devices, and what is taken where none is given."""
+"""The names of precisions and devices, what is taken where none is given, and logits in float32 where less is."""
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
+from torch import Tensor
 
 from ..errors import ConfigError
 
@@ -53,3 +56,59 @@ def torch_dtype(dtype: str | torch.dtype, device: torch.device | None = None) ->
     if chosen is None:
         raise ConfigError(f"unknown dtype {dtype!r}; take auto, {', '.join([*DTYPES, *_SHORT])}, or torch's own")
     return chosen
+
+
+def float32_scores(head: Any, states: Tensor) -> Tensor:
+    """Scores `... x V` that an output layer gives states `... x D`, in float32 although it computes in half precision.
+
+    Its output, rounded to bfloat16, would be off by 0.06 where a logit is 20. Only what is multiplied is rounded, and
+    the sums stay in float32. Rows that peft trains are multiplied by themselves, where peft copies the whole matrix.
+    Layers that are more than a matrix (low-rank adapters in them, quantised) compute as ever.
+    """
+    rows, layer = getattr(head, "token_adapter", None), bare_layer(head)
+    is_matrix = type(layer) is torch.nn.Linear and layer.bias is None
+    # ZeRO-3 has the weights whole within the layer's own forward pass only.
+    if not is_matrix or layer is not getattr(rows, "base_layer", head) or hasattr(layer.weight, "ds_id"):
+        return torch.as_tensor(head(states)).float()
+    kind = states.device.type
+    dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else layer.weight.dtype
+    flat = states.reshape(-1, states.shape[-1]).to(dtype)
+
+    def product(weight: Tensor) -> Tensor:
+        if dtype not in (torch.bfloat16, torch.float16):
+            return torch.nn.functional.linear(flat, weight)
+        scores: Tensor = _Float32Product.apply(flat, weight.to(dtype))  # type: ignore[no-untyped-call]
+        return scores
+
+    scores = product(layer.weight)
+    if rows is not None and not rows.disable_adapters:
+        for name in rows.active_adapters:
+            ids = torch.tensor(rows.token_indices[name], device=scores.device)
+            scores = scores.index_copy_(1, ids, product(rows.trainable_tokens_delta[name]))
+    return scores.view(*states.shape[:-1], -1)
+
+
+def bare_layer(layer: Any) -> Any:
+    """The layer that adapters were put around."""
+    while (inner := getattr(layer, "base_layer", None) or getattr(layer, "original_module", None)) is not None:
+        layer = inner
+    return layer
+
+
+class _Float32Product(torch.autograd.Function):
+    """`states @ weight.T` of numbers in half precision, summed and kept in float32; gradients are in theirs."""
+
+    @staticmethod
+    def forward(ctx: Any, states: Tensor, weight: Tensor) -> Tensor:
+        ctx.save_for_backward(states, weight)
+        with torch.autocast(states.device.type, enabled=False):
+            if states.is_cuda and torch.__version__ >= "2.8":
+                return torch.mm(states, weight.T, out_dtype=torch.float32)
+            return states.float() @ weight.float().T
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, Tensor | None]:
+        states, weight = ctx.saved_tensors
+        rounded = gradients[0].to(weight.dtype)
+        of_states, of_weight = ctx.needs_input_grad
+        return rounded @ weight if of_states else None, rounded.T @ states if of_weight else None

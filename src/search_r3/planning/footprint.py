@@ -11,7 +11,7 @@ import math
 from dataclasses import dataclass
 from typing import Literal
 
-from ..config import Recipe
+from ..config import GRPOSettings, Recipe, SFTSettings
 from ..errors import ConfigError
 from . import memory
 from .memory import FULL, HALF, Pass, Precision, Strategy
@@ -59,6 +59,12 @@ class Lengths:
             longest_reasoning=min(max(self.longest_reasoning, self.reasoning), budget),
             template=self.template,
         )
+
+
+def _in_a_pass(settings: SFTSettings | GRPOSettings, sequences: int, length: int) -> int:
+    """Of so many sequences, all of `length` tokens, those that a pass holds."""
+    limits = [settings.micro_batch_size, settings.micro_batch_tokens and max(1, settings.micro_batch_tokens // length)]
+    return min(sequences, *(limit for limit in limits if limit is not None))
 
 
 @dataclass(frozen=True)
@@ -199,20 +205,21 @@ class Job:
         return self._sft_training() if self.stage == "sft" else self._grpo_training()
 
     def _sft_training(self) -> dict[str, int]:
-        lengths, size = self.lengths, self.recipe.sft.micro_batch_size
+        lengths, settings = self.lengths, self.recipe.sft
         prompt = lengths.template + lengths.longest_query
         reasoned, document = prompt + lengths.longest_reasoning, lengths.template + lengths.longest_document
         rows, columns = 2 * self.recipe.sft.batch_size, self.batch_documents
         similarities = FULL * self.shape.hidden * 3 * (rows + columns)
-        if size is None:
+        if not settings.cached:
             queries = self.own_queries
             passes = [Pass(queries, prompt + DIRECT_REPLY), Pass(queries, reasoned), Pass(self.own_documents, document)]
             parts = self._pass(passes, queries * (lengths.longest_reasoning + DIRECT_REPLY), queries * prompt)
             return parts | {"contrastive": similarities + 6 * FULL * rows * columns}
-        queries = min(size, 2 * self.own_queries)
+        queries = _in_a_pass(settings, 2 * self.own_queries, reasoned)
+        documents = _in_a_pass(settings, self.own_documents, document)
         candidates = [
             self._pass([Pass(queries, reasoned)], queries * lengths.longest_reasoning, queries * prompt),
-            self._pass([Pass(min(size, self.own_documents), document)], 0, 0),
+            self._pass([Pass(documents, document)], 0, 0),
         ]
         largest = max(candidates, key=lambda parts: sum(parts.values()))
         return largest | {"contrastive": similarities + 6 * FULL * min(rows, 256) * columns}
@@ -220,24 +227,21 @@ class Job:
     def _pass(self, passes: list[Pass], replies: int, prompts: int) -> dict[str, int]:
         """Parts of a stage-1 pass: `replies` and `prompts` are positions with logits."""
         prompts = prompts if self.has_reference else 0
-        logits = memory.logits_memory(self.shape.vocabulary, replies, prompts, joined=len(passes) > 1)
-        # What the forward pass gave lives until the backward pass has ended.
-        return self._activations(passes, logits, FULL * self.shape.vocabulary * (replies + 2 * prompts))
+        return self._activations(passes, memory.logits_memory(self.shape.vocabulary, replies, prompts))
 
-    def _activations(self, passes: list[Pass], logits: int, resident: int) -> dict[str, int]:
+    def _activations(self, passes: list[Pass], logits: int) -> dict[str, int]:
         """Activations of passes that are held together, at the peak: either the losses or a block's backward pass.
 
         Args:
             passes: of the step's graph.
-            logits: bytes of logits while the losses are computed.
-            resident: of these, during the backward pass through the blocks.
+            logits: bytes of logits while the losses are computed; none are left when their gradients are.
         """
         shape, precision, lora = self.shape, self.precision, self.recipe.lora
         checkpointing = self.recipe.gradient_checkpointing
         kept = sum(memory.kept_activations(shape, size, precision, lora, checkpointing) for size in passes)
         work = max(memory.backward_work(shape, size, precision, lora, checkpointing) for size in passes)
         casts = memory.cast_weights(shape, precision, lora, checkpointing)
-        moments = [{"logits": logits}, {"logits": resident, "block": work}]
+        moments = [{"logits": logits}, {"block": work}]
         if checkpointing:
             moments.append({"casts": casts})  # they end with the forward pass
         largest = max(moments, key=lambda parts: sum(parts.values()))
@@ -245,12 +249,12 @@ class Job:
 
     def _grpo_training(self) -> dict[str, int]:
         settings, lengths = self.recipe.grpo, self.lengths
-        rollouts = min(settings.micro_batch_size, self.own_rollouts)
         length = lengths.template + lengths.longest_query + lengths.longest_reasoning
+        rollouts = _in_a_pass(settings, self.own_rollouts, length)
         logits = memory.rollout_logits_memory(
             self.shape.vocabulary, rollouts * lengths.longest_reasoning, self.has_reference
         )
-        parts = self._activations([Pass(rollouts, length)], logits, 0)
+        parts = self._activations([Pass(rollouts, length)], logits)
         if settings.pathwise:
             documents = min(self.documents, rollouts * (settings.embedding_depth + 1))
             parts["nearest documents"] = FULL * documents * (self.shape.hidden + 4 * rollouts)

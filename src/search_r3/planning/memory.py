@@ -25,6 +25,8 @@ ZERO_BUCKET = 500_000_000
 """Numbers in a bucket of DeepSpeed's reductions (its default `reduce_bucket_size`)."""
 ZERO_LIVE = 1_000_000_000
 """Weights that ZeRO-3 keeps whole at most (its default `stage3_max_live_parameters`)."""
+LOGITS_AT_A_TIME = 2**25
+"""Logits, positions times vocabulary, that a loss holds at once (`training/policy.py`)."""
 PREFILL_TOKENS = 4096
 """Tokens of prompts that the decoder computes together (`model/engine/decoding.py`)."""
 
@@ -149,24 +151,30 @@ def backward_work(shape: ModelShape, size: Pass, precision: Precision, lora: LoR
     return work + (block_activations(shape, size, precision, lora) if checkpointing else 0)
 
 
-def logits_memory(vocabulary: int, replies: int, prompts: int, joined: bool) -> int:
+def logits_memory(vocabulary: int, replies: int, prompts: int) -> int:
     """Bytes of stage 1's logits and what the losses on them make, at their peak; all in float32.
 
-    Cross-entropy on `replies` positions: the logits, their concatenation where two passes are `joined`,
-    log-probabilities (and a gradient). The KL on `prompts` positions: both models' logits and log-probabilities, the
-    base's probabilities, the difference and the product.
+    Log-probabilities of `replies` tokens keep one number per position and vocabulary row, and have three in the
+    backward pass. The KL on `prompts` positions: both models' logits and log-probabilities, the base's probabilities,
+    the difference and the product. What is more than a chunk is computed a chunk at a time, and again in the backward
+    pass, and keeps nothing.
     """
-    own = 3 if joined else 2
-    return FULL * vocabulary * (own * replies + 7 * prompts if prompts else (own + 1) * replies)
+    kept = replies if replies <= chunk_positions(vocabulary) else 0
+    own, of_kl = (min(positions, chunk_positions(vocabulary)) for positions in (replies, prompts))
+    return FULL * vocabulary * max(3 * own, kept + 7 * of_kl)
+
+
+def chunk_positions(vocabulary: int) -> int:
+    """Positions whose logits are held at once."""
+    return max(1, LOGITS_AT_A_TIME // vocabulary)
 
 
 def rollout_logits_memory(vocabulary: int, positions: int, reference: bool) -> int:
-    """Bytes of stage 2's logits at their peak, in float32.
+    """Bytes of stage 2's logits at their peak, in float32, as in stage 1.
 
-    The logits, those divided by the temperature and the log-probabilities; later two gradients take the place of the
-    first two. With a reference: the logits and log-probabilities of the policy, and all three of the reference.
+    With a reference its logits, those divided by the temperature and its log-probabilities stand beside the policy's.
     """
-    return FULL * vocabulary * positions * (5 if reference else 3)
+    return FULL * vocabulary * min(positions, chunk_positions(vocabulary)) * (4 if reference else 3)
 
 
 def cache_memory(shape: ModelShape, slots: int, prompt: int, new_tokens: int, bytes_each: int) -> int:

@@ -221,7 +221,7 @@ class Work:
         passes = 2 if recipe.lora.rank else 3  # a frozen weight has no gradient of its own to compute
         passes += recipe.gradient_checkpointing
         if self.job.stage == "sft":
-            queries, passes = recipe.sft.batch_size, passes + (recipe.sft.micro_batch_size is not None)
+            queries, passes = recipe.sft.batch_size, passes + recipe.sft.cached
             return {
                 "direct": (queries * prompt, prompt, passes),
                 "reasoned": (queries * reply, reply, passes),

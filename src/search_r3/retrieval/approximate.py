@@ -21,13 +21,16 @@ from ..errors import VectorIndexError
 from ..extras import extra
 from ..types import Array, Rows
 from . import storage
-from .index import ExactIndex, VectorIndex
+from .index import ExactIndex
+from .protocol import VectorIndex
 from .selection import count_ahead, groups_alike
 
 GraphDType = Literal["f32", "f16", "bf16", "i8"]
 
 SPARE = 16
 """Candidates beyond `K` at least: the graph compares rounded vectors, so the order at its edge is not the true one."""
+STRAYED = 0.01
+"""A document is put into the graph anew when `1 - cos` between its vector and the graph's is above this."""
 ALIKE = 1e-6
 """Scores of unit vectors closer than this are equal to an audit: documents of one text stand in for each other."""
 
@@ -106,7 +109,8 @@ class ApproximateIndex(VectorIndex):
             return self.store.search_rows(queries, k)
         queries = self.store.check_queries(queries)
         candidates = self._propose(queries, count)  # Q x C
-        scores = self.store.candidate_scores(queries, np.maximum(candidates, 0))
+        scores = np.array(self.store.scores_at(queries, list(np.maximum(candidates, 0))), np.float32)
+        scores = scores.reshape(candidates.shape)
         scores[candidates < 0] = -np.inf
         order = np.lexsort((candidates, -scores), axis=1)[:, :k]
         rows, scores = np.take_along_axis(candidates, order, 1), np.take_along_axis(scores, order, 1)
@@ -115,42 +119,67 @@ class ApproximateIndex(VectorIndex):
             rows[gaps], scores[gaps] = self.store.search_rows(queries[gaps], k)
         return rows, scores
 
-    def ranks(
-        self, queries: Array, rows: Sequence[Sequence[int]], left_out: Sequence[Rows] | None = None
+    @property
+    def counts_to(self) -> int:
+        """`rank_depth`."""
+        return self.settings.rank_depth
+
+    def count_ahead(
+        self, queries: Array, rows: Sequence[Rows], scores: Sequence[Array], left_out: Sequence[Rows]
     ) -> list[list[int]]:
-        """The rank (from 1) of chosen rows among the first `rank_depth` that the graph proposes, but for `left_out`.
+        """How many of the first `rank_depth` that the graph proposes rank ahead of each target, but for `left_out`.
 
-        A document behind all of them gets `rank_depth + 1`: it ranks there or further down. Where the graph proposes
-        too few, that query is ranked exactly.
-
-        Raises:
-            VectorIndexError: wrong shape, values that are not finite, or not one list of rows for each query.
+        A document behind all of them counts `rank_depth`: it ranks there or further down. Where the graph proposes
+        too few, that query is counted exactly.
         """
-        depth, left_out = self.settings.rank_depth, left_out or [np.empty(0, np.int64)] * len(rows)
-        depths = [depth + len(line) for line in left_out]
+        return self._count(queries, rows, scores, left_out)[0]
+
+    def search_and_count(
+        self, queries: Array, k: int, rows: Sequence[Rows], scores: Sequence[Array], left_out: Sequence[Rows]
+    ) -> tuple[Rows, Array, list[list[int]]]:
+        """Both, from one search of the graph; none of those that are left out is among the `k` best."""
+        counts, near = self._count(queries, rows, scores, left_out)
+        width = min((len(line) for line, _ in near.values()), default=0)
+        if len(near) < len(rows) or width < k:
+            return *self.search_rows(queries, k), counts
+        best = np.empty((len(rows), k), np.int64), np.empty((len(rows), k), np.float32)
+        for i, (line, own) in near.items():
+            order = np.lexsort((line, -own))[:k]
+            best[0][i], best[1][i] = line[order], own[order]
+        return *best, counts
+
+    def _count(
+        self, queries: Array, rows: Sequence[Rows], scores: Sequence[Array], left_out: Sequence[Rows]
+    ) -> tuple[list[list[int]], dict[int, tuple[Rows, Array]]]:
+        """The counts, and where the graph gave them, the documents (and their scores) among which was counted."""
+        depth, depths = self.settings.rank_depth, [self.settings.rank_depth + len(line) for line in left_out]
         shallow = {i: len(left_out[i]) for i, deep in enumerate(depths) if deep < len(self)}
-        if not shallow or len(rows) != len(queries):
-            return self.store.ranks(queries, rows, left_out)
+        if not shallow:
+            return self.store.count_ahead(queries, rows, scores, left_out), {}
         queries = self.store.check_queries(queries)
-        result: list[list[int]] = [[] for _ in rows]
+        rivals: dict[int, Rows] = {}
         for group in groups_alike(shallow):
             proposals = self._propose(queries[group], max(depths[i] for i in group))
             for i, candidates in zip(group, proposals, strict=True):
-                if candidates[depths[i] - 1] < 0:
-                    continue
-                targets = np.array(rows[i], dtype=np.int64)
-                rivals = np.union1d(np.setdiff1d(candidates[: depths[i]], left_out[i]), targets)
-                scores, rival_scores = self.scores_at(targets, queries[i]), self.scores_at(rivals, queries[i])
-                result[i] = [min(count, depth) + 1 for count in count_ahead(targets, scores, rivals, rival_scores)]
-        rest = [i for i, line in enumerate(result) if len(line) != len(rows[i])]
-        exact = self.store.ranks(queries[rest], [rows[i] for i in rest], [left_out[i] for i in rest])
-        for i, line in zip(rest, exact, strict=True):
-            result[i] = line
-        return result
+                if candidates[depths[i] - 1] >= 0:
+                    # The targets are rivals of each other, whether the graph proposes them or not.
+                    held = rows[i][rows[i] < len(self)]
+                    rivals[i] = np.setdiff1d(np.union1d(candidates[: depths[i]], held), left_out[i])
+        result: dict[int, list[int]] = {}
+        found = self.store.scores_at(queries[list(rivals)], list(rivals.values()))
+        near = {i: (line, own) for (i, line), own in zip(rivals.items(), found, strict=True)}
+        for i, (line, own) in near.items():
+            result[i] = [min(count, depth) for count in count_ahead(rows[i], scores[i], line, own)]
+        rest = [i for i in range(len(rows)) if i not in rivals]
+        exact = self.store.count_ahead(
+            queries[rest], [rows[i] for i in rest], [scores[i] for i in rest], [left_out[i] for i in rest]
+        )
+        result |= dict(zip(rest, exact, strict=True))
+        return [result[i] for i in range(len(rows))], near
 
-    def scores_at(self, rows: Rows, query: Array) -> Array:
-        """The scores of these rows for one query, `len(rows)`; equal vectors have equal ones."""
-        return self.store.scores_at(rows, query)
+    def scores_at(self, queries: Array, rows: Sequence[Rows]) -> list[Array]:
+        """The scores of chosen rows for each query; equal vectors have equal ones."""
+        return self.store.scores_at(queries, rows)
 
     def vectors_at(self, rows: Sequence[int] | Rows) -> Array:
         """The vectors held in these rows, `len(rows) x D`."""
@@ -159,7 +188,8 @@ class ApproximateIndex(VectorIndex):
     def update(self, rows: Rows, vectors: Array, version: int | None = None) -> None:
         """Replace the vectors in these rows, each once, `len(rows) x D`; without a version they stay as old as before.
 
-        Where more than half of all documents change, the graph is built anew, which is faster and better.
+        The graph takes up anew what has moved by more than `STRAYED` from where it has it: it only proposes. Where more
+        than half of all documents change, it is built anew, which is faster and better.
 
         Raises:
             VectorIndexError: wrong shape or values that are not finite; nothing is changed.
@@ -170,9 +200,10 @@ class ApproximateIndex(VectorIndex):
         if 2 * len(rows) > len(self):
             self.rebuild()
         elif len(rows):
-            rows = np.sort(rows)
-            self._graph.remove(rows.astype(np.uint64), threads=torch.get_num_threads())
-            self._add(rows)
+            rows = self._strayed(np.sort(rows))
+            if len(rows):
+                self._graph.remove(rows.astype(np.uint64), threads=torch.get_num_threads())
+                self._add(rows)
         self._updates += 1
         if self.audit_every and self._updates % self.audit_every == 0:
             self.maintain()
@@ -295,6 +326,14 @@ class ApproximateIndex(VectorIndex):
         self._graph, self._mapped = self._empty_graph(), None
         for start in range(0, len(self), self.store.block):
             self._add(np.arange(start, min(start + self.store.block, len(self))))
+
+    def _strayed(self, rows: Rows) -> Rows:
+        """Those of these rows whose vectors are no longer where the graph has them."""
+        there = np.stack(self._graph.get(rows.astype(np.uint64), "f32"))
+        here = self.vectors_at(rows)
+        lengths = np.linalg.norm(there, axis=1) * np.linalg.norm(here, axis=1)
+        strayed: Rows = rows[(there * here).sum(axis=1) < (1 - STRAYED) * lengths]
+        return strayed
 
     def _add(self, rows: Rows) -> None:
         self._graph.add(rows.astype(np.uint64), self.store.vectors_at(rows), threads=torch.get_num_threads())

@@ -1,4 +1,4 @@
-"""Vector indexes behind one protocol; the exact index is the truth.
+"""The exact index: the truth that every other one is held against.
 
 Higher scores rank first and equal scores by doc_id, the larger string first, as everywhere (`metrics`). The rows of an
 index stand in descending order of doc_id, so among equal scores the lower row wins.
@@ -8,12 +8,10 @@ Shapes: `Q` queries, `N` documents, `D` vector size, `K` results.
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import numpy as np
 import torch
@@ -21,82 +19,21 @@ from numpy.typing import NDArray
 
 from ..errors import VectorIndexError
 from ..model.documents import unusable_rows
-from ..model.modes.gate import TOP
 from ..types import Array, Rows
 from . import storage
 from .parts import Parts
-from .selection import Best, Blocks, count_ahead, count_better
+from .protocol import VectorIndex
+from .selection import NOISE, Ahead, Best, Blocks, Rounding, count_ahead
 
-DType = Literal["float32", "float16"]
+DType = Literal["float32", "float16", "bfloat16"]
 
-_DTYPES: dict[str, torch.dtype] = {"float32": torch.float32, "float16": torch.float16}
-
-
-@dataclass(frozen=True)
-class SearchResult:
-    """The best documents of every query: `doc_ids` `Q x K` (lists), `scores` `Q x K` (float32)."""
-
-    doc_ids: list[list[str]]
-    scores: Array
-
-
-class VectorIndex(ABC):
-    """What ranks and refresh policies ask of an index.
-
-    Attributes:
-        doc_ids: the document of each row, in descending order.
-        rows: the row of each document.
-        encoded_at_version: the policy version that encoded each row, `N`.
-    """
-
-    doc_ids: Sequence[str]
-    rows: Mapping[str, int]
-    encoded_at_version: NDArray[np.int64]
-
-    def __len__(self) -> int:
-        return len(self.doc_ids)
-
-    def row(self, doc_id: str) -> int:
-        """The row of a document.
-
-        Raises:
-            VectorIndexError: the index does not hold it.
-        """
-        try:
-            return self.rows[doc_id]
-        except KeyError:
-            raise VectorIndexError(f"document {doc_id!r} is not in the index of {len(self)} documents") from None
-
-    def rows_of(self, doc_ids: Sequence[str]) -> Rows:
-        """The row of each document, as `row`."""
-        return np.array([self.row(doc_id) for doc_id in doc_ids], dtype=np.int64)
-
-    def search(self, queries: Array, k: int) -> SearchResult:
-        """`search_rows` with doc_ids instead of rows."""
-        rows, scores = self.search_rows(queries, k)
-        return SearchResult([[self.doc_ids[row] for row in line] for line in rows.tolist()], scores)
-
-    def top_scores(self, queries: Array) -> Array:
-        """The scores of the best documents, `Q x 10` (all where there are fewer), best first: what a gate reads."""
-        return self.search_rows(queries, TOP)[1]
-
-    @abstractmethod
-    def search_rows(self, queries: Array, k: int) -> tuple[Rows, Array]:
-        """Rows and scores, both `Q x K`, of the `k` best documents of each query (all where there are fewer)."""
-
-    @abstractmethod
-    def ranks(
-        self, queries: Array, rows: Sequence[Sequence[int]], left_out: Sequence[Rows] | None = None
-    ) -> list[list[int]]:
-        """The rank (from 1) of chosen rows for each query, among all but those that are left out for it."""
-
-    @abstractmethod
-    def scores_at(self, rows: Rows, query: Array) -> Array:
-        """The scores of these rows for one query, `len(rows)`; equal vectors have equal ones."""
-
-    @abstractmethod
-    def vectors_at(self, rows: Sequence[int] | Rows) -> Array:
-        """The vectors held in these rows, `len(rows) x D`, as float32."""
+_DTYPES: dict[str, torch.dtype] = {
+    "float32": torch.float32,
+    "float16": torch.float16,
+    "bfloat16": torch.bfloat16,
+}
+LONGEST = 1.01
+"""The length of a unit vector that was rounded, at most."""
 
 
 class ExactIndex(VectorIndex):
@@ -139,10 +76,21 @@ class ExactIndex(VectorIndex):
         for start in range(0, len(order), self.block):
             self._tensor[start : start + self.block] = _tensor_of(vectors[order[start : start + self.block]])
 
+    @classmethod
+    def reserve(
+        cls, doc_ids: Sequence[str], dimension: int, *, dtype: DType = "float32", device: str | torch.device = "cpu"
+    ) -> ExactIndex:
+        """An index of zeros for `update` to fill block by block; `doc_ids` in descending order."""
+        index = cls.__new__(cls)
+        index._tensor = torch.zeros((len(doc_ids), dimension), dtype=_DTYPES[dtype], device=device)
+        index._label(doc_ids, np.zeros(len(doc_ids), dtype=np.int64))
+        return index
+
     @property
     def dtype(self) -> DType:
         """How vectors are stored."""
-        return "float16" if self._tensor.dtype == torch.float16 else "float32"
+        name: DType = next(name for name in get_args(DType) if _DTYPES[name] == self._tensor.dtype)
+        return name
 
     @property
     def dimension(self) -> int:
@@ -170,63 +118,79 @@ class ExactIndex(VectorIndex):
         """
         if k < 1:
             raise VectorIndexError(f"a search returns at least 1 document; k was {k}")
-        vectors, k = self._queries(queries), min(k, len(self))
-        rows, scores = np.empty((len(vectors), k), dtype=np.int64), np.empty((len(vectors), k), dtype=np.float32)
-        for start in range(0, len(vectors), self.query_block):
-            part = slice(start, start + self.query_block)
-            best = Best(vectors[part])
-            for first, products in self._products(vectors[part]):
-                best.add(first, products, k)
-            rows[part], scores[part] = best.rows.cpu().numpy(), best.scores.cpu().numpy()
+        none: list[Rows] = [np.empty(0, np.int64)] * len(queries)
+        rows, scores, _ = self._scan(queries, k, none, [])
         return rows, scores
 
-    def ranks(
-        self, queries: Array, rows: Sequence[Sequence[int]], left_out: Sequence[Rows] | None = None
+    def count_ahead(
+        self, queries: Array, rows: Sequence[Rows], scores: Sequence[Array], left_out: Sequence[Rows]
     ) -> list[list[int]]:
-        """The rank (from 1) of chosen rows for each query, without sorting all scores.
+        """How many documents rank ahead of each target, but for those that are left out."""
+        return self.search_and_count(queries, 0, rows, scores, left_out)[2]
 
-        Args:
-            queries: `Q x D`.
-            rows: the documents asked for, for each query.
-            left_out: the documents that are not ranked, for each query; none of them is asked for.
+    def search_and_count(
+        self, queries: Array, k: int, rows: Sequence[Rows], scores: Sequence[Array], left_out: Sequence[Rows]
+    ) -> tuple[Rows, Array, list[list[int]]]:
+        """`search_rows` and `count_ahead` in one pass over the documents."""
+        best, best_scores, counts = self._scan(queries, k, rows, scores)
+        limited = [i for i, rivals in enumerate(left_out) if len(rivals) and len(rows[i])]
+        for i, own in zip(limited, self.scores_at(queries[limited], [left_out[i] for i in limited]), strict=True):
+            less = count_ahead(rows[i], scores[i], left_out[i], own)
+            counts[i] = [count - some for count, some in zip(counts[i], less, strict=True)]
+        return best, best_scores, counts
 
-        Raises:
-            VectorIndexError: wrong shape, values that are not finite, or not one list of rows for each query.
-        """
-        if len(rows) != len(queries):
-            raise VectorIndexError(f"{len(queries)} queries need {len(queries)} lists of rows, found {len(rows)}")
-        vectors = self._queries(queries)
-        result: list[list[int]] = [[] for _ in rows]
+    def _scan(
+        self, queries: Array, k: int, targets: Sequence[Rows], target_scores: Sequence[Array]
+    ) -> tuple[Rows, Array, list[list[int]]]:
+        """The `k` best documents of each query (none, where it is 0), and how many rank ahead of each target."""
+        vectors, k = self._queries(queries), min(k, len(self))
+        rows, scores = np.empty((len(vectors), k), dtype=np.int64), np.empty((len(vectors), k), dtype=np.float32)
+        counts: list[list[int]] = [[] for _ in targets]
         # The longest lists stand together, so that they alone pay for their length.
-        order = sorted(range(len(rows)), key=lambda query: len(rows[query]), reverse=True)
+        order = sorted(range(len(targets)), key=lambda query: len(targets[query]), reverse=True)
+        if not any(map(len, targets)):
+            target_scores = [np.empty(0, np.float32)] * len(vectors)
+            if not k:
+                return rows, scores, counts
         for start in range(0, len(order), self.query_block):
             part = order[start : start + self.query_block]
-            block, lists = vectors[part], [rows[i] for i in part]
-            better = count_better(self._products(block), partial(self._pair_scores, block), lists, block.device)
-            for i, counts in zip(part, better, strict=True):
-                result[i] = [count + 1 for count in counts]
-        for i, rivals in enumerate(left_out or ()):
-            if len(rivals) and result[i]:
-                targets = np.array(rows[i], dtype=np.int64)
-                scores, rival_scores = self.scores_at(targets, queries[i]), self.scores_at(rivals, queries[i])
-                ahead = count_ahead(targets, scores, rivals, rival_scores)
-                result[i] = [rank - count for rank, count in zip(result[i], ahead, strict=True)]
-        return result
+            block = vectors[part]
+            rounding = self._rounding(block)
+            best = Best(block, rounding)
+            lists, bars = [targets[i].tolist() for i in part], [target_scores[i].tolist() for i in part]
+            ahead = Ahead(partial(self._pair_scores, block), lists, bars, block.device, rounding)
+            for first, products in self._products(block) if rounding is None else self._rounded_products(block):
+                if k:
+                    best.add(first, products, k)
+                ahead.add(first, products)
+            if k:
+                rows[part], scores[part] = best.rows.cpu().numpy(), best.scores.cpu().numpy()
+            for i, own in zip(part, ahead.lists(), strict=True):
+                counts[i] = own
+        return rows, scores, counts
 
-    def scores_at(self, rows: Rows, query: Array) -> Array:
-        """The scores of these rows for one query, `len(rows)`; equal vectors have equal ones.
+    def scores_at(self, queries: Array, rows: Sequence[Rows]) -> list[Array]:
+        """The scores of chosen rows for each query, `Q` lists; equal vectors have equal ones.
 
         Those of a matrix product may differ in the last bit: it sums the edges of a block in another order.
         """
-        scores: Array = self.candidate_scores(query[None], rows[None])[0]
-        return scores
+        if not len(rows):
+            return []
+        sizes = [len(line) for line in rows]
+        if sum(sizes) > 64 * len(sizes):  # then a query's own product spares copies of the query
+            vectors = self._queries(queries)
+            return [self._row_scores(query, line).cpu().numpy() for query, line in zip(vectors, rows, strict=True)]
+        places = torch.from_numpy(np.concatenate(rows)).to(self._tensor.device)
+        owners = torch.arange(len(rows)).repeat_interleave(torch.tensor(sizes)).to(places.device)
+        scores = self._pair_scores(self._queries(queries), places, owners).cpu().numpy()
+        return np.split(scores, np.cumsum(sizes)[:-1])
 
-    def candidate_scores(self, queries: Array, rows: Rows) -> Array:
-        """The same for the rows `Q x C` of queries `Q x D`."""
-        vectors, places = self._queries(queries), torch.tensor(rows, dtype=torch.long).to(self._tensor.device)
-        owners = torch.arange(len(places), device=places.device).repeat_interleave(places.shape[1])
-        scores: Array = self._pair_scores(vectors, places.flatten(), owners).view(places.shape).cpu().numpy()
-        return scores
+    def _row_scores(self, query: torch.Tensor, rows: Rows) -> torch.Tensor:
+        """`_pair_scores` of one query."""
+        places = torch.from_numpy(rows).to(query.device)
+        parts = (places[start : start + self.block] for start in range(0, len(places), self.block))
+        scores = [(self._tensor[part].to(query) * query).sum(1) for part in parts]
+        return torch.cat(scores) if scores else query.new_empty(0)
 
     def _pair_scores(self, queries: torch.Tensor, rows: torch.Tensor, query: torch.Tensor) -> torch.Tensor:
         """The scores of pairs of a row and a query, each summed by itself."""
@@ -298,7 +262,8 @@ class ExactIndex(VectorIndex):
     def writers(self) -> dict[str, storage.FileWriter]:
         """What writes each data file of a saved index."""
         labels = storage.label_writers(self.doc_ids, self.encoded_at_version)
-        return {"vectors.npy": storage.write_array(self._tensor, self.block), **labels}
+        bits = self._tensor[:].view(torch.int16) if self.dtype in storage.FILE_DTYPES else self._tensor
+        return {"vectors.npy": storage.write_array(bits, self.block), **labels}
 
     def facts(self) -> dict[str, Any]:
         """What the manifest of a saved index says about it."""
@@ -326,10 +291,32 @@ class ExactIndex(VectorIndex):
 
     def _check_values(self, vectors: Array) -> None:
         for start in range(0, len(vectors), self.block):
-            if len(unusable_rows(vectors[start : start + self.block], self.dtype)):
+            largest = "float16" if self.dtype == "float16" else "float32"  # bfloat16 reaches as far as float32
+            if len(unusable_rows(vectors[start : start + self.block], largest)):
                 raise VectorIndexError(
                     f"vectors hold NaN or infinity (or more than {self.dtype} can); the model that made them is broken"
                 )
+
+    def _rounding(self, queries: torch.Tensor) -> Rounding | None:
+        """Of products in bfloat16, where vectors are stored so and the processor multiplies them faster than float32.
+
+        What such a product cannot tell is taken from float32 sums, so that results are the same.
+        """
+        if self.dtype != "bfloat16" or not (self._tensor.device.type == "cuda" or _multiplies_bfloat16()):
+            return None
+
+        def products(start: int, columns: torch.Tensor) -> torch.Tensor:
+            return self._tensor[start : start + self.block].to(queries) @ queries[columns].T
+
+        error = (queries - queries.bfloat16()).norm(dim=1) * LONGEST + NOISE
+        # A GPU may add parts of a sum that are rounded already.
+        unit = torch.finfo(torch.bfloat16).eps / 2 * (4 if queries.is_cuda else 1)
+        return Rounding(partial(self._pair_scores, queries), products, error, unit)
+
+    def _rounded_products(self, queries: torch.Tensor) -> Blocks:
+        narrow = queries.bfloat16().T
+        for start in range(0, len(self), self.block):
+            yield start, torch.mm(self._tensor[start : start + self.block], narrow).float()
 
     def _products(self, queries: torch.Tensor) -> Blocks:
         """The first row and the scores (`rows x Q`) of each block; the next block overwrites the scores.
@@ -346,6 +333,11 @@ class ExactIndex(VectorIndex):
             if narrow:
                 block = wide[: len(block)].copy_(block)
             yield start, torch.mm(block, queries.T, out=scores[: len(block)])
+
+
+@cache
+def _multiplies_bfloat16() -> bool:
+    return bool(getattr(torch.cpu, "_is_avx512_bf16_supported", bool)())
 
 
 def descending(doc_ids: Sequence[str]) -> Rows:

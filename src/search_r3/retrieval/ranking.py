@@ -31,8 +31,8 @@ from ..data.collection import Collection
 from ..data.restrictions import IdenticalIds, Restrictions, restrictions
 from ..data.rows import bare_text
 from ..types import Array, Rows
-from .index import VectorIndex
 from .lexical import Scored
+from .protocol import VectorIndex
 from .selection import NOISE, count_ahead, groups_alike
 
 MARGIN = 32
@@ -83,22 +83,8 @@ def ranked_rows(
     index: VectorIndex, vectors: Array, limits: Sequence[RestrictedRows], depth: int
 ) -> list[tuple[Rows, Array]]:
     """The rows of each query `Q x D`, best first, at most `depth`, under its restrictions, and their scores."""
-    candidates = [limit.pool for limit in limits]
-    for group in groups_alike({i: len(limit.left_out) for i, limit in enumerate(limits) if limit.pool is None}):
-        deepest = depth + MARGIN + max(len(limits[i].left_out) for i in group)
-        nearest, products = index.search_rows(vectors[group], deepest)
-        for i, rows, scores in zip(group, nearest, products, strict=True):
-            last = min(depth + len(limits[i].left_out), len(rows)) - 1
-            tied = len(rows) < len(index) and scores[last] - scores[-1] < NOISE
-            candidates[i] = np.setdiff1d(np.arange(len(index)) if tied else rows, limits[i].left_out)
-    rankings = []
-    for rows, vector in zip(candidates, vectors, strict=True):
-        assert rows is not None
-        scores = index.scores_at(rows, vector)
-        # Rows stand in descending order of doc_id, so the lower row comes first among equals.
-        order = np.lexsort((rows, -scores))[:depth]
-        rankings.append((rows[order], scores[order]))
-    return rankings
+    none: list[Rows] = [np.empty(0, np.int64)] * len(limits)
+    return [(hits.rows, hits.row_scores) for hits in find(index, vectors, none, limits, depth)]
 
 
 @dataclass(frozen=True)
@@ -129,35 +115,107 @@ def _rows(index: VectorIndex, doc_ids: frozenset[str]) -> Rows:
     return np.array(sorted(index.rows[doc_id] for doc_id in doc_ids if doc_id in index.rows), dtype=np.int64)
 
 
+@dataclass(frozen=True)
+class Hits:
+    """Where one query finds documents that it is asked about, and what it finds first.
+
+    Attributes:
+        ranks: of the documents asked for (from 1), among those that can be ranked; of one that cannot, the rank behind
+            all documents of the index.
+        scores: of these.
+        rows: the best of the ranking.
+        row_scores: of these.
+    """
+
+    ranks: list[int]
+    scores: Array
+    rows: Rows
+    row_scores: Array
+
+
 def ranks(
     index: VectorIndex, vectors: Array, rows: Sequence[Sequence[int] | Rows], limits: Sequence[RestrictedRows]
 ) -> list[list[int]]:
-    """The rank (from 1) of chosen documents of each query, among those that its restrictions allow.
+    """The rank (from 1) of chosen documents of each query, as `Hits.ranks`.
 
     Args:
         index: what is ranked.
         vectors: of the queries, `Q x D`.
         rows: of the documents asked for, `Q` lists.
         limits: of each query.
-
-    Returns:
-        `Q` lists of ranks; a document that cannot be ranked has the one behind all documents of the index.
     """
-    numbers = [np.array(line, dtype=np.int64) for line in rows]
-    targets = [line[limit.allow(line)] for line, limit in zip(numbers, limits, strict=True)]
-    unpooled = [i for i, limit in enumerate(limits) if limit.pool is None]
-    whole = index.ranks(
-        vectors[unpooled], [targets[i].tolist() for i in unpooled], [limits[i].left_out for i in unpooled]
-    )
-    rank_lists = dict(zip(unpooled, whole, strict=True))
-    for i, limit in enumerate(limits):
-        if limit.pool is not None:
-            scores, pool_scores = index.scores_at(targets[i], vectors[i]), index.scores_at(limit.pool, vectors[i])
-            rank_lists[i] = [count + 1 for count in count_ahead(targets[i], scores, limit.pool, pool_scores)]
-    result = [np.full(len(line), len(index) + 1) for line in numbers]
-    for i, line in enumerate(result):
-        line[limits[i].allow(numbers[i])] = rank_lists[i]
-    return [line.tolist() for line in result]
+    return [hits.ranks for hits in find(index, vectors, rows, limits, 0)]
+
+
+def find(
+    index: VectorIndex,
+    vectors: Array,
+    rows: Sequence[Sequence[int] | Rows],
+    limits: Sequence[RestrictedRows],
+    depth: int,
+) -> list[Hits]:
+    """Ranks of chosen documents and the `depth` first of each ranking, in one search.
+
+    Args:
+        index: what is ranked.
+        vectors: of the queries, `Q x D`.
+        rows: of the documents asked for, `Q` lists.
+        limits: of each query.
+        depth: may be 0.
+    """
+    asked = [np.array(line, dtype=np.int64) for line in rows]
+    scores = index.scores_at(vectors, asked)
+    allowed = [limit.allow(line) for line, limit in zip(asked, limits, strict=True)]
+    targets = [line[ok] for line, ok in zip(asked, allowed, strict=True)]
+    bars = [line[ok] for line, ok in zip(scores, allowed, strict=True)]
+    candidates, ahead = search_allowed(index, vectors, targets, bars, limits, depth)
+    result = []
+    for place, (near, near_scores) in enumerate(zip(candidates, index.scores_at(vectors, candidates), strict=True)):
+        pool = limits[place].pool
+        counts = ahead[place] if pool is None else count_ahead(targets[place], bars[place], pool, near_scores)
+        own = np.full(len(asked[place]), len(index) + 1)
+        own[allowed[place]] = np.array(counts, np.int64) + 1
+        # Rows stand in descending order of doc_id, so the lower row comes first among equals.
+        order = np.lexsort((near, -near_scores))[:depth]
+        result.append(Hits(own.tolist(), scores[place], near[order], near_scores[order]))
+    return result
+
+
+def search_allowed(
+    index: VectorIndex,
+    vectors: Array,
+    targets: Sequence[Rows],
+    bars: Sequence[Array],
+    limits: Sequence[RestrictedRows],
+    depth: int,
+) -> tuple[list[Rows], list[list[int]]]:
+    """Rows among which the first `depth` of each ranking are (pools whole), and where there is no pool, the counts.
+
+    Args:
+        index: what is ranked.
+        vectors: of the queries, `Q x D`.
+        targets: the rows of documents that can be ranked, as `VectorIndex.count_ahead` takes them.
+        bars: their scores.
+        limits: of each query.
+        depth: may be 0.
+    """
+    candidates = [np.empty(0, np.int64) if limit.pool is None else limit.pool for limit in limits]
+    ahead: list[list[int]] = [[] for _ in limits]
+    for group in groups_alike({i: len(limit.left_out) for i, limit in enumerate(limits) if limit.pool is None}):
+        left_out = [limits[i].left_out for i in group]
+        asked, asked_scores = [targets[i] for i in group], [bars[i] for i in group]
+        if not depth:
+            for i, counts in zip(group, index.count_ahead(vectors[group], asked, asked_scores, left_out), strict=True):
+                ahead[i] = counts
+            continue
+        deepest = depth + MARGIN + max(map(len, left_out))
+        nearest, products, group_counts = index.search_and_count(vectors[group], deepest, asked, asked_scores, left_out)
+        for i, rows, scores, counts in zip(group, nearest, products, group_counts, strict=True):
+            last = min(depth + len(limits[i].left_out), len(rows)) - 1
+            tied = len(rows) < len(index) and scores[last] - scores[-1] < NOISE
+            candidates[i] = np.setdiff1d(np.arange(len(index)) if tied else rows, limits[i].left_out)
+            ahead[i] = counts
+    return candidates, ahead
 
 
 def without(scored: Scored, request: Restrictions, depth: int) -> Scored:

@@ -8,6 +8,7 @@ Shapes: `Q` queries.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 
 import torch
 
@@ -17,31 +18,67 @@ Blocks = Iterable[tuple[int, torch.Tensor]]
 """First row and scores (`rows x Q`) of each block."""
 PairScores = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 """Rows and queries (their numbers), pair by pair -> scores."""
+DENSE = 128
+"""Where a block holds more documents than this near a target, float32 products of all cost less than one by one."""
 NOISE = 1e-5
 """By so much the scores of unit vectors in a matrix product may be wrong, and order equal vectors wrongly."""
 
 
-class Best:
-    """The best documents of each query among the blocks seen so far, kept in rank order."""
+@dataclass(frozen=True)
+class Rounding:
+    """How far the scores of rounded products may be from those of pairs, of queries `Q`.
 
-    def __init__(self, queries: torch.Tensor) -> None:
+    Attributes:
+        pair_scores: the score of each pair of a row and a query.
+        products: given the first row of a block and some queries, their float32 scores (`rows x len(queries)`).
+        error: of every score, by the rounding of each query, `Q`.
+        unit: the largest relative error of a score, by its own rounding.
+    """
+
+    pair_scores: PairScores
+    products: Callable[[int, torch.Tensor], torch.Tensor]
+    error: torch.Tensor
+    unit: float
+
+    def around(self, level: torch.Tensor) -> torch.Tensor:
+        """How far from a level (one for each of the first queries) the scores may be mistaken about it."""
+        error = self.error[: len(level)]
+        return error + self.unit * (level.abs().nan_to_num(posinf=1.0) + error)
+
+
+class Best:
+    """The best documents of each query among the blocks seen so far, kept in rank order.
+
+    Args:
+        queries: `Q x D`.
+        rounding: of the scores of blocks; by default they are taken as they are.
+    """
+
+    def __init__(self, queries: torch.Tensor, rounding: Rounding | None = None) -> None:
         self.scores = queries.new_empty((len(queries), 0))  # Q x K, or fewer at first
         self.rows = torch.empty((len(queries), 0), dtype=torch.long, device=queries.device)
         self.floor = queries.new_full((len(queries),), -torch.inf)
-        self.queries = torch.arange(len(queries), device=queries.device)
+        self.queries, self.rounding = torch.arange(len(queries), device=queries.device), rounding
 
     def add(self, start: int, scores: torch.Tensor, k: int) -> None:
         """Take in the scores (`rows x Q`) of the block that begins at row `start`, behind all blocks so far."""
         # An equal score in a later row ranks behind, so a newcomer has to beat the last one of k.
-        newcomers = scores > self.floor
+        newcomers = scores > (self.floor if self.rounding is None else self.floor - self.rounding.around(self.floor))
         if newcomers.count_nonzero() > 4 * k * len(self.queries):
-            newcomers &= scores >= scores.topk(min(k, len(scores)), dim=0).values[-1]
+            last = scores.topk(min(k, len(scores)), dim=0).values[-1]
+            newcomers &= scores >= (last if self.rounding is None else last - 2 * self.rounding.around(last))
         row, query = newcomers.nonzero(as_tuple=True)
         if not len(row):
             return
+        if self.rounding is None:
+            values = scores[row, query]
+        else:
+            values = self.rounding.pair_scores(row + start, query)
+            enough = values > self.floor[query]
+            row, query, values = row[enough], query[enough], values[enough]
         every_query = torch.cat([self.queries.repeat_interleave(self.rows.shape[1]), query])
         # Adding 0 turns -0 into 0: they are equal, but a sort by bits puts them apart.
-        every_score = torch.cat([self.scores.flatten(), scores[row, query]]) + 0.0
+        every_score = torch.cat([self.scores.flatten(), values]) + 0.0
         every_row = torch.cat([self.rows.flatten(), row + start])
         # Equal scores stand in the order of rows already, and stable sorts leave them so.
         order = every_score.sort(descending=True, stable=True).indices
@@ -54,38 +91,70 @@ class Best:
             self.floor = self.scores[:, -1].contiguous()
 
 
-def count_better(
-    blocks: Blocks, pair_scores: PairScores, targets: Sequence[Sequence[int]], device: torch.device
-) -> list[list[int]]:
-    """How many documents rank before each target.
+class Ahead:
+    """How many of the documents seen so far rank ahead of each target.
 
-    Documents whose score in a block is within `NOISE` of the target's are compared by `pair_scores`.
+    Documents whose score in a block is within `NOISE` of the target's (or within the rounding of the scores) are
+    compared by `pair_scores`.
 
     Args:
-        blocks: the scores of all documents.
         pair_scores: the score of each pair of a row and a query; equal vectors get equal scores.
-        targets: rows of the documents asked for, a list for each query, the longest lists first.
+        targets: rows of the documents asked for, a list for each query, the longest lists first; of a document that
+            is none of these, the row that it would push back.
+        target_scores: of each of them, by `pair_scores`.
         device: where the scores are.
+        rounding: of the scores of blocks; by default they are float32 products.
     """
-    # The slot-th target of every query that has so many: the first columns of a block.
-    slots = [
-        torch.tensor([rows[slot] for rows in targets if len(rows) > slot], device=device)
-        for slot in range(len(targets[0]))
-    ]
-    columns = torch.arange(len(targets), device=device)
-    bars = [pair_scores(slot, columns[: len(slot)]) for slot in slots]
-    counts = [torch.zeros_like(slot) for slot in slots]
-    for start, scores in blocks:
-        for target, bar, count in zip(slots, bars, counts, strict=True):
-            gaps = scores[:, : len(target)] - bar
-            count += (gaps > NOISE).sum(0)
-            row, query = (gaps.abs() <= NOISE).nonzero(as_tuple=True)
-            row += start
-            exact = pair_scores(row, query)
+
+    def __init__(
+        self,
+        pair_scores: PairScores,
+        targets: Sequence[Sequence[int]],
+        target_scores: Sequence[Sequence[float]],
+        device: torch.device,
+        rounding: Rounding | None = None,
+    ) -> None:
+        self.pair_scores, self.lengths, self.rounding = pair_scores, [len(line) for line in targets], rounding
+        # The slot-th target of every query that has so many: the first columns of a block.
+        self.slots, self.bars = (
+            [
+                torch.tensor([line[slot] for line in lists if len(line) > slot], dtype=dtype, device=device)
+                for slot in range(max(self.lengths, default=0))
+            ]
+            for lists, dtype in ((targets, torch.long), (target_scores, torch.float32))
+        )
+        self.counts = [torch.zeros_like(slot) for slot in self.slots]
+
+    def add(self, start: int, scores: torch.Tensor) -> None:
+        """Count in the scores (`rows x Q`) of the block that begins at row `start`."""
+        for target, bar, count in zip(self.slots, self.bars, self.counts, strict=True):
+            columns = torch.arange(len(target), device=target.device)
+            noise = NOISE if self.rounding is None else self.rounding.around(bar)
+            above, maybe = scores[:, : len(target)] > bar + noise, scores[:, : len(target)] >= bar - noise
+            sure = _count(above)
+            near = _count(maybe) - sure
+            if self.rounding is not None:
+                dense = (near > DENSE).nonzero()[:, 0]
+                if len(dense):
+                    products = self.rounding.products(start, dense)
+                    clear, open_ = products > bar[dense] + NOISE, products >= bar[dense] - NOISE
+                    sure[dense] = _count(clear)
+                    above, maybe = above.index_copy(1, dense, clear), maybe.index_copy(1, dense, open_)
+                    near[dense] = _count(open_) - sure[dense]
+            count += sure
+            doubtful = near.nonzero()[:, 0]
+            if not len(doubtful):
+                continue
+            row, place = (maybe[:, doubtful] ^ above[:, doubtful]).nonzero(as_tuple=True)
+            row, query = row + start, columns[doubtful][place]
+            exact = self.pair_scores(row, query)
             ahead = (exact > bar[query]) | ((exact == bar[query]) & (row < target[query]))
             count += query[ahead].bincount(minlength=len(target))
-    lists = [count.tolist() for count in counts]
-    return [[lists[slot][place] for slot in range(len(rows))] for place, rows in enumerate(targets)]
+
+    def lists(self) -> list[list[int]]:
+        """The counts, a list for each query."""
+        lists = [count.tolist() for count in self.counts]
+        return [[lists[slot][place] for slot in range(length)] for place, length in enumerate(self.lengths)]
 
 
 def groups_alike(counts: Mapping[int, int]) -> list[list[int]]:
@@ -101,3 +170,8 @@ def count_ahead(rows: Rows, scores: Array, rivals: Rows, rival_scores: Array) ->
     higher, equal = rival_scores > scores[:, None], rival_scores == scores[:, None]
     counts: list[int] = (higher | (equal & (rivals < rows[:, None]))).sum(axis=1).tolist()
     return counts
+
+
+def _count(mask: torch.Tensor) -> torch.Tensor:
+    """The number of true values in each column; faster than their sum."""
+    return mask.view(torch.uint8).sum(0, dtype=torch.int32).long()

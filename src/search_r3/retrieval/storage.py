@@ -29,6 +29,8 @@ from .parts import Parts
 
 FORMAT, READABLE = 2, (1, 2)
 """What is written, and what is read: format 1 has its doc_ids in JSON."""
+FILE_DTYPES = {"bfloat16": "int16"}
+"""numpy has no bfloat16: its bits are saved as these."""
 MANIFEST = "manifest.json"
 UNFINISHED = "unfinished.json"
 """The manifest of a state whose data files are still being filled; the next save deletes it."""
@@ -194,15 +196,19 @@ def read_array(path: Path, shape: tuple[int, ...], dtype: str, *, mmap: bool = F
 
 def read_vectors(manifest: Mapping[str, Any], paths: Mapping[str, Path], *, mmap: bool = False) -> torch.Tensor | Parts:
     """The vectors of an index, `N x D`, from its one file, or from those of its shards; call it within `readable`."""
-    size, dtype = manifest["dimension"], manifest["dtype"]
+
+    def read(file: str, count: int) -> torch.Tensor:
+        dtype = manifest["dtype"]
+        array = read_array(paths[file], (count, manifest["dimension"]), FILE_DTYPES.get(dtype, dtype), mmap=mmap)
+        return torch.from_numpy(array).view(torch.bfloat16) if dtype in FILE_DTYPES else torch.from_numpy(array)
+
     if "shards" not in manifest:
-        return torch.from_numpy(read_array(paths["vectors.npy"], (manifest["documents"], size), dtype, mmap=mmap))
+        return read("vectors.npy", manifest["documents"])
     counts = manifest["shards"]
     owners = read_array(paths["shards.npy"], (manifest["documents"],), "int32")
     if np.bincount(owners, minlength=len(counts)).tolist() != counts:
         raise ValueError(f"{paths['shards.npy'].name} does not deal its documents to shards of {counts}")
-    files = [read_array(paths[shard_file(n)], (count, size), dtype, mmap=mmap) for n, count in enumerate(counts)]
-    parts = Parts([torch.from_numpy(file) for file in files], owners)
+    parts = Parts([read(shard_file(number), count) for number, count in enumerate(counts)], owners)
     return parts if mmap else parts[:]
 
 

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import ctypes
 import json
 import os
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -18,8 +19,10 @@ from .fingerprint import Fingerprint
 
 TABLE = "documents"
 FORMAT = 1
-METADATA_BYTES = 16 * 2**20
+METADATA_BYTES = 8 * 2**20
 """What LanceDB may cache of versions and files."""
+INDEX_BYTES = 4 * 2**20
+"""What it may cache of indexes, beside twice what they take on the disk."""
 _KEY = "search_r3"
 
 
@@ -89,10 +92,29 @@ def connect(place: str) -> Any:
     with extra("serve"):
         import lancedb
 
-    # Without the interval a table does not see what other processes write. Each version is cached apart, by default in
-    # up to a GiB: a server that is written to would grow for days.
-    caches = lancedb.Session(metadata_cache_size_bytes=METADATA_BYTES)
+    # Without the interval a table does not see what other processes write. Of each version something stays in both
+    # caches, by default in up to 7 GiB: a server that is written to would grow for days.
+    caches = lancedb.Session(
+        index_cache_size_bytes=INDEX_BYTES + 2 * _index_bytes(place), metadata_cache_size_bytes=METADATA_BYTES
+    )
     return lancedb.connect(place, read_consistency_interval=timedelta(0), session=caches)
+
+
+def give_back() -> None:
+    """Return to the system what LanceDB has freed: in many threads, a little in many places, which glibc would keep."""
+    with suppress(OSError, AttributeError, TypeError):  # another C library
+        ctypes.CDLL(None).malloc_trim(0)
+
+
+def _index_bytes(place: str) -> int:
+    """What the indexes of a store take; where that cannot be seen, a GiB."""
+    if "://" in place:
+        return 2**30
+    sizes = []
+    for path in (Path(place) / f"{TABLE}.lance" / "_indices").rglob("*"):
+        with suppress(FileNotFoundError):  # cleaned up meanwhile
+            sizes.append(path.stat().st_size)
+    return sum(sizes)
 
 
 @contextmanager

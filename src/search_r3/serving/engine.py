@@ -13,9 +13,9 @@ import math
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, InvalidStateError
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 
 import torch
 
@@ -28,14 +28,12 @@ from ..model.engine.engines import Engine, make_engine
 from ..model.modes.latent import latent_budget
 from ..model.prompts import EncodedPrompt, Kind
 from ..types import Array
-from .jobs import Embedded, Job, Outcome, Row, read_texts
+from .jobs import DECODED, Embedded, Job, Outcome, Row, line_of, read_texts, share_of
 
 logger = logging.getLogger(__name__)
 
 DRAIN = 30.0
 """Seconds for what is in work when the engine is closed."""
-DECODED: tuple[Kind, ...] = ("reason", "latent")
-"""What the decoder serves."""
 LONGEST_WAIT = 60
 """The most seconds that a client of a full queue is told to wait."""
 
@@ -139,26 +137,42 @@ class EngineThread:
             raise DataError("no text was given; give at least one")
         if len(texts) > self.max_queue:
             raise TooLargeError(f"{len(texts)} texts at once, and the queue takes {self.max_queue}; send fewer")
-        prompts = read_texts(self._sides[kind].prompt_encoder, texts, kind, instruction, truncate)
-        budget, now = self._budget(kind, prompts, max_new_tokens), self._clock()
-        job = Job(kind, texts, budget, Future(), now, now + timeout, on_piece)
-        rows = [Row(job, place, prompt) for place, prompt in enumerate(prompts)]
-        # Texts of like length are computed together.
-        job.waiting.extend(rows if kind in DECODED else sorted(rows, key=lambda row: -len(row.prompt.ids)))
+        with self._reserved(share_of(kind), len(texts)):
+            prompts = read_texts(self._sides[kind].prompt_encoder, texts, kind, instruction, truncate)
+            budget, now = self._budget(kind, prompts, max_new_tokens), self._clock()
+            job = Job(kind, texts, budget, Future(), now, now + timeout, on_piece)
+            rows = [Row(job, place, prompt) for place, prompt in enumerate(prompts)]
+            # Texts of like length are computed together.
+            job.waiting.extend(rows if kind in DECODED else sorted(rows, key=lambda row: -len(row.prompt.ids)))
+            with self._changed:
+                self._check_alive()
+                self._inbox.append(job)
+                self._changed.notify()
+        return job.future
+
+    @contextmanager
+    def _reserved(self, share: str, count: int) -> Iterator[None]:
+        """Places in the queue, before texts are read: under load that would cost as much as those that are served."""
         with self._changed:
-            if not self.alive:
-                raise UnavailableError("the server is ending, or its engine has; ask another one")
-            load = self._load[_share(kind)]
-            if load + len(texts) > self.max_queue:
+            self._check_alive()
+            load = self._load[share]
+            if load + count > self.max_queue:
                 self.counts["refused"] += 1
                 raise OverloadedError(
-                    f"{load} {_share(kind)} are waiting or in work, and the queue takes {self.max_queue}; try again",
+                    f"{load} {share} are waiting or in work, and the queue takes {self.max_queue}; try again",
                     self._retry_after(load),
                 )
-            self._load[_share(kind)] += len(texts)
-            self._inbox.append(job)
-            self._changed.notify()
-        return job.future
+            self._load[share] += count
+        try:
+            yield
+        except BaseException:
+            with self._changed:
+                self._load[share] -= count
+            raise
+
+    def _check_alive(self) -> None:
+        if not self.alive:
+            raise UnavailableError("the server is ending, or its engine has; ask another one")
 
     def room(self, kind: Kind) -> int:
         """The tokens that a text may have, its instruction included."""
@@ -223,7 +237,7 @@ class EngineThread:
 
     def _take_in(self) -> None:
         for job in self._inbox:
-            self._jobs[_line(job.kind)].append(job)
+            self._jobs[line_of(job.kind)].append(job)
         self._inbox.clear()
 
     def _round(self, now: float) -> None:
@@ -364,7 +378,7 @@ class EngineThread:
 
     def _end(self, job: Job, error: BaseException | None = None) -> None:
         """Answer a request, and drop what is left of it."""
-        self._jobs[_line(job.kind)].remove(job)
+        self._jobs[line_of(job.kind)].remove(job)
         for ticket in [ticket for ticket, row in self._tickets.items() if row.job is job]:
             self._decoder.cancel(ticket)
             del self._tickets[ticket]
@@ -374,7 +388,7 @@ class EngineThread:
         started = now if job.started is None else job.started
         outcome = Outcome([one for _, one in sorted(job.done.items())], started - job.submitted, now - started)
         with self._changed:
-            self._load[_share(job.kind)] -= len(job.texts)
+            self._load[share_of(job.kind)] -= len(job.texts)
             whole = error is None and not job.future.cancelled()
             self.counts["requests" if whole else "cancelled" if error is None else "failed"] += 1
             self.counts["texts"] += len(job.done)
@@ -382,13 +396,3 @@ class EngineThread:
             self.counts["reasoning_tokens"] += outcome.reasoning_tokens
         with suppress(InvalidStateError):  # cancelled
             job.future.set_result(outcome) if error is None else job.future.set_exception(error)
-
-
-def _line(kind: Kind) -> Kind:
-    """Where a request stands: all that the decoder serves is in one line."""
-    return "reason" if kind in DECODED else kind
-
-
-def _share(kind: Kind) -> str:
-    """Queries and documents have a queue of their own each, so that no indexing keeps queries out."""
-    return "documents" if kind == "document" else "queries"

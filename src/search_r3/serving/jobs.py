@@ -19,6 +19,9 @@ from ..model.modes.gate import Choice
 from ..model.prompts import EncodedPrompt, Kind, PromptEncoder
 from ..types import Array
 
+DECODED: tuple[Kind, ...] = ("reason", "latent")
+"""What the decoder serves."""
+
 
 class Embedded(NamedTuple):
     """One text.
@@ -124,3 +127,13 @@ def read_texts(
             f"(max_length={encoder.max_length}); shorten it, or say truncate=true"
         )
     return prompts
+
+
+def line_of(kind: Kind) -> Kind:
+    """Where a request stands: all that the decoder serves is in one line."""
+    return "reason" if kind in DECODED else kind
+
+
+def share_of(kind: Kind) -> str:
+    """Queries and documents have a queue of their own each, so that no indexing keeps queries out."""
+    return "documents" if kind == "document" else "queries"

@@ -6,21 +6,19 @@ Shapes: `Q` queries, `N` rows, `D` vector size.
 from __future__ import annotations
 
 import logging
-import threading
-from collections.abc import Mapping, Sequence
-from types import MappingProxyType
-from typing import Any, NamedTuple
+from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 
 from ..extras import extra
 from ..types import Array
+from . import held
+from .held import Held, Ranking, matrix_of
 from .rows import CHUNK
 
 logger = logging.getLogger(__name__)
 
-IN_MEMORY = 20_000
-"""Rows from which on there is an index."""
 FLAT_BYTES = 2**30
 """Vectors that take more are held in the index as bytes, and the best are compared exactly."""
 REFINE = 5
@@ -32,33 +30,10 @@ FUSION = 60
 """Of reciprocal ranks: a list adds 1 / (60 + rank)."""
 WORDS = "full_text_idx"
 _VECTORS = "vector_idx"
+_NAMES = "id", "parent_id"
 
-CHUNK_BYTES = 64 * 2**20
-"""Below `IN_MEMORY` rows the chunks are held, too, if they take no more."""
-
-Ranking = list[tuple[str, str, float]]
-"""Ids of chunks and documents with scores, best first; equal scores by id, the larger first, as everywhere."""
-
-
-class _Held(NamedTuple):
-    """A version of the table in memory: documents of all chunks, an exact index of the vectors, chunks and places."""
-
-    version: int
-    parents: Mapping[str, str] = MappingProxyType({})
-    index: Any = None
-    chunks: tuple[Any, dict[str, int]] = (None, {})
-
-    def nearest(self, queries: Array, depth: int, read: dict[str, dict[str, Any]]) -> list[Ranking]:
-        """As that of `Ranker`."""
-        result = self.index.search(queries, depth)
-        table, places = self.chunks
-        found = sorted({places[name] for names in result.doc_ids for name in names if name in places})
-        if found:
-            read.update((row["id"], row) for row in table.take(found).to_pylist())
-        return [
-            [(name, self.parents[name], score) for name, score in zip(names, scores.tolist(), strict=True)]
-            for names, scores in zip(result.doc_ids, result.scores, strict=True)
-        ]
+Read = dict[str, dict[str, Any]]
+"""Rows by the ids of their chunks."""
 
 
 class Ranker:
@@ -66,26 +41,30 @@ class Ranker:
 
     def __init__(self, table: Any, dimension: int) -> None:
         self._table, self._dimension = table, dimension
-        self._mutex = threading.Lock()
-        self._held: _Held | None = None
+        self._has_words = False
 
-    def nearest(
-        self, queries: Array, depth: int, condition: str | None, read: dict[str, dict[str, Any]]
-    ) -> list[Ranking]:
+    def nearest(self, memory: Held, queries: Array, depth: int, condition: str | None, read: Read) -> list[Ranking]:
         """The nearest rows of each query by cosine; `read` takes those that were read on the way, by id."""
-        if condition is None and (held := self._hold()).index is not None:
-            return held.nearest(queries, depth, read)
+        if condition is None and not memory.many:
+            return memory.nearest(queries, depth)
         if not self._table.count_rows():
             return [[] for _ in queries]
-        return [self._query(query, depth, condition, self.index(), read) for query in queries]
+        facts = self.index()
+        return [self._query(query, depth, condition, facts, _columns(memory), read) for query in queries]
 
-    def with_words(self, text: str, depth: int, condition: str | None, read: dict[str, dict[str, Any]]) -> Ranking:
+    def with_words(self, memory: Held, text: str, depth: int, condition: str | None, read: Read) -> Ranking:
         """The best rows by BM25; a query is taken literally, and one without words finds nothing."""
-        if not text.strip() or WORDS not in self.indices():
+        if not text.strip() or not self.has_words:
             return []
         search = self._table.search(text, query_type="fts", fts_columns="full_text").limit(depth)
         search = search.where(condition, prefilter=True) if condition else search
-        return _ranking(search.select([*CHUNK, "_score"]).to_arrow().to_pylist(), read)
+        return _ranking(search.select([*_columns(memory), "_score"]).to_arrow().to_pylist(), read)
+
+    @property
+    def has_words(self) -> bool:
+        """Whether there is an index of words; once there is, each write sees to it that there is."""
+        self._has_words = self._has_words or WORDS in self.indices()
+        return self._has_words
 
     def indices(self) -> set[str]:
         """Names of the indexes."""
@@ -106,7 +85,7 @@ class Ranker:
             self._table.create_index("full_text", config=FTS(base_tokenizer="icu"), name=WORDS)
         count, facts = self._table.count_rows(), self.index()
         kind = "IvfSq" if count * self._dimension * 4 > FLAT_BYTES else "IvfFlat"
-        if count >= IN_MEMORY and not (facts and facts["kind"] == kind and count < 2 * int(facts["rows"])):
+        if count >= held.IN_MEMORY and not (facts and facts["kind"] == kind and count < 2 * int(facts["rows"])):
             self._build(kind, count)
 
     def _build(self, kind: str, count: int) -> None:
@@ -122,7 +101,7 @@ class Ranker:
         while recall < RECALL and probes < partitions:
             probes = min(2 * probes or 16, partitions)
             facts = {"kind": kind, "rows": str(count), "nprobes": str(probes)}
-            hits = [{name for name, _, _ in self._query(query, DEPTH + 1, None, facts, {})} for query in queries]
+            hits = [{name for name, *_ in self._query(query, DEPTH + 1, None, facts, _NAMES, {})} for query in queries]
             # Each has itself, which every index finds.
             shares = [(len(one & best) - 1) / (len(best) - 1) for one, best in zip(hits, truth, strict=True)]
             recall = float(np.mean(shares))
@@ -130,10 +109,16 @@ class Ranker:
         logger.info("index of %d vectors: %s, nprobes %d, recall %.3f", count, kind, probes, recall)
 
     def _query(
-        self, query: Array, depth: int, condition: str | None, facts: dict[str, str], read: dict[str, dict[str, Any]]
+        self,
+        query: Array,
+        depth: int,
+        condition: str | None,
+        facts: dict[str, str],
+        columns: Sequence[str],
+        read: Read,
     ) -> Ranking:
         search = self._table.search(query, vector_column_name="vector", query_type="vector").distance_type("dot")
-        search = search.limit(depth).select([*CHUNK, "_distance"])
+        search = search.limit(depth).select([*columns, "_distance"])
         if condition:
             search = search.where(condition, prefilter=True)
         if facts:
@@ -141,49 +126,14 @@ class Ranker:
             search = search.refine_factor(REFINE) if facts["kind"] == "IvfSq" else search
         return _ranking(search.to_arrow().to_pylist(), read)
 
-    def _hold(self) -> _Held:
-        """What is held in memory, read again after every write; LanceDB would take milliseconds for each query."""
-        with self._mutex:
-            version = self._table.version
-            if self._held is None or self._held.version != version:
-                self._held = _Held(version)
-                if 0 < self._table.count_rows() < IN_MEMORY:
-                    self._held = self._read(version)
-            return self._held
-
-    def _read(self, version: int) -> _Held:
-        """All rows in one pass; chunks that take more than `CHUNK_BYTES` are not kept."""
-        from ..retrieval.index import ExactIndex
-
-        with extra("serve"):
-            import pyarrow as pa
-
-        names, parents, vectors = list[str](), list[str](), list[Array]()
-        chunks, size = list[Any](), 0
-        for batch in self._table.search().select([*CHUNK, "vector"]).to_batches():
-            names += batch["id"].to_pylist()
-            parents += batch["parent_id"].to_pylist()
-            vectors.append(self._matrix(batch["vector"]))
-            chunk = batch.select(CHUNK)
-            size += chunk.nbytes
-            chunks = [*chunks, chunk] if size <= CHUNK_BYTES else []
-        table = pa.Table.from_batches(chunks).combine_chunks() if size <= CHUNK_BYTES else None
-        places = {name: place for place, name in enumerate(names)} if table is not None else {}
-        index = ExactIndex(names, np.concatenate(vectors))
-        return _Held(version, dict(zip(names, parents, strict=True)), index, (table, places))
-
-    def _matrix(self, column: Any) -> Array:
-        values: Array = column.flatten().to_numpy().reshape(-1, self._dimension)
-        return values
-
     def _sample(self, count: int) -> tuple[Array, list[set[str]]]:
         """Vectors of random rows, each with the ids of its nearest rows: exactly, in one pass over all."""
         chosen = sorted(np.random.default_rng(0).choice(count, min(SAMPLE, count), replace=False).tolist())
         sampled = self._table.take_offsets(chosen).select(["vector"]).to_arrow()["vector"]
-        queries = self._matrix(sampled.combine_chunks())
+        queries = matrix_of(sampled)
         best: list[list[tuple[float, str]]] = [[] for _ in queries]
         for batch in self._table.search().select(["id", "vector"]).to_batches(batch_size=8192):
-            scores = queries @ self._matrix(batch["vector"]).T
+            scores = queries @ matrix_of(batch["vector"]).T
             top = np.argpartition(-scores, min(DEPTH, scores.shape[1] - 1), axis=1)[:, : DEPTH + 1]
             for one, line, places in zip(best, scores, top, strict=True):
                 one += [(float(line[place]), batch["id"][int(place)].as_py()) for place in places]
@@ -210,8 +160,13 @@ def first_of_each(ranking: Ranking, by_document: bool) -> list[tuple[str, float]
     return list(best.values())
 
 
-def _ranking(found: Sequence[dict[str, Any]], read: dict[str, dict[str, Any]]) -> Ranking:
-    read.update((row["id"], row) for row in found)
+def _columns(memory: Held) -> Sequence[str]:
+    """What is read of the rows that are found."""
+    return _NAMES if memory.whole else CHUNK
+
+
+def _ranking(found: Sequence[dict[str, Any]], read: Read) -> Ranking:
+    read.update((row["id"], row) for row in found if "text" in row)
     scores = [row["_score"] if "_score" in row else 1.0 - row["_distance"] for row in found]
     return _best_first([(row["id"], row["parent_id"], score) for row, score in zip(found, scores, strict=True)])
 

@@ -22,11 +22,12 @@ from ..data.documents import Chunk
 from ..errors import DataError, StoreError
 from ..types import Array
 from . import rows
-from .database import TABLE, StoreInfo, connect, exists, one_line, place_of
+from .database import TABLE, StoreInfo, connect, exists, give_back, one_line, place_of
 from .filters import COLUMNS, Filter, fields_of, one_of, to_sql, unknown_in
 from .fingerprint import Fingerprint
 from .guards import READERS, Guard, Retention
-from .ranking import IN_MEMORY, WORDS, Ranker, Ranking, first_of_each, fuse
+from .held import Change, Entry, Memory, Ranking, entries_of
+from .ranking import Ranker, Read, first_of_each, fuse
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -44,16 +45,6 @@ class Hit(NamedTuple):
 
     chunk: Chunk
     score: float
-
-
-class Entry(NamedTuple):
-    """A document of a store: its id, title, path, source, and number of chunks."""
-
-    doc_id: str
-    title: str
-    path: str
-    source: str
-    chunks: int
 
 
 class Store:
@@ -79,10 +70,10 @@ class Store:
     def __init__(self, address: str, table: Any, guard: Guard) -> None:
         self.address, self._table, self._guard = address, table, guard
         self.info = StoreInfo.read(table.schema.metadata, address)
+        self._memory = Memory(table, self.info.fingerprint.dimension)
         self._ranker = Ranker(table, self.info.fingerprint.dimension)
         self._commits = 0
         self._retention = Retention()
-        self._listed: tuple[int, list[Entry]] | None = None
 
     @classmethod
     def create(
@@ -197,20 +188,25 @@ class Store:
         chunks = [chunks[place] for place in last.values()]
         table = rows.to_table(chunks, array[list(last.values())])
         parents = sorted({chunk.parent_id for chunk in chunks})
-        with self._writing("write"):
+        with self._writing("write") as change:
             merge = self._table.merge_insert("id").when_matched_update_all().when_not_matched_insert_all()
             # Only where a document has fewer chunks than before: this reads the whole table.
-            if {row["id"] for row in self._rows("parent_id", parents, ["id"])} - last.keys():
+            before = list(self._rows("parent_id", parents, ["id", "parent_id"]))
+            if {row["id"] for row in before} - last.keys():
                 merge = merge.when_not_matched_by_source_delete(one_of("parent_id", parents))
             merge.execute(table)
+            change.tell(parents, table, len(parents) - len({row["parent_id"] for row in before}))
         return len(parents)
 
     def delete(self, doc_ids: Sequence[str]) -> int:
         """Remove documents whole; unknown ids are passed over. How many were there."""
         found = sorted({row["parent_id"] for row in self._rows("parent_id", doc_ids, ["parent_id"])})
         for start in range(0, len(found), _IN):
-            with self._writing("delete"):
-                self._table.delete(one_of("parent_id", found[start : start + _IN]))
+            with self._writing("delete") as change:
+                part = found[start : start + _IN]
+                there = {row["parent_id"] for row in self._rows("parent_id", part, ["parent_id"])}
+                self._table.delete(one_of("parent_id", part))
+                change.tell(part, more=-len(there))
         return len(found)
 
     def get(self, doc_id: str) -> list[Chunk]:
@@ -222,19 +218,17 @@ class Store:
 
     def documents(self, where: Filter | None = None) -> list[Entry]:
         """All documents, or those with a chunk that the filter lets through, by their ids."""
+        if where is None:
+            with one_line(self.address, "read"):
+                held = self._memory.now()
+            if not held.many:
+                return list(held.entries)
+        return entries_of(self._scan(["parent_id", "title", "path", "source"], where))
+
+    def page(self, after: str = "", limit: int = 100) -> tuple[list[Entry], int]:
+        """The documents behind an id, in the order of their ids and at most so many; and how many there are in all."""
         with one_line(self.address, "read"):
-            version = self.version
-        if where is None and self._listed is not None and self._listed[0] == version:
-            return list(self._listed[1])
-        entries: dict[str, Entry] = {}
-        for row in self._scan(["parent_id", "title", "path", "source"], where):
-            known = entries.get(row["parent_id"])
-            count = 1 if known is None else known.chunks + 1
-            entries[row["parent_id"]] = Entry(row["parent_id"], row["title"], row["path"], row["source"], count)
-        found = [entries[doc_id] for doc_id in sorted(entries)]
-        if where is None and len(found) < IN_MEMORY:
-            self._listed = version, found
-        return list(found)
+            return self._memory.page(after, limit), self._memory.total()
 
     def fields(self, rows: int = 10_000, values: int = 50) -> list[dict[str, Any]]:
         """What a filter can name, as `filters.fields_of` has it, from the first chunks that are read."""
@@ -318,22 +312,25 @@ class Store:
             raise DataError(f"{len(texts)} texts for {len(queries)} vectors; give one for each")
         condition = to_sql(where) if where else None
         depth = max(FUSED_DEPTH, 4 * k) if queries is not None and texts is not None else k
-        read: dict[str, dict[str, Any]] = {}
+        read: Read = {}
         with one_line(self.address, "search"):
+            memory = self._memory.now()
             while True:
                 lists: list[list[Ranking]] = []
                 if queries is not None:
-                    lists.append(self._ranker.nearest(queries, depth, condition, read))
+                    lists.append(self._ranker.nearest(memory, queries, depth, condition, read))
                 if texts is not None:
-                    lists.append([self._ranker.with_words(text, depth, condition, read) for text in texts])
+                    words = (self._ranker.with_words(memory, text, depth, condition, read) for text in texts)
+                    lists.append(list(words))
                 best = [first_of_each(fuse(rankings), by_document) for rankings in zip(*lists, strict=True)]
                 ended = (all(len(one) < depth for one in rankings) for rankings in zip(*lists, strict=True))
                 if all(len(one) >= k or end for one, end in zip(best, ended, strict=True)):
                     break
                 depth *= 4
         best = [one[:k] for one in best]
-        missing = sorted({name for one in best for name, _ in one} - read.keys())
-        read |= {row["id"]: row for row in self._rows("id", missing, rows.CHUNK)}
+        names = {name for one in best for name, _ in one}
+        read |= memory.rows(names - read.keys())
+        read |= {row["id"]: row for row in self._rows("id", sorted(names - read.keys()), rows.CHUNK)}
         # What was deleted meanwhile is no hit.
         return [[Hit(rows.chunk_of(read[name]), score) for name, score in one if name in read] for one in best]
 
@@ -343,12 +340,14 @@ class Store:
         Raises:
             StoreError: the disk refuses it; all documents are still there.
         """
-        with self._writing("compact"):
+        with self._writing("compact") as change:
             self._optimize(keep)
+            change.tell()
 
     def _optimize(self, keep: timedelta) -> None:
         self._table.optimize(cleanup_older_than=keep)
         self._ranker.keep_indices()
+        give_back()
         self._commits = 0
 
     @property
@@ -384,15 +383,14 @@ class Store:
                 yield from batch.to_pylist()
 
     @contextmanager
-    def _writing(self, what: str) -> Iterator[None]:
+    def _writing(self, what: str) -> Iterator[Change]:
         """A commit on the newest version, without another writer, on the disk at the end; now and then, upkeep."""
         remedy = "; what was acknowledged before is unchanged: mend this and try again"
-        with one_line(self.address, what, remedy), self._guard.writing():
-            self._table.checkout_latest()
-            yield
+        with one_line(self.address, what, remedy), self._guard.writing(), self._memory.writing() as change:
+            yield change
             self._commits += 1
             fragments = self._table.stats()["fragment_stats"]["num_small_fragments"]
             if max(self._commits, fragments) >= OPTIMIZE_AFTER:
                 self._optimize(self._retention.age())
-            elif WORDS not in self._ranker.indices():
+            elif not (change.told and self._ranker.has_words):
                 self._ranker.keep_indices()

@@ -86,22 +86,46 @@ class LocalBatch:
             "traces_cut": self.cut,
         }
 
-    def chunks(self, size: int | None) -> list[list[list[TrainingSequence]]]:
+    def chunks(self, size: int | None, tokens: int | None) -> list[list[list[TrainingSequence]]]:
         """Queries, documents and, where soft tokens are trained, latent prompts, in groups that are computed together.
 
         Args:
-            size: sequences per group, of like length together; None puts all direct queries, all reasoned ones, all
-                documents and all latent prompts into one group each.
+            size: sequences per group at most.
+            tokens: of a group at most; see `micro_batches`. With neither limit all direct queries, all reasoned ones,
+                all documents and all latent prompts are one group each.
         """
         latent = [self.latent] if self.latent else []
-        if size is None:
+        if size is None and tokens is None:
             queries = [sequences for sequences in (self.direct, self.reason) if sequences]
             return [queries, [self.documents], *([latent] if latent else [])]
         kinds = []
-        for sequences in ([*self.direct, *self.reason], self.documents, *latent):
-            ordered = sorted(sequences, key=lambda sequence: len(sequence.ids))
-            kinds.append([ordered[start : start + size] for start in range(0, len(ordered), size)])
+        for kind in ([*self.direct, *self.reason], self.documents, *latent):
+            groups = micro_batches([len(one.ids) + one.soft for one in kind], size, tokens)
+            kinds.append([[kind[place] for place in group] for group in groups])
         return kinds
+
+
+def micro_batches(lengths: Sequence[int], size: int | None, tokens: int | None) -> list[list[int]]:
+    """Places of sequences that are computed together, of like length so that little is padded.
+
+    Args:
+        lengths: in tokens, of each sequence.
+        size: sequences per group at most.
+        tokens: of a group at most, once it is padded; a sequence that is longer is computed by itself.
+
+    Example:
+        >>> micro_batches([3, 9, 2, 4], None, 9)
+        [[2, 0], [3], [1]]
+    """
+    groups: list[list[int]] = []
+    for place in sorted(range(len(lengths)), key=lengths.__getitem__):
+        count = len(groups[-1]) + 1 if groups else 0
+        fits = (size is None or count <= size) and (tokens is None or count * lengths[place] <= tokens)
+        if groups and fits:
+            groups[-1].append(place)
+        else:
+            groups.append([place])
+    return groups
 
 
 @dataclass(frozen=True)

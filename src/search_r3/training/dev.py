@@ -21,10 +21,11 @@ from ..errors import DataError
 from ..model.encoder import SearchR3
 from ..model.modes.latent import trained_modes
 from ..model.prompts import Mode
-from ..parallel import Communicator, agree, divide, encode_sharded
+from ..parallel import Communicator, agree, divide
 from ..retrieval.index import ExactIndex
 from ..retrieval.metrics import ndcg, probe_cosine, relevant_ids
-from ..retrieval.ranking import RankRequest, make_requests, ranked
+from ..retrieval.ranking import make_requests, ranked
+from ..retrieval.sharded import ShardedIndex, divide_rows, encode_rows
 from ..sections import DevSettings
 from .engine import Engine
 from .run import Run
@@ -60,7 +61,9 @@ class DevSplit:
             )
         self.requests = make_requests(collection, self.qrels)
 
-    def evaluate(self, model: SearchR3, engine: Engine, index: ExactIndex | None = None) -> dict[str, float]:
+    def evaluate(
+        self, model: SearchR3, engine: Engine, index: ExactIndex | ShardedIndex | None = None
+    ) -> dict[str, float]:
         """nDCG@10 in all trained modes over a freshly encoded corpus, and the collapse alarm.
 
         Documents, queries and their rankings are shared among the processes.
@@ -75,35 +78,43 @@ class DevSplit:
         with engine.full_params():
             index = index or self._index(model, communicator)
             shares = divide([len(request.text) for request in self.requests], communicator.world_size)
-            own = [self.requests[place] for place in sorted(shares[communicator.rank])]
             for mode in trained_modes(model.backbone):
-                scores = self._scores(model, index, own, mode) if own else []
+                scores = self._scores(model, index, sorted(shares[communicator.rank]), mode)
                 everyone = [score for part in communicator.all_gather(scores) for score in part]
                 values[f"dev_ndcg@{DEPTH}_{mode}"] = fmean(everyone)
         rows = np.arange(0, len(index), max(1, len(index) // PROBE_DOCUMENTS))
         values["probe_cosine"] = probe_cosine(index.vectors_at(rows))
         return values | {"evaluation_seconds": time.perf_counter() - started}
 
-    def _index(self, model: SearchR3, communicator: Communicator) -> ExactIndex:
+    def _index(self, model: SearchR3, communicator: Communicator) -> ExactIndex | ShardedIndex:
         texts = self.collection.texts()
-        listed = list(texts.values())
-        shares = [sorted(share) for share in divide([len(text) for text in listed], communicator.world_size)]
-        vectors = encode_sharded(
-            communicator, shares, lambda places: model.encode_document([listed[place] for place in places])
+        doc_ids = sorted(texts, reverse=True)
+        shares = divide_rows([len(texts[doc_id]) for doc_id in doc_ids], communicator.world_size)
+        sharded = communicator.world_size > 1 and all(map(len, shares))
+        rows = shares[communicator.rank] if sharded else np.arange(len(doc_ids))
+        index = encode_rows(
+            doc_ids, lambda some: model.encode_document([texts[doc_ids[row]] for row in some]), rows=rows
         )
-        return ExactIndex(list(texts), vectors)
+        return ShardedIndex(doc_ids, rows, index, communicator) if sharded else index
 
-    def _scores(self, model: SearchR3, index: ExactIndex, requests: Sequence[RankRequest], mode: Mode) -> list[float]:
-        queries = model.encode_query(
-            [request.bare for request in requests],
-            mode,
-            instruction=[request.instruction for request in requests],
-            batch_size=self.batch_size,
-        )
-        rankings = ranked(index, queries.vectors, requests, DEPTH)
+    def _scores(
+        self, model: SearchR3, index: ExactIndex | ShardedIndex, places: Sequence[int], mode: Mode
+    ) -> list[float]:
+        """Of the requests at some places, of which this process may have none."""
+        vectors = np.empty((0, 0), np.float32)
+        if len(places):
+            vectors = model.encode_query(
+                [self.requests[place].bare for place in places],
+                mode,
+                instruction=[self.requests[place].instruction for place in places],
+                batch_size=self.batch_size,
+            ).vectors
+        vectors, everyone, own = index.together(vectors, places)
+        requests = [self.requests[place] for place in everyone]
+        rankings = ranked(index, vectors, requests, DEPTH) if requests else []
         return [
             ndcg([doc_id for doc_id, _ in ranking], self.qrels[request.query_id], DEPTH)
-            for request, ranking in zip(requests, rankings, strict=True)
+            for request, ranking in zip(requests[own], rankings[own], strict=True)
         ]
 
 

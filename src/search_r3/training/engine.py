@@ -203,7 +203,7 @@ def make_engine(model: SearchR3, recipe: Recipe, settings: StageSettings) -> Eng
     _check_launch(accelerator, recipe, backbone)
     if recipe.lora.rank:
         accelerator.register_save_state_pre_hook(_keep_what_learns)
-    policy = Policy(backbone)
+    policy = Policy(backbone, copy)
     optimizer = torch.optim.AdamW(
         _parameter_groups(policy, settings.learning_rate, recipe.lora.embed_row_rate),
         lr=settings.learning_rate,
@@ -215,7 +215,7 @@ def make_engine(model: SearchR3, recipe: Recipe, settings: StageSettings) -> Eng
         optimizer, lambda step: warmup_cosine(step, settings.warmup_steps, steps)
     )
     policy, optimizer, scheduler = accelerator.prepare(policy, optimizer, scheduler)
-    reference = make_reference(policy, Policy(copy) if copy else None) if needs_reference else None
+    reference = make_reference(policy, copy) if needs_reference else None
     start_trackers(accelerator, recipe, stage)
     return Engine(accelerator, policy, optimizer, scheduler, make_communicator(), reference, recipe.lora.rank > 0)
 

@@ -32,9 +32,11 @@ from ..model.encoder import SearchR3
 from ..model.engine.decoding import Rollout
 from ..model.engine.generation import sequence_batch
 from . import losses
+from .batches import micro_batches
 from .dev import DevSplit, Evaluations
 from .engine import Engine, load_model, make_engine, rates
 from .guard import Guard
+from .policy import Tokens
 from .rl.pathwise import embedding_loss
 from .rl.rollouts import Experience, collect, queries_of_step
 from .rl.signals import describe, rollout_rows, warn_if_known
@@ -119,6 +121,7 @@ def train_grpo(
                 seed=recipe.seed,
                 frozen=frozen,
                 communicator=engine.communicator,
+                device=encoder.device if encoder.device.type == "cuda" else "cpu",
                 state=None if checkpoint is None else checkpoint / "environment",
             )
         guard.save_extra = lambda folder: environment.save(folder / "environment")
@@ -149,7 +152,11 @@ def train_grpo(
             values["tokens"] *= settings.num_iterations
             values |= rates(values["tokens"], started, ready)
             if dev is not None and evaluations.due(step + 1, settings.steps):
-                values |= dev.evaluate(encoder, engine, environment.exact_index if frozen else None)
+                began = time.perf_counter()
+                with engine.full_params():
+                    index = environment.caught_up(step + 1)
+                values |= dev.evaluate(encoder, engine, index)
+                values["evaluation_seconds"] = time.perf_counter() - began
             run.log(stage, step + 1, values)
             run.log_rollouts(rollout_rows(experience, step + 1, settings.group_size))
             engine.track(stage, step + 1, values)
@@ -169,36 +176,43 @@ def update(
 ) -> dict[str, float]:
     """`num_iterations` optimizer steps on one batch of rollouts; returns what the metrics need: means over the passes.
 
-    Only `sampler_gap` is that of the first pass, in which the weights are the sampler's. `check` sees losses and
-    gradient norm before each of the steps, and may refuse.
+    Only the gaps to the sampler are those of the first pass, in which the weights are the sampler's. `check` sees
+    losses and gradient norm before each of the steps, and may refuse.
     """
     rollouts, computed = experience.rollouts, _rollouts_that_teach(experience, settings)
+    if settings.pathwise:
+        environment.keep_near(experience.query_ids, [*experience.feedback.scores, *experience.direct_scores])
     own = {"tokens": sum(sum(rollout.completion_mask) for rollout in rollouts), "rollouts": len(rollouts)}
     own |= {"computed_tokens": sum(sum(rollouts[row].completion_mask) for row in computed), "computed": len(computed)}
     totals = engine.total(own | {"queries": len(experience.direct)})
     # The direct ones first: a wrapper sums the gradients in the last pass, which has to use every weight.
     asked = range(len(experience.direct)) if settings.direct_loss_weight > 0 else []
-    direct = _micro_batches(experience.direct, asked, settings.micro_batch_size)
+    direct = _micro_batches(experience.direct, asked, settings)
     batches = [(rows, counts, _direct_loss) for rows, counts in (engine.padded(direct) if direct else [])]
     batches += [
         (rows, counts, _micro_loss)
-        for rows, counts in engine.padded(_micro_batches(rollouts, computed or [0], settings.micro_batch_size))
+        for rows, counts in engine.padded(_micro_batches(rollouts, computed or [0], settings))
     ]
     passes: list[dict[str, float]] = []
     for _ in range(settings.num_iterations):
         sums: dict[str, float] = {}
+        largest_gap = 0.0
         for number, (rows, counts, loss_of) in enumerate(batches):
             with engine.accumulating(last=number + 1 == len(batches)):
                 loss, terms = loss_of(model, engine, environment, experience, rows, settings, totals)
                 engine.backward(loss if counts else 0.0 * loss)
             if counts:
+                largest_gap = max(largest_gap, terms.pop("sampler_gap_max", 0.0))
                 for name, value in terms.items():
                     sums[name] = sums.get(name, 0.0) + value
-        passes.append(engine.total(sums) | {"grad_norm": engine.clip(settings.max_grad_norm)})
+        largest_gap = max(engine.communicator.all_gather(largest_gap))
+        norm = engine.clip(settings.max_grad_norm)
+        passes.append(engine.total(sums) | {"sampler_gap_max": largest_gap, "grad_norm": norm})
         check(passes[-1])
         engine.step()
     means = {name: fmean(values[name] for values in passes) for name in passes[0]}
-    return means | {"sampler_gap": passes[0]["sampler_gap"], "computed_share": totals["computed"] / totals["rollouts"]}
+    means |= {name: passes[0][name] for name in ("sampler_gap", "sampler_gap_max")}
+    return means | {"computed_share": totals["computed"] / totals["rollouts"]}
 
 
 def _rollouts_that_teach(experience: Experience, settings: GRPOSettings) -> list[int]:
@@ -209,10 +223,11 @@ def _rollouts_that_teach(experience: Experience, settings: GRPOSettings) -> list
     return [row for row in every if experience.advantages[row] != 0]
 
 
-def _micro_batches(rollouts: Sequence[Rollout], places: Sequence[int], size: int) -> list[list[int]]:
-    """Places of some rollouts, of like length together so that little is padded."""
-    order = sorted(places, key=lambda i: len(rollouts[i].prompt_ids) + len(rollouts[i].completion_ids))
-    return [order[start : start + size] for start in range(0, len(order), size)]
+def _micro_batches(rollouts: Sequence[Rollout], places: Sequence[int], settings: GRPOSettings) -> list[list[int]]:
+    """Places of some rollouts, those together that are computed together."""
+    lengths = [len(rollouts[place].prompt_ids) + len(rollouts[place].completion_ids) for place in places]
+    groups = micro_batches(lengths, settings.micro_batch_size, settings.micro_batch_tokens)
+    return [[places[i] for i in group] for group in groups]
 
 
 def _micro_loss(
@@ -230,22 +245,20 @@ def _micro_loss(
     places = batch.sampled.nonzero(as_tuple=True)  # S rows, S positions that predict a sampled token
     tokens_chosen = batch.ids[places[0], places[1] + 1]  # S
     embed = batch.embed_positions if settings.embedding_loss_weight > 0 else None
-    vectors, [logits] = engine.policy(batch.ids, batch.mask, embed=embed, places=[batch.sampled])
-    temperature = settings.sampling_temperature
-    policy = losses.chosen_logprobs(logits, tokens_chosen, temperature)
-    reference_logprobs = None
-    if engine.reference is not None:
-        reference_logits = engine.reference(batch.ids, batch.mask, batch.sampled)
-        reference_logprobs = losses.chosen_logprobs(reference_logits, tokens_chosen, temperature)
+    states = None if engine.reference is None else engine.reference(batch.ids, batch.mask, batch.sampled)
+    tokens = Tokens(batch.sampled, tokens_chosen, settings.sampling_temperature, states)
+    answer = engine.policy(batch.ids, batch.mask, embed=embed, tokens=tokens)
+    policy, vectors = answer.logprobs, answer.vectors
     sampler = batch.sampler_logprobs[places]
     advantages = experience.advantages[list(rows)].to(policy.device)[places[0]]
     grpo = losses.grpo_loss(
-        policy, sampler, advantages, settings.clip_epsilon, reference_logprobs, settings.kl_coefficient
+        policy, sampler, advantages, settings.clip_epsilon, answer.reference_logprobs, settings.kl_coefficient
     )
     loss = grpo.total / totals["tokens"]
-    gap = (policy - sampler).abs().sum()
-    terms = {"clipped_share": grpo.clipped, "kl_to_reference": grpo.kl, "sampler_gap": gap}
+    gaps = (policy - sampler).detach().abs()
+    terms = {"clipped_share": grpo.clipped, "kl_to_reference": grpo.kl, "sampler_gap": gaps.sum()}
     values = {name: float(term.detach()) / max(totals["computed_tokens"], 1) for name, term in terms.items()}
+    values["sampler_gap_max"] = float(gaps.max()) if len(gaps) else 0.0
     if vectors is not None:
         winners = settings.embedding_loss_on == "winners"
         chosen = [place for place, row in enumerate(rows) if not winners or experience.advantages[row] > 0]
@@ -269,7 +282,7 @@ def _direct_loss(
 ) -> tuple[Tensor, dict[str, float]]:
     """The share of some queries' direct vectors in the batch's loss, and in its metrics."""
     batch = sequence_batch(model.backbone, [experience.direct[row] for row in rows])
-    vectors, _ = engine.policy(batch.ids, batch.mask, embed=batch.embed_positions)
+    vectors = engine.policy(batch.ids, batch.mask, embed=batch.embed_positions).vectors
     query_ids = [experience.query_ids[row * settings.group_size] for row in rows]
     scores = [experience.direct_scores[row] for row in rows]
     embedding = _embedding_loss(vectors, environment, query_ids, scores, settings) / totals["queries"]

@@ -14,25 +14,14 @@ from torch import Tensor
 from torch.nn import functional
 
 
-def cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
-    """`L_SFT`: mean cross-entropy over supervised positions, logits `S x V`, targets `S`.
-
-    Raises:
-        ValueError: no supervised position, which would give 0 / 0.
-    """
-    if targets.numel() == 0:
-        raise ValueError("cross_entropy needs at least one supervised token; the batch has none")
-    return functional.cross_entropy(logits, targets)
-
-
 def kl_to_base(logits: Tensor, reference_logits: Tensor) -> Tensor:
-    """`L_KL`: mean over positions of `KL(base || tuned)` in nats, both logits `S x V`.
+    """`L_KL`: `KL(base || tuned)` in nats at each position, `S`, of both logits, `S x V`.
 
     This direction makes the tuned model keep every continuation that the base considers likely.
     """
     reference = torch.log_softmax(reference_logits, dim=-1)
     policy = torch.log_softmax(logits, dim=-1)
-    return (reference.exp() * (reference - policy)).sum(-1).mean()
+    return (reference.exp() * (reference - policy)).sum(-1)
 
 
 def info_nce(
@@ -161,7 +150,9 @@ def chosen_logprobs(logits: Tensor, ids: Tensor, sampling_temperature: float) ->
         ids: `S`, the tokens.
         sampling_temperature: the temperature that they were sampled at.
     """
-    return torch.log_softmax(logits / sampling_temperature, dim=-1).gather(-1, ids[:, None])[:, 0]
+    if sampling_temperature != 1.0:  # a copy of the largest tensor there is
+        logits = logits / sampling_temperature
+    return torch.log_softmax(logits, dim=-1).gather(-1, ids[:, None])[:, 0]
 
 
 def score_distillation(students: Tensor, teachers: Tensor, documents: Tensor, score_temperature: float) -> Tensor:

@@ -135,7 +135,7 @@ class Run:
     def save_checkpoint(
         self, stage: str, step: int, engine: Engine, save_extra: Callable[[Path], None] = lambda folder: None
     ) -> None:
-        """Write weights, optimizer, schedule, random states and what `save_extra` adds; keep the newest two.
+        """Write weights, optimizer, schedule, random states and what `save_extra` adds in each process; keep two.
 
         Every process takes part.
 
@@ -149,7 +149,8 @@ class Run:
         try:
             agree(engine.communicator, target, lambda: self._begin(scratch))
             agree(engine.communicator, target, lambda: engine.accelerator.save_state(str(scratch)))
-            agree(engine.communicator, target, lambda: self._complete(scratch, target, stage, step, save_extra))
+            agree(engine.communicator, target, lambda: save_extra(scratch))
+            agree(engine.communicator, target, lambda: self._complete(scratch, target, stage, step))
         except RunError:
             if self.first:
                 shutil.rmtree(scratch, ignore_errors=True)
@@ -161,10 +162,9 @@ class Run:
                 shutil.rmtree(leftover)
             scratch.mkdir(parents=True)
 
-    def _complete(self, scratch: Path, target: Path, stage: str, step: int, save_extra: Callable[[Path], None]) -> None:
+    def _complete(self, scratch: Path, target: Path, stage: str, step: int) -> None:
         if not self.first:
             return
-        save_extra(scratch)
         write_manifest(scratch, MANIFEST, stage=stage, step=step)
         if target.exists():
             _discard(target)  # it is broken

@@ -35,6 +35,7 @@ from .dev import DevSplit, Evaluations
 from .engine import Engine, load_model, make_engine, rates
 from .guard import Guard
 from .modes.latent import LATENT_WEIGHTS, latent_losses
+from .policy import Tokens, any_token
 from .session import RecipeLike, Session, TrainingResult
 
 logger = logging.getLogger(__name__)
@@ -172,17 +173,17 @@ def compute_gradients(
 ) -> dict[str, float]:
     """Leave the gradients of the whole batch in the weights.
 
-    With `micro_batch_size` they are cached (Gao et al., arXiv 2101.06983): all vectors are computed without gradients,
-    the gradients of the contrastive losses by the vectors are taken, and each chunk is computed once more to carry its
-    part of them into the weights, so that only one chunk's activations are held.
+    With `micro_batch_size` or `micro_batch_tokens` they are cached (Gao et al., arXiv 2101.06983): all vectors are
+    computed without gradients, the gradients of the contrastive losses by the vectors are taken, and each chunk is
+    computed once more to carry its part of them into the weights, so that only one chunk's activations are held.
 
     Returns:
         The losses of the whole batch, `loss` and its parts; the numbers of its tokens and of traces that were cut.
     """
     totals = engine.total(share.counts())
-    queries, *others = share.chunks(settings.micro_batch_size)
+    queries, *others = share.chunks(settings.micro_batch_size, settings.micro_batch_tokens)
     sizes = [len(batch.owners), len(batch.doc_ids), len(batch.examples) * batch.latent_steps]
-    if settings.micro_batch_size is None:
+    if not settings.cached:
         with engine.accumulating(last=True):
             # A process without a reasoned query computes its direct ones twice.
             outputs = [forward(engine, backbone, chunk, settings, queries=True) for chunk, _ in engine.padded(queries)]
@@ -250,12 +251,9 @@ class Output:
 
     vectors: Tensor  # `b x D`, search embeddings
     places: Tensor  # `b`, see `TrainingSequence.place`
-    # logits `S x V` at supervised positions and their targets `S`; None where there are none
-    replies: tuple[Tensor, Tensor] | None
-    # logits `S x V` of the policy and of its reference on prompts; None where no KL is measured
-    prompts: tuple[Tensor, Tensor] | None
-    # 0, with a gradient path through the output layer, which DDP expects of every backward pass
-    nothing: Tensor | float
+    logprobs: Tensor | None = None  # of the supervised tokens; None where there are none
+    kl: Tensor | None = None  # at each place of the prompts; None where it is not measured
+    nothing: Tensor | float = 0.0  # 0, with a gradient path through the output layer; see `any_token`
 
 
 def forward(
@@ -270,31 +268,27 @@ def forward(
     """Compute one chunk, of queries, of documents or of latent prompts, which have K vectors each."""
     chunk = collate(sequences, backbone.tokenizer.pad_token_id, backbone.device)
     if steps := sequences[0].soft:
-        latents, _ = engine.policy(chunk.ids, chunk.mask, latent_steps=steps)  # b x K x D
+        latents = engine.policy(chunk.ids, chunk.mask, latent_steps=steps).vectors  # b x K x D
         rows = chunk.places[:, None] * steps + torch.arange(steps, device=chunk.places.device)
-        return Output(latents.flatten(0, 1), rows.flatten(), None, None, 0.0)
-    supervised = bool(chunk.replies.any()) and not only_vectors
+        return Output(latents.flatten(0, 1), rows.flatten())
+    if only_vectors:
+        return Output(engine.policy(chunk.ids, chunk.mask, embed=chunk.embed).vectors, chunk.places)
     # The policy without its adapters is a collective too: then all processes ask it about every chunk of queries.
     with_kl = bool(chunk.prompts.any()) or (queries and engine.adapters and engine.world_size > 1)
-    reference = engine.reference if with_kl and not only_vectors else None
-    places = [chunk.replies] if supervised else []
-    if reference is not None:
-        places.append(chunk.prompts)
-    elif engine.world_size > 1 and not places and not only_vectors:
-        places.append(torch.zeros_like(chunk.replies).index_fill_(1, chunk.embed[:1], True))
-    vectors, logits = engine.policy(chunk.ids, chunk.mask, embed=chunk.embed, places=places)
-    replies, prompts, nothing = None, None, 0.0
-    if supervised:
-        replies = (logits[0], chunk.targets)
-    elif logits:
-        nothing = 0.0 * logits[0].sum()
-    if reference is not None:
+    kl = None
+    if engine.reference is not None and with_kl:
         last = chunk.prompts.any(0).nonzero()
         width = int(last.max()) + 2 if len(last) else chunk.ids.shape[1]
-        prompt = (part[:, :width] for part in (chunk.ids, chunk.mask, chunk.prompts))
-        reference_logits = reference(*prompt)
-        prompts = (logits[-1], reference_logits) if len(reference_logits) else None
-    return Output(vectors, chunk.places, replies, prompts, nothing)
+        states = engine.reference(*(part[:, :width] for part in (chunk.ids, chunk.mask, chunk.prompts)))
+        kl = (chunk.prompts, states) if len(states) else None
+    tokens = Tokens(chunk.replies, chunk.targets) if len(chunk.targets) else None
+    idle = tokens is None and kl is None and engine.world_size > 1
+    answer = engine.policy(
+        chunk.ids, chunk.mask, embed=chunk.embed, tokens=any_token(chunk.ids) if idle else tokens, kl=kl
+    )
+    if idle:
+        return Output(answer.vectors, chunk.places, nothing=0.0 * answer.logprobs.sum())
+    return Output(answer.vectors, chunk.places, answer.logprobs, answer.kl)
 
 
 def token_losses(outputs: Sequence[Output], totals: Mapping[str, float]) -> dict[str, Tensor]:
@@ -305,18 +299,11 @@ def token_losses(outputs: Sequence[Output], totals: Mapping[str, float]) -> dict
         totals: tokens of the whole batch that each of the two is a mean over.
     """
     parts = {}
-    if replies := [output.replies for output in outputs if output.replies is not None]:
-        logits, targets = (_joined(side) for side in zip(*replies, strict=True))
-        parts["cross_entropy"] = losses.cross_entropy(logits, targets) * (len(targets) / totals["cross_entropy"])
-    if prompts := [output.prompts for output in outputs if output.prompts is not None]:
-        tuned, reference_logits = (_joined(side) for side in zip(*prompts, strict=True))
-        parts["kl_to_base"] = losses.kl_to_base(tuned, reference_logits) * (len(tuned) / totals["kl_to_base"])
+    if replies := [output.logprobs for output in outputs if output.logprobs is not None]:
+        parts["cross_entropy"] = -torch.cat(replies).sum() / totals["cross_entropy"]
+    if prompts := [output.kl for output in outputs if output.kl is not None]:
+        parts["kl_to_base"] = torch.cat(prompts).sum() / totals["kl_to_base"]
     return parts
-
-
-def _joined(tensors: Sequence[Tensor]) -> Tensor:
-    """One after the other; a single one as it is, since logits are the largest tensors of a step."""
-    return tensors[0] if len(tensors) == 1 else torch.cat(list(tensors))
 
 
 def assemble(engine: Engine, outputs: Sequence[Output], count: int) -> Tensor:

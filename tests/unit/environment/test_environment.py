@@ -22,6 +22,7 @@ from search_r3.retrieval.approximate import ApproximateIndex, GraphSettings
 from search_r3.retrieval.index import ExactIndex
 from search_r3.retrieval.metrics import ndcg, rank
 from search_r3.retrieval.ranking import RankRequest
+from search_r3.types import Progress
 
 WEIGHTS = RewardSettings(ndcg=1.0, log_rank=0.0, contrastive=0.0, format=0.25, tokens=0.1)
 
@@ -34,8 +35,10 @@ class MovingEncoder:
         self.shift = 0.0
         self.encoded: list[str] = []
 
-    def encode_document(self, texts: Sequence[str]) -> np.ndarray:
+    def encode_document(self, texts: Sequence[str], progress: Progress | None = None) -> np.ndarray:
         self.encoded += texts
+        if progress is not None:
+            progress(len(texts), sum(self.count_document_tokens(texts)))
         angles = np.array([self.place[text] * 0.03 + self.shift for text in texts])
         return np.stack([np.cos(angles), np.sin(angles)], axis=1).astype(np.float32)
 
@@ -424,3 +427,20 @@ def test_a_shortlist_holds_what_can_be_ranked_and_nothing_else() -> None:
         encode.encoded.clear()
         world.feedback([rollout(0.0)], ["q"], policy_version=1)
         assert {text.removeprefix("text ") for text in encode.encoded} == expected
+
+
+@pytest.mark.parametrize(("policy", "passes"), [("shortlist", 1), ("full", 1), ("never", 1)])
+def test_one_pass_over_the_corpus_serves_the_choice_the_ranks_and_the_best_documents(
+    policy: str, passes: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    doc_ids = [f"d{i:03d}" for i in range(300)]
+    documents = {doc_id: Document(doc_id, f"text {doc_id}") for doc_id in doc_ids}
+    data = Collection("long", documents, {"q": Query("q", "where?")}, {"train": {"q": {"d010": 1}}})
+    world = environment(data, MovingEncoder(data), policy, depth=3)
+    scans, products = [], ExactIndex._products
+    monkeypatch.setattr(
+        ExactIndex, "_products", lambda self, queries: (scans.append(len(self)), products(self, queries))[1]
+    )
+    feedback = world.feedback([rollout(0.3), rollout(0.33)], ["q", "q"], policy_version=1)
+    assert feedback.best_ranks[0] == 1
+    assert scans.count(300) == passes

@@ -84,7 +84,8 @@ def test_other_architectures_take_soft_tokens_too(tmp_path: Path, tokenizer: Any
 def test_training_computes_the_vectors_that_decoding_does(changed: Backbone) -> None:
     prompts = [changed.prompt_encoder.encode(text, "latent").ids for text in TEXTS]
     ids, mask = pad(prompts, changed.tokenizer.pad_token_id, changed.device)
-    vectors, _ = Policy(changed)(ids, mask, latent_steps=3)
+    vectors = Policy(changed)(ids, mask, latent_steps=3).vectors
+    assert vectors is not None
     assert vectors.shape == (3, 3, 32)
     for steps in (1, 2, 3):
         rollouts = Decoder(changed).run([DecodeRequest(one, steps + 1, latent=True) for one in prompts])

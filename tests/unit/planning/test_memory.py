@@ -22,6 +22,7 @@ from search_r3.data.collection import Collection
 from search_r3.data.triples import training_examples
 from search_r3.model.encoder import SearchR3
 from search_r3.model.engine.decoding import Rollout
+from search_r3.planning import memory
 from search_r3.planning.footprint import Job, Lengths
 from search_r3.planning.memory import (
     Pass,
@@ -32,7 +33,7 @@ from search_r3.planning.memory import (
     kept_activations,
 )
 from search_r3.planning.shape import ModelShape, shape_of
-from search_r3.training import grpo, sft
+from search_r3.training import grpo, policy, sft
 from search_r3.training.batches import make_batch
 from search_r3.training.engine import Engine, make_engine
 from tests.conftest import save_model
@@ -229,11 +230,20 @@ def stage_1(
     return job, lambda: sft.compute_gradients(engine, model.backbone, batch, share, recipe.sft), engine
 
 
+def in_chunks(monkeypatch: pytest.MonkeyPatch, positions: int) -> None:
+    """Let no more positions have logits at once."""
+    assert memory.LOGITS_AT_A_TIME == policy.LOGITS_AT_A_TIME
+    for module in (memory, policy):
+        monkeypatch.setattr(module, "LOGITS_AT_A_TIME", positions * 2000)
+
+
 @pytest.mark.filterwarnings("ignore::UserWarning")
 @pytest.mark.parametrize(
     "settings",
     [
         {"sft": {"micro_batch_size": 6, "kl_weight": 1.0}},
+        {"sft": {"micro_batch_tokens": 300, "kl_weight": 1.0}},
+        {"sft": {"micro_batch_size": 6, "kl_weight": 1.0}, "chunk": 40},
         {"sft": {"micro_batch_size": None, "kl_weight": 0.0}},
         {"sft": {"micro_batch_size": 6, "kl_weight": 1.0}, "mixed_precision": "bf16"},
         {"sft": {"micro_batch_size": 6, "kl_weight": 0.0}, "gradient_checkpointing": True},
@@ -241,8 +251,10 @@ def stage_1(
     ],
 )
 def test_a_step_of_stage_1_takes_what_the_plan_says(
-    larger: Path, collection: Collection, tmp_path: Path, settings: dict[str, Any]
+    larger: Path, collection: Collection, tmp_path: Path, settings: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    settings = dict(settings)
+    in_chunks(monkeypatch, settings.pop("chunk", 10_000))
     job, step, engine = stage_1(larger, collection, tmp_path, **settings)
     step()  # gradients are there from now on
     measured = allocated(step)[0]
@@ -257,10 +269,11 @@ def test_a_step_of_stage_1_takes_what_the_plan_says(
     assert sum(value.nbytes for value in moments) == pytest.approx(resident["optimizer"], rel=0.01)
 
 
-@pytest.mark.parametrize("mixed", ["no", "bf16"])
+@pytest.mark.parametrize(("mixed", "chunk"), [("no", 10_000), ("bf16", 10_000), ("no", 100)])
 def test_a_pass_of_stage_2_takes_what_the_plan_says(
-    larger: Path, collection: Collection, tmp_path: Path, mixed: str
+    larger: Path, collection: Collection, tmp_path: Path, mixed: str, chunk: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    in_chunks(monkeypatch, chunk)
     settings = GRPOSettings(queries_per_step=4, group_size=4, micro_batch_size=16)
     recipe = Recipe(run_dir=str(tmp_path), max_length=120, max_new_tokens=24, mixed_precision=mixed, grpo=settings)
     model = SearchR3(larger, device="cpu")

@@ -14,11 +14,11 @@ from accelerate.commands.config.config_args import ClusterConfig, load_config_fr
 from accelerate.commands.launch import _validate_launch_command, launch_command_parser
 from accelerate.utils.launch import prepare_multi_gpu_env
 
-from search_r3.config import LoRASettings, Recipe, RefreshSettings, SFTSettings, load_recipe
+from search_r3.config import GRPOSettings, LoRASettings, Recipe, RefreshSettings, SFTSettings, load_recipe
 from search_r3.errors import ConfigError, ModelError
 from search_r3.model.loading import load_backbone
-from search_r3.planning.footprint import Lengths
-from search_r3.planning.memory import Precision, cache_memory
+from search_r3.planning.footprint import Lengths, _in_a_pass
+from search_r3.planning.memory import Precision, cache_memory, logits_memory, rollout_logits_memory
 from search_r3.planning.plan import Speed, plan, suggest
 from search_r3.planning.shape import SHAPES, ModelShape, read_shape, shape_of
 from tests.conftest import call
@@ -115,14 +115,30 @@ def test_a_base_is_held_for_the_kl_only_and_not_beside_adapters() -> None:
 
 
 def test_memory_of_stage_1_grows_with_the_passes_and_not_with_the_batch() -> None:
-    def train(batch: int, size: int | None) -> int:
-        settings = LARGE.sft.model_copy(update={"batch_size": batch, "micro_batch_size": size})
-        found = plan(LARGE.model_copy(update={"sft": settings}), "sft").phases["train"]
-        return found["activations"] + found["logits"]
+    def train(batch: int, size: int | None) -> dict[str, int]:
+        settings = LARGE.sft.model_copy(update={"batch_size": batch, "micro_batch_size": size, "kl_weight": 1.0})
+        return plan(LARGE.model_copy(update={"sft": settings}), "sft").phases["train"]
 
-    assert train(1024, 8) == train(256, 8)
-    assert train(1024, 16) == pytest.approx(2 * train(1024, 8), rel=0.01)
-    assert train(1024, None) > 10 * train(1024, 8)
+    small = train(1024, 8)
+    assert small["activations"] == train(256, 8)["activations"]
+    assert train(1024, 16)["activations"] == pytest.approx(2 * small["activations"], rel=0.01)
+    assert train(1024, None)["activations"] > 10 * small["activations"]
+    assert small["logits"] <= 7 * 4 * 2**25, "of a chunk of positions, whatever the pass is"
+
+
+def test_logits_grow_to_a_chunk_and_no_further() -> None:
+    one = 4 * 151_936
+    assert logits_memory(151_936, 100, 0) == 3 * 100 * one
+    assert logits_memory(151_936, 100, 100) == (100 + 7 * 100) * one, "both losses stand in one graph"
+    assert logits_memory(151_936, 5000, 5000) == 7 * 220 * one, "what is computed again keeps nothing"
+    assert rollout_logits_memory(151_936, 5000, reference=False) == 3 * 220 * one
+
+
+def test_a_budget_in_tokens_says_how_many_sequences_a_pass_holds() -> None:
+    assert _in_a_pass(SFTSettings(micro_batch_tokens=100), 64, 30) == 3
+    assert _in_a_pass(SFTSettings(micro_batch_tokens=100, micro_batch_size=2), 64, 30) == 2, "both limit"
+    assert _in_a_pass(GRPOSettings(micro_batch_tokens=100), 64, 300) == 1, "a longer one is a pass of its own"
+    assert _in_a_pass(GRPOSettings(micro_batch_tokens=10**6), 64, 300) == 64, "there are no more"
 
 
 def test_the_cache_grows_by_halves_and_its_copy_counts() -> None:
@@ -300,7 +316,8 @@ def test_the_command_shows_the_plan(monkeypatch: pytest.MonkeyPatch, capsys: pyt
     shown = capsys.readouterr().out
     assert "total 1,543.7 M" in shown and "\nfits: " in shown and "reference" in shown
     assert all(len(line) <= 160 for line in shown.splitlines())
-    assert call(monkeypatch, "plan", where, "sft.micro_batch_size=512", "--stage", "sft") == 0
+    large = ("sft.batch_size=4096", "sft.micro_batch_size=1024")
+    assert call(monkeypatch, "plan", where, *large, "--stage", "sft") == 0
     assert "does not fit" in (shown := capsys.readouterr().out) and "change first: sft.micro_batch_size=" in shown
     assert call(monkeypatch, "plan", where, "--json", "--gpus", "1") == 0
     record = json.loads(capsys.readouterr().out)

@@ -132,10 +132,34 @@ def test_float16_halves_the_bytes_and_scores_in_float32() -> None:
     )
     query = rng.normal(size=(1, 16)).astype(np.float32)
     expected = vectors.astype(np.float16).astype(np.float32)[::-1] @ query[0]
-    np.testing.assert_allclose(index.scores_at(np.arange(40), query[0]), expected, rtol=1e-6, atol=1e-6)
+    np.testing.assert_allclose(index.scores_at(query[:1], [np.arange(40)])[0], expected, rtol=1e-6, atol=1e-6)
     assert index.search_rows(query, 3)[1].dtype == index.matrix.dtype == np.float32
     with pytest.raises(VectorIndexError, match="more than float16 can"):
         index.update(index.rows_of(["07"]), np.full((1, 16), 1e5, dtype=np.float32), 1)
+
+
+@pytest.mark.parametrize("spread", [1.0, 0.02])
+def test_products_in_bfloat16_change_no_result(spread: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("search_r3.retrieval.index._multiplies_bfloat16", lambda: True)
+    monkeypatch.setattr("search_r3.retrieval.selection.DENSE", 20)
+    rng = np.random.default_rng(0)
+    vectors = rng.normal(size=(1, 32)) + spread * rng.normal(size=(3000, 32))  # from far apart to hardly to be told
+    vectors = (vectors / np.linalg.norm(vectors, axis=1, keepdims=True)).astype(np.float32)
+    vectors[1000:1100] = vectors[:100]
+    ids = [f"{3000 - row:04}" for row in range(3000)]
+    index = ExactIndex(ids, vectors, dtype="bfloat16")
+    plain = ExactIndex(ids, index.matrix)
+    index.block = plain.block = 700
+    queries = vectors[rng.choice(3000, 20)] + np.float32(spread / 2) * rng.normal(size=(20, 32)).astype(np.float32)
+    queries = (queries / np.linalg.norm(queries, axis=1, keepdims=True)).astype(np.float32)
+    rows = [rng.choice(3000, 1 + place, replace=False) for place in range(20)]
+    assert index.ranks(queries, rows) == plain.ranks(queries, rows)
+    exact = plain.scores_at(queries, [np.arange(3000)] * 20)
+    found, scores = index.search_rows(queries, 50)
+    for line, own, true in zip(found, scores, exact, strict=True):
+        order = np.lexsort((np.arange(3000), -true))[:50]
+        np.testing.assert_array_equal(line, order)
+        np.testing.assert_array_equal(own, true[order])
 
 
 def test_the_index_neither_changes_nor_follows_the_arrays_given_to_it() -> None:

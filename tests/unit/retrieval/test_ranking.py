@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
@@ -9,7 +11,8 @@ import torch
 from search_r3.data.collection import Collection, Document, Query
 from search_r3.data.restrictions import Restrictions, restrictions
 from search_r3.retrieval.approximate import ApproximateIndex, GraphSettings
-from search_r3.retrieval.index import ExactIndex, VectorIndex
+from search_r3.retrieval.index import ExactIndex
+from search_r3.retrieval.protocol import VectorIndex
 from search_r3.retrieval.ranking import make_requests, ranked, ranks, restricted_rows
 
 COUNT, SIZE = 60, 8
@@ -103,7 +106,7 @@ def test_a_query_with_many_targets_does_not_make_the_others_pay(monkeypatch: pyt
     nonzero = torch.Tensor.nonzero
 
     def counting(tensor: torch.Tensor, **options: bool) -> object:
-        compared.append(tensor.numel())
+        compared.append(tensor.numel() if tensor.ndim == 2 else 0)
         return nonzero(tensor, **options)
 
     monkeypatch.setattr(torch.Tensor, "nonzero", counting)
@@ -117,13 +120,13 @@ def test_a_query_that_leaves_many_documents_out_does_not_make_the_others_search_
     vectors, queries = unit(np.random.default_rng(5), 2000), unit(np.random.default_rng(6), 5)
     index = ExactIndex([f"{row:04}" for row in range(2000)], vectors)
     limits = [Restrictions(left_out=frozenset(index.doc_ids[:count])) for count in (0, 900, 1, 63, 1000)]
-    searches, search = [], ExactIndex.search_rows
+    searches, search = [], ExactIndex.search_and_count
 
-    def recording(self: ExactIndex, own: np.ndarray, k: int) -> object:
+    def recording(self: ExactIndex, own: np.ndarray, k: int, *targets: Any) -> object:
         searches.append((len(own), k))
-        return search(self, own, k)
+        return search(self, own, k, *targets)
 
-    monkeypatch.setattr(ExactIndex, "search_rows", recording)
+    monkeypatch.setattr(ExactIndex, "search_and_count", recording)
     rankings = ranked(index, queries, limits, 10)
     assert searches == [(3, 10 + 32 + 63), (2, 10 + 32 + 1000)]
     for query, limit, ranking in zip(queries, limits, rankings, strict=True):

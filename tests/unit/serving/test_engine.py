@@ -151,6 +151,19 @@ def test_a_full_queue_refuses_queries_and_still_takes_documents(engine: EngineTh
     assert len(documents.result(WAIT).texts) == 9
 
 
+def test_what_finds_no_place_is_not_read_and_what_cannot_be_read_gives_its_place_back(
+    engine: EngineThread, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    held = Held(engine)
+    with pytest.raises(TooLargeError, match="longer than"):
+        engine.submit(["a boat " * 1000] * 10)
+    engine.submit(TEXTS, max_new_tokens=2)
+    monkeypatch.setattr("search_r3.serving.engine.read_texts", lambda *_: pytest.fail("it was read"))
+    with pytest.raises(OverloadedError, match="10 queries are waiting"):
+        engine.submit(TEXTS)
+    held.go()
+
+
 def test_a_request_of_many_queries_does_not_keep_a_later_one_waiting(engine: EngineThread) -> None:
     ended: list[str] = []
     held = Held(engine, 4)

@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 
 from search_r3.errors import DataError, StoreError
-from search_r3.serving import Store, guards, ranking
+from search_r3.serving import Store, database, guards, held, ranking
 from search_r3.serving import store as stores
 from search_r3.serving.upkeep import copy_store, verify
 from tests.stores import SIZE, document, fingerprint, vector, vectors
@@ -193,6 +193,9 @@ def test_an_older_version_can_come_back(store: Store) -> None:
     assert before in [number for number, _ in store.versions()]
     store.rollback(before)
     assert ids(store) == ["a#0"] and store.version > before
+    store.rollback(1)  # before there was an index of words
+    put(store, document("c"))
+    assert found(store, texts=["text"]) == ["c#0"]
     with pytest.raises(StoreError, match="cannot go back"):
         store.rollback(10_000)
 
@@ -295,12 +298,27 @@ def test_an_empty_newest_manifest_is_set_aside_and_said(
 
 def test_files_are_put_together_after_so_many_commits(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(stores, "OPTIMIZE_AFTER", 5)
-    counts = []
+    counts, trims = [], []
+    plain = stores.give_back
+    monkeypatch.setattr(stores, "give_back", lambda: trims.append(1) or plain())
     for number in range(12):
         put(Store.open(store.address), document(f"d{number}"))
         counts.append(store._table.stats()["fragment_stats"]["num_small_fragments"])
-    assert max(counts) <= 5 and len(store) == 12
+    assert max(counts) <= 5 and len(store) == 12 and len(trims) >= 2
     assert found(store, texts=["d11"]) == ["d11#0"]
+
+
+def test_what_is_cached_of_versions_has_a_bound(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import lancedb
+
+    for name in ("METADATA_BYTES", "INDEX_BYTES"):
+        monkeypatch.setattr(database, name, 2**15)
+    caches, plain = [], lancedb.Session
+    monkeypatch.setattr(lancedb, "Session", lambda **sizes: caches.append(plain(**sizes)) or caches[-1])
+    store = Store.create(tmp_path / "s", fingerprint())
+    for number in range(25):
+        put(store, document(f"d{number % 2}", f"text {number}"))
+    assert 0 < caches[-1].size_bytes < 2**18
 
 
 def test_versions_stay_for_an_hour_and_of_many_writes_the_last_rounds_do() -> None:
@@ -325,11 +343,11 @@ def test_the_list_of_documents_is_never_old(store: Store) -> None:
     assert [one.doc_id for one in store.documents()] == ["b"]
 
 
-@pytest.mark.parametrize(("size", "asked_for"), [(ranking.CHUNK_BYTES, 0), (0, 3)])
+@pytest.mark.parametrize(("size", "asked_for"), [(held.CHUNK_BYTES, 0), (0, 3)])
 def test_hits_are_read_from_memory_where_chunks_are_few_and_are_never_old(
     size: int, asked_for: int, store: Store, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(ranking, "CHUNK_BYTES", size)
+    monkeypatch.setattr(held, "CHUNK_BYTES", size)
     put(store, *[document(f"d{number}", str(number), metadata={"n": number}) for number in range(9)])
     asked: list[str] = []
     plain = store._rows
@@ -356,7 +374,7 @@ def test_compacting_brings_all_into_the_indexes_and_removes_old_versions(store: 
 
 
 def test_many_vectors_get_an_index_with_measured_recall(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(ranking, "IN_MEMORY", 300)
+    monkeypatch.setattr(held, "IN_MEMORY", 300)
     put(store, *[document(f"d{number}", str(number)) for number in range(299)])
     store.compact()
     assert store.index == {}
@@ -373,7 +391,7 @@ def test_many_vectors_get_an_index_with_measured_recall(store: Store, monkeypatc
 
 
 def test_vectors_that_take_much_memory_are_indexed_as_bytes(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(ranking, "IN_MEMORY", 300)
+    monkeypatch.setattr(held, "IN_MEMORY", 300)
     monkeypatch.setattr(ranking, "FLAT_BYTES", 100)
     put(store, *[document(f"d{number}", str(number)) for number in range(320)])
     store.compact()
@@ -383,7 +401,7 @@ def test_vectors_that_take_much_memory_are_indexed_as_bytes(store: Store, monkey
 
 
 def test_recall_is_that_of_the_index_and_not_a_matter_of_course(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(ranking, "IN_MEMORY", 300)
+    monkeypatch.setattr(held, "IN_MEMORY", 300)
     plain = ranking.Ranker._query
     monkeypatch.setattr(ranking.Ranker, "_query", lambda *arguments: plain(*arguments)[:6])
     put(store, *[document(f"d{number}", str(number)) for number in range(300)])

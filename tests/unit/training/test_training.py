@@ -24,7 +24,15 @@ from search_r3.parallel import Communicator
 from search_r3.retrieval.lexical import BM25
 from search_r3.retrieval.metrics import probe_cosine
 from search_r3.training import grpo, sft
-from search_r3.training.batches import Batch, check_dimensions, collate, find_false_negatives, make_batch, tokenise
+from search_r3.training.batches import (
+    Batch,
+    check_dimensions,
+    collate,
+    find_false_negatives,
+    make_batch,
+    micro_batches,
+    tokenise,
+)
 from search_r3.training.engine import Engine, make_engine, warmup_cosine
 from search_r3.training.rl import rollouts, signals
 from search_r3.training.run import Run
@@ -306,13 +314,13 @@ def experience(
     )
 
 
-@pytest.mark.parametrize("micro_batch_size", [1, 5, 12])
+@pytest.mark.parametrize(
+    "limits", [{"micro_batch_size": 1}, {"micro_batch_size": 5}, {"micro_batch_size": 12}, {"micro_batch_tokens": 90}]
+)
 def test_micro_batches_change_memory_only(
-    model: SearchR3, collection: Collection, micro_batch_size: int, monkeypatch: pytest.MonkeyPatch
+    model: SearchR3, collection: Collection, limits: dict[str, int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    settings = recipe(
-        embedding_loss_weight=0.5, direct_loss_weight=0.3, kl_coefficient=0.1, micro_batch_size=micro_batch_size
-    )
+    settings = recipe(embedding_loss_weight=0.5, direct_loss_weight=0.3, kl_coefficient=0.1, **limits)
     environment, batch = experience(model, collection, settings)
     engine = make_engine(model, settings, settings.grpo)
     monkeypatch.setattr(Engine, "clip", lambda self, norm: 0.0)
@@ -320,7 +328,7 @@ def test_micro_batches_change_memory_only(
     values = grpo.update(model, engine, environment, batch, settings.grpo)
     found = gradients(model)
     model.backbone.model.zero_grad()
-    whole = settings.grpo.model_copy(update={"micro_batch_size": 12})
+    whole = settings.grpo.model_copy(update={"micro_batch_size": 12, "micro_batch_tokens": None})
     tokens = sum(sum(reply.completion_mask) for reply in batch.rollouts)
     totals = {"tokens": tokens, "computed_tokens": tokens, "rollouts": 12, "queries": 3}
     arguments = (model, engine, environment, batch)
@@ -332,6 +340,7 @@ def test_micro_batches_change_memory_only(
     assert values["loss"] == pytest.approx(expected["loss"] + direct["loss"], abs=1e-5)
     assert values["direct_loss"] == pytest.approx(direct["direct_loss"], abs=1e-5) and values["direct_loss"] > 0
     assert values["sampler_gap"] < 1e-5, "decoding and training must agree on the log-probabilities"
+    assert values["sampler_gap"] < values["sampler_gap_max"] == pytest.approx(expected["sampler_gap_max"], abs=1e-6)
     assert values["clipped_share"] == 0.0
 
 
@@ -445,10 +454,55 @@ def test_metrics_of_several_passes_are_their_means(model: SearchR3, collection: 
     passes: list[dict[str, float]] = []
     values = grpo.update(model, engine, environment, batch, settings.grpo, lambda one: passes.append(dict(one)))
     assert len(passes) == 3
-    for name in passes[0].keys() - {"sampler_gap"}:
+    for name in passes[0].keys() - {"sampler_gap", "sampler_gap_max"}:
         assert values[name] == pytest.approx(sum(one[name] for one in passes) / 3), name
     assert passes[0]["clipped_share"] == 0 < values["clipped_share"], "in the first pass every ratio is 1"
     assert values["sampler_gap"] == passes[0]["sampler_gap"] < 1e-5, "later passes have moved the weights on purpose"
+    assert values["sampler_gap_max"] == passes[0]["sampler_gap_max"] < 1e-4 < passes[2]["sampler_gap_max"]
+
+
+def test_the_largest_gap_to_the_sampler_is_found_whatever_pass_it_is_in(
+    model: SearchR3, collection: Collection, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings = recipe(micro_batch_size=2)
+    environment, batch = experience(model, collection, settings)
+    monkeypatch.setattr(Engine, "step", lambda self: None)
+    engine = make_engine(model, settings, settings.grpo)
+    place = next(i for i, one in enumerate(batch.rollouts) if one.completion_mask[0])
+    batch.rollouts[place].logprobs[0] += 0.75
+    values = grpo.update(model, engine, environment, batch, settings.grpo)
+    assert values["sampler_gap_max"] == pytest.approx(0.75, abs=1e-4)
+    assert values["sampler_gap"] < 0.1
+
+
+def test_a_budget_in_tokens_counts_the_padding() -> None:
+    lengths = [5, 30, 7, 12, 6, 12, 40]
+    assert micro_batches(lengths, None, 24) == [[0, 4, 2], [3, 5], [1], [6]], "3 x 7 fit, 4 x 12 do not"
+    assert micro_batches(lengths, 2, 24) == [[0, 4], [2, 3], [5], [1], [6]], "both limit"
+    assert micro_batches(lengths, 3, None) == [[0, 4, 2], [3, 5, 1], [6]]
+    assert micro_batches([], None, 24) == []
+
+
+@pytest.mark.parametrize("tokens", [1, 150, 10**6])
+def test_a_budget_in_tokens_changes_no_gradient_of_stage_1(
+    model: SearchR3, collection: Collection, tokens: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings = SFTSettings(batch_size=5, kl_weight=1.0, latent_steps=1)
+    engine = make_engine(model, Recipe(sft=settings), settings)
+    examples = training_examples(collection, "train")[:5]
+    batch = make_batch(collection, list(collection.documents), examples, settings, random.Random(0))
+    share = sft.take_share(engine, batch, collection, model)
+    expected = sft.compute_gradients(engine, model.backbone, batch, share, settings)
+    gradient = gradients(model)
+    model.backbone.model.zero_grad()
+    sizes, inner = [], sft.collate
+    monkeypatch.setattr(sft, "collate", lambda *given: sizes.append(inner(*given).ids.shape) or inner(*given))
+    limited = settings.model_copy(update={"micro_batch_tokens": tokens})
+    values = sft.compute_gradients(engine, model.backbone, batch, share, limited)
+    assert values == pytest.approx(expected, abs=1e-5, rel=1e-5)
+    assert (gradients(model) - gradient).abs().max() <= 1e-5 * gradient.abs().max() > 0
+    assert all(rows == 1 or rows * width <= tokens for rows, width in sizes)
+    assert (max(rows for rows, _ in sizes) == 1) == (tokens == 1) and len(sizes) > (6 if tokens < 10**6 else 0)
 
 
 def test_forced_tokens_are_not_trained_on(model: SearchR3, collection: Collection) -> None:

@@ -18,8 +18,8 @@ from ...errors import DataError
 from ...files import atomic_directory, read_jsonl, write_json
 from ...model.encoder import SearchR3
 from ...model.prompts import PLAIN_MODES
-from ...retrieval.index import VectorIndex
 from ...retrieval.metrics import ndcg
+from ...retrieval.protocol import VectorIndex
 from ...retrieval.ranking import make_requests, ranked
 from ..baselines import BM25System
 from ..benchmark import EvaluationOptions, evaluate, judged

@@ -11,7 +11,7 @@ Shapes: `B` sequences, `T` tokens, `P` tokens of a common beginning, `D` hidden 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -114,24 +114,27 @@ def layer_windows(config: Any) -> list[int | None]:
 
 def _drive(base: Any, hidden: Tensor, positions: Tensor, last: Tensor, attention: Attention) -> Tensor:
     rotation = tuple(part.unsqueeze(2) for part in base.rotary_emb(hidden, positions))  # B x T x 1 x d
-    rows = torch.arange(len(hidden), device=hidden.device)
     final = len(base.layers) - 1
     windows = layer_windows(base.config)
+    rows = torch.arange(len(hidden), device=hidden.device)
+
+    def all_of(values: Tensor) -> Tensor:
+        return values
+
+    def picked(values: Tensor) -> Tensor:
+        """Nobody reads the other positions of the last layer: they give keys and values and are dropped."""
+        return values if values.shape[1] == 1 else values[rows, last].unsqueeze(1)
+
     for number, layer in enumerate(base.layers):
         block = layer.self_attn
         normed = _norm(layer.input_layernorm, hidden)
-        key = _heads(block, "k", normed, rotation)
-        value = _heads(block, "v", normed, None)
-        if number == final and hidden.shape[1] > 1:
-            # Nobody reads the other positions of the last layer: they give keys and values and are dropped.
-            normed, hidden = normed[rows, last].unsqueeze(1), hidden[rows, last].unsqueeze(1)
-            rotation = tuple(part[rows, last].unsqueeze(1) for part in rotation)
-        query = _heads(block, "q", normed, rotation)
+        wanted = picked if number == final else all_of
+        query, key, value = _heads(block, normed, rotation, wanted)
+        hidden = wanted(hidden)
         attended = attention(number, query, key, value, block.scaling, windows[number])
         hidden = hidden.add_(_linear(block.o_proj, attended.transpose(1, 2).flatten(2)))
         mlp, normed = layer.mlp, _norm(layer.post_attention_layernorm, hidden)
-        gated = mlp.act_fn(_linear(mlp.gate_proj, normed)).mul_(_linear(mlp.up_proj, normed))
-        hidden = hidden.add_(_linear(mlp.down_proj, gated))
+        hidden = hidden.add_(_linear(mlp.down_proj, _gated(mlp, normed)))
     return _norm(base.norm, hidden)[:, 0]
 
 
@@ -139,21 +142,55 @@ def _norm(layer: Any, values: Tensor) -> Tensor:
     return F.rms_norm(values, values.shape[-1:], layer.weight, layer.variance_epsilon)
 
 
-def _heads(block: Any, name: str, hidden: Tensor, rotation: tuple[Tensor, ...] | None) -> Tensor:
-    """Queries, keys or values by head, `B x heads x T x d`, turned to their positions."""
-    projected = _linear(getattr(block, f"{name}_proj"), hidden)
-    projected = projected.view(*projected.shape[:-1], -1, block.head_dim)
+def _heads(
+    block: Any, hidden: Tensor, rotation: tuple[Tensor, ...], wanted: Callable[[Tensor], Tensor]
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Queries of the wanted positions, keys and values by head, `B x heads x T x d`, turned to their positions."""
+    shared = getattr(block.q_proj, "shared", None)
+    if shared is None:
+        key, value = (_split(block, _linear(layer, hidden)) for layer in (block.k_proj, block.v_proj))
+        key = _turn(_normed(block, "k", key), rotation)
+        query = _normed(block, "q", _split(block, _linear(block.q_proj, wanted(hidden))))
+        query = _turn(query, tuple(map(wanted, rotation)))
+    else:
+        keys = block.k_proj.out_features // block.head_dim
+        both, value = _split(block, shared.product(hidden)).tensor_split([-keys], dim=-2)
+        if hasattr(block, "q_norm"):
+            parts = both.tensor_split([-keys], dim=-2)
+            both = torch.cat([_normed(block, name, part) for name, part in zip("qk", parts, strict=True)], dim=-2)
+        query, key = _turn(both, rotation).tensor_split([-keys], dim=-2)
+        query = wanted(query)
+    return query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2)
+
+
+def _split(block: Any, projected: Tensor) -> Tensor:
+    """By head, `B x T x heads x d`."""
+    return projected.view(*projected.shape[:-1], -1, block.head_dim)
+
+
+def _normed(block: Any, name: str, heads: Tensor) -> Tensor:
     norm = getattr(block, f"{name}_norm", None)
-    if norm is not None:
-        projected = _norm(norm, projected)
-    if rotation is not None:
-        cos, sin = rotation
-        left, right = projected.chunk(2, dim=-1)
-        half = sin[..., : left.shape[-1]]  # both halves turn by the same angles
-        projected = projected * cos
-        projected[..., : left.shape[-1]].addcmul_(right, half, value=-1)
-        projected[..., left.shape[-1] :].addcmul_(left, half)
-    return projected.transpose(1, 2)
+    return heads if norm is None else _norm(norm, heads)
+
+
+def _turn(heads: Tensor, rotation: tuple[Tensor, ...]) -> Tensor:
+    cos, sin = rotation
+    left, right = heads.chunk(2, dim=-1)
+    half = sin[..., : left.shape[-1]]  # both halves turn by the same angles
+    turned = heads * cos
+    turned[..., : left.shape[-1]].addcmul_(right, half, value=-1)
+    turned[..., left.shape[-1] :].addcmul_(left, half)
+    return turned
+
+
+def _gated(mlp: Any, hidden: Tensor) -> Tensor:
+    shared = getattr(mlp.gate_proj, "shared", None)
+    if shared is None:
+        gate, up = _linear(mlp.gate_proj, hidden), _linear(mlp.up_proj, hidden)
+    else:
+        gate, up = shared.product(hidden).chunk(2, dim=-1)
+    gated: Tensor = mlp.act_fn(gate)
+    return gated.mul_(up)
 
 
 def _linear(layer: Any, values: Tensor) -> Tensor:

@@ -71,9 +71,9 @@ class LlamaCppBackbone(Backbone):
         """See `Backbone`."""
         return self.parallel
 
-    def logits(self, states: Tensor) -> Tensor:
+    def logits(self, hidden: Tensor, *, adapters: bool = True) -> Tensor:
         """See `Backbone`; they stand in the states already."""
-        return states[..., self.dimension :]
+        return hidden[..., self.dimension :]
 
     def vectors(self, states: Tensor) -> Tensor:
         """See `Backbone`."""

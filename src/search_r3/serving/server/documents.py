@@ -52,11 +52,10 @@ def entries(
     after: Annotated[str, Query(description="Only ids behind this one.")] = "",
 ) -> dict[str, Any]:
     """Documents by their ids, and how many there are; `next` is what `after` takes for the next page."""
-    everything = service.store.documents()
-    rest = [entry for entry in everything if entry.doc_id > after]
+    found, total = service.store.page(after, limit + 1)
     names = "title", "path", "source", "chunks"
-    page = [{"id": one.doc_id} | {name: getattr(one, name) for name in names} for one in rest[:limit]]
-    return {"documents": page, "total": len(everything), "next": page[-1]["id"] if len(rest) > limit else None}
+    page = [{"id": one.doc_id} | {name: getattr(one, name) for name in names} for one in found[:limit]]
+    return {"documents": page, "total": total, "next": page[-1]["id"] if len(found) > limit else None}
 
 
 @router.get("/{doc_id:path}")

@@ -39,9 +39,11 @@ from ...retrieval.ranking import ranked_rows, restricted_rows
 from ...retrieval.storage import MANIFEST
 from ...sections import DistillSettings
 from .. import losses
+from ..batches import micro_batches
 from ..dev import DevSplit, Evaluations
 from ..engine import Engine, load_model, make_engine, rates
 from ..guard import Guard
+from ..policy import Tokens, any_token
 from ..rl.rollouts import queries_of_step
 from ..run import Run
 from ..saving import check_documents
@@ -257,43 +259,38 @@ class Course:
 
     def _chunks(self, rollouts: Sequence[Rollout], vectors: Sequence[Tensor]) -> list[tuple[list[Rollout], Tensor]]:
         """Sequences that are computed together, of like length so that little is padded, and their targets."""
-        size = self.settings.micro_batch_size
-        order = sorted(
-            range(len(rollouts)), key=lambda i: len(rollouts[i].prompt_ids) + len(rollouts[i].completion_ids)
-        )
+        lengths = [len(one.prompt_ids) + len(one.completion_ids) for one in rollouts]
+        groups = micro_batches(lengths, self.settings.micro_batch_size, self.settings.micro_batch_tokens)
         return [
             ([rollouts[i] for i in places], torch.stack([vectors[i] for i in places]).to(self.backbone.device))
-            for places in (order[start : start + size] for start in range(0, len(order), size))
+            for places in groups
         ]
 
     def _distil(self, rollouts: Sequence[Rollout], teachers: Tensor, documents: Tensor) -> dict[str, Tensor]:
         """Sums over direct vectors: of the loss, and of the cosine to the teacher's."""
         sequences = sequence_batch(self.backbone, rollouts)
         alone = self.settings.hold_weight == 0 and self.engine.world_size > 1
-        unused = torch.zeros_like(sequences.ids, dtype=torch.bool).index_fill_(1, sequences.embed_positions[:1], True)
-        vectors, logits = self.engine.policy(
-            sequences.ids, sequences.mask, embed=sequences.embed_positions, places=[unused] if alone else []
-        )
+        unused = any_token(sequences.ids) if alone else None
+        answer = self.engine.policy(sequences.ids, sequences.mask, embed=sequences.embed_positions, tokens=unused)
+        vectors = answer.vectors
         cosines = (vectors * teachers).sum(-1)
         if self.settings.target == "scores":
             loss = losses.score_distillation(vectors, teachers, documents, self.settings.score_temperature)
             name = "score_kl"
         else:
             loss, name = (1 - cosines).sum(), "vector_distance"
-        if alone:  # a gradient path through the output layer, which DDP expects of every backward pass
-            loss = loss + 0.0 * logits[0].sum()
+        if alone:
+            loss = loss + 0.0 * answer.logprobs.sum()
         return {name: loss, "teacher_cosine": cosines.detach().sum()}
 
     def _hold(self, rollouts: Sequence[Rollout], before: Tensor) -> dict[str, Tensor]:
         """Sums over replies: cross-entropy of their tokens, and distances of their vectors to what they were."""
         sequences = sequence_batch(self.backbone, rollouts)
         places = sequences.sampled.nonzero(as_tuple=True)
-        vectors, [logits] = self.engine.policy(
-            sequences.ids, sequences.mask, embed=sequences.embed_positions, places=[sequences.sampled]
-        )
-        targets = sequences.ids[places[0], places[1] + 1]
-        entropy = losses.cross_entropy(logits, targets) * len(targets)
-        return {"cross_entropy": entropy, "reason_distance": (1 - (vectors * before).sum(-1)).sum()}
+        tokens = Tokens(sequences.sampled, sequences.ids[places[0], places[1] + 1])
+        answer = self.engine.policy(sequences.ids, sequences.mask, embed=sequences.embed_positions, tokens=tokens)
+        distances = 1 - (answer.vectors * before).sum(-1)
+        return {"cross_entropy": -answer.logprobs.sum(), "reason_distance": distances.sum()}
 
 
 _SHOWN = ("teacher_cosine",)

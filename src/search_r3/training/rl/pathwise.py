@@ -34,15 +34,16 @@ def embedding_loss(
 
     Args:
         vectors: of the replies, with gradients.
-        environment: holds the documents' vectors, which get none.
+        environment: holds the documents' vectors, which get none; of several processes, those that it was told to
+            `keep_near`.
         query_ids: the query of each, `B`.
         scores: of each, with its nearest documents.
         contrastive_temperature: tau.
     """
     queries = [environment.query_rows(query_id) for query_id in query_ids]
-    rivals = [query.negatives(score.nearest) for query, score in zip(queries, scores, strict=True)]
+    rivals = [score.nearest[query.are_negatives(score.nearest)] for query, score in zip(queries, scores, strict=True)]
     rows = np.unique(np.concatenate([*rivals, *(query.positives for query in queries)]))  # M
-    documents = torch.from_numpy(environment.index.vectors_at(rows)).to(vectors.device)  # M x D
+    documents = torch.from_numpy(environment.vectors_at(rows)).to(vectors.device)  # M x D
     excluded = torch.ones((len(queries), len(rows)), dtype=torch.bool)
     best = []
     for place, (query, own) in enumerate(zip(queries, rivals, strict=True)):

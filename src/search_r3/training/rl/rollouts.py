@@ -19,7 +19,8 @@ from ...config import GRPOSettings, Recipe
 from ...data.collection import Query
 from ...data.draws import step_rng
 from ...data.triples import draw_uninstructed
-from ...environment.environment import Feedback, RetrievalEnvironment
+from ...environment.environment import RetrievalEnvironment
+from ...environment.feedback import Feedback
 from ...environment.reward import DEEPEST
 from ...environment.scoring import Score
 from ...errors import DataError, RunError
