@@ -38,8 +38,38 @@ if TYPE_CHECKING:
     from ..evaluation.search import Searcher
     from ..model.encoder import SearchR3
     from ..retrieval.approximate import ApproximateIndex
+    from ..retrieval.encoding.shards import Shard
     from ..retrieval.encoding.workers import RayWorkers
     from ..retrieval.index import ExactIndex
+
+
+ShardOption = Annotated[
+    str | None,
+    typer.Option("--shard", metavar="I/N", help="Encode the I-th of N parts; when all are there, they are one index."),
+]
+RayOption = Annotated[
+    str | None,
+    typer.Option(
+        "--ray",
+        metavar="[ADDRESS]",
+        help="Encode by the actors of a Ray cluster: `auto`, HOST:PORT, or `local`, which starts one here; without an "
+        "address what RAY_ADDRESS says, else `local`. It must see the model and the index folder.",
+    ),
+]
+RayActors = Annotated[
+    int | None, typer.Option(min=1, help="Of --ray; by default one for each GPU, or for each machine without any.")
+]
+IndexTypeOption = Annotated[
+    Literal["auto", "exact", "hnsw"] | None,
+    typer.Option(
+        help="How it is searched: exactly (by default), by a graph (its recall is shown), or `auto`: a graph from "
+        "100,000 documents on. Nothing is encoded again for another one."
+    ),
+]
+BlockSize = Annotated[
+    int | None,
+    typer.Option(min=1, help="Documents that a kill may cost; 1,024 on a CPU, else 16,384. The same for all shards."),
+]
 
 
 class _MayLackAddress(TyperCommand):
@@ -69,41 +99,18 @@ def encode(
     chunk_tokens: ChunkTokens = None,
     chunk_overlap: ChunkOverlap = 0,
     untrained: Untrained = False,
-    shard: Annotated[
-        str | None,
-        typer.Option(metavar="I/N", help="Encode the I-th of N parts; when all are there, they are one index."),
-    ] = None,
-    ray: Annotated[
-        str | None,
-        typer.Option(
-            metavar="[ADDRESS]",
-            help="Encode by the actors of a Ray cluster: `auto`, HOST:PORT, or `local`, which starts one here; without "
-            "an address what RAY_ADDRESS says, else `local`. It must see the model and the index folder.",
-        ),
-    ] = None,
-    ray_actors: Annotated[
-        int | None, typer.Option(min=1, help="Of --ray; by default one for each GPU, or for each machine without any.")
-    ] = None,
-    index_type: Annotated[
-        Literal["auto", "exact", "hnsw"] | None,
-        typer.Option(
-            help="How it is searched: exactly (by default), by a graph (in memory; its recall is shown), or `auto`: a "
-            "graph from 100,000 documents on. Nothing is encoded again for another one."
-        ),
-    ] = None,
-    block_size: Annotated[
-        int | None,
-        typer.Option(
-            min=1, help="Documents that a kill may cost; 1,024 on a CPU, else 16,384. The same for all shards."
-        ),
-    ] = None,
+    shard: ShardOption = None,
+    ray: RayOption = None,
+    ray_actors: RayActors = None,
+    index_type: IndexTypeOption = None,
+    block_size: BlockSize = None,
 ) -> None:
     """Encode documents of any number into an index folder; after a kill, the same command goes on.
 
     Example: search-r3 encode MODEL INDEX -c COLLECTION --shard 1/4   (and 2/4, 3/4, 4/4, on as many machines)
     """
     from ..retrieval.encode import encode_corpus
-    from ..retrieval.encoding.shards import Shard, shards_in
+    from ..retrieval.encoding.shards import Shard
     from ..retrieval.kinds import set_index_type
 
     part = Shard.parse(shard) if shard is not None else None
@@ -134,14 +141,22 @@ def encode(
             on_start=start,
             progress=bar.advance,
         )
-    speed = f"; {bar.speed}" if bar.texts else ""
-    what = ""
-    finished = sum(shards_in(out).values())
-    if part is not None and finished:
-        what = f"all {part.of} shards, " if finished == part.of else f"{finished} of {part.of} shards; in {shard}: "
-    console.say(f"{out}: {what}{len(index):,} vectors of size {index.dimension} as {index.dtype}{speed}")
-    if index_type is not None and (part is None or finished in (0, part.of)):
+    whole = _say_encoded(out, index, part, f"; {bar.speed}" if bar.texts else "")
+    if index_type is not None and whole:
         _say_recall(set_index_type(out, index_type))
+
+
+def _say_encoded(out: Path, index: ExactIndex, part: Shard | None, speed: str) -> bool:
+    """Say what is in the folder; whether it is an index of all documents."""
+    from ..retrieval.encoding.shards import shards_in
+
+    place, whole = "", True
+    if part is not None and (finished := sum(shards_in(out).values())):
+        whole = finished == part.of
+        place = f"{finished} of {part.of} shards; in {part.number}/{part.of}: "
+        place = f"all {part.of} shards, " if whole else place
+    console.say(f"{out}: {place}{len(index):,} vectors of size {index.dimension} as {index.dtype}{speed}")
+    return whole
 
 
 def _say_recall(index: ExactIndex | ApproximateIndex) -> None:
