@@ -1,7 +1,8 @@
 """How the index work of an RL step grows with the corpus, part by part; the last line is one JSON object.
 
     pip install search-r3[benchmarks]
-    python benchmarks/growth.py --out runs/growth.json      # 1,000 to 1,000,000 documents; peak below 12 GiB
+    python benchmarks/growth.py --out runs/growth.json      # 1,000 to 1,000,000 documents; most of an hour, 12 GiB
+    python benchmarks/growth.py --only "exact float32" "exact bfloat16"                    # minutes, without peers
     python benchmarks/growth.py --quick                     # within a minute
 
 Documents, vectors of size 896, are those of benchmarks/index.py. 512 rollouts, eight to a query, lie between a
@@ -55,8 +56,8 @@ def generate(folder: Path, count: int, rollouts: int) -> None:
         matrix[start : start + some] = normalised(around + noise(rng, some, bases[1], 0.8, 0.2))
     matrix.flush()
     relevant = rng.choice(count, -(-rollouts // GROUP), replace=False).repeat(GROUP)[:rollouts]
-    far = rng.uniform(0.3, 1.6, size=(rollouts, 1)).astype(np.float32)
-    np.save(folder / "rollouts.npy", normalised(matrix[relevant] + far * noise(rng, rollouts, bases[1], 1.0, 0.2)))
+    far = rng.uniform(0.5, 4, size=(rollouts, 1)).astype(np.float32)
+    np.save(folder / "rollouts.npy", normalised(matrix[relevant] + far * noise(rng, rollouts, bases[0], 1.0, 0.2)))
     np.save(folder / "relevant.npy", relevant)
 
 
@@ -173,6 +174,7 @@ class Faiss(Peer):
             self.index = faiss.IndexIVFPQ(quantizer, SIZE, count, SIZE // 8, bits, faiss.METRIC_INNER_PRODUCT)
             self.index.nprobe = max(1, count // 16)
             self.index.cp.min_points_per_centroid = self.index.pq.cp.min_points_per_centroid = 1
+            self.index.cp.niter = 10  # of 25: training is most of its time at a million
             self.index.train(np.ascontiguousarray(sample))
         else:
             self.index = faiss.IndexFlatIP(SIZE)
@@ -243,6 +245,7 @@ def work(name: str, folder: Path, threads: int, rounds: int) -> dict[str, Any]:
         return {**result, "peak_memory_bytes": memory.peak - memory.before}
     steps = [contender.step(queries, relevant, version) for version in range(1, rounds + 1)]
     result |= {part: median(step[part] for step in steps) for part in steps[0]}
+    result["median_rank"] = float(np.median(contender.ranks))
     result["step"] = median(sum(step.values()) for step in steps)
     result["peak_memory_bytes"] = memory.peak - memory.before
     return {**result, "ranks_right": contender.ranks_right(queries, relevant)}

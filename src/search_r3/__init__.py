@@ -27,6 +27,8 @@ _PUBLIC = {
     "train_grpo": "training.grpo",
     "train_distill": "training.modes.distill",
     "TrainingResult": "training.session",
+    "RolloutSampler": "training.rl.sampler",
+    "SampledReply": "training.rl.sampler",
     "SearchR3Error": "errors",
 }
 # These need the extra `mteb`; they are not in `__all__`, so that a star import works without it.

@@ -13,7 +13,7 @@ import yaml
 from pydantic import Field, model_validator
 
 from .loader import Section, load_settings
-from .sections import DistillSettings, PassSettings, RefreshSettings
+from .sections import DistillSettings, PassSettings, RefreshSettings, SamplerSettings
 
 
 class BaseModelSettings(Section):
@@ -226,6 +226,7 @@ class GRPOSettings(PassSettings):
         "began from, an index made before stays valid, and of `refresh` only `index` counts.",
     )
     refresh: RefreshSettings = RefreshSettings()
+    sampler: SamplerSettings = SamplerSettings()
     rollout_batch_size: int = Field(256, ge=1, description="Rollouts decoded at once; changes results by rounding.")
     micro_batch_size: int = Field(128, ge=1, description="Rollouts per forward and backward pass; changes memory only.")
     evaluate_every: int = Field(10, ge=0, description="Steps between evaluations on `evaluation.dev_split`; 0: none.")

@@ -27,7 +27,8 @@ if TYPE_CHECKING:
     from .evaluation.search import Answer
     from .evaluation.significance import Comparison
     from .planning.plan import MemoryPlan
-    from .serving.store import Entry, Store
+    from .serving.held import Entry
+    from .serving.store import Store
     from .training.probe import ProbeReport
 
 
@@ -309,10 +310,11 @@ def show_plan(plan: MemoryPlan, base: str, gpu_bytes: float, remedy: str) -> Non
     say("memory of the machine: " + ", ".join(f"{name} {gigabytes(value)} GB" for name, value in plan.host.items()))
     tokens = ", ".join(f"{name} {value:,}" for name, value in plan.tokens.items())
     say(f"tokens per step: {sum(plan.tokens.values()):,} ({tokens}); {sum(plan.flops.values()) / 1e15:,.2f} PFLOP")
-    hours = plan.steps * plan.step_seconds / 3600
-    say(f"time: {plan.step_seconds:,.1f} s per step, {hours:,.1f} h for {plan.steps:,} steps")
+    for line in plan.time_lines():
+        say(line)
     verdict = "fits" if plan.fits(gpu_bytes) else "does not fit"
-    say(f"{verdict}: {gigabytes(plan.peak)} GB at the peak ({plan.peak_phase}); 10 % of a GPU's memory is kept free")
+    own = f"{gigabytes(plan.context)} of CUDA's own, 10 % kept free"
+    say(f"{verdict}: {gigabytes(plan.peak)} GB at the peak ({plan.peak_phase}), {own}")
     if not plan.fits(gpu_bytes):
         say(f"change first: {remedy}" if remedy else "no setting of the recipe is enough: use more or larger GPUs")
     say("")

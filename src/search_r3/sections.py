@@ -1,4 +1,4 @@
-"""Sections of a recipe that stand by themselves: what stages share, the moving corpus, distilled reasoning."""
+"""Sections of a recipe that stand by themselves: what stages share, the moving corpus, samplers, distillation."""
 
 from __future__ import annotations
 
@@ -92,6 +92,50 @@ class RefreshSettings(Section):
             )
         if (self.max_documents or self.max_tokens) and not by_shortlist:
             raise ValueError(f"a budget goes with shortlist or selective, not with policy={self.policy}")
+        return self
+
+
+class SamplerSettings(Section):
+    """Who writes the rollouts of stage 2: the model itself, or a server that holds a copy of it (vLLM, SGLang)."""
+
+    url: str | None = Field(
+        None,
+        pattern=r"^https?://[^\s/]+\S*$",
+        description="Address of a server of OpenAI's completions that returns token ids, such as "
+        "http://localhost:8000/v1; null: the model itself, decoded here.",
+    )
+    model: str | None = Field(None, description="The model's name at the server; null: the only one that it has.")
+    api_key_variable: str = Field("OPENAI_API_KEY", description="Environment variable with the server's key, if any.")
+    timeout: float = Field(600.0, gt=0, description="Seconds for one reply, its wait in the server's queue included.")
+    retries: int = Field(2, ge=0, description="Times that a request is sent again after a timeout or status 5xx.")
+    reload: Literal["none", "vllm", "vllm_adapter", "sglang"] = Field(
+        "none",
+        description="How the server gets the new weights. none: it keeps those that it was started with. vllm, sglang: "
+        "the whole model is written to a folder, which the server reads. vllm_adapter: the LoRA adapters alone "
+        "(docs/training.md).",
+    )
+    reload_every: int = Field(1, ge=1, description="Steps between two reloads.")
+    folder: str | None = Field(
+        None, description="Where the weights are written, as the server sees it too; null: `sampler` in the run."
+    )
+    importance_cap: float = Field(
+        2.0,
+        gt=0,
+        description="Most that a token counts by the ratio of its probability here to that at the server (truncated "
+        "importance sampling); 1 for the model's own replies.",
+    )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _was_an_address(cls, value: Any) -> Any:
+        if isinstance(value, str):
+            raise ValueError(f"sampler is a section; write sampler.url={value}")
+        return value
+
+    @model_validator(mode="after")
+    def _reloads_a_server(self) -> SamplerSettings:
+        if self.reload != "none" and self.url is None:
+            raise ValueError(f"reload={self.reload} tells a server of new weights, and url=null names none; set url")
         return self
 
 

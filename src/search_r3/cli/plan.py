@@ -59,6 +59,7 @@ def plan(
     ] = None,
     tflops: Annotated[float, typer.Option(min=0.001, help="A GPU's peak (H100, H200: 990 in bfloat16).")] = 990.0,
     utilisation: Annotated[float, typer.Option(min=0.001, max=1, help="Share of the peak that is reached.")] = 0.4,
+    threads: Annotated[int, typer.Option(min=1, help="Threads of a process on the CPU (OMP_NUM_THREADS).")] = 8,
     config: Annotated[Path | None, typer.Option(help="A config.json instead of that of the recipe's base.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object instead of tables.")] = False,
 ) -> None:
@@ -68,6 +69,7 @@ def plan(
     """
     from ..config import load_recipe
     from ..planning import plan as planning
+    from ..planning.corpus import Rates
     from ..planning.footprint import Lengths
 
     settings = load_recipe(recipe, overrides or [])
@@ -77,7 +79,7 @@ def plan(
         "strategy": strategy,
         "documents": documents,
         "lengths": Lengths(query_tokens, document_tokens, reasoning_tokens, longest_query),
-        "speed": planning.Speed(tokens_per_second, tflops, utilisation, decoded_per_second),
+        "speed": planning.Speed(tokens_per_second, tflops, utilisation, decoded_per_second, Rates(threads=threads)),
         "config": config,
     }
     records = {}

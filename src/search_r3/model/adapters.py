@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -13,9 +14,10 @@ from torch import Tensor
 from ..config import LoRASettings
 from ..errors import ConfigError
 from ..extras import extra
-from ..files import atomic_directory
+from ..files import atomic_directory, atomic_file, write_json
 from .backbone import Backbone
 from .loading import load_backbone
+from .source import ADAPTER_CONFIG
 
 
 def add_adapters(backbone: Backbone, settings: LoRASettings) -> None:
@@ -51,6 +53,17 @@ def save_adapters(backbone: Backbone, state: Mapping[str, Tensor], folder: Path)
     with atomic_directory(folder) as out:
         backbone.model.save_pretrained(out, state_dict=state, save_embedding_layers=False)
         backbone.save_companions(out)
+
+
+def drop_token_rows(folder: Path) -> None:
+    """Take the embed token's rows out of adapters that `save_adapters` wrote; servers refuse such rows."""
+    from safetensors.torch import load_file, save_file
+
+    path, config = folder / "adapter_model.safetensors", folder / ADAPTER_CONFIG
+    state = load_file(path)
+    with atomic_file(path) as out:
+        save_file({name: one for name, one in state.items() if "token_adapter" not in name}, out, {"format": "pt"})
+    write_json(config, json.loads(config.read_text(encoding="utf-8")) | {"trainable_token_indices": None})
 
 
 def merged_queries(backbone: Backbone) -> Backbone:

@@ -146,7 +146,25 @@ class Job:
         reference = 0
         if self.has_reference and not frozen:
             reference = total * (HALF if self.recipe.mixed_precision == "bf16" else precision.weights)
-        return {"weights": weights, "reference": reference, "optimizer": moments, "buckets": buckets}
+        parts = {"weights": weights, "reference": reference, "optimizer": moments, "buckets": buckets}
+        return parts if self.stage == "sft" else parts | {"index": self.index_bytes}
+
+    @property
+    def moves(self) -> bool:
+        """Whether documents are encoded in the course of the stage."""
+        return self.stage == "sft" or self.recipe.grpo.documents == "moving"
+
+    @property
+    def index_rows(self) -> int:
+        """Documents whose vectors a GPU holds in stage 2: its share, or all where a mechanism reads from everywhere."""
+        settings = self.recipe.grpo.refresh
+        whole = self.moves and (settings.correct_drift or settings.policy in ("selective", "drift"))
+        return self.documents if whole else math.ceil(self.documents / self.gpus)
+
+    @property
+    def index_bytes(self) -> int:
+        """Of these vectors."""
+        return self.index_rows * self.shape.hidden * (FULL if self.recipe.grpo.refresh.dtype == "float32" else HALF)
 
     def own_gradients(self) -> int:
         """Gradients when all processes' are summed."""
@@ -277,6 +295,9 @@ class Job:
         slots = min(self.recipe.grpo.rollout_batch_size, self.own_rollouts)
         prompt = self.lengths.template + self.lengths.longest_query
         size = self.sampling_bytes
+        if self.recipe.grpo.sampler.url is not None:  # replies come from elsewhere, and are read
+            states = memory.encoding_memory(self.shape, memory.PREFILL_TOKENS, size)
+            return {"activations": states, "logits": memory.LOGIT_ROWS * self.shape.vocabulary * (size + 3 * FULL)}
         cache = memory.cache_memory(self.shape, slots, prompt, self.lengths.longest_reasoning, size)
         return {"rollout cache": cache, "logits": memory.sampling_memory(self.shape, slots, size)}
 
@@ -289,10 +310,5 @@ class Job:
         return {"weights": stored, "reference": max(copy, resident["reference"]), "shards": shards}
 
     def host(self) -> dict[str, int]:
-        """Memory of the machine."""
-        stored = self.shape.total * (FULL if self.recipe.dtype == "float32" else HALF)
-        parts = {"loading": self.gpus * stored}
-        if self.stage == "grpo":
-            graph = 8 * self.recipe.grpo.refresh.neighbours if self.recipe.grpo.refresh.policy == "selective" else 0
-            parts["index"] = self.gpus * self.documents * (FULL * self.shape.hidden + 8 + graph)
-        return parts
+        """Memory of the machine that the models take while every process reads one."""
+        return {"loading": self.gpus * self.shape.total * (FULL if self.recipe.dtype == "float32" else HALF)}

@@ -7,17 +7,20 @@ than once (cached gradients, checkpointing) or not at all (gradients of frozen w
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 from ..config import Recipe
+from .corpus import Corpus, Rates
 from .footprint import DIRECT_REPLY, Job, Lengths, Stage
 from .memory import Strategy
 from .shape import read_shape
 
 SPARE = 0.1
-"""Share of a GPU's memory that a plan leaves to CUDA, NCCL, cuBLAS and the allocator's gaps."""
+"""Share of a GPU's memory that a plan leaves to the allocator's gaps."""
+CONTEXT_BYTES, NCCL_BYTES = 500_000_000, 500_000_000
+"""What CUDA with cuBLAS keeps on a GPU, and what NCCL does where there are several; about."""
 
 
 @dataclass(frozen=True)
@@ -31,12 +34,14 @@ class Speed:
         utilisation: share of it that is reached.
         decoded_per_second: tokens of rollouts, of all GPUs; by default at the same FLOP/s as the rest, which decoding
             seldom reaches.
+        rates: of a process, at what is not the model's work.
     """
 
     tokens_per_second: float | None = None
     tflops: float = 990.0
     utilisation: float = 0.4
     decoded_per_second: float | None = None
+    rates: Rates = field(default_factory=Rates)
 
 
 @dataclass(frozen=True)
@@ -49,11 +54,13 @@ class MemoryPlan:
         gpus: how many.
         parameters: weights by part; `adapters` and `trained` are named too.
         phases: bytes per GPU by phase and part; the largest sum is the peak.
+        context: bytes that CUDA and NCCL keep on each GPU.
         host: bytes of the machine's memory, for all its processes, by part.
         tokens: of a step, by kind, all GPUs together.
         flops: of a step, by kind.
         steps: optimizer steps of the stage.
-        step_seconds: with the given speed.
+        seconds: of a step by part, with the given speed.
+        start_seconds: once, by part.
     """
 
     stage: Stage
@@ -61,11 +68,23 @@ class MemoryPlan:
     gpus: int
     parameters: dict[str, int]
     phases: dict[str, dict[str, int]]
+    context: int
     host: dict[str, int]
     tokens: dict[str, int]
     flops: dict[str, float]
     steps: int
-    step_seconds: float
+    seconds: dict[str, float]
+    start_seconds: dict[str, float]
+
+    @property
+    def step_seconds(self) -> float:
+        """Of a step."""
+        return sum(self.seconds.values())
+
+    @property
+    def stage_seconds(self) -> float:
+        """Of all steps, and of what is done once."""
+        return self.steps * self.step_seconds + sum(self.start_seconds.values())
 
     @property
     def peak_phase(self) -> str:
@@ -77,14 +96,26 @@ class MemoryPlan:
         """Bytes per GPU at the peak."""
         return sum(self.phases[self.peak_phase].values())
 
+    def time_lines(self) -> list[str]:
+        """What a person is told of the time, the parts of a step in seconds, those of what is done once too."""
+        step, start = (
+            ", ".join(f"{name} {value:,.1f}" for name, value in parts.items())
+            for parts in (self.seconds, self.start_seconds)
+        )
+        hours = self.stage_seconds / 3600
+        lines = [f"time: {self.step_seconds:,.1f} s per step ({step}), {hours:,.1f} h for {self.steps:,} steps"]
+        if start:
+            lines.append(f"before the first step: {sum(self.start_seconds.values()):,.1f} s ({start})")
+        return lines
+
     def fits(self, gpu_bytes: float) -> bool:
-        """Whether the peak leaves `SPARE` of a GPU's memory free."""
-        return self.peak <= (1 - SPARE) * gpu_bytes
+        """Whether the peak and `context` leave `SPARE` of a GPU's memory free."""
+        return self.peak + self.context <= (1 - SPARE) * gpu_bytes
 
     def record(self) -> dict[str, Any]:
         """As JSON."""
         own = {"peak_phase": self.peak_phase, "peak_bytes": self.peak}
-        return asdict(self) | own | {"stage_seconds": self.steps * self.step_seconds}
+        return asdict(self) | own | {"step_seconds": self.step_seconds, "stage_seconds": self.stage_seconds}
 
 
 def plan(
@@ -129,19 +160,22 @@ def plan(
         (lengths or Lengths()).within(recipe),
     )
     job.check()
-    work = Work(job)
+    work, corpus, speed = Work(job), Corpus(job), speed or Speed()
     tokens, flops = {kind: count for kind, (count, _, _) in work.kinds().items()}, work.flops()
+    refreshed, encoding = work.refreshed(), work.encoding(documents) / work.rate(speed)
     return MemoryPlan(
         stage=stage,
         strategy=job.strategy,
         gpus=gpus,
         parameters=job.shape.parameters() | job.counts(),
         phases=job.phases(),
-        host=job.host(),
+        context=CONTEXT_BYTES + (NCCL_BYTES if gpus > 1 else 0),
+        host=job.host() | corpus.host(),
         tokens=tokens,
         flops=flops,
         steps=(recipe.sft if stage == "sft" else recipe.grpo).steps,
-        step_seconds=work.seconds(tokens, flops, speed or Speed()),
+        seconds=work.seconds(tokens, flops, speed) | corpus.step_seconds(refreshed, encoding, speed.rates),
+        start_seconds=corpus.start_seconds(encoding, speed.rates),
     )
 
 
@@ -230,17 +264,29 @@ class Work:
         settings = recipe.grpo
         queries, rollouts = settings.queries_per_step, settings.queries_per_step * settings.group_size
         direct = {"direct": (settings.num_iterations * queries * prompt, prompt, passes)}
-        return {
+        sampling = {
             "prompts": (queries * prompt, prompt, 1),
             # A decoded token sees all before it.
             "rollouts": (rollouts * lengths.reasoning, 2 * prompt + lengths.reasoning, 1),
+        }
+        if settings.sampler.url is not None:  # that is another machine's, and whole replies are read
+            sampling = {"read": (rollouts * reply, reply, 1)}
+        return {
+            **sampling,
             "refresh": (self.refreshed() * document, document, 1),
             "trained": (settings.num_iterations * rollouts * reply, reply, passes),
             **(direct if settings.direct_loss_weight > 0 else {}),
         }
 
+    def encoding(self, documents: int) -> float:
+        """FLOP of encoding so many documents."""
+        length = self.job.lengths.document + self.job.lengths.template
+        return documents * length * self.forward(length)
+
     def refreshed(self) -> int:
         """Documents encoded per step, at most: by the policy, and the positives (one per query); frozen ones: none."""
+        if self.job.stage == "sft":
+            return self.job.batch_documents
         settings = self.job.recipe.grpo.refresh
         if self.job.recipe.grpo.documents == "frozen":
             return 0
@@ -293,14 +339,19 @@ class Work:
         replies = self.job.recipe.grpo.queries_per_step * self.job.recipe.grpo.group_size * lengths.reasoning
         return replies * (1 + times * self.job.recipe.grpo.num_iterations + self.job.has_reference)
 
-    def seconds(self, tokens: Mapping[str, int], flops: Mapping[str, float], speed: Speed) -> float:
-        """Of a step."""
-        rate = self.job.gpus * speed.tflops * 1e12 * speed.utilisation
-        if speed.tokens_per_second is not None:
-            mean = self.job.lengths.query + self.job.lengths.template + self.job.lengths.reasoning
-            rate = speed.tokens_per_second * 3 * self.forward(mean)
-        decoded = 0.0
-        if speed.decoded_per_second is not None and "rollouts" in tokens:
-            decoded = tokens["rollouts"] / speed.decoded_per_second
-            flops = {kind: count for kind, count in flops.items() if kind != "rollouts"}
-        return decoded + sum(flops.values()) / rate
+    def rate(self, speed: Speed) -> float:
+        """FLOP per second of all GPUs together."""
+        if speed.tokens_per_second is None:
+            return self.job.gpus * speed.tflops * 1e12 * speed.utilisation
+        mean = self.job.lengths.query + self.job.lengths.template + self.job.lengths.reasoning
+        return speed.tokens_per_second * 3 * self.forward(mean)
+
+    def seconds(self, tokens: Mapping[str, int], flops: Mapping[str, float], speed: Speed) -> dict[str, float]:
+        """Of a step, on the GPUs: decoding, and all else."""
+        decoded = {}
+        if "rollouts" in tokens:
+            whole = flops["rollouts"] / self.rate(speed)
+            given = speed.decoded_per_second
+            decoded["rollouts"] = whole if given is None else tokens["rollouts"] / given
+        others = sum(count for kind, count in flops.items() if kind != "rollouts")
+        return decoded | {"model": others / self.rate(speed)}

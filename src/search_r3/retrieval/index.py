@@ -32,6 +32,8 @@ _DTYPES: dict[str, torch.dtype] = {
     "float16": torch.float16,
     "bfloat16": torch.bfloat16,
 }
+PAIRS = 256
+"""Vectors multiplied one by one together: they should fit into a core's cache."""
 LONGEST = 1.01
 """The length of a unit vector that was rounded, at most."""
 
@@ -164,6 +166,7 @@ class ExactIndex(VectorIndex):
                     best.add(first, products, k)
                 ahead.add(first, products)
             if k:
+                best.merge(k)
                 rows[part], scores[part] = best.rows.cpu().numpy(), best.scores.cpu().numpy()
             for i, own in zip(part, ahead.lists(), strict=True):
                 counts[i] = own
@@ -188,15 +191,15 @@ class ExactIndex(VectorIndex):
     def _row_scores(self, query: torch.Tensor, rows: Rows) -> torch.Tensor:
         """`_pair_scores` of one query."""
         places = torch.from_numpy(rows).to(query.device)
-        parts = (places[start : start + self.block] for start in range(0, len(places), self.block))
+        parts = (places[start : start + PAIRS] for start in range(0, len(places), PAIRS))
         scores = [(self._tensor[part].to(query) * query).sum(1) for part in parts]
         return torch.cat(scores) if scores else query.new_empty(0)
 
     def _pair_scores(self, queries: torch.Tensor, rows: torch.Tensor, query: torch.Tensor) -> torch.Tensor:
         """The scores of pairs of a row and a query, each summed by itself."""
         scores = queries.new_empty(len(rows))
-        for start in range(0, len(rows), self.block):
-            part = slice(start, start + self.block)
+        for start in range(0, len(rows), PAIRS):
+            part = slice(start, start + PAIRS)
             scores[part] = (self._tensor[rows[part]].to(queries) * queries[query[part]]).sum(1)
         return scores
 

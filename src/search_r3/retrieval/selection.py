@@ -59,36 +59,44 @@ class Best:
         self.rows = torch.empty((len(queries), 0), dtype=torch.long, device=queries.device)
         self.floor = queries.new_full((len(queries),), -torch.inf)
         self.queries, self.rounding = torch.arange(len(queries), device=queries.device), rounding
+        self.full, self.waiting = False, list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]()
 
     def add(self, start: int, scores: torch.Tensor, k: int) -> None:
         """Take in the scores (`rows x Q`) of the block that begins at row `start`, behind all blocks so far."""
         # An equal score in a later row ranks behind, so a newcomer has to beat the last one of k.
         newcomers = scores > (self.floor if self.rounding is None else self.floor - self.rounding.around(self.floor))
-        if newcomers.count_nonzero() > 4 * k * len(self.queries):
+        if not self.full and newcomers.count_nonzero() > 4 * k * len(self.queries):
             last = scores.topk(min(k, len(scores)), dim=0).values[-1]
             newcomers &= scores >= (last if self.rounding is None else last - 2 * self.rounding.around(last))
-        row, query = newcomers.nonzero(as_tuple=True)
-        if not len(row):
-            return
+        row, query = _places(newcomers)
         if self.rounding is None:
             values = scores[row, query]
         else:
             values = self.rounding.pair_scores(row + start, query)
             enough = values > self.floor[query]
             row, query, values = row[enough], query[enough], values[enough]
-        every_query = torch.cat([self.queries.repeat_interleave(self.rows.shape[1]), query])
+        self.waiting.append((row + start, query, values))
+        if not self.full or sum(len(rows) for rows, _, _ in self.waiting) > 32 * len(self.queries):
+            self.merge(min(k, start + len(scores)))
+            if self.scores.shape[1] == k:
+                self.full, self.floor = True, self.scores[:, -1].contiguous()
+
+    def merge(self, k: int) -> None:
+        """Put what waits into its places; afterwards `rows` and `scores` hold the `k` best of what was seen."""
+        if not self.waiting:
+            return
+        rows, queries, values = (torch.cat(parts) for parts in zip(*self.waiting, strict=True))
+        self.waiting.clear()
+        every_query = torch.cat([self.queries.repeat_interleave(self.rows.shape[1]), queries])
         # Adding 0 turns -0 into 0: they are equal, but a sort by bits puts them apart.
         every_score = torch.cat([self.scores.flatten(), values]) + 0.0
-        every_row = torch.cat([self.rows.flatten(), row + start])
+        every_row = torch.cat([self.rows.flatten(), rows])
         # Equal scores stand in the order of rows already, and stable sorts leave them so.
         order = every_score.sort(descending=True, stable=True).indices
         order = order[every_query[order].sort(stable=True).indices]
         sizes = every_query.bincount(minlength=len(self.queries))
-        places = torch.arange(min(k, start + len(scores)), device=row.device)
-        order = order[(sizes.cumsum(0) - sizes)[:, None] + places]  # Q x K
+        order = order[(sizes.cumsum(0) - sizes)[:, None] + torch.arange(k, device=rows.device)]  # Q x K
         self.scores, self.rows = every_score[order], every_row[order]
-        if len(places) == k:
-            self.floor = self.scores[:, -1].contiguous()
 
 
 class Ahead:
@@ -145,8 +153,10 @@ class Ahead:
             doubtful = near.nonzero()[:, 0]
             if not len(doubtful):
                 continue
-            row, place = (maybe[:, doubtful] ^ above[:, doubtful]).nonzero(as_tuple=True)
-            row, query = row + start, columns[doubtful][place]
+            if 4 * len(doubtful) < len(target):
+                columns, maybe, above = columns[doubtful], maybe[:, doubtful], above[:, doubtful]
+            row, place = _places(maybe ^ above)
+            row, query = row + start, columns[place]
             exact = self.pair_scores(row, query)
             ahead = (exact > bar[query]) | ((exact == bar[query]) & (row < target[query]))
             count += query[ahead].bincount(minlength=len(target))
@@ -175,3 +185,13 @@ def count_ahead(rows: Rows, scores: Array, rivals: Rows, rival_scores: Array) ->
 def _count(mask: torch.Tensor) -> torch.Tensor:
     """The number of true values in each column; faster than their sum."""
     return mask.view(torch.uint8).sum(0, dtype=torch.int32).long()
+
+
+def _places(mask: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """`mask.nonzero()` of a matrix that is mostly false, which is read eight values at a time."""
+    if mask.shape[1] % 8 or not mask.is_contiguous():
+        row, column = mask.nonzero(as_tuple=True)
+        return row, column
+    row, word = mask.view(torch.int64).nonzero(as_tuple=True)
+    hit, place = mask.view(len(mask), -1, 8)[row, word].nonzero(as_tuple=True)
+    return row[hit], 8 * word[hit] + place

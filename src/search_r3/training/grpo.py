@@ -37,8 +37,10 @@ from .dev import DevSplit, Evaluations
 from .engine import Engine, load_model, make_engine, rates
 from .guard import Guard
 from .policy import Tokens
+from .rl.endpoint import find_sampler
 from .rl.pathwise import embedding_loss
 from .rl.rollouts import Experience, collect, queries_of_step
+from .rl.sampler import LocalSampler, PolicyWeights, RolloutSampler
 from .rl.signals import describe, rollout_rows, warn_if_known
 from .saving import check_documents
 from .session import RecipeLike, Session, TrainingResult, check_place
@@ -52,6 +54,7 @@ def train_grpo(
     collection: Collection | None = None,
     callbacks: Iterable[Any] = (),
     resume: bool = False,
+    sampler: RolloutSampler | None = None,
 ) -> TrainingResult:
     """Train stage 2 into `run_dir/model`.
 
@@ -62,6 +65,7 @@ def train_grpo(
         collection: as in `train_sft`.
         callbacks: as in `train_sft`; they are told of the evaluation before the first step too, as step 0.
         resume: as in `train_sft`.
+        sampler: what writes the rollouts, in place of the one that the recipe's `grpo.sampler` names.
 
     Example:
         >>> import tempfile
@@ -82,8 +86,8 @@ def train_grpo(
     Raises:
         ConfigError: as by `train_sft`.
         DataError: a split is unknown, a query has no positive document, or there are fewer queries than a step needs.
-        RunError: no rollout of a step emitted the embed token, a loss is not finite, a checkpoint cannot be written or
-            read, or another process died.
+        RunError: no rollout of a step emitted the embed token, the sampler gives no replies, a loss is not finite, a
+            checkpoint cannot be written or read, or another process died.
         StoppedError: SIGTERM came.
     """
     check_place("model", model)
@@ -103,7 +107,9 @@ def train_grpo(
     queries_of_step(list(qrels), settings.queries_per_step, recipe.seed, 0)  # refuses too few before a model is loaded
     if settings.reward.function is not None:
         load_function(settings.reward.function)  # likewise
+    sampler = find_sampler(settings, run.folder / "sampler", sampler)  # likewise
     encoder = load_model(recipe, os.fspath(model or run.model_path("sft")))
+    sampler = sampler or LocalSampler(encoder, settings.rollout_batch_size)
     frozen = settings.documents == "frozen"
     if frozen:
         check_documents(encoder.backbone, else_=", or set grpo.documents=moving")
@@ -136,8 +142,9 @@ def train_grpo(
             if evaluations.stopped or session.stopped:
                 break
             started = time.perf_counter()
+            sampler.update(PolicyWeights(engine, encoder, recipe, step))
             with engine.full_params():
-                experience = collect(encoder, environment, recipe, step, engine)
+                experience = collect(encoder, environment, recipe, step, engine, sampler)
                 every = 0 if frozen else settings.refresh.audit_every
                 due = every > 0 and (step + 1) % every == 0
                 values = environment.audit(experience.rollouts, experience.query_ids, step).metrics() if due else {}
@@ -249,14 +256,16 @@ def _micro_loss(
     tokens = Tokens(batch.sampled, tokens_chosen, settings.sampling_temperature, states)
     answer = engine.policy(batch.ids, batch.mask, embed=embed, tokens=tokens)
     policy, vectors = answer.logprobs, answer.vectors
-    sampler = batch.sampler_logprobs[places]
-    advantages = experience.advantages[list(rows)].to(policy.device)[places[0]]
+    before, sampler = batch.logprobs[places], batch.sampler_logprobs[places]
+    importance = (before - sampler).exp().clamp(max=settings.sampler.importance_cap)  # 1 for the model's own replies
+    advantages = importance * experience.advantages[list(rows)].to(policy.device)[places[0]]
     grpo = losses.grpo_loss(
-        policy, sampler, advantages, settings.clip_epsilon, answer.reference_logprobs, settings.kl_coefficient
+        policy, before, advantages, settings.clip_epsilon, answer.reference_logprobs, settings.kl_coefficient
     )
     loss = grpo.total / totals["tokens"]
     gaps = (policy - sampler).detach().abs()
     terms = {"clipped_share": grpo.clipped, "kl_to_reference": grpo.kl, "sampler_gap": gaps.sum()}
+    terms |= {"importance_weight": importance.sum()}
     values = {name: float(term.detach()) / max(totals["computed_tokens"], 1) for name, term in terms.items()}
     values["sampler_gap_max"] = float(gaps.max()) if len(gaps) else 0.0
     if vectors is not None:

@@ -142,7 +142,7 @@ class Policy(torch.nn.Module):
         size = max(1, LOGITS_AT_A_TIME // self.vocabulary)
         if len(rows[0]) <= size:
             return compute(*rows)
-        parts = zip(*(one.split(size) for one in rows), strict=True)
+        parts = zip(*(torch.split(one, size) for one in rows), strict=True)
         return torch.cat([checkpoint(compute, *part, use_reentrant=False, preserve_rng_state=False) for part in parts])
 
     def tie_weights(self) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tempfile
 from pathlib import Path
 
 from torch import Tensor
@@ -9,10 +10,11 @@ from torch import Tensor
 from ..config import Recipe
 from ..errors import ConfigError
 from ..files import atomic_directory
-from ..model.adapters import merge_adapters, save_adapters
+from ..model.adapters import drop_token_rows, merge_adapters, save_adapters
 from ..model.backbone import Backbone
 from ..model.encoder import SearchR3
 from ..model.settings import QUERIES, read_settings
+from ..parallel import agree
 from .engine import Engine
 
 
@@ -36,15 +38,62 @@ def save_trained(
     backbone = model.backbone
     # Which mode is better was measured of the model before, and the gate was fitted to that one.
     backbone.settings, backbone.gate = backbone.settings.model_copy(update={"trained": True, "mode": "reason"}), None
-    state = _state(engine, backbone)
+    state = policy_state(engine, backbone)
     if engine.rank == 0:
         if frozen:
             _save_queries(backbone, state, folder)
-        elif recipe.lora.rank:
-            save_adapters(backbone, state, adapter)
-            merge_adapters(backbone, adapter, recipe.dtype).save(folder)
         else:
-            backbone.save(folder, state=state)
+            _save_whole(backbone, state, recipe, folder, adapter)
+
+
+def save_policy(engine: Engine, backbone: Backbone, recipe: Recipe, folder: Path, dtype: str | None = None) -> None:
+    """Write the model as it is in the middle of a stage, whole, adapters merged, for who computes with a copy of it.
+
+    Args:
+        engine: holds the weights.
+        backbone: the model that is being trained.
+        recipe: says whether there are adapters.
+        folder: the model directory; where documents are frozen, of what encodes queries.
+        dtype: storage type of the weights.
+
+    Raises:
+        RunError: it cannot be written; in every process.
+    """
+    state = policy_state(engine, backbone)
+
+    def write() -> None:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=folder.parent) as scratch:
+            _save_whole(backbone, state, recipe, folder, Path(scratch) / "adapter", dtype)
+
+    agree(engine.communicator, folder, write if engine.rank == 0 else lambda: None)
+
+
+def save_policy_adapters(engine: Engine, backbone: Backbone, folder: Path) -> None:
+    """Write the adapters alone, without the embed token's row, which servers do not take; see `save_policy`."""
+    state = policy_state(engine, backbone)
+
+    def write() -> None:
+        save_adapters(backbone, state, folder)
+        drop_token_rows(folder)
+
+    agree(engine.communicator, folder, write if engine.rank == 0 else lambda: None)
+
+
+def _save_whole(
+    backbone: Backbone,
+    state: dict[str, Tensor],
+    recipe: Recipe,
+    folder: Path,
+    adapter: Path,
+    dtype: str | None = None,
+) -> None:
+    """A model directory, its adapters merged where it has any, which are then written too."""
+    if recipe.lora.rank:
+        save_adapters(backbone, state, adapter)
+        merge_adapters(backbone, adapter, recipe.dtype).save(folder, dtype)
+    else:
+        backbone.save(folder, dtype, state=state)
 
 
 def check_documents(backbone: Backbone, what: str = "grpo.documents=frozen", else_: str = "") -> None:
@@ -86,7 +135,7 @@ def _save_queries(backbone: Backbone, state: dict[str, Tensor], folder: Path) ->
         backbone.save_settings(out, has_queries=True)
 
 
-def _state(engine: Engine, backbone: Backbone) -> dict[str, Tensor]:
+def policy_state(engine: Engine, backbone: Backbone) -> dict[str, Tensor]:
     """The weights by the names that transformers (or peft) gives them; whole in the first process."""
     weights = engine.accelerator.get_state_dict(engine.policy) or {}  # ZeRO-3 gives the other processes None
     state: dict[str, Tensor] = {name.removeprefix("model."): value for name, value in weights.items()}

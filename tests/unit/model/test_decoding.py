@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
@@ -10,6 +12,7 @@ from search_r3 import SearchR3
 from search_r3.errors import ModelError
 from search_r3.model.backbone import Backbone
 from search_r3.model.embeddings import QueryEmbeddings
+from search_r3.model.engine.attention import SlotCache
 from search_r3.model.engine.decoding import Decoder, DecodeRequest, Rollout
 from search_r3.model.engine.sampling import choose_tokens
 from tests.conftest import favour
@@ -129,6 +132,39 @@ def test_what_prompts_share_is_computed_once(quiet: Backbone, slots: int) -> Non
     padding = abs(len(prompts[0]) - len(prompts[-1]))
     assert sum(counts) - decoded <= len(prompts[0]) + len(prompts[-1]) + padding
     assert len({tuple(rollout.completion_ids) for rollout in rollouts}) > 8, "each of a group goes its own way"
+
+
+def test_prompts_are_kept_as_long_as_a_request_waits_for_them(quiet: Backbone, engine: str) -> None:
+    quiet.engine = engine  # type: ignore[assignment]
+    decoder = Decoder(quiet, slots=1)
+    one, other = tuple(prompt(quiet, 0)), tuple(prompt(quiet, 1))
+    tickets = [decoder.submit(DecodeRequest(ids, 4, 1.0, seed=seed)) for seed, ids in enumerate((one, one, other, one))]
+    decoder.step()
+    kept: Any = decoder._engine
+    assert set(kept._prompts) == {one}
+    decoder.cancel(tickets[1])
+    assert set(kept._prompts) == {one}, "the last one waits for it"
+    decoder.cancel(tickets[0])
+    decoder.cancel(tickets[3])
+    assert not kept._prompts and dict(decoder._wanted) == {other: 1}
+    while len(decoder):
+        decoder.step()
+    assert not kept._prompts and not decoder._wanted
+    with pytest.raises(ModelError, match="exceed the model's context"):
+        decoder.run([DecodeRequest(one, 4), DecodeRequest(one, 4000)])
+    assert not kept._prompts and not decoder._wanted
+
+
+def test_rows_that_come_one_by_one_copy_the_cache_seldom() -> None:
+    cache, sizes = SlotCache(torch.zeros(1, 2, 1, 4, 2)), list[int]()
+    for count in range(1, 65):
+        cache.reserve(count, 8, 64)
+        sizes.append(cache.values.shape[2])
+        assert count <= cache.values.shape[2] <= max(64, count)
+    assert len(set(sizes)) <= 12, "it grows by a half each time, and not by one"
+    cache.values[:, :, :64] = 1
+    cache.reserve(66, 8, 64)
+    assert cache.values.shape[2] == 66 and bool((cache.values[:, :, :64] == 1).all())
 
 
 def test_cancelling_frees_the_slot_and_leaves_the_others(quiet: Backbone, engine: str) -> None:
@@ -335,7 +371,7 @@ def test_requests_wait_on_where_their_prompts_cannot_be_taken_in(
     decoder.submit(DecodeRequest(prompt(quiet, 0), 3))
     for part in ("prompt_states", "admit"):
         with monkeypatch.context() as patch:
-            patch.setattr(decoder._engine, part, lambda prompts: 1 / 0)
+            patch.setattr(decoder._engine, part, lambda *arguments: 1 / 0)
             with pytest.raises(ZeroDivisionError):
                 decoder.step()
     assert len(decoder) == 1

@@ -168,6 +168,7 @@ def test_tokens_and_time_of_a_step() -> None:
     assert trained == pytest.approx(6 * 1.31e9, rel=0.02), "6 per weight of the blocks, and attention"
     assert found.step_seconds == pytest.approx(sum(found.tokens.values()) / 1000, rel=0.4)
     assert found.record()["stage_seconds"] == pytest.approx(10 * found.step_seconds)
+    assert found.seconds["tokenizing"] == pytest.approx(32 * 100 / (8 * 250_000))
     cached = recipe.model_copy(update={"sft": recipe.sft.model_copy(update={"micro_batch_size": 4})})
     more = plan(cached, "sft", gpus=1, lengths=lengths).flops["documents"] / found.flops["documents"]
     assert more == pytest.approx(4 / 3), "one more forward pass"
@@ -209,17 +210,34 @@ def test_the_pathwise_terms_cost_direct_passes_and_the_best_documents() -> None:
     assert "nearest documents" not in without.phases["train"]
 
 
+def test_replies_of_a_server_are_read_and_not_decoded() -> None:
+    def planned(**settings: Any) -> Any:
+        recipe = LARGE.model_copy(update={"max_length": 512, "grpo": GRPOSettings(**settings)})
+        return plan(recipe, "grpo", gpus=1, lengths=Lengths(query=20, reasoning=50, template=10))
+
+    own, served = planned(), planned(sampler={"url": "http://localhost:8000/v1"})
+    rollouts = own.tokens["rollouts"] // 50
+    assert {"prompts", "rollouts"} <= set(own.tokens) and not {"prompts", "rollouts"} & set(served.tokens)
+    assert served.tokens["read"] == rollouts * 80 == served.tokens["trained"]
+    assert "rollout cache" in own.phases["rollouts"] and "rollout cache" not in served.phases["rollouts"]
+    logits = served.phases["rollouts"]["logits"]
+    assert logits == 256 * 151_936 * (2 + 3 * 4)
+    assert served.seconds.keys() == own.seconds.keys() - {"rollouts"}
+
+
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
 def test_every_large_recipe_fits_where_it_says(path: Path) -> None:
     recipe = load_recipe(path)
     stage: Any = "grpo" if "grpo" in path.stem else "sft"
-    strategy: Any = "ddp" if "lora" in path.stem else "fsdp2"
+    strategy: Any = "ddp" if "lora" in path.stem or "1.5b" in path.stem else "fsdp2"
     assert plan(recipe, stage, gpus=8, strategy=strategy, documents=400_000).fits(80e9)
     if "1.5b" in path.stem or "lora" in path.stem:
         assert plan(recipe, stage, gpus=1, documents=400_000).fits(80e9)
     command = path.read_text().partition("name:")[0]
     assert f"recipes/{path.name}" in command and f"recipes/accelerate/{strategy}.yaml" in command
+    assert "OMP_NUM_THREADS=8 accelerate launch" in command, "else each process searches with one thread"
     if stage == "grpo":
+        assert recipe.grpo.documents == "frozen" if "lora" in path.stem else recipe.grpo.refresh.policy == "shortlist"
         first = load_recipe(path.with_name(path.name.replace("grpo", "sft")))
         assert f"--model {first.run_dir}/sft/model" in command
         assert (first.base, first.max_length, first.lora) == (recipe.base, recipe.max_length, recipe.lora)
@@ -315,6 +333,7 @@ def test_the_command_shows_the_plan(monkeypatch: pytest.MonkeyPatch, capsys: pyt
     )
     shown = capsys.readouterr().out
     assert "total 1,543.7 M" in shown and "\nfits: " in shown and "reference" in shown
+    assert "s per step (model " in shown and ", processes 16.00 GB" in shown and "1.00 of CUDA's own" in shown
     assert all(len(line) <= 160 for line in shown.splitlines())
     large = ("sft.batch_size=4096", "sft.micro_batch_size=1024")
     assert call(monkeypatch, "plan", where, *large, "--stage", "sft") == 0

@@ -311,14 +311,15 @@ def test_files_are_put_together_after_so_many_commits(store: Store, monkeypatch:
 def test_what_is_cached_of_versions_has_a_bound(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     import lancedb
 
-    for name in ("METADATA_BYTES", "INDEX_BYTES"):
-        monkeypatch.setattr(database, name, 2**15)
+    monkeypatch.setattr(database, "METADATA_BYTES", 2**15)
+    monkeypatch.setattr(database, "INDEX_BYTES", 2**12)
     caches, plain = [], lancedb.Session
     monkeypatch.setattr(lancedb, "Session", lambda **sizes: caches.append(plain(**sizes)) or caches[-1])
     store = Store.create(tmp_path / "s", fingerprint())
     for number in range(25):
         put(store, document(f"d{number % 2}", f"text {number}"))
-    assert 0 < caches[-1].size_bytes < 2**18
+        assert found(store, texts=["text"])
+    assert 0 < caches[-1].size_bytes < 2**15 + 2**13
 
 
 def test_versions_stay_for_an_hour_and_of_many_writes_the_last_rounds_do() -> None:

@@ -151,7 +151,7 @@ class ChatEndpoint:
             raise NoReplyError(f"no reply within {self._timeout:g} s") from error
         except self._http.HTTPError as error:
             raise NoReplyError(f"no connection ({type(error).__name__})", self._without_key(str(error))) from error
-        status, message = response.status_code, self._without_key(_words(response))
+        status, message = response.status_code, self._without_key(error_words(response))
         if status in (401, 403):
             raise DataError(
                 f"{self.url} refuses the api key for the model {body['model']!r} (HTTP {status}: {message}); "
@@ -177,7 +177,7 @@ class ChatEndpoint:
         return " ".join(text.split())[:300]
 
 
-def _words(response: Any) -> str:
+def error_words(response: Any) -> str:
     """What a server says of a request that it refuses, out of the JSON that it stands in."""
     try:
         body = response.json()

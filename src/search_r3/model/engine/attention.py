@@ -127,14 +127,17 @@ class SlotCache:
         layers, _, heads, _, size = example.shape
         self.values = example.new_zeros((layers, 2, 0, heads, 0, size))
 
-    def reserve(self, slots: int, tokens: int) -> None:
-        """Make room for that many sequences of that many tokens."""
-        lack = max(0, slots - self.values.shape[2]), max(0, tokens - self.values.shape[4])
-        if any(lack):
-            # Every growth is a copy, so the room grows by a half at least. It is filled with zeros, since a masked NaN
-            # would still spoil a sum.
-            longer = max(lack[1], self.values.shape[4] // 2) if lack[1] else 0
-            self.values = F.pad(self.values, (0, 0, 0, longer, 0, 0, 0, lack[0]))
+    def reserve(self, slots: int, tokens: int, most: int | None = None) -> None:
+        """Make room for that many sequences of that many tokens; there will never be more than `most` sequences."""
+        more, longer = (
+            # Every growth is a copy, so the room grows by a half at least.
+            max(needed - room, room // 2) if needed > room else 0
+            for needed, room in ((slots, self.values.shape[2]), (tokens, self.values.shape[4]))
+        )
+        if more and most is not None:
+            more = min(more, max(slots, most) - self.values.shape[2])
+        if more or longer:  # filled with zeros, since a masked NaN would still spoil a sum
+            self.values = F.pad(self.values, (0, 0, 0, longer, 0, 0, 0, more))
 
     def write(self, slots: Sequence[int], start: int, values: Tensor) -> None:
         """Store `L x 2 x h x T x d` from position `start` on in each of the slots."""

@@ -10,8 +10,8 @@ Shapes: `B` sequences in work, `D` hidden size, `V` vocabulary.
 from __future__ import annotations
 
 import math
-from collections import deque
-from collections.abc import Sequence
+from collections import Counter, deque
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
 
@@ -71,6 +71,8 @@ class Rollout:
         vector: the search embedding, `D`, float32, L2-normalised, on the CPU.
         reasoning: the reply's text without special tokens.
         soft_tokens: soft tokens before the embed token.
+        sampler_logprobs: as `logprobs`, where another sampler wrote the reply: what that one said. `logprobs` are then
+            this model's.
     """
 
     prompt_ids: list[int]
@@ -80,6 +82,7 @@ class Rollout:
     vector: Tensor
     reasoning: str
     soft_tokens: int = 0
+    sampler_logprobs: list[float] | None = None
 
     @property
     def forced(self) -> bool:
@@ -136,6 +139,7 @@ class Decoder:
         self.backbone, self.slots = backbone, min(slots, backbone.most_rows)
         self._engine = make_engine(backbone)
         self._waiting: deque[_Row] = deque()
+        self._wanted: Counter[tuple[int, ...]] = Counter()  # prompts of those that wait
         self._rows: list[_Row] = []  # as the engine numbers them
         self._tickets = 0
 
@@ -156,7 +160,9 @@ class Decoder:
             )
         self._tickets += 1
         draws = _uniforms(request.seed, request.max_new_tokens) if request.temperature > 0 else []
-        self._waiting.append(_Row(self._tickets, request, tuple(request.prompt_ids), draws))
+        row = _Row(self._tickets, request, tuple(request.prompt_ids), draws)
+        self._waiting.append(row)
+        self._wanted[row.prompt] += 1
         return self._tickets
 
     def cancel(self, ticket: int) -> bool:
@@ -167,7 +173,7 @@ class Decoder:
                     self._remove([row])
                 else:
                     self._waiting.remove(row)
-                self._forget_prompts()
+                    self._no_longer_wait([row])
                 return True
         return False
 
@@ -205,9 +211,9 @@ class Decoder:
                 if news and progress is not None:
                     progress(len(news), sum(len(one.completion_ids) + one.soft_tokens for _, one in news))
         except BaseException:
-            self._waiting.clear()
             self._remove(self._rows)
-            self._forget_prompts()
+            self._no_longer_wait(self._waiting)
+            self._waiting.clear()
             raise
         return [rollouts[ticket] for ticket in tickets]
 
@@ -253,18 +259,22 @@ class Decoder:
         rest = [i for i, row in enumerate(rows) if row.request.max_new_tokens > 0]
         newcomers = [rows[i] for i in rest]
         if newcomers:
-            self._engine.admit([row.prompt for row in newcomers])
+            self._engine.admit([row.prompt for row in newcomers], self.slots)
         for _ in rows:  # only now: where the device has no room for them, they wait on
             self._waiting.popleft()
+        self._no_longer_wait(rows)
         self._rows += newcomers
         results = self._finish([rows[i] for i in direct], hidden[direct])
         results += self._choose(newcomers, hidden[rest], [])
-        self._forget_prompts()
         return results
 
-    def _forget_prompts(self) -> None:
-        """Keep only the prompts for which another request waits."""
-        self._engine.forget({row.prompt for row in self._waiting})
+    def _no_longer_wait(self, rows: Iterable[_Row]) -> None:
+        """Count off the prompts of these, and keep only those for which another request waits."""
+        for row in rows:
+            self._wanted[row.prompt] -= 1
+            if not self._wanted[row.prompt]:
+                del self._wanted[row.prompt]
+        self._engine.forget(self._wanted.keys())
 
     def _choose(self, rows: list[_Row], hidden: Tensor, ended: list[_Row]) -> list[tuple[int, Rollout]]:
         """Append one token to every row; those that ended, or have no next token, leave.

@@ -39,8 +39,8 @@ class Engine(Protocol):
         """The states at the last tokens, `B x D`; each distinct prompt is computed once and kept until `forget`."""
         ...
 
-    def admit(self, prompts: Sequence[tuple[int, ...]]) -> None:
-        """Take prompts that `prompt_states` has computed into work, as the next rows."""
+    def admit(self, prompts: Sequence[tuple[int, ...]], most: int | None = None) -> None:
+        """Take prompts that `prompt_states` has computed into work, as the next rows, of `most` that there may be."""
         ...
 
     def forget(self, keep: Collection[tuple[int, ...]]) -> None:

@@ -18,6 +18,7 @@ import torch
 import torch.nn.functional as F  # noqa: N812 - its usual name
 from torch import Tensor
 
+from ..backbone import Backbone, pad
 from .attention import Attention, CausalAttention, Prefix, attending
 
 LLAMA_LIKE = {"llama", "mistral", "qwen2", "qwen3"}
@@ -50,6 +51,21 @@ def prefill(
     attention = CausalAttention(lengths, prefix, keep)
     hidden = last_hidden(model, ids, positions, lengths - 1, attention)
     return hidden, attention.values() if keep else None
+
+
+@torch.no_grad()
+def sequence_states(backbone: Backbone, sequences: Sequence[Sequence[int]]) -> Tensor:
+    """The final norm's output at every token of some sequences, `B x T x D`; beyond a sequence's end it means nothing.
+
+    Padding stands on the right, where no token of a model that looks back only sees it.
+    """
+    ids, mask = pad(sequences, backbone.tokenizer.pad_token_id, backbone.device)
+    model = backbone.causal_lm
+    if not is_drivable(model):
+        return backbone.hidden_states(ids, None)
+    positions = torch.arange(ids.shape[1], device=ids.device).expand(len(ids), -1)
+    base = model.base_model
+    return _drive(base, base.embed_tokens(ids), positions, None, CausalAttention(mask.sum(-1)))
 
 
 def compute_prefix(model: Any, ids: Sequence[int]) -> Prefix:
@@ -92,7 +108,7 @@ def last_hidden(
     """
     if is_drivable(model):
         base = model.base_model
-        return _drive(base, base.embed_tokens(ids) if inputs is None else inputs, positions, last, attention)
+        return _drive(base, base.embed_tokens(ids) if inputs is None else inputs, positions, last, attention)[:, 0]
     what = {"input_ids": ids} if inputs is None else {"inputs_embeds": inputs}
     with attending(attention):
         output = model.base_model(**what, attention_mask=None, position_ids=positions, use_cache=False)
@@ -112,7 +128,8 @@ def layer_windows(config: Any) -> list[int | None]:
     return [window if kind == "sliding_attention" else None for kind in kinds]
 
 
-def _drive(base: Any, hidden: Tensor, positions: Tensor, last: Tensor, attention: Attention) -> Tensor:
+def _drive(base: Any, hidden: Tensor, positions: Tensor, last: Tensor | None, attention: Attention) -> Tensor:
+    """`B x 1 x D` at one position of each sequence, or `B x T x D` at all."""
     rotation = tuple(part.unsqueeze(2) for part in base.rotary_emb(hidden, positions))  # B x T x 1 x d
     final = len(base.layers) - 1
     windows = layer_windows(base.config)
@@ -128,14 +145,14 @@ def _drive(base: Any, hidden: Tensor, positions: Tensor, last: Tensor, attention
     for number, layer in enumerate(base.layers):
         block = layer.self_attn
         normed = _norm(layer.input_layernorm, hidden)
-        wanted = picked if number == final else all_of
+        wanted = picked if number == final and last is not None else all_of
         query, key, value = _heads(block, normed, rotation, wanted)
         hidden = wanted(hidden)
         attended = attention(number, query, key, value, block.scaling, windows[number])
         hidden = hidden.add_(_linear(block.o_proj, attended.transpose(1, 2).flatten(2)))
         mlp, normed = layer.mlp, _norm(layer.post_attention_layernorm, hidden)
         hidden = hidden.add_(_linear(mlp.down_proj, _gated(mlp, normed)))
-    return _norm(base.norm, hidden)[:, 0]
+    return _norm(base.norm, hidden)
 
 
 def _norm(layer: Any, values: Tensor) -> Tensor:

@@ -23,13 +23,15 @@ class SequenceBatch:
         ids: `B x T`.
         mask: `B x T`, 1 where there is a token.
         sampled: `B x T`, True at the position that *predicts* a token which the model chose.
-        sampler_logprobs: `B x T`, the log-probability of that token while sampling, at the same position.
+        logprobs: `B x T`, the log-probability of that token before the update, at the same position.
+        sampler_logprobs: the same as the sampler said, which differs only where that is not this model's decoder.
         embed_positions: `B`, where the embed token stands.
     """
 
     ids: Tensor
     mask: Tensor
     sampled: Tensor
+    logprobs: Tensor
     sampler_logprobs: Tensor
     embed_positions: Tensor
 
@@ -39,10 +41,15 @@ def sequence_batch(backbone: Backbone, rollouts: Sequence[Rollout]) -> SequenceB
     sequences = [[*rollout.prompt_ids, *rollout.completion_ids] for rollout in rollouts]
     ids, mask = pad(sequences, backbone.tokenizer.pad_token_id, backbone.device)
     sampled = torch.zeros(ids.shape, dtype=torch.bool)
-    logprobs = torch.zeros(ids.shape)
+    logprobs, theirs = torch.zeros(ids.shape), torch.zeros(ids.shape)
     for row, rollout in enumerate(rollouts):
         start = len(rollout.prompt_ids) - 1
         stop = start + len(rollout.completion_ids)
         sampled[row, start:stop] = torch.tensor(rollout.completion_mask, dtype=torch.bool)
         logprobs[row, start:stop] = torch.tensor(rollout.logprobs)
-    return SequenceBatch(ids, mask, sampled.to(ids.device), logprobs.to(ids.device), mask.sum(-1) - 1)
+        said = rollout.logprobs if rollout.sampler_logprobs is None else rollout.sampler_logprobs
+        theirs[row, start:stop] = torch.tensor(said)
+    device = ids.device
+    return SequenceBatch(
+        ids, mask, sampled.to(device), logprobs.to(device), theirs.to(device), embed_positions=mask.sum(-1) - 1
+    )

@@ -81,14 +81,14 @@ class SlotEngine:
     def _prefix(self, ids: tuple[int, ...]) -> Prefix:
         return self.backbone.prefixes.get(self.model, ids, lambda: compute_prefix(self.model, ids))
 
-    def admit(self, prompts: Sequence[tuple[int, ...]]) -> None:
+    def admit(self, prompts: Sequence[tuple[int, ...]], most: int | None = None) -> None:
         """See `Engine`."""
         if self._cache is None:
             self._cache = SlotCache(self._prompts[prompts[0]].values)
         slots: dict[tuple[int, ...], list[int]] = {}
         for slot, ids in enumerate(prompts, start=len(self._lengths)):
             slots.setdefault(ids, []).append(slot)
-        self._cache.reserve(len(self._lengths) + len(prompts), max(map(len, slots)) + 1)
+        self._cache.reserve(len(self._lengths) + len(prompts), max(map(len, slots)) + 1, most)
         self._lengths += map(len, prompts)
         for ids, places in slots.items():
             prompt, start = self._prompts[ids], 0

@@ -25,10 +25,11 @@ from ...environment.reward import DEEPEST
 from ...environment.scoring import Score
 from ...errors import DataError, RunError
 from ...model.encoder import SearchR3
-from ...model.engine.decoding import Rollout
+from ...model.engine.decoding import DecodeRequest, Rollout
 from ...model.prompts import PlainMode
 from .. import losses
 from ..engine import Engine
+from .sampler import LocalSampler, RolloutSampler, complete
 
 
 @dataclass(frozen=True)
@@ -91,12 +92,19 @@ class Groups:
 
 
 def collect(
-    model: SearchR3, environment: RetrievalEnvironment, recipe: Recipe, step: int, engine: Engine
+    model: SearchR3,
+    environment: RetrievalEnvironment,
+    recipe: Recipe,
+    step: int,
+    engine: Engine,
+    sampler: RolloutSampler | None = None,
 ) -> Experience:
     """Sample `G` rollouts for each of this process's share of the step's queries; the environment scores them.
 
+    What writes them is by default the model itself.
+
     Raises:
-        RunError: no rollout of any process emitted the embed token.
+        RunError: no rollout of any process emitted the embed token, or the sampler gives no replies.
     """
     settings, group_size, communicator = recipe.grpo, recipe.grpo.group_size, engine.communicator
     stored = environment.collection.queries
@@ -110,7 +118,7 @@ def collect(
         queries = draw_uninstructed([stored[one] for one in query_ids], settings.uninstructed, instruction_rng)
         started = time.perf_counter()
         chosen = [queries[place] for place in mine]
-        rollouts = roll_out(model, settings, chosen, [seed for place in mine for seed in seeds[place]])
+        rollouts = roll_out(model, settings, chosen, [seed for place in mine for seed in seeds[place]], sampler)
         seconds = time.perf_counter() - started
         owners = [query for query in chosen for _ in range(group_size)]
         return Groups(
@@ -119,11 +127,7 @@ def collect(
 
     groups = sample(everyone, own)
     if all(communicator.all_gather(all(rollout.forced for rollout in groups.rollouts))):
-        raise RunError(
-            f"none of {len(everyone) * group_size} rollouts at step {step + 1} emitted the embed token within "
-            f"{model.backbone.settings.max_new_tokens} tokens; train stage 1 (search-r3 sft) first, "
-            "or set max_new_tokens higher"
-        )
+        raise _none_emitted(model, len(everyone) * group_size, step)
     spare = sorted(set(environment.qrels) - set(everyone))
     step_rng(recipe.seed, "redraws", step).shuffle(spare)
     redrawn = 0
@@ -146,6 +150,14 @@ def collect(
         redrawn=redrawn,
     )
     return with_advantages(experience, environment, settings, engine, own)
+
+
+def _none_emitted(model: SearchR3, count: int, step: int) -> RunError:
+    return RunError(
+        f"none of {count} rollouts at step {step + 1} emitted the embed token within "
+        f"{model.backbone.settings.max_new_tokens} tokens; train stage 1 (search-r3 sft) first, "
+        "or set max_new_tokens higher"
+    )
 
 
 def with_advantages(
@@ -185,16 +197,23 @@ def choose_queries(
     return [query_id for _, query_id in sorted(zip(nearly, queries, strict=True), key=lambda one: not one[0])][:count]
 
 
-def roll_out(model: SearchR3, settings: GRPOSettings, queries: Sequence[Query], seeds: Sequence[int]) -> list[Rollout]:
+def roll_out(
+    model: SearchR3,
+    settings: GRPOSettings,
+    queries: Sequence[Query],
+    seeds: Sequence[int],
+    sampler: RolloutSampler | None = None,
+) -> list[Rollout]:
     """`G` sampled replies to each query, of which there may be none; a seed for each reply."""
     if not queries:
         return []
-    return model.rollouts(
-        [prompt for prompt in _prompts(model, queries, "reason") for _ in range(settings.group_size)],
-        sampling_temperature=settings.sampling_temperature,
-        seeds=seeds,
-        batch_size=settings.rollout_batch_size,
-    )
+    prompts = [prompt for prompt in _prompts(model, queries, "reason") for _ in range(settings.group_size)]
+    budget, temperature = model.backbone.settings.max_new_tokens, settings.sampling_temperature
+    requests = [
+        DecodeRequest(prompt, budget, temperature, seed=seed) for prompt, seed in zip(prompts, seeds, strict=True)
+    ]
+    sampler = sampler or LocalSampler(model, settings.rollout_batch_size)
+    return complete(model, requests, sampler.sample(requests))
 
 
 def answer_directly(model: SearchR3, queries: Sequence[Query], batch_size: int) -> list[Rollout]:

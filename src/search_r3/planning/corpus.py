@@ -1,0 +1,129 @@
+"""What the corpus costs beside the model's own work: memory of the machine, searches, tokenizing, evaluations.
+
+The index lies on the GPUs, each of which holds and searches its share (`retrieval/sharded.py`).
+
+Shapes: `N` documents, `D` vector size, `P` processes.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from .footprint import Job
+from .memory import FULL
+
+TEXT_BYTES = 5
+"""Bytes of text per token, about: English in the tokenizers of large models has 4 to 5 letters and blanks a token."""
+DOCUMENT_BYTES = 420
+"""Bytes of a document's Python objects in a collection and in an index, its text apart (measured by a test)."""
+PROCESS_BYTES = 2_000_000_000
+"""Bytes of a training process without model and data: Python, torch and what CUDA keeps of its own; about."""
+VERSION_BYTES = 8
+LINK_BYTES = 8
+
+
+@dataclass(frozen=True)
+class Rates:
+    """How fast a process is at what is not the model's work; both are guesses.
+
+    Attributes:
+        index_tflops: TFLOP/s of a GPU in float32 products with its part of the index (an H100's peak is 67).
+        tokens_per_second: tokens that a thread makes of text.
+        threads: of a process (`OMP_NUM_THREADS`).
+    """
+
+    index_tflops: float = 30.0
+    tokens_per_second: float = 250_000.0
+    threads: int = 8
+
+
+@dataclass(frozen=True)
+class Corpus:
+    """The corpus of a stage."""
+
+    job: Job
+
+    @property
+    def evaluated_every(self) -> int:
+        """Steps between two evaluations of the stage, 0 for none."""
+        return (self.job.recipe.sft if self.job.stage == "sft" else self.job.recipe.grpo).evaluate_every
+
+    @property
+    def has_graph(self) -> bool:
+        """Whether the policy keeps a neighbour graph."""
+        return self.job.stage == "grpo" and self.job.moves and self.job.recipe.grpo.refresh.policy == "selective"
+
+    @property
+    def evaluates_apart(self) -> bool:
+        """Whether an evaluation encodes the corpus into an index of its own, rather than into the live one."""
+        if self.job.stage == "sft" or not self.job.moves:
+            return self.job.stage == "sft"
+        settings = self.job.recipe.grpo.refresh
+        return settings.index == "approximate" or settings.policy in ("never", "drift", "selective")
+
+    def host(self) -> dict[str, int]:
+        """Bytes of the machine's memory by part, of all processes together."""
+        count, processes = self.job.documents, self.job.gpus
+        parts = {
+            "processes": PROCESS_BYTES,
+            "texts": count * (TEXT_BYTES * self.job.lengths.document + DOCUMENT_BYTES),
+        }
+        if self.job.stage == "grpo":
+            links = LINK_BYTES * self.job.recipe.grpo.refresh.neighbours if self.has_graph else 0
+            parts["index"] = count * (VERSION_BYTES + links)
+        if self.evaluated_every and self.evaluates_apart:
+            parts["evaluated index"] = FULL * self.job.shape.hidden * math.ceil(count / processes)
+        return {part: processes * size for part, size in parts.items()}
+
+    def searches(self, refreshed: int) -> dict[str, float]:
+        """FLOP of a process's searches in a step, by what they are for; none where a graph does them (usearch).
+
+        Args:
+            refreshed: documents encoded in a step.
+        """
+        settings = self.job.recipe.grpo
+        if self.job.stage == "sft" or settings.refresh.index == "approximate":
+            return {}
+        # All processes' queries are searched in every part; where a process holds all, it searches its own.
+        shares = self.job.gpus if self.job.index_rows == self.job.documents else 1
+        queries = math.ceil(settings.queries_per_step / shares)
+        one = 2.0 * self.job.index_rows * self.job.shape.hidden
+        direct = queries if settings.baseline == "direct" or settings.direct_loss_weight > 0 else 0
+        looked_at = queries * settings.curriculum if settings.curriculum > 1 else 0
+        # One pass gives ranks and the best documents, and to `shortlist` its choice.
+        flops = {"reward": one * (queries * settings.group_size + direct + looked_at)}
+        if self.has_graph:
+            flops["choice"] = one * settings.queries_per_step * settings.group_size
+            flops["graph"] = one * refreshed
+        return flops
+
+    def step_seconds(self, refreshed: int, encoding: float, rates: Rates) -> dict[str, float]:
+        """Seconds of a step, the model's apart, by part; an evaluation counts by its share of the steps.
+
+        Args:
+            refreshed: documents encoded in a step.
+            encoding: seconds in which all GPUs encode the corpus.
+            rates: of a process.
+        """
+        seconds = {"search": sum(self.searches(refreshed).values()) / (rates.index_tflops * 1e12)}
+        seconds["tokenizing"] = self._tokenizing(refreshed, rates)
+        if self.job.moves and self.evaluated_every:
+            whole = encoding + self._tokenizing(self.job.documents, rates)
+            seconds["evaluation"] = whole / self.evaluated_every
+        return {part: value for part, value in seconds.items() if value}
+
+    def start_seconds(self, encoding: float, rates: Rates) -> dict[str, float]:
+        """Seconds before the first step of stage 2 has ended that no other step takes, by part; see `step_seconds`."""
+        if self.job.stage == "sft":
+            return {}
+        count = self.job.documents
+        seconds = {"encoding": encoding, "tokenizing": self._tokenizing(count, rates)}
+        if self.has_graph:
+            seconds["graph"] = 2.0 * count * count * self.job.shape.hidden / (rates.index_tflops * 1e12)
+        return seconds
+
+    def _tokenizing(self, documents: int, rates: Rates) -> float:
+        """Of so many documents, each of them by one process."""
+        tokens = documents * self.job.lengths.document
+        return tokens / (self.job.gpus * rates.threads * rates.tokens_per_second)
