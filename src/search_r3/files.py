@@ -169,15 +169,23 @@ def read_jsonl(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
         DataError: as `read_lines`, or a line is not a JSON object; the message names file and line.
     """
     for number, line in read_lines(path):
-        if not line.strip():
-            continue
-        try:
-            value = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise DataError(f"{path}:{number}: not valid JSON ({error.msg}); mend or remove the line") from error
-        if not isinstance(value, dict):
-            raise DataError(f"{path}:{number}: expected a JSON object, found {type(value).__name__}")
-        yield number, value
+        if line.strip():
+            yield number, json_object(path, number, line)
+
+
+def json_object(path: Path, number: int, line: str) -> dict[str, Any]:
+    """The object in a line of a file.
+
+    Raises:
+        DataError: the line is not a JSON object.
+    """
+    try:
+        value = json.loads(line)
+    except json.JSONDecodeError as error:
+        raise DataError(f"{path}:{number}: not valid JSON ({error.msg}); mend or remove the line") from error
+    if not isinstance(value, dict):
+        raise DataError(f"{path}:{number}: expected a JSON object, found {type(value).__name__}")
+    return value
 
 
 def read_lines(path: Path) -> Iterator[tuple[int, str]]:

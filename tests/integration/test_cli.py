@@ -8,21 +8,23 @@ import re
 import subprocess
 import sys
 from collections.abc import Iterator
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 from search_r3 import cli, console
 from search_r3.evaluation.results import load_results
 from search_r3.evaluation.search import Answer
 from search_r3.model.encoder import SearchR3
 from search_r3.retrieval import encode as encoding
+from search_r3.retrieval.encoding.identity import PROBE
 from search_r3.retrieval.index import ExactIndex
 from tests.conftest import SMALL, call, save_tiny, small_collection
 from tests.documents_made import pdf
+from tests.fake_ray import FakeRay
 
 
 def test_quickstart_leaves_everything_it_promises(run_dir: Path) -> None:
@@ -142,11 +144,11 @@ def encoded(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     whole = SearchR3.encode_document
 
     def encode(self: SearchR3, documents: list[str], **options: Any) -> Any:
-        texts.extend(text for text in documents if text != encoding.PROBE)
+        texts.extend(text for text in documents if text != PROBE)
         return whole(self, documents, **options)
 
     monkeypatch.setattr(SearchR3, "encode_document", encode)
-    monkeypatch.setattr(encoding, "encode_corpus", partial(encoding.encode_corpus, block_size=8))
+    monkeypatch.setattr(encoding, "BLOCK_SIZES", {"cpu": 8, "cuda": 8})
     return texts
 
 
@@ -172,6 +174,69 @@ def test_an_encoded_collection_is_searched_without_encoding_it_again(
     assert encoded == []
     assert call(monkeypatch, "encode", model, tmp_path / "wide", "-c", collection_path, "--vectors", "float32") == 0
     assert ExactIndex.load(tmp_path / "wide").dtype == "float32"
+
+
+def test_shards_are_searched_as_the_index_of_one_encoding(
+    run_dir: Path, collection_path: Path, tmp_path: Path, encoded: list[str], monkeypatch: Any, capsys: Any
+) -> None:
+    model, parts, whole = run_dir / "model", tmp_path / "parts", tmp_path / "whole"
+    encode = ["encode", model, parts, "-c", collection_path]
+    assert call(monkeypatch, *encode, "--shard", "2/2", "--block-size", 8) == 0
+    assert "parts: 1 of 2 shards; in 2/2: 24 vectors of size 32 as float16" in capsys.readouterr().out
+    assert call(monkeypatch, *encode) == 2
+    assert "holds 1 of 2 shards; encode the others with --shard: 1/2" in capsys.readouterr().err
+    assert call(monkeypatch, *encode, "--shard", "3/2") == 2
+    assert "no shard '3/2': expected I/N" in capsys.readouterr().err
+    assert call(monkeypatch, *encode, "--shard", "1/2", "--block-size", 8) == 0
+    assert "parts: all 2 shards, 40 vectors of size 32 as float16" in capsys.readouterr().out
+    assert call(monkeypatch, "encode", model, whole, "-c", collection_path, "--block-size", 8) == 0
+    np.testing.assert_array_equal(ExactIndex.load(parts).matrix, ExactIndex.load(whole).matrix)
+    encoded.clear()
+    shown = []
+    for index in (parts, whole):
+        capsys.readouterr()
+        assert call(monkeypatch, "search", model, "a red house", "-c", collection_path, "--index", index) == 0
+        shown.append(capsys.readouterr().out)
+    assert shown[0] == shown[1] and len(ranked(shown[0])) == 5
+    assert encoded == []
+
+
+def test_an_index_is_given_a_graph_and_says_its_recall(
+    run_dir: Path, collection_path: Path, tmp_path: Path, encoded: list[str], monkeypatch: Any, capsys: Any
+) -> None:
+    model, index = run_dir / "model", tmp_path / "index"
+    encode = ["encode", model, index, "-c", collection_path]
+    assert call(monkeypatch, *encode, "--index-type", "auto") == 0
+    assert "hnsw" not in capsys.readouterr().err, "40 documents are searched exactly"
+    encoded.clear()
+    assert call(monkeypatch, *encode, "--index-type", "hnsw") == 0
+    said = "searched by a graph (hnsw): recall@10 1.000 against exact search"
+    assert said in " ".join(capsys.readouterr().err.split())
+    assert json.loads((index / "manifest.json").read_text())["index_type"] == "hnsw"
+    assert call(monkeypatch, "search", model, "a red house", "-c", collection_path, "--index", index) == 0
+    out, err = capsys.readouterr()
+    assert said in " ".join(err.split()) and len(ranked(out)) == 5
+    assert encoded == [], "vectors are encoded once"
+
+
+def test_ray_encodes_what_a_process_does(
+    run_dir: Path, collection_path: Path, tmp_path: Path, monkeypatch: Any, capsys: Any
+) -> None:
+    fake = FakeRay()
+    monkeypatch.setitem(sys.modules, "ray", fake)
+    monkeypatch.setitem(sys.modules, "ray.data", fake.data)
+    monkeypatch.setattr(torch, "set_num_threads", lambda count: None)
+    encode = ["encode", run_dir / "model", "-c", collection_path, "--block-size", 8]
+    assert call(monkeypatch, *encode, tmp_path / "one") == 0
+    for name, ray in (("none", ["--ray"]), ("option", ["--ray", "--ray-actors", 2]), ("local", ["--ray", "local"])):
+        assert call(monkeypatch, *encode, tmp_path / name, *ray) == 0
+        found, expected = (ExactIndex.load(tmp_path / folder) for folder in (name, "one"))
+        np.testing.assert_array_equal(found.matrix, expected.matrix)
+    assert fake.starts == 1 + 2 + 1
+    assert call(monkeypatch, *encode, tmp_path / "x", "--ray", "10.0.0.1:6379") == 2
+    assert "no Ray cluster at '10.0.0.1:6379'" in capsys.readouterr().err
+    assert call(monkeypatch, *encode, tmp_path / "x", "--ray-actors", 2) == 2
+    assert "--ray-actors is for --ray; add it" in capsys.readouterr().err
 
 
 @pytest.fixture

@@ -6,6 +6,7 @@ import json
 import shutil
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -127,11 +128,50 @@ def test_a_stopped_evaluation_goes_on(
     assert list((tmp_path / "indexes").iterdir()), "the vectors stay for the modes that are still to come"
     with monkeypatch.context() as patch:
         patch.setattr(SearchR3, "encode_document", None)
-        patch.setattr("search_r3.retrieval.encode._vectors", None)
+        patch.setattr("search_r3.retrieval.encode._Job._checked", None)
         patch.setattr(SearchR3, "encode_document", lambda self, texts, **_: _only_the_probe(self, texts))
         assert call(patch, *args) == 0
     assert kept.read_bytes() == before
     assert len(load_results(tmp_path / "results")) == 2
+
+
+def test_an_index_that_is_given_is_searched_as_it_is(
+    run_dir: Path, collection_path: Path, second: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    model, index, out = run_dir / "model", tmp_path / "index", tmp_path / "out"
+    plain = ["evaluate", "--model", model, "--collections", collection_path, "--modes", "direct", "--out", out, *QUICK]
+    assert call(monkeypatch, "encode", model, index, "-c", collection_path, "--vectors", "float32") == 0
+    assert call(monkeypatch, *plain) == 0
+    read = Collection.load
+    reads: list[bool] = []
+    monkeypatch.setattr(
+        Collection, "load", lambda *where, **how: reads.append(how.get("mapped", False)) or read(*where, **how)
+    )
+    with monkeypatch.context() as patch:
+        patch.setattr(SearchR3, "encode_document", lambda self, texts, **_: _only_the_probe(self, texts))
+        assert call(patch, *plain, "--index", index) == 0
+    assert reads == [True], "the collection is read once, and its documents stay in their file"
+    assert index.exists()
+    exact, given = sorted(load_results(out / "results"), key=lambda result: "index_type" in result.system.settings)
+    assert given.system.settings["index_type"] == "exact" and given.system.settings["vectors"] == "float32"
+    assert (given.per_query, given.top) == (exact.per_query, exact.top)
+    assert given.cost.documents_per_second is None
+    graph = ["encode", model, index, "-c", collection_path, "--vectors", "float32", "--index-type", "hnsw"]
+    assert call(monkeypatch, *graph) == 0
+    capsys.readouterr()
+    assert call(monkeypatch, *plain, "--index", index) == 0
+    said = "searched by a graph (hnsw): recall@10 1.000 against exact search"
+    assert said in " ".join(capsys.readouterr().out.split())
+    assert call(monkeypatch, *plain, "--index-type", "hnsw") == 0
+    assert said in " ".join(capsys.readouterr().out.split())
+    settings = [result.system.settings for result in load_results(out / "results")]
+    assert sorted(one.get("vectors", "") for one in settings if one.get("index_type") == "hnsw") == ["", "float32"]
+    for args, message in (
+        ([*plain, "--collections", second], "is of one collection and one model; evaluate these alone"),
+        ([*plain, "--document-instruction", "A page."], "with document_instruction='', not 'A page.'"),
+    ):
+        assert call(monkeypatch, *args, "--index", index) == 2
+        assert message in " ".join(capsys.readouterr().err.split())
 
 
 def _only_the_probe(model: SearchR3, texts: list[str]) -> object:

@@ -93,6 +93,13 @@ Budgets = Annotated[
 Samples = Annotated[
     list[int] | None, typer.Option("--samples", min=2, help="Of --frontier, replies to a query; 4 by default.")
 ]
+GivenIndex = Annotated[
+    Path | None, typer.Option(help="The documents of the one collection as `encode` wrote them with the one model.")
+]
+IndexTypeOption = Annotated[
+    Literal["exact", "hnsw"],
+    typer.Option(help="Search exactly, or by a graph, whose recall is shown; an --index has its own."),
+]
 Out = Annotated[Path, typer.Option(help="Folder of the results; what is in it already is not repeated.")]
 
 
@@ -121,6 +128,8 @@ def evaluate(
     bootstrap: Annotated[int, typer.Option(min=100, help="Resamples of the intervals.")] = 1000,
     seed: Seed = 0,
     batch_size: BatchSize = 128,
+    index: GivenIndex = None,
+    index_type: IndexTypeOption = "exact",
 ) -> None:
     """Evaluate models and baselines on collections; a stopped evaluation goes on with the same command.
 
@@ -148,7 +157,7 @@ def evaluate(
         language,
         follow_mteb,
         runs,
-        _frontier(frontier, budgets, samples),
+        *(_frontier(frontier, budgets, samples), index, index_type),
     )
     results = _run(plan, out)
     comparisons = write_summary(results, out, permutations, seed)

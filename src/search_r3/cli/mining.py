@@ -211,7 +211,7 @@ def data_traces(
 def _retriever(name: str, mode: ModeName, options: ModelOptions, data: Collection) -> Retriever:
     from ..evaluation.baselines import BM25_NAME, SENTENCE_TRANSFORMERS, UNSTEMMED, PeerModel
     from ..mining.candidates import DenseRetriever, LexicalRetriever
-    from ..retrieval.encode import Peer
+    from ..retrieval.encoding.identity import Peer
 
     if name in (BM25_NAME, UNSTEMMED):
         return LexicalRetriever(stemmed=name == BM25_NAME)

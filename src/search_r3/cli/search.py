@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
+from typer.core import TyperCommand
 
 from .. import console
 from ..errors import ConfigError
@@ -35,10 +37,55 @@ if TYPE_CHECKING:
     from ..data.collection import Document
     from ..evaluation.search import Searcher
     from ..model.encoder import SearchR3
+    from ..retrieval.approximate import ApproximateIndex
+    from ..retrieval.encoding.shards import Shard
+    from ..retrieval.encoding.workers import RayWorkers
     from ..retrieval.index import ExactIndex
 
 
-@app.command()
+ShardOption = Annotated[
+    str | None,
+    typer.Option("--shard", metavar="I/N", help="Encode the I-th of N parts; when all are there, they are one index."),
+]
+RayOption = Annotated[
+    str | None,
+    typer.Option(
+        "--ray",
+        metavar="[ADDRESS]",
+        help="Encode by the actors of a Ray cluster: `auto`, HOST:PORT, or `local`, which starts one here; without an "
+        "address what RAY_ADDRESS says, else `local`. It must see the model and the index folder.",
+    ),
+]
+RayActors = Annotated[
+    int | None, typer.Option(min=1, help="Of --ray; by default one for each GPU, or for each machine without any.")
+]
+IndexTypeOption = Annotated[
+    Literal["auto", "exact", "hnsw"] | None,
+    typer.Option(
+        help="How it is searched: exactly (by default), by a graph (its recall is shown), or `auto`: a graph from "
+        "100,000 documents on. Nothing is encoded again for another one."
+    ),
+]
+BlockSize = Annotated[
+    int | None,
+    typer.Option(min=1, help="Documents that a kill may cost; 1,024 on a CPU, else 16,384. The same for all shards."),
+]
+
+
+class _MayLackAddress(TyperCommand):
+    """A command whose option `--ray` may stand without a value; Typer has no such options."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        """Give it an empty one where none follows."""
+        given = list(args)
+        if "--ray" in given:
+            place = given.index("--ray") + 1
+            if place == len(given) or given[place].startswith("-"):
+                given.insert(place, "")
+        return super().parse_args(ctx, given)
+
+
+@app.command(cls=_MayLackAddress)
 @takes_model_options
 def encode(
     model: ModelArgument,
@@ -52,10 +99,22 @@ def encode(
     chunk_tokens: ChunkTokens = None,
     chunk_overlap: ChunkOverlap = 0,
     untrained: Untrained = False,
+    shard: ShardOption = None,
+    ray: RayOption = None,
+    ray_actors: RayActors = None,
+    index_type: IndexTypeOption = None,
+    block_size: BlockSize = None,
 ) -> None:
-    """Encode documents of any number into an index folder; after a kill, the same command goes on."""
-    from ..retrieval.encode import encode_corpus
+    """Encode documents of any number into an index folder; after a kill, the same command goes on.
 
+    Example: search-r3 encode MODEL INDEX -c COLLECTION --shard 1/4   (and 2/4, 3/4, 4/4, on as many machines)
+    """
+    from ..retrieval.encode import encode_corpus
+    from ..retrieval.encoding.shards import Shard
+    from ..retrieval.kinds import set_index_type
+
+    part = Shard.parse(shard) if shard is not None else None
+    workers = _workers(model, options, ray, ray_actors)
     own = own_documents(documents, column, collection) if documents else None
     encoder = load_encoder(model, options, untrained)
     if own is not None:
@@ -76,11 +135,48 @@ def encode(
             *(encoder, texts, out),
             instruction=document_instruction,
             dtype=vectors,
+            shard=part,
+            workers=workers,
+            block_size=block_size,
             on_start=start,
             progress=bar.advance,
         )
-    speed = f"; {bar.speed}" if bar.texts else ""
-    console.say(f"{out}: {len(index):,} vectors of size {index.dimension} as {index.dtype}{speed}")
+    whole = _say_encoded(out, index, part, f"; {bar.speed}" if bar.texts else "")
+    if index_type is not None and whole:
+        _say_recall(set_index_type(out, index_type))
+
+
+def _say_encoded(out: Path, index: ExactIndex, part: Shard | None, speed: str) -> bool:
+    """Say what is in the folder; whether it is an index of all documents."""
+    from ..retrieval.encoding.shards import shards_in
+
+    place, whole = "", True
+    if part is not None and (finished := sum(shards_in(out).values())):
+        whole = finished == part.of
+        place = f"{finished} of {part.of} shards; in {part.number}/{part.of}: "
+        place = f"all {part.of} shards, " if whole else place
+    console.say(f"{out}: {place}{len(index):,} vectors of size {index.dimension} as {index.dtype}{speed}")
+    return whole
+
+
+def _say_recall(index: ExactIndex | ApproximateIndex) -> None:
+    """Say how a graph searches, if one does."""
+    recall = getattr(index, "last_recall", None)
+    if recall is not None:
+        console.aside(f"searched by a graph (hnsw): recall@10 {recall:.3f} against exact search, by its own documents")
+
+
+def _workers(model: str, options: ModelOptions, address: str | None, actors: int | None) -> RayWorkers | None:
+    """The actors that are asked for, each with this model."""
+    from ..model.encoder import SearchR3
+    from ..retrieval.encoding.workers import RayWorkers
+
+    if address is None:
+        if actors is not None:
+            raise ConfigError("--ray-actors is for --ray; add it")
+        return None
+    source = str(Path(model).resolve()) if Path(model).exists() else model
+    return RayWorkers(partial(SearchR3, source, **options.loading()), address or None, actors)
 
 
 @app.command()
@@ -156,9 +252,10 @@ def search(
         _ask(*stored, query, mode, k, as_json)
         return
     own = own_documents(documents, column, collection) if documents else None
-    searched: dict[str, Document] = {}
+    searched: Mapping[str, Document] = {}
     if own is None:
-        data = load_collection(collection or DEFAULT_COLLECTION, skip_empty_documents=True)
+        mapped = index is not None
+        data = load_collection(collection or DEFAULT_COLLECTION, skip_empty_documents=True, mapped=mapped)
         searched = data.documents
         say_without_text(data.without_text)
     encoder = load_encoder(model, options, untrained)
@@ -185,14 +282,18 @@ def _ask(searcher: Searcher, summary: str, query: str | None, mode: ModeName | N
         show(searcher.stream(text, name, k))
 
 
-def _index(encoder: SearchR3, documents: Mapping[str, Document], folder: Path | None, instruction: str) -> ExactIndex:
+def _index(
+    encoder: SearchR3, documents: Mapping[str, Document], folder: Path | None, instruction: str
+) -> ExactIndex | ApproximateIndex:
     """The documents as they are encoded in a folder, or are encoded here."""
+    from ..data.collection import Texts
     from ..evaluation.systems import index_documents
     from ..retrieval.encode import load_corpus
 
     if folder is not None:
-        texts = [(doc_id, document.full_text) for doc_id, document in documents.items()]
-        return load_corpus(encoder, texts, folder, instruction=instruction)
+        index = load_corpus(encoder, Texts(documents), folder, instruction=instruction)
+        _say_recall(index)
+        return index
     with console.bar("encoding", len(documents)) as bar:
         return index_documents(encoder, documents, instruction=instruction, progress=bar.advance)
 

@@ -29,7 +29,7 @@ Qrels = dict[str, dict[str, int]]
 _FIELDS = {"_id", "title", "text", "query-id", "doc-ids", "excluded"}
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Document:
     """One document of a collection."""
 
@@ -76,7 +76,7 @@ class Collection:
 
     Attributes:
         name: e.g. `scifact`.
-        documents: doc_id -> document.
+        documents: doc_id -> document, in memory or in the file that they were read from (`load(mapped=True)`).
         queries: query_id -> query.
         qrels: split -> judgements.
         excluded: query_id -> documents that are taken out of its ranking before it is measured (BRIGHT).
@@ -96,7 +96,7 @@ class Collection:
     """
 
     name: str
-    documents: dict[str, Document]
+    documents: Mapping[str, Document]
     queries: dict[str, Query]
     qrels: dict[str, Qrels]
     excluded: dict[str, frozenset[str]] = field(default_factory=dict)
@@ -130,6 +130,10 @@ class Collection:
         """The judgements of one split that name documents which are not in the corpus."""
         return sum(len(gains) for gains in self.absent.get(name, {}).values())
 
+    def pairs(self, *, by_id: bool = False) -> Texts:
+        """Pairs of doc_id and full text, in the order of the documents or of their ids; nothing is copied."""
+        return Texts(self.documents, by_id)
+
     def texts(self) -> dict[str, str]:
         """doc_id -> full text, in the order of the documents."""
         return {doc_id: document.full_text for doc_id, document in self.documents.items()}
@@ -141,7 +145,8 @@ class Collection:
     @cached_property
     def _content_hash(self) -> str:
         digest = hashlib.sha256()
-        for document in sorted(self.documents.values(), key=lambda d: d.doc_id):
+        for doc_id in sorted(self.documents):
+            document = self.documents[doc_id]
             digest.update(json.dumps([document.doc_id, document.title, document.text]).encode())
         for query in sorted(self.queries.values(), key=lambda q: q.query_id):
             apart = [query.instruction] if query.instruction else []
@@ -157,7 +162,7 @@ class Collection:
         return digest.hexdigest()
 
     @classmethod
-    def load(cls, folder: str | Path, *, skip_empty_documents: bool = False) -> Collection:
+    def load(cls, folder: str | Path, *, skip_empty_documents: bool = False, mapped: bool = False) -> Collection:
         """Read a BEIR folder: `corpus.jsonl`, `queries.jsonl`, `qrels/*.tsv`.
 
         Three more files are read where they are, one row a query: `excluded.jsonl` (`query-id`, `excluded`),
@@ -169,6 +174,7 @@ class Collection:
             folder: the folder.
             skip_empty_documents: leave out documents without any text, and what names them, instead of raising;
                 some published collections (Cranfield) have one.
+            mapped: leave the documents in `corpus.jsonl`, and read each when it is asked for.
 
         Raises:
             DataError: a file is missing or empty, an id is missing or doubled, a text is empty, a line is not JSON,
@@ -179,8 +185,14 @@ class Collection:
         if not folder.is_dir():
             raise DataError(f"no collection at {folder}: expected a folder with corpus.jsonl, queries.jsonl and qrels/")
         empty: set[str] = set()
-        corpus = iter_documents(folder / "corpus.jsonl", empty if skip_empty_documents else None)
-        documents = {document.doc_id: document for document in corpus}
+        corpus = folder / "corpus.jsonl", empty if skip_empty_documents else None
+        documents: Mapping[str, Document]
+        if mapped:
+            from .mapped import MappedDocuments
+
+            documents = MappedDocuments(*corpus)
+        else:
+            documents = {document.doc_id: document for document in iter_documents(*corpus)}
         queries = {row[0]: Query(*row) for row in check_queries(_rows(folder / "queries.jsonl"))}
         ids = KnownIds(queries, documents, empty)
         paths = sorted((folder / "qrels").glob("*.tsv"))
@@ -242,6 +254,18 @@ class Collection:
 
 
 @dataclass(frozen=True)
+class Texts:
+    """Pairs of doc_id and full text, made anew in every iteration; as `Collection.pairs`."""
+
+    documents: Mapping[str, Document]
+    by_id: bool = False
+
+    def __iter__(self) -> Iterator[tuple[str, str]]:
+        doc_ids = sorted(self.documents) if self.by_id else self.documents
+        return ((doc_id, self.documents[doc_id].full_text) for doc_id in doc_ids)
+
+
+@dataclass(frozen=True)
 class CorpusFile:
     """Pairs of doc_id and full text, read from a `corpus.jsonl` anew in every iteration, so that none needs to be held.
 
@@ -281,9 +305,14 @@ def _rows(path: Path, *, optional: bool = False) -> Iterator[tuple[str, dict[str
         return
     number = 0
     for number, row in read_jsonl(path):
-        yield f"{path}:{number}", row | {name: plain_value(name, row[name]) for name in _FIELDS & row.keys()}
+        yield f"{path}:{number}", plain_row(row)
     if not number and not optional:
         raise DataError(f"{path}: the file has no rows")
+
+
+def plain_row(row: dict[str, Any]) -> dict[str, Any]:
+    """A row with each field as it is taken (`plain_value`)."""
+    return row | {name: plain_value(name, row[name]) for name in _FIELDS & row.keys()}
 
 
 def _pools(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:

@@ -30,7 +30,7 @@ NAME = re.compile(r"(?P<source>[^@]*?)(:(?P<subset>[^@:]+))?(@(?P<revision>[^@]+
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 
 
-def load_collection(name: str, *, skip_empty_documents: bool = False) -> Collection:
+def load_collection(name: str, *, skip_empty_documents: bool = False, mapped: bool = False) -> Collection:
     """Load a collection.
 
     Args:
@@ -39,6 +39,7 @@ def load_collection(name: str, *, skip_empty_documents: bool = False) -> Collect
             `owner/name:subset`, `owner/name@revision` or `owner/name:subset@revision`. A folder in the hub's format
             may be followed by `:subset` too.
         skip_empty_documents: as in `Collection.load`.
+        mapped: the same; what is no folder in the BEIR layout is in memory in any case.
 
     Raises:
         DataError: the name is none of these, or what it names cannot be read (see `Collection.load`, `load_hub`).
@@ -55,7 +56,7 @@ def load_collection(name: str, *, skip_empty_documents: bool = False) -> Collect
                 "alone are searched and encoded with --documents"
             )
         if _is_beir(folder):
-            return Collection.load(folder, skip_empty_documents=skip_empty_documents)
+            return Collection.load(folder, skip_empty_documents=skip_empty_documents, mapped=mapped)
         return load_hub(name, skip_empty_documents=skip_empty_documents)
     if (parts := split_name(name)) is None:
         raise _unknown(name)

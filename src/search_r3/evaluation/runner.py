@@ -12,6 +12,7 @@ from typing import Any, Literal
 
 from ..data.collection import Collection
 from ..data.load import load_collection
+from ..data.mapped import MappedDocuments
 from ..errors import ConfigError
 from ..files import write_json, write_text
 from ..model.encoder import SearchR3
@@ -86,6 +87,8 @@ class EvaluationPlan:
         follow_mteb: leave documents with the id of their query out where mteb does; else `options` say so.
         write_runs: also write rankings and judgements in TREC's formats.
         frontier: also measure the modes with less and with more effort, and mode auto where there is a gate.
+        index: the documents of the one collection as the one model has encoded them (`encode_corpus`).
+        index_type: how the vectors of models are searched otherwise.
     """
 
     models: dict[str, str]
@@ -102,6 +105,8 @@ class EvaluationPlan:
     follow_mteb: bool = False
     write_runs: bool = False
     frontier: FrontierOptions | None = None
+    index: Path | None = None
+    index_type: Literal["exact", "hnsw"] = "exact"
 
 
 def label_models(sources: Sequence[str]) -> dict[str, str]:
@@ -139,15 +144,20 @@ def run_plan(plan: EvaluationPlan, folder: Path, watch: Watch | None = None) -> 
         DataError: a collection that cannot be read, or lacks a split; before anything is computed.
     """
     _check_baselines(plan)
-    options = _check_collections(plan)
+    if plan.index is not None and (len(plan.models), len(plan.collections)) != (1, 1):
+        raise ConfigError(f"the index {plan.index} is of one collection and one model; evaluate these alone")
+    options, held = _check_collections(plan)
+    place = folder / "indexes", plan.document_instruction
     models = {
-        label: EncodedCollections(SearchR3(source, **plan.loading), folder / "indexes", plan.document_instruction)
+        label: EncodedCollections(
+            SearchR3(source, **plan.loading), *place, index=plan.index, index_type=plan.index_type
+        )
         for label, source in plan.models.items()
     }
     systems = _systems(plan, models)
     runs = folder / RUNS if plan.write_runs else None
     for source in plan.collections:
-        collection = load_collection(source, skip_empty_documents=True)
+        collection = held.pop(source, None) or load_collection(source, skip_empty_documents=True)
         run = partial(evaluate, options=options[source], source=source, folder=folder / RESULTS, watch=watch, runs=runs)
         for split in resolve_splits(collection, plan.splits):
             asked = plan.instructions or instructions.choices(collection, split)
@@ -164,12 +174,17 @@ def run_plan(plan: EvaluationPlan, folder: Path, watch: Watch | None = None) -> 
             collections.forget(collection)
 
 
-def _check_collections(plan: EvaluationPlan) -> dict[str, EvaluationOptions]:
-    """Source -> how it is measured; raises where one cannot be."""
+def _check_collections(plan: EvaluationPlan) -> tuple[dict[str, EvaluationOptions], dict[str, Collection]]:
+    """Source -> how it is measured; raises where one cannot be. And those read that need not be read again.
+
+    Of several whose documents are in memory none is held, lest all are.
+    """
     sources: dict[str, str] = {}
-    options = {}
+    options, held = dict[str, EvaluationOptions](), dict[str, Collection]()
     for source in plan.collections:
-        collection = load_collection(source, skip_empty_documents=True)
+        collection = load_collection(source, skip_empty_documents=True, mapped=True)
+        if isinstance(collection.documents, MappedDocuments) or len(plan.collections) == 1:
+            held[source] = collection
         if collection.name in sources:
             pair = f"{sources[collection.name]} and {source}"
             raise ConfigError(f"two collections are called {collection.name!r}: {pair}; evaluate them into two folders")
@@ -179,7 +194,7 @@ def _check_collections(plan: EvaluationPlan) -> dict[str, EvaluationOptions]:
         if plan.write_runs:
             check_ids(collection)
         options[source] = _identical_ids(plan, source, collection)
-    return options
+    return options, held
 
 
 def _identical_ids(plan: EvaluationPlan, source: str, collection: Collection) -> EvaluationOptions:

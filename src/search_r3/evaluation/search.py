@@ -13,7 +13,7 @@ from ..data.documents import Chunk
 from ..model.embeddings import QueryEmbeddings
 from ..model.encoder import SearchR3
 from ..model.prompts import Mode
-from ..retrieval.index import ExactIndex
+from ..retrieval.protocol import VectorIndex
 from ..types import Array
 from .systems import index_documents
 
@@ -69,7 +69,7 @@ class Searcher:
         self,
         model: SearchR3,
         documents: Mapping[str, Document],
-        index: ExactIndex | None = None,
+        index: VectorIndex | None = None,
         instruction: str = "",
     ) -> None:
         self.model, self.documents, self.instruction = model, documents, instruction

@@ -11,8 +11,9 @@ import shutil
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import islice
 from pathlib import Path
-from typing import Any, Generic, NamedTuple, Protocol, TypeVar
+from typing import Any, Generic, Literal, NamedTuple, Protocol, TypeVar
 
 import numpy as np
 
@@ -22,16 +23,23 @@ from ..model.modes.auto import gate_of
 from ..model.modes.first import decides
 from ..model.modes.gate import Gate
 from ..model.prompts import Mode
-from ..retrieval.encode import encode_corpus
+from ..retrieval.approximate import ApproximateIndex
+from ..retrieval.encode import encode_corpus, load_corpus
 from ..retrieval.index import ExactIndex
+from ..retrieval.kinds import set_index_type
 from ..retrieval.lexical import Scored
+from ..retrieval.protocol import VectorIndex
 from ..retrieval.ranking import RankRequest, ranked
+from ..retrieval.storage import read_manifest, readable
 from ..types import Array, Progress
 from .instructions import OWN, choose, file_label
 from .results import Cost, SystemInfo
 
 T = TypeVar("T")
+Index = ExactIndex | ApproximateIndex
 AT_A_TIME = 1024
+AUDITED = 100
+"""Queries by which the recall of an approximate index is measured."""
 
 
 class Ranking(NamedTuple):
@@ -117,7 +125,7 @@ class PerCollection(Generic[T]):
         raise NotImplementedError
 
 
-class EncodedCollections(PerCollection[tuple[ExactIndex, float | None]]):
+class EncodedCollections(PerCollection[tuple[Index, float | None]]):
     """The collections that one Search-R3 model has encoded; both of its modes search the same vectors.
 
     `index` gives the index and the documents encoded per second (None where it was on the disk).
@@ -126,40 +134,63 @@ class EncodedCollections(PerCollection[tuple[ExactIndex, float | None]]):
         model: the encoder.
         folder: where a collection is kept while it is encoded, so that a kill costs one block; in memory without it.
         instruction: of the documents.
+        index: the documents as `encode_corpus` wrote them, instead of encoding them here.
+        index_type: how they are searched, where they are encoded here: a graph, or exactly.
+
+    Raises:
+        VectorIndexError: there is no such index.
     """
 
-    def __init__(self, model: SearchR3, folder: Path | None = None, instruction: str = "") -> None:
+    def __init__(
+        self,
+        model: SearchR3,
+        folder: Path | None = None,
+        instruction: str = "",
+        *,
+        index: Path | None = None,
+        index_type: Literal["exact", "hnsw"] = "exact",
+    ) -> None:
         self.model, self.instruction = model, instruction.strip()
         self.revision = model.backbone.revision
-        self._folder = folder
+        self._folder, self._given, self._type = folder, index, index_type
         self._cut = "", 0
+        self.index_settings: dict[str, str] = {"index_type": "hnsw"} if index_type == "hnsw" else {}
+        """What results depend on beside the model; nothing where vectors are of 32 bits and searched exactly."""
+        if index is not None:
+            with readable(index):
+                manifest, _ = read_manifest(index)
+                self.index_settings = {"index_type": manifest.get("index_type", "exact"), "vectors": manifest["dtype"]}
 
-    def _make_index(self, collection: Collection, progress: Progress | None) -> tuple[ExactIndex, float | None]:
+    def _make_index(self, collection: Collection, progress: Progress | None) -> tuple[Index, float | None]:
+        if self._given is not None:
+            return load_corpus(self.model, collection.pairs(), self._given, instruction=self.instruction), None
         started, count = time.perf_counter(), len(collection.documents)
         if self._folder is None:
             index = index_documents(self.model, collection.documents, instruction=self.instruction, progress=progress)
-            return index, count / (time.perf_counter() - started)
+            seconds = time.perf_counter() - started
+            return (ApproximateIndex(index) if self._type == "hnsw" else index), count / seconds
 
         def begin(total: int, resume_at: int) -> None:
             nonlocal started, count
             started, count = time.perf_counter(), total - resume_at
 
-        index = encode_corpus(
+        encode_corpus(
             self.model,
-            sorted(collection.texts().items()),  # the key is that of the documents in any order
+            collection.pairs(by_id=True),  # the key is that of the documents in any order
             self._path(collection),
             instruction=self.instruction,
             dtype="float32",
             on_start=begin,
             progress=progress,
         )
-        return index, count / (time.perf_counter() - started) if count else None
+        speed = count / (time.perf_counter() - started) if count else None
+        return set_index_type(self._path(collection), self._type), speed
 
     def truncated_documents(self, collection: Collection) -> int:
         """The documents of the collection that are longer than the model's `max_length`."""
         key = collection.content_hash()
         if self._cut[0] != key:
-            self._cut = key, count_truncated(self.model, collection.texts().values(), self.instruction)
+            self._cut = key, count_truncated(self.model, (text for _, text in collection.pairs()), self.instruction)
         return self._cut[1]
 
     def forget(self, collection: Collection) -> None:
@@ -251,6 +282,7 @@ class SearchR3System:
                 "sampling_temperature": 0.0 if effort.samples == 1 else 1.0,
                 **instructions,
                 **shortened,
+                **collections.index_settings,
                 **effort.settings(mode, gate),
             },
         )
@@ -264,7 +296,7 @@ class SearchR3System:
 @dataclass(frozen=True)
 class _Reasoning:
     _system: SearchR3System
-    _index: ExactIndex
+    _index: Index
     documents_per_second: float | None
     truncated_documents: int
 
@@ -287,11 +319,22 @@ class _Reasoning:
             means = vectors.reshape(len(requests), samples, -1).mean(axis=1)
             vectors = means / np.linalg.norm(means, axis=1, keepdims=True)
         rankings, truncated = rank_vectors(self._index, vectors, requests, depth), sum(first.truncated)
+        notes = _recall(self._index, vectors) if len(requests) > 1 else []
         if system.mode == "direct":
-            return Answers(rankings, truncated=truncated)
+            return Answers(rankings, truncated=truncated, notes=notes)
         tokens = np.reshape(queries.reasoning_tokens, (len(requests), samples)).sum(axis=1).tolist()
         of_gate = {"thought": first.thought, "gate": first.gate} if system.mode == "auto" else {}
-        return Answers(rankings, first.reasoning, tokens, first.forced, truncated, **of_gate)
+        return Answers(rankings, first.reasoning, tokens, first.forced, truncated, notes, **of_gate)
+
+
+def _recall(index: Index, vectors: Array) -> list[str]:
+    """What an approximate index misses of some of these queries, in words."""
+    if not isinstance(index, ApproximateIndex):
+        return []
+    asked = vectors[:AUDITED]
+    return [
+        f"searched by a graph (hnsw): recall@10 {index.audit(asked):.3f} against exact search, {len(asked)} queries"
+    ]
 
 
 def rank_in_blocks(count: int, rank: Callable[[slice], Iterable[Scored]]) -> list[Ranking]:
@@ -304,7 +347,7 @@ def rank_in_blocks(count: int, rank: Callable[[slice], Iterable[Scored]]) -> lis
     return rankings
 
 
-def rank_vectors(index: ExactIndex, vectors: Array, requests: Sequence[RankRequest], depth: int) -> list[Ranking]:
+def rank_vectors(index: VectorIndex, vectors: Array, requests: Sequence[RankRequest], depth: int) -> list[Ranking]:
     """`ranked`, block after block."""
     return rank_in_blocks(len(requests), lambda part: ranked(index, vectors[part], requests[part], depth))
 
@@ -325,11 +368,10 @@ def count_truncated(model: SearchR3, texts: Iterable[str], instruction: str = ""
     side = model.backbone.document_side
     # A token takes at least one byte, so most short texts need not be read again.
     room = side.settings.max_length - len(side.prompt_encoder.encode("a", "document", instruction).ids)
-    long = [text for text in texts if len(text.encode()) > room]
+    long = (text for text in texts if len(text.encode()) > room)
     cut = 0
-    for start in range(0, len(long), AT_A_TIME):
-        prompts = side.prompt_encoder.encode_batch(long[start : start + AT_A_TIME], "document", instruction)
-        cut += sum(prompt.truncated for prompt in prompts)
+    while some := list(islice(long, AT_A_TIME)):
+        cut += sum(prompt.truncated for prompt in side.prompt_encoder.encode_batch(some, "document", instruction))
     return cut
 
 

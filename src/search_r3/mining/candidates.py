@@ -23,7 +23,8 @@ from ..extras import extra
 from ..files import write_json
 from ..model.encoder import SearchR3
 from ..model.source import peer_files
-from ..retrieval.encode import Peer, encode_corpus
+from ..retrieval.encode import encode_corpus
+from ..retrieval.encoding.identity import Peer
 from ..retrieval.index import DType, ExactIndex
 from ..retrieval.lexical import BM25
 from ..retrieval.ranking import ranked

@@ -195,6 +195,8 @@ class ApproximateIndex(VectorIndex):
             VectorIndexError: wrong shape or values that are not finite; nothing is changed.
         """
         self.store.update(rows, vectors, version)
+        if self._mapped is not None:
+            self._read_graph(self._mapped, mmap=False)
         if 2 * len(rows) > len(self):
             self.rebuild()
         elif len(rows):
@@ -252,14 +254,23 @@ class ApproximateIndex(VectorIndex):
         Raises:
             VectorIndexError: the disk refuses; the old state stays.
         """
+        writers, facts = self.store.writers(), self.store.facts()
+        storage.save_state(folder, {**writers, **self.graph_writers()}, {**facts, **self.graph_facts()})
+
+    def graph_writers(self) -> dict[str, storage.FileWriter]:
+        """What writes the file of the graph."""
+        return {"hnsw.graph": self._write_graph}
+
+    def graph_facts(self) -> dict[str, Any]:
+        """What the manifest says of it beside what it says of an exact index."""
         recall = None if math.isnan(self.last_recall) else self.last_recall
-        upkeep = {
+        return {
+            "index_type": "hnsw",
+            "graph": asdict(self.settings),
             "recall_floor": self.recall_floor,
             "audit_every": self.audit_every,
             "audited": [recall, self.rebuilds, self._updates],
         }
-        facts = {**self.store.facts(), "graph": asdict(self.settings), **upkeep}
-        storage.save_state(folder, {**self.store.writers(), "hnsw.graph": self._write_graph}, facts)
 
     @classmethod
     def load(cls, folder: Path, *, mmap: bool = False, device: str | torch.device = "cpu") -> ApproximateIndex:
@@ -267,7 +278,7 @@ class ApproximateIndex(VectorIndex):
 
         Args:
             folder: where it was saved.
-            mmap: leave the vectors of the store on the disk; the graph is read whole, or it could not be updated.
+            mmap: leave vectors and graph on the disk; the graph is read whole when it is updated.
             device: where the vectors of the store go.
 
         Raises:
@@ -279,7 +290,7 @@ class ApproximateIndex(VectorIndex):
             index = cls.__new__(cls)
             settings = GraphSettings(**manifest["graph"])
             index._configure(store, settings, manifest["recall_floor"], manifest["audit_every"])
-            index._read_graph(paths["hnsw.graph"])
+            index._read_graph(paths["hnsw.graph"], mmap)
             recall, index.rebuilds, index._updates = manifest["audited"]
             index.last_recall = math.nan if recall is None else recall
         store.to(device)
@@ -296,6 +307,7 @@ class ApproximateIndex(VectorIndex):
         self.recall_floor, self.audit_every = recall_floor, audit_every
         self.last_recall, self.rebuilds, self._updates = math.nan, 0, 0
         self._graph: Any = self._empty_graph()
+        self._mapped: Path | None = None
 
     def _empty_graph(self) -> Any:
         with extra("train"):
@@ -311,7 +323,7 @@ class ApproximateIndex(VectorIndex):
         )
 
     def _build(self) -> None:
-        self._graph = self._empty_graph()
+        self._graph, self._mapped = self._empty_graph(), None
         for start in range(0, len(self), self.store.block):
             self._add(np.arange(start, min(start + self.store.block, len(self))))
 
@@ -344,8 +356,9 @@ class ApproximateIndex(VectorIndex):
         except RuntimeError as error:  # usearch's way to report what the disk refuses
             raise OSError(str(error)) from error
 
-    def _read_graph(self, path: Path) -> None:
-        # Into the graph made with the saved settings: the file itself does not hold the expansions.
-        self._graph.load(str(path))
+    def _read_graph(self, path: Path, mmap: bool) -> None:
+        # Into a graph made with the saved settings: the file itself does not hold the expansions.
+        self._graph, self._mapped = self._empty_graph(), path if mmap else None
+        (self._graph.view if mmap else self._graph.load)(str(path))
         if len(self._graph) != len(self.store) or self._graph.ndim != self.store.dimension:
             raise ValueError(f"{path.name} holds {len(self._graph)} vectors of size {self._graph.ndim}")

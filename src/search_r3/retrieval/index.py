@@ -21,6 +21,7 @@ from ..errors import VectorIndexError
 from ..model.documents import unusable_rows
 from ..types import Array, Rows
 from . import storage
+from .parts import Parts
 from .protocol import VectorIndex
 from .selection import NOISE, Ahead, Best, Blocks, Rounding, count_ahead
 
@@ -31,8 +32,6 @@ _DTYPES: dict[str, torch.dtype] = {
     "float16": torch.float16,
     "bfloat16": torch.bfloat16,
 }
-_FILE_DTYPES = {"bfloat16": "int16"}
-"""numpy has no bfloat16: its bits are saved as these."""
 PAIRS = 256
 """Vectors multiplied one by one together: they should fit into a core's cache."""
 LONGEST = 1.01
@@ -73,7 +72,7 @@ class ExactIndex(VectorIndex):
             raise VectorIndexError(f"an index cannot hold {dtype!r}; choose one of {', '.join(_DTYPES)}")
         order = descending(doc_ids)
         vectors = _check_shape(vectors, len(doc_ids), None)
-        self._tensor = torch.empty(vectors.shape, dtype=_DTYPES[dtype], device=device)  # N x D
+        self._tensor: torch.Tensor | Parts = torch.empty(vectors.shape, dtype=_DTYPES[dtype], device=device)  # N x D
         self._label([doc_ids[i] for i in order], np.full(len(doc_ids), version, dtype=np.int64))
         self._check_values(vectors)
         for start in range(0, len(order), self.block):
@@ -229,7 +228,7 @@ class ExactIndex(VectorIndex):
         vectors = _check_shape(vectors, len(rows), self.dimension)
         self._check_values(vectors)
         self._tensor[torch.tensor(rows, dtype=torch.long, device=self._tensor.device)] = _tensor_of(vectors).to(
-            self._tensor
+            self._tensor.device, self._tensor.dtype
         )
         if version is not None:
             self.encoded_at_version[rows] = version
@@ -266,7 +265,7 @@ class ExactIndex(VectorIndex):
     def writers(self) -> dict[str, storage.FileWriter]:
         """What writes each data file of a saved index."""
         labels = storage.label_writers(self.doc_ids, self.encoded_at_version)
-        bits = self._tensor.view(torch.int16) if self.dtype in _FILE_DTYPES else self._tensor
+        bits = self._tensor[:].view(torch.int16) if self.dtype in storage.FILE_DTYPES else self._tensor
         return {"vectors.npy": storage.write_array(bits, self.block), **labels}
 
     def facts(self) -> dict[str, Any]:
@@ -276,15 +275,12 @@ class ExactIndex(VectorIndex):
     @classmethod
     def from_state(cls, manifest: Mapping[str, Any], paths: Mapping[str, Path], *, mmap: bool) -> ExactIndex:
         """The index that `facts` and `writers` described; to be called within `storage.readable`."""
-        count, dimension, dtype = manifest["documents"], manifest["dimension"], manifest["dtype"]
-        doc_ids, versions = storage.read_labels(paths, count)
+        count, dtype = manifest["documents"], manifest["dtype"]
         if dtype not in _DTYPES:
             raise ValueError(f"unknown dtype {dtype!r}")
-        file_dtype = _FILE_DTYPES.get(dtype, dtype)
-        vectors = storage.read_array(paths["vectors.npy"], (count, dimension), file_dtype, mmap=mmap)
         index = cls.__new__(cls)
-        index._tensor = torch.from_numpy(vectors).view(_DTYPES[dtype])
-        index._label(doc_ids, versions)
+        index.doc_ids, index.rows, index.encoded_at_version = storage.read_labels(paths, count, mmap=mmap)
+        index._tensor = storage.read_vectors(manifest, paths, mmap=mmap)
         return index
 
     def _label(self, doc_ids: Sequence[str], versions: NDArray[np.int64]) -> None:
@@ -309,7 +305,7 @@ class ExactIndex(VectorIndex):
 
         What such a product cannot tell is taken from float32 sums, so that results are the same.
         """
-        if self.dtype != "bfloat16" or not (self._tensor.is_cuda or _multiplies_bfloat16()):
+        if self.dtype != "bfloat16" or not (self._tensor.device.type == "cuda" or _multiplies_bfloat16()):
             return None
 
         def products(start: int, columns: torch.Tensor) -> torch.Tensor:

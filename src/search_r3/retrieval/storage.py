@@ -24,8 +24,13 @@ from numpy.typing import NDArray
 
 from ..errors import VectorIndexError
 from ..files import flush, write_json
+from .labels import DocIds, RowOf, bytes_of, ends_of
+from .parts import Parts
 
-FORMAT = 1
+FORMAT, READABLE = 2, (1, 2)
+"""What is written, and what is read: format 1 has its doc_ids in JSON."""
+FILE_DTYPES = {"bfloat16": "int16"}
+"""numpy has no bfloat16: its bits are saved as these."""
 MANIFEST = "manifest.json"
 UNFINISHED = "unfinished.json"
 """The manifest of a state whose data files are still being filled; the next save deletes it."""
@@ -46,7 +51,7 @@ def save_state(
     Args:
         folder: made if missing; files of other origin in it are left alone.
         writers: `name.suffix` of each data file -> what writes it at the path it is given, or where it stands in
-            `folder` already.
+            `folder`, or below it, already.
         facts: further entries of the manifest.
         name: of the manifest.
 
@@ -70,7 +75,7 @@ def save_state(
                     paths[file] = folder / f"{stem}-{token}.{suffix}"
                     write(paths[file])
                 flush(paths[file])
-            files = {file: path.name for file, path in paths.items()}
+            files = {file: path.relative_to(folder).as_posix() for file, path in paths.items()}
             write_json(folder / name, {"format": FORMAT, **facts, "files": files})
         except OSError:
             for path in folder.glob(f"*-{token}.*"):
@@ -97,7 +102,7 @@ def read_manifest(folder: Path, name: str = MANIFEST) -> tuple[dict[str, Any], d
         OSError, ValueError, KeyError, TypeError: there is no such state; call it within `readable`.
     """
     manifest = json.loads((folder / name).read_text(encoding="utf-8"))
-    if manifest["format"] != FORMAT:
+    if manifest["format"] not in READABLE:
         raise ValueError(f"its format is {manifest['format']!r}, this version reads {FORMAT}")
     return manifest, {file: folder / path for file, path in manifest["files"].items()}
 
@@ -134,7 +139,7 @@ def readable(folder: Path) -> Iterator[None]:
         ) from error
 
 
-def write_array(values: torch.Tensor, rows: int) -> FileWriter:
+def write_array(values: torch.Tensor | Parts, rows: int) -> FileWriter:
     """A writer of `values` as `.npy`, `rows` rows at a time, from whatever device they are on."""
 
     def write(path: Path) -> None:
@@ -160,18 +165,21 @@ def reserve_array(shape: tuple[int, int], dtype: str) -> FileWriter:
     return write
 
 
-def write_rows(path: Path, rows: Sequence[int], values: NDArray[Any]) -> None:
+def write_rows(path: Path, rows: NDArray[np.int64], values: NDArray[Any]) -> None:
     """Put `values`, `len(rows) x D`, into these rows of the `.npy` that `reserve_array` wrote with their dtype.
 
     Not through a memory map: where the disk is full, writing to one ends the process.
     """
+    order = np.argsort(rows)
+    rows, values = rows[order], values[order]
+    runs = np.flatnonzero(np.diff(rows) != 1) + 1  # neighbours are written at once
     with path.open("r+b") as file:
         np.lib.format.read_magic(file)
         np.lib.format.read_array_header_1_0(file)
         start = file.tell()
-        for row, value in zip(rows, values, strict=True):
-            file.seek(start + row * value.nbytes)
-            file.write(value.data)
+        for first, end in pairwise([0, *runs.tolist(), len(rows)]):
+            file.seek(start + int(rows[first]) * values[0].nbytes)
+            file.write(values[first:end].data)
 
 
 def read_array(path: Path, shape: tuple[int, ...], dtype: str, *, mmap: bool = False) -> NDArray[Any]:
@@ -186,20 +194,68 @@ def read_array(path: Path, shape: tuple[int, ...], dtype: str, *, mmap: bool = F
     return array
 
 
+def read_vectors(manifest: Mapping[str, Any], paths: Mapping[str, Path], *, mmap: bool = False) -> torch.Tensor | Parts:
+    """The vectors of an index, `N x D`, from its one file, or from those of its shards; call it within `readable`."""
+
+    def read(file: str, count: int) -> torch.Tensor:
+        dtype = manifest["dtype"]
+        array = read_array(paths[file], (count, manifest["dimension"]), FILE_DTYPES.get(dtype, dtype), mmap=mmap)
+        return torch.from_numpy(array).view(torch.bfloat16) if dtype in FILE_DTYPES else torch.from_numpy(array)
+
+    if "shards" not in manifest:
+        return read("vectors.npy", manifest["documents"])
+    counts = manifest["shards"]
+    owners = read_array(paths["shards.npy"], (manifest["documents"],), "int32")
+    if np.bincount(owners, minlength=len(counts)).tolist() != counts:
+        raise ValueError(f"{paths['shards.npy'].name} does not deal its documents to shards of {counts}")
+    parts = Parts([read(shard_file(number), count) for number, count in enumerate(counts)], owners)
+    return parts if mmap else parts[:]
+
+
+def shard_file(number: int) -> str:
+    """What a manifest calls the vectors of one of its shards, counted from 0."""
+    return f"vectors_{number + 1}.npy"
+
+
 def label_writers(doc_ids: Sequence[str], versions: NDArray[np.int64]) -> dict[str, FileWriter]:
     """What writes each data file of a saved index but the vectors."""
+    ends = ends_of(doc_ids)
+
+    def write_ids(path: Path) -> None:
+        with path.open("wb") as file:
+            _write_header(file, np.dtype(np.uint8), (int(ends[-1]),))
+            file.writelines(bytes_of(doc_ids))
+
     return {
         "encoded_at_version.npy": write_array(torch.from_numpy(versions), len(versions)),
-        "doc_ids.json": lambda path: write_json(path, list(doc_ids)),
+        "doc_ids.npy": write_ids,
+        "doc_id_ends.npy": write_array(torch.from_numpy(ends), len(ends)),
     }
 
 
-def read_labels(paths: Mapping[str, Path], count: int) -> tuple[list[str], NDArray[np.int64]]:
-    """The doc_ids and versions that `label_writers` wrote for so many documents; call it within `readable`."""
-    doc_ids = json.loads(paths["doc_ids.json"].read_text(encoding="utf-8"))
-    if len(doc_ids) != count or not all(upper > lower for upper, lower in pairwise(doc_ids)):
-        raise ValueError(f"its {len(doc_ids)} doc_ids are not {count} in descending order")
-    return doc_ids, read_array(paths["encoded_at_version.npy"], (count,), "int64")
+def read_doc_ids(paths: Mapping[str, Path], count: int) -> Sequence[str]:
+    """The doc_ids that `label_writers` wrote for so many documents, in their files; call it within `readable`."""
+    if "doc_ids.npy" not in paths:
+        doc_ids = json.loads(paths["doc_ids.json"].read_text(encoding="utf-8"))
+        if len(doc_ids) != count or not all(upper > lower for upper, lower in pairwise(doc_ids)):
+            raise ValueError(f"its {len(doc_ids)} doc_ids are not {count} in descending order")
+        return list(doc_ids)
+    ends = read_array(paths["doc_id_ends.npy"], (count,), "int64", mmap=True)
+    text = np.load(paths["doc_ids.npy"], mmap_mode="c", allow_pickle=False)
+    if text.dtype != np.uint8 or text.ndim != 1:
+        raise ValueError(f"{paths['doc_ids.npy'].name} holds {text.dtype} of shape {text.shape}, not bytes")
+    return DocIds(text, ends)
+
+
+def read_labels(
+    paths: Mapping[str, Path], count: int, *, mmap: bool = False
+) -> tuple[Sequence[str], Mapping[str, int], NDArray[np.int64]]:
+    """Doc_ids, the row of each, and versions that `label_writers` wrote; the ids in memory unless with `mmap`."""
+    doc_ids, versions = read_doc_ids(paths, count), read_array(paths["encoded_at_version.npy"], (count,), "int64")
+    if mmap and isinstance(doc_ids, DocIds):
+        return doc_ids, RowOf(doc_ids), versions
+    doc_ids = list(doc_ids)
+    return doc_ids, {doc_id: row for row, doc_id in enumerate(doc_ids)}, versions
 
 
 def _write_header(file: BinaryIO, dtype: np.dtype[Any], shape: tuple[int, ...]) -> None:

@@ -67,7 +67,7 @@ class Fingerprint(BaseModel):
     @classmethod
     def of(cls, model: SearchR3, instruction: str = "") -> Fingerprint:
         """That of a model, with the instruction that follows each document."""
-        from ..retrieval.encode import PROBE
+        from ..retrieval.encoding.identity import PROBE
 
         side = model.backbone.document_side
         encoder = side.prompt_encoder

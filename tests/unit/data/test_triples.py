@@ -15,7 +15,7 @@ from search_r3.data.triples import draw_negatives, hold_out, training_examples
 from search_r3.errors import DataError
 from search_r3.mining.candidates import DenseRetriever, LexicalRetriever
 from search_r3.mining.mining import MiningSettings, mine_negatives
-from search_r3.retrieval.encode import Peer
+from search_r3.retrieval.encoding.identity import Peer
 from search_r3.retrieval.lexical import BM25
 from search_r3.training.batches import find_false_negatives
 

@@ -25,7 +25,7 @@ from search_r3.mining import candidates, mining
 from search_r3.mining.candidates import BlockCache, CrossEncoderJudge, DenseRetriever, LexicalRetriever
 from search_r3.mining.mining import MiningReport, MiningSettings, mine_negatives
 from search_r3.retrieval import encode
-from search_r3.retrieval.encode import Peer
+from search_r3.retrieval.encoding.identity import PROBE, Peer
 from search_r3.retrieval.index import ExactIndex
 from search_r3.retrieval.lexical import BM25
 from tests.conftest import small_collection
@@ -43,7 +43,7 @@ class Scripted:
     def encode(self, texts: Sequence[str], kind: str) -> np.ndarray:
         if self.stop is not None and len(self.seen) >= self.stop:
             raise KeyboardInterrupt
-        self.seen += [text for text in texts if text != encode.PROBE and text != "size"]
+        self.seen += [text for text in texts if text != PROBE and text != "size"]
         scores = [1.0 if kind == "query" else self.scores.get(text, 0.0) for text in texts]
         return np.array([[score, (1 - score**2) ** 0.5] for score in scores], dtype=np.float32)
 

@@ -26,7 +26,8 @@ from search_r3.errors import DataError, VectorIndexError
 from search_r3.model.encoder import SearchR3
 from search_r3.model.settings import EmbeddingSettings
 from search_r3.retrieval import storage
-from search_r3.retrieval.encode import PROBE, encode_corpus, load_corpus
+from search_r3.retrieval.encode import encode_corpus, load_corpus
+from search_r3.retrieval.encoding.identity import PROBE
 from search_r3.retrieval.index import ExactIndex
 
 DOCUMENTS = [(f"d{i * 7 % 23}", f"text number {i}") for i in range(23)]
@@ -86,7 +87,7 @@ def test_the_folder_is_that_of_an_index_encoded_in_one_call(dtype: str, tmp_path
     expected = model.index(DOCUMENTS, dtype)
     expected.save(tmp_path / "whole")
     streamed, whole = contents(tmp_path / "streamed"), contents(tmp_path / "whole")
-    for name in ("vectors.npy", "doc_ids.json", "encoded_at_version.npy"):
+    for name in ("vectors.npy", "doc_ids.npy", "doc_id_ends.npy", "encoded_at_version.npy"):
         assert streamed[name] == whole[name], name
     assert set(streamed) - set(whole) == {"probe.npy"}, "nothing else is left"
     assert json.loads(whole["manifest.json"]).items() <= json.loads(streamed["manifest.json"]).items()
@@ -376,7 +377,7 @@ def test_what_killed_encodings_left_is_deleted_and_nothing_else(tmp_path: Path) 
     for name in ("notes.txt", ".unfinished.json.x81_k2", "vectors-0123456789abcdef.npy"):
         (tmp_path / name).write_text("mine")
     encode_corpus(FakeEncoder(), DOCUMENTS, tmp_path)
-    assert len(contents(tmp_path)) == 6
+    assert len(contents(tmp_path)) == 7
     assert (tmp_path / "notes.txt").read_text() == "mine"
 
 

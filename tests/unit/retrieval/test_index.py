@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import io
 import json
 import subprocess
 import sys
@@ -193,14 +194,14 @@ def test_a_save_deletes_what_earlier_and_killed_saves_left_and_nothing_else(tmp_
     index = random_index(5)
     index.save(tmp_path)
     old = {path.name for path in tmp_path.iterdir()} - {"manifest.json"}
-    strangers = {"notes-2024.json", "doc_ids.json", "model.safetensors"}
+    strangers = {"notes-2024.json", "doc_ids.npy", "model.safetensors"}
     half = ("vectors-0123456789abcdef.npy", ".manifest.json.x81_k2", ".doc_ids-0123456789abcdef.json.x81_k2")
     for name in (*strangers, *half):
         (tmp_path / name).write_text("{}")
     index.save(tmp_path)
     left = {path.name for path in tmp_path.iterdir()}
     assert not left & old and strangers < left
-    assert len(left - strangers) == 4, "three data files and the manifest"
+    assert len(left - strangers) == 5, "four data files and the manifest"
 
 
 class Killed(BaseException):
@@ -242,7 +243,7 @@ def test_a_save_stopped_before_any_of_its_steps_leaves_the_old_or_the_new_state(
         assert version in (old, last)
         assert version == 0 or loaded.vectors_at(loaded.rows_of(["d0"])).tolist() == [[float(version)] * 8]
     assert 8 < stopped == last
-    assert len(list(tmp_path.iterdir())) == 4, "the first save that was not stopped cleans up"
+    assert len(list(tmp_path.iterdir())) == 5, "the first save that was not stopped cleans up"
 
 
 KILLING = """
@@ -287,7 +288,7 @@ def test_an_index_killed_at_random_moments_of_a_save_loads_the_last_state_or_the
     assert done.returncode == 0, done.stderr
 
 
-@pytest.mark.parametrize("full", ["vectors", "doc_ids", "manifest"])
+@pytest.mark.parametrize("full", ["vectors", "manifest"])
 def test_a_full_disk_keeps_the_old_state_and_leaves_no_files(full, tmp_path: Path, monkeypatch) -> None:
     index = random_index(5)
     index.save(tmp_path)
@@ -310,6 +311,13 @@ def test_a_full_disk_keeps_the_old_state_and_leaves_no_files(full, tmp_path: Pat
     assert (ExactIndex.load(tmp_path).encoded_at_version == 0).all()
 
 
+def npy(array: np.ndarray) -> bytes:
+    """The file of an array."""
+    file = io.BytesIO()
+    np.save(file, array)
+    return file.getvalue()
+
+
 def damages(folder: Path) -> dict[str, tuple[Path, bytes | None]]:
     """What may happen to a saved index: name -> file and its new content (None: it is gone)."""
     manifest = json.loads((folder / "manifest.json").read_text())
@@ -319,7 +327,7 @@ def damages(folder: Path) -> dict[str, tuple[Path, bytes | None]]:
         "no manifest": (folder / "manifest.json", None),
         "half a manifest": (folder / "manifest.json", (folder / "manifest.json").read_bytes()[:40]),
         "a list": (folder / "manifest.json", b"[]"),
-        "future format": (folder / "manifest.json", json.dumps({**manifest, "format": 2}).encode()),
+        "future format": (folder / "manifest.json", json.dumps({**manifest, "format": 3}).encode()),
         "other count": (folder / "manifest.json", json.dumps(other).encode()),
         "other size": (folder / "manifest.json", json.dumps({**manifest, "dimension": 9}).encode()),
         "other dtype": (folder / "manifest.json", json.dumps({**manifest, "dtype": "float16"}).encode()),
@@ -328,9 +336,14 @@ def damages(folder: Path) -> dict[str, tuple[Path, bytes | None]]:
         "truncated vectors": (files["vectors"], files["vectors"].read_bytes()[:-4]),
         "scrambled vectors": (files["vectors"], files["vectors"].read_bytes()[::-1]),
         "doubled ids": (files["doc_ids"], files["doc_ids"].read_bytes().replace(b"d4", b"d3")),
-        "ids in another order": (files["doc_ids"], b'["d0", "d1", "d2", "d3", "d4"]'),
-        "fewer ids": (files["doc_ids"], b'["d4", "d3", "d2", "d1"]'),
+        "ids in another order": (files["doc_ids"], files["doc_ids"].read_bytes().replace(b"d4d3", b"d3d4")),
+        "fewer bytes of ids": (files["doc_ids"], npy(np.frombuffer(b"d4d3d2d1", dtype=np.uint8))),
+        "ids of another type": (files["doc_ids"], npy(np.arange(10, dtype=np.int64))),
         "scrambled ids": (files["doc_ids"], files["doc_ids"].read_bytes()[::-1]),
+        "no ends of ids": (files["doc_id_ends"], None),
+        "fewer ends of ids": (files["doc_id_ends"], npy(np.arange(2, 9, 2))),
+        "ends of ids that turn back": (files["doc_id_ends"], npy(np.array([4, 2, 6, 8, 10]))),
+        "ends of ids beyond all": (files["doc_id_ends"], npy(np.array([2, 40, 6, 8, 10]))),
         "no versions": (files["encoded_at_version"], None),
     }
 

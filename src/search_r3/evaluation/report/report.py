@@ -18,8 +18,8 @@ from ...errors import DataError
 from ...files import atomic_directory, read_jsonl, write_json
 from ...model.encoder import SearchR3
 from ...model.prompts import PLAIN_MODES
-from ...retrieval.index import ExactIndex
 from ...retrieval.metrics import ndcg
+from ...retrieval.protocol import VectorIndex
 from ...retrieval.ranking import make_requests, ranked
 from ..baselines import BM25System
 from ..benchmark import EvaluationOptions, evaluate, judged
@@ -76,7 +76,7 @@ def evaluate_run(
 
 
 def sampled_rewards(
-    recipe: Recipe, collection: Collection, model: SearchR3, index: ExactIndex
+    recipe: Recipe, collection: Collection, model: SearchR3, index: VectorIndex
 ) -> tuple[list[float], float]:
     """The nDCG of sampled rollouts, forced ones as any other, and the share of forced ones.
 
