@@ -397,6 +397,10 @@ def test_a_sampler_of_ones_own_writes_the_rollouts(talker_path: Path, collection
     where["run_dir"] = tmp_path / "other"
     with pytest.raises(ConfigError, match=r"a sampler was given, and grpo.sampler.url=http://h names another"):
         train_grpo(named, sampler=parrot, **where)  # type: ignore[arg-type]
+    at_once = settings.model_copy(update={"grpo": section.model_copy(update={"at_once": True})})
+    where["run_dir"] = tmp_path / "at-once"
+    with pytest.raises(ConfigError, match="which only the own decoder takes"):
+        train_grpo(at_once, sampler=parrot, **where)  # type: ignore[arg-type]
 
 
 def test_settings_that_name_no_server_are_refused() -> None:

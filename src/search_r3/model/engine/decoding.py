@@ -361,7 +361,8 @@ class Decoder:
                 row.ticket,
                 Rollout(
                     *(list(row.prompt), row.completion, row.mask, row.logprobs),
-                    *(vector, decode(row.completion), row.soft_tokens, row.writes),
+                    *(vector, decode(row.completion), row.soft_tokens),
+                    writes=row.writes,
                 ),
             )
             for row, vector in zip(rows, vectors, strict=True)
