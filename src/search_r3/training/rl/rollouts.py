@@ -124,9 +124,8 @@ def collect(
         rollouts = roll_out(model, settings, chosen, [seed for place in mine for seed in seeds[place]], sampler)
         seconds = time.perf_counter() - started
         owners = [query for query in chosen for _ in range(group_size)]
-        return Groups(
-            owners, rollouts, environment.feedback(rollouts, [one.query_id for one in owners], step), seconds
-        )  # fmt: skip
+        feedback = environment.feedback(rollouts, [one.query_id for one in owners], step)
+        return Groups(owners, rollouts, feedback, seconds)
 
     groups = sample(everyone, own)
     written = [one for one in groups.rollouts if one.reasoning_tokens or not settings.at_once]
