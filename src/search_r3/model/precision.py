@@ -85,7 +85,7 @@ def float32_scores(head: Any, states: Tensor) -> Tensor:
         for name in rows.active_adapters:
             ids = torch.tensor(rows.token_indices[name], device=scores.device)
             scores = scores.index_copy_(1, ids, product(rows.trainable_tokens_delta[name]))
-    return scores.view(*states.shape[:-1], -1)
+    return scores.view(*states.shape[:-1], scores.shape[-1])
 
 
 def bare_layer(layer: Any) -> Any:
