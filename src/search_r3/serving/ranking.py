@@ -122,7 +122,8 @@ class Ranker:
         if condition:
             search = search.where(condition, prefilter=True)
         if facts:
-            search = search.nprobes(int(facts["nprobes"]))
+            # All partitions (0) where these hold too few: of those that a filter lets through they may hold none.
+            search = search.minimum_nprobes(int(facts["nprobes"])).maximum_nprobes(0)
             search = search.refine_factor(REFINE) if facts["kind"] == "IvfSq" else search
         return _ranking(search.to_arrow().to_pylist(), read)
 

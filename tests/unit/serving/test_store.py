@@ -391,6 +391,18 @@ def test_many_vectors_get_an_index_with_measured_recall(store: Store, monkeypatc
     assert store.index["rows"] == "300", "it is built anew when there are twice as many"
 
 
+def test_what_a_narrow_filter_lets_through_is_found_wherever_the_index_has_it(store: Store) -> None:
+    from lancedb.index import IvfFlat
+
+    put(store, *[document(f"d{number}", str(number)) for number in range(200)])
+    config = IvfFlat(distance_type="dot", num_partitions=16)
+    store._table.create_index("vector", config=config, name="vector_idx", replace=True)
+    facts = {"kind": "IvfFlat", "rows": "200", "nprobes": "1", "recall": "1.0"}
+    store._table.update_field_metadata({"path": "vector", "metadata": facts})
+    missed = [n for n in range(9) if found(store, "far", k=1, where={"path": f"/notes/d{n}"}) != [f"d{n}#0"]]
+    assert missed == []
+
+
 def test_vectors_that_take_much_memory_are_indexed_as_bytes(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(held, "IN_MEMORY", 300)
     monkeypatch.setattr(ranking, "FLAT_BYTES", 100)
