@@ -179,7 +179,10 @@ class Memory:
                 return len(self._held.documents)
             if self._total is None:
                 batches = self._table.search().select(["parent_id"]).to_batches()
-                self._total = len(set().union(*(batch["parent_id"].unique().to_pylist() for batch in batches)))
+                total = len(set().union(*(batch["parent_id"].unique().to_pylist() for batch in batches)))
+                if self._table.version != self._version:  # a write that goes on, and will be counted when it ends
+                    return total
+                self._total = total
             return self._total
 
     def page(self, after: str, limit: int) -> list[Entry]:
@@ -209,8 +212,10 @@ class Memory:
             self._version = after
             self._total = None if self._total is None else self._total + change.more
             self._changes += [] if self._held.many else [change]
-            if sum(one.rows.nbytes for one in self._changes if one.rows is not None) > CHUNK_BYTES:
-                self._held, self._version, self._changes = Held(), -1, []  # nobody searches
+            few_again = self._held.many and self._table.count_rows() < IN_MEMORY
+            # What nobody has searched for is not kept.
+            if few_again or sum(one.rows.nbytes for one in self._changes if one.rows is not None) > CHUNK_BYTES:
+                self._held, self._version, self._changes = Held(), -1, []
 
     def _refresh(self) -> None:
         version = self._version if self._writing else self._table.version

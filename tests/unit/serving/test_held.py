@@ -161,3 +161,28 @@ def test_a_store_that_outgrows_memory_is_searched_on_the_disk(store: Store, monk
     array = vector("the text of d")[None]
     assert [hit.chunk.parent_id for hit in store.search(array, k=1)[0]] == ["d"]
     assert array.shape == (1, SIZE)
+
+
+def test_a_store_that_becomes_small_again_is_held(
+    store: Store, reads: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(held, "IN_MEMORY", 4)
+    put(store, *[document(name) for name in "abcd"])
+    assert store.page()[1] == 4 and store._memory.now().many and len(reads) == 1
+    store.delete(["a", "b"])
+    assert not store._memory.now().many and len(reads) == 2
+    assert seen(store) == seen(Store.open(store.address))
+
+
+def test_documents_that_are_counted_while_one_is_written_are_counted_once(
+    store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(held, "IN_MEMORY", 2)
+    put(store, document("a"), document("b"))
+    assert store._memory.now().many
+    kind, plain, totals = type(store._table), type(store._table).stats, list[int]()
+    with monkeypatch.context() as patch:  # what comes after the commit
+        patch.setattr(kind, "stats", lambda table: totals.append(store.page()[1]) or plain(table))
+        put(store, document("c"))
+    assert totals == [3]
+    assert store.page()[1] == 3
