@@ -24,7 +24,7 @@ from ..model.modes.first import decides
 from ..model.modes.gate import Gate
 from ..model.prompts import Mode
 from ..retrieval.approximate import ApproximateIndex
-from ..retrieval.encode import encode_corpus, load_corpus
+from ..retrieval.encode import check_finished, encode_corpus, load_corpus
 from ..retrieval.index import ExactIndex
 from ..retrieval.kinds import set_index_type
 from ..retrieval.lexical import Scored
@@ -157,9 +157,13 @@ class EncodedCollections(PerCollection[tuple[Index, float | None]]):
         self.index_settings: dict[str, str] = {"index_type": "hnsw"} if index_type == "hnsw" else {}
         """What results depend on beside the model; nothing where vectors are of 32 bits and searched exactly."""
         if index is not None:
+            check_finished(index)
             with readable(index):
                 manifest, _ = read_manifest(index)
                 self.index_settings = {"index_type": manifest.get("index_type", "exact"), "vectors": manifest["dtype"]}
+                precision = manifest.get("origin", {}).get("precision", model.backbone.dtype)
+                if precision != model.backbone.dtype:
+                    self.index_settings["encoded_in"] = precision
 
     def _make_index(self, collection: Collection, progress: Progress | None) -> tuple[Index, float | None]:
         if self._given is not None:

@@ -111,12 +111,22 @@ def load_corpus(
         VectorIndexError: there is none, or it is of another model or of other documents, or has another instruction.
     """
     folder = Path(folder)
+    check_finished(folder)
     facts, probe = identity(model, survey_documents(documents, BLOCK_SIZES["cpu"]), instruction)
-    if read_state(folder, storage.MANIFEST, facts, probe) is None:
+    read_state(folder, storage.MANIFEST, facts, probe)
+    return open_index(folder)
+
+
+def check_finished(folder: Path) -> None:
+    """Refuse a folder in which no encoding was finished.
+
+    Raises:
+        VectorIndexError: it is one.
+    """
+    if not (folder / storage.MANIFEST).exists():
         unfinished = (folder / storage.UNFINISHED).exists() or shards_in(folder)
         content = "an encoding that is not finished" if unfinished else "no index"
         raise VectorIndexError(f"{folder} holds {content}; encode the corpus into it (search-r3 encode) first")
-    return open_index(folder)
 
 
 @dataclass(frozen=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import random
 from dataclasses import replace
 from pathlib import Path
@@ -11,7 +12,7 @@ import ir_measures
 import pytest
 
 from search_r3.data.collection import Collection, Document, Query
-from search_r3.errors import ConfigError, DataError
+from search_r3.errors import ConfigError, DataError, VectorIndexError
 from search_r3.evaluation import benchmark
 from search_r3.evaluation.baselines import BM25System
 from search_r3.evaluation.benchmark import EvaluationOptions, evaluate
@@ -20,6 +21,7 @@ from search_r3.evaluation.runner import EvaluationPlan, run_plan, write_summary
 from search_r3.evaluation.systems import EncodedCollections, SearchR3System
 from search_r3.evaluation.table import markdown, notes
 from search_r3.model.encoder import SearchR3
+from search_r3.retrieval.encode import encode_corpus
 from search_r3.retrieval.metrics import MEASURES
 
 QUICK = EvaluationOptions(latency_queries=0, bootstrap=100)
@@ -207,3 +209,21 @@ def test_both_kinds_of_bm25_stand_side_by_side(tmp_path: Path, collection: Colle
     assert stemmed.key != plain.key
     assert plain.system.settings["stemming"] == "none"
     assert fmean(plain.per_query["ndcg@10"]) == 1.0
+
+
+def test_an_index_that_is_not_finished_is_refused_with_the_remedy(model: SearchR3, tmp_path: Path) -> None:
+    for content, name in (("no index", ""), ("an encoding that is not finished", "unfinished.json")):
+        if name:
+            (tmp_path / name).write_text("{}")
+        with pytest.raises(VectorIndexError, match=f"holds {content}; encode the corpus into it"):
+            EncodedCollections(model, index=tmp_path)
+
+
+def test_vectors_of_another_precision_are_a_system_of_their_own(model: SearchR3, tmp_path: Path) -> None:
+    encode_corpus(model, [("a", "a red house")], tmp_path)
+    own = EncodedCollections(model, index=tmp_path).index_settings
+    manifest = json.loads((tmp_path / "manifest.json").read_text())
+    assert manifest["origin"]["precision"] == model.backbone.dtype
+    manifest["origin"]["precision"] = "bfloat16"
+    (tmp_path / "manifest.json").write_text(json.dumps(manifest))
+    assert EncodedCollections(model, index=tmp_path).index_settings == {**own, "encoded_in": "bfloat16"}
