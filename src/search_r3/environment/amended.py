@@ -80,8 +80,10 @@ def _amend(
     places = [np.searchsorted(rows, query.positives[ok]) for query, ok in zip(targets, allowed, strict=True)]
     bars = [own.scores[ok] for own, ok in zip(hits, allowed, strict=True)]
     names = [index.doc_ids[row] for row in rows]
-    _, lost = search_allowed(ExactIndex(names, moved.before), vectors, places, bars, limits, 0)
-    now = ExactIndex(names, moved.after)
+    _, lost = search_allowed(
+        ExactIndex(names, moved.before, device=index.device), vectors, places, bars, limits, 0
+    )  # fmt: skip
+    now = ExactIndex(names, moved.after, device=index.device)
     near, gained = search_allowed(now, vectors, places, bars, limits, depth)
     result: list[Hits | None] = []
     for place, (own, scores) in enumerate(zip(hits, now.scores_at(vectors, near), strict=True)):

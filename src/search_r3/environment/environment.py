@@ -106,13 +106,13 @@ class RetrievalEnvironment:
         held: ExactIndex | ApproximateIndex
         if state is None:
             held = encode_rows(self._doc_ids, self._encode, rows=own, dtype=refresh.dtype, device=device)
-            if refresh.index == "approximate":
-                held = ApproximateIndex(held, audit_every=UPDATES_PER_INDEX_AUDIT)
-                held.maintain()
         else:
             kind = ApproximateIndex if refresh.index == "approximate" else ExactIndex
             name = shard_name(self.communicator) if self.sharded else ""
             held = load_rows(state / "index", self._doc_ids, own, kind, shard=name, device=device)
+        if refresh.index == "approximate" and isinstance(held, ExactIndex):
+            held = ApproximateIndex(held, audit_every=UPDATES_PER_INDEX_AUDIT)
+            held.maintain()
         self.index: ExactIndex | ApproximateIndex | ShardedIndex = held
         if self.sharded:
             self.index = ShardedIndex(self._doc_ids, own, held, self.communicator)
@@ -267,8 +267,8 @@ class RetrievalEnvironment:
             depth = max(self.scorer.wanted, self.refresh.depth)
             hits = self.scorer.search(self.index, queries, targets, depth + SLACK)
         request = RefreshRequest(self.index, policy_version, queries, positives, limits, self.k, hits)
-        urgent = self._stale(self.policy.choose(request), policy_version)
-        second = self._agree(self._affordable(urgent, first))
+        # Agreed on before a budget counts their tokens, which all processes do together.
+        second = self._affordable(self._agree(self._stale(self.policy.choose(request), policy_version)), first)
         moved = np.sort(second)
         before = None if hits is None else self.index.vectors_at(moved)
         self._encode_again(second, policy_version, correct=False)

@@ -120,6 +120,11 @@ class ApproximateIndex(VectorIndex):
         return rows, scores
 
     @property
+    def device(self) -> torch.device:
+        """Where the store scores."""
+        return self.store.device
+
+    @property
     def counts_to(self) -> int:
         """`rank_depth`."""
         return self.settings.rank_depth

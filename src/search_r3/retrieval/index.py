@@ -95,6 +95,11 @@ class ExactIndex(VectorIndex):
         return name
 
     @property
+    def device(self) -> torch.device:
+        """Where vectors are stored and scored."""
+        return self._tensor.device
+
+    @property
     def dimension(self) -> int:
         """The size of a vector, `D`."""
         return self._tensor.shape[1]

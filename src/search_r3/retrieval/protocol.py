@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import TypeVar
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 
 from ..errors import VectorIndexError
@@ -46,6 +47,11 @@ class VectorIndex(ABC):
     def counts_to(self) -> int:
         """The largest number that `count_ahead` tells from a larger one."""
         return sys.maxsize
+
+    @property
+    @abstractmethod
+    def device(self) -> torch.device:
+        """Where scores are summed: the same sums of the same vectors come from no other kind of device."""
 
     def __len__(self) -> int:
         return len(self.doc_ids)

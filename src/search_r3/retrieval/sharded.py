@@ -66,6 +66,11 @@ class ShardedIndex(VectorIndex):
         return self.shard.counts_to
 
     @property
+    def device(self) -> torch.device:
+        """That of this process's shard."""
+        return self.shard.device
+
+    @property
     def exact(self) -> ShardedIndex:
         """The same vectors, searched exactly."""
         if isinstance(self.shard, ExactIndex):
@@ -222,7 +227,7 @@ def load_rows(
     """Some rows of a corpus, from what one process or several have saved.
 
     Where as many processes saved as there are now, each reads what it wrote, bit for bit; else it picks its rows from
-    all that was written, and a graph is built anew.
+    all that was written, into an exact index: a graph of them is to be built anew.
 
     Args:
         folder: where an index or its shards were saved.
@@ -254,7 +259,7 @@ def load_rows(
             places = part.rows_of([names[place] for place in block])
             picked.update(block, part.vectors_at(places))
             picked.encoded_at_version[block] = part.encoded_at_version[places]
-    return picked if kind is ExactIndex else ApproximateIndex(picked)
+    return picked
 
 
 def shard_name(communicator: Communicator) -> str:

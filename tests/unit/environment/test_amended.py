@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 from search_r3.config import RewardSettings
 from search_r3.data.collection import Collection
@@ -72,3 +73,23 @@ def test_amended_hits_are_those_of_a_new_search(
     assert [one.ranks for one in found] != [one.ranks for one in before]
     pooled = sum(one.limits.pool is not None for one in targets)
     assert searches == [pooled] if far < 1 else searches[0] > pooled, "little is searched again"
+
+
+def test_documents_that_moved_are_scored_where_all_others_are(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a GPU sums differ from those of a CPU in the last bit, and equal vectors would have unequal scores."""
+    rng, places = np.random.default_rng(0), []
+
+    def watched(names: Any, vectors: Any, device: Any = "cpu") -> ExactIndex:
+        places.append(device)
+        return ExactIndex(names, vectors)
+
+    index = ExactIndex([f"{9 - row}" for row in range(9)], unit(rng, 9))
+    target = QueryRows("q", ["9"], np.array([0]), [1], np.arange(0), RestrictedRows(np.arange(0), None))
+    scorer = Scorer(Collection("none", {}, {}, {}), {}, RewardSettings(), k=10, max_new_tokens=1, depth=2)
+    vectors, rows = unit(rng, 1), np.array([3, 5])
+    hits = scorer.search(index, vectors, [target], 2 + SLACK)
+    change = Moved(rows, index.vectors_at(rows), unit(rng, 2))
+    monkeypatch.setattr(amended, "ExactIndex", watched)
+    monkeypatch.setattr(ExactIndex, "device", torch.device("cuda", 1))
+    amend(index, scorer, Communicator(), hits, change, vectors, [target], 2)
+    assert places == [torch.device("cuda", 1)] * 2

@@ -18,11 +18,13 @@ from search_r3.evaluation.benchmark import EvaluationOptions, evaluate
 from search_r3.evaluation.results import SystemInfo
 from search_r3.evaluation.systems import Answers, System, rank_vectors
 from search_r3.model.engine.generation import Rollout
+from search_r3.parallel import Communicator
 from search_r3.retrieval.approximate import ApproximateIndex, GraphSettings
 from search_r3.retrieval.index import ExactIndex
 from search_r3.retrieval.metrics import ndcg, rank
 from search_r3.retrieval.ranking import RankRequest
 from search_r3.types import Progress
+from tests.threads import together
 
 WEIGHTS = RewardSettings(ndcg=1.0, log_rank=0.0, contrastive=0.0, format=0.25, tokens=0.1)
 
@@ -321,6 +323,35 @@ def test_an_approximate_index_gives_the_same_rewards(
     )
     assert isinstance(again.index, ApproximateIndex)
     assert again.feedback(rollouts, owners, 1).rewards == pytest.approx(worlds[0].feedback(rollouts, owners, 1).rewards)
+
+
+def test_a_graph_that_other_processes_saved_is_built_anew_and_watched(tmp_path: Path, collection: Collection) -> None:
+    world = environment(collection, MovingEncoder(collection), "shortlist", index="approximate")
+    world.save(tmp_path / "saved")
+    (tmp_path / "index").mkdir()
+    (tmp_path / "saved" / "index").rename(tmp_path / "index" / "shard-00000-of-00001")
+    again = RetrievalEnvironment(
+        *(collection, collection.split("train"), MovingEncoder(collection), world.refresh, WEIGHTS),
+        k=10, max_new_tokens=10, state=tmp_path,
+    )  # fmt: skip
+    assert isinstance(again.index, ApproximateIndex) and again.index.audit_every > 0
+    assert again.feedback([rollout(0.3)], ["q00"], 1).refresh.index_recall == 1.0, "and no NaN, which ends a run"
+
+
+def test_processes_whose_searches_differ_encode_the_choice_of_the_first(collection: Collection) -> None:
+    def work(communicator: Communicator) -> tuple[list[int], int]:
+        refresh = RefreshSettings(policy="selective", neighbours=3, max_tokens=100)
+        world = RetrievalEnvironment(
+            *(collection, collection.split("train"), MovingEncoder(collection), refresh, WEIGHTS),
+            k=10, max_new_tokens=10, communicator=communicator,
+        )  # fmt: skip
+        rows = world.index.rows_of(["d02", "d03"] if communicator.rank == 0 else [])
+        world.policy.choose = lambda request: rows  # type: ignore[method-assign]
+        report = world.feedback([rollout(0.0)], ["q00"], policy_version=1).refresh
+        return world.index.encoded_at_version.tolist(), report.documents_encoded
+
+    one, other = together(2, work)
+    assert one == other and one[1] == sum(one[0]) == 3
 
 
 @pytest.mark.parametrize("policy", ["never", "selective"])

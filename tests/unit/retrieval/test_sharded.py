@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import threading
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
 import pytest
@@ -17,8 +15,8 @@ from search_r3.retrieval.approximate import ApproximateIndex, GraphSettings
 from search_r3.retrieval.index import ExactIndex
 from search_r3.retrieval.ranking import ranked, ranks, restricted_rows
 from search_r3.retrieval.sharded import ShardedIndex, divide_rows, encode_rows, load_rows, shard_name
+from tests.threads import together
 
-T = TypeVar("T")
 COUNT, SIZE = 90, 8
 IDS = sorted((f"d{number:02}" for number in range(COUNT)), reverse=True)
 
@@ -33,48 +31,6 @@ def documents() -> np.ndarray:
     vectors = unit(np.random.default_rng(0), COUNT)
     vectors[30:60] = vectors[60:] = vectors[:30]
     return vectors
-
-
-class Threads(Communicator):
-    """Processes played by threads."""
-
-    def __init__(self, rank: int, world_size: int, slots: list[Any], meeting: threading.Barrier) -> None:
-        self.rank, self.world_size, self.slots, self.meeting = rank, world_size, slots, meeting
-
-    def barrier(self, patience: Any = None) -> None:
-        self.meeting.wait(20)
-
-    def all_gather(self, value: Any) -> list[Any]:
-        self.slots[self.rank] = value
-        self.meeting.wait(20)
-        values = list(self.slots)
-        self.meeting.wait(20)
-        return values
-
-    all_gather_rows = all_gather
-
-
-def together(world_size: int, work: Callable[[Communicator], T]) -> list[T]:
-    """What every process returns."""
-    slots, meeting = [None] * world_size, threading.Barrier(world_size)
-    results: list[Any] = [None] * world_size
-
-    def run(rank: int) -> None:
-        try:
-            results[rank] = work(Threads(rank, world_size, slots, meeting))
-        except BaseException as error:
-            results[rank] = error
-            meeting.abort()
-
-    threads = [threading.Thread(target=run, args=(rank,)) for rank in range(world_size)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    for result in results:
-        if isinstance(result, BaseException) and not isinstance(result, threading.BrokenBarrierError):
-            raise result
-    return results
 
 
 def sharded(communicator: Communicator, dtype: str = "float32", graph: GraphSettings | None = None) -> ShardedIndex:
