@@ -195,15 +195,15 @@ def update(
     if settings.pathwise:
         environment.keep_near(experience.query_ids, [*experience.feedback.scores, *experience.direct_scores])
     own = {"tokens": sum(sum(rollout.completion_mask) for rollout in rollouts), "rollouts": len(rollouts)}
-    own |= {"computed_tokens": sum(sum(rollouts[row].completion_mask) for row in computed), "computed": len(computed)}
+    passed = computed or [0]  # a process without any makes a pass like the others; its gradient is 0
+    own |= {"computed_tokens": sum(sum(rollouts[row].completion_mask) for row in passed), "computed": len(computed)}
     totals = engine.total(own | {"queries": len(experience.direct)})
     # The direct ones first: a wrapper sums the gradients in the last pass, which has to use every weight.
     asked = range(len(experience.direct)) if settings.direct_loss_weight > 0 else []
     direct = _micro_batches(experience.direct, asked, settings)
     batches = [(rows, counts, _direct_loss) for rows, counts in (engine.padded(direct) if direct else [])]
     batches += [
-        (rows, counts, _micro_loss)
-        for rows, counts in engine.padded(_micro_batches(rollouts, computed or [0], settings))
+        (rows, counts, _micro_loss) for rows, counts in engine.padded(_micro_batches(rollouts, passed, settings))
     ]
     passes: list[dict[str, float]] = []
     for _ in range(settings.num_iterations):

@@ -379,6 +379,7 @@ def test_a_step_in_which_every_group_is_tied_changes_nothing(model: SearchR3, co
     before = model.backbone.model.state_dict()["model.embed_tokens.weight"].clone()
     values = grpo.update(model, make_engine(model, settings, settings.grpo), environment, batch, settings.grpo)
     assert values["computed_share"] == values["loss"] == values["grad_norm"] == 0
+    assert values["importance_weight"] == pytest.approx(1) and values["sampler_gap"] < 1e-5, "means, not sums"
     assert torch.equal(before, model.backbone.model.state_dict()["model.embed_tokens.weight"])
 
 
