@@ -23,7 +23,7 @@ from search_r3.retrieval.index import ExactIndex
 from search_r3.training import losses
 from search_r3.training.modes.teacher import Teacher, choose_queries
 from search_r3.training.sft import train_sft
-from tests.conftest import Stop, StopAt, call, save_tiny
+from tests.conftest import Stop, StopAt, call, favour, save_tiny
 
 STAGE_1 = [
     "max_length=120", "max_new_tokens=16", "sft.steps=120", "sft.batch_size=4", "sft.learning_rate=1e-2",
@@ -176,6 +176,31 @@ def test_the_best_of_several_replies_is_the_teacher(
     unjudged = [*queries, Query("new", "a house?")]
     with pytest.raises(DataError, match="1 of 21 queries have no relevant document"):
         teacher.lessons(unjudged, tmp_path / "other", Communicator())
+
+
+def test_a_model_that_decides_teaches_what_it_writes_and_decides_no_more(
+    stage_1: Path, collection: Collection, collection_path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shutil.copytree(stage_1, tmp_path / "decides")
+    file = tmp_path / "decides" / "search_r3.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"gate": "policy"}))
+    model = SearchR3(tmp_path / "decides", device="cpu")
+    favour(model.backbone, model.backbone.embed_token_id, 50.0)
+    settings = recipe(tmp_path / "run", collection_path, "distill.steps=1", "distill.evaluate_every=0")
+    index = ExactIndex(list(collection.documents), model.encode_document(list(collection.texts().values())))
+    queries = choose_queries(collection, ["train"], [])[:3]
+    lessons = Teacher(model, collection, index, settings.distill, 0).lessons(queries, tmp_path, Communicator())
+    assert [reply.reasoning_tokens for lesson in lessons for reply in lesson.replies] == [1, 1, 1]
+    gates, replies = [], Teacher._replies
+
+    def watched(self: Teacher, *given: Any) -> Any:
+        gates.append(self.model.backbone.settings.gate)
+        return replies(self, *given)
+
+    monkeypatch.setattr(Teacher, "_replies", watched)
+    result = train_distill(tmp_path / "decides", settings)
+    assert gates == ["policy"]
+    assert SearchR3(result.model_path, device="cpu").backbone.settings.gate is None
 
 
 def test_score_distillation_is_the_divergence_of_two_softmaxes() -> None:

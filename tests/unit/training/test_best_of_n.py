@@ -103,6 +103,17 @@ def groups_of(writer: SearchR3, collection: Collection, cache: Path, query_ids: 
     return list(Sampler(writer, collection, qrels, cache, samples=4, sampling_temperature=1.0, **options).groups())
 
 
+def test_a_model_that_decides_is_sampled_in_mode_reason_where_it_always_writes(
+    writer: SearchR3, collection: Collection, tmp_path: Path
+) -> None:
+    favour(writer.backbone, writer.backbone.embed_token_id, 50.0)
+    [free] = groups_of(writer, collection, tmp_path / "free", ["q00"])
+    assert {one.tokens for one in free.samples} == {0}
+    writer.backbone.settings = writer.backbone.settings.model_copy(update={"gate": "policy"})
+    [held] = groups_of(writer, collection, tmp_path / "held", ["q00"])
+    assert {one.tokens for one in held.samples} == {1}
+
+
 def test_replies_are_scored_as_the_evaluation_scores_them(
     writer: SearchR3, collection: Collection, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -108,8 +108,6 @@ def train_distill(
     encoder = load_model(recipe, os.fspath(model))
     check_documents(encoder.backbone, "distill")
     run.begin_from(stage, encoder.backbone)
-    # Whether to write was learned with the direct vectors of before.
-    encoder.backbone.settings = encoder.backbone.settings.model_copy(update={"gate": None})
     engine = make_engine(encoder, recipe, settings)
     guard = Guard(run, stage, engine)
     with closing(engine), guard.watching():
@@ -126,6 +124,8 @@ def train_distill(
             run.log(stage, 0, values)
             evaluations.add(0, values)
             session.evaluated(values)
+        # The teacher's reason mode always writes; whether to write was learned with the direct vectors of before.
+        encoder.backbone.settings = encoder.backbone.settings.model_copy(update={"gate": None})
         for step in range(start_step, settings.steps):
             if evaluations.stopped or session.stopped:
                 break

@@ -32,6 +32,7 @@ from ...errors import DataError
 from ...mining.candidates import BlockCache, key_hash
 from ...model.encoder import SearchR3
 from ...model.engine.decoding import Rollout
+from ...model.modes.first import first_of
 from ...parallel import Communicator
 from ...retrieval.index import ExactIndex
 from ...sections import DistillSettings
@@ -177,6 +178,7 @@ class Teacher:
             sampling_temperature=self.settings.sampling_temperature if count > 1 else 0.0,
             seeds=[rng.getrandbits(62) for rng in rngs for _ in range(count)],
             batch_size=self.settings.rollout_batch_size,
+            first=first_of(self.model.backbone, "reason"),
         )
         groups = [
             [one for one in rollouts[place * count :][:count] if not one.forced] for place in range(len(queries))

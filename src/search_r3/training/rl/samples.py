@@ -16,6 +16,7 @@ from ...environment.scoring import Score, Scorer
 from ...mining.candidates import BlockCache, key_hash, quiet
 from ...model.encoder import SearchR3
 from ...model.engine.decoding import Rollout
+from ...model.modes.first import first_of
 from ...retrieval.index import ExactIndex
 from ...types import Watch
 from .rollouts import answer_directly
@@ -148,6 +149,7 @@ class Sampler:
             sampling_temperature=self.sampling_temperature,
             seeds=[rng.getrandbits(62) for rng in rngs for _ in range(count)],
             batch_size=self.batch_size,
+            first=first_of(self.model.backbone, "reason"),
         )
         direct = answer_directly(self.model, queries, self.batch_size)
         targets = [scorer.query_rows(index, query_id) for query_id in query_ids]
