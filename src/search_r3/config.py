@@ -235,7 +235,7 @@ class GRPOSettings(PassSettings):
     documents: Literal["moving", "frozen"] = Field(
         "moving",
         description="moving: documents follow the weights, as `refresh` says. frozen: they keep those that the stage "
-        "began from, an index made before stays valid, and of `refresh` only `index` counts.",
+        "began from, an index made before stays valid, and of `refresh` only `index` and `dtype` count.",
     )
     refresh: RefreshSettings = RefreshSettings()
     sampler: SamplerSettings = SamplerSettings()
