@@ -39,6 +39,13 @@ class PassSettings(DevSettings):
     )
 
 
+def _no_bare_value(value: Any, setting: str) -> Any:
+    """Refuse a text in the place of a section, and say which of its settings was meant."""
+    if isinstance(value, str):
+        raise ValueError(f"{setting.partition('.')[0]} is a section; write {setting}={value}")
+    return value
+
+
 class RefreshSettings(Section):
     """How document vectors follow the model (docs/method.md, "The moving corpus")."""
 
@@ -73,9 +80,7 @@ class RefreshSettings(Section):
     @model_validator(mode="before")
     @classmethod
     def _was_a_name(cls, value: Any) -> Any:
-        if isinstance(value, str):
-            raise ValueError(f"refresh is a section; write refresh.policy={value}")
-        return value
+        return _no_bare_value(value, "refresh.policy")
 
     @model_validator(mode="after")
     def _fits_the_policy(self) -> RefreshSettings:
@@ -128,9 +133,7 @@ class SamplerSettings(Section):
     @model_validator(mode="before")
     @classmethod
     def _was_an_address(cls, value: Any) -> Any:
-        if isinstance(value, str):
-            raise ValueError(f"sampler is a section; write sampler.url={value}")
-        return value
+        return _no_bare_value(value, "sampler.url")
 
     @model_validator(mode="after")
     def _reloads_a_server(self) -> SamplerSettings:

@@ -14,6 +14,7 @@ from search_r3.retrieval.approximate import ApproximateIndex, GraphSettings
 from search_r3.retrieval.index import ExactIndex
 from search_r3.retrieval.protocol import VectorIndex
 from search_r3.retrieval.ranking import make_requests, ranked, ranks, restricted_rows
+from tests.limits import every_limit
 
 COUNT, SIZE = 60, 8
 IDS = [f"d{number:02}" for number in range(COUNT)]
@@ -36,15 +37,7 @@ def brute_force(vector: np.ndarray, limits: Restrictions) -> list[str]:
     return sorted(filter(limits.allow, IDS), key=lambda doc_id: (score[doc_id], doc_id), reverse=True)
 
 
-LIMITS = [
-    Restrictions(),
-    Restrictions(left_out=frozenset(IDS[::3])),
-    Restrictions(left_out=frozenset({"d05", "not here"})),
-    Restrictions(pool=frozenset(IDS[10:50:2])),
-    Restrictions(pool=frozenset(IDS[:30]), left_out=frozenset(IDS[:30:4])),
-    Restrictions(pool=frozenset()),
-    Restrictions(left_out=frozenset(IDS)),
-]
+LIMITS = every_limit(IDS)
 
 
 def indexes() -> list[VectorIndex]:

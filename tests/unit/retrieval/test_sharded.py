@@ -8,13 +8,13 @@ from typing import Any
 import numpy as np
 import pytest
 
-from search_r3.data.restrictions import Restrictions
 from search_r3.errors import DataError
 from search_r3.parallel import Communicator
 from search_r3.retrieval.approximate import ApproximateIndex, GraphSettings
 from search_r3.retrieval.index import ExactIndex
 from search_r3.retrieval.ranking import ranked, ranks, restricted_rows
 from search_r3.retrieval.sharded import ShardedIndex, divide_rows, encode_rows, load_rows, shard_name
+from tests.limits import every_limit
 from tests.threads import together
 
 COUNT, SIZE = 90, 8
@@ -39,15 +39,7 @@ def sharded(communicator: Communicator, dtype: str = "float32", graph: GraphSett
     return ShardedIndex(IDS, own, held if graph is None else ApproximateIndex(held, graph), communicator)
 
 
-LIMITS = [
-    Restrictions(),
-    Restrictions(left_out=frozenset(IDS[::3])),
-    Restrictions(left_out=frozenset({"d05", "not here"})),
-    Restrictions(pool=frozenset(IDS[10:50:2])),
-    Restrictions(pool=frozenset(IDS[:30]), left_out=frozenset(IDS[:30:4])),
-    Restrictions(pool=frozenset()),
-    Restrictions(left_out=frozenset(IDS)),
-]
+LIMITS = every_limit(IDS)
 ROWS = [np.arange(place, COUNT, 1 + 2 * place) for place in range(len(LIMITS))]
 
 
