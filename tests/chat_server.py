@@ -11,12 +11,13 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from http.server import BaseHTTPRequestHandler
 from typing import Any
 
 import pytest
 
 from search_r3.data.writing import chat
+from tests.local_http import local_server
 
 CERTIFICATES = ssl.create_default_context()
 Answer = tuple[int, dict[str, str], str]
@@ -42,22 +43,7 @@ class Server:
         self.titles: list[str] = []
         self.busy = self.busiest = 0
         self.lock = threading.Lock()
-        outer = self
-
-        class Handler(BaseHTTPRequestHandler):
-            protocol_version = "HTTP/1.1"
-
-            def do_POST(self) -> None:
-                outer.serve(self)
-
-            def log_message(self, *arguments: object) -> None: ...
-
-        class Quiet(ThreadingHTTPServer):
-            def handle_error(self, *arguments: object) -> None: ...  # clients that went away
-
-        self.http = Quiet(("127.0.0.1", 0), Handler)
-        self.url = f"http://127.0.0.1:{self.http.server_port}/v1"
-        self.thread = threading.Thread(target=self.http.serve_forever, kwargs={"poll_interval": 0.01})
+        self.http, self.url, self.thread = local_server(self.serve)
 
     def serve(self, request: BaseHTTPRequestHandler) -> None:
         body = json.loads(request.rfile.read(int(request.headers["Content-Length"])))

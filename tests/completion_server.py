@@ -6,7 +6,7 @@ import json
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from http.server import BaseHTTPRequestHandler
 from pathlib import Path
 from typing import Any, Literal
 
@@ -18,6 +18,7 @@ from search_r3.model.engine.decoding import _uniforms
 from search_r3.model.engine.sampling import choose_tokens
 from search_r3.model.loading import load_backbone
 from search_r3.training.rl import endpoint
+from tests.local_http import local_server
 
 Kind = Literal["vllm", "sglang"]
 Answer = tuple[int, Any]
@@ -33,25 +34,10 @@ class CompletionServer:
         self.calls: list[tuple[str, dict[str, Any]]] = []
         self.headers: list[dict[str, str]] = []
         self.lock = threading.Lock()
-        outer = self
-
-        class Handler(BaseHTTPRequestHandler):
-            protocol_version = "HTTP/1.1"
-
-            def do_GET(self) -> None:
-                outer.serve(self, {})
-
-            def do_POST(self) -> None:
-                outer.serve(self, json.loads(self.rfile.read(int(self.headers["Content-Length"]))))
-
-            def log_message(self, *arguments: object) -> None: ...
-
-        class Quiet(ThreadingHTTPServer):
-            def handle_error(self, *arguments: object) -> None: ...  # clients that went away
-
-        self.http = Quiet(("127.0.0.1", 0), Handler)
-        self.url = f"http://127.0.0.1:{self.http.server_port}/v1"
-        self.thread = threading.Thread(target=self.http.serve_forever, kwargs={"poll_interval": 0.01})
+        self.http, self.url, self.thread = local_server(
+            lambda asked: self.serve(asked, json.loads(asked.rfile.read(int(asked.headers["Content-Length"])))),
+            lambda asked: self.serve(asked, {}),
+        )
 
     def bodies(self, path: str = "/v1/completions") -> list[dict[str, Any]]:
         return [body for asked, body in self.calls if asked == path]
