@@ -23,7 +23,7 @@ from ..types import Array, Rows
 from . import storage
 from .parts import Parts
 from .protocol import VectorIndex
-from .selection import NOISE, Ahead, Best, Blocks, Rounding, count_ahead
+from .selection import NOISE, Ahead, Best, Blocks, Rounding, count_ahead, keys
 
 DType = Literal["float32", "float16", "bfloat16"]
 
@@ -171,8 +171,7 @@ class ExactIndex(VectorIndex):
                     best.add(first, products, k)
                 ahead.add(first, products)
             if k:
-                best.merge(k)
-                rows[part], scores[part] = best.rows.cpu().numpy(), best.scores.cpu().numpy()
+                rows[part], scores[part] = (found.cpu().numpy() for found in best.finish(k))
             for i, own in zip(part, ahead.lists(), strict=True):
                 counts[i] = own
         return rows, scores, counts
@@ -185,27 +184,26 @@ class ExactIndex(VectorIndex):
         if not len(rows):
             return []
         sizes = [len(line) for line in rows]
-        if sum(sizes) > 64 * len(sizes):  # then a query's own product spares copies of the query
-            vectors = self._queries(queries)
-            return [self._row_scores(query, line).cpu().numpy() for query, line in zip(vectors, rows, strict=True)]
         places = torch.from_numpy(np.concatenate(rows)).to(self._tensor.device)
         owners = torch.arange(len(rows)).repeat_interleave(torch.tensor(sizes)).to(places.device)
         scores = self._pair_scores(self._queries(queries), places, owners).cpu().numpy()
         return np.split(scores, np.cumsum(sizes)[:-1])
 
-    def _row_scores(self, query: torch.Tensor, rows: Rows) -> torch.Tensor:
-        """`_pair_scores` of one query."""
-        places = torch.from_numpy(rows).to(query.device)
-        parts = (places[start : start + PAIRS] for start in range(0, len(places), PAIRS))
-        scores = [(self._tensor[part].to(query) * query).sum(1) for part in parts]
-        return torch.cat(scores) if scores else query.new_empty(0)
-
     def _pair_scores(self, queries: torch.Tensor, rows: torch.Tensor, query: torch.Tensor) -> torch.Tensor:
         """The scores of pairs of a row and a query, each summed by itself."""
         scores = queries.new_empty(len(rows))
+        # Used again and again: to get as much memory anew would take longer than the sums.
+        size = (min(PAIRS, len(rows)), self.dimension)
+        near, far = queries.new_empty(size, dtype=self._tensor.dtype), queries.new_empty(size)
         for start in range(0, len(rows), PAIRS):
-            part = slice(start, start + PAIRS)
-            scores[part] = (self._tensor[rows[part]].to(queries) * queries[query[part]]).sum(1)
+            part = rows[start : start + PAIRS]
+            narrow, wide = near[: len(part)], far[: len(part)]
+            if isinstance(self._tensor, torch.Tensor):
+                torch.index_select(self._tensor, 0, part, out=narrow)
+            else:
+                narrow = self._tensor[part]
+            torch.index_select(queries, 0, query[start : start + PAIRS], out=wide)
+            torch.sum(wide.mul_(narrow), 1, out=scores[start : start + PAIRS])
         return scores
 
     def check_queries(self, queries: Array) -> Array:
@@ -323,11 +321,13 @@ class ExactIndex(VectorIndex):
 
     def _rounded_products(self, queries: torch.Tensor) -> Blocks:
         narrow = queries.bfloat16().T
+        scores = narrow.new_empty((min(self.block, len(self)), len(queries)))
         for start in range(0, len(self), self.block):
-            yield start, torch.mm(self._tensor[start : start + self.block], narrow).float()
+            block = self._tensor[start : start + self.block]
+            yield start, keys(torch.mm(block, narrow, out=scores[: len(block)]))
 
     def _products(self, queries: torch.Tensor) -> Blocks:
-        """The first row and the scores (`rows x Q`) of each block; the next block overwrites the scores.
+        """The first row and the keys of the scores of each block; the next block overwrites them.
 
         A document gets the same bits in every pass over the same queries: same shapes, same memory, same order of sums.
         Two documents with one vector may differ in the last bit: the edges of a block are summed in another order.
@@ -340,7 +340,7 @@ class ExactIndex(VectorIndex):
             block = self._tensor[start : start + size]
             if narrow:
                 block = wide[: len(block)].copy_(block)
-            yield start, torch.mm(block, queries.T, out=scores[: len(block)])
+            yield start, keys(torch.mm(block, queries.T, out=scores[: len(block)]))
 
 
 @cache
