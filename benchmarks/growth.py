@@ -71,13 +71,13 @@ def moved(vectors: np.ndarray, version: int) -> np.ndarray:
 class Ours:
     """An index of this package under the environment's own functions; its rows are those of the source."""
 
-    def __init__(self, source: np.ndarray, threads: int, dtype: str, graph: bool) -> None:
-        from search_r3.retrieval.approximate import ApproximateIndex
+    def __init__(self, source: np.ndarray, threads: int, dtype: str, sketch: bool) -> None:
+        from search_r3.environment.sketch import SketchIndex
         from search_r3.retrieval.index import ExactIndex
 
         doc_ids = [f"{len(source) - i:08}" for i in range(len(source))]
         self.store = ExactIndex(doc_ids, source, dtype=dtype)
-        self.index: Any = ApproximateIndex(self.store) if graph else self.store
+        self.index: Any = SketchIndex(self.store) if sketch else self.store
 
     def search(self, queries: np.ndarray) -> None:
         """The ten best of every rollout."""

@@ -165,7 +165,7 @@ class ExactIndex(VectorIndex):
             rounding = self._rounding(block)
             best = Best(block, rounding)
             lists, bars = [targets[i].tolist() for i in part], [target_scores[i].tolist() for i in part]
-            ahead = Ahead(partial(self._pair_scores, block), lists, bars, block.device, rounding)
+            ahead = Ahead(partial(self.pair_scores, block), lists, bars, block.device, rounding)
             for first, products in self._products(block) if rounding is None else self._rounded_products(block):
                 if k:
                     best.add(first, products, k)
@@ -186,11 +186,11 @@ class ExactIndex(VectorIndex):
         sizes = [len(line) for line in rows]
         places = torch.from_numpy(np.concatenate(rows)).to(self._tensor.device)
         owners = torch.arange(len(rows)).repeat_interleave(torch.tensor(sizes)).to(places.device)
-        scores = self._pair_scores(self._queries(queries), places, owners).cpu().numpy()
+        scores = self.pair_scores(self._queries(queries), places, owners).cpu().numpy()
         return np.split(scores, np.cumsum(sizes)[:-1])
 
-    def _pair_scores(self, queries: torch.Tensor, rows: torch.Tensor, query: torch.Tensor) -> torch.Tensor:
-        """The scores of pairs of a row and a query, each summed by itself."""
+    def pair_scores(self, queries: torch.Tensor, rows: torch.Tensor, query: torch.Tensor) -> torch.Tensor:
+        """The scores of pairs of a row and a query (their numbers), each summed by itself."""
         scores = queries.new_empty(len(rows))
         # Used again and again: to get as much memory anew would take longer than the sums.
         size = (min(PAIRS, len(rows)), self.dimension)
@@ -221,6 +221,10 @@ class ExactIndex(VectorIndex):
         places = torch.tensor(np.asarray(rows, dtype=np.int64), device=self._tensor.device)
         array: Array = self._tensor[places].float().cpu().numpy()
         return array
+
+    def block_at(self, rows: slice) -> torch.Tensor:
+        """The vectors in a block of rows as they are stored; do not write."""
+        return self._tensor[rows]
 
     def update(self, rows: Rows, vectors: Array, version: int | None = None) -> None:
         """Replace the vectors in these rows, each once, `len(rows) x D`; without a version they stay as old as before.
@@ -308,7 +312,7 @@ class ExactIndex(VectorIndex):
 
         What such a product cannot tell is taken from float32 sums, so that results are the same.
         """
-        if self.dtype != "bfloat16" or not (self._tensor.device.type == "cuda" or _multiplies_bfloat16()):
+        if self.dtype != "bfloat16" or fast_dtype(self.device) != torch.bfloat16:
             return None
 
         def products(start: int, columns: torch.Tensor) -> torch.Tensor:
@@ -317,7 +321,7 @@ class ExactIndex(VectorIndex):
         error = (queries - queries.bfloat16()).norm(dim=1) * LONGEST + NOISE
         # A GPU may add parts of a sum that are rounded already.
         unit = torch.finfo(torch.bfloat16).eps / 2 * (4 if queries.is_cuda else 1)
-        return Rounding(partial(self._pair_scores, queries), products, error, unit)
+        return Rounding(partial(self.pair_scores, queries), error, unit, products)
 
     def _rounded_products(self, queries: torch.Tensor) -> Blocks:
         narrow = queries.bfloat16().T
@@ -346,6 +350,11 @@ class ExactIndex(VectorIndex):
 @cache
 def _multiplies_bfloat16() -> bool:
     return bool(getattr(torch.cpu, "_is_avx512_bf16_supported", bool)())
+
+
+def fast_dtype(device: torch.device) -> torch.dtype:
+    """bfloat16 where it is multiplied faster than float32, else that."""
+    return torch.bfloat16 if device.type == "cuda" or _multiplies_bfloat16() else torch.float32
 
 
 def descending(doc_ids: Sequence[str]) -> Rows:

@@ -34,15 +34,16 @@ class Rounding:
 
     Attributes:
         pair_scores: the score of each pair of a row and a query.
-        products: given the first row of a block and some queries, their float32 scores (`rows x len(queries)`).
         error: of every score, by the rounding of each query, `Q`.
         unit: the largest relative error of a score, by its own rounding.
+        products: given the first row of a block and some queries, their float32 scores (`rows x len(queries)`), where
+            there is a faster way than by pairs.
     """
 
     pair_scores: PairScores
-    products: Callable[[int, torch.Tensor], torch.Tensor]
     error: torch.Tensor
     unit: float
+    products: Callable[[int, torch.Tensor], torch.Tensor] | None = None
 
     def around(self, level: torch.Tensor) -> torch.Tensor:
         """How far from a level (one for each of the first queries) the scores may be mistaken about it."""
@@ -109,14 +110,18 @@ class Best:
     def add(self, start: int, keys: torch.Tensor, k: int) -> None:
         """Take in the keys (`rows x Q`) of the block that begins at row `start`, behind all blocks so far."""
         if not self.full and len(keys) > 4 * k:
-            last = values(keys.topk(k, dim=0).values[-1])
+            last = values(keys.T.contiguous().topk(k, dim=1).values[:, -1])
             last = torch.nextafter(last, last.new_tensor(-torch.inf)) if self.rounding is None else last
             row, query = self._newcomers(keys, last)
         else:
             row, query = self._newcomers(keys, self.floor)
-        self.waiting.append((row + start, query, values(keys[row, query])))
+        self.take(row + start, query, values(keys[row, query]))
         if not self.full or sum(len(rows) for rows, _, _ in self.waiting) > max(32, k) * len(self.floor):
             self._merge(k)
+
+    def take(self, rows: torch.Tensor, owners: torch.Tensor, scores: torch.Tensor) -> None:
+        """Take in documents with their queries and scores; rows of a query ascend where scores are equal."""
+        self.waiting.append((rows, owners, scores))
 
     def finish(self, k: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Rows and scores of the `k` best of what was seen, both `Q x k`."""
@@ -219,7 +224,7 @@ class Ahead:
             maybe = torch.ge(own, level_key(bar - noise, own.dtype), out=self.masks.like(own, 1))
             sure = _count(above)
             near = _count(maybe) - sure
-            if self.rounding is not None:
+            if self.rounding is not None and self.rounding.products is not None:
                 dense = (near > DENSE).nonzero()[:, 0]
                 if len(dense):
                     products = self.rounding.products(start, dense)
@@ -278,7 +283,7 @@ def places(mask: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     if len(mask) % FOLD:
         row, column = mask.nonzero(as_tuple=True)
         return row, column
-    folded = mask.unflatten(0, (-1, FOLD))
+    folded = mask.view(-1, FOLD, mask.shape[1])
     group, column = folded.sum(1, dtype=mask.dtype).nonzero(as_tuple=True)
     hit, place = folded[group, :, column].nonzero(as_tuple=True)
     return FOLD * group[hit] + place, column[hit]
