@@ -131,11 +131,11 @@ class RetrievalEnvironment:
         """The corpus as the weights of now encode it, where the live index may hold it; for an evaluation.
 
         With `full`, `periodic` and `shortlist` what is stale is encoded now, and the next rollouts find it fresh. None
-        with `never` and `drift`, which are to encode nothing else, and where a graph would have to be built anew.
+        with `never` and `drift`, which are to encode nothing else, and with `selective`, whose graph all would move.
         """
         if self.frozen:
             return self.exact_index
-        if self.refresh.index == "approximate" or self.refresh.policy in ("never", "drift", "selective"):
+        if self.refresh.policy in ("never", "drift", "selective"):
             return None
         self._encode_again(self._stale(np.arange(len(self.index)), policy_version), policy_version, correct=False)
         return self.exact_index

@@ -338,8 +338,8 @@ class ApproximateIndex(Audited):
             manifest, paths = storage.read_manifest(Path(folder))
             store = ExactIndex.from_state(manifest, paths, mmap=mmap)
             index = cls.__new__(cls)
-            index._watch_again(store, manifest)
             index.settings = GraphSettings(**manifest["graph"])
+            index._watch_again(store, manifest)
             index._read_graph(paths["hnsw.graph"], mmap)
         store.to(device)
         return index
