@@ -81,7 +81,6 @@ def test_the_first_step_has_the_losses_of_moving_documents(
     names = ("cross_entropy", "info_nce", "triplet", "loss")
     assert {name: frozen[0][name] for name in names} == pytest.approx({n: moving[0][n] for n in names}, abs=1e-5)
     assert frozen[0]["tokens"] < moving[0]["tokens"], "of documents none is computed"
-    assert abs(frozen[-1]["info_nce"] - moving[-1]["info_nce"]) > 1e-4
     assert "dev_ndcg@10_direct" in frozen[-1]
 
 
