@@ -5,7 +5,7 @@
 
 Begins from a trained model (`smol`, or a directory). Stages: base (its weights, whole), collection (a few thousand
 documents and queries of the sources that have reasoning), own (the model's own replies to them, `best-of-n` with
-n = 1), sft (recipes/smol-read.yaml: documents frozen), grpo, and what each model does on dev queries. A stage that is
+n = 1), sft (recipes/smol-read.yaml: documents frozen), grpo, and what both models do on dev queries. A stage that is
 finished is not repeated, so the same command goes on where it was stopped.
 """
 
@@ -29,7 +29,7 @@ from search_r3.training.grpo import train_grpo
 from search_r3.training.sft import train_sft
 
 RECIPE = Path(__file__).parent.parent / "recipes" / "smol-read.yaml"
-WHOLE = 6000
+WHOLE = 1500
 """Documents of a source up to which all of them are ranked; of a larger one those that a query needs, and its
 negatives."""
 
@@ -57,14 +57,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("model", help="smol, or a model directory that a stage has trained")
     parser.add_argument("--data", type=Path, required=True)
     parser.add_argument("--work", type=Path, default=Path("runs/smol-read"))
-    parser.add_argument("--limit", type=int, default=250, help="queries of each source")
+    parser.add_argument("--limit", type=int, default=250, help="queries of each source to learn from")
     parser.add_argument("--queries", type=int, default=200, help="dev queries of each collection")
     parser.add_argument("--set", nargs="*", default=[], help="key=value for the recipe")
-    parser.add_argument("--stages", nargs="*", default=["sft", "grpo"], choices=["sft", "grpo"])
+    parser.add_argument(
+        "--stages", nargs="*", default=["sft", "grpo"], choices=["sft", "grpo"], help="none: look at the base alone"
+    )
     options = parser.parse_args(arguments)
     work = options.work
     base, own = work / "base", work / "own"
-    where = [f"run_dir={work}", f"base={base}", f"collection={own}"]
+    where = [f"run_dir={work / 'run'}", f"base={base}", f"collection={own}"]
     recipe = load_recipe(RECIPE, [*where, *options.set])
     if not (base / "config.json").exists():
         SearchR3(options.model, dtype="float32").save_pretrained(base)
@@ -77,7 +79,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             SearchR3(base, dtype="bfloat16"), collection, own, settings, cache=work / "cache", splits=splits
         )
         say(f"own replies: {report}")
-    models = {"base": base}
+    models = {} if options.stages else {"base": base}
     if "sft" in options.stages:
         models["sft"] = train_sft(recipe, resume=True).model_path
     if "grpo" in options.stages:
