@@ -76,6 +76,36 @@ def test_the_vector_that_ranks_the_right_document_first_earns_more(collection: C
     assert feedback.rewards == pytest.approx([part.total(WEIGHTS) for part in feedback.parts])
 
 
+@pytest.mark.parametrize("index", ["exact", "approximate"])
+def test_what_is_stale_is_encoded_some_documents_at_a_time(
+    index: str, collection: Collection, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Vectors of a whole corpus never stand beside those of the index."""
+    sizes, seen = [], MovingEncoder.encode_document
+
+    def encode_document(self: MovingEncoder, texts: Sequence[str], progress: Progress | None = None) -> np.ndarray:
+        sizes.append(len(texts))
+        return seen(self, texts, progress)
+
+    encoders = [MovingEncoder(collection) for _ in range(2)]
+    whole, parts = (environment(collection, encode, "full", index=index) for encode in encoders)
+    for encode in encoders:
+        encode.shift = 0.3
+    expected = whole.feedback([rollout(0.3)], ["q00"], 1)
+    monkeypatch.setattr("search_r3.environment.environment.ROWS_AT_A_TIME", 7)
+    monkeypatch.setattr(MovingEncoder, "encode_document", encode_document)
+    answer = parts.feedback([rollout(0.3)], ["q00"], 1)
+    assert (sum(sizes), max(sizes)) == (40, 7)
+    assert answer.rewards == expected.rewards and answer.refresh.documents_encoded == 40
+    assert versions_of(parts, parts.index.doc_ids) == [1] * 40
+    encoders[1].shift = 0.6
+    caught = parts.caught_up(2)
+    assert caught is not None and (sum(sizes), max(sizes)) == (80, 7)
+    np.testing.assert_array_equal(
+        caught.vectors_at(range(40)), encoders[1].encode_document(parts._texts(np.arange(40)))
+    )
+
+
 def test_feedback_for_nothing_or_for_a_query_without_an_answer_is_refused(collection: Collection) -> None:
     for policy in ("never", "selective"):
         world = environment(collection, MovingEncoder(collection), policy)
