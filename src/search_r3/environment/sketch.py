@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
@@ -186,7 +186,9 @@ class SketchIndex(Audited):
         found = self._pass(sketches, torch.maximum(rounding.under(wanted) - levels.mean, levels.least))
         near, owners, products = self._allowed(found, left_out)
         products = products + levels.mean[owners]
-        best, best_scores = self._first(queries, first, (near, owners, products), rounding, left_out)
+        # The last of so many is hardly mistaken: what is one error below it is out, not two.
+        half = replace(rounding, error=levels.error / 2, unit=self._unit / 2)
+        best, best_scores = self._first(queries, first, (near, owners, products), half, left_out)
         counts = [np.array(count_ahead(*line), np.int64) for line in zip(rows, scores, best, best_scores, strict=True)]
         for slot in range(max(map(len, rows), default=0)):
             # What ranks among the first is counted by now; the others' rivals are all whose sketches score higher.
