@@ -14,7 +14,7 @@ from search_r3.model.backbone import Backbone
 from search_r3.model.embeddings import QueryEmbeddings
 from search_r3.model.engine.attention import SlotCache
 from search_r3.model.engine.decoding import Decoder, DecodeRequest, Rollout
-from search_r3.model.engine.sampling import choose_tokens
+from search_r3.model.engine.sampling import Sampling, choose_tokens
 from tests.conftest import favour
 
 TEXTS = ["where is the red house?", "river", "a black horse and a white chair", "the green lamp"]
@@ -30,6 +30,13 @@ def quiet(backbone: Backbone) -> Backbone:
 
 def prompt(backbone: Backbone, place: int, kind: str = "reason") -> list[int]:
     return backbone.prompt_encoder.encode(TEXTS[place % len(TEXTS)], kind).ids  # type: ignore[arg-type]
+
+
+def choose(
+    logits: torch.Tensor, temperatures: list[float], top_p: list[float], draws: list[float]
+) -> tuple[torch.Tensor, torch.Tensor]:
+    sampling = Sampling.of(temperatures, top_p, torch.device("cpu"))
+    return choose_tokens(logits, sampling, torch.tensor(draws, dtype=torch.float64))
 
 
 def computed_tokens(backbone: Backbone) -> list[int]:
@@ -261,7 +268,7 @@ def test_a_draw_picks_the_token_where_the_distribution_passes_it(
 ) -> None:
     logits = 3 * torch.randn(2, size, generator=torch.Generator().manual_seed(seed))
     logits[0, torch.rand(size, generator=torch.Generator().manual_seed(seed)) < 0.3] = -1e9
-    chosen, logprobs = choose_tokens(logits, [temperature] * 2, [top_p] * 2, [draw, draw])
+    chosen, logprobs = choose(logits, [temperature] * 2, [top_p] * 2, [draw, draw])
     for row in range(2):
         probabilities = (logits[row].double() / temperature).softmax(-1)
         order = probabilities.sort(descending=True)
@@ -279,7 +286,7 @@ def test_a_draw_picks_the_token_where_the_distribution_passes_it(
 
 def test_greedy_rows_take_the_likeliest_and_their_logprob_at_temperature_one() -> None:
     logits = torch.tensor([[0.0, 2.0, 1.0], [5.0, 0.0, 0.0]])
-    chosen, logprobs = choose_tokens(logits, [0.0, 1.0], [1.0, 1.0], [0.0, 0.9999])
+    chosen, logprobs = choose(logits, [0.0, 1.0], [1.0, 1.0], [0.0, 0.9999])
     assert chosen.tolist() == [1, 2]
     torch.testing.assert_close(logprobs, logits.log_softmax(-1)[[0, 1], [1, 2]])
 
@@ -288,7 +295,7 @@ def test_greedy_rows_take_the_likeliest_and_their_logprob_at_temperature_one() -
 @pytest.mark.parametrize("top_p", [1.0, 0.5])
 def test_a_row_of_logits_that_are_not_finite_has_no_logprob_and_spoils_no_other(bad: float, top_p: float) -> None:
     logits = torch.tensor([[0.0, 1.0], [bad, 0.0], [0.0, 2.0]])
-    tokens, logprobs = choose_tokens(logits, [0.0, 1.0, 1.0], [top_p] * 3, [0.5] * 3)
+    tokens, logprobs = choose(logits, [0.0, 1.0, 1.0], [top_p] * 3, [0.5] * 3)
     assert logprobs.isnan().tolist() == [False, True, False]
     assert tokens[[0, 2]].tolist() == [1, 1]
     assert 0 <= tokens[1] < 2
@@ -306,9 +313,9 @@ def test_devices_without_float64_sample_on_the_cpu(monkeypatch: pytest.MonkeyPat
             return logits
 
     logits = torch.randn(2, 300, generator=torch.Generator().manual_seed(0))
-    expected = choose_tokens(logits, [1.0, 0.5], [0.9, 1.0], [0.3, 0.6])
+    expected = choose(logits, [1.0, 0.5], [0.9, 1.0], [0.3, 0.6])
     for one, two in zip(
-        choose_tokens(logits.as_subclass(Elsewhere), [1.0, 0.5], [0.9, 1.0], [0.3, 0.6]), expected, strict=True
+        choose(logits.as_subclass(Elsewhere), [1.0, 0.5], [0.9, 1.0], [0.3, 0.6]), expected, strict=True
     ):
         assert type(one) is torch.Tensor
         assert torch.equal(one, two)

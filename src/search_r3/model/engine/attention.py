@@ -159,13 +159,12 @@ class SlotAttention:
     Args:
         cache: it receives the new keys and values.
         lengths: tokens already in each slot.
+        places: the same as a tensor on the cache's device.
     """
 
-    def __init__(self, cache: SlotCache, lengths: Sequence[int]) -> None:
-        device = cache.values.device
-        self.cache, self.keys = cache, max(lengths) + 1
-        self.lengths = torch.tensor(lengths, device=device)
-        self.rows = torch.arange(len(lengths), device=device)
+    def __init__(self, cache: SlotCache, lengths: Sequence[int], places: Tensor) -> None:
+        self.cache, self.keys, self.lengths = cache, max(lengths) + 1, places
+        self.rows = torch.arange(len(lengths), device=places.device)
         self.alone = lengths[0] if len(lengths) == 1 else None
         ragged = min(lengths) + 1 < self.keys
         self._visible: dict[int | None, Tensor | None] = {  # by window

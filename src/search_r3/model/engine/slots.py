@@ -40,6 +40,7 @@ class SlotEngine:
         self.backbone, self.model = backbone, backbone.causal_lm
         self.beginning: tuple[int, ...] = ()
         self._lengths: list[int] = []  # tokens in each slot
+        self._places: Tensor | None = None  # the same on the device, until rows come or go
         self._cache: SlotCache | None = None
         self._prefixes: dict[tuple[int, ...], Prefix] = {}
         self._prompts: dict[tuple[int, ...], _Prompt] = {}
@@ -81,15 +82,16 @@ class SlotEngine:
     def _prefix(self, ids: tuple[int, ...]) -> Prefix:
         return self.backbone.prefixes.get(self.model, ids, lambda: compute_prefix(self.model, ids))
 
-    def admit(self, prompts: Sequence[tuple[int, ...]], most: int | None = None) -> None:
+    def admit(self, prompts: Sequence[tuple[int, ...]], most: int | None = None, room: int = 1) -> None:
         """See `Engine`."""
         if self._cache is None:
             self._cache = SlotCache(self._prompts[prompts[0]].values)
         slots: dict[tuple[int, ...], list[int]] = {}
         for slot, ids in enumerate(prompts, start=len(self._lengths)):
             slots.setdefault(ids, []).append(slot)
-        self._cache.reserve(len(self._lengths) + len(prompts), max(map(len, slots)) + 1, most)
+        self._cache.reserve(len(self._lengths) + len(prompts), max(map(len, slots)) + room, most)
         self._lengths += map(len, prompts)
+        self._places = None
         for ids, places in slots.items():
             prompt, start = self._prompts[ids], 0
             if prompt.prefix is not None:
@@ -101,16 +103,17 @@ class SlotEngine:
         """See `Engine`."""
         self._prompts = {ids: prompt for ids, prompt in self._prompts.items() if ids in keep}
 
-    def advance(self, tokens: Sequence[int], soft: Mapping[int, Tensor] | None = None) -> Tensor:
+    def advance(self, tokens: Tensor, soft: Mapping[int, Tensor] | None = None) -> Tensor:
         """See `Engine`."""
         assert self._cache is not None
         self._cache.reserve(len(tokens), max(self._lengths) + 1)
-        attention = SlotAttention(self._cache, self._lengths)
-        ids = torch.tensor(tokens, device=self.backbone.device)[:, None]
-        places = attention.lengths[:, None]
+        if self._places is None:
+            self._places = torch.tensor(self._lengths, device=self.backbone.device)
+        attention = SlotAttention(self._cache, self._lengths, self._places)
+        ids, places = tokens.to(self.backbone.device)[:, None], self._places[:, None]
         inputs = with_soft(self.backbone, ids, soft) if soft else None
-        hidden = last_hidden(self.model, ids, places, torch.zeros_like(places[:, 0]), attention, inputs)
-        self._lengths = [length + 1 for length in self._lengths]
+        hidden = last_hidden(self.model, ids, places, torch.zeros_like(self._places), attention, inputs)
+        self._lengths, self._places = [length + 1 for length in self._lengths], self._places + 1
         return hidden
 
     def remove(self, rows: Collection[int], broken: Collection[int] = ()) -> list[int]:
@@ -126,5 +129,5 @@ class SlotEngine:
                 self._cache.move(last, row)
                 order[row] = order[last]
             order.pop()
-        self._lengths = [self._lengths[row] for row in order]
+        self._lengths, self._places = [self._lengths[row] for row in order], None
         return order
