@@ -304,14 +304,24 @@ class Decoder:
         rest = [i for i, row in enumerate(rows) if row.request.max_new_tokens > 0]
         newcomers = [rows[i] for i in rest]
         if newcomers:
-            room = 1 if self.look_every == 1 else self.look_every + max(row.left for row in newcomers)
-            self._engine.admit([row.prompt for row in newcomers], self.slots, room)
+            self._engine.admit([row.prompt for row in newcomers], *self._room())
         for _ in rows:  # only now: where the device has no room for them, they wait on
             self._waiting.popleft()
         self._no_longer_wait(rows)
         self._rows += newcomers
         results = self._finish([rows[i] for i in direct], hidden[direct])
         return results + self._write(newcomers, hidden[rest], 1)
+
+    def _room(self) -> tuple[int, int | None]:
+        """The most rows there may be, and their tokens where room is reserved at once: for all requests that are here.
+
+        Rows that have ended go on until the next look.
+        """
+        if self.look_every == 1:
+            return self.slots, None
+        rows = [*self._rows, *self._waiting]
+        longest = max(len(row.prompt) + row.request.max_new_tokens for row in rows)
+        return min(self.slots, len(rows)), longest + self.look_every
 
     def _no_longer_wait(self, rows: Iterable[_Row]) -> None:
         """Count off the prompts of these, and keep only those for which another request waits."""

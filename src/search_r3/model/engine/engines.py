@@ -39,10 +39,10 @@ class Engine(Protocol):
         """The states at the last tokens, `B x D`; each distinct prompt is computed once and kept until `forget`."""
         ...
 
-    def admit(self, prompts: Sequence[tuple[int, ...]], most: int | None = None, room: int = 1) -> None:
+    def admit(self, prompts: Sequence[tuple[int, ...]], most: int | None = None, longest: int | None = None) -> None:
         """Take prompts that `prompt_states` has computed into work, as the next rows, of `most` that there may be.
 
-        There will be room for so many tokens behind each, reserved at once; more is made when it is needed.
+        With `longest` room for all of them, of so many tokens each, is reserved at once; else as it is needed.
         """
         ...
 

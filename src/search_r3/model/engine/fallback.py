@@ -82,7 +82,7 @@ class FallbackEngine:
                     self._prompts[group[number]] = _Prompt(computed, place, hidden[place])
         return torch.stack([self._prompts[ids].hidden for ids in prompts])
 
-    def admit(self, prompts: Sequence[tuple[int, ...]], most: int | None = None, room: int = 1) -> None:
+    def admit(self, prompts: Sequence[tuple[int, ...]], most: int | None = None, longest: int | None = None) -> None:
         """See `Engine`."""
         rows: dict[_Group, list[int]] = {}
         places: dict[_Group, list[int]] = {}

@@ -56,7 +56,7 @@ class LlamaCppEngine:
             self._prompts |= dict(zip(unknown, zip(places, states, strict=True), strict=True))
         return torch.stack([self._prompts[ids][1] for ids in prompts])
 
-    def admit(self, prompts: Sequence[tuple[int, ...]], most: int | None = None, room: int = 1) -> None:
+    def admit(self, prompts: Sequence[tuple[int, ...]], most: int | None = None, longest: int | None = None) -> None:
         """See `Engine`."""
         for ids in prompts:
             self._rows.append(self._take(1)[0])
