@@ -11,8 +11,11 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from search_r3.config import LoRASettings
+from search_r3.model.adapters import add_adapters
 from search_r3.model.backbone import Backbone
 from search_r3.model.engine import graphs
+from search_r3.model.engine.attention import SlotAttention, SlotCache
 from search_r3.model.engine.decoding import Decoder, DecodeRequest, Rollout
 from tests.unit.model.test_decoding import assert_same, mixed_requests, prompt
 
@@ -134,9 +137,30 @@ def test_without_graphs_that_work_decoding_goes_on(
     assert ("not permitted when stream is capturing" if how == "fails" else "its states are off by") in said
 
 
-def test_models_that_are_not_driven_or_are_cast_are_not_captured(backbone: Backbone) -> None:
+def test_models_that_are_not_driven_or_bring_numbers_with_every_pass_are_not_captured(
+    backbone: Backbone, monkeypatch: pytest.MonkeyPatch
+) -> None:
     assert graphs.can_capture(backbone.causal_lm)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         assert not graphs.can_capture(backbone.causal_lm)
-    backbone.causal_lm.config.model_type = "gemma3_text"
-    assert not graphs.can_capture(backbone.causal_lm)
+    with monkeypatch.context() as patch:
+        patch.setattr(backbone.causal_lm.config, "model_type", "gemma3_text")
+        assert not graphs.can_capture(backbone.causal_lm)
+    add_adapters(backbone, LoRASettings(rank=2))
+    assert not graphs.can_capture(backbone.causal_lm), "the embed token's row is a trained one"
+
+
+@pytest.mark.parametrize("window", [None, 3, 100])
+@pytest.mark.parametrize("lengths", [[4, 9, 7], [5, 5], [6]])
+def test_keys_that_nobody_has_written_are_not_seen(lengths: list[int], window: int | None) -> None:
+    generator = torch.Generator().manual_seed(0)
+    caches = [SlotCache(torch.zeros(1, 2, 2, 1, 8)) for _ in range(2)]
+    held = torch.randn(1, 2, 4, 2, 32, 8, generator=generator)
+    query, key, value = (torch.randn(len(lengths), heads, 1, 8, generator=generator) for heads in (4, 2, 2))
+    found = []
+    for cache, (keys, known) in zip(caches, ((max(lengths) + 1, lengths), (32, None)), strict=True):
+        cache.values = held.clone()
+        attention = SlotAttention(cache, torch.tensor(lengths), keys, known)
+        found.append((attention(0, query, key, value, 0.3, window), cache.values))
+    torch.testing.assert_close(found[1][0], found[0][0], atol=1e-6, rtol=1e-6)
+    assert torch.equal(found[1][1], found[0][1]), "what is written is the same"

@@ -34,7 +34,9 @@ def can_capture(model: Any) -> bool:
     """Whether steps of a model may be captured: its layers are driven by us, and its weights stay where they are."""
     kind = next(iter(model.parameters())).device.type
     casts = torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
-    return is_drivable(model) and not casts and not any(hasattr(one, "device_mesh") for one in model.parameters())
+    moves = any(hasattr(one, "device_mesh") for one in model.parameters())
+    copies = any(hasattr(one, "token_indices") for one in model.modules())  # peft's rows bring a list with every pass
+    return is_drivable(model) and not (casts or moves or copies)
 
 
 class StepGraphs:
