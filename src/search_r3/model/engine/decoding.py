@@ -303,7 +303,7 @@ class Decoder:
 
     def _append_soft(self, rows: list[_Row], hidden: Tensor) -> list[_Row]:
         """Append a soft token to every row, or behind the last of them the embed token; as `_append`."""
-        soft, embed = soft_tokens(self.backbone, hidden), self.backbone.embed_token_id
+        soft, embed = soft_tokens(self.backbone, self.backbone.logits(hidden)), self.backbone.embed_token_id
         broken = []
         for row, one, is_finite in zip(rows, soft, soft.isfinite().all(-1).tolist(), strict=True):
             row.soft = None
