@@ -32,7 +32,7 @@ from ..model.modes.first import check_can_decide
 from ..parallel import divide
 from . import losses
 from .batches import Batch, LocalBatch, TrainingSequence, check_dimensions, collate, find_examples, make_batch, tokenise
-from .dev import DevSplit, Evaluations
+from .dev import DevSplit
 from .engine import Engine, load_model, make_engine, rates
 from .guard import Guard
 from .modes.latent import WORDS_WEIGHT
@@ -121,12 +121,11 @@ def train_sft(
     # The next batch is tokenised while this one is computed.
     with closing(engine), guard.watching(), ThreadPoolExecutor(1) as worker:
         start_step, _ = run.restore(stage, engine)
-        evaluations = Evaluations(run, stage, recipe, engine, encoder, start_step)
         session.begin(encoder, engine, guard, start_step)
         warned = False
         ahead: Future[tuple[Batch, LocalBatch]] | None = None
         for step in range(start_step, settings.steps):
-            if evaluations.stopped or session.stopped:
+            if session.stopped:
                 break
             started = time.perf_counter()
             batch, share = ahead.result() if ahead is not None else prepare(step)
@@ -145,15 +144,12 @@ def train_sft(
             engine.step()
             values |= {"learning_rate": engine.learning_rate, "wait_seconds": ready - started}
             values |= rates(values["tokens"], started, ready)
-            if dev is not None and evaluations.due(step + 1, settings.steps):
+            if dev is not None and session.evaluations.due(step + 1, settings.steps):
                 if ahead is not None:
                     wait([ahead])  # two threads would share the tokenizer
                 values |= dev.evaluate(encoder, engine)
-            run.log(stage, step + 1, values)
-            engine.track(stage, step + 1, values)
-            evaluations.add(step + 1, values)
             session.after(step + 1, values)
-        evaluations.finish()
+        session.evaluations.finish()
     return session.end()
 
 
