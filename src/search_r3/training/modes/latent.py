@@ -16,7 +16,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from itertools import pairwise
 
-WORDS_WEIGHT = 1.0
+WORDS_WEIGHT = 0.3
 """Of the words' cross-entropy among the losses of mode latent; the others weigh as those of the other modes do."""
 _RARITY = 2
 """Power of the logarithm: in a batch of tens of traces it is small, and words that many have would drown names."""
