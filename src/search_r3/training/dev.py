@@ -29,6 +29,7 @@ from ..retrieval.ranking import make_requests, ranked
 from ..retrieval.sharded import ShardedIndex, divide_rows, encode_rows
 from ..sections import DevSettings
 from .engine import Engine
+from .modes.frozen import keeps_documents
 from .run import Run
 from .saving import save_trained
 
@@ -150,7 +151,7 @@ class Evaluations:
         decides = stage == "grpo" and recipe.grpo.at_once
         self.deciding = f"dev_ndcg@{DEPTH}_auto" if decides else DECIDING[stage]
         self.price = _price(recipe) if decides else 0.0
-        frozen = stage == "distill" or (stage == "grpo" and recipe.grpo.documents == "frozen")
+        frozen = keeps_documents(recipe, stage)
         self._save: Callable[[Path, Path], None] = partial(save_trained, engine, model, recipe, frozen=frozen)
         rows = engine.communicator.all_gather(run.metrics(stage) if run.first else [])[0]
         self.scores: dict[int, float] = {row["step"]: self._value(row) for row in rows if self.deciding in row}
