@@ -21,7 +21,8 @@ from tests.conftest import call, save_tiny
 
 SETTINGS = [
     "max_length=120", "max_new_tokens=16", "sft.steps=40", "sft.batch_size=4", "sft.learning_rate=1e-2",
-    "sft.splits={train: 1.0}", "sft.reasoning_styles={chain: 1.0}", "sft.latent_steps=2", "sft.evaluate_every=40",
+    "sft.splits={train: 1.0}", "sft.reasoning_styles={chain: 1.0}", "sft.latent_steps=2", "sft.latent_weight=1",
+    "sft.evaluate_every=40",
 ]  # fmt: skip
 TEXTS = ["where is the red house?", "a blue boat", "the white chair"]
 NAMES = {"latent_info_nce", "latent_triplet", "latent_words"}
