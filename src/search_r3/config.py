@@ -113,7 +113,7 @@ class SFTSettings(PassSettings):
     latent_weight: float = Field(
         0.3,
         ge=0,
-        description="Weight of the losses of mode latent among the others; with 1 reason mode pays for it (docs/log.md).",
+        description="Weight of the losses of mode latent among the others; with 1 reason mode pays (docs/log.md).",
     )
 
     @property
