@@ -110,10 +110,11 @@ class SFTSettings(PassSettings):
     latent_steps: int = Field(
         0, ge=0, description="K, soft tokens that mode latent is trained with, beside the other modes; 0: it is not."
     )
-    latent_objective: Literal["gircse", "laser"] = Field(
-        "laser", description="What the latent vectors learn from (docs/modes.md)."
+    latent_weight: float = Field(
+        0.3,
+        ge=0,
+        description="Weight of the losses of mode latent among the others; with 1 reason mode pays (docs/log.md).",
     )
-    latent_weight: float = Field(1.0, ge=0, description="Weight of the latent losses among the others.")
 
     @property
     def cached(self) -> bool:

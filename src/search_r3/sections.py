@@ -14,7 +14,7 @@ class DevSettings(Section):
 
     evaluate_every: int = Field(0, ge=0, description="Steps between evaluations on `evaluation.dev_split`; 0: none.")
     keep: Literal["last", "best"] = Field(
-        "last", description="Model left: the last, or the best on dev in reason mode."
+        "last", description="Model left: the last, or the best on dev (docs/training.md)."
     )
     patience: int | None = Field(None, ge=1, description="Evaluations without a better one that stop it; null: never.")
 

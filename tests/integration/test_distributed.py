@@ -218,8 +218,8 @@ def test_soft_tokens_and_a_distillation_are_the_same_in_two_processes(
 ) -> None:
     latent = ["sft.latent_steps=2", "sft.evaluate_every=0", "sft.keep=last"]
     trainings = {
-        "laser": ("sft", str(tiny_path), latent),
-        "gircse": ("sft", str(tiny_path), [*latent, "sft.latent_objective=gircse", f"{MICRO}=3"]),
+        "latent": ("sft", str(tiny_path), latent),
+        "cached": ("sft", str(tiny_path), [*latent, f"{MICRO}=3"]),
         "distill": ("distill", str(stage_1), ["distill.micro_batch_size=2"]),
         "bare": ("distill", str(stage_1), ["distill.target=vector", "distill.hold_weight=0", "distill.samples=2"]),
     }

@@ -8,25 +8,24 @@ from typing import Any
 
 import numpy as np
 import pytest
-import torch
 
 from search_r3.config import SFTSettings, load_recipe
-from search_r3.data.collection import Collection
+from search_r3.data.collection import Collection, Query
+from search_r3.data.triples import TrainingExample, likeliest_trace
 from search_r3.errors import ModelError
 from search_r3.model.encoder import SearchR3
 from search_r3.serving.engine import EngineThread
-from search_r3.training import losses
-from search_r3.training.batches import Batch
-from search_r3.training.modes.latent import latent_losses
-from search_r3.training.sft import train_sft
+from search_r3.training.modes.latent import WORDS_WEIGHT, words_of
+from search_r3.training.sft import train_sft, weight_of
 from tests.conftest import call, save_tiny
 
 SETTINGS = [
     "max_length=120", "max_new_tokens=16", "sft.steps=40", "sft.batch_size=4", "sft.learning_rate=1e-2",
-    "sft.splits={train: 1.0}", "sft.reasoning_styles={restate: 1.0}", "sft.latent_steps=2", "sft.evaluate_every=40",
+    "sft.splits={train: 1.0}", "sft.reasoning_styles={chain: 1.0}", "sft.latent_steps=2", "sft.latent_weight=1",
+    "sft.evaluate_every=40",
 ]  # fmt: skip
 TEXTS = ["where is the red house?", "a blue boat", "the white chair"]
-NAMES = {"gircse": {"latent_info_nce", "latent_rise"}, "laser": {"latent_info_nce", "latent_kl"}}
+NAMES = {"latent_info_nce", "latent_triplet", "latent_words"}
 
 
 @pytest.fixture(scope="module")
@@ -93,78 +92,61 @@ def test_a_model_that_was_not_trained_for_it_says_how_it_is(tiny_path: Path) -> 
             ask()
 
 
-@pytest.mark.parametrize("objective", ["gircse", "laser"])
-def test_micro_batches_change_no_gradient(base: Path, collection_path: Path, tmp_path: Path, objective: str) -> None:
+def test_micro_batches_change_no_gradient(base: Path, collection_path: Path, tmp_path: Path) -> None:
     found = []
     for size in ("null", "3"):
-        more = [
-            f"sft.latent_objective={objective}",
-            f"sft.micro_batch_size={size}",
-            "sft.steps=2",
-            "sft.evaluate_every=0",
-        ]
+        more = [f"sft.micro_batch_size={size}", "sft.steps=2", "sft.evaluate_every=0"]
         where = [f"run_dir={tmp_path}/{size}", f"base={base}", f"collection={collection_path}"]
         found.append(train_sft(load_recipe(None, [*SETTINGS, *more, *where])).log_history[0])
-    assert NAMES[objective] <= found[0].keys()
-    for name in ("loss", "grad_norm", "tokens", *NAMES[objective]):
+    assert NAMES <= found[0].keys()
+    for name in ("loss", "grad_norm", "tokens", *NAMES):
         assert found[0][name] == pytest.approx(found[1][name], rel=1e-4, abs=1e-6), name
 
 
-def unit(*shape: int) -> torch.Tensor:
-    return torch.nn.functional.normalize(torch.randn(*shape), dim=-1)
+TRACES = {"a": "It is a red house. It has a white chair.", "b": "It is a blue boat."}
 
 
-def batch_of(owners: list[int], steps: int) -> Batch:
-    excluded = torch.zeros(2, 4, dtype=torch.bool)
-    excluded[0, 3] = True
-    examples: Any = [None, None]
-    return Batch(examples, ["", ""], list("abcd"), torch.tensor([0, 1]), torch.empty(2, 0), excluded, owners,
-                 latent_steps=steps)  # fmt: skip
+def test_soft_tokens_are_to_say_the_rare_words_of_their_piece_of_the_trace(model: SearchR3) -> None:
+    encoder = model.backbone.prompt_encoder
+    sentences = [encoder.sentences(trace) for trace in TRACES.values()]
+    assert [len(trace) for trace in sentences] == [2, 1]
+    for trace, parts in zip(TRACES.values(), sentences, strict=True):
+        assert encoder.tokenizer.decode([token for part in parts for token in part]) == trace
+    words = words_of([*sentences, []], 2)
+
+    def said(row: int, step: int) -> str:
+        return "".join(encoder.tokenizer.decode([token]) for token in words[row][step])
+
+    assert "house" in said(0, 0) and "chair" in said(0, 1) and "blue" in said(1, 0) and words[2] == [{}, {}]
+    assert "It" not in said(0, 0) + said(1, 0), "what all of them say is no thought"
+    assert all(sum(one.values()) == pytest.approx(1) for row in words[:2] for one in row)
+    assert words[1][0] == words[1][1], "where there are fewer sentences, the last stands for the rest"
 
 
-def test_gircse_takes_every_number_of_soft_tokens_and_punishes_a_rise() -> None:
-    torch.manual_seed(0)
-    settings = SFTSettings(latent_steps=3, latent_objective="gircse", contrastive_temperature=0.5)
-    batch, queries, documents, latents = batch_of([0, 1, 0, 1], 3), unit(4, 8), unit(4, 8), unit(2, 3, 8)
-    latents[:, 1] = -documents[:2]  # one more soft token made it worse
-    found = latent_losses([queries, documents, latents.flatten(0, 1)], batch, settings)
-    each = [
-        float(losses.info_nce(latents[:, i], documents, batch.positives, batch.excluded, 0.5)) for i in range(3)
-    ]  # fmt: skip
-    assert float(found["latent_info_nce"]) == pytest.approx(sum(each) / 3, rel=1e-5)
-    rises = [max(0.0, float(np.log(b) - np.log(a))) for a, b in ((each[0], each[1]), (each[1], each[2]))]
-    assert float(found["latent_rise"]) == pytest.approx(sum(rises) / 2, rel=1e-5)
-    assert sum(rises) > 0
+def test_a_word_weighs_more_where_fewer_traces_have_it() -> None:
+    [[words], *_] = words_of([[[1, 2]], [[2]], [[3]], [[3]]], 1)
+    assert words[1] / words[2] == pytest.approx((np.log(4) / np.log(2)) ** 2)
+    assert words_of([[[1, 2]]], 1) == [[{}]], "one trace alone says nothing that others do not"
 
 
-def test_gircse_learns_on_where_all_queries_are_told_apart() -> None:
-    settings = SFTSettings(latent_steps=2, latent_objective="gircse", contrastive_temperature=0.02)
-    batch, documents = batch_of([0, 1], 2), torch.eye(4)
-    latents = documents[[0, 0, 1, 1]].requires_grad_()
-    found = latent_losses([documents[:2], documents, latents], batch, settings)
-    assert float(found["latent_info_nce"].detach()) == 0
-    assert float(found["latent_rise"].detach()) == 0
-    sum(found.values(), torch.zeros(())).backward()
-    assert latents.grad is not None
-    assert latents.grad.isfinite().all()
+@pytest.mark.parametrize(("styles", "read", "expected"), [
+    ({"chain": 0.7, "restate": 0.3}, (), "c"), ({"chain": 0.2, "restate": 0.8}, (), "r"),
+    ({"chain": 0.7, "restate": 0.3}, ("chain",), "r"), ({"chain": 1.0, "restate": 0.0}, ("chain", "restate"), ""),
+])  # fmt: skip
+def test_they_say_the_trace_that_reason_mode_writes_most(styles: Any, read: Any, expected: str) -> None:
+    example = TrainingExample(Query("q", "?"), ("d",), (), {"chain": "c", "restate": "r"})
+    assert likeliest_trace(example, styles, read) == expected
 
 
-def test_laser_learns_the_scores_of_the_written_view_and_does_not_teach_it() -> None:
-    torch.manual_seed(0)
-    settings = SFTSettings(latent_steps=3, latent_objective="laser", contrastive_temperature=0.5)
-    batch, queries, documents, latents = batch_of([0, 1, 1], 3), unit(3, 8), unit(4, 8), unit(2, 3, 8)
-    queries.requires_grad_()
-    latents.requires_grad_()
-    found = latent_losses([queries, documents, latents.flatten(0, 1)], batch, settings)
-    views = [
-        torch.distributions.Categorical(logits=documents @ view.detach() / 0.5) for view in (queries[2], latents[1, 2])
-    ]
-    expected = float(torch.distributions.kl_divergence(*views))
-    assert float(found["latent_kl"].detach()) == pytest.approx(expected, rel=1e-4), "of the query with a trace alone"
-    found["latent_kl"].backward()
-    assert queries.grad is None
-    assert latents.grad is not None
-    assert latents.grad[:, :2].abs().max() == 0
+def test_soft_tokens_learn_to_say_them(trained: Path) -> None:
+    rows = [json.loads(line) for line in (trained.parents[1] / "metrics.jsonl").read_text().splitlines()]
+    assert rows[-1]["latent_words"] < 0.8 * rows[0]["latent_words"]
+
+
+def test_latent_losses_weigh_as_they_do_in_the_other_modes() -> None:
+    settings = SFTSettings(latent_steps=1, latent_weight=0.5, info_nce_weight=2.0, triplet_weight=3.0)
+    names = ("latent_info_nce", "latent_triplet", "latent_words")
+    assert [weight_of(name, settings) for name in names] == [1.0, 1.5, 0.5 * WORDS_WEIGHT]
 
 
 def test_evaluation_and_mteb_count_soft_tokens(

@@ -25,6 +25,7 @@ from search_r3.serving.engine import EngineThread
 from search_r3.serving.server import ServerSettings, create_app
 from tests.browser import chromium, expect, overflow, window
 from tests.conftest import favour, small_collection
+from tests.gates import gate_for
 
 pytestmark = pytest.mark.slow
 
@@ -138,6 +139,7 @@ def test_a_query_is_answered_in_three_ways_with_ranks_and_price(served: Served, 
     with window(browser) as page:
         page.goto(f"{served.url}#k={k}&q=first")
         done(page)
+        expect(page.locator(".column.s-auto")).to_have_count(0)  # the model has no gate
         search(page)
         for mode, answer in answers.items():
             assert shown(page, mode) == list(ranks[mode])
@@ -171,6 +173,27 @@ def test_a_query_is_answered_in_three_ways_with_ranks_and_price(served: Served, 
         page.hover(f'.s-reason [data-document="{next(iter(ranks["reason"]))}"]')
         same = page.locator(".same").evaluate_all("hits => hits.map((hit) => hit.dataset.document)")
         assert same == [next(iter(ranks["reason"]))] * sum(next(iter(ranks["reason"])) in one for one in ranks.values())
+
+
+def test_where_the_model_has_a_gate_a_column_says_which_queries_thought(tiny_path: Path, browser: Any) -> None:
+    model = SearchR3(tiny_path, device="cpu", max_new_tokens=8)
+    texts = [QUERY, "a black horse", "the green lamp", "kettle"]
+    model.backbone.gate = gate_for(model, texts)
+    words = {True: "thought", False: "did not think"}
+    seen = set()
+    with serving(model, store_of(model)) as gated, window(browser) as page:
+        page.goto(gated.url)
+        expect(page.locator("#deciding")).to_be_visible()
+        for text in texts:
+            search(page, text)
+            answer = gated.hits(query=text, mode="auto")
+            price = page.inner_text(".column.s-auto .price")
+            assert price.startswith(f"{words[answer['thought']]} (probability {answer['gate']['probability']:.2f}); ")
+            assert f"{answer['usage']['prompt_tokens']} " in price
+            assert shown(page, "auto") == [hit["parent_id"] for hit in answer["hits"]]
+            assert shown(page, "auto") == shown(page, "reason" if answer["thought"] else "direct")
+            seen.add(answer["thought"])
+    assert seen == {True, False}
 
 
 @contextmanager

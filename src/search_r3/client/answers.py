@@ -176,6 +176,7 @@ class ServerInfo(_Answer):
         max_input_length: tokens of one text, by kind (`reason`, `direct`, `document`).
         max_client_batch_size: texts or documents in one request.
         max_body_bytes: of one request.
+        auto: whether something says in mode auto which queries think.
         store: whether there is one.
         cross_encoder: whether one ranks hits and texts.
     """
@@ -191,5 +192,6 @@ class ServerInfo(_Answer):
     max_body_bytes: int
     timeout_seconds: float
     default_mode: str
+    auto: bool = False
     store: bool
     cross_encoder: bool

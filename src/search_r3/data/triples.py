@@ -219,6 +219,12 @@ def draw_trace(example: TrainingExample, styles: Mapping[str, float], rng: rando
     return style, traces[style]
 
 
+def likeliest_trace(example: TrainingExample, styles: Mapping[str, float], left_out: Container[str] = ()) -> str:
+    """The trace of the style that weighs most, but for styles that are left out; empty where there is none."""
+    traces = {style: text for style, text in example.reasoning.items() if style not in left_out}
+    return max(traces.items(), key=lambda one: styles.get(one[0], 0.0), default=("", ""))[1]
+
+
 def draw_uninstructed(queries: Sequence[Query], share: float, rng: random.Random) -> list[Query]:
     """The queries, a share of those with an instruction without it; others draw no random number."""
     return [

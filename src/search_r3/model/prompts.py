@@ -7,8 +7,10 @@ text and cannot end a turn or move the vector.
 
 from __future__ import annotations
 
+import re
 import reprlib
 import threading
+from bisect import bisect_left
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -25,6 +27,7 @@ from .templates import ChatTemplate, Frame, Frames
 
 _TOKENIZING = threading.Lock()
 """A tokenizer's settings change from call to call, so one thread at a time uses it."""
+_SENTENCE_END = re.compile(r"[.!?]+(?=\s)|[\u3002\uff01\uff1f]+|\n+")
 EMBED_TOKEN = "<|embed_token|>"  # noqa: S105 - the token's name in the paper, no secret
 Kind = Literal["direct", "reason", "latent", "auto", "document"]
 
@@ -187,9 +190,9 @@ class PromptEncoder:
         self._frames: dict[Kind, Frame] = {
             "direct": frames.direct,
             "reason": frames.reason,
-            # What would be written, or may be, as it is said there.
-            "latent": frames.reason,
-            "auto": frames.reason,
+            # The embed token says that no text comes: what reason mode begins with is taught there as a certainty.
+            "latent": frames.reason.model_copy(update={"reply": (embed_token_id,)}),
+            "auto": frames.reason,  # what may be written, as it is said there
             "document": frames.document,
         }
         for kind in self._frames:
@@ -199,7 +202,7 @@ class PromptEncoder:
     def encode(self, text: str, kind: Kind, instruction: str = "") -> EncodedPrompt:
         """Token ids for a text.
 
-        For `direct` and `document` they end with the embed token, else where the model's reply begins. The
+        For `direct`, `document` and `latent` they end with the embed token, else where the model's reply begins. The
         instruction follows the text; where both are too long, the text loses its end and the instruction stays whole.
 
         Raises:
@@ -274,7 +277,7 @@ class PromptEncoder:
         return [len(ids) for ids in self._tokenized([text.strip() for text in texts])["input_ids"]]
 
     def frame(self, kind: Kind) -> tuple[list[int], list[int]]:
-        """The ids of a whole prompt before and after the user's text, the reply of `direct` and `document` included."""
+        """The ids of a whole prompt before and after the user's text, what it ends with included."""
         frame = self._frames[kind]
         return list(frame.before), [*frame.after, *frame.reply]
 
@@ -302,6 +305,15 @@ class PromptEncoder:
         kept = ids[: room - len(thought_end)]
         head = [*kept, *thought_end]
         return Completion([*head, self.embed_token_id, self.end_token_id], len(head), len(kept) < len(ids))
+
+    def sentences(self, text: str) -> list[list[int]]:
+        """Token ids of a text, a list for each sentence or line that has any."""
+        tokens = self._tokenized([text], return_offsets_mapping=True)
+        ends = [match.end() for match in _SENTENCE_END.finditer(text)]
+        parts: list[list[int]] = [[] for _ in range(len(ends) + 1)]
+        for token, (_, end) in zip(tokens["input_ids"][0], tokens["offset_mapping"][0], strict=True):
+            parts[bisect_left(ends, end)].append(token)
+        return [part for part in parts if part]
 
     def decode(self, ids: list[int]) -> str:
         """The text of generated ids, special tokens and tags of thoughts left out."""

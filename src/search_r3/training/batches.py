@@ -21,6 +21,7 @@ from ..data.triples import (
     draw_negatives,
     draw_trace,
     draw_uninstructed,
+    likeliest_trace,
     swap_traces,
     training_examples,
 )
@@ -31,6 +32,8 @@ from ..model.prompts import PromptEncoder
 from ..parallel import divide
 from ..retrieval.lexical import BM25
 from .engine import Engine
+from .modes.latent import words_of
+from .modes.think import Words
 
 
 @dataclass(frozen=True)
@@ -48,6 +51,7 @@ class Batch:
     owners: list[int]  # `R`, the query of each vector
     unwritten: frozenset[int] = frozenset()  # queries whose trace is not supervised: another's, or one only to be read
     latent_steps: int = 0  # soft tokens that each query is trained with, too
+    latent_traces: list[str] = field(default_factory=list)  # `B`, what they are to say
 
     def names(self) -> dict[str, list[str]]:
         """The ids of its queries and documents."""
@@ -63,7 +67,13 @@ class TrainingSequence:
     place: int  # the row of its vector, among the `R` of the queries or among the `M` of the documents
     prompt_length: int  # tokens before the supervised completion; all tokens where nothing is supervised
     in_kl: bool = False  # whether the KL to the base is measured on its prompt
-    soft: int = 0  # soft tokens that follow a prompt without a reply; the vectors after each of them are wanted
+    # of each soft token that follows a prompt without a reply: what it is to say, token -> weight
+    words: list[dict[int, float]] = field(default_factory=list)
+
+    @property
+    def length(self) -> int:
+        """Tokens, soft ones too."""
+        return len(self.ids) + len(self.words)
 
 
 @dataclass(frozen=True)
@@ -80,12 +90,13 @@ class LocalBatch:
     latent: list[TrainingSequence] = field(default_factory=list)
 
     def counts(self) -> dict[str, int]:
-        """Supervised tokens (`cross_entropy`), those of the KL (`kl_to_base`), all; and cut traces."""
+        """Supervised tokens (`cross_entropy`, soft ones: `latent_words`), of the KL (`kl_to_base`), all; cut traces."""
         queries = [*self.direct, *self.reason]
         return {
             "cross_entropy": sum(len(sequence.ids) - sequence.prompt_length for sequence in queries),
             "kl_to_base": sum(sequence.prompt_length - 1 for sequence in queries if sequence.in_kl),
-            "tokens": sum(len(one.ids) + one.soft for one in (*queries, *self.documents, *self.latent)),
+            "latent_words": sum(bool(words) for one in self.latent for words in one.words),
+            "tokens": sum(one.length for one in (*queries, *self.documents, *self.latent)),
             "traces_cut": self.cut,
         }
 
@@ -103,7 +114,7 @@ class LocalBatch:
             return [queries, [self.documents], *([latent] if latent else [])]
         kinds = []
         for kind in ([*self.direct, *self.reason], self.documents, *latent):
-            groups = micro_batches([len(one.ids) + one.soft for one in kind], size, tokens)
+            groups = micro_batches([one.length for one in kind], size, tokens)
             kinds.append([[kind[place] for place in group] for group in groups])
         return kinds
 
@@ -142,6 +153,7 @@ class MicroBatch:
     replies: Tensor  # `b x T`, True where the next token is supervised
     targets: Tensor  # the supervised tokens, in the order of `replies`
     prompts: Tensor  # `b x T`, True where the KL is measured
+    words: Words | None = None  # of soft tokens, where these follow
 
 
 def make_batch(
@@ -191,6 +203,7 @@ def make_batch(
         [*range(len(examples)), *reasoned],
         frozenset(unwritten),
         settings.latent_steps,
+        [likeliest_trace(one, settings.reasoning_styles, settings.read_styles) for one in examples],
     )
 
 
@@ -263,9 +276,10 @@ def tokenise(
         )
     latent = []
     if batch.latent_steps:
+        words = words_of([encoder.sentences(trace) for trace in batch.latent_traces], batch.latent_steps)
         texts, instructions = [queries[row].bare for row in rows], [queries[row].instruction for row in rows]
         latent = [
-            TrainingSequence(one.ids, len(one.ids) - 1, row, len(one.ids), soft=batch.latent_steps)
+            TrainingSequence(one.ids, len(one.ids) - 1, row, len(one.ids), words=words[row])
             for row, one in zip(rows, encoder.encode_batch(texts, "latent", instructions), strict=True)
         ]
     texts = [collection.documents[batch.doc_ids[column]].full_text for column in columns]
@@ -292,7 +306,18 @@ def collate(sequences: Sequence[TrainingSequence], pad_id: int, device: torch.de
         replies,
         torch.roll(ids, -1, dims=1)[replies],
         (positions < lengths[:, None] - 1) & in_kl[:, None],
+        _pad_words([sequence.words for sequence in sequences], device),
     )
+
+
+def _pad_words(words: Sequence[Sequence[Mapping[int, float]]], device: torch.device) -> Words | None:
+    """The words of each sequence's soft tokens as tensors; None where there are no soft tokens."""
+    if not words[0]:
+        return None
+    width = max(1, *(len(one) for row in words for one in row))
+    ids = [[[*one, *[0] * (width - len(one))] for one in row] for row in words]
+    weights = [[[*one.values(), *[0.0] * (width - len(one))] for one in row] for row in words]
+    return Words(torch.tensor(ids, device=device), torch.tensor(weights, dtype=torch.float32, device=device))
 
 
 def check_dimensions(dimension: int, settings: SFTSettings) -> None:

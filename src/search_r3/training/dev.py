@@ -37,7 +37,7 @@ logger = logging.getLogger(__name__)
 
 DEPTH = 10
 DECIDING = {"sft": "dev_ndcg@10_reason", "grpo": "dev_ndcg@10_reason", "distill": "dev_ndcg@10_direct"}
-"""Stage -> the metric that says which evaluation is the best."""
+"""Stage -> the metric that says which evaluation is the best; of a model that learns to decide, see `_price`."""
 PROBE_DOCUMENTS = 64
 
 
@@ -124,6 +124,12 @@ class DevSplit:
         ]
 
 
+def _price(recipe: Recipe) -> float:
+    """What a token costs in stage 2, in nDCG: an evaluation of mode auto is worth its nDCG less its tokens."""
+    reward = recipe.grpo.reward
+    return reward.tokens / (reward.ndcg or 1.0) / recipe.max_new_tokens
+
+
 class Evaluations:
     """The evaluations of a stage so far: which one was the best, its model, and whether to go on.
 
@@ -142,11 +148,13 @@ class Evaluations:
     def __init__(self, run: Run, stage: str, recipe: Recipe, engine: Engine, model: SearchR3, start: int) -> None:
         self.run, self.stage, self.engine = run, stage, engine
         self.settings: DevSettings = recipe.stage(stage)
-        self.deciding = DECIDING[stage]
+        decides = stage == "grpo" and recipe.grpo.at_once
+        self.deciding = f"dev_ndcg@{DEPTH}_auto" if decides else DECIDING[stage]
+        self.price = _price(recipe) if decides else 0.0
         frozen = keeps_documents(recipe, stage)
         self._save: Callable[[Path, Path], None] = partial(save_trained, engine, model, recipe, frozen=frozen)
         rows = engine.communicator.all_gather(run.metrics(stage) if run.first else [])[0]
-        self.scores: dict[int, float] = {row["step"]: row[self.deciding] for row in rows if self.deciding in row}
+        self.scores: dict[int, float] = {row["step"]: self._value(row) for row in rows if self.deciding in row}
         self._remove(lambda step: step > start)
 
     def due(self, step: int, steps: int) -> bool:
@@ -173,7 +181,7 @@ class Evaluations:
         """
         if self.deciding not in values:
             return
-        self.scores[step] = values[self.deciding]
+        self.scores[step] = self._value(values)
         if self.settings.keep == "best" and self.best_step == step:
             folder = self._folder(step)
             agree(self.engine.communicator, folder, lambda: self._save(folder / "model", folder / "adapter"))
@@ -181,8 +189,9 @@ class Evaluations:
             self._remove(lambda other: other not in needed)
         if self.stopped and self.run.first:
             logger.warning(
-                "%s stops after step %d: %s was %.4f at step %d, and no better in %d evaluations since",
-                self.stage, step, self.deciding, self.scores[self.best_step], self.best_step, self.settings.patience,
+                "%s stops after step %d: %s%s was %.4f at step %d, and no better in %d evaluations since",
+                self.stage, step, self.deciding, " less its tokens" if self.price else "",
+                self.scores[self.best_step], self.best_step, self.settings.patience,
             )  # fmt: skip
 
     def finish(self) -> None:
@@ -197,6 +206,9 @@ class Evaluations:
             return
         logger.info("%s keeps the model after step %d", self.stage, self.best_step)
         self.run.finish(self.stage, self.engine, lambda folder: self._move(folder, adapter))
+
+    def _value(self, values: Mapping[str, float]) -> float:
+        return values[self.deciding] - (self.price and self.price * values["dev_tokens_auto"])
 
     def _move(self, folder: Path, adapter: Path) -> None:
         best = self._folder(self.best_step)

@@ -35,7 +35,7 @@ from ..model.modes.first import check_can_decide
 from ..model.source import find_files
 from . import losses
 from .batches import micro_batches
-from .dev import DevSplit, Evaluations
+from .dev import DevSplit
 from .engine import Engine, load_model, make_engine, rates
 from .guard import Guard
 from .modes.frozen import keeps_documents
@@ -144,15 +144,12 @@ def train_grpo(
                 state=None if checkpoint is None else checkpoint / "environment",
             )
         guard.save_extra = lambda folder: environment.save(folder / "environment")
-        evaluations = Evaluations(run, stage, recipe, engine, encoder, start_step)
         session.begin(encoder, engine, guard, start_step)
         if start_step == 0 and dev is not None:
             values = dev.evaluate(encoder, engine, environment.exact_index)
-            run.log(stage, 0, values)
-            evaluations.add(0, values)
             session.evaluated(values)
         for step in range(start_step, settings.steps):
-            if evaluations.stopped or session.stopped:
+            if session.stopped:
                 break
             started = time.perf_counter()
             sampler.update(PolicyWeights(engine, encoder, recipe, step))
@@ -171,18 +168,15 @@ def train_grpo(
                 warn_if_known(values, settings.reward)
             values["tokens"] *= settings.num_iterations
             values |= rates(values["tokens"], started, ready)
-            if dev is not None and evaluations.due(step + 1, settings.steps):
+            if dev is not None and session.evaluations.due(step + 1, settings.steps):
                 began = time.perf_counter()
                 with engine.full_params():
                     index = environment.caught_up(step + 1)
                 values |= dev.evaluate(encoder, engine, index)
                 values["evaluation_seconds"] = time.perf_counter() - began
-            run.log(stage, step + 1, values)
             run.log_rollouts(rollout_rows(experience, step + 1, settings.group_size))
-            engine.track(stage, step + 1, values)
-            evaluations.add(step + 1, values)
             session.after(step + 1, values)
-        evaluations.finish()
+        session.evaluations.finish()
     return session.end()
 
 

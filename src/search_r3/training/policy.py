@@ -19,7 +19,7 @@ from torch.utils.checkpoint import checkpoint
 
 from ..model.backbone import Backbone, vectors_at
 from . import losses
-from .modes.think import think
+from .modes.think import Words, think
 
 LOGITS_AT_A_TIME = 2**25
 """Logits, positions times vocabulary, that are held at once: 128 MiB in float32."""
@@ -48,8 +48,8 @@ class Answer(NamedTuple):
     """What a forward pass gives of what it was asked for; None of all else.
 
     Attributes:
-        vectors: search embeddings `B x D`, or `B x K x D` behind soft tokens; float32, L2-normalised.
-        logprobs: `S`, of the tokens.
+        vectors: search embeddings `B x D`, float32, L2-normalised.
+        logprobs: `S`, of the tokens; of soft tokens' words, weighted sums, `B x K`.
         reference_logprobs: `S`, the reference's; they have no gradient.
         kl: `P`, `KL(reference || policy)` in nats at each place.
         states: `S x D`, where the output layer reads.
@@ -87,7 +87,7 @@ class Policy(torch.nn.Module):
         kl: tuple[Tensor, Tensor] | None = None,
         states: Tensor | None = None,
         adapters: bool = True,
-        latent_steps: int = 0,
+        words: Words | None = None,
     ) -> Answer:
         """Compute sequences.
 
@@ -99,10 +99,10 @@ class Policy(torch.nn.Module):
             kl: places, `B x T` (bool), where the KL is wanted, and the reference's states there, `P x D`.
             states: places, `B x T` (bool), whose states are wanted.
             adapters: False computes with the frozen weights alone.
-            latent_steps: K; above 0 the sequences are prompts, and the vectors, `B x K x D`, are those of `think`.
+            words: what soft tokens are to say behind these prompts; the answer is then that of `think`.
         """
-        if latent_steps:
-            return Answer(think(self.backbone, ids, mask, latent_steps, self.needs_mask))
+        if words is not None:
+            return Answer(*think(self.backbone, ids, mask, words, self.needs_mask))
         with contextlib.nullcontext() if adapters else self.model.disable_adapter():
             hidden = self.backbone.hidden_states(ids, mask if self.needs_mask else None)
         logprobs, reference_logprobs = (None, None) if tokens is None else self._logprobs(hidden, tokens)

@@ -22,6 +22,7 @@ from ..data.load import load_collection
 from ..errors import ConfigError
 from ..loader import parse_settings
 from ..model.encoder import SearchR3
+from .dev import Evaluations
 from .engine import Engine
 from .guard import Guard
 from .run import Run
@@ -116,7 +117,8 @@ class Session:
     Attributes:
         recipe: all settings.
         run: its directory; the stage is claimed.
-        stopped: whether a callback of any process has asked for the end.
+        evaluations: those so far, once the training has begun.
+        stopped: whether it is to end: a callback of any process has asked for it, or patience has run out.
 
     Raises:
         ConfigError: a setting cannot be used, `collection` is no `Collection`, the run directory holds another run, or
@@ -137,7 +139,6 @@ class Session:
         self._callbacks = Callbacks(callbacks, self.recipe, stage)
         self.run = Run(self.recipe)
         self.run.claim(stage, resume)
-        self.stopped = False
 
     def collection(self) -> Collection:
         """What is trained on."""
@@ -145,6 +146,7 @@ class Session:
 
     def begin(self, model: SearchR3, engine: Engine, guard: Guard, start: int) -> None:
         """Before the first step: callbacks are told; from here on they get the model as the keyword `model`."""
+        self.evaluations = Evaluations(self.run, self.stage, self.recipe, engine, model, start)
         self._engine, self._guard = engine, guard
         state = self._callbacks.state
         state.global_step = start
@@ -153,6 +155,7 @@ class Session:
         state.is_world_process_zero = self.run.first
         state.is_local_process_zero = engine.accelerator.is_local_main_process
         self._callbacks.keywords["model"] = model
+        self.stopped = self.evaluations.stopped
         guard.on_save = self._saved
         self._callbacks.tell("on_train_begin")
 
@@ -160,21 +163,28 @@ class Session:
         step = self._callbacks.state.global_step
         self._callbacks.tell("on_save", checkpoint=self.run.checkpoints_path(self.stage) / f"step-{step:06d}")
 
-    def evaluated(self, values: dict[str, float]) -> None:
-        """Callbacks are told of the evaluation before the first step."""
-        self._callbacks.step(0, values)
-
-    def after(self, step: int, values: dict[str, float]) -> None:
-        """After a step was logged: callbacks are told, then what is due, or what they asked for, is saved.
+    def evaluated(self, values: dict[str, float], step: int = 0) -> None:
+        """The evaluation before the first step, or the end of another one: metrics are logged, callbacks are told.
 
         Raises:
-            RunError: as `Guard.after`.
-            StoppedError: likewise.
+            RunError: as `Evaluations.add`.
         """
+        self.run.log(self.stage, step, values)
+        self.evaluations.add(step, values)
         self._callbacks.step(step, values)
+
+    def after(self, step: int, values: dict[str, float]) -> None:
+        """The end of a step: it is logged, callbacks are told, then what is due, or what they asked for, is saved.
+
+        Raises:
+            RunError: as `Evaluations.add` and `Guard.after`.
+            StoppedError: as `Guard.after`.
+        """
+        self._engine.track(self.stage, step, values)
+        self.evaluated(values, step)
         control = self._callbacks.control
         wishes = self._engine.communicator.all_gather((control.should_training_stop, control.should_save))
-        self.stopped = any(stop for stop, _ in wishes)
+        self.stopped = self.evaluations.stopped or any(stop for stop, _ in wishes)
         self._guard.after(step, any(save for _, save in wishes))
 
     def end(self) -> TrainingResult:

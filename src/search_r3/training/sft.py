@@ -39,11 +39,11 @@ from .batches import (
     make_batch,
     take_share,
 )
-from .dev import DevSplit, Evaluations
+from .dev import DevSplit
 from .engine import Engine, load_model, make_engine, rates
 from .guard import Guard
 from .modes.frozen import frozen_documents, keeps_documents
-from .modes.latent import LATENT_WEIGHTS, latent_losses
+from .modes.latent import WORDS_WEIGHT
 from .policy import Tokens, any_token
 from .saving import check_documents
 from .session import RecipeLike, Session, TrainingResult
@@ -137,12 +137,11 @@ def train_sft(
             with engine.full_params():  # the weights are those of the base yet
                 index = frozen_documents(encoder, collection, run.checkpoints_path(stage), engine)
         start_step, _ = run.restore(stage, engine)
-        evaluations = Evaluations(run, stage, recipe, engine, encoder, start_step)
         session.begin(encoder, engine, guard, start_step)
         warned = False
         ahead: Future[tuple[Batch, LocalBatch]] | None = None
         for step in range(start_step, settings.steps):
-            if evaluations.stopped or session.stopped:
+            if session.stopped:
                 break
             started = time.perf_counter()
             batch, share = ahead.result() if ahead is not None else prepare(step)
@@ -164,15 +163,12 @@ def train_sft(
             engine.step()
             values |= {"learning_rate": engine.learning_rate, "wait_seconds": ready - started}
             values |= rates(values["tokens"], started, ready)
-            if dev is not None and evaluations.due(step + 1, settings.steps):
+            if dev is not None and session.evaluations.due(step + 1, settings.steps):
                 if ahead is not None:
                     wait([ahead])  # two threads would share the tokenizer
                 values |= dev.evaluate(encoder, engine, index)
-            run.log(stage, step + 1, values)
-            engine.track(stage, step + 1, values)
-            evaluations.add(step + 1, values)
             session.after(step + 1, values)
-        evaluations.finish()
+        session.evaluations.finish()
     return session.end()
 
 
@@ -197,7 +193,7 @@ def compute_gradients(
     """
     totals = engine.total(share.counts())
     queries, *others = share.chunks(settings.micro_batch_size, settings.micro_batch_tokens)
-    sizes = [len(batch.owners), len(batch.doc_ids), len(batch.examples) * batch.latent_steps]
+    sizes = [len(batch.owners), len(batch.doc_ids), len(batch.examples)]
     if documents is not None:
         del others[0], sizes[1]
     if not settings.cached:
@@ -206,7 +202,7 @@ def compute_gradients(
             outputs = [forward(engine, backbone, chunk, settings, queries=True) for chunk, _ in engine.padded(queries)]
             idle = [outputs.pop() for _ in outputs[len(queries) :]]
             own = [outputs, *([forward(engine, backbone, chunk, settings) for chunk in kind] for kind in others)]
-            parts = token_losses(own[0], totals)
+            parts = token_losses([output for kind in own for output in kind], totals)
             vectors = [assemble(engine, kind, size) for kind, size in zip(own, sizes, strict=False)]
             if documents is not None:
                 vectors.insert(1, documents)
@@ -216,7 +212,7 @@ def compute_gradients(
             for output in idle:
                 whole = whole + 0.0 * (total_loss(token_losses([output], totals), settings) + output.vectors.sum())
             engine.backward(whole)
-        sums = engine.total(_no_token_losses(engine) | _numbers(parts)) | _numbers(contrastive)
+        sums = engine.total(_no_token_losses(engine, batch.latent_steps) | _numbers(parts)) | _numbers(contrastive)
     else:
         sums = _cached(engine, backbone, batch, [queries, *others], sizes, totals, settings, documents)
     loss = sum(weight_of(name, settings) * value for name, value in sums.items())
@@ -252,7 +248,7 @@ def _cached(
         torch.autograd.backward(total_loss(parts, settings))
         _add(sums, _numbers(parts))
     work = [(*one, kind is padded[0], leaf.grad) for kind, leaf in zip(padded, leaves, strict=True) for one in kind]
-    own = _no_token_losses(engine)
+    own = _no_token_losses(engine, batch.latent_steps)
     for number, (chunk, counts, queries, gradients) in enumerate(work):
         with engine.accumulating(last=number + 1 == len(work)):
             output = forward(engine, backbone, chunk, settings, queries=queries)
@@ -274,6 +270,7 @@ class Output:
     places: Tensor  # `b`, see `TrainingSequence.place`
     logprobs: Tensor | None = None  # of the supervised tokens; None where there are none
     kl: Tensor | None = None  # at each place of the prompts; None where it is not measured
+    said: Tensor | None = None  # `b x K`, log-probabilities of soft tokens' words
     nothing: Tensor | float = 0.0  # 0, with a gradient path through the output layer; see `any_token`
 
 
@@ -286,12 +283,11 @@ def forward(
     queries: bool = False,
     only_vectors: bool = False,
 ) -> Output:
-    """Compute one chunk, of queries, of documents or of latent prompts, which have K vectors each."""
+    """Compute one chunk, of queries, of documents or of latent prompts."""
     chunk = collate(sequences, backbone.tokenizer.pad_token_id, backbone.device)
-    if steps := sequences[0].soft:
-        latents = engine.policy(chunk.ids, chunk.mask, latent_steps=steps).vectors  # b x K x D
-        rows = chunk.places[:, None] * steps + torch.arange(steps, device=chunk.places.device)
-        return Output(latents.flatten(0, 1), rows.flatten())
+    if chunk.words is not None:
+        answer = engine.policy(chunk.ids, chunk.mask, words=chunk.words)
+        return Output(answer.vectors, chunk.places, said=answer.logprobs)
     if only_vectors:
         return Output(engine.policy(chunk.ids, chunk.mask, embed=chunk.embed).vectors, chunk.places)
     # The policy without its adapters is a collective too: then all processes ask it about every chunk of queries.
@@ -313,17 +309,19 @@ def forward(
 
 
 def token_losses(outputs: Sequence[Output], totals: Mapping[str, float]) -> dict[str, Tensor]:
-    """The part of these sequences in `L_SFT` and `L_KL`, by name.
+    """The part of these sequences in `L_SFT`, `L_KL` and what soft tokens are to say, by name.
 
     Args:
         outputs: what was computed together.
-        totals: tokens of the whole batch that each of the two is a mean over.
+        totals: tokens of the whole batch that each of them is a mean over.
     """
     parts = {}
     if replies := [output.logprobs for output in outputs if output.logprobs is not None]:
         parts["cross_entropy"] = -torch.cat(replies).sum() / totals["cross_entropy"]
     if prompts := [output.kl for output in outputs if output.kl is not None]:
         parts["kl_to_base"] = torch.cat(prompts).sum() / totals["kl_to_base"]
+    if (soft := [output.said for output in outputs if output.said is not None]) and totals["latent_words"]:
+        parts["latent_words"] = -torch.cat(soft).sum() / totals["latent_words"]
     return parts
 
 
@@ -366,23 +364,31 @@ def contrastive_losses(
     return {name: value / len(sizes) for name, value in parts.items()}
 
 
+def latent_losses(vectors: Sequence[Tensor], batch: Batch, settings: SFTSettings) -> dict[str, Tensor]:
+    """The contrastive losses of the latent vectors, `B x D`, which follow those of queries and of documents, if any."""
+    own = range(len(batch.examples))
+    parts = contrastive_losses(vectors[2], vectors[1], batch, own, settings) if batch.latent_steps else {}
+    return {f"latent_{name}": part for name, part in parts.items()}
+
+
 def weight_of(name: str, settings: SFTSettings) -> float:
     """The weight of a loss by its name in the metrics."""
-    if name in LATENT_WEIGHTS:
-        return settings.latent_weight * LATENT_WEIGHTS[name]
+    if name.startswith("latent_"):
+        own = WORDS_WEIGHT if name == "latent_words" else weight_of(name.removeprefix("latent_"), settings)
+        return settings.latent_weight * own
     return float(getattr(settings, {"kl_to_base": "kl_weight"}.get(name, f"{name}_weight")))
 
 
 def total_loss(parts: Mapping[str, Tensor], settings: SFTSettings) -> Tensor:
     """The weighted sum of the losses; 0 of none."""
-    if not parts:
-        return torch.zeros(())
-    return torch.stack([weight_of(name, settings) * part for name, part in parts.items()]).sum()
+    weighted = [weight_of(name, settings) * part for name, part in parts.items()]
+    return torch.stack(weighted).sum() if weighted else torch.zeros(())
 
 
-def _no_token_losses(engine: Engine) -> dict[str, float]:
+def _no_token_losses(engine: Engine, latent_steps: int) -> dict[str, float]:
     """The names that `token_losses` can give; a process may have tokens for some of them only."""
-    return {"cross_entropy": 0.0} | ({"kl_to_base": 0.0} if engine.reference is not None else {})
+    asked = {"cross_entropy": True, "kl_to_base": engine.reference is not None, "latent_words": latent_steps > 0}
+    return {name: 0.0 for name, wanted in asked.items() if wanted}
 
 
 def _numbers(parts: Mapping[str, Tensor]) -> dict[str, float]:

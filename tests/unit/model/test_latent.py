@@ -15,25 +15,39 @@ from search_r3.errors import ModelError
 from search_r3.model.adapters import add_adapters
 from search_r3.model.backbone import Backbone, pad
 from search_r3.model.engine.decoding import Decoder, DecodeRequest
-from search_r3.training.modes.think import think
+from search_r3.training.modes.think import Words, think
 from search_r3.training.policy import Policy
 from tests.conftest import save_tiny
 
 TEXTS = ["where is the red house?", "river", "a black horse and a white chair"]
 
 
-def by_hand(backbone: Backbone, ids: list[int], steps: int) -> torch.Tensor:
-    """With transformers alone, from the beginning at every step."""
+def by_hand(backbone: Backbone, ids: list[int], steps: int, said: list[torch.Tensor] | None = None) -> torch.Tensor:
+    """With transformers alone, from the beginning at every step; `said` gets the logits before each soft token."""
     lm = backbone.model
     table = lm.get_input_embeddings()
     every = table(torch.arange(table.weight.shape[0]))
     inputs = table(torch.tensor([ids]))
     for _ in range(steps):
         logits = lm(inputs_embeds=inputs).logits[:, -1]
+        if said is not None:
+            said.append(logits)
         inputs = torch.cat([inputs, (torch.softmax(logits, -1) @ every)[:, None]], dim=1)
     inputs = torch.cat([inputs, table(torch.tensor([[backbone.embed_token_id]]))], dim=1)
     hidden = lm(inputs_embeds=inputs, output_hidden_states=True).hidden_states[-1][0, -1]
     return torch.nn.functional.normalize(hidden, dim=0)
+
+
+def logits_by_hand(backbone: Backbone, ids: list[int], steps: int) -> list[torch.Tensor]:
+    said: list[torch.Tensor] = []
+    by_hand(backbone, ids, steps, said)
+    return said
+
+
+def some_words(rows: int, steps: int) -> Words:
+    """Two for each soft token, one of which weighs more."""
+    ids = torch.arange(7, 7 + 2 * rows * steps).view(rows, steps, 2)
+    return Words(ids, torch.tensor([0.75, 0.25]).expand(rows, steps, 2))
 
 
 @pytest.fixture(params=["plain", "adapters"])
@@ -84,15 +98,25 @@ def test_other_architectures_take_soft_tokens_too(tmp_path: Path, tokenizer: Any
 def test_training_computes_the_vectors_that_decoding_does(changed: Backbone) -> None:
     prompts = [changed.prompt_encoder.encode(text, "latent").ids for text in TEXTS]
     ids, mask = pad(prompts, changed.tokenizer.pad_token_id, changed.device)
-    vectors = Policy(changed)(ids, mask, latent_steps=3).vectors
-    assert vectors is not None
-    assert vectors.shape == (3, 3, 32)
     for steps in (1, 2, 3):
+        words = some_words(3, steps)
+        vectors, said = Policy(changed)(ids, mask, words=words)[:2]
         rollouts = Decoder(changed).run([DecodeRequest(one, steps + 1, latent=True) for one in prompts])
         expected = torch.stack([rollout.vector for rollout in rollouts])
-        torch.testing.assert_close(vectors[:, steps - 1].detach(), expected, atol=1e-5, rtol=1e-5)
-    masked = think(changed, ids, mask, 3, needs_mask=True)
-    torch.testing.assert_close(masked, vectors, atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(vectors.detach(), expected, atol=1e-5, rtol=1e-5)
+        masked = think(changed, ids, mask, words, needs_mask=True)
+        torch.testing.assert_close(masked, (vectors, said), atol=1e-5, rtol=1e-5)
+
+
+def test_what_soft_tokens_say_is_measured_before_each_of_them(changed: Backbone) -> None:
+    prompts = [changed.prompt_encoder.encode(text, "latent").ids for text in TEXTS]
+    ids, mask = pad(prompts, changed.tokenizer.pad_token_id, changed.device)
+    words = some_words(3, 2)
+    _, said = think(changed, ids, mask, words, needs_mask=False)
+    for row, prompt in enumerate(prompts):
+        for step, logits in enumerate(logits_by_hand(changed, prompt, 2)):
+            each = torch.log_softmax(logits[0], -1)[words.ids[row, step]] * words.weights[row, step]
+            torch.testing.assert_close(said[row, step], each.sum(), atol=1e-5, rtol=1e-5)
 
 
 def test_gradients_go_through_all_soft_tokens(tmp_path: Path, tokenizer: Any) -> None:
@@ -105,8 +129,8 @@ def test_gradients_go_through_all_soft_tokens(tmp_path: Path, tokenizer: Any) ->
     direction = torch.randn(32, generator=torch.Generator().manual_seed(0))
 
     def value() -> torch.Tensor:
-        hidden = think(backbone, ids, mask, 2, needs_mask=False)
-        return (hidden[0, -1] * direction).sum()
+        vectors, _ = think(backbone, ids, mask, some_words(1, 2), needs_mask=False)
+        return (vectors[0] * direction).sum()
 
     value().backward()
     assert weight.grad is not None

@@ -64,6 +64,7 @@ def test_vectors_are_those_of_the_mode_that_the_gate_chose(client: TestClient, m
         [vector] = client.post("/embed", json={"inputs": text, "prompt_name": "auto"}).json()
         assert np.abs(np.array(vector) - (other if thought else one)).max() < 1e-5
     assert "tiny:auto" in [one["id"] for one in client.get("/v1/models").json()["data"]]
+    assert client.get("/info").json()["auto"] is True
 
 
 def test_a_search_says_who_thought_and_why(client: TestClient, model: SearchR3, store: Store) -> None:
@@ -114,6 +115,7 @@ def test_an_empty_store_leaves_the_decision_to_the_vector(model: SearchR3, tmp_p
 
 def test_without_a_gate_every_way_says_how_to_fit_one(client: TestClient, model: SearchR3) -> None:
     model.backbone.gate = None
+    assert client.get("/info").json()["auto"] is False
     for path, body in (
         ("/v1/embeddings", {"input": TEXTS, "mode": "auto"}),
         ("/v1/search", {"query": TEXTS[0], "mode": "auto"}),

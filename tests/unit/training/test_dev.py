@@ -17,7 +17,7 @@ from search_r3.evaluation.systems import EncodedCollections, SearchR3System
 from search_r3.model.encoder import SearchR3
 from search_r3.model.prompts import PLAIN_MODES
 from search_r3.retrieval.index import ExactIndex
-from search_r3.training.dev import DECIDING, DevSplit
+from search_r3.training.dev import DECIDING, DevSplit, Evaluations
 from search_r3.training.engine import make_engine
 from search_r3.training.grpo import train_grpo
 from search_r3.training.run import Run
@@ -171,3 +171,15 @@ def test_stage_2_keeps_the_model_it_began_from_where_none_is_better(
     run = Run(recipe)
     check_kept(train_grpo(recipe, model=stage_1).model_path, weights[0])
     assert [row["step"] for row in run.metrics("grpo")] == [0, 1, 2]
+
+
+@pytest.mark.parametrize(("at_once", "kept"), [("false", 2), ("true", 1)])
+def test_of_a_model_that_decides_the_value_of_auto_is_looked_at(
+    model: SearchR3, tmp_path: Path, at_once: str, kept: int
+) -> None:
+    more = [f"run_dir={tmp_path}", f"grpo.at_once={at_once}", "grpo.reward.tokens=0.5", "max_new_tokens=10"]
+    recipe = load_recipe(None, more)
+    evaluations = Evaluations(Run(recipe), "grpo", recipe, make_engine(model, recipe, recipe.grpo), model, 0)
+    for step, (auto, tokens, reason) in enumerate([(0.5, 0.0, 0.1), (0.7, 2.0, 0.6), (0.8, 5.0, 0.9)]):
+        evaluations.add(step, {"dev_ndcg@10_auto": auto, "dev_tokens_auto": tokens, "dev_ndcg@10_reason": reason})
+    assert evaluations.best_step == kept

@@ -116,7 +116,7 @@ def test_false_negatives_are_masked(collection: Collection) -> None:
 
 
 def test_a_batch_points_at_its_embed_tokens_and_documents(model: SearchR3, collection: Collection) -> None:
-    settings = SFTSettings(batch_size=6)
+    settings = SFTSettings(batch_size=6, latent_steps=2)
     examples = training_examples(collection, "train")[:6]
     batch = make_batch(collection, list(collection.documents), examples, settings, random.Random(0))
     encoder = model.backbone.prompt_encoder
@@ -133,10 +133,21 @@ def test_a_batch_points_at_its_embed_tokens_and_documents(model: SearchR3, colle
         assert share.documents[batch.positives[row]].ids == encoder.encode(text, "document").ids
         assert batch.positives[row] not in batch.negatives[row]
     chunk = collate([*share.direct, *share.reason], model.backbone.tokenizer.pad_token_id, torch.device("cpu"))
-    documents = sum(len(one.ids) for one in share.documents)
+    assert chunk.words is None
+    for row, (example, latent) in enumerate(zip(examples, share.latent, strict=True)):
+        assert latent.ids == encoder.encode(example.query.text, "latent").ids and latent.place == row
+        rare = encoder.sentences(example.reasoning["chain"])[0]
+        assert all(set(words) < set(rare) and sum(words.values()) == pytest.approx(1) for words in latent.words)
+    words = collate(share.latent, model.backbone.tokenizer.pad_token_id, torch.device("cpu")).words
+    assert words is not None
+    for row, latent in enumerate(share.latent):
+        for step, own in enumerate(latent.words):
+            found = {int(i): float(w) for i, w in zip(words.ids[row, step], words.weights[row, step], strict=True) if w}
+            assert found == pytest.approx(own)
+    others = sum(one.length for one in (*share.documents, *share.latent))
     assert share.counts() == {
-        "cross_entropy": int(chunk.replies.sum()), "kl_to_base": int(chunk.prompts.sum()),
-        "tokens": int(chunk.mask.sum()) + documents, "traces_cut": 0,
+        "cross_entropy": int(chunk.replies.sum()), "kl_to_base": int(chunk.prompts.sum()), "latent_words": 12,
+        "tokens": int(chunk.mask.sum()) + others, "traces_cut": 0,
     }  # fmt: skip
     assert chunk.targets.tolist() == [
         token for item in (*share.direct, *share.reason) for token in item.ids[item.prompt_length :]

@@ -16,11 +16,11 @@ from torch import Tensor
 from ..backbone import Backbone
 
 
-def soft_tokens(backbone: Backbone, hidden: Tensor) -> Tensor:
-    """The inputs `B x D` that follow states `B x D`: `softmax(logits) @ table`, in the precision of the table."""
+def soft_tokens(backbone: Backbone, logits: Tensor) -> Tensor:
+    """The inputs `B x D` that follow logits `B x V`: `softmax(logits) @ table`, in the precision of the table."""
     table = backbone.causal_lm.get_input_embeddings()
     weight: Tensor = table.weight  # where adapters hold the embed token's row, peft gives it with that one
-    inputs = torch.softmax(backbone.logits(hidden), dim=-1).to(weight.dtype) @ weight
+    inputs = torch.softmax(logits, dim=-1).to(weight.dtype) @ weight
     scale = getattr(table, "embed_scale", None)  # Gemma's
     return inputs if scale is None else inputs * scale.to(weight.dtype)
 

@@ -107,7 +107,7 @@ class Chooser:
         logprobs, forced = torch.zeros(count, device=self.device), torch.zeros_like(tokens, dtype=torch.bool)
         if self._text:
             tokens[self._rows], logprobs[self._rows], forced[self._rows] = self._choose(hidden[self._rows], step)
-        soft = soft_tokens(self.backbone, hidden[self._latent])
+        soft = soft_tokens(self.backbone, self.backbone.logits(hidden[self._latent]))
         logprobs[self._latent] = torch.where(soft.isfinite().all(-1), 0.0, math.nan).to(logprobs)
         pairs = zip(self._latent, soft, strict=True)
         self.soft = {row: one for row, one in pairs if self.asks[row].left > step + 1}

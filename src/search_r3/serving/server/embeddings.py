@@ -113,6 +113,7 @@ def info(service: Given) -> dict[str, Any]:
         "slots": engine.slots,
         "auto_truncate": False,
         "default_mode": service.mode,
+        "auto": has_auto(backbone),
         "store": service.has_store,
         "cross_encoder": service.reranker is not None,
     }

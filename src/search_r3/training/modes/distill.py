@@ -37,7 +37,7 @@ from ...retrieval.ranking import ranked_rows, restricted_rows
 from ...sections import DistillSettings
 from .. import losses
 from ..batches import micro_batches
-from ..dev import DevSplit, Evaluations
+from ..dev import DevSplit
 from ..engine import Engine, load_model, make_engine, rates
 from ..guard import Guard
 from ..policy import Tokens, any_token
@@ -115,17 +115,14 @@ def train_distill(
             lessons = teacher.lessons(queries, _kept(run) / "teacher", engine.communicator)
         course = Course(encoder, engine, collection, index, lessons, settings, recipe.seed)
         start_step, _ = run.restore(stage, engine)
-        evaluations = Evaluations(run, stage, recipe, engine, encoder, start_step)
         session.begin(encoder, engine, guard, start_step)
         if start_step == 0:
             values = describe(lessons, len(queries)) | (dev.evaluate(encoder, engine, index) if dev else {})
-            run.log(stage, 0, values)
-            evaluations.add(0, values)
             session.evaluated(values)
         # The teacher's reason mode always writes; whether to write was learned with the direct vectors of before.
         encoder.backbone.settings = encoder.backbone.settings.model_copy(update={"gate": None})
         for step in range(start_step, settings.steps):
-            if evaluations.stopped or session.stopped:
+            if session.stopped:
                 break
             started = time.perf_counter()
             batch = course.batch(step)
@@ -135,13 +132,10 @@ def train_distill(
             guard.check(values, step + 1, {"query_ids": [lesson.query.query_id for lesson in batch.lessons]})
             engine.step()
             values |= {"learning_rate": engine.learning_rate, **rates(values["tokens"], started, ready)}
-            if dev is not None and evaluations.due(step + 1, settings.steps):
+            if dev is not None and session.evaluations.due(step + 1, settings.steps):
                 values |= dev.evaluate(encoder, engine, index)
-            run.log(stage, step + 1, values)
-            engine.track(stage, step + 1, values)
-            evaluations.add(step + 1, values)
             session.after(step + 1, values)
-        evaluations.finish()
+        session.evaluations.finish()
     return session.end()
 
 

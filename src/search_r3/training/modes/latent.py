@@ -1,67 +1,63 @@
 """Stage 1 of mode latent: K soft tokens in the place of a text, then the embed token, whose state is the vector.
 
-Two objectives, beside all losses of stage 1, which train direct and reason mode as ever:
+Two losses, beside all others of stage 1, which train direct and reason mode as ever: InfoNCE of the vector, and the
+cross-entropy of each soft token to the words of its piece of the written trace. A contrastive loss alone teaches soft
+tokens nothing where one glance tells the training's queries apart; a whole sentence said at once they can feed on.
 
-- `gircse` (arXiv 2509.24291): InfoNCE of the vector after each number of soft tokens, the mean, and a penalty where one
-  more makes it worse. There the vector is a mean of states, here it is read at the embed token behind them.
-- `laser`: the vector after all soft tokens learns by InfoNCE, and from the explicit view of the same weights: the
-  scores that the vector behind the written trace gives the documents of the batch. Its alignment of single steps with
-  segments of the trace is left out: it is worth least there, and needs traces of several paragraphs.
-
-Shapes: `B` queries, `K` soft tokens, `D` vector size, `M` documents.
+Decisions: a trace is cut at its sentences, and its pieces are said in their order. What every trace says is no thought:
+a word weighs the square of `log(traces / traces that have it)`, among the traces of the batch, and the weights of a
+piece sum to 1. The trace is that of the likeliest style that reason mode learns to write.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from itertools import pairwise
 
-import torch
-from torch import Tensor
-from torch.nn import functional
-
-from ...config import SFTSettings
-from .. import losses
-from ..batches import Batch
-
-LATENT_WEIGHTS = {"latent_info_nce": 1.0, "latent_rise": 1.0, "latent_kl": 10.0}
-"""Loss -> its weight among those of its objective, as published."""
-_NEVER = -1e4
-"""Score of a document that is left out."""
-_LEAST = 1e-6
-"""InfoNCE of queries that are all told apart rounds to 0, which has no logarithm."""
+WORDS_WEIGHT = 0.3
+"""Of the words' cross-entropy among the losses of mode latent; the others weigh as those of the other modes do."""
+_RARITY = 2
+"""Power of the logarithm: in a batch of tens of traces it is small, and words that many have would drown names."""
 
 
-def latent_losses(vectors: Sequence[Tensor], batch: Batch, settings: SFTSettings) -> dict[str, Tensor]:
-    """The losses of mode latent, means over queries, by name; none where it is not trained.
+def words_of(traces: Sequence[Sequence[Sequence[int]]], steps: int) -> list[list[dict[int, float]]]:
+    """What the soft tokens of some queries are to say.
 
     Args:
-        vectors: of the queries, `R x D` (the direct ones, and behind them the reasoned ones), of the documents,
-            `M x D`, and the latent ones, `B * K x D`.
-        batch: which documents are positives and which are left out, and whose the reasoned vectors are.
-        settings: objective and temperature.
+        traces: of each query the token ids of its trace's sentences; none where it has no trace.
+        steps: K.
+
+    Returns:
+        Of each query and each soft token: token id -> weight; empty where there is nothing that other traces do not
+        say too.
+
+    Example:
+        >>> words_of([[[5, 1], [5, 2]], [[5, 3]]], 2)
+        [[{1: 1.0}, {2: 1.0}], [{3: 1.0}, {3: 1.0}]]
     """
-    if not batch.latent_steps:
-        return {}
-    queries, documents, latents = vectors
-    latents = latents.view(-1, batch.latent_steps, latents.shape[-1])  # B x K x D
-    temperature, device = settings.contrastive_temperature, latents.device
-    positives, excluded = batch.positives.to(device), batch.excluded.to(device)
-    if settings.latent_objective == "gircse":
-        each = torch.stack(
-            [losses.info_nce(one, documents, positives, excluded, temperature) for one in latents.unbind(1)]
-        )
-        logs = each.clamp_min(_LEAST).log()
-        rises = functional.relu(logs[1:] - logs[:-1])
-        return {"latent_info_nce": each.mean(), "latent_rise": rises.sum() / max(1, len(rises))}
-    last = latents[:, -1]
-    reasoned = torch.tensor(batch.owners[len(batch.examples) :], dtype=torch.long, device=device)
-    scores = (
-        torch.log_softmax((view @ documents.T / temperature).masked_fill(excluded[reasoned], _NEVER), dim=-1)
-        for view in (queries[len(batch.examples) :].detach(), last[reasoned])
-    )
-    explicit, latent = scores
-    divergence = (explicit.exp() * (explicit - latent)).sum() / max(1, len(reasoned))
-    return {
-        "latent_info_nce": losses.info_nce(last, documents, positives, excluded, temperature),
-        "latent_kl": divergence,
-    }
+    counts = Counter(token for trace in traces for token in {token for part in trace for token in part})
+    written = sum(bool(trace) for trace in traces)
+    rarity = {token: math.log(written / count) ** _RARITY for token, count in counts.items()}
+    return [[_weighed(piece, rarity) for piece in pieces(trace, steps)] for trace in traces]
+
+
+def pieces(sentences: Sequence[Sequence[int]], steps: int) -> list[list[int]]:
+    """Sentences as so many pieces, in their order; where there are fewer sentences, the last stands for the rest.
+
+    Example:
+        >>> pieces([[1], [2], [3]], 2), pieces([[1], [2]], 3), pieces([], 1)
+        ([[1], [2, 3]], [[1], [2], [2]], [[]])
+    """
+    count = len(sentences)
+    if count <= steps:
+        return [list(sentences[min(step, count - 1)]) if count else [] for step in range(steps)]
+    cuts = [step * count // steps for step in range(steps + 1)]
+    return [[token for part in sentences[start:end] for token in part] for start, end in pairwise(cuts)]
+
+
+def _weighed(piece: Sequence[int], rarity: Mapping[int, float]) -> dict[int, float]:
+    own = {token: rarity[token] for token in piece if rarity[token] > 0}
+    total = sum(own.values())
+    return {token: weight / total for token, weight in own.items()}

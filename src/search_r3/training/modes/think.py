@@ -3,10 +3,12 @@
 They depend on each other, so K of them cost K + 1 passes over the prompt; nothing is cached, so that it works wherever
 every other forward pass of training does.
 
-Shapes: `B` queries, `T` tokens of a prompt, `K` soft tokens, `D` hidden size.
+Shapes: `B` queries, `T` tokens of a prompt, `K` soft tokens, `D` hidden size, `W` words.
 """
 
 from __future__ import annotations
+
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -16,36 +18,43 @@ from ...model.backbone import Backbone
 from ...model.engine.latent import soft_tokens
 
 
-def think(backbone: Backbone, ids: Tensor, mask: Tensor, steps: int, needs_mask: bool) -> Tensor:
-    """Vectors after each number of soft tokens, with gradients through all of them.
+class Words(NamedTuple):
+    """What soft tokens are to say: `ids` of tokens and their `weights`, each `B x K x W`; a weight of 0 is padding."""
+
+    ids: Tensor
+    weights: Tensor
+
+
+def think(backbone: Backbone, ids: Tensor, mask: Tensor, words: Words, needs_mask: bool) -> tuple[Tensor, Tensor]:
+    """Vectors behind K soft tokens, with gradients through all of them, and how well these say their words.
 
     Args:
         backbone: the model.
         ids: `B x T`, prompts padded on the right.
         mask: `B x T`.
-        steps: K.
+        words: of each soft token.
         needs_mask: whether the model looks ahead.
 
     Returns:
-        `B x K x D`, float32, L2-normalised.
+        The vectors, `B x D`, float32, L2-normalised; the weighted sums of the words' log-probabilities, `B x K`.
     """
     table = backbone.causal_lm.get_input_embeddings()
-    rows, ends, width = torch.arange(len(ids), device=ids.device), mask.sum(-1), ids.shape[1]
+    rows, ends, steps = torch.arange(len(ids), device=ids.device), mask.sum(-1), words.ids.shape[1]
     room = ids.new_full((len(ids), steps + 1), backbone.embed_token_id)
-    inputs = table(torch.cat([ids, room], dim=1))  # B x (T + K + 1) x D
-    embed = table(room[:, 0])
+    inputs = table(torch.cat([ids, room], dim=1).index_put((rows, ends + steps), room[:, 0]))  # B x (T + K + 1) x D
     places = torch.arange(inputs.shape[1], device=ids.device)
 
-    def states(fed: Tensor, step: int) -> Tensor:
-        seen = (places[: fed.shape[1]] <= (ends + step)[:, None]).long() if needs_mask else None
-        return backbone.hidden_states(None, seen, fed)
+    def state(more: int) -> Tensor:
+        """Of the last of `more` inputs behind the prompt, `B x D`."""
+        fed = inputs[:, : ids.shape[1] + more]
+        seen = (places[: fed.shape[1]] < (ends + more)[:, None]).long() if needs_mask else None
+        return backbone.hidden_states(None, seen, fed)[rows, ends + more - 1]
 
-    hidden = states(inputs[:, :width], -1)[rows, ends - 1]
-    vectors = []
-    for step in range(1, steps + 1):
-        inputs = inputs.index_put((rows, ends + step - 1), soft_tokens(backbone, hidden).to(inputs))
-        fed = inputs.index_put((rows, ends + step), embed)[:, : width + step + 1]
-        all_states = states(fed, step)
-        hidden = all_states[rows, ends + step - 1]
-        vectors.append(functional.normalize(all_states[rows, ends + step].float(), dim=-1))
-    return torch.stack(vectors, dim=1)
+    said = []
+    for step in range(steps):
+        logits = backbone.logits(state(step))
+        logprobs = torch.log_softmax(logits, dim=-1).gather(-1, words.ids[:, step])  # B x W
+        said.append((logprobs * words.weights[:, step]).sum(-1))
+        inputs = inputs.index_put((rows, ends + step), soft_tokens(backbone, logits).to(inputs))
+    vectors = functional.normalize(state(steps + 1).float(), dim=-1)
+    return vectors, torch.stack(said, dim=1)

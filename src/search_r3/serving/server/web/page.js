@@ -1,4 +1,4 @@
-// A query in three ways, side by side. Texts of documents, queries and reasoning are untrusted: they reach the page
+// A query in several ways, side by side. Texts of documents, queries and reasoning are untrusted: they reach the page
 // through textContent alone, and the page's policy refuses every other way.
 
 import { Refusal, ask, events, hasToken, send, setToken } from "./api.js";
@@ -6,11 +6,11 @@ import { byId, explain, make, plural } from "./common.js";
 import { allowAdding, openDocument } from "./documents.js";
 import { setWhere, showFields, where } from "./filters.js";
 
-const WAYS = { direct: "direct", reason: "with reasoning", bm25: "BM25" };
+const WAYS = { direct: "direct", reason: "with reasoning", auto: "auto", bm25: "BM25" };
 const NARROW = "(max-width: 48rem)";
 let info = null;
 let running = null; // what stops the search that is in work
-let results = {}; // way -> {hits, price, error}; absent while it is awaited
+let results = {}; // way -> {hits, price, choice, error}; absent while it is awaited
 let shown = "reason"; // the column of a narrow window
 
 // What it costs.
@@ -27,7 +27,11 @@ function priceText({ seconds: time, waited, read, reasoned }) {
   return `${tokens}, ${seconds(time)}${waited > 0.1 ? `, of which ${seconds(waited)} in the queue` : ""}`;
 }
 
-// Asking: three requests at once, of which the reasoned one comes in pieces.
+function choiceText({ thought, gate }) {
+  return `${thought ? "thought" : "did not think"} (probability ${gate.probability.toFixed(2)}); `;
+}
+
+// Asking: all requests at once, of which the reasoned one comes in pieces.
 
 async function search(query) {
   running?.abort();
@@ -58,9 +62,10 @@ function searchStore(query, signal) {
   const body = (mode) => ({ query, mode, k: Number(byId("k").value), filter: where() });
   const plain = async (mode) => {
     const answer = await ask("POST", "v1/search", body(mode), signal);
-    return { hits: answer.hits, price: priceOf(answer) };
+    return { hits: answer.hits, price: priceOf(answer), choice: mode === "auto" ? choiceText(answer) : "" };
   };
-  return { direct: plain("direct"), reason: reasoned(body("reason"), signal), bm25: plain("bm25") };
+  const asked = (way) => (way === "reason" ? reasoned(body(way), signal) : plain(way));
+  return Object.fromEntries(ways().map((way) => [way, asked(way)]));
 }
 
 async function reasoned(body, signal) {
@@ -101,7 +106,10 @@ function compareTexts(query, signal) {
 
 // The columns.
 
-const ways = () => Object.keys(WAYS).filter((way) => info.store || way !== "bm25");
+function ways() {
+  const more = { auto: info.store && info.auto, bm25: info.store };
+  return Object.keys(WAYS).filter((way) => more[way] ?? true);
+}
 
 function ranksIn(way) {
   const result = results[way];
@@ -135,7 +143,7 @@ function column(way) {
   const heading = make("h2", "small");
   heading.append(make("span", "system", WAYS[way]));
   const result = results[way];
-  const price = make("p", "quiet price", result?.price ? priceText(result.price) : result ? "" : "…");
+  const price = make("p", "quiet price", result?.price ? (result.choice ?? "") + priceText(result.price) : result ? "" : "…");
   part.append(heading, price);
   part.setAttribute("aria-label", WAYS[way]);
   part.setAttribute("aria-busy", String(!result));
@@ -349,7 +357,9 @@ async function start() {
     byId("options").hidden = !info.store;
     for (const id of ["ways", "keys"]) byId(id).hidden = !info.store;
     byId("comparing").hidden = info.store;
-    byId("columns").classList.toggle("three", info.store);
+    byId("deciding").hidden = !ways().includes("auto");
+    byId("columns").classList.toggle("three", ways().length === 3);
+    byId("columns").classList.toggle("four", ways().length === 4);
     if (info.store) {
       allowAdding(info, showStore);
       await showStore();
