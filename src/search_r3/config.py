@@ -102,6 +102,11 @@ class SFTSettings(PassSettings):
         description="Prefixes of the vector that L_InfoNCE and L_TripletMargin are taken of too; the losses of all "
         "sizes are averaged (arXiv 2205.13147).",
     )
+    documents: Literal["moving", "frozen"] = Field(
+        "moving",
+        description="moving: documents learn with the queries. frozen: they keep the weights that the stage begins "
+        "from, an index made before stays valid, and negatives cost next to nothing.",
+    )
     latent_steps: int = Field(
         0, ge=0, description="K, soft tokens that mode latent is trained with, beside the other modes; 0: it is not."
     )

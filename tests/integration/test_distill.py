@@ -235,7 +235,6 @@ def test_what_cannot_be_distilled_is_refused_with_the_remedy(
     stage_1: Path, path: Path, collection_path: Path, tmp_path: Path
 ) -> None:
     for model, more, message in (
-        (path, [], "no stage goes on from there"),
         (stage_1.parents[2] / "base", [], r"has no search_r3.json: no stage has trained it"),
         (stage_1, ["max_length=100"], "distill with max_length=100, but .* with max_length=120; set that"),
     ):

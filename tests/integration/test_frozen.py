@@ -300,7 +300,7 @@ def test_a_query_side_that_is_not_whole_is_refused(frozen: Frozen, tmp_path: Pat
 def test_what_cannot_be_frozen_is_refused_with_the_remedy(frozen: Frozen, tmp_path: Path) -> None:
     adapters = make_adapter(tmp_path / "adapters", frozen.stage_1)
     for base, more, message in (
-        (frozen.path, [], "no stage goes on from there; begin from the model that it was made from"),
+        (frozen.path, ["grpo.documents=moving"], "only a stage that keeps documents goes on from there; set"),
         (frozen.base, [], "which no stage has trained; train stage 1"),
         (adapters, ["lora.rank=0"], "no directory of whole weights .*; begin from a merged model"),
         (frozen.stage_1, ["max_length=100"], "max_length=100, but .* with max_length=120; set that"),

@@ -48,6 +48,33 @@ def add_adapters(backbone: Backbone, settings: LoRASettings) -> None:
         raise ConfigError(f"lora.target_modules={list(settings.target_modules)}: {error}") from error
 
 
+def choose_what_learns(backbone: Backbone, settings: LoRASettings) -> None:
+    """Put adapters in where the settings ask for them; a query side of its own learns on as it is.
+
+    Raises:
+        MissingExtraError: peft is not installed.
+        ConfigError: the settings do not fit the model.
+    """
+    if backbone.documents is not None:
+        _continue(backbone, settings)
+    elif settings.rank:
+        add_adapters(backbone, settings)
+
+
+def _continue(backbone: Backbone, settings: LoRASettings) -> None:
+    configs = getattr(backbone.model, "peft_config", None)
+    rank = alpha = 0
+    if configs is not None:
+        rank, alpha = configs["default"].r, configs["default"].lora_alpha
+    if settings.rank != rank or (rank and settings.alpha != alpha):
+        has = f"adapters; set lora={{rank: {rank}, alpha: {alpha}}}" if rank else "whole weights; set lora.rank=0"
+        raise ConfigError(
+            f"lora.rank={settings.rank}, lora.alpha={settings.alpha}, but queries of {backbone.source} have {has}"
+        )
+    for name, parameter in backbone.model.named_parameters():
+        parameter.requires_grad_(rank == 0 or "lora_" in name or "trainable_tokens" in name)
+
+
 def save_adapters(backbone: Backbone, state: Mapping[str, Tensor], folder: Path) -> None:
     """Write adapters and tokenizer as peft and transformers load them; an existing folder is replaced."""
     with atomic_directory(folder) as out:

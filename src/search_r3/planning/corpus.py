@@ -58,7 +58,7 @@ class Corpus:
     def evaluates_apart(self) -> bool:
         """Whether an evaluation encodes the corpus into an index of its own, rather than into the live one."""
         if self.job.stage == "sft" or not self.job.moves:
-            return self.job.stage == "sft"
+            return self.job.moves
         settings = self.job.recipe.grpo.refresh
         return settings.index == "approximate" or settings.policy in ("never", "drift", "selective")
 
@@ -72,6 +72,8 @@ class Corpus:
         if self.job.stage == "grpo":
             links = LINK_BYTES * self.job.recipe.grpo.refresh.neighbours if self.has_graph else 0
             parts["index"] = count * (VERSION_BYTES + links)
+        elif not self.job.moves:
+            parts["index"] = FULL * self.job.shape.hidden * count
         if self.evaluated_every and self.evaluates_apart:
             parts["evaluated index"] = FULL * self.job.shape.hidden * math.ceil(count / processes)
         return {part: processes * size for part, size in parts.items()}
@@ -114,8 +116,8 @@ class Corpus:
         return {part: value for part, value in seconds.items() if value}
 
     def start_seconds(self, encoding: float, rates: Rates) -> dict[str, float]:
-        """Seconds before the first step of stage 2 has ended that no other step takes, by part; see `step_seconds`."""
-        if self.job.stage == "sft":
+        """Seconds before the first step has ended that no other step takes, by part; see `step_seconds`."""
+        if self.job.stage == "sft" and self.job.moves:
             return {}
         count = self.job.documents
         seconds = {"encoding": encoding, "tokenizing": self._tokenizing(count, rates)}

@@ -152,7 +152,8 @@ class Job:
     @property
     def moves(self) -> bool:
         """Whether documents are encoded in the course of the stage."""
-        return self.stage == "sft" or self.recipe.grpo.documents == "moving"
+        section = self.recipe.sft if self.stage == "sft" else self.recipe.grpo
+        return section.documents == "moving"
 
     @property
     def index_rows(self) -> int:
@@ -210,8 +211,8 @@ class Job:
 
     @property
     def own_documents(self) -> int:
-        """Documents of a stage-1 step on one GPU, at most."""
-        return math.ceil(self.batch_documents / self.gpus)
+        """Documents that one GPU computes in a stage-1 step, at most."""
+        return math.ceil(self.batch_documents / self.gpus) if self.moves else 0
 
     @property
     def own_rollouts(self) -> int:
@@ -230,15 +231,14 @@ class Job:
         similarities = FULL * self.shape.hidden * 3 * (rows + columns)
         if not settings.cached:
             queries = self.own_queries
-            passes = [Pass(queries, prompt + DIRECT_REPLY), Pass(queries, reasoned), Pass(self.own_documents, document)]
+            passes = [Pass(queries, prompt + DIRECT_REPLY), Pass(queries, reasoned)]
+            passes += [Pass(self.own_documents, document)] if self.moves else []
             parts = self._pass(passes, queries * (lengths.longest_reasoning + DIRECT_REPLY), queries * prompt)
             return parts | {"contrastive": similarities + 6 * FULL * rows * columns}
         queries = _in_a_pass(settings, 2 * self.own_queries, reasoned)
-        documents = _in_a_pass(settings, self.own_documents, document)
-        candidates = [
-            self._pass([Pass(queries, reasoned)], queries * lengths.longest_reasoning, queries * prompt),
-            self._pass([Pass(documents, document)], 0, 0),
-        ]
+        candidates = [self._pass([Pass(queries, reasoned)], queries * lengths.longest_reasoning, queries * prompt)]
+        if self.moves:
+            candidates.append(self._pass([Pass(_in_a_pass(settings, self.own_documents, document), document)], 0, 0))
         largest = max(candidates, key=lambda parts: sum(parts.values()))
         return largest | {"contrastive": similarities + 6 * FULL * min(rows, 256) * columns}
 

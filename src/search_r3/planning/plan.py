@@ -256,10 +256,11 @@ class Work:
         passes += recipe.gradient_checkpointing
         if self.job.stage == "sft":
             queries, passes = recipe.sft.batch_size, passes + recipe.sft.cached
+            documents = {"documents": (self.job.batch_documents * document, document, passes)}
             return {
                 "direct": (queries * prompt, prompt, passes),
                 "reasoned": (queries * reply, reply, passes),
-                "documents": (self.job.batch_documents * document, document, passes),
+                **(documents if self.job.moves else {}),
             }
         settings = recipe.grpo
         queries, rollouts = settings.queries_per_step, settings.queries_per_step * settings.group_size
@@ -285,11 +286,11 @@ class Work:
 
     def refreshed(self) -> int:
         """Documents encoded per step, at most: by the policy, and the positives (one per query); frozen ones: none."""
+        if not self.job.moves:
+            return 0
         if self.job.stage == "sft":
             return self.job.batch_documents
         settings = self.job.recipe.grpo.refresh
-        if self.job.recipe.grpo.documents == "frozen":
-            return 0
         positives = self.job.recipe.grpo.queries_per_step
         rollouts = positives * self.job.recipe.grpo.group_size
         sample = settings.drift_sample if settings.correct_drift or settings.policy == "drift" else 0

@@ -26,8 +26,11 @@ from ..data.triples import (
 )
 from ..errors import ConfigError
 from ..model.backbone import pad
+from ..model.encoder import SearchR3
 from ..model.prompts import PromptEncoder
+from ..parallel import divide
 from ..retrieval.lexical import BM25
+from .engine import Engine
 
 
 @dataclass(frozen=True)
@@ -205,6 +208,26 @@ def find_false_negatives(
         excluded[row, [columns[doc_id] for doc_id in example.limits.left_out & columns.keys()]] = True
         excluded[row, columns[own]] = False
     return excluded
+
+
+def take_share(
+    engine: Engine, batch: Batch, collection: Collection, model: SearchR3, frozen: bool = False
+) -> LocalBatch:
+    """This process's sequences: a run of the queries, and documents of about as many characters as any other's.
+
+    Frozen documents are no sequences.
+
+    Raises:
+        ConfigError: there are fewer queries or documents than processes.
+    """
+    rows = engine.share(len(batch.examples), "sft.batch_size")
+    columns: list[int] = []
+    if not frozen:
+        lengths = [len(collection.documents[doc_id].full_text) for doc_id in batch.doc_ids]
+        engine.share(len(lengths), "the number of distinct documents in a batch")
+        columns = sorted(divide(lengths, engine.world_size)[engine.rank])
+    budget = model.backbone.settings.max_new_tokens
+    return tokenise(batch, collection, model.backbone.prompt_encoder, rows, columns, budget)
 
 
 def tokenise(

@@ -30,7 +30,7 @@ from ..mining.candidates import quiet
 from ..model.encoder import SearchR3
 from ..model.source import find_files
 from ..types import Watch
-from .engine import check_begins
+from .modes.frozen import check_begins, keeps_documents
 from .rl.samples import Group, Sample, Sampler
 from .run import Run
 from .sft import train_sft
@@ -318,7 +318,7 @@ def train_best_of_n(
         DataError, ModelError, RunError, StoppedError: as `best_of_n` and `train_sft`.
     """
     _check_learns(recipe, splits, settings.style)
-    check_begins(find_files(model), model)
+    check_begins(find_files(model), model, keeps_documents(recipe, "sft"))
     source = str(model)
     for number in range(1, rounds + 1):
         folder = Path(out) / f"round-{number}"

@@ -29,6 +29,7 @@ from ..retrieval.ranking import make_requests, ranked
 from ..retrieval.sharded import ShardedIndex, divide_rows, encode_rows
 from ..sections import DevSettings
 from .engine import Engine
+from .modes.frozen import keeps_documents
 from .run import Run
 from .saving import save_trained
 
@@ -142,7 +143,7 @@ class Evaluations:
         self.run, self.stage, self.engine = run, stage, engine
         self.settings: DevSettings = recipe.stage(stage)
         self.deciding = DECIDING[stage]
-        frozen = stage == "distill" or (stage == "grpo" and recipe.grpo.documents == "frozen")
+        frozen = keeps_documents(recipe, stage)
         self._save: Callable[[Path, Path], None] = partial(save_trained, engine, model, recipe, frozen=frozen)
         rows = engine.communicator.all_gather(run.metrics(stage) if run.first else [])[0]
         self.scores: dict[int, float] = {row["step"]: row[self.deciding] for row in rows if self.deciding in row}

@@ -21,15 +21,16 @@ from torch import Tensor
 from ..config import GRPOSettings, Recipe, SFTSettings
 from ..errors import ConfigError, ModelError
 from ..extras import extra
-from ..model.adapters import add_adapters
+from ..model.adapters import choose_what_learns
 from ..model.backbone import Backbone
 from ..model.encoder import SearchR3
 from ..model.engine.forward import is_drivable
 from ..model.loading import load_backbone
 from ..model.settings import SETTINGS_FILE, read_settings
-from ..model.source import ModelFiles, find_files
+from ..model.source import find_files
 from ..parallel import Communicator, make_communicator
 from ..sections import DistillSettings
+from .modes.frozen import check_begins, check_query_side
 from .policy import Policy, Reference, make_reference
 from .tracking import check_trackers, start_trackers
 
@@ -179,9 +180,8 @@ def make_engine(model: SearchR3, recipe: Recipe, settings: StageSettings) -> Eng
     stage, kl_weight = _stage_and_kl(settings)
     needs_reference = kl_weight > 0
     copy = None
-    if recipe.lora.rank:
-        add_adapters(backbone, recipe.lora)
-    else:
+    choose_what_learns(backbone, recipe.lora)
+    if not recipe.lora.rank:
         if needs_reference:
             copy = backbone.frozen_copy("bfloat16" if recipe.mixed_precision == "bf16" else None)
         if recipe.freeze_token_table:
@@ -201,6 +201,7 @@ def make_engine(model: SearchR3, recipe: Recipe, settings: StageSettings) -> Eng
     _fit_deepspeed(accelerator, settings)
     _fit_fsdp2(accelerator, recipe)
     _check_launch(accelerator, recipe, backbone)
+    check_query_side(accelerator, recipe, backbone, needs_reference)
     if recipe.lora.rank:
         accelerator.register_save_state_pre_hook(_keep_what_learns)
     policy = Policy(backbone, copy)
@@ -343,32 +344,24 @@ def rates(tokens: float, started: float, ready: float) -> dict[str, float]:
     return {"tokens_per_second": tokens / (now - ready), "update_seconds": now - ready, "seconds": now - started}
 
 
-def check_begins(files: ModelFiles, source: str | Path) -> None:
-    """Refuse a model that no stage can begin from.
-
-    Raises:
-        ConfigError: it has a query side of its own.
-    """
-    if files.queries is not None:
-        raise ConfigError(
-            f"{source} encodes queries with other weights than documents (grpo.documents=frozen or distill made it), "
-            "and no stage goes on from there; begin from the model that it was made from"
-        )
-
-
-def load_model(recipe: Recipe, source: str | Path) -> SearchR3:
+def load_model(recipe: Recipe, source: str | Path, *, frozen: bool = False) -> SearchR3:
     """A model for training, with its own prompts and the recipe's limits, on this process's device.
+
+    Args:
+        recipe: the settings.
+        source: the model.
+        frozen: whether the stage keeps the documents' weights.
 
     Raises:
         ConfigError: the recipe names other prompts than those that are saved with the model, its limits do not fit
-            into the context, or the model has a query side of its own.
+            into the context, or the model has a query side of its own and documents are to move.
     """
     with extra("train"):
         from accelerate import PartialState
 
     device = str(PartialState(cpu=not torch.cuda.is_available()).device)
     files = find_files(source)
-    check_begins(files, source)
+    check_begins(files, source, frozen)
     saved = read_settings(files.folder_of(SETTINGS_FILE))
     own = saved.prompts.name if saved is not None and saved.trained else None
     if None not in (own, recipe.prompts) and recipe.prompts != own:

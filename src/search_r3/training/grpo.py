@@ -32,11 +32,13 @@ from ..model.encoder import SearchR3
 from ..model.engine.decoding import Rollout
 from ..model.engine.generation import sequence_batch
 from ..model.modes.first import check_can_decide
+from ..model.source import find_files
 from . import losses
 from .batches import micro_batches
 from .dev import DevSplit, Evaluations
 from .engine import Engine, load_model, make_engine, rates
 from .guard import Guard
+from .modes.frozen import keeps_documents
 from .policy import Tokens
 from .rl.endpoint import find_sampler
 from .rl.pathwise import embedding_loss
@@ -108,12 +110,18 @@ def train_grpo(
     queries_of_step(list(qrels), settings.queries_per_step, recipe.seed, 0)  # refuses too few before a model is loaded
     if settings.reward.function is not None:
         load_function(settings.reward.function)  # likewise
+    source = os.fspath(model or run.model_path("sft"))
+    if settings.sampler.reload != "none" and find_files(source).queries is not None:
+        raise ConfigError(
+            f"grpo.sampler.reload={settings.sampler.reload}: a server that holds one model cannot follow what encodes "
+            f"the queries of {source}; set reload=none, or leave grpo.sampler out"
+        )
     sampler = find_sampler(settings, run.folder / "sampler", sampler)  # likewise
-    encoder = load_model(recipe, os.fspath(model or run.model_path("sft")))
+    frozen = keeps_documents(recipe, stage)
+    encoder = load_model(recipe, source, frozen=frozen)
     sampler = sampler or LocalSampler(encoder, settings.rollout_batch_size)
-    frozen = settings.documents == "frozen"
     if frozen:
-        check_documents(encoder.backbone, else_=", or set grpo.documents=moving")
+        check_documents(encoder.backbone, "grpo.documents=frozen", ", or set grpo.documents=moving")
     if settings.at_once:
         check_can_decide(encoder.backbone, "grpo.at_once")
     run.begin_from(stage, encoder.backbone)

@@ -96,7 +96,7 @@ def _save_whole(
         backbone.save(folder, dtype, state=state)
 
 
-def check_documents(backbone: Backbone, what: str = "grpo.documents=frozen", else_: str = "") -> None:
+def check_documents(backbone: Backbone, what: str, else_: str = "") -> None:
     """Refuse a model whose documents cannot stay as they are.
 
     Args:

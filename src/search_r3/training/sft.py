@@ -27,16 +27,25 @@ from ..data.collection import Collection
 from ..data.draws import Draws, step_rng, text_keys
 from ..data.triples import hold_out
 from ..model.backbone import Backbone, shorten
-from ..model.encoder import SearchR3
 from ..model.modes.first import check_can_decide
-from ..parallel import divide
 from . import losses
-from .batches import Batch, LocalBatch, TrainingSequence, check_dimensions, collate, find_examples, make_batch, tokenise
+from .batches import (
+    Batch,
+    LocalBatch,
+    TrainingSequence,
+    check_dimensions,
+    collate,
+    find_examples,
+    make_batch,
+    take_share,
+)
 from .dev import DevSplit, Evaluations
 from .engine import Engine, load_model, make_engine, rates
 from .guard import Guard
+from .modes.frozen import frozen_documents, keeps_documents
 from .modes.latent import LATENT_WEIGHTS, latent_losses
 from .policy import Tokens, any_token
+from .saving import check_documents
 from .session import RecipeLike, Session, TrainingResult
 
 logger = logging.getLogger(__name__)
@@ -102,7 +111,10 @@ def train_sft(
             *(recipe.collection, "to embed at once" if settings.untraced == "embed" else "nothing"),
         )
     dev = DevSplit(collection, recipe.evaluation) if settings.evaluate_every else None
-    encoder = load_model(recipe, recipe.base)
+    frozen = keeps_documents(recipe, stage)
+    encoder = load_model(recipe, recipe.base, frozen=frozen)
+    if frozen:
+        check_documents(encoder.backbone, "sft.documents=frozen", ", or set sft.documents=moving")
     check_dimensions(encoder.dimension, settings)
     run.begin_from(stage, encoder.backbone)
     if settings.at_once:
@@ -116,10 +128,14 @@ def train_sft(
     def prepare(step: int) -> tuple[Batch, LocalBatch]:
         rng = step_rng(recipe.seed, stage, step)
         batch = make_batch(collection, doc_ids, draws.batch(step, rng), settings, rng)
-        return batch, take_share(engine, batch, collection, encoder)
+        return batch, take_share(engine, batch, collection, encoder, frozen)
 
     # The next batch is tokenised while this one is computed.
     with closing(engine), guard.watching(), ThreadPoolExecutor(1) as worker:
+        index = None
+        if frozen:
+            with engine.full_params():  # the weights are those of the base yet
+                index = frozen_documents(encoder, collection, run.checkpoints_path(stage), engine)
         start_step, _ = run.restore(stage, engine)
         evaluations = Evaluations(run, stage, recipe, engine, encoder, start_step)
         session.begin(encoder, engine, guard, start_step)
@@ -132,7 +148,10 @@ def train_sft(
             batch, share = ahead.result() if ahead is not None else prepare(step)
             ready = time.perf_counter()
             ahead = worker.submit(prepare, step + 1) if step + 1 < settings.steps else None
-            values = compute_gradients(engine, encoder.backbone, batch, share, settings)
+            documents = None
+            if index is not None:
+                documents = torch.from_numpy(index.vectors_at(index.rows_of(batch.doc_ids))).to(encoder.device)
+            values = compute_gradients(engine, encoder.backbone, batch, share, settings, documents)
             if values["traces_cut"] and not warned:
                 warned = True
                 logger.warning(
@@ -148,7 +167,7 @@ def train_sft(
             if dev is not None and evaluations.due(step + 1, settings.steps):
                 if ahead is not None:
                     wait([ahead])  # two threads would share the tokenizer
-                values |= dev.evaluate(encoder, engine)
+                values |= dev.evaluate(encoder, engine, index)
             run.log(stage, step + 1, values)
             engine.track(stage, step + 1, values)
             evaluations.add(step + 1, values)
@@ -157,24 +176,17 @@ def train_sft(
     return session.end()
 
 
-def take_share(engine: Engine, batch: Batch, collection: Collection, model: SearchR3) -> LocalBatch:
-    """This process's sequences: a run of the queries, and documents of about as many characters as any other's.
-
-    Raises:
-        ConfigError: there are fewer queries or documents than processes.
-    """
-    rows = engine.share(len(batch.examples), "sft.batch_size")
-    lengths = [len(collection.documents[doc_id].full_text) for doc_id in batch.doc_ids]
-    engine.share(len(lengths), "the number of distinct documents in a batch")
-    columns = sorted(divide(lengths, engine.world_size)[engine.rank])
-    budget = model.backbone.settings.max_new_tokens
-    return tokenise(batch, collection, model.backbone.prompt_encoder, rows, columns, budget)
-
-
 def compute_gradients(
-    engine: Engine, backbone: Backbone, batch: Batch, share: LocalBatch, settings: SFTSettings
+    engine: Engine,
+    backbone: Backbone,
+    batch: Batch,
+    share: LocalBatch,
+    settings: SFTSettings,
+    documents: Tensor | None = None,
 ) -> dict[str, float]:
     """Leave the gradients of the whole batch in the weights.
+
+    `documents`, `M x D`, are the vectors of documents that stay as they are; without it they are computed too.
 
     With `micro_batch_size` or `micro_batch_tokens` they are cached (Gao et al., arXiv 2101.06983): all vectors are
     computed without gradients, the gradients of the contrastive losses by the vectors are taken, and each chunk is
@@ -186,14 +198,18 @@ def compute_gradients(
     totals = engine.total(share.counts())
     queries, *others = share.chunks(settings.micro_batch_size, settings.micro_batch_tokens)
     sizes = [len(batch.owners), len(batch.doc_ids), len(batch.examples) * batch.latent_steps]
+    if documents is not None:
+        del others[0], sizes[1]
     if not settings.cached:
         with engine.accumulating(last=True):
             # A process without a reasoned query computes its direct ones twice.
             outputs = [forward(engine, backbone, chunk, settings, queries=True) for chunk, _ in engine.padded(queries)]
             idle = [outputs.pop() for _ in outputs[len(queries) :]]
             own = [outputs, *([forward(engine, backbone, chunk, settings) for chunk in kind] for kind in others)]
-            parts = token_losses([*own[0], *own[1]], totals)
+            parts = token_losses(own[0], totals)
             vectors = [assemble(engine, kind, size) for kind, size in zip(own, sizes, strict=False)]
+            if documents is not None:
+                vectors.insert(1, documents)
             contrastive = contrastive_losses(vectors[0], vectors[1], batch, range(sizes[0]), settings)
             contrastive |= latent_losses(vectors, batch, settings)
             whole = total_loss({**parts, **contrastive}, settings)
@@ -202,7 +218,7 @@ def compute_gradients(
             engine.backward(whole)
         sums = engine.total(_no_token_losses(engine) | _numbers(parts)) | _numbers(contrastive)
     else:
-        sums = _cached(engine, backbone, batch, [queries, *others], sizes, totals, settings)
+        sums = _cached(engine, backbone, batch, [queries, *others], sizes, totals, settings, documents)
     loss = sum(weight_of(name, settings) * value for name, value in sums.items())
     return {"loss": loss, **sums, "tokens": totals["tokens"], "traces_cut": totals["traces_cut"]}
 
@@ -215,6 +231,7 @@ def _cached(
     sizes: Sequence[int],
     totals: Mapping[str, float],
     settings: SFTSettings,
+    documents: Tensor | None,
 ) -> dict[str, float]:
     """`compute_gradients` chunk by chunk."""
     padded = [engine.padded(kind) for kind in chunks]
@@ -223,14 +240,15 @@ def _cached(
         with torch.no_grad():
             outputs = [forward(engine, backbone, chunk, settings, only_vectors=True) for chunk, _ in kind]
         leaves.append(assemble(engine, outputs[: len(own_chunks)], size).requires_grad_())
+    vectors = leaves if documents is None else [leaves[0], documents, *leaves[1:]]
     sums: dict[str, float] = {}
     for start in range(0, sizes[0], ROWS_AT_A_TIME):
         rows = range(start, min(start + ROWS_AT_A_TIME, sizes[0]))
-        parts = contrastive_losses(leaves[0], leaves[1], batch, rows, settings)
+        parts = contrastive_losses(vectors[0], vectors[1], batch, rows, settings)
         parts = {name: part * len(rows) / sizes[0] for name, part in parts.items()}
         torch.autograd.backward(total_loss(parts, settings))
         _add(sums, _numbers(parts))
-    if parts := latent_losses(leaves, batch, settings):
+    if parts := latent_losses(vectors, batch, settings):
         torch.autograd.backward(total_loss(parts, settings))
         _add(sums, _numbers(parts))
     work = [(*one, kind is padded[0], leaf.grad) for kind, leaf in zip(padded, leaves, strict=True) for one in kind]

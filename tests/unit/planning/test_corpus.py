@@ -8,11 +8,11 @@ from typing import Any
 import numpy as np
 import pytest
 
-from search_r3.config import GRPOSettings, Recipe, RefreshSettings
+from search_r3.config import GRPOSettings, Recipe, RefreshSettings, SFTSettings
 from search_r3.data.collection import Document
 from search_r3.planning.corpus import DOCUMENT_BYTES, TEXT_BYTES, Corpus, Rates
 from search_r3.planning.footprint import Job, Lengths
-from search_r3.planning.plan import Speed, plan
+from search_r3.planning.plan import Speed, Work, plan
 from search_r3.planning.shape import SHAPES
 from search_r3.retrieval.index import ExactIndex
 
@@ -24,9 +24,9 @@ ONE = 2 * DOCUMENTS * WIDTH
 """FLOP of one query's scores."""
 
 
-def corpus(gpus: int = 4, stage: Any = "grpo", **settings: Any) -> Corpus:
+def corpus(gpus: int = 4, stage: Any = "grpo", sft: SFTSettings | None = None, **settings: Any) -> Corpus:
     section = {"queries_per_step": 8, "group_size": 4, "evaluate_every": 10, "refresh": RefreshSettings(), **settings}
-    recipe = Recipe(base=BASE, max_length=512, grpo=GRPOSettings(**section))
+    recipe = Recipe(base=BASE, max_length=512, grpo=GRPOSettings(**section), sft=sft or SFTSettings())
     job = Job(recipe, SHAPES[BASE], stage, gpus, "ddp" if gpus > 1 else "single", DOCUMENTS, LENGTHS.within(recipe))
     return Corpus(job)
 
@@ -52,6 +52,10 @@ def test_memory_of_the_machine_and_of_the_index_by_hand() -> None:
     assert frozen.job.resident()["index"] == DOCUMENTS // 4 * WIDTH * 4
     assert set(corpus(stage="sft").host()) == {"processes", "texts"}
     assert "index" not in corpus(stage="sft").job.resident()
+    looked_up = corpus(stage="sft", sft=SFTSettings(documents="frozen", evaluate_every=10))
+    assert looked_up.host().keys() == {"processes", "texts", "index"}, "what is looked up is evaluated, too"
+    assert looked_up.host()["index"] == 4 * DOCUMENTS * WIDTH * 4
+    assert looked_up.job.training()["activations"] < corpus(stage="sft").job.training()["activations"]
     assert corpus(gpus=1).job.resident()["index"] == DOCUMENTS * WIDTH * 4
     assert corpus(gpus=3).job.resident()["index"] == 3_334 * WIDTH * 4, "the largest share"
 
@@ -82,6 +86,10 @@ def test_seconds_of_a_step_and_of_the_beginning_by_hand() -> None:
     assert start["graph"] == pytest.approx(DOCUMENTS * ONE / 2e9)
     assert "graph" not in corpus().start_seconds(7.0, RATES)
     assert corpus(stage="sft").start_seconds(7.0, RATES) == {}
+    looked_up = corpus(stage="sft", sft=SFTSettings(documents="frozen"))
+    assert looked_up.start_seconds(7.0, RATES).keys() == {"encoding", "tokenizing"}
+    assert looked_up.step_seconds(0, 7.0, RATES) == {}
+    assert Work(looked_up.job).kinds().keys() == {"direct", "reasoned"} and Work(looked_up.job).refreshed() == 0
 
 
 def test_a_plan_adds_up_its_parts() -> None:

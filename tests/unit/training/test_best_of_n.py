@@ -330,7 +330,7 @@ def test_a_model_that_no_stage_begins_from_is_refused_before_it_samples(
     model = run_dir / "sft" / "model"
     files = replace(find_files(model), queries=model)
     monkeypatch.setattr("search_r3.training.best_of_n.find_files", lambda source: files)
-    with pytest.raises(ConfigError, match="no stage goes on from there"):
+    with pytest.raises(ConfigError, match="only a stage that keeps documents goes on from there"):
         train_best_of_n(
             *(load_recipe(None, [*LEARN, *LIMITS]), model, collection, tmp_path / "out", KEEP_ALL), splits=["train"]
         )

@@ -27,16 +27,13 @@ from ...data.collection import Collection
 from ...data.draws import step_rng
 from ...data.restrictions import Restrictions, restrictions
 from ...errors import ConfigError
-from ...mining.candidates import key_hash
 from ...model.encoder import SearchR3
 from ...model.engine.decoding import Rollout
 from ...model.engine.generation import sequence_batch
 from ...model.settings import SETTINGS_FILE, read_settings
 from ...model.source import find_files
-from ...parallel import agree, divide, encode_sharded
 from ...retrieval.index import ExactIndex
 from ...retrieval.ranking import ranked_rows, restricted_rows
-from ...retrieval.storage import MANIFEST
 from ...sections import DistillSettings
 from .. import losses
 from ..batches import micro_batches
@@ -48,6 +45,7 @@ from ..rl.rollouts import queries_of_step
 from ..run import Run
 from ..saving import check_documents
 from ..session import RecipeLike, Session, TrainingResult, check_place, resolve
+from .frozen import frozen_documents
 from .teacher import Lesson, Teacher, choose_queries, describe
 
 
@@ -105,14 +103,14 @@ def train_distill(
     collection = session.collection()
     queries = choose_queries(collection, settings.splits, recipe.evaluation.held_out)
     dev = DevSplit(collection, recipe.evaluation) if settings.evaluate_every else None
-    encoder = load_model(recipe, os.fspath(model))
+    encoder = load_model(recipe, os.fspath(model), frozen=True)
     check_documents(encoder.backbone, "distill")
     run.begin_from(stage, encoder.backbone)
     engine = make_engine(encoder, recipe, settings)
     guard = Guard(run, stage, engine)
     with closing(engine), guard.watching():
         with engine.full_params():  # the weights are those of the model yet
-            index = _encoded(encoder, collection, run, engine)
+            index = frozen_documents(encoder, collection, _kept(run), engine)
             teacher = Teacher(encoder, collection, index, settings, recipe.seed)
             lessons = teacher.lessons(queries, _kept(run) / "teacher", engine.communicator)
         course = Course(encoder, engine, collection, index, lessons, settings, recipe.seed)
@@ -329,20 +327,3 @@ def _within(recipe: Recipe, model: str | os.PathLike[str]) -> Recipe:
 def _kept(run: Run) -> Path:
     """What is made once, and removed when the stage is finished."""
     return run.checkpoints_path("distill")
-
-
-def _encoded(model: SearchR3, collection: Collection, run: Run, engine: Engine) -> ExactIndex:
-    """The documents as the model encodes them, by all processes together; kept for a run that goes on."""
-    communicator, texts = engine.communicator, collection.texts()
-    key = key_hash({"model": model.backbone.revision, "collection": collection.content_hash()})
-    folder = _kept(run) / f"documents-{key}"
-    if communicator.all_gather((folder / MANIFEST).exists())[0]:
-        return ExactIndex.load(folder)
-    listed = list(texts.values())
-    shares = [sorted(share) for share in divide([len(text) for text in listed], communicator.world_size)]
-    vectors = encode_sharded(
-        communicator, shares, lambda places: model.encode_document([listed[place] for place in places])
-    )  # fmt: skip
-    index = ExactIndex(list(texts), vectors)
-    agree(communicator, folder, lambda: index.save(folder) if engine.rank == 0 else None)
-    return index

@@ -1,0 +1,80 @@
+"""Documents that stay as they are while a stage trains what encodes queries."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ...config import Recipe
+from ...data.collection import Collection
+from ...errors import ConfigError
+from ...mining.candidates import key_hash
+from ...model.backbone import Backbone
+from ...model.encoder import SearchR3
+from ...model.source import ModelFiles
+from ...parallel import agree, divide, encode_sharded
+from ...retrieval.index import ExactIndex
+from ...retrieval.storage import MANIFEST
+
+if TYPE_CHECKING:
+    from ..engine import Engine
+
+
+def keeps_documents(recipe: Recipe, stage: str) -> bool:
+    """Whether documents keep the weights that the stage begins from."""
+    section = recipe.stage(stage)
+    return stage == "distill" or getattr(section, "documents", None) == "frozen"
+
+
+def frozen_documents(model: SearchR3, collection: Collection, kept: Path, engine: Engine) -> ExactIndex:
+    """The documents as the model encodes them, by all processes together.
+
+    Args:
+        model: as the stage begins with it.
+        collection: holds them.
+        kept: a folder of the run, where they are kept for a run that goes on.
+        engine: around the model.
+    """
+    communicator, texts = engine.communicator, collection.texts()
+    key = key_hash({"model": model.backbone.revision, "collection": collection.content_hash()})
+    folder = kept / f"documents-{key}"
+    if communicator.all_gather((folder / MANIFEST).exists())[0]:
+        return ExactIndex.load(folder)
+    listed = list(texts.values())
+    shares = [sorted(share) for share in divide([len(text) for text in listed], communicator.world_size)]
+    vectors = encode_sharded(
+        communicator, shares, lambda places: model.encode_document([listed[place] for place in places])
+    )  # fmt: skip
+    index = ExactIndex(list(texts), vectors)
+    agree(communicator, folder, lambda: index.save(folder) if engine.rank == 0 else None)
+    return index
+
+
+def check_begins(files: ModelFiles, source: str | Path, frozen: bool) -> None:
+    """Refuse a model that a stage cannot begin from.
+
+    Raises:
+        ConfigError: it has a query side of its own, and the stage would move its documents.
+    """
+    if files.queries is not None and not frozen:
+        raise ConfigError(
+            f"{source} encodes queries with other weights than documents (documents=frozen or distill made it), and "
+            "only a stage that keeps documents goes on from there; set documents=frozen in the stage's section, or "
+            "begin from the model that it was made from"
+        )
+
+
+def check_query_side(accelerator: Any, recipe: Recipe, backbone: Backbone, needs_reference: bool) -> None:
+    """Refuse what cannot be done to adapters whose weights encode documents, too."""
+    if backbone.documents is None or not recipe.lora.rank:
+        return
+    if needs_reference:
+        raise ConfigError(
+            f"a KL to the model that the stage begins from: without its adapters {backbone.source} is what encodes its "
+            "documents, and not that; set the weight of the KL to 0"
+        )
+    if str(accelerator.distributed_type.value) in ("FSDP", "DEEPSPEED"):
+        raise ConfigError(
+            f"the adapters of {backbone.source} share their weights with what encodes documents, which FSDP and "
+            "DeepSpeed would take apart; launch with DDP (recipes/accelerate/ddp-*.yaml)"
+        )
