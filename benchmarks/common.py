@@ -11,6 +11,7 @@ import json
 import os
 import platform
 import random
+import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterable, Sequence
@@ -87,6 +88,25 @@ def fastest(measure: Callable[[int], Any], sizes: Iterable[int]) -> tuple[int, d
 def ratio_of_medians(ours: Sequence[float], peer: Sequence[float]) -> float:
     """How many times faster we are, from seconds."""
     return median(peer) / median(ours)
+
+
+def add_worker_arguments(parser: argparse.ArgumentParser) -> None:
+    """Those that `worker` gives to a benchmark's own script."""
+    parser.add_argument("--threads", type=int, default=os.cpu_count() or 1)
+    parser.add_argument("--worker", help=argparse.SUPPRESS)
+    parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
+
+
+def worker(script: str, name: str, folder: Path, threads: int, rounds: int) -> tuple[dict[str, Any], float]:
+    """What a benchmark prints as its last line for one contender, in a process of its own, and the seconds it took."""
+    limits = {f"{library}_NUM_THREADS": str(threads) for library in ("OMP", "MKL", "OPENBLAS")}
+    # Threads of one library must not spin while the other one works.
+    environment = {**os.environ, **limits, "OMP_WAIT_POLICY": "PASSIVE"}
+    command = [sys.executable, script, "--worker", name, "--folder", str(folder)]
+    command += ["--threads", str(threads), "--rounds", str(rounds)]
+    started = time.perf_counter()
+    done = subprocess.run(command, env=environment, check=True, stdout=subprocess.PIPE, text=True)
+    return json.loads(done.stdout.splitlines()[-1]), time.perf_counter() - started
 
 
 def finish(record: dict[str, Any], out: Path | None) -> None:

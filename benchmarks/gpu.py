@@ -1,12 +1,13 @@
-"""The encoding engine on a GPU, in two minutes: speed, memory and parity.
+"""The encoding engine on a GPU, in two minutes and a half: speed, memory and parity.
 
     pip install search-r3[benchmarks]
     python benchmarks/gpu.py --out gpu.json          # Qwen2.5-1.5B's shape, random weights, bfloat16
     python benchmarks/gpu.py --quick --device cpu    # the same code at a tiny size, to try it
 
 Documents: tokens/s as a share of the device's measured matrix-product rate, and against sentence-transformers at its
-best batch size; reasoning queries against `transformers.generate` with a second forward pass; peak memory of each; CUDA
-against the CPU (a small model in float32); what torch's kernels of attention cost.
+best batch size; decoding with a look at the device after every token and after several, one kernel after the other and
+as CUDA graphs; reasoning queries, in the fastest of these ways, against `transformers.generate` with a second forward
+pass; peak memory of each; CUDA against the CPU (a small model in float32); what torch's kernels of attention cost.
 
 A part that would start after --budget seconds is left out and named in `left_out`; runs are repeated while a part's own
 seconds last, once at least. Each part's record is printed, and written to --out, as soon as it is there; Ctrl-C ends
@@ -16,7 +17,6 @@ with what there is. The last line is one JSON object of all of them.
 from __future__ import annotations
 
 import argparse
-import random
 import tempfile
 import time
 from collections.abc import Callable
@@ -25,24 +25,11 @@ from statistics import median
 from typing import Any
 
 from common import GenerateThenEmbed, Shape, make_model, need, never_ending, prepare, reasoning_lengths, say
-from gpu_record import Record, default_threads, made_up_texts, made_up_words, synchronize
+from gpu_decoding import decoding
+from gpu_record import Record, default_threads, made_up_texts, texts_of, timed
 
 QWEN_1_5B = {"layers": 28, "hidden": 1536, "heads": 12, "key_heads": 2, "intermediate": 8960, "vocabulary": 151936}
 TINY = {"layers": 2, "hidden": 64, "heads": 4, "key_heads": 2, "intermediate": 128, "vocabulary": 2048}
-
-
-def timed(device: str, work: Callable[[], Any]) -> tuple[float, int]:
-    """Seconds of one run, and the peak of the device's memory meanwhile (0 on a CPU)."""
-    import torch
-
-    on_gpu = device.startswith("cuda")
-    if on_gpu:
-        synchronize(device)
-        torch.cuda.reset_peak_memory_stats()
-    started = time.perf_counter()
-    work()
-    synchronize(device)
-    return time.perf_counter() - started, torch.cuda.max_memory_allocated() if on_gpu else 0
 
 
 def against(
@@ -117,14 +104,6 @@ def build(options: argparse.Namespace, scratch: Path) -> Any:
         model = transformers.AutoModelForCausalLM.from_config(config, dtype=getattr(torch, options.dtype)).eval()
     settings = small.settings.model_copy(update={"max_length": 1024, "max_new_tokens": 512})
     return Backbone(model, small.tokenizer, settings, small.embed_token_id, "random")
-
-
-def texts_of(count: int, median_words: int, seed: int) -> list[str]:
-    """Texts of the tokenizer's own words, their lengths spread log-normally."""
-    rng = random.Random(f"texts/{seed}")
-    words = made_up_words(seed)
-    lengths = [int(min(700, max(8, rng.lognormvariate(0, 0.7) * median_words))) for _ in range(count)]
-    return [" ".join(rng.choices(words, k=length)) for length in lengths]
 
 
 def parity(options: argparse.Namespace, scratch: Path, found: dict[str, Any]) -> None:
@@ -276,7 +255,7 @@ def queries(options: argparse.Namespace, backbone: Any, found: dict[str, Any]) -
     count, longest = (12, 40) if options.quick else (256, 300)
     lengths = reasoning_lengths(count, options.seed, longest)
     prompts = [prompt.ids for prompt in backbone.prompt_encoder.encode_batch(texts_of(count, 12, 1), "reason")]
-    found["by_batch_size"] = {}
+    found |= {"by_batch_size": {}, "graphs": backbone.graphs}
     for size, rows, seconds in ((8, 12, 20.0),) if options.quick else ((256, 256, 20.0), (64, 128, 5.0)):
         asked, budgets = prompts[:rows], lengths[:rows]
         model.rollouts(asked[:size], max_new_tokens=9, batch_size=size)
@@ -302,7 +281,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--dtype", default="bfloat16", choices=["bfloat16", "float16", "float32"])
-    parser.add_argument("--budget", type=float, default=105.0, help="seconds after which no further part starts")
+    parser.add_argument("--budget", type=float, default=130.0, help="seconds after which no further part starts")
     parser.add_argument("--runs", type=int, default=3)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--threads", type=int, default=default_threads())
@@ -334,6 +313,7 @@ def main() -> None:
             [
                 ("attention", lambda found: attention(options, found)),
                 ("documents", lambda found: documents(options, backbone, scratch, found)),
+                ("decoding", lambda found: decoding(options, backbone, found)),
                 ("queries", lambda found: queries(options, backbone, found)),
                 ("parity", lambda found: parity(options, scratch, found)),
             ]

@@ -128,6 +128,28 @@ def made_up_texts(seed: int, count: int = 2000) -> list[str]:
     return [" ".join(rng.choices(words, k=50)) for _ in range(count)]
 
 
+def texts_of(count: int, median_words: int, seed: int) -> list[str]:
+    """Texts of the tokenizer's own words, their lengths spread log-normally."""
+    rng = random.Random(f"texts/{seed}")
+    words = made_up_words(seed)
+    lengths = [int(min(700, max(8, rng.lognormvariate(0, 0.7) * median_words))) for _ in range(count)]
+    return [" ".join(rng.choices(words, k=length)) for length in lengths]
+
+
+def timed(device: str, work: Callable[[], Any]) -> tuple[float, int]:
+    """Seconds of one run, and the peak of the device's memory meanwhile (0 on a CPU)."""
+    import torch
+
+    on_gpu = device.startswith("cuda")
+    if on_gpu:
+        synchronize(device)
+        torch.cuda.reset_peak_memory_stats()
+    started = time.perf_counter()
+    work()
+    synchronize(device)
+    return time.perf_counter() - started, torch.cuda.max_memory_allocated() if on_gpu else 0
+
+
 def default_threads() -> int:
     """The cores that this process may use, eight at most."""
     return min(8, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)

@@ -18,7 +18,8 @@ WANTED = {
             "product_rate", "tokens_per_second", "share_of_rate", "batch_tokens", "ratio", "peer_batch_size",
             "least_cosine_to_peer", "peak_bytes", "by_batch_tokens", "peer_by_batch_size", "tokenise_seconds",
         ),
-        "queries": ("ratio", "tokens_per_second", "by_batch_size"),
+        "decoding": ("ratio", "64 rows", "4 rows", "1 rows", "graphs_say", "graphs_taken"),
+        "queries": ("ratio", "tokens_per_second", "graphs", "by_batch_size"),
         "parity": ("float32", "half"),
     },
     "training.json": {
@@ -27,7 +28,7 @@ WANTED = {
             "held_before_bytes",
         ),
         "grpo": (
-            "seconds", "training_seconds", "tokens_per_second", "share_of_rate", "decoded_per_second",
+            "seconds", "phases", "training_seconds", "tokens_per_second", "share_of_rate", "decoded_per_second",
             "refresh_tokens_per_second", "reasoning_tokens", "peak_bytes", "plan_bytes", "over_plan",
             "held_before_bytes",
         ),

@@ -9,6 +9,8 @@ spread little, so that the longest batch is no matter of luck. `tokens_per_secon
 passes, padding apart; `share_of_rate` is their FLOP (6 per weight of the blocks, a third of it in passes without
 gradients; what checkpointing computes again does not count) against the device's measured matrix products.
 `peak_bytes` is the peak of torch's allocator after the first step, and `over_plan` that of `search-r3 plan` over it.
+`phases` are the seconds of a step of stage 2: rollouts, documents encoded again, passes and update, all else (search,
+rewards, advantages).
 The first step of a stage warms up; medians are over the others. A stage ends after its steps, or after the first of
 them that its share of --budget is over at; no model is written at its end. Ctrl-C ends with what there is.
 """
@@ -243,6 +245,10 @@ def run_stage(
         "plan": {phase: parts for phase, parts in found.phases.items() if phase != "load"},
     }
     if stage == "grpo":
+        phases = {
+            phase: median(step[f"{phase}_seconds"] for step in steps) for phase in ("rollout", "refresh", "update")
+        }
+        record["phases"] = phases | {"other": median(step["seconds"] for step in steps) - sum(phases.values())}
         record["decoded_per_second"] = median(step["decoded_tokens_per_second"] for step in steps)
         record |= {name: median(step[name] for step in steps) for name in ("reasoning_tokens", "forced_share")}
         record["refresh_tokens_per_second"] = median(s["tokens_encoded"] / s["refresh_seconds"] for s in steps)

@@ -20,9 +20,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
-import subprocess
-import sys
 import tempfile
 import threading
 import time
@@ -31,7 +28,7 @@ from statistics import median
 from typing import Any
 
 import numpy as np
-from common import machine, say, seconds
+from common import add_worker_arguments, machine, say, seconds, worker
 
 SIZE, QUERIES, K, LATENT, BLOCK = 896, 64, 10, 64, 20_000
 ROUNDS_OF_UPDATES, SHARE = 20, 0.01
@@ -145,11 +142,11 @@ class Faiss:
     def __init__(self, source: np.ndarray, graph: bool, threads: int) -> None:
         import faiss
 
-        from search_r3.retrieval.approximate import GraphSettings
-
         faiss.omp_set_num_threads(threads)
         self.faiss = faiss
         if graph:
+            from search_r3.retrieval.approximate import GraphSettings
+
             settings = GraphSettings()
             self.index = faiss.IndexHNSWFlat(SIZE, settings.connectivity, faiss.METRIC_INNER_PRODUCT)
             self.index.hnsw.efConstruction = settings.expansion_add
@@ -232,21 +229,13 @@ def work(name: str, folder: Path, threads: int, rounds: int) -> dict[str, Any]:
 
 def compare(count: int, names: list[str], threads: int, rounds: int) -> dict[str, Any]:
     """All contenders on one corpus."""
-    limits = {f"{library}_NUM_THREADS": str(threads) for library in ("OMP", "MKL", "OPENBLAS")}
-    # Threads of one library must not spin while the other one works.
-    environment = {**os.environ, **limits, "OMP_WAIT_POLICY": "PASSIVE"}
     with tempfile.TemporaryDirectory() as scratch:
         say(f"{count} documents: generating took {seconds(generate, Path(scratch), count):.0f} s")
         results = {}
         for name in [*names, "pair"]:
-            command = [sys.executable, __file__, "--worker", name, "--folder", scratch, "--rounds", str(rounds)]
-            started = time.perf_counter()
-            done = subprocess.run(
-                [*command, "--threads", str(threads)], env=environment, check=True, stdout=subprocess.PIPE, text=True
-            )
-            results[name] = json.loads(done.stdout.splitlines()[-1])
+            results[name], spent = worker(__file__, name, Path(scratch), threads, rounds)
             found = f"ratio {results[name]['ratio']:.3f}" if name == "pair" else row(count, name, results[name])
-            say(f"{found} ({name} took {time.perf_counter() - started:.0f} s)")
+            say(f"{found} ({name} took {spent:.0f} s)")
     return {"documents": count, "pair": results.pop("pair"), "contenders": results}
 
 
@@ -264,12 +253,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--sizes", type=int, nargs="+", default=[10_000, 100_000])
     parser.add_argument("--skip-hnsw-above", type=int, default=10**9, help="no plain usearch and faiss HNSW above")
-    parser.add_argument("--threads", type=int, default=os.cpu_count() or 1)
     parser.add_argument("--rounds", type=int, default=9, help="timed searches of 64 queries; the median counts")
     parser.add_argument("--out", type=Path)
     parser.add_argument("--quick", action="store_true", help="5,000 documents")
-    parser.add_argument("--worker", help=argparse.SUPPRESS)
-    parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
+    add_worker_arguments(parser)
     options = parser.parse_args()
     if options.worker:
         print(json.dumps(work(options.worker, options.folder, options.threads, options.rounds)))

@@ -15,7 +15,7 @@ import torch
 
 from search_r3.model.backbone import Backbone
 from search_r3.model.engine.decoding import _uniforms
-from search_r3.model.engine.sampling import choose_tokens
+from search_r3.model.engine.sampling import Sampling, choose_tokens
 from search_r3.model.loading import load_backbone
 from search_r3.training.rl import endpoint
 from tests.local_http import local_server
@@ -94,13 +94,13 @@ class CompletionServer:
             return self.fault(404, f"The model `{body['model']}` does not exist.", "NotFoundError", "model")
         assert all(isinstance(token, int) for token in body["prompt"]), "a prompt of ids"
         backbone, prompt, draws = self.names[body["model"]], body["prompt"], _uniforms(body["seed"], body["max_tokens"])
+        sampling = Sampling.of([body["temperature"]], [body["top_p"]], backbone.device)
         written, logprobs, stop = list[int](), list[float](), None
         with torch.no_grad():
             for draw in draws:
                 hidden = backbone.hidden_states(torch.tensor([prompt + written]), None)
-                tokens, values = choose_tokens(
-                    backbone.logits(hidden[:, -1]), [body["temperature"]], [body["top_p"]], [draw]
-                )
+                at = torch.tensor([draw], dtype=torch.float64)
+                tokens, values = choose_tokens(backbone.logits(hidden[:, -1]), sampling, at)
                 written.append(tokens.item())
                 logprobs.append(values.item())
                 if written[-1] in body["stop_token_ids"]:

@@ -66,8 +66,8 @@ class RefreshSettings(Section):
     drift_sample: int = Field(64, ge=16, description="Random documents encoded per step to fit the drift correction.")
     index: Literal["exact", "approximate"] = Field(
         "exact",
-        description="Search by matrix products, or by a graph (usearch) for corpora far beyond 100,000 documents; only "
-        "with exact does a resumed run equal an unbroken one.",
+        description="Search by products of whole vectors, or of short sketches of them, whose best alone are scored "
+        "exactly: for corpora of a million documents; ranks beyond 1,000 are not told apart.",
     )
     dtype: Literal["float32", "float16", "bfloat16"] = Field(
         "float32", description="How the index stores vectors; scores are sums of float32 products in any case."
@@ -89,11 +89,6 @@ class RefreshSettings(Section):
             raise ValueError(
                 f"correct_drift=true goes with shortlist or selective, not with policy={self.policy} (the policy drift "
                 "alone corrects all stale vectors)"
-            )
-        if self.index == "approximate" and (self.correct_drift or self.policy == "drift"):
-            raise ValueError(
-                "drift correction moves every vector, and index=approximate would be built anew at every step; "
-                "set index=exact, or correct no drift"
             )
         if (self.max_documents or self.max_tokens) and not by_shortlist:
             raise ValueError(f"a budget goes with shortlist or selective, not with policy={self.policy}")

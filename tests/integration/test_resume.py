@@ -113,7 +113,6 @@ def test_a_resumed_stage_2_equals_an_unbroken_one(
 def test_a_run_on_an_approximate_index_resumes(
     tmp_path: Path, tiny_path: Path, collection_path: Path, stage_1: Path
 ) -> None:
-    """Not bit for bit: the graph is built by several threads."""
     broken = recipe(
         tmp_path / "run", tiny_path, collection_path, "grpo.refresh={policy: shortlist, index: approximate}"
     )

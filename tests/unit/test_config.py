@@ -39,7 +39,6 @@ def test_the_dumped_settings_load_as_they_were(tmp_path: Path) -> None:
         ("grpo.refresh.policy=sometimes", "grpo.refresh.policy = 'sometimes'"),
         ("grpo.refresh=never", "refresh is a section; write refresh.policy=never"),
         ("grpo.refresh={policy: full, max_documents: 5}", "a budget goes with shortlist or selective, not with policy"),
-        ("grpo.refresh={policy: drift, index: approximate}", "set index=exact, or correct no drift"),
         ("grpo.refresh={policy: never, correct_drift: true}", "correct_drift=true goes with shortlist or selective"),
         ("dtype=bfloat16", "recipe: Value error, dtype=bfloat16 with lora.rank=0 would train weights in bfloat16"),
         ("dtype=bfloat16", "set dtype=float32 and mixed_precision=bf16 (products in bfloat16), or lora.rank=16"),

@@ -177,7 +177,7 @@ COMMANDS = {
         ("train", "search {model} --collection atlas --mode direct question"),
     ],
     "peft": [("train", "sft {small} {settings} lora.rank=2"), ("train", "search {adapter} --collection {data} red")],
-    "usearch": [("train", "grpo --model {model} {small} {settings} grpo.refresh.index=approximate")],
+    "usearch": [("train", "encode {model} {out}/i --collection {data} --untrained --index-type hnsw")],
     "datasets": [
         ("train", "data mix {mix} {out}/mix"),
         ("eval", "evaluate --collections owner/name --baselines bm25 --out {out}/e"),

@@ -16,7 +16,7 @@ import numpy as np
 from ..parallel import Communicator
 from ..retrieval.index import ExactIndex
 from ..retrieval.protocol import VectorIndex
-from ..retrieval.ranking import Hits, search_allowed
+from ..retrieval.ranking import Hits, holds, search_allowed
 from ..types import Array, Rows
 from .scoring import QueryRows, Scorer
 
@@ -87,7 +87,7 @@ def _amend(
     near, gained = search_allowed(now, vectors, places, bars, limits, depth)
     result: list[Hits | None] = []
     for place, (own, scores) in enumerate(zip(hits, now.scores_at(vectors, near), strict=True)):
-        stays = np.isin(own.rows, rows, invert=True)
+        stays = ~holds(rows, own.rows)
         all_rows = np.concatenate([own.rows[stays], rows[near[place]]])
         all_scores = np.concatenate([own.row_scores[stays], scores])
         order = np.lexsort((all_rows, -all_scores))[:depth]

@@ -24,7 +24,7 @@ from ..data.collection import Collection, Qrels
 from ..errors import RewardError
 from ..model.engine.decoding import Rollout
 from ..parallel import Communicator, gather_queries
-from ..retrieval.approximate import ApproximateIndex
+from ..retrieval.approximate import Audited
 from ..retrieval.index import ExactIndex
 from ..retrieval.ranking import Hits, ranked_rows
 from ..retrieval.sharded import ROWS_AT_A_TIME, ShardedIndex, divide_rows, encode_rows, load_rows, shard_name
@@ -36,6 +36,7 @@ from .drift import MIN_PAIRS, DriftCorrection, fit_drift
 from .feedback import Feedback, RefreshReport
 from .refresh import RefreshRequest, make_policy
 from .scoring import QueryRows, Score, Scorer
+from .sketch import SketchIndex
 
 T = TypeVar("T")
 UPDATES_PER_INDEX_AUDIT = 20
@@ -103,17 +104,17 @@ class RetrievalEnvironment:
         whole = not frozen and (refresh.correct_drift or refresh.policy in ("selective", "drift"))
         self.sharded = world_size > 1 and not whole and all(map(len, shares))
         own = shares[rank] if self.sharded else np.arange(len(self._doc_ids))
-        held: ExactIndex | ApproximateIndex
+        held: ExactIndex | Audited
         if state is None:
             held = encode_rows(self._doc_ids, self._encode, rows=own, dtype=refresh.dtype, device=device)
         else:
-            kind = ApproximateIndex if refresh.index == "approximate" else ExactIndex
+            load = SketchIndex.load if refresh.index == "approximate" else ExactIndex.load
             name = shard_name(self.communicator) if self.sharded else ""
-            held = load_rows(state / "index", self._doc_ids, own, kind, shard=name, device=device)
+            held = load_rows(state / "index", self._doc_ids, own, load, shard=name, device=device)
         if refresh.index == "approximate" and isinstance(held, ExactIndex):
-            held = ApproximateIndex(held, audit_every=UPDATES_PER_INDEX_AUDIT)
+            held = SketchIndex(held, audit_every=UPDATES_PER_INDEX_AUDIT)
             held.maintain()
-        self.index: ExactIndex | ApproximateIndex | ShardedIndex = held
+        self.index: ExactIndex | Audited | ShardedIndex = held
         if self.sharded:
             self.index = ShardedIndex(self._doc_ids, own, held, self.communicator)
         if state is not None:
@@ -124,17 +125,17 @@ class RetrievalEnvironment:
         """The vectors as they are held, for an exact search."""
         if isinstance(self.index, ShardedIndex):
             return self.index.exact
-        return self.index.store if isinstance(self.index, ApproximateIndex) else self.index
+        return self.index.store if isinstance(self.index, Audited) else self.index
 
     def caught_up(self, policy_version: int) -> ExactIndex | ShardedIndex | None:
         """The corpus as the weights of now encode it, where the live index may hold it; for an evaluation.
 
         With `full`, `periodic` and `shortlist` what is stale is encoded now, and the next rollouts find it fresh. None
-        with `never` and `drift`, which are to encode nothing else, and where a graph would have to be built anew.
+        with `never` and `drift`, which are to encode nothing else, and with `selective`, whose graph all would move.
         """
         if self.frozen:
             return self.exact_index
-        if self.refresh.index == "approximate" or self.refresh.policy in ("never", "drift", "selective"):
+        if self.refresh.policy in ("never", "drift", "selective"):
             return None
         self._encode_again(self._stale(np.arange(len(self.index)), policy_version), policy_version, correct=False)
         return self.exact_index
@@ -291,7 +292,7 @@ class RetrievalEnvironment:
     @property
     def _recall(self) -> float:
         held = self.index.shard if isinstance(self.index, ShardedIndex) else self.index
-        own = held.last_recall if isinstance(held, ApproximateIndex) else 1.0
+        own = held.last_recall if isinstance(held, Audited) else 1.0
         return float(min(self.communicator.all_gather(own)))
 
     def _agree(self, choice: T) -> T:
@@ -324,15 +325,20 @@ class RetrievalEnvironment:
 
     def _encode_again(self, rows: Rows, policy_version: int, *, correct: bool) -> float:
         """Encode these documents and, if asked, correct all others; returns the gain of the correction."""
-        if not len(rows):
-            return 0.0
-        before = self.index.vectors_at(rows) if correct else None
-        after, gain = self._encode(rows), 0.0
-        if before is not None:
+        gain = 0.0
+        if correct and len(rows):  # a sample, whose vectors of before and now are wanted together
+            before, after = self.index.vectors_at(rows), self._encode(rows)
             gain = self._correct(fit_drift(before, after, self._agree), policy_version)
-        self.index.update(rows, after, policy_version)
-        self.policy.moved(self.index, rows)
+            self._take_in(rows, after, policy_version)
+        else:
+            for start in range(0, len(rows), ROWS_AT_A_TIME):
+                block = rows[start : start + ROWS_AT_A_TIME]
+                self._take_in(block, self._encode(block), policy_version)
         return gain
+
+    def _take_in(self, rows: Rows, vectors: Array, policy_version: int) -> None:
+        self.index.update(rows, vectors, policy_version)
+        self.policy.moved(self.index, rows)
 
     def _correct(self, correction: DriftCorrection, policy_version: int) -> float:
         """Apply a map to every stale vector; returns its gain."""

@@ -43,7 +43,8 @@ class Backbone:
     `engine` computes what is encoded: ours (`fast`), the one that serves every architecture (`fallback`), or llama.cpp;
     which of the first two is right for a model is found out when it is loaded. Where `documents` is set, this one
     encodes queries only. `gate` says in mode auto which queries think. Training sets `float32_logits`: logits are then
-    not rounded to half precision, neither those that tokens are sampled from nor those that are learned from.
+    not rounded to half precision, neither those that tokens are sampled from nor those that are learned from. With
+    `graphs` decoding replays its steps as CUDA graphs (`engine.graphs`), which no GPU has tried yet.
     """
 
     model: Any
@@ -56,6 +57,7 @@ class Backbone:
     documents: Backbone | None = None
     gate: Gate | None = None
     float32_logits: bool = False
+    graphs: bool = False
 
     def __post_init__(self) -> None:
         assert self.settings.frames is not None

@@ -163,9 +163,9 @@ class _Probe:
         prompts = [tuple(one[:9]), tuple(two[:5])]
         yield engine.prompt_states(prompts), [(0, 8), (1, 4)]
         engine.admit(prompts)
-        yield engine.advance([one[9], two[5]]), [(0, 9), (1, 5)]
+        yield engine.advance(torch.tensor([one[9], two[5]])), [(0, 9), (1, 5)]
         engine.remove([0])
-        yield engine.advance([two[6]]), [(1, 6)]
+        yield engine.advance(torch.tensor([two[6]])), [(1, 6)]
         engine.share(one[:3])
         yield engine.encode([one, two[:8]]), [(0, 11), (1, 7)]
 

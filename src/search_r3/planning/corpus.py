@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from .footprint import Job
+from .footprint import SKETCH, Job
 from .memory import FULL
 
 TEXT_BYTES = 5
@@ -60,7 +60,7 @@ class Corpus:
         if self.job.stage == "sft" or not self.job.moves:
             return self.job.moves
         settings = self.job.recipe.grpo.refresh
-        return settings.index == "approximate" or settings.policy in ("never", "drift", "selective")
+        return settings.policy in ("never", "drift", "selective")
 
     def host(self) -> dict[str, int]:
         """Bytes of the machine's memory by part, of all processes together."""
@@ -79,18 +79,19 @@ class Corpus:
         return {part: processes * size for part, size in parts.items()}
 
     def searches(self, refreshed: int) -> dict[str, float]:
-        """FLOP of a process's searches in a step, by what they are for; none where a graph does them (usearch).
+        """FLOP of a process's searches in a step, by what they are for; of sketches at their largest.
 
         Args:
             refreshed: documents encoded in a step.
         """
         settings = self.job.recipe.grpo
-        if self.job.stage == "sft" or settings.refresh.index == "approximate":
+        if self.job.stage == "sft":
             return {}
         # All processes' queries are searched in every part; where a process holds all, it searches its own.
         shares = self.job.gpus if self.job.index_rows == self.job.documents else 1
         queries = math.ceil(settings.queries_per_step / shares)
         one = 2.0 * self.job.index_rows * self.job.shape.hidden
+        one *= SKETCH if settings.refresh.index == "approximate" else 1.0
         direct = queries if settings.baseline == "direct" or settings.direct_loss_weight > 0 else 0
         looked_at = queries * settings.curriculum if settings.curriculum > 1 else 0
         # One pass gives ranks and the best documents, and to `shortlist` its choice.

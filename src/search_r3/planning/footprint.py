@@ -23,6 +23,8 @@ ENCODING_TOKENS = 32_768
 OPTIMIZER_MOMENTS = 2
 DIRECT_REPLY = 8
 """Tokens of the direct form's reply, about."""
+SKETCH = 0.5
+"""Of a vector's coordinates, the share that its sketch has at most (`environment/sketch.py`)."""
 
 
 @dataclass(frozen=True)
@@ -164,8 +166,11 @@ class Job:
 
     @property
     def index_bytes(self) -> int:
-        """Of these vectors."""
-        return self.index_rows * self.shape.hidden * (FULL if self.recipe.grpo.refresh.dtype == "float32" else HALF)
+        """Of these vectors, and of their sketches at their largest."""
+        settings = self.recipe.grpo.refresh
+        size = FULL if settings.dtype == "float32" else HALF
+        sketch = HALF * SKETCH if settings.index == "approximate" else 0
+        return int(self.index_rows * self.shape.hidden * (size + sketch))
 
     def own_gradients(self) -> int:
         """Gradients when all processes' are summed."""

@@ -28,6 +28,8 @@ ZERO_LIVE = 1_000_000_000
 LOGITS_AT_A_TIME = 2**25
 """Logits, positions times vocabulary, that a loss holds at once (`training/policy.py`)."""
 PREFILL_TOKENS = 4096
+# Of the decoder on a GPU: tokens between two looks, which a reply may be computed beyond its end.
+LOOK_EVERY = 8
 """Tokens of prompts that the decoder computes together, and of another sampler's replies that are read so."""
 LOGIT_ROWS = 256
 """Positions of such replies whose logits are held at once (`training/rl/sampler.py`)."""
@@ -180,16 +182,8 @@ def rollout_logits_memory(vocabulary: int, positions: int, reference: bool) -> i
 
 
 def cache_memory(shape: ModelShape, slots: int, prompt: int, new_tokens: int, bytes_each: int) -> int:
-    """Bytes of the decoder's keys and values when its room grows for the last time.
-
-    The room (`SlotCache` in `model/engine/attention.py`) grows by a half at least; the old one lives until it is
-    copied.
-    """
-    per_token = 2 * shape.layers * shape.key_width * bytes_each
-    room, before, needed = prompt + 1, 0, prompt + new_tokens
-    while room < needed:
-        room, before = room + max(1, room // 2), room
-    return slots * per_token * (room + before)
+    """Bytes of the decoder's keys and values on a GPU, where the room for whole budgets is reserved at once."""
+    return slots * 2 * shape.layers * shape.key_width * bytes_each * (prompt + new_tokens + LOOK_EVERY)
 
 
 def sampling_memory(shape: ModelShape, slots: int, bytes_each: int) -> int:

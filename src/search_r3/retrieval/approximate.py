@@ -9,7 +9,8 @@ Shapes: `Q` queries, `N` documents, `D` vector size, `K` results, `C` candidates
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from abc import abstractmethod
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -66,7 +67,123 @@ class GraphSettings:
                 raise VectorIndexError(f"{name} of an approximate index must be at least 1, found {value}")
 
 
-class ApproximateIndex(VectorIndex):
+class Audited(VectorIndex):
+    """What proposes documents for an exact index to score, and watches by audits what it misses.
+
+    Attributes:
+        recall_floor: `maintain` builds anew when the recall is below.
+        audit_every: `maintain` runs by itself after so many updates; 0: only when asked.
+        last_recall: what the last audit found; nan before the first.
+        rebuilds: how often it was built anew.
+    """
+
+    @property
+    def device(self) -> torch.device:
+        """Where the store scores."""
+        return self.store.device
+
+    def scores_at(self, queries: Array, rows: Sequence[Rows]) -> list[Array]:
+        """Of the store."""
+        return self.store.scores_at(queries, rows)
+
+    def vectors_at(self, rows: Sequence[int] | Rows) -> Array:
+        """Of the store."""
+        return self.store.vectors_at(rows)
+
+    @abstractmethod
+    def update(self, rows: Rows, vectors: Array, version: int | None = None) -> None:
+        """Replace the vectors in these rows, each once, `len(rows) x D`; without a version they stay as old as before.
+
+        Raises:
+            VectorIndexError: wrong shape or values that are not finite; nothing is changed.
+        """
+
+    @abstractmethod
+    def save(self, folder: Path) -> None:
+        """Write the index; a process killed at any moment leaves the old state or the new one.
+
+        Raises:
+            VectorIndexError: the disk refuses; the old state stays.
+        """
+
+    def audit(self, queries: Array | int = 100, k: int = 10, seed: int = 0) -> float:
+        """Recall@k against the exact index, from 0 to 1.
+
+        A document counts as found when its score reaches the exact k-th best.
+
+        Args:
+            queries: `Q x D`, or how many documents to draw whose vectors serve as queries.
+            k: depth.
+            seed: of the draw.
+
+        Raises:
+            VectorIndexError: no queries.
+        """
+        if (queries if isinstance(queries, int) else len(queries)) < 1:
+            raise VectorIndexError("an audit needs at least one query, found none")
+        if isinstance(queries, int):
+            sample = np.random.default_rng(seed).choice(len(self), min(queries, len(self)), replace=False)
+            queries = self.store.vectors_at(sample)
+        _, truth = self.store.search_rows(queries, k)
+        _, scores = self.search_rows(queries, k)
+        self.last_recall = float((scores >= truth[:, -1:] - ALIKE).mean())
+        return self.last_recall
+
+    def maintain(self, queries: Array | int = 100, k: int = 10, seed: int = 0) -> float:
+        """Audit, and build anew what proposes if its recall is below the floor.
+
+        Returns:
+            The recall before a rebuild; `last_recall` is the one after it.
+        """
+        recall = self.audit(queries, k, seed)
+        if recall < self.recall_floor:
+            self.rebuild()
+            self.audit(queries, k, seed)
+        return recall
+
+    def rebuild(self) -> None:
+        """Build anew what proposes, from the stored vectors."""
+        self._build()
+        self.rebuilds += 1
+
+    def audit_facts(self) -> dict[str, Any]:
+        """What the manifest of a saved index says of its audits."""
+        recall = None if math.isnan(self.last_recall) else self.last_recall
+        return {
+            "recall_floor": self.recall_floor,
+            "audit_every": self.audit_every,
+            "audited": [recall, self.rebuilds, self._updates],
+        }
+
+    def _watch(self, store: ExactIndex, recall_floor: float, audit_every: int) -> None:
+        if not 0 <= recall_floor <= 1 or audit_every < 0:
+            raise VectorIndexError(
+                f"recall_floor must lie between 0 and 1, found {recall_floor}; "
+                f"audit_every must be 0 or above, found {audit_every}"
+            )
+        self.store = store
+        self.doc_ids, self.rows, self.encoded_at_version = store.doc_ids, store.rows, store.encoded_at_version
+        self.recall_floor, self.audit_every = recall_floor, audit_every
+        self.last_recall, self.rebuilds, self._updates = math.nan, 0, 0
+
+    def _watch_again(self, store: ExactIndex, manifest: Mapping[str, Any]) -> None:
+        """`_watch`, from `audit_facts`; to be called within `readable`."""
+        self._watch(store, manifest["recall_floor"], manifest["audit_every"])
+        recall, self.rebuilds, self._updates = manifest["audited"]
+        self.last_recall = math.nan if recall is None else recall
+
+    def _updated(self) -> None:
+        """To be called after each update."""
+        self._updates += 1
+        if self.audit_every and self._updates % self.audit_every == 0:
+            self.maintain()
+
+    @abstractmethod
+    def _build(self) -> None:
+        """Build what proposes from the stored vectors."""
+
+
+class ApproximateIndex(Audited):
     """A graph over the vectors of an exact index, behind the same protocol.
 
     The graph is built with as many threads as torch uses; with more than one, two builds may differ slightly.
@@ -76,10 +193,6 @@ class ApproximateIndex(VectorIndex):
         settings: of the graph.
         recall_floor: `maintain` rebuilds the graph when its recall is below.
         audit_every: `maintain` runs by itself after so many updates; 0: only when asked.
-
-    Attributes:
-        last_recall: what the last audit found; nan before the first.
-        rebuilds: how often the graph was built anew.
 
     Raises:
         VectorIndexError: settings out of range.
@@ -93,7 +206,8 @@ class ApproximateIndex(VectorIndex):
         recall_floor: float = 0.95,
         audit_every: int = 0,
     ) -> None:
-        self._configure(store, settings or GraphSettings(), recall_floor, audit_every)
+        self._watch(store, recall_floor, audit_every)
+        self.settings = settings or GraphSettings()
         self._build()
 
     def search_rows(self, queries: Array, k: int) -> tuple[Rows, Array]:
@@ -118,11 +232,6 @@ class ApproximateIndex(VectorIndex):
         if len(gaps):
             rows[gaps], scores[gaps] = self.store.search_rows(queries[gaps], k)
         return rows, scores
-
-    @property
-    def device(self) -> torch.device:
-        """Where the store scores."""
-        return self.store.device
 
     @property
     def counts_to(self) -> int:
@@ -182,22 +291,11 @@ class ApproximateIndex(VectorIndex):
         result |= dict(zip(rest, exact, strict=True))
         return [result[i] for i in range(len(rows))], near
 
-    def scores_at(self, queries: Array, rows: Sequence[Rows]) -> list[Array]:
-        """The scores of chosen rows for each query; equal vectors have equal ones."""
-        return self.store.scores_at(queries, rows)
-
-    def vectors_at(self, rows: Sequence[int] | Rows) -> Array:
-        """The vectors held in these rows, `len(rows) x D`."""
-        return self.store.vectors_at(rows)
-
     def update(self, rows: Rows, vectors: Array, version: int | None = None) -> None:
-        """Replace the vectors in these rows, each once, `len(rows) x D`; without a version they stay as old as before.
+        """As `Audited.update`.
 
         The graph takes up anew what has moved by more than `STRAYED` from where it has it: it only proposes. Where more
         than half of all documents change, it is built anew, which is faster and better.
-
-        Raises:
-            VectorIndexError: wrong shape or values that are not finite; nothing is changed.
         """
         self.store.update(rows, vectors, version)
         if self._mapped is not None:
@@ -209,56 +307,10 @@ class ApproximateIndex(VectorIndex):
             if len(rows):
                 self._graph.remove(rows.astype(np.uint64), threads=torch.get_num_threads())
                 self._add(rows)
-        self._updates += 1
-        if self.audit_every and self._updates % self.audit_every == 0:
-            self.maintain()
-
-    def audit(self, queries: Array | int = 100, k: int = 10, seed: int = 0) -> float:
-        """Recall@k of the graph against the exact index, from 0 to 1.
-
-        A document counts as found when its score reaches the exact k-th best.
-
-        Args:
-            queries: `Q x D`, or how many documents to draw whose vectors serve as queries.
-            k: depth.
-            seed: of the draw.
-
-        Raises:
-            VectorIndexError: no queries.
-        """
-        if (queries if isinstance(queries, int) else len(queries)) < 1:
-            raise VectorIndexError("an audit needs at least one query, found none")
-        if isinstance(queries, int):
-            sample = np.random.default_rng(seed).choice(len(self), min(queries, len(self)), replace=False)
-            queries = self.store.vectors_at(sample)
-        _, truth = self.store.search_rows(queries, k)
-        _, scores = self.search_rows(queries, k)
-        self.last_recall = float((scores >= truth[:, -1:] - ALIKE).mean())
-        return self.last_recall
-
-    def maintain(self, queries: Array | int = 100, k: int = 10, seed: int = 0) -> float:
-        """Audit, and build the graph anew if its recall is below the floor.
-
-        Returns:
-            The recall before a rebuild; `last_recall` is the one after it.
-        """
-        recall = self.audit(queries, k, seed)
-        if recall < self.recall_floor:
-            self.rebuild()
-            self.audit(queries, k, seed)
-        return recall
-
-    def rebuild(self) -> None:
-        """Build the graph anew from the stored vectors."""
-        self._build()
-        self.rebuilds += 1
+        self._updated()
 
     def save(self, folder: Path) -> None:
-        """Write store, graph and settings; a process killed at any moment leaves the old state or the new one.
-
-        Raises:
-            VectorIndexError: the disk refuses; the old state stays.
-        """
+        """As `Audited.save`: store, graph and settings."""
         writers, facts = self.store.writers(), self.store.facts()
         storage.save_state(folder, {**writers, **self.graph_writers()}, {**facts, **self.graph_facts()})
 
@@ -268,14 +320,7 @@ class ApproximateIndex(VectorIndex):
 
     def graph_facts(self) -> dict[str, Any]:
         """What the manifest says of it beside what it says of an exact index."""
-        recall = None if math.isnan(self.last_recall) else self.last_recall
-        return {
-            "index_type": "hnsw",
-            "graph": asdict(self.settings),
-            "recall_floor": self.recall_floor,
-            "audit_every": self.audit_every,
-            "audited": [recall, self.rebuilds, self._updates],
-        }
+        return {"index_type": "hnsw", "graph": asdict(self.settings), **self.audit_facts()}
 
     @classmethod
     def load(cls, folder: Path, *, mmap: bool = False, device: str | torch.device = "cpu") -> ApproximateIndex:
@@ -293,26 +338,11 @@ class ApproximateIndex(VectorIndex):
             manifest, paths = storage.read_manifest(Path(folder))
             store = ExactIndex.from_state(manifest, paths, mmap=mmap)
             index = cls.__new__(cls)
-            settings = GraphSettings(**manifest["graph"])
-            index._configure(store, settings, manifest["recall_floor"], manifest["audit_every"])
+            index.settings = GraphSettings(**manifest["graph"])
+            index._watch_again(store, manifest)
             index._read_graph(paths["hnsw.graph"], mmap)
-            recall, index.rebuilds, index._updates = manifest["audited"]
-            index.last_recall = math.nan if recall is None else recall
         store.to(device)
         return index
-
-    def _configure(self, store: ExactIndex, settings: GraphSettings, recall_floor: float, audit_every: int) -> None:
-        if not 0 <= recall_floor <= 1 or audit_every < 0:
-            raise VectorIndexError(
-                f"recall_floor must lie between 0 and 1, found {recall_floor}; "
-                f"audit_every must be 0 or above, found {audit_every}"
-            )
-        self.store, self.settings = store, settings
-        self.doc_ids, self.rows, self.encoded_at_version = store.doc_ids, store.rows, store.encoded_at_version
-        self.recall_floor, self.audit_every = recall_floor, audit_every
-        self.last_recall, self.rebuilds, self._updates = math.nan, 0, 0
-        self._graph: Any = self._empty_graph()
-        self._mapped: Path | None = None
 
     def _empty_graph(self) -> Any:
         with extra("train"):
@@ -328,7 +358,8 @@ class ApproximateIndex(VectorIndex):
         )
 
     def _build(self) -> None:
-        self._graph, self._mapped = self._empty_graph(), None
+        self._graph: Any = self._empty_graph()
+        self._mapped: Path | None = None
         for start in range(0, len(self), self.store.block):
             self._add(np.arange(start, min(start + self.store.block, len(self))))
 

@@ -23,7 +23,7 @@ from ..types import Array, Rows
 from . import storage
 from .parts import Parts
 from .protocol import VectorIndex
-from .selection import NOISE, Ahead, Best, Blocks, Rounding, count_ahead
+from .selection import NOISE, Ahead, Best, Blocks, Rounding, count_ahead, keys
 
 DType = Literal["float32", "float16", "bfloat16"]
 
@@ -165,14 +165,13 @@ class ExactIndex(VectorIndex):
             rounding = self._rounding(block)
             best = Best(block, rounding)
             lists, bars = [targets[i].tolist() for i in part], [target_scores[i].tolist() for i in part]
-            ahead = Ahead(partial(self._pair_scores, block), lists, bars, block.device, rounding)
+            ahead = Ahead(partial(self.pair_scores, block), lists, bars, block.device, rounding)
             for first, products in self._products(block) if rounding is None else self._rounded_products(block):
                 if k:
                     best.add(first, products, k)
                 ahead.add(first, products)
             if k:
-                best.merge(k)
-                rows[part], scores[part] = best.rows.cpu().numpy(), best.scores.cpu().numpy()
+                rows[part], scores[part] = (found.cpu().numpy() for found in best.finish(k))
             for i, own in zip(part, ahead.lists(), strict=True):
                 counts[i] = own
         return rows, scores, counts
@@ -185,27 +184,26 @@ class ExactIndex(VectorIndex):
         if not len(rows):
             return []
         sizes = [len(line) for line in rows]
-        if sum(sizes) > 64 * len(sizes):  # then a query's own product spares copies of the query
-            vectors = self._queries(queries)
-            return [self._row_scores(query, line).cpu().numpy() for query, line in zip(vectors, rows, strict=True)]
         places = torch.from_numpy(np.concatenate(rows)).to(self._tensor.device)
         owners = torch.arange(len(rows)).repeat_interleave(torch.tensor(sizes)).to(places.device)
-        scores = self._pair_scores(self._queries(queries), places, owners).cpu().numpy()
+        scores = self.pair_scores(self._queries(queries), places, owners).cpu().numpy()
         return np.split(scores, np.cumsum(sizes)[:-1])
 
-    def _row_scores(self, query: torch.Tensor, rows: Rows) -> torch.Tensor:
-        """`_pair_scores` of one query."""
-        places = torch.from_numpy(rows).to(query.device)
-        parts = (places[start : start + PAIRS] for start in range(0, len(places), PAIRS))
-        scores = [(self._tensor[part].to(query) * query).sum(1) for part in parts]
-        return torch.cat(scores) if scores else query.new_empty(0)
-
-    def _pair_scores(self, queries: torch.Tensor, rows: torch.Tensor, query: torch.Tensor) -> torch.Tensor:
-        """The scores of pairs of a row and a query, each summed by itself."""
+    def pair_scores(self, queries: torch.Tensor, rows: torch.Tensor, query: torch.Tensor) -> torch.Tensor:
+        """The scores of pairs of a row and a query (their numbers), each summed by itself."""
         scores = queries.new_empty(len(rows))
+        # Used again and again: to get as much memory anew would take longer than the sums.
+        size = (min(PAIRS, len(rows)), self.dimension)
+        near, far = queries.new_empty(size, dtype=self._tensor.dtype), queries.new_empty(size)
         for start in range(0, len(rows), PAIRS):
-            part = slice(start, start + PAIRS)
-            scores[part] = (self._tensor[rows[part]].to(queries) * queries[query[part]]).sum(1)
+            part = rows[start : start + PAIRS]
+            narrow, wide = near[: len(part)], far[: len(part)]
+            if isinstance(self._tensor, torch.Tensor):
+                torch.index_select(self._tensor, 0, part, out=narrow)
+            else:
+                narrow = self._tensor[part]
+            torch.index_select(queries, 0, query[start : start + PAIRS], out=wide)
+            torch.sum(wide.mul_(narrow), 1, out=scores[start : start + PAIRS])
         return scores
 
     def check_queries(self, queries: Array) -> Array:
@@ -223,6 +221,10 @@ class ExactIndex(VectorIndex):
         places = torch.tensor(np.asarray(rows, dtype=np.int64), device=self._tensor.device)
         array: Array = self._tensor[places].float().cpu().numpy()
         return array
+
+    def block_at(self, rows: slice) -> torch.Tensor:
+        """The vectors in a block of rows as they are stored; do not write."""
+        return self._tensor[rows]
 
     def update(self, rows: Rows, vectors: Array, version: int | None = None) -> None:
         """Replace the vectors in these rows, each once, `len(rows) x D`; without a version they stay as old as before.
@@ -310,7 +312,7 @@ class ExactIndex(VectorIndex):
 
         What such a product cannot tell is taken from float32 sums, so that results are the same.
         """
-        if self.dtype != "bfloat16" or not (self._tensor.device.type == "cuda" or _multiplies_bfloat16()):
+        if self.dtype != "bfloat16" or fast_dtype(self.device) != torch.bfloat16:
             return None
 
         def products(start: int, columns: torch.Tensor) -> torch.Tensor:
@@ -319,15 +321,17 @@ class ExactIndex(VectorIndex):
         error = (queries - queries.bfloat16()).norm(dim=1) * LONGEST + NOISE
         # A GPU may add parts of a sum that are rounded already.
         unit = torch.finfo(torch.bfloat16).eps / 2 * (4 if queries.is_cuda else 1)
-        return Rounding(partial(self._pair_scores, queries), products, error, unit)
+        return Rounding(partial(self.pair_scores, queries), error, unit, products)
 
     def _rounded_products(self, queries: torch.Tensor) -> Blocks:
         narrow = queries.bfloat16().T
+        scores = narrow.new_empty((min(self.block, len(self)), len(queries)))
         for start in range(0, len(self), self.block):
-            yield start, torch.mm(self._tensor[start : start + self.block], narrow).float()
+            block = self._tensor[start : start + self.block]
+            yield start, keys(torch.mm(block, narrow, out=scores[: len(block)]))
 
     def _products(self, queries: torch.Tensor) -> Blocks:
-        """The first row and the scores (`rows x Q`) of each block; the next block overwrites the scores.
+        """The first row and the keys of the scores of each block; the next block overwrites them.
 
         A document gets the same bits in every pass over the same queries: same shapes, same memory, same order of sums.
         Two documents with one vector may differ in the last bit: the edges of a block are summed in another order.
@@ -340,12 +344,17 @@ class ExactIndex(VectorIndex):
             block = self._tensor[start : start + size]
             if narrow:
                 block = wide[: len(block)].copy_(block)
-            yield start, torch.mm(block, queries.T, out=scores[: len(block)])
+            yield start, keys(torch.mm(block, queries.T, out=scores[: len(block)]))
 
 
 @cache
 def _multiplies_bfloat16() -> bool:
     return bool(getattr(torch.cpu, "_is_avx512_bf16_supported", bool)())
+
+
+def fast_dtype(device: torch.device) -> torch.dtype:
+    """bfloat16 where it is multiplied faster than float32, else that."""
+    return torch.bfloat16 if device.type == "cuda" or _multiplies_bfloat16() else torch.float32
 
 
 def descending(doc_ids: Sequence[str]) -> Rows:

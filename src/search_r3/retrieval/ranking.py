@@ -96,12 +96,22 @@ class RestrictedRows:
 
     def allow(self, rows: Rows) -> np.ndarray[tuple[int], np.dtype[np.bool_]]:
         """Which of these rows can be ranked."""
-        return np.isin(rows, self.left_out, invert=True) if self.pool is None else np.isin(rows, self.pool)
+        return ~holds(self.left_out, rows) if self.pool is None else holds(self.pool, rows)
 
     def within(self, rows: Rows) -> RestrictedRows:
         """The same in an index of these rows alone, which ascend."""
-        left_out, pool = np.isin(rows, self.left_out), None if self.pool is None else np.isin(rows, self.pool)
+        left_out, pool = holds(self.left_out, rows), None if self.pool is None else holds(self.pool, rows)
         return RestrictedRows(np.flatnonzero(left_out), None if pool is None else np.flatnonzero(pool))
+
+
+def holds(ascending: Rows, rows: Rows) -> np.ndarray[tuple[int], np.dtype[np.bool_]]:
+    """Which of some rows are among others, which ascend: `np.isin` for a handful, at a fraction of its price."""
+    if not len(ascending):
+        return np.zeros(len(rows), np.bool_)
+    found: np.ndarray[tuple[int], np.dtype[np.bool_]] = (
+        ascending[np.minimum(np.searchsorted(ascending, rows), len(ascending) - 1)] == rows
+    )
+    return found
 
 
 def restricted_rows(index: VectorIndex, limits: Restrictions) -> RestrictedRows:
@@ -213,7 +223,8 @@ def search_allowed(
         for i, rows, scores, counts in zip(group, nearest, products, group_counts, strict=True):
             last = min(depth + len(limits[i].left_out), len(rows)) - 1
             tied = len(rows) < len(index) and scores[last] - scores[-1] < NOISE
-            candidates[i] = np.setdiff1d(np.arange(len(index)) if tied else rows, limits[i].left_out)
+            rows = np.arange(len(index)) if tied else rows
+            candidates[i] = rows[limits[i].allow(rows)]
             ahead[i] = counts
     return candidates, ahead
 

@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 from ..errors import DataError, VectorIndexError
 from ..parallel import Communicator, divide, gather_queries
 from ..types import Array, Rows
-from .approximate import ApproximateIndex
+from .approximate import Audited
 from .index import DType, ExactIndex
 from .protocol import VectorIndex
 from .storage import read_manifest, readable
@@ -47,7 +47,7 @@ class ShardedIndex(VectorIndex):
     """
 
     def __init__(
-        self, doc_ids: Sequence[str], own: Rows, shard: ExactIndex | ApproximateIndex, communicator: Communicator
+        self, doc_ids: Sequence[str], own: Rows, shard: ExactIndex | Audited, communicator: Communicator
     ) -> None:
         self.doc_ids, self.shard, self._own, self._communicator = doc_ids, shard, own, communicator
         self.rows = {doc_id: row for row, doc_id in enumerate(doc_ids)}
@@ -219,21 +219,21 @@ def load_rows(
     folder: Path,
     doc_ids: Sequence[str],
     rows: Rows,
-    kind: type[ExactIndex] | type[ApproximateIndex],
+    load: Callable[..., ExactIndex | Audited],
     *,
     shard: str = "",
     device: str | torch.device = "cpu",
-) -> ExactIndex | ApproximateIndex:
+) -> ExactIndex | Audited:
     """Some rows of a corpus, from what one process or several have saved.
 
     Where as many processes saved as there are now, each reads what it wrote, bit for bit; else it picks its rows from
-    all that was written, into an exact index: a graph of them is to be built anew.
+    all that was written, into an exact index: what proposes for it is to be built anew.
 
     Args:
         folder: where an index or its shards were saved.
         doc_ids: of the whole corpus, in descending order.
         rows: that this process is to hold, ascending.
-        kind: of index.
+        load: that of the kind of index that was saved.
         shard: the name under which this process saves its rows; none where it saves them all.
         device: where the vectors go.
 
@@ -245,7 +245,7 @@ def load_rows(
     with readable(folder):
         complete = sum(read_manifest(path)[0]["documents"] for path in saved) == len(doc_ids)
     if folder / shard in saved and complete:
-        index = kind.load(folder / shard, device=device)
+        index = load(folder / shard, device=device)
         if list(index.doc_ids) == names:
             return index
     parts = [ExactIndex.load(path, mmap=True) for path in saved]

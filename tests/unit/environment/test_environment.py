@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import partialmethod
 from pathlib import Path
 from typing import Any
 
@@ -13,13 +12,13 @@ from search_r3.config import RefreshSettings, RewardSettings
 from search_r3.data.collection import Collection, Document, Query
 from search_r3.environment.environment import RetrievalEnvironment
 from search_r3.environment.refresh import Selective
+from search_r3.environment.sketch import SketchIndex
 from search_r3.errors import DataError, RewardError
 from search_r3.evaluation.benchmark import EvaluationOptions, evaluate
 from search_r3.evaluation.results import SystemInfo
 from search_r3.evaluation.systems import Answers, System, rank_vectors
 from search_r3.model.engine.generation import Rollout
 from search_r3.parallel import Communicator
-from search_r3.retrieval.approximate import ApproximateIndex, GraphSettings
 from search_r3.retrieval.index import ExactIndex
 from search_r3.retrieval.metrics import ndcg, rank
 from search_r3.retrieval.ranking import RankRequest
@@ -75,6 +74,36 @@ def test_the_vector_that_ranks_the_right_document_first_earns_more(collection: C
     rankings = [part.ndcg for part in feedback.parts]
     assert rankings == pytest.approx([1.0, 1 / np.log2(6), 0.0])
     assert feedback.rewards == pytest.approx([part.total(WEIGHTS) for part in feedback.parts])
+
+
+@pytest.mark.parametrize("index", ["exact", "approximate"])
+def test_what_is_stale_is_encoded_some_documents_at_a_time(
+    index: str, collection: Collection, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Vectors of a whole corpus never stand beside those of the index."""
+    sizes, seen = [], MovingEncoder.encode_document
+
+    def encode_document(self: MovingEncoder, texts: Sequence[str], progress: Progress | None = None) -> np.ndarray:
+        sizes.append(len(texts))
+        return seen(self, texts, progress)
+
+    encoders = [MovingEncoder(collection) for _ in range(2)]
+    whole, parts = (environment(collection, encode, "full", index=index) for encode in encoders)
+    for encode in encoders:
+        encode.shift = 0.3
+    expected = whole.feedback([rollout(0.3)], ["q00"], 1)
+    monkeypatch.setattr("search_r3.environment.environment.ROWS_AT_A_TIME", 7)
+    monkeypatch.setattr(MovingEncoder, "encode_document", encode_document)
+    answer = parts.feedback([rollout(0.3)], ["q00"], 1)
+    assert (sum(sizes), max(sizes)) == (40, 7)
+    assert answer.rewards == expected.rewards and answer.refresh.documents_encoded == 40
+    assert versions_of(parts, parts.index.doc_ids) == [1] * 40
+    encoders[1].shift = 0.6
+    caught = parts.caught_up(2)
+    assert caught is not None and (sum(sizes), max(sizes)) == (80, 7)
+    np.testing.assert_array_equal(
+        caught.vectors_at(range(40)), encoders[1].encode_document(parts._texts(np.arange(40)))
+    )
 
 
 def test_feedback_for_nothing_or_for_a_query_without_an_answer_is_refused(collection: Collection) -> None:
@@ -295,10 +324,7 @@ def test_a_sampled_audit_encodes_little_and_sees_the_same_reward_error(collectio
 
 
 @pytest.mark.parametrize("policy", ["full", "shortlist", "selective"])
-def test_an_approximate_index_gives_the_same_rewards(
-    tmp_path: Path, collection: Collection, policy: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(GraphSettings, "__init__", partialmethod(GraphSettings.__init__, rank_depth=12))
+def test_an_approximate_index_gives_the_same_rewards(tmp_path: Path, collection: Collection, policy: str) -> None:
     rollouts, owners = [rollout(0.3), rollout(0.36)], ["q00", "q01"]
     answers, worlds = [], []
     for index in ("exact", "approximate"):
@@ -308,7 +334,7 @@ def test_an_approximate_index_gives_the_same_rewards(
         answers.append(worlds[-1].feedback(rollouts, owners, 1))
     assert answers[0].rewards == pytest.approx(answers[1].rewards)
     assert answers[0].best_ranks == answers[1].best_ranks
-    assert isinstance(worlds[1].index, ApproximateIndex)
+    assert isinstance(worlds[1].index, SketchIndex)
     assert answers[1].refresh.index_recall == 1.0
     worlds[1].save(tmp_path)
     again = RetrievalEnvironment(
@@ -321,11 +347,11 @@ def test_an_approximate_index_gives_the_same_rewards(
         max_new_tokens=10,
         state=tmp_path,
     )
-    assert isinstance(again.index, ApproximateIndex)
+    assert isinstance(again.index, SketchIndex)
     assert again.feedback(rollouts, owners, 1).rewards == pytest.approx(worlds[0].feedback(rollouts, owners, 1).rewards)
 
 
-def test_a_graph_that_other_processes_saved_is_built_anew_and_watched(tmp_path: Path, collection: Collection) -> None:
+def test_sketches_that_other_processes_saved_are_built_anew_and_watched(tmp_path: Path, collection: Collection) -> None:
     world = environment(collection, MovingEncoder(collection), "shortlist", index="approximate")
     world.save(tmp_path / "saved")
     (tmp_path / "index").mkdir()
@@ -334,7 +360,7 @@ def test_a_graph_that_other_processes_saved_is_built_anew_and_watched(tmp_path: 
         *(collection, collection.split("train"), MovingEncoder(collection), world.refresh, WEIGHTS),
         k=10, max_new_tokens=10, state=tmp_path,
     )  # fmt: skip
-    assert isinstance(again.index, ApproximateIndex) and again.index.audit_every > 0
+    assert isinstance(again.index, SketchIndex) and again.index.audit_every > 0
     assert again.feedback([rollout(0.3)], ["q00"], 1).refresh.index_recall == 1.0, "and no NaN, which ends a run"
 
 

@@ -7,6 +7,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from search_r3 import SearchR3
 from search_r3.errors import ModelError
@@ -14,7 +15,7 @@ from search_r3.model.backbone import Backbone
 from search_r3.model.embeddings import QueryEmbeddings
 from search_r3.model.engine.attention import SlotCache
 from search_r3.model.engine.decoding import Decoder, DecodeRequest, Rollout
-from search_r3.model.engine.sampling import choose_tokens
+from search_r3.model.engine.sampling import Chooser, Sampling, choose_tokens
 from tests.conftest import favour
 
 TEXTS = ["where is the red house?", "river", "a black horse and a white chair", "the green lamp"]
@@ -32,6 +33,13 @@ def prompt(backbone: Backbone, place: int, kind: str = "reason") -> list[int]:
     return backbone.prompt_encoder.encode(TEXTS[place % len(TEXTS)], kind).ids  # type: ignore[arg-type]
 
 
+def choose(
+    logits: torch.Tensor, temperatures: list[float], top_p: list[float], draws: list[float]
+) -> tuple[torch.Tensor, torch.Tensor]:
+    sampling = Sampling.of(temperatures, top_p, torch.device("cpu"))
+    return choose_tokens(logits, sampling, torch.tensor(draws, dtype=torch.float64))
+
+
 def computed_tokens(backbone: Backbone) -> list[int]:
     """Fills with the number of tokens of every forward pass from now on."""
     counts: list[int] = []
@@ -47,6 +55,7 @@ def assert_same(one: Rollout, other: Rollout) -> None:
     assert one.soft_tokens == other.soft_tokens
     np.testing.assert_allclose(one.logprobs, other.logprobs, atol=1e-5)
     torch.testing.assert_close(one.vector, other.vector, atol=1e-5, rtol=1e-5)
+    assert one.writes == pytest.approx(other.writes, abs=1e-5)
 
 
 def mixed_requests(backbone: Backbone) -> list[DecodeRequest]:
@@ -63,6 +72,9 @@ def mixed_requests(backbone: Backbone) -> list[DecodeRequest]:
         DecodeRequest(prompt(backbone, 0, "latent"), 4, latent=True),
         DecodeRequest(prompt(backbone, 3, "latent"), 1, latent=True),
         DecodeRequest(prompt(backbone, 2, "latent"), 6, latent=True),
+        DecodeRequest(prompt(backbone, 1), 7, first="own"),
+        DecodeRequest(prompt(backbone, 3), 5, temperature=1.0, seed=9, first="text"),
+        DecodeRequest(prompt(backbone, 0), 4, first="embed"),
     ]
 
 
@@ -71,16 +83,96 @@ def engine(request: pytest.FixtureRequest) -> str:
     return str(request.param)
 
 
-@pytest.mark.parametrize("slots", [1, 2, 3, 8, 100])
-def test_every_request_gets_what_it_would_get_alone(backbone: Backbone, slots: int, engine: str) -> None:
+@pytest.mark.parametrize(("slots", "look_every"), [(1, 1), (2, 1), (3, 1), (8, 1), (100, 1), (1, 8), (3, 3), (100, 8)])
+def test_every_request_gets_what_it_would_get_alone(
+    backbone: Backbone, slots: int, look_every: int, engine: str
+) -> None:
     favour(backbone, backbone.embed_token_id, 1.0)
     requests = mixed_requests(backbone)
     alone = [Decoder(backbone, 1).run([request])[0] for request in requests]
     backbone.engine = engine  # type: ignore[assignment]
-    for one, other in zip(alone, Decoder(backbone, slots).run(requests), strict=True):
+    decoder = Decoder(backbone, slots, look_every)
+    for one, other in zip(alone, decoder.run(requests), strict=True):
         assert_same(one, other)
-    for one, other in zip(alone, Decoder(backbone, slots).run(requests[::-1])[::-1], strict=True):
+    for one, other in zip(alone, decoder.run(requests[::-1])[::-1], strict=True):
         assert_same(one, other)
+
+
+class Waits(TorchDispatchMode):
+    """Notes what would wait for a device: numbers read from it, or brought to it from a list."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: list[str] = []
+
+    def __torch_dispatch__(self, operation: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = operation.overloadpacket.__name__
+        lists = name == "index" and any(one is not None and one.dtype == torch.bool for one in args[1])
+        if lists or name in ("_local_scalar_dense", "nonzero", "lift_fresh", "masked_select"):
+            self.seen.append(name)
+        return operation(*args, **(kwargs or {}))
+
+
+def test_the_host_looks_once_per_several_tokens(quiet: Backbone, monkeypatch: pytest.MonkeyPatch) -> None:
+    decoder, lengths = Decoder(quiet, 3, look_every=8), list[int]()
+    look = Chooser.look
+    monkeypatch.setattr(Chooser, "look", lambda chooser: lengths.append(chooser.steps) or look(chooser))
+    for place in range(3):
+        decoder.submit(DecodeRequest(prompt(quiet, place), 41, temperature=0.8, top_p=0.9, seed=place))
+    decoder.step()
+    room = decoder._engine._cache.values.shape  # type: ignore[union-attr]
+    decoder.step()
+    waited: list[list[str]] = []
+    for decoder.look_every in (8, 2):
+        with Waits() as waits:
+            decoder.step()
+        waited.append(waits.seen)
+    assert len(waited[0]) == len(waited[1]), "eight tokens wait for no more than two do"
+    assert "lift_fresh" in waited[0], "what one look brings is seen"
+    decoder.look_every = 8
+    while len(decoder):
+        decoder.step()
+    assert lengths == [1, 8, 8, 2, 8, 8, 6]
+    assert decoder._engine._cache.values.shape == room, "reserved once"  # type: ignore[union-attr]
+
+
+@pytest.mark.parametrize("look_every", [1, 8])
+def test_no_row_is_computed_beyond_the_context(quiet: Backbone, look_every: int) -> None:
+    """Positions that are learned are a table, and those beyond it an error of the whole device."""
+    ids = prompt(quiet, 0)
+    full = DecodeRequest([*ids * 9][: quiet.context_length - 2], 2)
+    places: list[int] = []
+    quiet.causal_lm.base_model.rotary_emb.register_forward_hook(
+        lambda module, inputs, output: places.append(int(inputs[1].max()))
+    )
+    Decoder(quiet, 2, look_every).run([full, DecodeRequest(ids, 30)])
+    assert max(places) == quiet.context_length - 1
+
+
+@pytest.mark.parametrize("look_every", [1, 3, 8])
+def test_a_reply_whose_states_become_other_than_finite_ends_there(
+    quiet: Backbone, look_every: int, engine: str
+) -> None:
+    requests = [DecodeRequest(prompt(quiet, i), 12, temperature=1.0, seed=i) for i in range(3)]
+    good = Decoder(quiet).run(requests)
+    reply = good[1].completion_ids
+    others = {token for one in good for token in (*one.prompt_ids, *(one.completion_ids if one is not good[1] else []))}
+    place = next(i for i, token in enumerate(reply) if i > 1 and token not in (*others, *reply[:i]))
+    with torch.no_grad():
+        table = quiet.causal_lm.get_input_embeddings()
+        table.weight = torch.nn.Parameter(table.weight.clone())  # the output layer's stays whole
+        table.weight[reply[place]] = float("nan")
+    quiet.engine = engine  # type: ignore[assignment]
+    decoder = Decoder(quiet, look_every=look_every)
+    tickets, done = [decoder.submit(request) for request in requests], dict[int, Rollout]()
+    while len(decoder):
+        done.update(decoder.step())
+    assert_same(done[tickets[0]], good[0])
+    assert_same(done[tickets[2]], good[2])
+    bad = done[tickets[1]]
+    assert bad.completion_ids == [*reply[: place + 1], quiet.embed_token_id]
+    assert bad.completion_mask == [*[1] * (place + 1), 0]
+    assert bad.vector.isnan().all()
 
 
 def test_a_direct_request_gives_the_vector_of_its_prompt(backbone: Backbone) -> None:
@@ -261,7 +353,7 @@ def test_a_draw_picks_the_token_where_the_distribution_passes_it(
 ) -> None:
     logits = 3 * torch.randn(2, size, generator=torch.Generator().manual_seed(seed))
     logits[0, torch.rand(size, generator=torch.Generator().manual_seed(seed)) < 0.3] = -1e9
-    chosen, logprobs = choose_tokens(logits, [temperature] * 2, [top_p] * 2, [draw, draw])
+    chosen, logprobs = choose(logits, [temperature] * 2, [top_p] * 2, [draw, draw])
     for row in range(2):
         probabilities = (logits[row].double() / temperature).softmax(-1)
         order = probabilities.sort(descending=True)
@@ -279,7 +371,7 @@ def test_a_draw_picks_the_token_where_the_distribution_passes_it(
 
 def test_greedy_rows_take_the_likeliest_and_their_logprob_at_temperature_one() -> None:
     logits = torch.tensor([[0.0, 2.0, 1.0], [5.0, 0.0, 0.0]])
-    chosen, logprobs = choose_tokens(logits, [0.0, 1.0], [1.0, 1.0], [0.0, 0.9999])
+    chosen, logprobs = choose(logits, [0.0, 1.0], [1.0, 1.0], [0.0, 0.9999])
     assert chosen.tolist() == [1, 2]
     torch.testing.assert_close(logprobs, logits.log_softmax(-1)[[0, 1], [1, 2]])
 
@@ -288,7 +380,7 @@ def test_greedy_rows_take_the_likeliest_and_their_logprob_at_temperature_one() -
 @pytest.mark.parametrize("top_p", [1.0, 0.5])
 def test_a_row_of_logits_that_are_not_finite_has_no_logprob_and_spoils_no_other(bad: float, top_p: float) -> None:
     logits = torch.tensor([[0.0, 1.0], [bad, 0.0], [0.0, 2.0]])
-    tokens, logprobs = choose_tokens(logits, [0.0, 1.0, 1.0], [top_p] * 3, [0.5] * 3)
+    tokens, logprobs = choose(logits, [0.0, 1.0, 1.0], [top_p] * 3, [0.5] * 3)
     assert logprobs.isnan().tolist() == [False, True, False]
     assert tokens[[0, 2]].tolist() == [1, 1]
     assert 0 <= tokens[1] < 2
@@ -306,9 +398,9 @@ def test_devices_without_float64_sample_on_the_cpu(monkeypatch: pytest.MonkeyPat
             return logits
 
     logits = torch.randn(2, 300, generator=torch.Generator().manual_seed(0))
-    expected = choose_tokens(logits, [1.0, 0.5], [0.9, 1.0], [0.3, 0.6])
+    expected = choose(logits, [1.0, 0.5], [0.9, 1.0], [0.3, 0.6])
     for one, two in zip(
-        choose_tokens(logits.as_subclass(Elsewhere), [1.0, 0.5], [0.9, 1.0], [0.3, 0.6]), expected, strict=True
+        choose(logits.as_subclass(Elsewhere), [1.0, 0.5], [0.9, 1.0], [0.3, 0.6]), expected, strict=True
     ):
         assert type(one) is torch.Tensor
         assert torch.equal(one, two)

@@ -50,6 +50,8 @@ def test_memory_of_the_machine_and_of_the_index_by_hand() -> None:
     frozen = corpus(documents="frozen", refresh=RefreshSettings(policy="selective"))
     assert frozen.host()["index"] == 4 * 8 * DOCUMENTS, "no graph where nothing moves"
     assert frozen.job.resident()["index"] == DOCUMENTS // 4 * WIDTH * 4
+    sketched = corpus(refresh=RefreshSettings(policy="shortlist", dtype="bfloat16", index="approximate"))
+    assert sketched.job.resident()["index"] == DOCUMENTS // 4 * WIDTH * 3, "16 bits, and for half of them 16 more"
     assert set(corpus(stage="sft").host()) == {"processes", "texts"}
     assert "index" not in corpus(stage="sft").job.resident()
     looked_up = corpus(stage="sft", sft=SFTSettings(documents="frozen", evaluate_every=10))
@@ -69,7 +71,8 @@ def test_searches_of_a_step_by_hand() -> None:
     assert selective == {"reward": own * ONE, "choice": everyone * ONE, "graph": 50 * ONE}
     direct = corpus(baseline="direct", curriculum=3).searches(50)
     assert direct == {"reward": (everyone + 8 + 3 * 8) * ONE / 4}, "direct replies, of those that are looked at too"
-    assert corpus(refresh=RefreshSettings(index="approximate")).searches(50) == {}
+    sketches = RefreshSettings(policy="shortlist", index="approximate")
+    assert corpus(refresh=sketches).searches(50) == {"reward": everyone * ONE / 4 / 2}, "half of the coordinates"
     assert corpus(stage="sft").searches(50) == {}
 
 

@@ -16,11 +16,14 @@ from accelerate.utils.launch import prepare_multi_gpu_env
 
 from search_r3.config import GRPOSettings, LoRASettings, Recipe, RefreshSettings, SFTSettings, load_recipe
 from search_r3.errors import ConfigError, ModelError
+from search_r3.model.backbone import Backbone
+from search_r3.model.engine import decoding
 from search_r3.model.loading import load_backbone
+from search_r3.planning import memory
 from search_r3.planning.footprint import Lengths, _in_a_pass
 from search_r3.planning.memory import Precision, cache_memory, logits_memory, rollout_logits_memory
 from search_r3.planning.plan import Speed, plan, suggest
-from search_r3.planning.shape import SHAPES, ModelShape, read_shape, shape_of
+from search_r3.planning.shape import SHAPES, read_shape, shape_of
 from tests.conftest import call
 
 ROOT = Path(__file__).parents[3]
@@ -141,11 +144,15 @@ def test_a_budget_in_tokens_says_how_many_sequences_a_pass_holds() -> None:
     assert _in_a_pass(GRPOSettings(micro_batch_tokens=10**6), 64, 300) == 64, "there are no more"
 
 
-def test_the_cache_grows_by_halves_and_its_copy_counts() -> None:
-    shape = ModelShape(10, 8, 2, 2, 1, 4, 16, tied=True)
-    per_token = 2 * 2 * 4 * 2
-    assert cache_memory(shape, 3, 9, 1, 2) == 3 * per_token * 10, "nothing grows"
-    assert cache_memory(shape, 3, 9, 20, 2) == 3 * per_token * (33 + 22), "10, 15, 22, 33"
+def test_the_cache_is_what_the_decoder_reserves_on_a_gpu(backbone: Backbone) -> None:
+    assert memory.LOOK_EVERY == decoding._LOOK_EVERY["cuda"]
+    ids = backbone.prompt_encoder.encode("river", "reason").ids
+    decoder = decoding.Decoder(backbone, 3, memory.LOOK_EVERY)
+    decoder.run([decoding.DecodeRequest(ids, 20)] * 5)
+    cache: Any = decoder._engine
+    assert cache._cache.values.nbytes == cache_memory(
+        shape_of(backbone.causal_lm.config.to_dict(), "tiny"), 3, len(ids), 20, 4
+    )
 
 
 def test_precision_follows_recipe_and_strategy() -> None:

@@ -116,7 +116,7 @@ def test_shards_are_loaded_by_as_many_processes_or_by_others(tmp_path: Path, aft
     def load(communicator: Communicator, doc_ids: list[str] = IDS) -> tuple[Any, Any]:
         rows = divide_rows([1 + row % 7 for row in range(len(doc_ids))], after)[communicator.rank]
         name = shard_name(communicator) if after > 1 else ""
-        held = load_rows(tmp_path, doc_ids, rows, ExactIndex, shard=name)
+        held = load_rows(tmp_path, doc_ids, rows, ExactIndex.load, shard=name)
         assert isinstance(held, ExactIndex) and held.dtype == dtype
         index = ShardedIndex(doc_ids, rows, held, communicator)
         return index.vectors_at(np.arange(len(doc_ids))), index.encoded_at_version

@@ -81,6 +81,28 @@ def test_windows_states_and_positions_of_other_architectures_need_none_either(tm
     assert (found - gradient).abs().max() <= 1e-5 * gradient.abs().max()
 
 
+@pytest.mark.parametrize("kind", ["qwen2", "qwen3", "llama", "Gemma 3"])
+def test_attention_is_asked_causal_and_without_a_mask_which_is_what_flash_kernels_take(
+    tmp_path: Path, tokenizer: Any, kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if kind in matrix.FAMILIES:
+        matrix.save_random(matrix.FAMILIES[kind], matrix.load_tokenizer(), str(tmp_path / "model"))
+        policy = Policy(load_backbone(tmp_path / "model", device="cpu"))
+    else:
+        policy = Policy(load(kind, tmp_path / "model", tokenizer))
+    asked: list[tuple[bool, bool]] = []
+    attend = functional.scaled_dot_product_attention
+
+    def noted(*tensors: torch.Tensor, attn_mask: Any = None, is_causal: bool = False, **options: Any) -> torch.Tensor:
+        asked.append((attn_mask is None, is_causal))
+        return attend(*tensors, attn_mask=attn_mask, is_causal=is_causal, **options)
+
+    monkeypatch.setattr(functional, "scaled_dot_product_attention", noted)
+    computed(policy, False)
+    layers = policy.backbone.causal_lm.config.get_text_config().num_hidden_layers
+    assert asked == [(True, True)] * layers
+
+
 def test_without_a_mask_bfloat16_differs_by_its_rounding(tmp_path: Path, tokenizer: Any) -> None:
     exact = computed(Policy(load("qwen2", tmp_path / "exact", tokenizer)), True)[0]
     policy = Policy(load("qwen2", tmp_path / "model", tokenizer, "bfloat16"))

@@ -127,8 +127,12 @@ class SlotCache:
         layers, _, heads, _, size = example.shape
         self.values = example.new_zeros((layers, 2, 0, heads, 0, size))
 
-    def reserve(self, slots: int, tokens: int, most: int | None = None) -> None:
-        """Make room for that many sequences of that many tokens; there will never be more than `most` sequences."""
+    def reserve(self, slots: int, tokens: int, most: int | None = None) -> bool:
+        """Make room for that many sequences of that many tokens; there will never be more than `most` sequences.
+
+        Returns:
+            Whether all has moved.
+        """
         more, longer = (
             # Every growth is a copy, so the room grows by a half at least.
             max(needed - room, room // 2) if needed > room else 0
@@ -138,6 +142,7 @@ class SlotCache:
             more = min(more, max(slots, most) - self.values.shape[2])
         if more or longer:  # filled with zeros, since a masked NaN would still spoil a sum
             self.values = F.pad(self.values, (0, 0, 0, longer, 0, 0, 0, more))
+        return bool(more or longer)
 
     def write(self, slots: Sequence[int], start: int, values: Tensor) -> None:
         """Store `L x 2 x h x T x d` from position `start` on in each of the slots."""
@@ -158,19 +163,17 @@ class SlotAttention:
 
     Args:
         cache: it receives the new keys and values.
-        lengths: tokens already in each slot.
+        lengths: `B`, tokens already in each slot, on the cache's device.
+        keys: how many of the cache are read; more than any length.
+        known: the lengths, where more than the device may know them; then what they spare is spared.
     """
 
-    def __init__(self, cache: SlotCache, lengths: Sequence[int]) -> None:
-        device = cache.values.device
-        self.cache, self.keys = cache, max(lengths) + 1
-        self.lengths = torch.tensor(lengths, device=device)
-        self.rows = torch.arange(len(lengths), device=device)
-        self.alone = lengths[0] if len(lengths) == 1 else None
-        ragged = min(lengths) + 1 < self.keys
-        self._visible: dict[int | None, Tensor | None] = {  # by window
-            None: _seen(self.lengths, self.keys, None) if ragged else None
-        }
+    def __init__(self, cache: SlotCache, lengths: Tensor, keys: int, known: Sequence[int] | None = None) -> None:
+        self.cache, self.keys, self.lengths = cache, keys, lengths
+        self.rows = torch.arange(len(lengths), device=lengths.device)
+        self.alone = known[0] if known is not None and len(known) == 1 else None
+        ragged = known is None or min(known) + 1 < keys
+        self._visible: dict[int | None, Tensor | None] = {None: _seen(lengths, keys, None) if ragged else None}
 
     def __call__(
         self, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float, window: int | None = None

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter, deque
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
 
@@ -21,10 +21,13 @@ from torch import Tensor
 from ...errors import ModelError
 from ...types import Progress
 from ..backbone import Backbone
-from ..modes.first import First, hold
+from ..modes.first import First
 from .engines import make_engine
-from .latent import soft_tokens
-from .sampling import choose_tokens
+from .sampling import Ask, Choice, Chooser
+
+# Tokens that are chosen between two looks. A GPU idles while the host looks; a CPU would waste what rows compute that
+# have ended and nobody has noticed.
+_LOOK_EVERY = {"cuda": 8}
 
 
 @dataclass(frozen=True)
@@ -121,11 +124,26 @@ class _Row:
     soft_tokens: int = 0
     writes: float | None = None
 
-    def append(self, token: int, logprob: float | None) -> None:
-        """Take a token into the reply: one that the model chose, or (without a log-probability) a forced one."""
-        self.completion.append(token)
-        self.mask.append(int(logprob is not None))
-        self.logprobs.append(logprob or 0.0)
+    @property
+    def left(self) -> int:
+        """Tokens that the budget has room for."""
+        return self.request.max_new_tokens - len(self.completion) - self.soft_tokens
+
+    def ask(self) -> Ask:
+        """What its next tokens are chosen by."""
+        request, place = self.request, len(self.completion)
+        first = None if self.completion else request.first
+        return Ask(self.left, request.temperature, request.top_p, self.uniforms[place:], request.latent, first)
+
+    def append(self, choice: Choice) -> None:
+        """Take a token into the reply."""
+        if choice.token is None:
+            self.soft_tokens += 1
+            return
+        chosen = choice.logprob is not None and not math.isnan(choice.logprob)
+        self.completion.append(choice.token)
+        self.mask.append(int(chosen))
+        self.logprobs.append(choice.logprob if chosen and choice.logprob else 0.0)
 
 
 class Decoder:
@@ -134,6 +152,9 @@ class Decoder:
     Args:
         backbone: the model; its weights must not change while requests are in work.
         slots: how many replies are decoded at once, or fewer where the model has room for no more.
+        look_every: tokens of each reply that are computed before the host looks at them, hands out what has ended and
+            takes in what waits; by default 8 on CUDA, where every look is waited for, and 1 elsewhere. It does not
+            change replies. Above 1 the room for whole budgets is reserved when requests are taken in.
 
     Example:
         >>> from search_r3 import SearchR3
@@ -145,10 +166,11 @@ class Decoder:
         (True, torch.Size([192]))
     """
 
-    def __init__(self, backbone: Backbone, slots: int = 128) -> None:
-        if slots < 1:
-            raise ValueError(f"slots={slots}: expected at least 1")
-        self.backbone, self.slots = backbone, min(slots, backbone.most_rows)
+    def __init__(self, backbone: Backbone, slots: int = 128, look_every: int | None = None) -> None:
+        look_every = _LOOK_EVERY.get(backbone.device.type, 1) if look_every is None else look_every
+        if slots < 1 or look_every < 1:
+            raise ValueError(f"slots={slots}, look_every={look_every}: expected at least 1 of each")
+        self.backbone, self.slots, self.look_every = backbone, min(slots, backbone.most_rows), look_every
         self._engine = make_engine(backbone)
         self._waiting: deque[_Row] = deque()
         self._wanted: Counter[tuple[int, ...]] = Counter()  # prompts of those that wait
@@ -231,7 +253,9 @@ class Decoder:
 
     @torch.no_grad()
     def step(self) -> list[tuple[int, Rollout]]:
-        """Take waiting requests in if slots are free, and give every request in work one more token.
+        """Take waiting requests in if slots are free, and give every request in work its next token.
+
+        With `look_every` above 1 up to that many tokens.
 
         Returns:
             Tickets and rollouts of the requests that ended in this step. A request whose logits are not finite ends at
@@ -245,23 +269,32 @@ class Decoder:
         return results
 
     def _decode(self) -> list[tuple[int, Rollout]]:
-        """One forward pass over all rows in work."""
-        rows = self._rows
-        embed = self.backbone.embed_token_id
+        """One forward pass over all rows in work, which those leave that end with it, and up to `look_every` tokens."""
+        rows, embed = self._rows, self.backbone.embed_token_id
         soft = {i: row.soft for i, row in enumerate(rows) if row.soft is not None}
         tokens = [row.completion[-1] if row.completion else embed for row in rows]
-        hidden = self._engine.advance(tokens, soft)
-        last = [i for i, row in enumerate(rows) if tokens[i] == embed and i not in soft]
-        results = self._finish([rows[i] for i in last], hidden[last])
-        rest = sorted(set(range(len(rows))) - set(last))
-        return results + self._choose([rows[i] for i in rest], hidden[rest], [rows[i] for i in last])
+        hidden = self._engine.advance(torch.tensor(tokens, device=self.backbone.device), soft)
+        ended = [i for i, row in enumerate(rows) if tokens[i] == embed and i not in soft]
+        if not ended:
+            return self._write(rows, hidden, self._steps())
+        results = self._finish([rows[i] for i in ended], hidden[ended])
+        hidden = hidden[self._remove([rows[i] for i in ended])]
+        return results + self._write(self._rows, hidden, self._steps())
 
-    def _remove(self, rows: Sequence[_Row], broken: Sequence[_Row] = ()) -> None:
-        """Take rows out of work."""
-        if rows:
-            places = {id(row): place for place, row in enumerate(self._rows)}
-            order = self._engine.remove([places[id(row)] for row in rows], [places[id(row)] for row in broken])
-            self._rows = [self._rows[place] for place in order]
+    def _steps(self) -> int:
+        """Tokens until the next look: none that all budgets lack, nor any computed beyond the context."""
+        context = self.backbone.context_length
+        rooms = [context - len(row.prompt) - row.request.max_new_tokens + row.left + 1 for row in self._rows]
+        return min(self.look_every, *rooms, max(row.left for row in self._rows)) if rooms else 0
+
+    def _remove(self, rows: Sequence[_Row], broken: Sequence[_Row] = ()) -> list[int]:
+        """Take rows out of work; the old places of those that stay."""
+        if not rows:
+            return list(range(len(self._rows)))
+        places = {id(row): place for place, row in enumerate(self._rows)}
+        order = self._engine.remove([places[id(row)] for row in rows], [places[id(row)] for row in broken])
+        self._rows = [self._rows[place] for place in order]
+        return order
 
     def _admit(self, count: int) -> list[tuple[int, Rollout]]:
         """Compute the prompts of the first that wait, take those that reply into work and choose their first tokens."""
@@ -271,14 +304,24 @@ class Decoder:
         rest = [i for i, row in enumerate(rows) if row.request.max_new_tokens > 0]
         newcomers = [rows[i] for i in rest]
         if newcomers:
-            self._engine.admit([row.prompt for row in newcomers], self.slots)
+            self._engine.admit([row.prompt for row in newcomers], *self._room())
         for _ in rows:  # only now: where the device has no room for them, they wait on
             self._waiting.popleft()
         self._no_longer_wait(rows)
         self._rows += newcomers
         results = self._finish([rows[i] for i in direct], hidden[direct])
-        results += self._choose(newcomers, hidden[rest], [])
-        return results
+        return results + self._write(newcomers, hidden[rest], 1)
+
+    def _room(self) -> tuple[int, int | None]:
+        """The most rows there may be, and their tokens where room is reserved at once: for all requests that are here.
+
+        Rows that have ended go on until the next look.
+        """
+        if self.look_every == 1:
+            return self.slots, None
+        rows = [*self._rows, *self._waiting]
+        longest = max(len(row.prompt) + row.request.max_new_tokens for row in rows)
+        return min(self.slots, len(rows)), longest + self.look_every
 
     def _no_longer_wait(self, rows: Iterable[_Row]) -> None:
         """Count off the prompts of these, and keep only those for which another request waits."""
@@ -288,68 +331,33 @@ class Decoder:
                 del self._wanted[row.prompt]
         self._engine.forget(self._wanted.keys())
 
-    def _choose(self, rows: list[_Row], hidden: Tensor, ended: list[_Row]) -> list[tuple[int, Rollout]]:
-        """Append one token to every row; those that ended, or have no next token, leave.
+    def _write(self, rows: Sequence[_Row], hidden: Tensor, steps: int) -> list[tuple[int, Rollout]]:
+        """Append so many tokens to rows, which stand at these states; more than one to all rows in work only.
 
         Returns:
-            Tickets and rollouts of rows whose logits are not finite.
+            Tickets and rollouts of rows that have ended, or whose logits are not finite; they leave.
         """
-        latent = [i for i, row in enumerate(rows) if row.request.latent]
-        text = [i for i, row in enumerate(rows) if not row.request.latent]
-        broken = self._append_soft([rows[i] for i in latent], hidden[latent]) if latent else []
-        broken += self._append([rows[i] for i in text], hidden[text]) if text else []
-        self._remove([*ended, *broken], broken)
-        return self._finish(broken, torch.full((len(broken), hidden.shape[-1]), math.nan)) if broken else []
-
-    def _append_soft(self, rows: list[_Row], hidden: Tensor) -> list[_Row]:
-        """Append a soft token to every row, or behind the last of them the embed token; as `_append`."""
-        soft, embed = soft_tokens(self.backbone, hidden), self.backbone.embed_token_id
-        broken = []
-        for row, one, is_finite in zip(rows, soft, soft.isfinite().all(-1).tolist(), strict=True):
-            row.soft = None
-            if not is_finite:
+        if not rows:
+            return []
+        chooser, states = Chooser(self.backbone, [row.ask() for row in rows], steps), [hidden]
+        chooser.choose(hidden)
+        for _ in range(steps - 1):
+            states.append(self._engine.advance(chooser.tokens, chooser.soft))
+            chooser.choose(states[-1])
+        ended, broken = [], []
+        for place, choices in enumerate(chooser.look()):
+            row, last = rows[place], choices[-1]
+            for choice in choices:
+                row.append(choice)
+            row.soft, row.writes = chooser.soft.get(place), chooser.writes.get(place, row.writes)
+            if last.logprob is not None and math.isnan(last.logprob):
                 broken.append(row)
-                row.append(embed, None)
-            elif row.soft_tokens == row.request.max_new_tokens - 1:
-                row.append(embed, 0.0)
-            else:
-                row.soft, row.soft_tokens = one, row.soft_tokens + 1
-        return broken
-
-    def _append(self, rows: list[_Row], hidden: Tensor) -> list[_Row]:
-        """Append one token to every row; rows whose logits are not finite get the embed token and are returned."""
-        requests = [row.request for row in rows]
-        draws = [row.uniforms[len(row.completion)] if row.uniforms else 0.0 for row in rows]
-        embed, ends = self.backbone.embed_token_id, self.backbone.prompt_encoder.end_token_ids
-        logits, temperatures = self.backbone.logits(hidden), [request.temperature for request in requests]
-        masses: Mapping[int, float] = {}
-        firsts = [None if row.completion else row.request.first for row in rows]
-        if any(firsts):
-            logits, masses = self._hold(rows, firsts, logits, temperatures)
-        tokens, chosen = choose_tokens(logits, temperatures, [request.top_p for request in requests], draws)
-        logprobs = [logprob + masses.get(i, 0.0) for i, logprob in enumerate(chosen.tolist())]
-        broken = []
-        for row, token, logprob in zip(rows, tokens.tolist(), logprobs, strict=True):
-            # The budget counts the embed token, so the last place is its own: sampled if the model chose it. Where the
-            # turn would end, the embed token takes the end's place: behind an end the model has never seen it.
-            last = len(row.completion) == row.request.max_new_tokens - 1
-            if math.isnan(logprob):
-                broken.append(row)
-                row.append(embed, None)
-            elif token != embed and (last or token in ends):
-                row.append(embed, None)
-            else:
-                row.append(token, logprob)
-        return broken
-
-    def _hold(
-        self, rows: list[_Row], firsts: Sequence[First | None], logits: Tensor, temperatures: Sequence[float]
-    ) -> tuple[Tensor, dict[int, float]]:
-        """Keep first tokens to what they may be; also row -> the log-probability of all that."""
-        held, facts = hold(logits, firsts, temperatures, self.backbone.embed_token_id)
-        for i, (_, writes) in facts.items():
-            rows[i].writes = None if firsts[i] == "text" else writes
-        return held, {i: mass for i, (mass, _) in facts.items()}
+            elif len(choices) < steps:
+                ended.append((row, states[len(choices)][place]))
+        leaving = [row for row, _ in ended]
+        self._remove([*leaving, *broken], broken)
+        ends = [state for _, state in ended] + [torch.full_like(hidden[0], math.nan)] * len(broken)
+        return self._finish([*leaving, *broken], torch.stack(ends)) if ends else []
 
     def _finish(self, rows: list[_Row], hidden: Tensor) -> list[tuple[int, Rollout]]:
         if not rows:

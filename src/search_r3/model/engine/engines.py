@@ -39,16 +39,22 @@ class Engine(Protocol):
         """The states at the last tokens, `B x D`; each distinct prompt is computed once and kept until `forget`."""
         ...
 
-    def admit(self, prompts: Sequence[tuple[int, ...]], most: int | None = None) -> None:
-        """Take prompts that `prompt_states` has computed into work, as the next rows, of `most` that there may be."""
+    def admit(self, prompts: Sequence[tuple[int, ...]], most: int | None = None, longest: int | None = None) -> None:
+        """Take prompts that `prompt_states` has computed into work, as the next rows, of `most` that there may be.
+
+        With `longest` room for all of them, of so many tokens each, is reserved at once; else as it is needed.
+        """
         ...
 
     def forget(self, keep: Collection[tuple[int, ...]]) -> None:
         """Drop what is kept of other prompts."""
         ...
 
-    def advance(self, tokens: Sequence[int], soft: Mapping[int, Tensor] | None = None) -> Tensor:
-        """Give every row its next token, those in `soft` an input `D` in its place; the states there, `B x D`."""
+    def advance(self, tokens: Tensor, soft: Mapping[int, Tensor] | None = None) -> Tensor:
+        """Give every row its next token of `B`, those in `soft` an input `D` in its place; the states there, `B x D`.
+
+        Nothing in it should wait for the device, where the device is another.
+        """
         ...
 
     def remove(self, rows: Collection[int], broken: Collection[int] = ()) -> list[int]:

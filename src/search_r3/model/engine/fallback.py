@@ -77,12 +77,12 @@ class FallbackEngine:
             group = list(equals)
             for batch in length_batches(group, PREFILL_TOKENS):
                 computed = _Group(self._new_cache(), [])
-                hidden = self._forward(computed, [group[i] for i in batch])
+                hidden = self._forward(computed, torch.tensor([group[i] for i in batch], device=self.backbone.device))
                 for place, number in enumerate(batch):
                     self._prompts[group[number]] = _Prompt(computed, place, hidden[place])
         return torch.stack([self._prompts[ids].hidden for ids in prompts])
 
-    def admit(self, prompts: Sequence[tuple[int, ...]], most: int | None = None) -> None:
+    def admit(self, prompts: Sequence[tuple[int, ...]], most: int | None = None, longest: int | None = None) -> None:
         """See `Engine`."""
         rows: dict[_Group, list[int]] = {}
         places: dict[_Group, list[int]] = {}
@@ -100,15 +100,16 @@ class FallbackEngine:
         """See `Engine`."""
         self._prompts = {ids: prompt for ids, prompt in self._prompts.items() if ids in keep}
 
-    def advance(self, tokens: Sequence[int], soft: Mapping[int, Tensor] | None = None) -> Tensor:
+    def advance(self, tokens: Tensor, soft: Mapping[int, Tensor] | None = None) -> Tensor:
         """See `Engine`. One forward pass for each length."""
         rows = [row for group in self._groups for row in group.rows]
+        tokens = tokens.to(self.backbone.device)
         own = [
             {i: soft[row] for i, row in enumerate(group.rows) if row in soft} if soft else {} for group in self._groups
         ]
         hidden = torch.cat(
             [
-                self._forward(group, [[tokens[row]] for row in group.rows], inputs)
+                self._forward(group, tokens[group.rows, None], inputs)
                 for group, inputs in zip(self._groups, own, strict=True)
             ]
         )
@@ -136,11 +137,8 @@ class FallbackEngine:
         return DynamicCache(config=self.model.config.get_text_config())
 
     @torch.no_grad()
-    def _forward(
-        self, group: _Group, sequences: Sequence[Sequence[int]], soft: Mapping[int, Tensor] | None = None
-    ) -> Tensor:
-        """Take tokens in behind those of a group; the final norm's output at the last of them, `B x D`."""
-        ids = torch.tensor(sequences, device=self.backbone.device)
+    def _forward(self, group: _Group, ids: Tensor, soft: Mapping[int, Tensor] | None = None) -> Tensor:
+        """Take tokens `B x T` in behind those of a group; the final norm's output at the last of them, `B x D`."""
         options = {self._cache_name: group.cache}
         if self._takes_positions:  # some models start at 0 again where they are not told
             places = torch.arange(group.length, group.length + ids.shape[1], device=ids.device)

@@ -14,6 +14,7 @@ from torch import Tensor
 from ..backbone import Backbone
 from .attention import Prefix, SlotAttention, SlotCache
 from .forward import compute_prefix, last_hidden, length_batches, prefill
+from .graphs import StepGraphs, can_capture
 from .latent import with_soft
 
 # Tokens of prompts that are computed together; it bounds memory and does not change results.
@@ -40,7 +41,9 @@ class SlotEngine:
         self.backbone, self.model = backbone, backbone.causal_lm
         self.beginning: tuple[int, ...] = ()
         self._lengths: list[int] = []  # tokens in each slot
+        self._places: Tensor | None = None  # the same on the device, until rows come or go
         self._cache: SlotCache | None = None
+        self._graphs: StepGraphs | None = None
         self._prefixes: dict[tuple[int, ...], Prefix] = {}
         self._prompts: dict[tuple[int, ...], _Prompt] = {}
 
@@ -81,15 +84,21 @@ class SlotEngine:
     def _prefix(self, ids: tuple[int, ...]) -> Prefix:
         return self.backbone.prefixes.get(self.model, ids, lambda: compute_prefix(self.model, ids))
 
-    def admit(self, prompts: Sequence[tuple[int, ...]], most: int | None = None) -> None:
+    def admit(self, prompts: Sequence[tuple[int, ...]], most: int | None = None, longest: int | None = None) -> None:
         """See `Engine`."""
         if self._cache is None:
             self._cache = SlotCache(self._prompts[prompts[0]].values)
         slots: dict[tuple[int, ...], list[int]] = {}
         for slot, ids in enumerate(prompts, start=len(self._lengths)):
             slots.setdefault(ids, []).append(slot)
-        self._cache.reserve(len(self._lengths) + len(prompts), max(map(len, slots)) + 1, most)
+        needed = len(self._lengths) + len(prompts)
+        if longest is not None:
+            self._cache.reserve(max(needed, most or 0), longest, most)
+        self._cache.reserve(needed, max(map(len, slots)) + 1, most)
         self._lengths += map(len, prompts)
+        self._places = None
+        if self._graphs is not None and not self._graphs.fit():
+            self._graphs = None
         for ids, places in slots.items():
             prompt, start = self._prompts[ids], 0
             if prompt.prefix is not None:
@@ -101,17 +110,29 @@ class SlotEngine:
         """See `Engine`."""
         self._prompts = {ids: prompt for ids, prompt in self._prompts.items() if ids in keep}
 
-    def advance(self, tokens: Sequence[int], soft: Mapping[int, Tensor] | None = None) -> Tensor:
+    def advance(self, tokens: Tensor, soft: Mapping[int, Tensor] | None = None) -> Tensor:
         """See `Engine`."""
         assert self._cache is not None
-        self._cache.reserve(len(tokens), max(self._lengths) + 1)
-        attention = SlotAttention(self._cache, self._lengths)
-        ids = torch.tensor(tokens, device=self.backbone.device)[:, None]
-        places = attention.lengths[:, None]
-        inputs = with_soft(self.backbone, ids, soft) if soft else None
-        hidden = last_hidden(self.model, ids, places, torch.zeros_like(places[:, 0]), attention, inputs)
-        self._lengths = [length + 1 for length in self._lengths]
+        if self._cache.reserve(len(tokens), max(self._lengths) + 1):
+            self._graphs = None
+        if self._places is None:
+            self._places = torch.tensor(self._lengths, device=self.backbone.device)
+        tokens = tokens.to(self.backbone.device)
+        hidden = self._step(tokens, self._places, max(self._lengths) + 1, soft)
+        self._lengths, self._places = [length + 1 for length in self._lengths], self._places + 1
         return hidden
+
+    def _step(self, tokens: Tensor, places: Tensor, keys: int, soft: Mapping[int, Tensor] | None) -> Tensor:
+        assert self._cache is not None
+        if self.backbone.graphs and not soft:
+            if self._graphs is None and can_capture(self.model):
+                self._graphs = StepGraphs(self.model, self._cache)
+            if self._graphs is not None:
+                return self._graphs.advance(tokens, places, keys)
+        attention = SlotAttention(self._cache, places, keys, self._lengths)
+        ids = tokens[:, None]
+        inputs = with_soft(self.backbone, ids, soft) if soft else None
+        return last_hidden(self.model, ids, places[:, None], torch.zeros_like(places), attention, inputs)
 
     def remove(self, rows: Collection[int], broken: Collection[int] = ()) -> list[int]:
         """See `Engine`."""
@@ -126,5 +147,5 @@ class SlotEngine:
                 self._cache.move(last, row)
                 order[row] = order[last]
             order.pop()
-        self._lengths = [self._lengths[row] for row in order]
+        self._lengths, self._places = [self._lengths[row] for row in order], None
         return order

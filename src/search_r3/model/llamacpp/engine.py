@@ -56,7 +56,7 @@ class LlamaCppEngine:
             self._prompts |= dict(zip(unknown, zip(places, states, strict=True), strict=True))
         return torch.stack([self._prompts[ids][1] for ids in prompts])
 
-    def admit(self, prompts: Sequence[tuple[int, ...]], most: int | None = None) -> None:
+    def admit(self, prompts: Sequence[tuple[int, ...]], most: int | None = None, longest: int | None = None) -> None:
         """See `Engine`."""
         for ids in prompts:
             self._rows.append(self._take(1)[0])
@@ -69,10 +69,10 @@ class LlamaCppEngine:
         self._free([place for ids, (place, _) in self._prompts.items() if ids != kept])
         self._prompts = {} if kept is None else {kept: self._prompts[kept]}
 
-    def advance(self, tokens: Sequence[int], soft: Mapping[int, Tensor] | None = None) -> Tensor:
+    def advance(self, tokens: Tensor, soft: Mapping[int, Tensor] | None = None) -> Tensor:
         """See `Engine`; no request for soft tokens comes so far (`modes.latent`)."""
         assert not soft
-        places = zip(tokens, self._lengths, self._rows, strict=True)
+        places = zip(tokens.tolist(), self._lengths, self._rows, strict=True)
         states = self._states([Token(token, length, row, True) for token, length, row in places])
         self._lengths = [length + 1 for length in self._lengths]
         return states
