@@ -6,8 +6,9 @@
 
 A random model of Qwen2's proportions encodes synthetic documents into an index folder: in this process, with one actor,
 with two, with two of which one is killed after a third of the documents, and with two after a run that was stopped
-there. All have as many threads as an actor of two, and must give the same bytes. Seconds are of the whole call, Ray's
-start and end among them. Memory is the most that this process and all of Ray's held at once: unique (on Linux), so
+there. All compute with as many threads as an actor of two, one actor too, and must give the same bytes. Seconds are of
+the whole call, Ray's start and end among them; those of encoding are from the first block's end to the last one's.
+Memory is the most that this process and all of Ray's held at once: unique (on Linux), so
 that what they share is not counted again and again.
 """
 
@@ -33,6 +34,16 @@ BLOCK = 256
 
 class StoppedError(Exception):
     """Ends a run where it stands."""
+
+
+def load(path: str, threads: int) -> Any:
+    """The model, in this process or in an actor, which would have more threads where it is alone."""
+    import torch
+
+    from search_r3 import SearchR3
+
+    torch.set_num_threads(threads)
+    return SearchR3(path, device="cpu")
 
 
 def texts(count: int, seed: int) -> list[tuple[str, str]]:
@@ -96,32 +107,29 @@ def main() -> None:
     if options.quick:
         options.documents, options.shape = 2048, Shape(2, 128)
     prepare(options)
-    import torch
-
-    from search_r3 import SearchR3
     from search_r3.retrieval.encode import encode_corpus
     from search_r3.retrieval.encoding.workers import RayWorkers
 
-    cores = os.cpu_count() or 1
-    torch.set_num_threads(max(1, max(cores, 3) // 2))
+    threads = max(os.cpu_count() or 1, 3) // 2
     documents = texts(options.documents, options.seed)
     with tempfile.TemporaryDirectory() as scratch:
         make_model(Path(scratch) / "model", (text for _, text in documents[:2000]), options.shape, 4096, 512)
-        load = partial(SearchR3, str(Path(scratch) / "model"), device="cpu")
-        model = load()
+        loads = partial(load, str(Path(scratch) / "model"), threads)
+        model = loads()
 
         def run(name: str, actors: int | None, at_third: Callable[[], None] | None = None) -> dict[str, Any]:
-            done, acted = 0, at_third is None
+            done, acted, ends = 0, at_third is None, list[tuple[float, int]]()
 
             def progress(count: int, tokens: int) -> None:
                 nonlocal done, acted
                 done += count
+                ends.append((time.perf_counter(), count))
                 if not acted and done > len(documents) / 3:
                     acted = True
                     assert at_third is not None
                     at_third()
 
-            workers = None if actors is None else RayWorkers(load, "local", actors)
+            workers = None if actors is None else RayWorkers(loads, "local", actors)
             memory, started = Memory(), time.perf_counter()
             try:
                 encode_corpus(
@@ -131,7 +139,10 @@ def main() -> None:
                 say(f"{name}: stopped after {done:,} documents")
             took = time.perf_counter() - started
             say(f"{name}: {took:.1f} s")
-            return {"seconds": round(took, 1), "memory_gib": memory.end(), "encoded": done}
+            encoding = ends[-1][0] - ends[0][0]
+            rate = round(sum(count for _, count in ends[1:]) / encoding, 1) if encoding > 1 else None  # a block or two
+            facts = {"seconds": round(took, 1), "encoding_seconds": round(encoding, 1), "per_second": rate}
+            return facts | {"memory_gib": memory.end(), "encoded": done}
 
         def stop() -> None:
             raise StoppedError
@@ -146,9 +157,13 @@ def main() -> None:
         }
         folders = [path for path in Path(scratch).iterdir() if path.name != "model"]
         same = len({digest(folder) for folder in folders}) == 1
-    ratio = runs["one actor"]["seconds"] / runs["two actors"]["seconds"]
-    record = {"documents": options.documents, "shape": str(options.shape), "runs": runs, "same_bytes": same}
-    finish({"benchmark": "ray_encode", "machine": machine(), **record, "one_over_two": round(ratio, 2)}, options.out)
+    one, two = runs["one actor"], runs["two actors"]
+    ratios = {"seconds": one["seconds"] / two["seconds"]}
+    if one["per_second"] and two["per_second"]:
+        ratios["per_second"] = two["per_second"] / one["per_second"]
+    record = {"documents": options.documents, "shape": str(options.shape), "threads": threads, "runs": runs}
+    record |= {"same_bytes": same, "two_over_one": {name: round(value, 2) for name, value in ratios.items()}}
+    finish({"benchmark": "ray_encode", "machine": machine(), **record}, options.out)
 
 
 if __name__ == "__main__":

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import os
+import shutil
 import sys
+import tempfile
 from collections.abc import Iterator
 
 os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["HF_ASSETS_CACHE"] = tempfile.mkdtemp(prefix="search-r3-assets-")  # and not the user's own
 
 from pathlib import Path
 from typing import Any
@@ -29,6 +32,10 @@ torch.set_num_threads(1)  # tiny models are faster so, and results do not depend
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--no-skips", action="store_true", help="A skipped test fails: here everything is installed.")
+
+
+def pytest_unconfigure() -> None:
+    shutil.rmtree(os.environ["HF_ASSETS_CACHE"], ignore_errors=True)
 
 
 @pytest.hookimpl(wrapper=True)

@@ -16,8 +16,9 @@ from typing import Any
 import torch
 
 from search_r3.errors import ModelError
+from search_r3.files import hash_file
 from search_r3.model.llamacpp.metadata import read_metadata
-from search_r3.model.loading import _load_model
+from search_r3.model.reading.parts import load_causal_lm
 from search_r3.model.source import find_files
 
 LLAMA_POOLING_TYPE_NONE = 0
@@ -41,10 +42,10 @@ class FakeLlama:
     def llama_model_load_from_file(self, path: bytes, _: Any) -> Any:
         file = Path(os.fsdecode(path))
         try:
-            weights, _ = _load_model(find_files(file), torch.float32, False, {})
+            weights, _ = load_causal_lm(find_files(file), torch.float32, False, {})
         except ModelError:
             return None
-        return SimpleNamespace(weights=weights.eval(), value=read_metadata(file, file.name))
+        return SimpleNamespace(weights=weights.eval(), value=read_metadata(file, file.name, lambda: hash_file(file)))
 
     def llama_model_free(self, _: Any) -> None:
         self.freed.append("model")

@@ -182,7 +182,10 @@ def json_object(path: Path, number: int, line: str) -> dict[str, Any]:
     try:
         value = json.loads(line)
     except json.JSONDecodeError as error:
-        raise DataError(f"{path}:{number}: not valid JSON ({error.msg}); mend or remove the line") from error
+        remedy = "mend or remove the line"
+        if "\r" in line.rstrip():
+            remedy = "it holds a carriage return alone, which ends no line: save the file with line feeds (\\n)"
+        raise DataError(f"{path}:{number}: not valid JSON ({error.msg}); {remedy}") from error
     if not isinstance(value, dict):
         raise DataError(f"{path}:{number}: expected a JSON object, found {type(value).__name__}")
     return value
@@ -191,12 +194,14 @@ def json_object(path: Path, number: int, line: str) -> dict[str, Any]:
 def read_lines(path: Path) -> Iterator[tuple[int, str]]:
     """Yield `(line number, line)` for every line of a text file; a byte order mark before the first is dropped.
 
+    A line ends with LF or CR LF, as in JSON Lines, and not with a CR alone.
+
     Raises:
         DataError: the file cannot be read, or is not UTF-8.
     """
     path = Path(path)
     try:
-        with path.open(encoding="utf-8-sig") as file:
+        with path.open(encoding="utf-8-sig", newline="\n") as file:
             yield from enumerate(file, 1)
     except OSError as error:
         raise DataError(f"cannot read {path}: {error.strerror}") from error

@@ -228,15 +228,23 @@ def test_ray_encodes_what_a_process_does(
     monkeypatch.setattr(torch, "set_num_threads", lambda count: None)
     encode = ["encode", run_dir / "model", "-c", collection_path, "--block-size", 8]
     assert call(monkeypatch, *encode, tmp_path / "one") == 0
-    for name, ray in (("none", ["--ray"]), ("option", ["--ray", "--ray-actors", 2]), ("local", ["--ray", "local"])):
+    for name, ray in (
+        ("none", ["--ray"]),
+        ("option", ["--ray-actors", 2, "--ray"]),
+        ("local", ["--ray", "--ray-address", "local"]),
+    ):
         assert call(monkeypatch, *encode, tmp_path / name, *ray) == 0
         found, expected = (ExactIndex.load(tmp_path / folder) for folder in (name, "one"))
         np.testing.assert_array_equal(found.matrix, expected.matrix)
     assert fake.starts == 1 + 2 + 1
-    assert call(monkeypatch, *encode, tmp_path / "x", "--ray", "10.0.0.1:6379") == 2
+    assert call(monkeypatch, *encode, tmp_path / "x", "--ray", "--ray-address", "10.0.0.1:6379") == 2
     assert "no Ray cluster at '10.0.0.1:6379'" in capsys.readouterr().err
-    assert call(monkeypatch, *encode, tmp_path / "x", "--ray-actors", 2) == 2
-    assert "--ray-actors is for --ray; add it" in capsys.readouterr().err
+    for alone in (["--ray-actors", 2], ["--ray-address", "auto"]):
+        assert call(monkeypatch, *encode, tmp_path / "x", *alone) == 2
+        assert "--ray-address and --ray-actors are for --ray; add it" in capsys.readouterr().err
+    before_names = ["encode", "--ray", run_dir / "model", tmp_path / "first", "-c", collection_path]
+    assert call(monkeypatch, *before_names) == 0, "no argument is taken for an address"
+    assert len(ExactIndex.load(tmp_path / "first")) == 40
 
 
 @pytest.fixture

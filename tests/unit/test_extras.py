@@ -195,7 +195,7 @@ COMMANDS = {
     ],
     "scipy": [("eval", "evaluate --collections {data} --baselines bm25 --out {out}/e")],
     "matplotlib": [("eval", "report {evaluated} --out {out}/report")],
-    "ray": [("ray", "encode {model} {out}/i --collection {data} --untrained --ray local")],
+    "ray": [("ray", "encode {model} {out}/i --collection {data} --untrained --ray")],
     "mteb": [("mteb", "mteb --model {model} --tasks SciFact")],
     "gguf": [("gguf", "search {gguf} --collection {data} red"), ("gguf", "export {model} {out}/m.gguf --gguf")],
     "llama_cpp": [("llamacpp", "search {gguf} --collection {data} --backend llama.cpp red")],

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
-from typer.core import TyperCommand
 
 from .. import console
 from ..errors import ConfigError
@@ -48,12 +47,15 @@ ShardOption = Annotated[
     typer.Option("--shard", metavar="I/N", help="Encode the I-th of N parts; when all are there, they are one index."),
 ]
 RayOption = Annotated[
+    bool,
+    typer.Option("--ray", help="Encode by the actors of a Ray cluster, which sees the model and the index folder."),
+]
+RayAddress = Annotated[
     str | None,
     typer.Option(
-        "--ray",
-        metavar="[ADDRESS]",
-        help="Encode by the actors of a Ray cluster: `auto`, HOST:PORT, or `local`, which starts one here; without an "
-        "address what RAY_ADDRESS says, else `local`. It must see the model and the index folder.",
+        metavar="ADDRESS",
+        help="Of --ray: `auto`, HOST:PORT, or `local`, which starts one here; by default what RAY_ADDRESS says, else "
+        "`local`.",
     ),
 ]
 RayActors = Annotated[
@@ -72,20 +74,7 @@ BlockSize = Annotated[
 ]
 
 
-class _MayLackAddress(TyperCommand):
-    """A command whose option `--ray` may stand without a value; Typer has no such options."""
-
-    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
-        """Give it an empty one where none follows."""
-        given = list(args)
-        if "--ray" in given:
-            place = given.index("--ray") + 1
-            if place == len(given) or given[place].startswith("-"):
-                given.insert(place, "")
-        return super().parse_args(ctx, given)
-
-
-@app.command(cls=_MayLackAddress)
+@app.command()
 @takes_model_options
 def encode(
     model: ModelArgument,
@@ -100,7 +89,8 @@ def encode(
     chunk_overlap: ChunkOverlap = 0,
     untrained: Untrained = False,
     shard: ShardOption = None,
-    ray: RayOption = None,
+    ray: RayOption = False,
+    ray_address: RayAddress = None,
     ray_actors: RayActors = None,
     index_type: IndexTypeOption = None,
     block_size: BlockSize = None,
@@ -114,7 +104,9 @@ def encode(
     from ..retrieval.kinds import set_index_type
 
     part = Shard.parse(shard) if shard is not None else None
-    workers = _workers(model, options, ray, ray_actors)
+    workers = _workers(model, options, ray_address, ray_actors) if ray else None
+    if workers is None and not (ray_address is None and ray_actors is None):
+        raise ConfigError("--ray-address and --ray-actors are for --ray; add it")
     own = own_documents(documents, column, collection) if documents else None
     encoder = load_encoder(model, options, untrained)
     if own is not None:
@@ -166,17 +158,13 @@ def _say_recall(index: ExactIndex | ApproximateIndex) -> None:
         console.aside(f"searched by a graph (hnsw): recall@10 {recall:.3f} against exact search, by its own documents")
 
 
-def _workers(model: str, options: ModelOptions, address: str | None, actors: int | None) -> RayWorkers | None:
+def _workers(model: str, options: ModelOptions, address: str | None, actors: int | None) -> RayWorkers:
     """The actors that are asked for, each with this model."""
     from ..model.encoder import SearchR3
     from ..retrieval.encoding.workers import RayWorkers
 
-    if address is None:
-        if actors is not None:
-            raise ConfigError("--ray-actors is for --ray; add it")
-        return None
     source = str(Path(model).resolve()) if Path(model).exists() else model
-    return RayWorkers(partial(SearchR3, source, **options.loading()), address or None, actors)
+    return RayWorkers(partial(SearchR3, source, **options.loading()), address, actors)
 
 
 @app.command()

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from importlib import import_module
 from pathlib import Path
@@ -12,18 +11,18 @@ from typing import Any, Literal, Unpack
 
 import torch
 
-from ..errors import ConfigError, MissingExtraError, ModelError
+from ..errors import ConfigError, ModelError
 from ..extras import extra
 from .backbone import Backbone, without_bars
 from .checks import BaseFacts, check_backbone
 from .engine.packed import pack
 from .llamacpp.backbone import BACKEND, load_llamacpp
-from .llamacpp.metadata import mend_config, tokenizer_in
 from .modes.auto import fitting_gate
 from .precision import torch_device, torch_dtype
 from .prompts import EMBED_TOKEN, PromptSet
+from .reading.parts import load_causal_lm, load_tokenizer, one_line
 from .settings import SETTINGS_FILE, EmbeddingSettings, choose_settings, with_frames
-from .source import ADAPTER_CONFIG, CONFIG, TOKENIZER, HubOptions, ModelFiles, check_whole, find_files
+from .source import ADAPTER_CONFIG, HubOptions, ModelFiles, find_files
 from .templates import ChatTemplate
 
 Backend = Literal["torch", "llama.cpp"]
@@ -157,10 +156,10 @@ def _load_parts(
         with extra("train"):
             import_module("peft")
     of_tokenizer = files if files.has_tokenizer else whole
-    tokenizer = _load_tokenizer(of_tokenizer, tokenizer_kwargs)
+    tokenizer = load_tokenizer(of_tokenizer, tokenizer_kwargs)
     if not has_settings:  # which may hold what the template wrote
         _ = ChatTemplate(tokenizer, None).source  # what has none is refused before its weights are read for minutes
-    model, missing = _load_model(whole, dtype, is_auto, model_kwargs)
+    model, missing = load_causal_lm(whole, dtype, is_auto, model_kwargs)
     if files.base is not None:
         _check_row(files, of_tokenizer, tokenizer, tokenizer_kwargs)
         if facts := BaseFacts.read(files):
@@ -177,7 +176,7 @@ def _query_model(
 ) -> Any:
     """What encodes queries: a model of its own, or adapters in one that shares the weights of the documents' model."""
     if files.base is None:
-        model, missing = _load_model(files, dtype, is_auto, model_kwargs)
+        model, missing = load_causal_lm(files, dtype, is_auto, model_kwargs)
     else:
         # Modules of its own, so that no adapter is ever on or off for the other side.
         model = copy.deepcopy(documents, {id(parameter): parameter for parameter in documents.parameters()})
@@ -193,70 +192,6 @@ def _check_complete(files: ModelFiles, missing: set[str]) -> None:
         )
 
 
-def _load_tokenizer(files: ModelFiles, more: Mapping[str, Any]) -> Any:
-    import transformers
-
-    if not files.has_tokenizer:
-        raise ModelError(f"{files.name} has no tokenizer (tokenizer.json is missing); copy it next to the weights")
-    for path in filter(Path.is_file, (files.folder / name for name in TOKENIZER)):
-        check_whole(path)
-    with _one_line(f"cannot load a tokenizer from {files.name}"):
-        if (whole := tokenizer_in(files.metadata, **more)) is not None:
-            return whole
-        # The configuration is read for the name: of some models of the hub transformers knows that theirs is wrong.
-        config = {} if files.gguf or not (files.folder / CONFIG).is_file() else {"config": _config(files)}
-        tokenizer = transformers.AutoTokenizer.from_pretrained(
-            files.folder, **more, **config, **_gguf(files), trust_remote_code=False
-        )
-    if not tokenizer.is_fast:
-        raise ModelError(f"the tokenizer of {files.name} is a slow one; a tokenizer.json (fast tokenizer) is needed")
-    return tokenizer
-
-
-def _config(files: ModelFiles) -> Any:
-    import transformers
-
-    files.json(CONFIG)
-    config = transformers.AutoConfig.from_pretrained(files.folder, **_gguf(files), trust_remote_code=False)
-    config.name_or_path = files.name
-    mend_config(config, files.metadata)
-    return config
-
-
-def _gguf(files: ModelFiles) -> dict[str, Any]:
-    return {} if files.gguf is None else {"gguf_file": files.gguf}
-
-
-def _unpacked(files: ModelFiles) -> dict[str, Any]:
-    """Has a GGUF file's blocks become plain numbers; a model that computes in them could neither learn nor be saved."""
-    import transformers
-
-    has_choice = files.gguf is not None and hasattr(transformers, "GgufConfig")
-    return {"quantization_config": transformers.GgufConfig(dequantize=True)} if has_choice else {}
-
-
-def _load_model(files: ModelFiles, dtype: torch.dtype, is_auto: bool, more: Mapping[str, Any]) -> tuple[Any, set[str]]:
-    """The causal LM, and the names of weights that its files lack."""
-    import transformers
-
-    with _one_line(f"cannot load a causal LM from {files.name}"):
-        config = _config(files)
-        is_quantised = "quantization_config" in more or getattr(config, "quantization_config", None) is not None
-        model, report = transformers.AutoModelForCausalLM.from_pretrained(
-            files.folder,
-            config=config,
-            dtype="auto" if is_auto and is_quantised else dtype,
-            output_loading_info=True,
-            **(_unpacked(files) | {**more}),
-            **_gguf(files),
-            trust_remote_code=False,
-            use_safetensors=True,
-        )
-    # Adapters remember what they were put into, and to others a folder in a cache says nothing.
-    model.name_or_path = model.config.name_or_path = files.name
-    return model, set(report["missing_keys"])
-
-
 def _check_row(files: ModelFiles, of_tokenizer: ModelFiles, tokenizer: Any, more: Mapping[str, Any]) -> None:
     """Refuse adapters whose tokenizer has an embed token that nobody trained: neither they nor their base."""
     assert files.base is not None
@@ -266,7 +201,7 @@ def _check_row(files: ModelFiles, of_tokenizer: ModelFiles, tokenizer: Any, more
     if config.get("trainable_token_indices") or {"embed_tokens", "wte", "embed_in"} & set(learned):
         return
     if embed_token in tokenizer.get_vocab() and of_tokenizer is files:
-        if not files.base.has_tokenizer or embed_token not in _load_tokenizer(files.base, more).get_vocab():
+        if not files.base.has_tokenizer or embed_token not in load_tokenizer(files.base, more).get_vocab():
             raise ModelError(
                 f"the adapters in {files.name} hold no row of {embed_token}, and their base {files.base.name} has "
                 "none: vectors would mean nothing; save them with trainable_token_indices, or save the merged model"
@@ -308,7 +243,7 @@ def _put_in(files: ModelFiles, model: Any, rows: int, merge: bool = True) -> tup
 
     if model.get_input_embeddings().weight.shape[0] < rows:
         model.resize_token_embeddings(rows, mean_resizing=False)
-    with _one_line(f"cannot put the adapters in {files.name} into {model.name_or_path}"):
+    with one_line(f"cannot put the adapters in {files.name} into {model.name_or_path}"):
         folder = str(files.folder)
         config = peft.PeftConfig.from_pretrained(folder)
         config.base_model_name_or_path = model.name_or_path  # which may be elsewhere, and is known to be the one
@@ -318,27 +253,6 @@ def _put_in(files: ModelFiles, model: Any, rows: int, merge: bool = True) -> tup
             tuned = tuned.merge_and_unload().requires_grad_(True)  # peft froze what it was put into
             tuned.name_or_path = tuned.config.name_or_path = files.name  # what further adapters are put into
     return tuned, set(info.missing_keys)
-
-
-@contextmanager
-def _one_line(what: str) -> Iterator[None]:
-    """Make one `ModelError` of whatever transformers and the libraries beneath it raise about a model's files."""
-    try:
-        yield
-    except (ModelError, MissingExtraError):
-        raise
-    except Exception as error:
-        if "trust_remote_code" in str(error):
-            raise ModelError(
-                f"{what}: it needs code of its own (auto_map in its settings), and no code of a model is run; take an "
-                "architecture that transformers knows"
-            ) from error
-        if "ignore_mismatched_sizes" in str(error):
-            raise ModelError(
-                f"{what}: its weights have other shapes than its config.json says (listed above); the files are of two "
-                "models, fetch or copy them again"
-            ) from error
-        raise ModelError(f"{what}: {_first_line(error)}") from error
 
 
 def _settle(
@@ -392,7 +306,3 @@ def _ensure_embed_token(model: Any, tokenizer: Any, embed_token: str, start: Emb
             f"{embed_token} has id {token_id}, outside the model's embedding table; tokenizer and weights differ"
         )
     return int(token_id)
-
-
-def _first_line(error: BaseException) -> str:
-    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__

@@ -81,11 +81,16 @@ class ModelFiles:
     def revision(self) -> str:
         """What names this state: the commit on the hub, or the SHA-256 of the files; of adapters with their base's."""
         if self.gguf is not None:  # a commit may hold several
-            files = [self.folder / self.gguf, self.folder / SETTINGS_FILE]
-            files += [] if self.queries is None else [self.folder / str(self.queries.gguf)]
-            return "+".join(hash_file(file) for file in files if file.is_file())
+            settings = self.folder / SETTINGS_FILE
+            digests = [self.digest, *([hash_file(settings)] if settings.is_file() else [])]
+            return "+".join(digests if self.queries is None else [*digests, self.queries.digest])
         own = self.commit or hash_folder(self.folder)
         return own if self.base is None else f"{own}+{self.base.revision}"
+
+    @cached_property
+    def digest(self) -> str:
+        """SHA-256 of the GGUF file."""
+        return hash_file(self.folder / str(self.gguf))
 
     @property
     def has_tokenizer(self) -> bool:
@@ -95,7 +100,9 @@ class ModelFiles:
     @cached_property  # a vocabulary takes seconds to read
     def metadata(self) -> Lookup:
         """What the GGUF file says beside its weights; nothing where there is no such file."""
-        return dict[str, str]().get if self.gguf is None else read_metadata(self.folder / self.gguf, self.name)
+        if self.gguf is None:
+            return dict[str, str]().get
+        return read_metadata(self.folder / self.gguf, self.name, lambda: self.digest)
 
     def settings(self) -> EmbeddingSettings | None:
         """The settings that are saved with the model; None where there are none.

@@ -123,7 +123,7 @@ def _turn(message: Any, place: str) -> tuple[str, str]:
 
 
 def _paragraphs(path: Path) -> Iterable[str]:
-    text = "".join(line for _, line in read_lines(path))
+    text = "".join(line.replace("\r\n", "\n") for _, line in read_lines(path))
     return [" ".join(block.split()) for block in text.split("\n\n") if block.strip()]
 
 

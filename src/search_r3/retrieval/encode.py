@@ -30,7 +30,7 @@ from .approximate import ApproximateIndex
 from .encoding.identity import Peer, identity, read_state, state_of
 from .encoding.shards import Shard, check_cut, merge_shards, shards_in
 from .encoding.survey import Block, Documents, Span, Survey, remaining, span_of, survey_documents
-from .encoding.workers import RayWorkers, read_block
+from .encoding.workers import RayWorkers, count_done, read_block
 from .index import DType, ExactIndex
 from .kinds import open_index
 
@@ -149,22 +149,25 @@ class _Job:
         facts = {**self.facts, **more}
         complete = read_state(folder, storage.MANIFEST, facts, self.probe)
         resume_at, paths = complete or self._open_state(folder, facts)
+        start, blocks = span.first + resume_at, folder / BLOCKS
         if self.on_start is not None:
-            self.on_start(len(span), resume_at)
+            by_workers = self.workers is not None and not complete
+            waiting = count_done(blocks, start, span.end, self.survey.block_size) if by_workers else 0
+            self.on_start(len(span), resume_at + waiting)
         if complete:
             storage.sweep(folder, {path.name for path in paths.values()})
             return
         facts["origin"] = {**facts["origin"], **state_of(self.model)}
-        rest, blocks = (self.documents, self.survey, span.first + resume_at, span.end), folder / BLOCKS
+        rest = (self.documents, self.survey, start, span.end)
         if self.workers is not None:
             self.workers.encode(remaining(*rest), blocks, self.instruction, self.progress)
-        for start, block in remaining(*rest):
+        for number, block in remaining(*rest):
             if self.workers is not None:
-                vectors = read_block(blocks, start, block)
+                vectors = read_block(blocks, number, block)
             else:
                 texts = [text for _, text in block]
                 vectors = self.model.encode_document(texts, instruction=self.instruction, progress=self.progress)
-            place = start - span.first
+            place = number - span.first
             end = place + len(block)
             with storage.writable(folder):
                 storage.write_rows(paths["vectors.npy"], span.rows[place:end], self._checked(vectors, block))

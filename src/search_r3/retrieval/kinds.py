@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Literal
+
+from filelock import FileLock
 
 from . import storage
 from .approximate import ApproximateIndex
@@ -42,10 +45,23 @@ def set_index_type(folder: str | Path, index_type: IndexType) -> ExactIndex | Ap
         VectorIndexError: as `open_index`, or the disk refuses; the index stays as it was.
         MissingExtraError: a graph is to be built, and usearch is not installed.
     """
-    folder, index = Path(folder), open_index(folder)
-    graph = index_type == "hnsw" or (index_type == "auto" and len(index) >= HNSW_FROM)
-    if graph == isinstance(index, ApproximateIndex):
+    folder = Path(folder)
+    if _has(index := open_index(folder), index_type):
         return index
+    with ExitStack() as lock:
+        with storage.writable(folder):
+            lock.enter_context(FileLock(folder / ".index.lock"))
+        # Who was at it before, as another shard of the same corpus, may have done it.
+        return index if _has(index := open_index(folder), index_type) else _change(folder, index)
+
+
+def _has(index: ExactIndex | ApproximateIndex, index_type: IndexType) -> bool:
+    graph = index_type == "hnsw" or (index_type == "auto" and len(index) >= HNSW_FROM)
+    return graph == isinstance(index, ApproximateIndex)
+
+
+def _change(folder: Path, index: ExactIndex | ApproximateIndex) -> ExactIndex | ApproximateIndex:
+    """Give an index its graph, or take it away."""
     with storage.readable(folder):
         manifest, paths = storage.read_manifest(folder)
     if isinstance(index, ApproximateIndex):

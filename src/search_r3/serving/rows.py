@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from ..data.documents import Chunk
@@ -15,6 +15,10 @@ from ..types import Array
 if TYPE_CHECKING:
     import pyarrow as pa
 
+WITH_SIGN = "parent_id LIKE '%#%'"
+"""Documents whose ids may be those of chunks."""
+Rows = Callable[[str, Sequence[str], Sequence[str]], Iterable[Mapping[str, Any]]]
+"""Column, values, columns -> the rows in which the column has one of these values."""
 CHUNK = (
     *("id", "parent_id", "title", "headings", "text", "start", "end", "page"),
     *("content_hash", "path", "source", "metadata"),
@@ -81,6 +85,31 @@ def by_document(chunks: Iterable[Chunk]) -> dict[str, list[Chunk]]:
     for chunk in chunks:
         documents.setdefault(chunk.parent_id, []).append(chunk)
     return documents
+
+
+def check_names(chunks: Sequence[Chunk], stored: Iterable[Mapping[str, Any]], rows: Rows) -> None:
+    """Refuse documents with the id of another one's chunk: `a#0` is either a document or the first chunk of `a`.
+
+    Args:
+        chunks: to be written.
+        stored: the documents in the store that `WITH_SIGN` lets through.
+        rows: looks up rows by the values of a column.
+
+    Raises:
+        DataError: there is one.
+    """
+    owners, parents = {chunk.doc_id: chunk.parent_id for chunk in chunks}, {chunk.parent_id for chunk in chunks}
+    names = parents | {row["parent_id"] for row in stored}
+    clashes = [(name, owners[name]) for name in names if owners.get(name, name) != name]
+    for row in rows("id", sorted(name for name in parents if "#" in name), ["id", "parent_id"]):
+        if row["parent_id"] not in {*parents, row["id"]}:
+            clashes.append((row["id"], row["parent_id"]))
+    if clashes:
+        name, other = min(clashes)
+        raise DataError(
+            f"document {name!r} has the id of a chunk of document {other!r}; give one of them another id, or its "
+            "source a prefix (PREFIX=SOURCE)"
+        )
 
 
 def revision_of(chunks: Iterable[Chunk]) -> str:

@@ -38,7 +38,7 @@ def test_they_are_those_of_a_reading_into_memory(tmp_path: Path) -> None:
 
 @given(
     st.lists(st.sampled_from(LINES), min_size=1, max_size=4).map("".join),
-    st.sampled_from([b"", b"{", b"[]", b"\n\n", b"{}"]),
+    st.sampled_from([b"", b"{", b"[]", b"\n\n", b"{}", b'{"_id": "c",\r "text": "x"}', b'{"_id": "c"}\r{"_id": "d"}']),
 )
 def test_errors_are_those_of_a_reading_into_memory(
     tmp_path_factory: pytest.TempPathFactory, text: str, end: bytes
@@ -52,6 +52,19 @@ def test_errors_are_those_of_a_reading_into_memory(
         except DataError as error:
             outcomes.append(str(error).split("(")[0])
     assert outcomes[0] == outcomes[1]
+
+
+def test_a_carriage_return_alone_ends_no_line(tmp_path: Path) -> None:
+    path = tmp_path / "corpus.jsonl"
+    path.write_bytes(b'{"_id": "a",\r "text": "one"}\r\n{"_id": "b", "text": "two"}\n')
+    expected = {"a": Document("a", "one"), "b": Document("b", "two")}
+    assert MappedDocuments(path) == expected == {one.doc_id: one for one in iter_documents(path)}
+    path.write_bytes(b'{"_id": "a", "text": "one"}\r{"_id": "b", "text": "two"}\r')
+    for read in (MappedDocuments, lambda path: list(iter_documents(path))):
+        with pytest.raises(
+            DataError, match=r"corpus.jsonl:1: .*a carriage return alone, .*: save the file with line f"
+        ):
+            read(path)
 
 
 def test_a_missing_file_and_one_without_rows_are_one_error(tmp_path: Path) -> None:

@@ -65,10 +65,10 @@ class FakeEncoder:
 
 
 def contents(folder: Path) -> dict[str, bytes]:
-    """Every file of a folder; those of a state by the names that the manifest gives them."""
+    """Every file of a folder but locks; those of a state by the names that the manifest gives them."""
     manifest = json.loads((folder / "manifest.json").read_text())
     names = {path: name for name, path in manifest.pop("files").items()}
-    files = {names.get(path.name, path.name): path.read_bytes() for path in folder.iterdir()}
+    files = {names.get(path.name, path.name): path.read_bytes() for path in folder.iterdir() if path.suffix != ".lock"}
     return files | {"manifest.json": json.dumps(manifest).encode()}
 
 

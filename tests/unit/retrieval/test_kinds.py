@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -44,6 +47,30 @@ def test_a_graph_is_added_and_taken_away_and_the_vectors_stay(tmp_path: Path) ->
     assert model.seen == []
     assert isinstance(set_index_type(tmp_path, "exact"), ExactIndex)
     assert contents(tmp_path) == exact and vectors_file(tmp_path) == file
+
+
+def test_of_two_that_want_a_graph_at_once_one_builds_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    encode_corpus(FakeEncoder(dimension=16), DOCUMENTS, tmp_path)
+    both, built = threading.Barrier(2), []
+    open_first, maintain = kinds.open_index, ApproximateIndex.maintain
+
+    def open_together(*values: Any) -> Any:
+        index = open_first(*values)
+        if not built and threading.current_thread().name not in seen:
+            seen.add(threading.current_thread().name)
+            both.wait(30)  # both have seen that there is none
+        return index
+
+    def build(index: ApproximateIndex) -> None:
+        built.append(index)
+        maintain(index)
+
+    seen: set[str] = set()
+    monkeypatch.setattr(kinds, "open_index", open_together)
+    monkeypatch.setattr(ApproximateIndex, "maintain", build)
+    with ThreadPoolExecutor(2) as pool:
+        indexes = list(pool.map(lambda _: set_index_type(tmp_path, "hnsw"), range(2)))
+    assert len(built) == 1 and all(isinstance(index, ApproximateIndex) for index in indexes)
 
 
 def test_auto_is_by_size(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

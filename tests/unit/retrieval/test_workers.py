@@ -1,12 +1,10 @@
 """Encoding by the actors of Ray: the bytes of one process, whatever dies on the way.
 
-A strict stand-in for Ray runs in CI; `pytest -m real` asks Ray itself, where the extra `ray` is installed.
+A strict stand-in for Ray runs here; `tests/integration/test_ray.py` asks Ray itself.
 """
 
 from __future__ import annotations
 
-import os
-import signal
 import sys
 from collections.abc import Callable
 from functools import partial
@@ -20,13 +18,11 @@ from fake_ray import Died, FakeRay
 from test_encode import DOCUMENTS, FakeEncoder, contents
 
 from search_r3.errors import ConfigError, MissingExtraError, ModelError, VectorIndexError
-from search_r3.model.encoder import SearchR3
 from search_r3.retrieval import storage
 from search_r3.retrieval.encode import BLOCKS, encode_corpus
 from search_r3.retrieval.encoding import workers
 from search_r3.retrieval.encoding.shards import Shard
 from search_r3.retrieval.encoding.workers import RayWorkers
-from search_r3.retrieval.index import ExactIndex
 
 
 class Encoder(FakeEncoder):
@@ -44,13 +40,11 @@ class Encoder(FakeEncoder):
         return super().encode_document(texts, **options)
 
 
-def once(error: BaseException | None, mark: Path) -> None:
+def once(error: BaseException, mark: Path) -> None:
     """Die, or raise, the first time only."""
     if not mark.exists():
         mark.touch()
-        if error is not None:
-            raise error
-        os.kill(os.getpid(), signal.SIGKILL)
+        raise error
 
 
 @pytest.fixture
@@ -121,11 +115,14 @@ def test_a_run_that_ended_goes_on_with_the_documents_that_have_no_vectors(ray: F
     assert not ray.is_initialized()
     done = encoded(log)
     assert 0 < len(done) < 23 and not (folder / storage.MANIFEST).exists()
+    starts: list[tuple[int, int]] = []
     for other in (FakeEncoder("other"), FakeEncoder(dimension=5)):
         with pytest.raises(VectorIndexError, match="by another model"):
             encode_corpus(other, DOCUMENTS, folder, workers=actors, block_size=4)
-    encode_corpus(FakeEncoder(), DOCUMENTS, folder, workers=actors, block_size=4)
+    begun = {"workers": actors, "block_size": 4, "on_start": lambda *numbers: starts.append(numbers)}
+    encode_corpus(FakeEncoder(), DOCUMENTS, folder, **begun)
     assert encoded(log) == sorted(text for _, text in DOCUMENTS), "no document was encoded twice"
+    assert starts == [(23, len(done))], "what actors have done is not to be done"
     encode_corpus(FakeEncoder(), DOCUMENTS, tmp_path / "one", block_size=4)
     assert contents(folder) == contents(tmp_path / "one")
 
@@ -207,38 +204,3 @@ def test_without_ray_it_is_said_before_anything_is_read(monkeypatch: pytest.Monk
     monkeypatch.setitem(sys.modules, "ray.data", None)
     with pytest.raises(MissingExtraError, match=r"pip install 'search-r3\[ray\]'"):
         RayWorkers(FakeEncoder)
-
-
-class Slow(SearchR3):
-    """A model whose process is killed at its second block, once."""
-
-    def encode_document(self, texts: Any, **options: Any) -> Any:
-        mark = Path(os.environ["SEARCH_R3_MARK"])
-        if any("number 25" in text for text in texts):
-            once(None, mark)
-        return super().encode_document(texts, **options)
-
-
-@pytest.mark.real
-@pytest.mark.filterwarnings("ignore")  # Ray warns of itself
-def test_ray_itself_with_two_actors_of_which_one_is_killed(
-    tiny_path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    ray = pytest.importorskip("ray")
-    pytest.importorskip("ray.data")
-    ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])
-    mark = tmp_path / "killed"
-    monkeypatch.setenv("SEARCH_R3_MARK", str(mark))
-    documents = [(f"d{i * 7 % 60}", f"a house, {'very ' * (i % 7)} old, number {i}") for i in range(60)]
-    threads = torch.get_num_threads()
-    actors = RayWorkers(partial(Slow, str(tiny_path), device="cpu"), "local", actors=2)
-    model = SearchR3(tiny_path, device="cpu")
-    try:
-        torch.set_num_threads(max(2, os.cpu_count() or 1, 3) // 2)  # as the actors have
-        index = encode_corpus(model, documents, tmp_path / "ray", workers=actors, dtype="float32", block_size=6)
-        assert mark.exists(), "an actor was killed"
-        encode_corpus(model, documents, tmp_path / "one", dtype="float32", block_size=6)
-    finally:
-        torch.set_num_threads(threads)
-    assert contents(tmp_path / "ray") == contents(tmp_path / "one")
-    assert isinstance(index, ExactIndex) and len(index) == 60

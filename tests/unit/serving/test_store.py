@@ -63,6 +63,19 @@ def test_a_document_comes_back_as_it_was_written(store: Store) -> None:
     assert store.documents() == [("it's.md", "T", "/notes/it's.md", "/notes", 2)]
 
 
+def test_a_document_with_the_id_of_anothers_chunk_is_refused(store: Store) -> None:
+    put(store, document("a", "one", "two"), document("c#1", "x"))
+    for clash in (document("a#1", "x"), document("c", "x", "y")):
+        with pytest.raises(DataError, match=r"document '(a|c)#1' has the id of a chunk of document '(a|c)'; give one"):
+            put(store, document("b", "z"), clash)
+    with pytest.raises(DataError, match="document 'd#0' has the id of a chunk of document 'd'"):
+        put(store, document("d", "x"), document("d#0", "x"))
+    assert [entry.doc_id for entry in store.documents()] == ["a", "c#1"], "nothing of these batches was written"
+    put(store, document("a", "one"), document("a#1", "x"))
+    put(store, document("a#1", "y"), document("a#2", "x"), document("c", "x"))
+    assert ids(store) == ["a#0", "a#1#0", "a#2#0", "c#0", "c#1#0"], "no chunk has them"
+
+
 def test_an_upsert_replaces_whole_documents_and_leaves_the_others(store: Store) -> None:
     put(store, document("a", "1", "2", "3"), document("b", "1", "2"))
     put(store, document("a", "new"))

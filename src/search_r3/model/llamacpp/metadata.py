@@ -5,6 +5,7 @@ The keys are GGUF's own where it has some, so that llama.cpp and what is built o
 
 from __future__ import annotations
 
+import json
 import mmap
 from collections.abc import Callable
 from pathlib import Path
@@ -12,6 +13,8 @@ from typing import Any
 
 from ...errors import MissingExtraError, ModelError
 from ...extras import extra
+from ...files import write_json
+from ..reading.unpacked import Unpacked
 from ..settings import QUERIES, EmbeddingSettings, parse_settings
 
 Lookup = Callable[[str], str | None]
@@ -20,6 +23,7 @@ Lookup = Callable[[str], str | None]
 SETTINGS_KEY = "search_r3.settings"
 """What stands in `search_r3.json` of a model directory."""
 _TOKENIZER_KEY, _TEMPLATE_KEY = "tokenizer.huggingface.json", "tokenizer.chat_template"
+_KEPT = "values.json"
 _HEAD = 2**26  # bytes in which the metadata of a file stands
 _ROLES = {
     "bos_token": "tokenizer.ggml.bos_token_id",
@@ -31,12 +35,13 @@ _QWEN3_HEADS = "qwen3.attention.key_length"
 _KEYS = (_QWEN3_HEADS, SETTINGS_KEY, _TOKENIZER_KEY, _TEMPLATE_KEY, *_ROLES.values())
 
 
-def read_metadata(path: Path, name: str) -> Lookup:
+def read_metadata(path: Path, name: str, digest: Callable[[], str]) -> Lookup:
     """What the metadata of a GGUF file of ours says of these things; of another one nothing.
 
     Args:
         path: of the file.
         name: what the model is called, for messages.
+        digest: SHA-256 of the file, by which what was read is kept.
 
     Raises:
         ModelError: it is not whole.
@@ -46,6 +51,9 @@ def read_metadata(path: Path, name: str) -> Lookup:
     with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
         if content.find(SETTINGS_KEY.encode(), 0, _HEAD) < 0:  # to read all metadata takes seconds
             return values.get
+    unpacked = Unpacked(digest(), "metadata")
+    if folder := unpacked.find():
+        return dict(json.loads((folder / _KEPT).read_text(encoding="utf-8"))).get
     try:
         with extra("gguf"):
             import gguf
@@ -57,6 +65,7 @@ def read_metadata(path: Path, name: str) -> Lookup:
     except Exception as error:  # of numpy, about offsets that are beyond the file's end
         fault = str(error).strip().partition("\n")[0] or type(error).__name__
         raise ModelError(f"cannot load a model from {name}: {fault}; fetch or copy it again") from error
+    unpacked.keep(lambda out: write_json(out / _KEPT, values))
     return values.get
 
 

@@ -15,6 +15,7 @@ import textwrap
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -139,7 +140,7 @@ class _Actor:
         values = pa.FixedSizeListArray.from_arrays(pa.array(vectors.astype(np.float32).ravel()), vectors.shape[1])
         with atomic_file(target) as path:
             parquet.write_table(pa.table({"id": block["id"], "vector": values}), path, compression="none")
-        source.unlink()
+        source.unlink(missing_ok=True)  # an actor of a run that was killed may be at it, too
         return len(texts)
 
 
@@ -164,7 +165,7 @@ def read_block(folder: Path, start: int, block: Block) -> Array:
     with extra("ray"):
         from pyarrow import parquet
 
-    path = _path(folder, "vectors", start, block)
+    path = _path(folder, "vectors", start, start + len(block))
     try:
         table = parquet.read_table(path)
         ids, column = table["id"].to_pylist(), table["vector"].combine_chunks()
@@ -176,8 +177,14 @@ def read_block(folder: Path, start: int, block: Block) -> Array:
     return vectors
 
 
-def _path(folder: Path, kind: str, start: int, block: Block) -> Path:
-    return folder / f"{kind}-{start:012}-{start + len(block):012}.parquet"
+def count_done(folder: Path, start: int, end: int, block_size: int) -> int:
+    """How many of the documents from number `start` to before `end` have vectors, of the blocks they are cut into."""
+    cuts = [start, *range(start // block_size * block_size + block_size, end, block_size), end]
+    return sum(upper - lower for lower, upper in pairwise(cuts) if _path(folder, "vectors", lower, upper).exists())
+
+
+def _path(folder: Path, kind: str, start: int, end: int) -> Path:
+    return folder / f"{kind}-{start:012}-{end:012}.parquet"
 
 
 def _written(blocks: Iterable[tuple[int, Block]], folder: Path) -> Iterator[dict[str, str]]:
@@ -188,7 +195,7 @@ def _written(blocks: Iterable[tuple[int, Block]], folder: Path) -> Iterator[dict
 
     folder.mkdir(parents=True, exist_ok=True)
     for start, block in blocks:
-        source, target = (_path(folder, kind, start, block) for kind in ("texts", "vectors"))
+        source, target = (_path(folder, kind, start, start + len(block)) for kind in ("texts", "vectors"))
         source.with_suffix(".tries").unlink(missing_ok=True)
         if target.exists():
             continue

@@ -1,0 +1,1 @@
+"""Reading a tokenizer and a causal LM from a model's files."""

@@ -1,0 +1,84 @@
+"""What was read from a GGUF file, kept as plain files, so that it is read from there the next time.
+
+transformers reads all metadata of such a file three times, in Python, and unpacks every block of its weights; that is
+most of what a command takes. What it made is written below the folder that the hub's library gives other libraries
+(`~/.cache/huggingface/assets/search-r3`, or `HF_ASSETS_CACHE`), by the digest of the file, so a file that is moved is
+known, and one that is changed is not. Nothing is lost where it cannot be kept, or is removed.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import shutil
+from collections.abc import Callable
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from filelock import FileLock
+
+from ...errors import ModelError
+from ...files import atomic_directory, flush, remove_leftovers, write_json
+
+logger = logging.getLogger(__name__)
+
+SHARE = 10
+"""What is kept takes at most one part in so many of what is free on the disk."""
+_FACTS = "unpacked.json"
+
+
+class Unpacked(NamedTuple):
+    """A part of what a GGUF file holds, as it is kept, or may be."""
+
+    digest: str
+    """SHA-256 of the file."""
+    part: str
+    """A name for it; weights go by their precision."""
+
+    def find(self) -> Path | None:
+        """The folder that holds it; None where there is none, or one of other versions of the libraries."""
+        try:
+            folder = self._folder()
+            facts = json.loads((folder / _FACTS).read_text(encoding="utf-8"))
+            return folder if facts == _facts(folder, facts["bytes"]) else None
+        except (OSError, ValueError, KeyError, TypeError):
+            return None
+
+    def keep(self, write: Callable[[Path], None], size: int = 0) -> None:
+        """Keep it, if that can be done.
+
+        Args:
+            write: writes it into a folder, and raises an error where it would not be read as it is now.
+            size: in bytes; what is large is kept only where there is room for much more.
+        """
+        try:
+            folder = self._folder()
+            if size * SHARE > shutil.disk_usage(folder.parent).free:
+                raise ModelError(f"it needs {size:,} bytes, and the disk has not {SHARE} times as many")
+            with FileLock(folder.with_name(f"{self.part}.lock")):
+                if self.find() is None:
+                    remove_leftovers(folder)
+                    with atomic_directory(folder) as out:
+                        write(out)
+                        names = [path.name for path in sorted(out.iterdir())]
+                        for name in names:
+                            flush(out / name)
+                        write_json(out / _FACTS, _facts(out, names))
+        except Exception as error:  # whatever it is, the model is loaded
+            logger.info("the %s of a GGUF file is not kept for the next time: %s", self.part, error)
+
+    def _folder(self) -> Path:
+        from huggingface_hub import cached_assets_path, constants
+
+        place = cached_assets_path("search-r3", "gguf", self.digest[:32], assets_dir=constants.HF_ASSETS_CACHE)
+        return place / self.part
+
+
+def _facts(folder: Path, names: Any) -> dict[str, Any]:
+    """By what a folder was written, and which files are in it."""
+    return {
+        "gguf": version("gguf"),
+        "transformers": version("transformers"),
+        "bytes": {name: (folder / name).stat().st_size for name in names},
+    }

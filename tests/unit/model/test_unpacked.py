@@ -1,0 +1,170 @@
+"""What was read from a GGUF file is kept: it is read once, the model is the same, and nothing depends on it."""
+
+from __future__ import annotations
+
+import copy
+import logging
+import os
+import shutil
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+from conftest import save_tiny
+from huggingface_hub import constants
+
+from search_r3 import SearchR3
+from search_r3.errors import ModelError
+from search_r3.model.llamacpp.writing import export_gguf
+from search_r3.model.loading import load_backbone
+from search_r3.model.reading import parts, unpacked
+from search_r3.model.reading.unpacked import Unpacked
+
+gguf = pytest.importorskip("gguf")
+TEXTS = ["where is the red house?", "1984 and 日本語", "red house " * 60]
+
+
+@pytest.fixture
+def assets(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Where it is kept; nothing is there yet."""
+    monkeypatch.setattr(constants, "HF_ASSETS_CACHE", str(tmp_path / "assets"))
+    return tmp_path / "assets" / "search-r3" / "gguf"
+
+
+@pytest.fixture
+def file(assets: Path, tmp_path: Path, tokenizer: Any) -> Path:
+    """A file that is not ours, so that transformers makes the tokenizer, too."""
+    backbone = load_backbone(save_tiny(tmp_path / "model", tokenizer, "llama", spare_rows=16), device="cpu")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("search_r3.model.llamacpp.writing.tokenizer_values", lambda tokenizer: {})
+        patch.setattr("search_r3.model.llamacpp.writing.SETTINGS_KEY", "another.settings")
+        [path] = export_gguf(backbone, tmp_path / "model.gguf", "q8_0")
+    return path
+
+
+def vectors(path: Path, **options: Any) -> np.ndarray:
+    model = SearchR3(path, device="cpu", **options)
+    return np.concatenate([model.encode_document(TEXTS), model.encode_query(TEXTS, mode="direct").vectors])
+
+
+def parts_kept(assets: Path) -> list[str]:
+    return sorted(path.parent.name for path in assets.rglob("unpacked.json"))
+
+
+def forbid_reading(patch: pytest.MonkeyPatch) -> None:
+    def refuse(*values: Any, **options: Any) -> Any:
+        raise AssertionError("the GGUF file is read again")
+
+    patch.setattr(gguf, "GGUFReader", refuse)
+
+
+@pytest.mark.filterwarnings("ignore:.*no stage has trained")
+def test_the_second_time_nothing_of_the_file_is_unpacked_and_all_bits_are_the_same(
+    file: Path, assets: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first = SearchR3(file, device="cpu").backbone
+    expected = vectors(file)
+    assert parts_kept(assets) == ["float32", "tokenizer"]
+    forbid_reading(monkeypatch)
+    moved = shutil.move(file, tmp_path / "moved.gguf")
+    again = SearchR3(moved, device="cpu").backbone
+    assert np.array_equal(vectors(moved), expected)
+    assert again.revision == first.revision and again.settings == first.settings
+    assert again.tokenizer.backend_tokenizer.to_str() == first.tokenizer.backend_tokenizer.to_str()
+    assert again.tokenizer.chat_template == first.tokenizer.chat_template
+    assert all(one.data_ptr() % 16 == 0 for one in again.model.parameters()), "a mapped file begins where it likes"
+    with pytest.raises(ModelError, match="read again"):
+        vectors(moved, dtype="bfloat16")
+
+
+def test_of_a_file_of_ours_the_settings_are_kept_too(
+    assets: Path, tmp_path: Path, tokenizer: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = save_tiny(tmp_path / "model", tokenizer, "qwen3", spare_rows=16)
+    own = load_backbone(folder, device="cpu", max_length=100, prompts="published")
+    [path] = export_gguf(own, tmp_path / "model.gguf", "f16")
+    expected = vectors(path)
+    assert parts_kept(assets) == ["float32", "metadata"]
+    forbid_reading(monkeypatch)
+    assert np.array_equal(vectors(path), expected)
+    assert load_backbone(path).settings == own.settings
+
+
+def test_another_file_in_the_same_place_is_another_model(file: Path, assets: Path) -> None:
+    before, times = vectors(file), file.stat()
+    content = bytearray(file.read_bytes())
+    weights = next(one for one in gguf.GGUFReader(file).tensors if one.name == "blk.0.ffn_down.weight")
+    start = int(weights.data_offset)
+    content[start : start + 2] = np.array([0.7], np.float16).tobytes()  # the scale of its first block
+    file.write_bytes(content)
+    os.utime(file, ns=(times.st_atime_ns, times.st_mtime_ns))
+    assert not np.array_equal(vectors(file), before)
+    assert len(list(assets.iterdir())) == 2
+
+
+@pytest.mark.parametrize("damage", ["cut", "gone", "versions", "manifest"])
+def test_what_is_not_whole_or_of_other_versions_is_made_anew(
+    damage: str, file: Path, assets: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    expected = vectors(file)
+    [folder] = (path for path in assets.rglob("float32") if path.is_dir())
+    weights = folder / "model.safetensors"
+    size = weights.stat().st_size
+    if damage == "cut":
+        weights.write_bytes(weights.read_bytes()[:-100])
+    elif damage == "gone":
+        weights.unlink()
+    elif damage == "manifest":
+        (folder / "unpacked.json").write_text("{")
+    else:
+        monkeypatch.setattr(unpacked, "version", lambda name: "99.0")
+        assert Unpacked(file.name, "float32").find() is None
+    assert np.array_equal(vectors(file), expected)
+    assert weights.stat().st_size == size
+    forbid_reading(monkeypatch)
+    assert np.array_equal(vectors(file), expected)
+
+
+@pytest.mark.parametrize("hindrance", ["no room", "no folder", "unlike"])
+def test_a_model_that_cannot_be_kept_is_loaded_all_the_same(
+    hindrance: str, file: Path, assets: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    if hindrance == "no room":
+        monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=1000))
+    elif hindrance == "no folder":
+        (assets.parent.parent).parent.mkdir(exist_ok=True)
+        assets.parent.parent.write_text("a file")
+    else:
+        monkeypatch.setattr(parts, "_OF_SAVING", ())  # what the writer's name and place differ in
+    with caplog.at_level(logging.INFO):
+        first = vectors(file)
+    assert "is not kept for the next time" in caplog.text
+    assert "float32" not in parts_kept(assets)
+    assert np.array_equal(vectors(file), first)
+    assert not [path for path in assets.rglob(".*")], "nothing half written is left"
+
+
+def test_a_tokenizer_that_would_be_read_otherwise_is_not_kept(
+    tokenizer: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    own = copy.deepcopy(tokenizer)
+    own.truncation_side = "left"
+    monkeypatch.setattr(own, "save_pretrained", tokenizer.save_pretrained)
+    with pytest.raises(ModelError, match="would read another tokenizer"):
+        parts._write_tokenizer(own, tmp_path)
+
+
+def test_only_the_first_of_several_processes_writes(assets: Path) -> None:
+    written = []
+
+    def write(out: Path) -> None:
+        written.append(out)
+        (out / "file").write_text("whole")
+
+    for _ in range(2):
+        Unpacked("0" * 64, "part").keep(write)
+    folder = Unpacked("0" * 64, "part").find()
+    assert folder is not None and (folder / "file").read_text() == "whole"
+    assert len(written) == 1
