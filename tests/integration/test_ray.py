@@ -56,8 +56,8 @@ def threads() -> Iterator[None]:
 
 
 def wait_for(what: Callable[[], Any], process: subprocess.Popen[bytes]) -> Any:
-    """The first true answer; an error where there is none in two minutes, or before the process ends."""
-    limit = time.monotonic() + 120
+    """The first true answer; an error where there is none in ten minutes, or before the process ends."""
+    limit = time.monotonic() + 600  # Ray gives its workers way to all others
     while not (answer := what()):
         assert process.poll() is None and time.monotonic() < limit, f"exit status: {process.poll()}"
         time.sleep(0.01)
