@@ -155,7 +155,7 @@ def test_a_process_whose_queries_have_no_trace_takes_part_in_all_that_the_others
 def test_frozen_documents_are_shared_in_the_making_and_the_same_for_all(
     tmp_path: Path, stage_1: Path, collection_path: Path
 ) -> None:
-    options = ["sft.documents=frozen", "sft.evaluate_every=0", "sft.keep=last"]
+    options = ["sft.documents=frozen", "sft.latent_steps=2", "sft.evaluate_every=0", "sft.keep=last"]
     variants = {"frozen": options, "frozen-chunks": [*options, "lora.rank=4", f"{MICRO}=2"]}
     check_together(tmp_path, "ddp", variants, stage_1, collection_path)
 

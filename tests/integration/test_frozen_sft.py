@@ -13,8 +13,10 @@ from search_r3.config import load_recipe
 from search_r3.errors import ConfigError
 from search_r3.files import hash_file
 from search_r3.model.encoder import SearchR3
+from search_r3.training.engine import make_engine
 from search_r3.training.grpo import train_grpo
 from search_r3.training.modes.distill import train_distill
+from search_r3.training.rl.sampler import PolicyWeights
 from search_r3.training.run import Run
 from search_r3.training.sft import train_sft
 from tests.conftest import Stop, StopAt, save_tiny
@@ -25,7 +27,9 @@ SETTINGS = [
     "grpo.steps=2", "grpo.queries_per_step=4", "grpo.group_size=4", "grpo.splits=[train]", "grpo.learning_rate=5e-3",
     "grpo.evaluate_every=0", "grpo.keep=last", "distill.steps=2", "distill.batch_size=4", "distill.evaluate_every=0",
 ]  # fmt: skip
-FROZEN = ["sft.documents=frozen", "sft.steps=4", "sft.random_negatives=6", "sft.evaluate_every=2"]
+FROZEN = [
+    "sft.documents=frozen", "sft.steps=4", "sft.random_negatives=6", "sft.evaluate_every=2", "sft.latent_steps=2",
+]  # fmt: skip
 KINDS = {"whole": [], "adapters": ["lora={rank: 4, alpha: 8}"]}
 TEXTS = ["where is the red house?", "a blue boat", "the white chair"]
 
@@ -78,7 +82,7 @@ def test_the_first_step_has_the_losses_of_moving_documents(
 ) -> None:
     moving = train_sft(recipe(tmp_path / "moving", stage_1, *KINDS[kind], "sft.documents=moving")).log_history
     frozen = Run(recipe(trained.parents[1], stage_1, *KINDS[kind])).metrics("sft")
-    names = ("cross_entropy", "info_nce", "triplet", "loss")
+    names = ("cross_entropy", "info_nce", "triplet", "latent_info_nce", "latent_triplet", "latent_words", "loss")
     assert {name: frozen[0][name] for name in names} == pytest.approx({n: moving[0][n] for n in names}, abs=1e-5)
     assert frozen[0]["tokens"] < moving[0]["tokens"], "of documents none is computed"
     assert "dev_ndcg@10_direct" in frozen[-1]
@@ -149,6 +153,18 @@ def test_a_stage_that_keeps_documents_goes_on_from_a_query_side(
     assert {file.name for file in (path / "queries").iterdir()} == names
 
 
+def test_a_sampler_that_holds_a_copy_gets_what_encodes_queries(
+    kind: str, trained: Path, stage_1: Path, recipe: Callable[..., Any], tmp_path: Path
+) -> None:
+    settings, model = recipe(tmp_path / "run", trained, *KINDS[kind]), SearchR3(trained, device="cpu")
+    PolicyWeights(make_engine(model, settings, settings.grpo), model, settings, 0).save(tmp_path / "copy")
+    copy = SearchR3(tmp_path / "copy", device="cpu")
+    assert copy.backbone.documents is None, "a server loads one model"
+    for mode in ("direct", "reason"):
+        found, expected = (one.encode_query(TEXTS, mode).vectors for one in (copy, SearchR3(trained, device="cpu")))
+        np.testing.assert_allclose(found, expected, atol=1e-5)
+
+
 def test_what_cannot_go_on_is_refused_with_the_remedy(
     kind: str, trained: Path, stage_1: Path, recipe: Callable[..., Any], tmp_path: Path
 ) -> None:
@@ -162,7 +178,10 @@ def test_what_cannot_go_on_is_refused_with_the_remedy(
         (stage_1, ["max_length=100"], "sft.documents=frozen with max_length=100, but .* max_length=120; set that"),
     ]
     if kind == "adapters":
-        cases.append((trained, [*KINDS[kind], "sft.kl_weight=0.1"], "set the weight of the KL to 0"))
+        cases.append((trained, [*KINDS[kind], "sft.kl_weight=0.1"], "set sft.kl_weight=0"))
+        cases.append(
+            (trained, ["lora={rank: 4, alpha: 8, target_modules: [q_proj]}"], r"set lora.target_modules=\['down_proj")
+        )
     for place, (base, more, message) in enumerate(cases):
         with pytest.raises(ConfigError, match=message):
             train_sft(recipe(tmp_path / str(place), base, *more))

@@ -64,12 +64,19 @@ def choose_what_learns(backbone: Backbone, settings: LoRASettings) -> None:
 def _continue(backbone: Backbone, settings: LoRASettings) -> None:
     configs = getattr(backbone.model, "peft_config", None)
     rank = alpha = 0
+    layers: set[str] = set()
     if configs is not None:
         rank, alpha = configs["default"].r, configs["default"].lora_alpha
+        layers = set(configs["default"].target_modules)
     if settings.rank != rank or (rank and settings.alpha != alpha):
         has = f"adapters; set lora={{rank: {rank}, alpha: {alpha}}}" if rank else "whole weights; set lora.rank=0"
         raise ConfigError(
             f"lora.rank={settings.rank}, lora.alpha={settings.alpha}, but queries of {backbone.source} have {has}"
+        )
+    if rank and set(settings.target_modules) != layers:
+        raise ConfigError(
+            f"lora.target_modules={list(settings.target_modules)}, but the adapters for queries of {backbone.source} "
+            f"are in others; set lora.target_modules={sorted(layers)}"
         )
     for name, parameter in backbone.model.named_parameters():
         parameter.requires_grad_(rank == 0 or "lora_" in name or "trainable_tokens" in name)

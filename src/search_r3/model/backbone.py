@@ -82,7 +82,7 @@ class Backbone:
 
     @property
     def document_side(self) -> Backbone:
-        """What encodes documents: this one, unless stage 2 kept them frozen."""
+        """What encodes documents: this one, unless a stage kept them frozen."""
         return self.documents or self
 
     @property

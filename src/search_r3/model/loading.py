@@ -58,7 +58,7 @@ def load_backbone(
 ) -> Backbone:
     """Load a causal LM from a directory, a GGUF file or the hub; add the embed token where the tokenizer lacks it.
 
-    Of a model whose documents stage 2 kept frozen this is what encodes queries, with `documents` beside it.
+    Of a model whose documents a stage kept frozen this is what encodes queries, with `documents` beside it.
 
     No code that a model brings is run, and no pickle is read.
 

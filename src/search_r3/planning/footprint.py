@@ -118,11 +118,14 @@ class Job:
         resident = self.resident()
         learning = resident | self.gradients()
         phases = {"load": self.loading()}
+        whole = resident | self.sampling_copy()
         if self.stage == "grpo":
-            whole = resident | self.sampling_copy()
             phases["rollouts"] = whole | self.rollouts()
+        if self.stage == "grpo" or not self.moves:
             encoding = memory.encoding_memory(self.shape, ENCODING_TOKENS, self.sampling_bytes)
-            phases["documents"] = whole | {"activations": encoding}
+            # Frozen ones are encoded before AdamW has moments in stage 1.
+            apart = {"optimizer": 0} if self.stage == "sft" else {}
+            phases["documents"] = whole | {"activations": encoding} | apart
         phases["train"] = learning | self.training()
         # The foreach kernels of AdamW hold the roots of all second moments at once.
         update = self.trainable * self.precision.trainable // (1 if self.strategy in ("single", "ddp") else self.gpus)

@@ -28,9 +28,9 @@ ZERO_LIVE = 1_000_000_000
 LOGITS_AT_A_TIME = 2**25
 """Logits, positions times vocabulary, that a loss holds at once (`training/policy.py`)."""
 PREFILL_TOKENS = 4096
-# Of the decoder on a GPU: tokens between two looks, which a reply may be computed beyond its end.
-LOOK_EVERY = 8
 """Tokens of prompts that the decoder computes together, and of another sampler's replies that are read so."""
+LOOK_EVERY = 8
+"""Of the decoder on a GPU: tokens between two looks, which a reply may be computed beyond its end."""
 LOGIT_ROWS = 256
 """Positions of such replies whose logits are held at once (`training/rl/sampler.py`)."""
 

@@ -27,12 +27,15 @@ from ..data.triples import judged_queries, reasoning_traces
 from ..data.writing.asking import check_output
 from ..errors import ConfigError, DataError
 from ..mining.candidates import quiet
+from ..model.adapters import choose_what_learns
 from ..model.encoder import SearchR3
 from ..model.source import find_files
 from ..types import Watch
+from .engine import load_model
 from .modes.frozen import check_begins, keeps_documents
 from .rl.samples import Group, Sample, Sampler
 from .run import Run
+from .saving import check_documents
 from .sft import train_sft
 
 REPORT = "best-of-n.json"
@@ -313,12 +316,12 @@ def train_best_of_n(
         The model directory of the last round.
 
     Raises:
-        ConfigError: stage 1 would not learn from the winners, no stage goes on from the model, or a round has begun and
+        ConfigError: stage 1 would not learn from the winners, or not go on from the model, or a round has begun and
             `resume` is off or it began with other settings.
         DataError, ModelError, RunError, StoppedError: as `best_of_n` and `train_sft`.
     """
     _check_learns(recipe, splits, settings.style)
-    check_begins(find_files(model), model, keeps_documents(recipe, "sft"))
+    _check_goes_on(recipe, model)
     source = str(model)
     for number in range(1, rounds + 1):
         folder = Path(out) / f"round-{number}"
@@ -336,6 +339,16 @@ def train_best_of_n(
         with live() as callback:
             source = str(train_sft(stage_1, callbacks=filter(None, [callback]), resume=resume).model_path)
     return Path(source)
+
+
+def _check_goes_on(recipe: Recipe, model: str | Path) -> None:
+    """Refuse a model that stage 1 would refuse after hours of sampling."""
+    frozen = keeps_documents(recipe, "sft")
+    check_begins(find_files(model), model, frozen)
+    if frozen:
+        backbone = load_model(recipe, model, frozen=True).backbone
+        check_documents(backbone, "sft.documents=frozen", ", or set sft.documents=moving")
+        choose_what_learns(backbone, recipe.lora)
 
 
 def _check_learns(recipe: Recipe, splits: Sequence[str], style: str) -> None:

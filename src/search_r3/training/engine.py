@@ -177,8 +177,8 @@ def make_engine(model: SearchR3, recipe: Recipe, settings: StageSettings) -> Eng
     set_seed(recipe.seed)  # before the adapters are drawn
     backbone = model.backbone
     backbone.prefixes.stop()  # FSDP and DeepSpeed write weights where nothing counts it
-    stage, kl_weight = _stage_and_kl(settings)
-    needs_reference = kl_weight > 0
+    stage, kl = _stage_and_kl(settings)
+    needs_reference = kl is not None
     copy = None
     choose_what_learns(backbone, recipe.lora)
     if not recipe.lora.rank:
@@ -201,7 +201,7 @@ def make_engine(model: SearchR3, recipe: Recipe, settings: StageSettings) -> Eng
     _fit_deepspeed(accelerator, settings)
     _fit_fsdp2(accelerator, recipe)
     _check_launch(accelerator, recipe, backbone)
-    check_query_side(accelerator, recipe, backbone, needs_reference)
+    check_query_side(accelerator, recipe, backbone, kl)
     if recipe.lora.rank:
         accelerator.register_save_state_pre_hook(_keep_what_learns)
     policy = Policy(backbone, copy)
@@ -221,11 +221,13 @@ def make_engine(model: SearchR3, recipe: Recipe, settings: StageSettings) -> Eng
     return Engine(accelerator, policy, optimizer, scheduler, make_communicator(), reference, recipe.lora.rank > 0)
 
 
-def _stage_and_kl(settings: StageSettings) -> tuple[str, float]:
-    """The name of the stage that has these settings, and the weight of its KL to the model that it began from."""
+def _stage_and_kl(settings: StageSettings) -> tuple[str, str | None]:
+    """The stage that has these settings, and the name of the one that asks for a KL to where it began, if any does."""
     if isinstance(settings, SFTSettings):
-        return "sft", settings.kl_weight
-    return ("grpo", settings.kl_coefficient) if isinstance(settings, GRPOSettings) else ("distill", 0.0)
+        return "sft", "sft.kl_weight" if settings.kl_weight > 0 else None
+    if isinstance(settings, GRPOSettings):
+        return "grpo", "grpo.kl_coefficient" if settings.kl_coefficient > 0 else None
+    return "distill", None
 
 
 def _parameter_groups(policy: Policy, learning_rate: float, embed_row_rate: float) -> list[dict[str, Any]]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import tempfile
+from dataclasses import replace
 from pathlib import Path
 
 from torch import Tensor
@@ -10,7 +11,7 @@ from torch import Tensor
 from ..config import Recipe
 from ..errors import ConfigError
 from ..files import atomic_directory
-from ..model.adapters import drop_token_rows, merge_adapters, save_adapters
+from ..model.adapters import drop_token_rows, merge_adapters, merged_queries, save_adapters
 from ..model.backbone import Backbone
 from ..model.encoder import SearchR3
 from ..model.settings import QUERIES, read_settings
@@ -63,6 +64,10 @@ def save_policy(engine: Engine, backbone: Backbone, recipe: Recipe, folder: Path
 
     def write() -> None:
         folder.parent.mkdir(parents=True, exist_ok=True)
+        if backbone.documents is not None:  # loaded anew it would be the documents' model, with the adapters of before
+            own = merged_queries(backbone)
+            replace(own, documents=None).save(folder, dtype, state=state if own is backbone else None)
+            return
         with tempfile.TemporaryDirectory(dir=folder.parent) as scratch:
             _save_whole(backbone, state, recipe, folder, Path(scratch) / "adapter", dtype)
 

@@ -406,6 +406,13 @@ def test_devices_without_float64_sample_on_the_cpu(monkeypatch: pytest.MonkeyPat
         assert torch.equal(one, two)
 
 
+def reply_of(decoder: Decoder, request: DecodeRequest) -> list[int]:
+    decoder.submit(request)
+    while not (results := decoder.step()):
+        pass
+    return results[0][1].completion_ids
+
+
 def spoil(backbone: Backbone, word: str) -> None:
     """Let every sequence that holds this word have states of NaN."""
     [*_, token] = backbone.tokenizer(f"red {word}", add_special_tokens=False)["input_ids"]
@@ -433,6 +440,25 @@ def test_a_request_with_states_that_are_not_finite_ends_alone(quiet: Backbone, e
         done.update(decoder.step())
     for ticket, rollout in zip([tickets[i] for i in (0, 1, 3, 4)], expected, strict=True):
         assert_same(done[ticket], rollout)
+
+
+@pytest.mark.parametrize("look_every", [1, 8])
+def test_a_reply_whose_vector_is_not_finite_leaves_nothing_in_its_slot(quiet: Backbone, look_every: int) -> None:
+    texts = ["the green lamp and the red house " * 2, TEXTS[2], TEXTS[1]]
+    prompts = [quiet.prompt_encoder.encode(text, "reason").ids for text in texts]
+    requests = [DecodeRequest(ids, budget) for ids, budget in zip(prompts, (40, 3, 9), strict=True)]
+    with torch.no_grad():
+        table = quiet.causal_lm.get_input_embeddings()
+        table.weight = torch.nn.Parameter(table.weight.clone())  # the output layer's stays whole
+        table.weight[quiet.embed_token_id] = float("nan")
+    texts_alone = [reply_of(Decoder(quiet), request) for request in requests]
+    decoder = Decoder(quiet, 2, look_every)
+    tickets, done = [decoder.submit(request) for request in requests], dict[int, Rollout]()
+    while len(decoder):
+        done.update(decoder.step())
+    # The last one takes the slot of the second, beside the first, which has more keys than it writes.
+    assert [done[ticket].completion_ids for ticket in tickets] == texts_alone
+    assert all(done[ticket].vector.isnan().all() for ticket in tickets)
 
 
 def test_a_run_that_fails_names_the_request_and_leaves_nothing_behind(quiet: Backbone) -> None:

@@ -58,6 +58,8 @@ def test_memory_of_the_machine_and_of_the_index_by_hand() -> None:
     assert looked_up.host().keys() == {"processes", "texts", "index"}, "what is looked up is evaluated, too"
     assert looked_up.host()["index"] == 4 * DOCUMENTS * WIDTH * 4
     assert looked_up.job.training()["activations"] < corpus(stage="sft").job.training()["activations"]
+    assert looked_up.job.phases()["documents"].keys() == {"weights", "buckets", "activations"}, "no moments yet"
+    assert "documents" not in corpus(stage="sft").job.phases()
     assert corpus(gpus=1).job.resident()["index"] == DOCUMENTS * WIDTH * 4
     assert corpus(gpus=3).job.resident()["index"] == 3_334 * WIDTH * 4, "the largest share"
 

@@ -337,6 +337,22 @@ def test_a_model_that_no_stage_begins_from_is_refused_before_it_samples(
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        ("max_length=100", "sft.documents=frozen with max_length=100, but .* max_length=120; set that"),
+        ("lora={rank: 4, target_modules: [no_such_layer]}", "lora.target_modules"),
+    ],
+)
+def test_what_cannot_keep_its_documents_is_refused_before_it_samples(
+    run_dir: Path, collection: Collection, tmp_path: Path, more: str, message: str
+) -> None:
+    recipe = load_recipe(None, [*LEARN, *LIMITS, "sft.documents=frozen", more])
+    with pytest.raises(ConfigError, match=message):
+        train_best_of_n(recipe, run_dir / "sft" / "model", collection, tmp_path / "out", KEEP_ALL, splits=["train"])
+    assert not (tmp_path / "out").exists()
+
+
 def test_wrong_calls_are_told_so(
     run_dir: Path, collection_path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],

@@ -277,8 +277,11 @@ class Decoder:
         ended = [i for i, row in enumerate(rows) if tokens[i] == embed and i not in soft]
         if not ended:
             return self._write(rows, hidden, self._steps())
-        results = self._finish([rows[i] for i in ended], hidden[ended])
-        hidden = hidden[self._remove([rows[i] for i in ended])]
+        leaving = [rows[i] for i in ended]
+        results = self._finish(leaving, hidden[ended])
+        pairs = zip(leaving, results, strict=True)
+        broken = [row for row, (_, rollout) in pairs if not rollout.vector.isfinite().all()]
+        hidden = hidden[self._remove(leaving, broken)]
         return results + self._write(self._rows, hidden, self._steps())
 
     def _steps(self) -> int:
@@ -355,7 +358,7 @@ class Decoder:
             elif len(choices) < steps:
                 ended.append((row, states[len(choices)][place]))
         leaving = [row for row, _ in ended]
-        self._remove([*leaving, *broken], broken)
+        self._remove([*leaving, *broken], [rows[place] for place in chooser.broken])
         ends = [state for _, state in ended] + [torch.full_like(hidden[0], math.nan)] * len(broken)
         return self._finish([*leaving, *broken], torch.stack(ends)) if ends else []
 

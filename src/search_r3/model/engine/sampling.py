@@ -68,6 +68,7 @@ class Chooser:
         tokens: `B`, what was chosen last, on the device.
         soft: row -> `D`, what is to be computed in the place of its token.
         writes: row -> the probability that its first token is another than the embed token, where `first` is given.
+        broken: after `look`, rows with states that are not finite, behind their ends too.
     """
 
     def __init__(self, backbone: Backbone, asks: Sequence[Ask], steps: int = 1) -> None:
@@ -76,6 +77,7 @@ class Chooser:
         self.tokens = torch.empty(0, dtype=torch.long, device=self.device)
         self.soft: dict[int, Tensor] = {}
         self.writes: dict[int, float] = {}
+        self.broken: set[int] = set()
         self._columns: list[tuple[Tensor, Tensor, Tensor]] = []  # tokens, log-probabilities, which are forced
         self._latent = [row for row, ask in enumerate(asks) if ask.latent]
         text = [row for row, ask in enumerate(asks) if not ask.latent]
@@ -137,6 +139,8 @@ class Chooser:
         embed = self.backbone.embed_token_id
         for row, ask in enumerate(self.asks):
             choices: list[Choice] = []
+            if any(map(math.isnan, logprobs[row])):
+                self.broken.add(row)
             for step, (token, logprob) in enumerate(zip(tokens[row], logprobs[row], strict=True)):
                 is_broken = math.isnan(logprob)
                 is_soft = ask.latent and ask.left > step + 1 and not is_broken

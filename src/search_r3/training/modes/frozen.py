@@ -64,14 +64,24 @@ def check_begins(files: ModelFiles, source: str | Path, frozen: bool) -> None:
         )
 
 
-def check_query_side(accelerator: Any, recipe: Recipe, backbone: Backbone, needs_reference: bool) -> None:
-    """Refuse what cannot be done to adapters whose weights encode documents, too."""
+def check_query_side(accelerator: Any, recipe: Recipe, backbone: Backbone, kl: str | None) -> None:
+    """Refuse what cannot be done to adapters whose weights encode documents, too.
+
+    Args:
+        accelerator: says how the processes were launched.
+        recipe: says whether adapters learn.
+        backbone: the model.
+        kl: the name of the setting that asks for a KL, if any does.
+
+    Raises:
+        ConfigError: as said.
+    """
     if backbone.documents is None or not recipe.lora.rank:
         return
-    if needs_reference:
+    if kl is not None:
         raise ConfigError(
-            f"a KL to the model that the stage begins from: without its adapters {backbone.source} is what encodes its "
-            "documents, and not that; set the weight of the KL to 0"
+            f"{kl} is above 0, a KL to the model that the stage begins from: without its adapters {backbone.source} is "
+            f"what encodes its documents, and not that; set {kl}=0"
         )
     if str(accelerator.distributed_type.value) in ("FSDP", "DEEPSPEED"):
         raise ConfigError(
