@@ -110,6 +110,11 @@ class SFTSettings(PassSettings):
     latent_steps: int = Field(
         0, ge=0, description="K, soft tokens that mode latent is trained with, beside the other modes; 0: it is not."
     )
+    latent_objective: Literal["words", "laser", "gircse"] = Field(
+        "words",
+        description="words: each soft token is to say its piece of the trace. laser, gircse: the published objectives, "
+        "to compare with; on atlas they teach nothing (docs/modes.md).",
+    )
     latent_weight: float = Field(
         0.3,
         ge=0,

@@ -220,6 +220,8 @@ def test_soft_tokens_and_a_distillation_are_the_same_in_two_processes(
     trainings = {
         "latent": ("sft", str(tiny_path), latent),
         "cached": ("sft", str(tiny_path), [*latent, f"{MICRO}=3"]),
+        "gircse": ("sft", str(tiny_path), [*latent, f"{MICRO}=3", "sft.latent_objective=gircse"]),
+        "laser": ("sft", str(tiny_path), [*latent, "sft.latent_objective=laser"]),
         "distill": ("distill", str(stage_1), ["distill.micro_batch_size=2"]),
         "bare": ("distill", str(stage_1), ["distill.target=vector", "distill.hold_weight=0", "distill.samples=2"]),
     }

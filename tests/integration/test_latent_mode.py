@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 from search_r3.config import SFTSettings, load_recipe
 from search_r3.data.collection import Collection, Query
@@ -15,8 +17,10 @@ from search_r3.data.triples import TrainingExample, likeliest_trace
 from search_r3.errors import ModelError
 from search_r3.model.encoder import SearchR3
 from search_r3.serving.engine import EngineThread
-from search_r3.training.modes.latent import WORDS_WEIGHT, words_of
-from search_r3.training.sft import train_sft, weight_of
+from search_r3.training import losses
+from search_r3.training.batches import Batch
+from search_r3.training.modes.latent import LATENT_WEIGHTS, words_of
+from search_r3.training.sft import latent_losses, train_sft, weight_of
 from tests.conftest import call, save_tiny
 
 SETTINGS = [
@@ -25,7 +29,11 @@ SETTINGS = [
     "sft.evaluate_every=40",
 ]  # fmt: skip
 TEXTS = ["where is the red house?", "a blue boat", "the white chair"]
-NAMES = {"latent_info_nce", "latent_triplet", "latent_words"}
+NAMES = {
+    "words": {"latent_info_nce", "latent_triplet", "latent_words"},
+    "gircse": {"latent_info_nce", "latent_rise"},
+    "laser": {"latent_info_nce", "latent_kl"},
+}
 
 
 @pytest.fixture(scope="module")
@@ -92,15 +100,95 @@ def test_a_model_that_was_not_trained_for_it_says_how_it_is(tiny_path: Path) -> 
             ask()
 
 
-def test_micro_batches_change_no_gradient(base: Path, collection_path: Path, tmp_path: Path) -> None:
-    found = []
-    for size in ("null", "3"):
-        more = [f"sft.micro_batch_size={size}", "sft.steps=2", "sft.evaluate_every=0"]
-        where = [f"run_dir={tmp_path}/{size}", f"base={base}", f"collection={collection_path}"]
-        found.append(train_sft(load_recipe(None, [*SETTINGS, *more, *where])).log_history[0])
-    assert NAMES <= found[0].keys()
-    for name in ("loss", "grad_norm", "tokens", *NAMES):
-        assert found[0][name] == pytest.approx(found[1][name], rel=1e-4, abs=1e-6), name
+@pytest.mark.parametrize("objective", ["words", "gircse", "laser"])
+def test_micro_batches_change_no_gradient_and_frozen_documents_no_loss(
+    trained: Path, collection_path: Path, tmp_path: Path, objective: str
+) -> None:
+    found = {}
+    for documents in ("moving", "frozen"):
+        for size in ("null", "3"):
+            more = [f"sft.latent_objective={objective}", f"sft.documents={documents}", f"sft.micro_batch_size={size}"]
+            where = [f"run_dir={tmp_path}/{documents}-{size}", f"base={trained}", f"collection={collection_path}"]
+            short = ["sft.steps=1", "sft.evaluate_every=0"]
+            result = train_sft(load_recipe(None, [*SETTINGS, *more, *short, *where]))
+            found[documents, size] = result.log_history[0]
+    names = NAMES[objective]
+    for (documents, _), row in found.items():
+        assert {name for name in row if name.startswith("latent_")} == names
+        for name in ("loss", *names):
+            assert row[name] == pytest.approx(found["moving", "null"][name], rel=1e-4, abs=1e-6), name
+        for name in ("grad_norm", "tokens"):
+            assert row[name] == pytest.approx(found[documents, "null"][name], rel=1e-4), name
+
+
+def unit(*shape: int) -> torch.Tensor:
+    return torch.nn.functional.normalize(torch.randn(*shape), dim=-1)
+
+
+def batch_of(owners: list[int], steps: int) -> Batch:
+    """Two queries, of which the first has no trace, and four documents; the first is not to be told from the last."""
+    excluded = torch.zeros(2, 4, dtype=torch.bool)
+    excluded[0, 3] = True
+    examples: Any = [None, None]
+    return Batch(examples, ["", "a trace"], list("abcd"), torch.tensor([0, 1]), torch.empty(2, 0), excluded, owners,
+                 latent_steps=steps)  # fmt: skip
+
+
+def test_gircse_takes_every_number_of_soft_tokens_and_punishes_a_rise() -> None:
+    torch.manual_seed(0)
+    settings = SFTSettings(latent_steps=3, latent_objective="gircse", contrastive_temperature=0.5)
+    batch, queries, documents, latents = batch_of([0, 1, 0, 1], 3), unit(4, 8), unit(4, 8), unit(2, 3, 8)
+    latents[:, 1] = -documents[:2]  # one more soft token made it worse
+    found = latent_losses([queries, documents, latents.flatten(0, 1)], batch, settings)
+    positives, excluded = batch.positives, batch.excluded
+    each = [float(losses.info_nce(latents[:, i], documents, positives, excluded, 0.5)) for i in range(3)]
+    assert float(found["latent_info_nce"]) == pytest.approx(sum(each) / 3, rel=1e-5)
+    rises = [max(0.0, float(np.log(b) - np.log(a))) for a, b in ((each[0], each[1]), (each[1], each[2]))]
+    assert float(found["latent_rise"]) == pytest.approx(sum(rises) / 2, rel=1e-5)
+    assert sum(rises) > 0
+
+
+def test_gircse_learns_on_where_all_queries_are_told_apart() -> None:
+    settings = SFTSettings(latent_steps=2, latent_objective="gircse", contrastive_temperature=0.02)
+    batch, documents = batch_of([0, 1], 2), torch.eye(4)
+    latents = documents[[0, 0, 1, 1]].requires_grad_()
+    found = latent_losses([documents[:2], documents, latents], batch, settings)
+    assert float(found["latent_info_nce"].detach()) == 0
+    assert float(found["latent_rise"].detach()) == 0
+    sum(found.values(), torch.zeros(())).backward()
+    assert latents.grad is not None
+    assert latents.grad.isfinite().all()
+
+
+def test_laser_learns_the_scores_of_the_written_view_and_does_not_teach_it() -> None:
+    torch.manual_seed(0)
+    settings = SFTSettings(latent_steps=3, latent_objective="laser", contrastive_temperature=0.5)
+    batch, queries, documents, latents = batch_of([0, 1, 0, 1], 3), unit(4, 8), unit(4, 8), unit(2, 3, 8)
+    batch.excluded[1, 3] = True
+    queries.requires_grad_()
+    latents.requires_grad_()
+    found = latent_losses([queries, documents, latents.flatten(0, 1)], batch, settings)
+    views = [
+        torch.distributions.Categorical(logits=documents[:3] @ view.detach() / 0.5)
+        for view in (queries[3], latents[1, 2])
+    ]
+    expected = float(torch.distributions.kl_divergence(*views))
+    assert float(found["latent_kl"].detach()) == pytest.approx(expected, rel=1e-4), "of the query with a trace alone"
+    nearest = losses.info_nce(latents[:, 2], documents, batch.positives, batch.excluded, 0.5)
+    assert float(found["latent_info_nce"].detach()) == pytest.approx(float(nearest.detach()), rel=1e-5)
+    found["latent_kl"].backward()
+    assert queries.grad is None
+    assert latents.grad is not None
+    assert latents.grad[1, 2].abs().max() > 0
+    assert latents.grad[0].abs().max() == latents.grad[:, :2].abs().max() == 0
+
+
+def test_laser_has_no_teacher_in_traces_that_are_not_to_be_written() -> None:
+    settings = SFTSettings(latent_steps=1, latent_objective="laser")
+    documents = torch.eye(4)
+    for batch in (batch_of([0, 1], 1), replace(batch_of([0, 1, 0, 1], 1), unwritten=frozenset({1}))):
+        found = latent_losses([documents[batch.owners], documents, documents[2:]], batch, settings)
+        assert float(found["latent_kl"]) == 0
 
 
 TRACES = {"a": "It is a red house. It has a white chair.", "b": "It is a blue boat."}
@@ -145,8 +233,9 @@ def test_soft_tokens_learn_to_say_them(trained: Path) -> None:
 
 def test_latent_losses_weigh_as_they_do_in_the_other_modes() -> None:
     settings = SFTSettings(latent_steps=1, latent_weight=0.5, info_nce_weight=2.0, triplet_weight=3.0)
-    names = ("latent_info_nce", "latent_triplet", "latent_words")
-    assert [weight_of(name, settings) for name in names] == [1.0, 1.5, 0.5 * WORDS_WEIGHT]
+    names = ("latent_info_nce", "latent_triplet", "latent_words", "latent_rise", "latent_kl")
+    own = [0.5 * LATENT_WEIGHTS["latent_words"], 0.5, 5.0]
+    assert [weight_of(name, settings) for name in names] == [1.0, 1.5, *own]
 
 
 def test_evaluation_and_mteb_count_soft_tokens(

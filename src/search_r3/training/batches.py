@@ -51,7 +51,7 @@ class Batch:
     owners: list[int]  # `R`, the query of each vector
     unwritten: frozenset[int] = frozenset()  # queries whose trace is not supervised: another's, or one only to be read
     latent_steps: int = 0  # soft tokens that each query is trained with, too
-    latent_traces: list[str] = field(default_factory=list)  # `B`, what they are to say
+    latent_traces: list[str] = field(default_factory=list)  # `B`, what they are to say; "" where that is nothing
 
     def names(self) -> dict[str, list[str]]:
         """The ids of its queries and documents."""
@@ -191,6 +191,7 @@ def make_batch(
     reasoned = [row for row, style in enumerate(styles) if style or settings.untraced == "embed"]
     read_only = {row for row in reasoned if traces[row] and styles[row] in settings.read_styles}
     unwritten = read_only | swap_traces(traces, reasoned, settings.swapped_traces, rng)
+    says = settings.latent_objective == "words"
     # Drawn last, so that a share of 0 leaves all other draws as they are.
     queries = draw_uninstructed([example.query for example in examples], settings.uninstructed, rng)
     return Batch(
@@ -203,7 +204,7 @@ def make_batch(
         [*range(len(examples)), *reasoned],
         frozenset(unwritten),
         settings.latent_steps,
-        [likeliest_trace(one, settings.reasoning_styles, settings.read_styles) for one in examples],
+        [likeliest_trace(one, settings.reasoning_styles, settings.read_styles) if says else "" for one in examples],
     )
 
 

@@ -6,12 +6,15 @@ sampled tokens, `V` vocabulary, `Q` queries, `G` rollouts per query.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
 import torch
 from torch import Tensor
 from torch.nn import functional
+
+from ..model.backbone import shorten
 
 
 def kl_to_base(logits: Tensor, reference_logits: Tensor) -> Tensor:
@@ -50,6 +53,44 @@ def triplet_margin(positive_cosines: Tensor, negative_cosines: Tensor, margin: f
         margin: theta.
     """
     return functional.relu(margin + negative_cosines - positive_cosines[:, None]).mean()
+
+
+def contrastive(
+    queries: Tensor,
+    documents: Tensor,
+    positives: Tensor,
+    excluded: Tensor,
+    negatives: Tensor,
+    contrastive_temperature: float,
+    margin: float,
+    prefixes: Sequence[int] = (),
+) -> dict[str, Tensor]:
+    """`info_nce` and, where there are negatives, `triplet`, averaged over the whole vectors and prefixes of them.
+
+    Args:
+        queries: `B x D`, L2-normalised.
+        documents: `M x D`, L2-normalised.
+        positives: `B`, columns.
+        excluded: `B x M`; see `info_nce`.
+        negatives: `B x K`, columns.
+        contrastive_temperature: tau.
+        margin: theta.
+        prefixes: their dimensions.
+    """
+    sizes = (*prefixes, queries.shape[1])
+    parts: dict[str, Tensor] = {}
+    for size in sizes:
+        near, far = queries, documents
+        if size < queries.shape[1]:
+            near, far = shorten(queries, size), shorten(documents, size)
+        terms = {"info_nce": info_nce(near, far, positives, excluded, contrastive_temperature)}
+        if negatives.shape[1] > 0:
+            cosines = near @ far.T  # B x M
+            nearness = cosines.gather(1, positives[:, None])[:, 0]
+            terms["triplet"] = triplet_margin(nearness, cosines.gather(1, negatives), margin)
+        for name, value in terms.items():
+            parts[name] = parts[name] + value if name in parts else value
+    return {name: value / len(sizes) for name, value in parts.items()}
 
 
 @dataclass(frozen=True)

@@ -48,7 +48,7 @@ class Answer(NamedTuple):
     """What a forward pass gives of what it was asked for; None of all else.
 
     Attributes:
-        vectors: search embeddings `B x D`, float32, L2-normalised.
+        vectors: search embeddings `B x D`, float32, L2-normalised; behind soft tokens `B x K x D`.
         logprobs: `S`, of the tokens; of soft tokens' words, weighted sums, `B x K`.
         reference_logprobs: `S`, the reference's; they have no gradient.
         kl: `P`, `KL(reference || policy)` in nats at each place.

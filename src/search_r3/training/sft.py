@@ -26,7 +26,7 @@ from ..config import SFTSettings
 from ..data.collection import Collection
 from ..data.draws import Draws, step_rng, text_keys
 from ..data.triples import hold_out
-from ..model.backbone import Backbone, shorten
+from ..model.backbone import Backbone
 from ..model.modes.first import check_can_decide
 from . import losses
 from .batches import (
@@ -43,7 +43,7 @@ from .dev import DevSplit
 from .engine import Engine, load_model, make_engine, rates
 from .guard import Guard
 from .modes.frozen import frozen_documents, keeps_documents
-from .modes.latent import WORDS_WEIGHT
+from .modes.latent import LATENT_WEIGHTS, PUBLISHED
 from .policy import Tokens, any_token
 from .saving import check_documents
 from .session import RecipeLike, Session, TrainingResult
@@ -193,7 +193,7 @@ def compute_gradients(
     """
     totals = engine.total(share.counts())
     queries, *others = share.chunks(settings.micro_batch_size, settings.micro_batch_tokens)
-    sizes = [len(batch.owners), len(batch.doc_ids), len(batch.examples)]
+    sizes = [len(batch.owners), len(batch.doc_ids), len(batch.examples) * batch.latent_steps]
     if documents is not None:
         del others[0], sizes[1]
     if not settings.cached:
@@ -212,7 +212,7 @@ def compute_gradients(
             for output in idle:
                 whole = whole + 0.0 * (total_loss(token_losses([output], totals), settings) + output.vectors.sum())
             engine.backward(whole)
-        sums = engine.total(_no_token_losses(engine, batch.latent_steps) | _numbers(parts)) | _numbers(contrastive)
+        sums = engine.total(_no_token_losses(engine, settings) | _numbers(parts)) | _numbers(contrastive)
     else:
         sums = _cached(engine, backbone, batch, [queries, *others], sizes, totals, settings, documents)
     loss = sum(weight_of(name, settings) * value for name, value in sums.items())
@@ -248,7 +248,7 @@ def _cached(
         torch.autograd.backward(total_loss(parts, settings))
         _add(sums, _numbers(parts))
     work = [(*one, kind is padded[0], leaf.grad) for kind, leaf in zip(padded, leaves, strict=True) for one in kind]
-    own = _no_token_losses(engine, batch.latent_steps)
+    own = _no_token_losses(engine, settings)
     for number, (chunk, counts, queries, gradients) in enumerate(work):
         with engine.accumulating(last=number + 1 == len(work)):
             output = forward(engine, backbone, chunk, settings, queries=queries)
@@ -283,11 +283,13 @@ def forward(
     queries: bool = False,
     only_vectors: bool = False,
 ) -> Output:
-    """Compute one chunk, of queries, of documents or of latent prompts."""
+    """Compute one chunk, of queries, of documents or of latent prompts, which have K vectors each."""
     chunk = collate(sequences, backbone.tokenizer.pad_token_id, backbone.device)
     if chunk.words is not None:
         answer = engine.policy(chunk.ids, chunk.mask, words=chunk.words)
-        return Output(answer.vectors, chunk.places, said=answer.logprobs)
+        steps = answer.vectors.shape[1]
+        rows = chunk.places[:, None] * steps + torch.arange(steps, device=chunk.places.device)
+        return Output(answer.vectors.flatten(0, 1), rows.flatten(), said=answer.logprobs)
     if only_vectors:
         return Output(engine.policy(chunk.ids, chunk.mask, embed=chunk.embed).vectors, chunk.places)
     # The policy without its adapters is a collective too: then all processes ask it about every chunk of queries.
@@ -345,37 +347,33 @@ def contrastive_losses(
         rows: a range of the `R` vectors.
         settings: temperature, margin, and the prefixes of the vectors that are trained too (their losses are averaged).
     """
-    own = queries[rows.start : rows.stop]  # R x D
     examples = torch.tensor(batch.owners[rows.start : rows.stop])
-    device = queries.device
-    positives, excluded = batch.positives[examples].to(device), batch.excluded[examples].to(device)
-    negatives = batch.negatives[examples].to(device)
-    sizes = (*settings.matryoshka_dimensions, queries.shape[1])
-    parts: dict[str, Tensor] = {}
-    for size in sizes:
-        near, far = (shorten(own, size), shorten(documents, size)) if size < queries.shape[1] else (own, documents)
-        terms = {"info_nce": losses.info_nce(near, far, positives, excluded, settings.contrastive_temperature)}
-        if negatives.shape[1] > 0:
-            cosines = near @ far.T  # R x M
-            nearness = cosines.gather(1, positives[:, None])[:, 0]
-            terms["triplet"] = losses.triplet_margin(nearness, cosines.gather(1, negatives), settings.triplet_margin)
-        for name, value in terms.items():
-            parts[name] = parts[name] + value if name in parts else value
-    return {name: value / len(sizes) for name, value in parts.items()}
+    drawn = (batch.positives, batch.excluded, batch.negatives)
+    positives, excluded, negatives = (part[examples].to(queries.device) for part in drawn)
+    own, prefixes = queries[rows.start : rows.stop], settings.matryoshka_dimensions
+    tau, margin = settings.contrastive_temperature, settings.triplet_margin
+    return losses.contrastive(own, documents, positives, excluded, negatives, tau, margin, prefixes)
 
 
 def latent_losses(vectors: Sequence[Tensor], batch: Batch, settings: SFTSettings) -> dict[str, Tensor]:
-    """The contrastive losses of the latent vectors, `B x D`, which follow those of queries and of documents, if any."""
-    own = range(len(batch.examples))
-    parts = contrastive_losses(vectors[2], vectors[1], batch, own, settings) if batch.latent_steps else {}
+    """The losses of the latent vectors, `B * K x D`, which follow those of queries and of documents, if any."""
+    if not batch.latent_steps:
+        return {}
+    queries, documents, latents = vectors
+    steps = latents.view(-1, batch.latent_steps, latents.shape[1])  # B x K x D
+    if settings.latent_objective == "words":
+        parts = contrastive_losses(steps[:, -1], documents, batch, range(len(steps)), settings)
+    else:
+        parts = PUBLISHED[settings.latent_objective](steps, queries, documents, batch, settings)
     return {f"latent_{name}": part for name, part in parts.items()}
 
 
 def weight_of(name: str, settings: SFTSettings) -> float:
     """The weight of a loss by its name in the metrics."""
+    if name in LATENT_WEIGHTS:
+        return settings.latent_weight * LATENT_WEIGHTS[name]
     if name.startswith("latent_"):
-        own = WORDS_WEIGHT if name == "latent_words" else weight_of(name.removeprefix("latent_"), settings)
-        return settings.latent_weight * own
+        return settings.latent_weight * weight_of(name.removeprefix("latent_"), settings)
     return float(getattr(settings, {"kl_to_base": "kl_weight"}.get(name, f"{name}_weight")))
 
 
@@ -385,9 +383,10 @@ def total_loss(parts: Mapping[str, Tensor], settings: SFTSettings) -> Tensor:
     return torch.stack(weighted).sum() if weighted else torch.zeros(())
 
 
-def _no_token_losses(engine: Engine, latent_steps: int) -> dict[str, float]:
+def _no_token_losses(engine: Engine, settings: SFTSettings) -> dict[str, float]:
     """The names that `token_losses` can give; a process may have tokens for some of them only."""
-    asked = {"cross_entropy": True, "kl_to_base": engine.reference is not None, "latent_words": latent_steps > 0}
+    says = settings.latent_steps > 0 and settings.latent_objective == "words"
+    asked = {"cross_entropy": True, "kl_to_base": engine.reference is not None, "latent_words": says}
     return {name: 0.0 for name, wanted in asked.items() if wanted}
 
 

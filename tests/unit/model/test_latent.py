@@ -15,6 +15,7 @@ from search_r3.errors import ModelError
 from search_r3.model.adapters import add_adapters
 from search_r3.model.backbone import Backbone, pad
 from search_r3.model.engine.decoding import Decoder, DecodeRequest
+from search_r3.model.engine.latent import soft_tokens
 from search_r3.training.modes.think import Words, think
 from search_r3.training.policy import Policy
 from tests.conftest import save_tiny
@@ -98,14 +99,39 @@ def test_other_architectures_take_soft_tokens_too(tmp_path: Path, tokenizer: Any
 def test_training_computes_the_vectors_that_decoding_does(changed: Backbone) -> None:
     prompts = [changed.prompt_encoder.encode(text, "latent").ids for text in TEXTS]
     ids, mask = pad(prompts, changed.tokenizer.pad_token_id, changed.device)
+    words = some_words(3, 3)
+    vectors, said = Policy(changed)(ids, mask, words=words)[:2]
+    assert vectors is not None
+    assert vectors.shape == (3, 3, 32)
     for steps in (1, 2, 3):
-        words = some_words(3, steps)
-        vectors, said = Policy(changed)(ids, mask, words=words)[:2]
         rollouts = Decoder(changed).run([DecodeRequest(one, steps + 1, latent=True) for one in prompts])
         expected = torch.stack([rollout.vector for rollout in rollouts])
-        torch.testing.assert_close(vectors.detach(), expected, atol=1e-5, rtol=1e-5)
-        masked = think(changed, ids, mask, words, needs_mask=True)
-        torch.testing.assert_close(masked, (vectors, said), atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(vectors[:, steps - 1].detach(), expected, atol=1e-5, rtol=1e-5)
+    masked = think(changed, ids, mask, words, needs_mask=True)
+    torch.testing.assert_close(masked, (vectors, said), atol=1e-5, rtol=1e-5)
+
+
+def test_a_soft_token_of_a_model_that_looks_ahead_does_not_see_the_embed_token_behind_it(
+    backbone: Backbone, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    inner = backbone.hidden_states
+
+    def ahead(_: Any, seen: torch.Tensor | None, inputs: torch.Tensor) -> torch.Tensor:
+        weights = (torch.ones(inputs.shape[:2]) if seen is None else seen)[..., None]
+        return inner(None, seen, inputs) + 20 * (weights * inputs).sum(1, keepdim=True) / weights.sum(1, keepdim=True)
+
+    monkeypatch.setattr(backbone, "hidden_states", ahead)
+    prompts = [backbone.prompt_encoder.encode(text, "latent").ids for text in TEXTS]
+    vectors, _ = think(backbone, *pad(prompts, 0, backbone.device), some_words(3, 3), needs_mask=True)
+    table = backbone.causal_lm.get_input_embeddings()
+    for prompt, found in zip(prompts, vectors, strict=True):
+        inputs = table(torch.tensor([prompt]))
+        for vector in found:
+            logits = backbone.logits(ahead(None, None, inputs)[:, -1])
+            inputs = torch.cat([inputs, soft_tokens(backbone, logits)[:, None]], dim=1)
+            fed = torch.cat([inputs, table(torch.tensor([[backbone.embed_token_id]]))], dim=1)
+            expected = torch.nn.functional.normalize(ahead(None, None, fed)[0, -1], dim=0)
+            torch.testing.assert_close(vector, expected, atol=1e-5, rtol=1e-5)
 
 
 def test_what_soft_tokens_say_is_measured_before_each_of_them(changed: Backbone) -> None:
@@ -130,7 +156,7 @@ def test_gradients_go_through_all_soft_tokens(tmp_path: Path, tokenizer: Any) ->
 
     def value() -> torch.Tensor:
         vectors, _ = think(backbone, ids, mask, some_words(1, 2), needs_mask=False)
-        return (vectors[0] * direction).sum()
+        return (vectors[0, -1] * direction).sum()
 
     value().backward()
     assert weight.grad is not None
