@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 import torch
 
@@ -21,14 +22,16 @@ from tests.conftest import call
 from tests.unit.retrieval.test_encode import contents
 
 pytestmark = [pytest.mark.real, pytest.mark.filterwarnings("ignore")]  # Ray warns of itself
-ray = pytest.importorskip("ray", reason="Ray is not installed: pip install 'search-r3[ray]'")
-pytest.importorskip("ray.data", reason="Ray Data is not installed: pip install 'search-r3[ray]'")
-psutil = pytest.importorskip("psutil", reason="psutil is not installed: pip install 'search-r3[train]'")
-parquet = pytest.importorskip("pyarrow.parquet", reason="pyarrow is not installed: pip install 'search-r3[ray]'")
-
 DOCUMENTS = {f"d{i * 7 % 300}": f"a house, {'very ' * (i % 7)} old, number {i}" for i in range(300)}
 THREADS = max(2, os.cpu_count() or 1, 3) // 2
 """Of one of two actors."""
+
+
+@pytest.fixture(scope="module")
+def ray() -> Any:
+    for module in ("ray.data", "pyarrow.parquet"):
+        pytest.importorskip(module, reason="Ray Data is not installed: pip install 'search-r3[ray]'")
+    return sys.modules["ray"]
 
 
 class Noting(SearchR3):
@@ -73,8 +76,11 @@ def actors_of(process: subprocess.Popen[bytes]) -> set[int]:
 
 
 def test_after_a_killed_actor_and_a_killed_run_no_document_is_encoded_twice_and_the_bytes_are_those_of_one_process(
-    threads: None, tiny_path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+    ray: Any, threads: None, tiny_path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    from pyarrow import parquet
+
     folder = tmp_path / "ray"
     documents = {doc_id: Document(doc_id, text) for doc_id, text in DOCUMENTS.items()}
     Collection("houses", documents, {}, {}).save(tmp_path / "houses")
