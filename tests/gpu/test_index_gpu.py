@@ -31,3 +31,14 @@ def test_an_index_on_the_gpu_answers_as_on_the_cpu(tmp_path: Path, dtype: Any) -
     on_gpu.save(tmp_path)
     loaded = ExactIndex.load(tmp_path, device="cuda")
     np.testing.assert_array_equal(loaded.matrix, on_cpu.matrix)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_pair_has_the_same_score_whatever_is_asked_with_it(dtype: Any) -> None:
+    vectors = np.random.default_rng(0).normal(size=(600, 896)).astype(np.float32)
+    vectors /= np.linalg.norm(vectors, axis=1, keepdims=True)
+    index = ExactIndex([f"{600 - i:03}" for i in range(600)], vectors, dtype=dtype, device="cuda")
+    [all_scores] = index.scores_at(vectors[:1], [np.arange(600)])
+    for count in (1, 2, 7, 16, 40, 256, 300):
+        np.testing.assert_array_equal(index.scores_at(vectors[:1], [np.arange(count)])[0], all_scores[:count])
+    assert index.ranks(vectors[:50], [[row] for row in range(50)]) == [[1]] * 50

@@ -31,8 +31,8 @@ from ..types import Array, Rows
 
 Found = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 """Rows, queries (their numbers) and scores of pairs, `C` each."""
-STRIDE = 32
-"""Every so many rows one is in the sample."""
+SHARE = 32
+"""Of so many rows one is in the sample."""
 KEPT = 0.9
 """Of the vectors' squared length, the share that sketches keep at least, where half of the coordinates hold so much."""
 UNIT = 64
@@ -115,6 +115,7 @@ class SketchIndex(Audited):
 
     def save(self, folder: Path) -> None:
         """As `Audited.save`: store and directions."""
+        self._draw(self._basis)  # as `load` will: products of few rows may differ from those of a block in the last bit
         writers = {**self.store.writers(), "basis.npy": storage.write_array(self._basis, len(self._basis))}
         facts = {"index_type": "sketch", "rank_depth": self.rank_depth, "sketch": self._basis.shape[1]}
         storage.save_state(folder, writers, {**self.store.facts(), **facts, **self.audit_facts()})
@@ -143,20 +144,25 @@ class SketchIndex(Audited):
     def _deepest(self, k: int, rows: Sequence[Rows], left_out: Sequence[Rows]) -> int:
         """The deepest rank that is asked for."""
         deepest = max(k, FIRST, self.rank_depth if any(map(len, rows)) else 0) + max(map(len, left_out), default=0)
-        return STRIDE * _place(deepest)
+        return SHARE * _place(deepest)
 
     def _build(self) -> None:
         """Take the directions in which the corpus varies most now, and draw all documents along them."""
-        step = max(1, len(self) // BASIS_ROWS)
-        sample = torch.from_numpy(self.store.vectors_at(np.arange(0, len(self), step)))
+        sample = torch.from_numpy(self.store.vectors_at(self._some(BASIS_ROWS)))
         energy, directions = torch.linalg.eigh(sample.T @ sample)  # D, D x D, ascending
         kept = energy.flip(0).cumsum(0) / energy.sum()
         size = UNIT * math.ceil((1 + int((kept < KEPT).sum())) / UNIT)
         size = min(size, max(1, self.store.dimension // 2))
         self._draw(directions.flip(1)[:, :size].contiguous().to(self.device))
 
+    def _some(self, count: int) -> Rows:
+        """So many rows at most, ascending, the same in every call; at random, since ids often tell kinds apart."""
+        rows = np.random.default_rng(0).choice(len(self), min(count, len(self)), replace=False)
+        return np.sort(rows).astype(np.int64)
+
     def _draw(self, basis: torch.Tensor) -> None:
         self._basis = basis
+        self._sample = torch.from_numpy(self._some(math.ceil(len(self) / SHARE))).to(basis.device)
         self._sketches = torch.empty((len(self), basis.shape[1]), dtype=fast_dtype(self.device), device=self.device)
         for start in range(0, len(self), self.store.block):
             part = slice(start, start + self.store.block)
@@ -219,12 +225,11 @@ class SketchIndex(Audited):
         self, vectors: torch.Tensor, sketches: torch.Tensor, k: int, rows: Sequence[Rows], left_out: Sequence[Rows]
     ) -> Levels:
         """Where the ranks that are asked for may be, from a sample of the corpus."""
-        deepest = self._deepest(k, rows, left_out) // STRIDE
-        sample = self._sketches[::STRIDE]
-        scores, place = keys(sketches @ sample.T).topk(min(CROWD * deepest, len(sample)), dim=1)
+        deepest = self._deepest(k, rows, left_out) // SHARE
+        scores, place = keys(sketches @ self._sketches[self._sample].T).topk(CROWD * deepest, dim=1)
         scores, place = values(scores), place[:, :deepest]
         query = torch.arange(len(vectors), device=self.device).repeat_interleave(deepest)
-        exact = self.store.pair_scores(vectors, STRIDE * place.flatten(), query).view(-1, deepest)
+        exact = self.store.pair_scores(vectors, self._sample[place.flatten()], query).view(-1, deepest)
         wrong = exact - scores[:, :deepest]  # of near documents: of far ones it is smaller
         ranked = exact.sort(dim=1, descending=True).values
         extra = torch.tensor([len(line) for line in left_out])
@@ -307,5 +312,5 @@ class Levels:
 
 def _place(rank: int) -> int:
     """The place in the sample, from 1, that is surely behind a rank in the corpus: three standard deviations."""
-    share = rank / STRIDE
+    share = rank / SHARE
     return math.ceil(share + 3 * math.sqrt(share) + 3)

@@ -192,8 +192,9 @@ class ExactIndex(VectorIndex):
     def pair_scores(self, queries: torch.Tensor, rows: torch.Tensor, query: torch.Tensor) -> torch.Tensor:
         """The scores of pairs of a row and a query (their numbers), each summed by itself."""
         scores = queries.new_empty(len(rows))
-        # Used again and again: to get as much memory anew would take longer than the sums.
-        size = (min(PAIRS, len(rows)), self.dimension)
+        # Used again and again: to get as much memory anew would take longer than the sums. A GPU may sum few
+        # rows in another order than many, so there they are always as many.
+        size = (PAIRS if queries.is_cuda else min(PAIRS, len(rows)), self.dimension)
         near, far = queries.new_empty(size, dtype=self._tensor.dtype), queries.new_empty(size)
         for start in range(0, len(rows), PAIRS):
             part = rows[start : start + PAIRS]
@@ -203,7 +204,8 @@ class ExactIndex(VectorIndex):
             else:
                 narrow = self._tensor[part]
             torch.index_select(queries, 0, query[start : start + PAIRS], out=wide)
-            torch.sum(wide.mul_(narrow), 1, out=scores[start : start + PAIRS])
+            wide.mul_(narrow)
+            scores[start : start + PAIRS] = far.sum(1)[: len(part)]
         return scores
 
     def check_queries(self, queries: Array) -> Array:

@@ -15,8 +15,6 @@ from ..types import Array
 if TYPE_CHECKING:
     import pyarrow as pa
 
-WITH_SIGN = "parent_id LIKE '%#%'"
-"""Documents whose ids may be those of chunks."""
 Rows = Callable[[str, Sequence[str], Sequence[str]], Iterable[Mapping[str, Any]]]
 """Column, values, columns -> the rows in which the column has one of these values."""
 CHUNK = (
@@ -87,23 +85,25 @@ def by_document(chunks: Iterable[Chunk]) -> dict[str, list[Chunk]]:
     return documents
 
 
-def check_names(chunks: Sequence[Chunk], stored: Iterable[Mapping[str, Any]], rows: Rows) -> None:
+def check_names(chunks: Sequence[Chunk], rows: Rows) -> None:
     """Refuse documents with the id of another one's chunk: `a#0` is either a document or the first chunk of `a`.
 
     Args:
         chunks: to be written.
-        stored: the documents in the store that `WITH_SIGN` lets through.
         rows: looks up rows by the values of a column.
 
     Raises:
-        DataError: there is one.
+        DataError: there is one, and the store does not hold both already.
     """
     owners, parents = {chunk.doc_id: chunk.parent_id for chunk in chunks}, {chunk.parent_id for chunk in chunks}
-    names = parents | {row["parent_id"] for row in stored}
-    clashes = [(name, owners[name]) for name in names if owners.get(name, name) != name]
-    for row in rows("id", sorted(name for name in parents if "#" in name), ["id", "parent_id"]):
-        if row["parent_id"] not in {*parents, row["id"]}:
-            clashes.append((row["id"], row["parent_id"]))
+    signed = {name for name in parents if "#" in name}
+    stored = {row["parent_id"] for row in rows("parent_id", sorted(owners.keys() | signed), ["parent_id"])}
+    clashes = {(name, owner) for name, owner in owners.items() if name != owner and name in parents | stored}
+    names = sorted(signed | {name for name, _ in clashes})
+    held = {(row["id"], row["parent_id"]) for row in rows("id", names, ["id", "parent_id"])}
+    clashes |= {(name, owner) for name, owner in held if name in parents and owner not in {*parents, name}}
+    # What an older version let in can be written anew, as long as neither loses a chunk by it.
+    clashes -= {(name, owner) for name, owner in held if name in stored and owners.get(name, owner) == owner}
     if clashes:
         name, other = min(clashes)
         raise DataError(

@@ -189,7 +189,7 @@ class Store:
         table = rows.to_table(chunks, array[list(last.values())])
         parents = sorted({chunk.parent_id for chunk in chunks})
         with self._writing("write") as change:
-            rows.check_names(chunks, self._scan(["parent_id"], None, rows.WITH_SIGN), self._rows)
+            rows.check_names(chunks, self._rows)
             merge = self._table.merge_insert("id").when_matched_update_all().when_not_matched_insert_all()
             # Only where a document has fewer chunks than before: this reads the whole table.
             before = list(self._rows("parent_id", parents, ["id", "parent_id"]))

@@ -172,6 +172,7 @@ def test_queries_without_negatives_are_searched_for_some(tmp_path: Path) -> None
             '{"query": "a", "positive": "b"}\n{oops\n',
             "p.jsonl:2: a line that is not JSON; mend or remove",
         ),
+        ("p.jsonl", '{"query": "a"}\r{"query": "b"}\r', "p.jsonl:1: a line that is not JSON; mend or remove"),
         ("p.jsonl", "[1]\n", "p.jsonl:1: a line that is no JSON object"),
         ("p.parquet", "no", "p.parquet: a damaged Parquet file"),
         ("p.txt", "a b", "expected a file that ends in .jsonl, "),

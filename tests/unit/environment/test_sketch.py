@@ -21,7 +21,7 @@ NONE = [np.empty(0, np.int64)] * 20
 @pytest.fixture(autouse=True)
 def _small(monkeypatch: pytest.MonkeyPatch) -> None:
     """So that a small corpus is searched by its sketches."""
-    for name, value in {"STRIDE": 2, "FIRST": 4, "UNIT": 4, "QUERIES": 7}.items():
+    for name, value in {"SHARE": 2, "FIRST": 4, "UNIT": 4, "QUERIES": 7}.items():
         monkeypatch.setattr(sketch, name, value)
 
 
@@ -96,6 +96,20 @@ def test_sketches_follow_updates(monkeypatch: pytest.MonkeyPatch) -> None:
     agrees(index, monkeypatch)
 
 
+def test_what_stands_in_every_so_manieth_row_is_not_taken_for_all(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As of documents in eight pieces, of which the first pieces are near a query and the others far."""
+    monkeypatch.setattr(sketch, "SHARE", 8)
+    vectors = near_a_plane(np.random.default_rng(0), COUNT)
+    query = vectors[:1]
+    signs = np.sign(vectors @ query[0])
+    signs[np.arange(COUNT) % 8 > 0] *= -1
+    index = SketchIndex(ExactIndex(IDS, vectors * signs[:, None]), rank_depth=20)
+    order = index.store.search_rows(query, 20)[0][0]
+    with monkeypatch.context() as patch:
+        patch.setattr(ExactIndex, "_scan", refuse)
+        assert index.ranks(query, [order.tolist()]) == [list(range(1, 21))]
+
+
 def test_equal_vectors_rank_by_id(monkeypatch: pytest.MonkeyPatch) -> None:
     vectors = near_a_plane(np.random.default_rng(0), COUNT)
     vectors[5::100] = vectors[5]
@@ -156,6 +170,20 @@ def test_a_saved_index_is_the_same_again_with_its_audits(tmp_path: Path) -> None
     index.store.save(tmp_path / "exact")
     with pytest.raises(VectorIndexError, match="exact holds no usable index"):
         SketchIndex.load(tmp_path / "exact")
+
+
+def test_one_that_is_read_back_goes_on_as_the_one_that_was_saved(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(ExactIndex, "block", 400)
+    # Of so many coordinates, in float32, products of one row are often summed in another order than a block's.
+    monkeypatch.setattr(sketch, "UNIT", 32)
+    monkeypatch.setattr(sketch, "fast_dtype", lambda device: torch.float32)
+    index = make(rank_depth=DEPTH)
+    for row in range(0, COUNT, 50):
+        index.update(np.array([row]), near_a_plane(np.random.default_rng(row), 1), 1)
+    index.save(tmp_path)
+    assert torch.equal(SketchIndex.load(tmp_path)._sketches, index._sketches)
 
 
 def test_an_index_whose_recall_fell_takes_new_directions() -> None:

@@ -6,6 +6,10 @@ import copy
 import logging
 import os
 import shutil
+import threading
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from importlib.metadata import PackageNotFoundError
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -13,10 +17,12 @@ from typing import Any
 import numpy as np
 import pytest
 from conftest import save_tiny
+from filelock import FileLock
 from huggingface_hub import constants
 
 from search_r3 import SearchR3
 from search_r3.errors import ModelError
+from search_r3.files import hash_file
 from search_r3.model.llamacpp.writing import export_gguf
 from search_r3.model.loading import load_backbone
 from search_r3.model.reading import parts, unpacked
@@ -127,6 +133,40 @@ def test_what_is_not_whole_or_of_other_versions_is_made_anew(
     assert np.array_equal(vectors(file), expected)
 
 
+def test_what_was_read_of_a_file_that_changed_meanwhile_is_not_kept(
+    file: Path, assets: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before, content, read = vectors(file), file.read_bytes(), parts._config
+    shutil.rmtree(assets)
+
+    def replaced_first(files: Any) -> Any:
+        weights = next(one for one in gguf.GGUFReader(file).tensors if one.name == "blk.0.ffn_down.weight")
+        start = int(weights.data_offset)
+        file.write_bytes(content[:start] + np.array([0.7], np.float16).tobytes() + content[start + 2 :])
+        return read(files)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(parts, "_config", replaced_first)
+        assert not np.array_equal(vectors(file), before)
+    assert parts_kept(assets) == ["tokenizer"], "which was read before"
+    file.write_bytes(content)
+    assert np.array_equal(vectors(file), before)
+
+
+def test_without_the_package_that_reads_such_files_nothing_is_found(
+    assets: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "source").write_text("text")
+    one = kept(tmp_path / "source", lambda out: None)
+    assert one.find() is not None
+
+    def lacking(name: str) -> str:
+        raise PackageNotFoundError(name)
+
+    monkeypatch.setattr(unpacked, "version", lacking)
+    assert one.find() is None
+
+
 @pytest.mark.parametrize("hindrance", ["no room", "no folder", "unlike"])
 def test_a_model_that_cannot_be_kept_is_loaded_all_the_same(
     hindrance: str, file: Path, assets: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
@@ -156,15 +196,32 @@ def test_a_tokenizer_that_would_be_read_otherwise_is_not_kept(
         parts._write_tokenizer(own, tmp_path)
 
 
-def test_only_the_first_of_several_processes_writes(assets: Path) -> None:
-    written = []
+def kept(source: Path, write: Callable[[Path], None]) -> Unpacked:
+    """A part of a file, which is kept."""
+    one = Unpacked(hash_file(source), "part")
+    one.keep(source, write)
+    return one
+
+
+def test_only_the_first_of_several_at_once_writes(
+    assets: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    written, waiting = list[Path](), threading.Semaphore(0)
+
+    class Announced(FileLock):
+        def acquire(self, *values: Any, **options: Any) -> Any:
+            waiting.release()
+            return super().acquire(*values, **options)
 
     def write(out: Path) -> None:
+        assert all(waiting.acquire(timeout=30) for _ in range(2)), "the other one wants the lock, too"
         written.append(out)
         (out / "file").write_text("whole")
 
-    for _ in range(2):
-        Unpacked("0" * 64, "part").keep(write)
-    folder = Unpacked("0" * 64, "part").find()
-    assert folder is not None and (folder / "file").read_text() == "whole"
+    (tmp_path / "source").write_text("text")
+    monkeypatch.setattr(unpacked, "FileLock", Announced)
+    with ThreadPoolExecutor(2) as pool:
+        for one in pool.map(lambda _: kept(tmp_path / "source", write), range(2)):
+            folder = one.find()
+            assert folder is not None and (folder / "file").read_text() == "whole"
     assert len(written) == 1

@@ -76,6 +76,21 @@ def test_a_document_with_the_id_of_anothers_chunk_is_refused(store: Store) -> No
     assert ids(store) == ["a#0", "a#1#0", "a#2#0", "c#0", "c#1#0"], "no chunk has them"
 
 
+def test_a_store_that_holds_such_documents_goes_on(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    with monkeypatch.context() as patch:
+        patch.setattr(stores.rows, "check_names", lambda *_: None)
+        put(store, document("a", "one", "two"), document("a#1", "x"))
+    for again in (document("a", "three", "four"), document("a#1", "y"), document("b", "z")):
+        put(store, again)
+        assert store.get(again[0].parent_id) == again
+    assert ids(store) == ["a#0", "a#1", "a#1#0", "b#0"]
+    whole = [replace(document("a#1", "y")[0], doc_id="a#1")]  # not cut into chunks: its row would be that of a's second
+    with pytest.raises(DataError, match="document 'a#1' has the id of a chunk of document 'a'"):
+        put(store, whole)
+    assert store.delete(["a#1"]) == 1
+    assert ids(store) == ["a#0", "a#1", "b#0"]
+
+
 def test_an_upsert_replaces_whole_documents_and_leaves_the_others(store: Store) -> None:
     put(store, document("a", "1", "2", "3"), document("b", "1", "2"))
     put(store, document("a", "new"))

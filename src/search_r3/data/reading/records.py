@@ -273,7 +273,7 @@ def _parquet(path: Path, needed: Callable[[Sequence[str]], Sequence[str]]) -> It
 def _lines(path: Path) -> Iterator[tuple[int, str]]:
     with path.open("rb") as file:
         encoding = encoding_of(file.read(SAMPLE))
-    with path.open(encoding=encoding, errors="replace") as lines:
+    with path.open(encoding=encoding, errors="replace", newline="\n") as lines:  # as `files.read_lines`
         yield from enumerate(lines, 1)
 
 

@@ -65,7 +65,7 @@ def read_metadata(path: Path, name: str, digest: Callable[[], str]) -> Lookup:
     except Exception as error:  # of numpy, about offsets that are beyond the file's end
         fault = str(error).strip().partition("\n")[0] or type(error).__name__
         raise ModelError(f"cannot load a model from {name}: {fault}; fetch or copy it again") from error
-    unpacked.keep(lambda out: write_json(out / _KEPT, values))
+    unpacked.keep(path, lambda out: write_json(out / _KEPT, values))
     return values.get
 
 

@@ -49,7 +49,7 @@ def load_tokenizer(files: ModelFiles, more: Mapping[str, Any]) -> Any:
     if not tokenizer.is_fast:
         raise ModelError(f"the tokenizer of {files.name} is a slow one; a tokenizer.json (fast tokenizer) is needed")
     if unpacked is not None:
-        unpacked.keep(lambda out: _write_tokenizer(tokenizer, out))
+        unpacked.keep(files.folder / str(files.gguf), lambda out: _write_tokenizer(tokenizer, out))
     return tokenizer
 
 
@@ -90,7 +90,8 @@ def load_causal_lm(
     if folder is not None:
         _align(model)
     elif unpacked is not None and not report["missing_keys"]:
-        unpacked.keep(lambda out: _write_model(model, out), sum(one.nbytes for one in model.parameters()))
+        size = sum(one.nbytes for one in model.parameters())
+        unpacked.keep(files.folder / str(files.gguf), lambda out: _write_model(model, out), size)
     # Adapters remember what they were put into, and to others a folder in a cache says nothing.
     model.name_or_path = model.config.name_or_path = files.name
     return model, set(report["missing_keys"])

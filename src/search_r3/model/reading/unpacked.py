@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 from filelock import FileLock
 
 from ...errors import ModelError
-from ...files import atomic_directory, flush, remove_leftovers, write_json
+from ...files import atomic_directory, flush, hash_file, remove_leftovers, write_json
 
 logger = logging.getLogger(__name__)
 
@@ -42,17 +42,20 @@ class Unpacked(NamedTuple):
             folder = self._folder()
             facts = json.loads((folder / _FACTS).read_text(encoding="utf-8"))
             return folder if facts == _facts(folder, facts["bytes"]) else None
-        except (OSError, ValueError, KeyError, TypeError):
+        except (OSError, ValueError, KeyError, TypeError, ImportError):  # the last where gguf is not installed
             return None
 
-    def keep(self, write: Callable[[Path], None], size: int = 0) -> None:
+    def keep(self, file: Path, write: Callable[[Path], None], size: int = 0) -> None:
         """Keep it, if that can be done.
 
         Args:
+            file: from which it was read.
             write: writes it into a folder, and raises an error where it would not be read as it is now.
             size: in bytes; what is large is kept only where there is room for much more.
         """
         try:
+            if hash_file(file) != self.digest:
+                raise ModelError("the file was changed while it was read")
             folder = self._folder()
             if size * SHARE > shutil.disk_usage(folder.parent).free:
                 raise ModelError(f"it needs {size:,} bytes, and the disk has not {SHARE} times as many")
@@ -78,7 +81,6 @@ class Unpacked(NamedTuple):
 def _facts(folder: Path, names: Any) -> dict[str, Any]:
     """By what a folder was written, and which files are in it."""
     return {
-        "gguf": version("gguf"),
-        "transformers": version("transformers"),
+        **{name: version(name) for name in ("gguf", "search-r3", "transformers")},
         "bytes": {name: (folder / name).stat().st_size for name in names},
     }
