@@ -134,6 +134,15 @@ def batch_of(owners: list[int], steps: int) -> Batch:
                  latent_steps=steps)  # fmt: skip
 
 
+def test_beside_words_the_vector_after_all_soft_tokens_is_what_learns() -> None:
+    torch.manual_seed(0)
+    batch, documents, latents = batch_of([0, 1], 3), unit(4, 8), unit(2, 3, 8)
+    settings = SFTSettings(latent_steps=3, contrastive_temperature=0.5)
+    found = latent_losses([unit(2, 8), documents, latents.flatten(0, 1)], batch, settings)
+    expected = losses.info_nce(latents[:, 2], documents, batch.positives, batch.excluded, 0.5)
+    assert {name: float(value) for name, value in found.items()} == {"latent_info_nce": pytest.approx(float(expected))}
+
+
 def test_gircse_takes_every_number_of_soft_tokens_and_punishes_a_rise() -> None:
     torch.manual_seed(0)
     settings = SFTSettings(latent_steps=3, latent_objective="gircse", contrastive_temperature=0.5)
