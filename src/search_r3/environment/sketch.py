@@ -82,16 +82,13 @@ class SketchIndex(Audited):
             return self.store.search_rows(queries, k)
         return self.search_and_count(queries, k, none, [np.empty(0, np.float32)] * len(queries), none)[:2]
 
-    def count_ahead(
-        self, queries: Array, rows: Sequence[Rows], scores: Sequence[Array], left_out: Sequence[Rows]
-    ) -> list[list[int]]:
-        """How many documents rank ahead of each target, but for `left_out`; of `rank_depth` and more, `rank_depth`."""
-        return self.search_and_count(queries, 0, rows, scores, left_out)[2]
-
     def search_and_count(
         self, queries: Array, k: int, rows: Sequence[Rows], scores: Sequence[Array], left_out: Sequence[Rows]
     ) -> tuple[Rows, Array, list[list[int]]]:
-        """Both, from one pass over the sketches; none of those that are left out is among the `k` best."""
+        """Both, from one pass over the sketches; none of those that are left out is among the `k` best.
+
+        Of `rank_depth` documents ahead and more, `rank_depth` are counted.
+        """
         if self._exact(k, rows, left_out):
             best, best_scores, counts = self.store.search_and_count(queries, k, rows, scores, left_out)
             return best, best_scores, [[min(count, self.rank_depth) for count in own] for own in counts]

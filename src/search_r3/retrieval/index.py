@@ -129,12 +129,6 @@ class ExactIndex(VectorIndex):
         rows, scores, _ = self._scan(queries, k, none, [])
         return rows, scores
 
-    def count_ahead(
-        self, queries: Array, rows: Sequence[Rows], scores: Sequence[Array], left_out: Sequence[Rows]
-    ) -> list[list[int]]:
-        """How many documents rank ahead of each target, but for those that are left out."""
-        return self.search_and_count(queries, 0, rows, scores, left_out)[2]
-
     def search_and_count(
         self, queries: Array, k: int, rows: Sequence[Rows], scores: Sequence[Array], left_out: Sequence[Rows]
     ) -> tuple[Rows, Array, list[list[int]]]:

@@ -104,7 +104,6 @@ class VectorIndex(ABC):
         ahead = self.count_ahead(queries, targets, self.scores_at(queries, targets), rivals)
         return [[count + 1 for count in counts] for counts in ahead]
 
-    @abstractmethod
     def count_ahead(
         self, queries: Array, rows: Sequence[Rows], scores: Sequence[Array], left_out: Sequence[Rows]
     ) -> list[list[int]]:
@@ -117,12 +116,13 @@ class VectorIndex(ABC):
             scores: of the targets, as `scores_at` gives them.
             left_out: for each query; none of them is a target.
         """
+        return self.search_and_count(queries, 0, rows, scores, left_out)[2]
 
+    @abstractmethod
     def search_and_count(
         self, queries: Array, k: int, rows: Sequence[Rows], scores: Sequence[Array], left_out: Sequence[Rows]
     ) -> tuple[Rows, Array, list[list[int]]]:
-        """`search_rows` and `count_ahead` of the same queries, at the price of one search where that is possible."""
-        return *self.search_rows(queries, k), self.count_ahead(queries, rows, scores, left_out)
+        """`search_rows` (of none, where `k` is 0) and `count_ahead` of the same queries, at the price of one search."""
 
     @abstractmethod
     def scores_at(self, queries: Array, rows: Sequence[Rows]) -> list[Array]:
