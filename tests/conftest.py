@@ -179,6 +179,19 @@ class StopAt(transformers.TrainerCallback):
             raise Stop
 
 
+def count_encoded(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """The numbers of documents of every call of `encode_document` from now on."""
+    encoded: list[int] = []
+    encode = SearchR3.encode_document
+
+    def counting(self: SearchR3, texts: Any, **options: Any) -> Any:
+        encoded.append(len(texts))
+        return encode(self, texts, **options)
+
+    monkeypatch.setattr(SearchR3, "encode_document", counting)
+    return encoded
+
+
 def call(monkeypatch: pytest.MonkeyPatch, *args: object) -> int:
     monkeypatch.setattr(sys, "argv", ["search-r3", *map(str, args)])
     try:

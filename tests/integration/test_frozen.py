@@ -35,7 +35,7 @@ from search_r3.retrieval.metrics import ndcg
 from search_r3.training.grpo import train_grpo
 from search_r3.training.run import Run
 from search_r3.training.sft import train_sft
-from tests.conftest import Stop, StopAt, call, save_tiny
+from tests.conftest import Stop, StopAt, call, count_encoded, save_tiny
 from tests.hub_server import Hub, Repository, reached_hub
 from tests.model_folders import make_adapter
 
@@ -169,14 +169,7 @@ def test_an_index_of_stage_1_is_accepted_unchanged(
 def test_no_document_is_encoded_after_the_first_time(
     frozen: Frozen, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    encoded: list[int] = []
-    encode = SearchR3.encode_document
-
-    def counting(self: SearchR3, texts: Any, **options: Any) -> Any:
-        encoded.append(len(texts))
-        return encode(self, texts, **options)
-
-    monkeypatch.setattr(SearchR3, "encode_document", counting)
+    encoded = count_encoded(monkeypatch)
     recipe = frozen.recipe(tmp_path / "run")
     run = Run(recipe)
     train_grpo(recipe, model=frozen.stage_1)

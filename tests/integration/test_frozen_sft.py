@@ -19,7 +19,7 @@ from search_r3.training.modes.distill import train_distill
 from search_r3.training.rl.sampler import PolicyWeights
 from search_r3.training.run import Run
 from search_r3.training.sft import train_sft
-from tests.conftest import Stop, StopAt, save_tiny
+from tests.conftest import Stop, StopAt, count_encoded, save_tiny
 
 SETTINGS = [
     "max_length=120", "max_new_tokens=16", "sft.batch_size=4", "sft.learning_rate=1e-2", "sft.splits={train: 1.0}",
@@ -91,14 +91,7 @@ def test_the_first_step_has_the_losses_of_moving_documents(
 def test_no_document_is_encoded_after_the_first_time(
     stage_1: Path, recipe: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    encoded: list[int] = []
-    encode = SearchR3.encode_document
-
-    def counting(self: SearchR3, texts: Any, **options: Any) -> Any:
-        encoded.append(len(texts))
-        return encode(self, texts, **options)
-
-    monkeypatch.setattr(SearchR3, "encode_document", counting)
+    encoded = count_encoded(monkeypatch)
     settings = recipe(tmp_path / "run", stage_1)
     with pytest.raises(Stop):
         train_sft(settings, callbacks=[StopAt(3)])

@@ -35,7 +35,6 @@ from .engine import load_model
 from .modes.frozen import check_begins, keeps_documents
 from .rl.samples import Group, Sample, Sampler
 from .run import Run
-from .saving import check_documents
 from .sft import train_sft
 
 REPORT = "best-of-n.json"
@@ -346,9 +345,7 @@ def _check_goes_on(recipe: Recipe, model: str | Path) -> None:
     frozen = keeps_documents(recipe, "sft")
     check_begins(find_files(model), model, frozen)
     if frozen:
-        backbone = load_model(recipe, model, frozen=True).backbone
-        check_documents(backbone, "sft.documents=frozen", ", or set sft.documents=moving")
-        choose_what_learns(backbone, recipe.lora)
+        choose_what_learns(load_model(recipe, model).backbone, recipe.lora)
 
 
 def _check_learns(recipe: Recipe, splits: Sequence[str], style: str) -> None:

@@ -30,7 +30,7 @@ from ..model.settings import SETTINGS_FILE, read_settings
 from ..model.source import find_files
 from ..parallel import Communicator, make_communicator
 from ..sections import DistillSettings
-from .modes.frozen import check_begins, check_query_side
+from .modes.frozen import check_begins, check_documents, check_query_side, keeps_documents
 from .policy import Policy, Reference, make_reference
 from .tracking import check_trackers, start_trackers
 
@@ -346,23 +346,24 @@ def rates(tokens: float, started: float, ready: float) -> dict[str, float]:
     return {"tokens_per_second": tokens / (now - ready), "update_seconds": now - ready, "seconds": now - started}
 
 
-def load_model(recipe: Recipe, source: str | Path, *, frozen: bool = False) -> SearchR3:
+def load_model(recipe: Recipe, source: str | Path, stage: str = "sft") -> SearchR3:
     """A model for training, with its own prompts and the recipe's limits, on this process's device.
 
     Args:
         recipe: the settings.
         source: the model.
-        frozen: whether the stage keeps the documents' weights.
+        stage: that begins from it; it may keep the documents' weights.
 
     Raises:
         ConfigError: the recipe names other prompts than those that are saved with the model, its limits do not fit
-            into the context, or the model has a query side of its own and documents are to move.
+            into the context, the model has a query side of its own and documents are to move, or they cannot stay.
     """
     with extra("train"):
         from accelerate import PartialState
 
     device = str(PartialState(cpu=not torch.cuda.is_available()).device)
     files = find_files(source)
+    frozen = keeps_documents(recipe, stage)
     check_begins(files, source, frozen)
     saved = read_settings(files.folder_of(SETTINGS_FILE))
     own = saved.prompts.name if saved is not None and saved.trained else None
@@ -387,4 +388,6 @@ def load_model(recipe: Recipe, source: str | Path, *, frozen: bool = False) -> S
             f"max_length={recipe.max_length}, max_new_tokens={recipe.max_new_tokens} and the end of the turn do not "
             f"fit into the context of {source}, {backbone.context_length} tokens; lower them"
         )
+    if frozen:
+        check_documents(backbone, stage)
     return SearchR3(backbone)

@@ -45,7 +45,6 @@ from .rl.pathwise import embedding_loss
 from .rl.rollouts import Experience, collect, queries_of_step
 from .rl.sampler import LocalSampler, PolicyWeights, RolloutSampler
 from .rl.signals import describe, rollout_rows, warn_if_known
-from .saving import check_documents
 from .session import RecipeLike, Session, TrainingResult, check_place
 
 
@@ -118,10 +117,8 @@ def train_grpo(
         )
     sampler = find_sampler(settings, run.folder / "sampler", sampler)  # likewise
     frozen = keeps_documents(recipe, stage)
-    encoder = load_model(recipe, source, frozen=frozen)
+    encoder = load_model(recipe, source, stage)
     sampler = sampler or LocalSampler(encoder, settings.rollout_batch_size)
-    if frozen:
-        check_documents(encoder.backbone, "grpo.documents=frozen", ", or set grpo.documents=moving")
     if settings.at_once:
         check_can_decide(encoder.backbone, "grpo.at_once")
     run.begin_from(stage, encoder.backbone)

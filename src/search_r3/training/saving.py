@@ -9,12 +9,11 @@ from pathlib import Path
 from torch import Tensor
 
 from ..config import Recipe
-from ..errors import ConfigError
 from ..files import atomic_directory
 from ..model.adapters import drop_token_rows, merge_adapters, merged_queries, save_adapters
 from ..model.backbone import Backbone
 from ..model.encoder import SearchR3
-from ..model.settings import QUERIES, read_settings
+from ..model.settings import QUERIES
 from ..parallel import agree
 from .engine import Engine
 
@@ -99,37 +98,6 @@ def _save_whole(
         merge_adapters(backbone, adapter, recipe.dtype).save(folder, dtype)
     else:
         backbone.save(folder, dtype, state=state)
-
-
-def check_documents(backbone: Backbone, what: str, else_: str = "") -> None:
-    """Refuse a model whose documents cannot stay as they are.
-
-    Args:
-        backbone: the model.
-        what: keeps them.
-        else_: what can be done instead, after a remedy.
-
-    Raises:
-        ConfigError: no stage has trained it, it is no directory of whole weights, or it was saved with another
-            `max_length`.
-    """
-    files, limit = backbone.files, backbone.settings.max_length
-    if not backbone.trained:
-        raise ConfigError(
-            f"{what} keeps the document vectors of {backbone.source}, which no stage has trained; train stage 1 "
-            f"(search-r3 sft) first{else_}"
-        )
-    if files is None or files.base is not None or files.gguf is not None:
-        raise ConfigError(
-            f"{what} copies the weights of {backbone.source}, which is no directory of whole weights (adapters, or "
-            f"GGUF); begin from a merged model, such as stage 1 writes{else_}"
-        )
-    saved = read_settings(files.folder)
-    if saved is not None and saved.max_length != limit:
-        raise ConfigError(
-            f"{what} with max_length={limit}, but {backbone.source} encodes documents with max_length="
-            f"{saved.max_length}; set that{else_}"
-        )
 
 
 def _save_queries(backbone: Backbone, state: dict[str, Tensor], folder: Path) -> None:

@@ -45,7 +45,6 @@ from .guard import Guard
 from .modes.frozen import frozen_documents, keeps_documents
 from .modes.latent import LATENT_WEIGHTS, PUBLISHED
 from .policy import Tokens, any_token
-from .saving import check_documents
 from .session import RecipeLike, Session, TrainingResult
 
 logger = logging.getLogger(__name__)
@@ -112,9 +111,7 @@ def train_sft(
         )
     dev = DevSplit(collection, recipe.evaluation) if settings.evaluate_every else None
     frozen = keeps_documents(recipe, stage)
-    encoder = load_model(recipe, recipe.base, frozen=frozen)
-    if frozen:
-        check_documents(encoder.backbone, "sft.documents=frozen", ", or set sft.documents=moving")
+    encoder = load_model(recipe, recipe.base, stage)
     check_dimensions(encoder.dimension, settings)
     run.begin_from(stage, encoder.backbone)
     if settings.at_once:

@@ -43,7 +43,6 @@ from ..guard import Guard
 from ..policy import Tokens, any_token
 from ..rl.rollouts import queries_of_step
 from ..run import Run
-from ..saving import check_documents
 from ..session import RecipeLike, Session, TrainingResult, check_place, resolve
 from .frozen import frozen_documents
 from .teacher import Lesson, Teacher, choose_queries, describe
@@ -103,8 +102,7 @@ def train_distill(
     collection = session.collection()
     queries = choose_queries(collection, settings.splits, recipe.evaluation.held_out)
     dev = DevSplit(collection, recipe.evaluation) if settings.evaluate_every else None
-    encoder = load_model(recipe, os.fspath(model), frozen=True)
-    check_documents(encoder.backbone, "distill")
+    encoder = load_model(recipe, os.fspath(model), stage)
     run.begin_from(stage, encoder.backbone)
     engine = make_engine(encoder, recipe, settings)
     guard = Guard(run, stage, engine)

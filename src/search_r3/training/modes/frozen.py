@@ -11,6 +11,7 @@ from ...errors import ConfigError
 from ...mining.candidates import key_hash
 from ...model.backbone import Backbone
 from ...model.encoder import SearchR3
+from ...model.settings import read_settings
 from ...model.source import ModelFiles
 from ...parallel import agree, divide, encode_sharded
 from ...retrieval.index import ExactIndex
@@ -61,6 +62,35 @@ def check_begins(files: ModelFiles, source: str | Path, frozen: bool) -> None:
             f"{source} encodes queries with other weights than documents (documents=frozen or distill made it), and "
             "only a stage that keeps documents goes on from there; set documents=frozen in the stage's section, or "
             "begin from the model that it was made from"
+        )
+
+
+def check_documents(backbone: Backbone, stage: str) -> None:
+    """Refuse a model whose documents cannot stay as they are in a stage that keeps them.
+
+    Raises:
+        ConfigError: no stage has trained it, it is no directory of whole weights, or it was saved with another
+            `max_length`.
+    """
+    what, else_ = stage, ""
+    if stage != "distill":
+        what, else_ = f"{stage}.documents=frozen", f", or set {stage}.documents=moving"
+    files, limit = backbone.files, backbone.settings.max_length
+    if not backbone.trained:
+        raise ConfigError(
+            f"{what} keeps the document vectors of {backbone.source}, which no stage has trained; train stage 1 "
+            f"(search-r3 sft) first{else_}"
+        )
+    if files is None or files.base is not None or files.gguf is not None:
+        raise ConfigError(
+            f"{what} copies the weights of {backbone.source}, which is no directory of whole weights (adapters, or "
+            f"GGUF); begin from a merged model, such as stage 1 writes{else_}"
+        )
+    saved = read_settings(files.folder)
+    if saved is not None and saved.max_length != limit:
+        raise ConfigError(
+            f"{what} with max_length={limit}, but {backbone.source} encodes documents with max_length="
+            f"{saved.max_length}; set that{else_}"
         )
 
 
