@@ -100,6 +100,8 @@ for policy in policies.split(","):
     folder = Path(out) / policy
     folder.mkdir(exist_ok=True)
     work(policy, SearchR3(model_path, device="cpu"), folder)
+if world_size > 1:
+    dist.destroy_process_group()
 """
 
 DIES = """
@@ -113,7 +115,10 @@ communicator = ProcessGroup(patience=timedelta(seconds=3))
 assert communicator.all_gather(rank) == [0, 1, 2]
 if rank == 2:
     os._exit(9)
-communicator.all_gather(rank)
+try:
+    communicator.all_gather(rank)
+finally:
+    dist.destroy_process_group()
 """
 
 
@@ -216,6 +221,7 @@ assert [part.shape for part in communicator.all_gather_rows(np.empty((0, 0), np.
 vectors = np.full((rank, 4), rank, np.float32)
 whole, labels, own = gather_queries(communicator, vectors if rank else np.empty((0, 0), np.float32), [rank] * rank)
 assert whole[:, 0].tolist() == labels == [1, 2, 2] and labels[own] == [rank] * rank
+dist.destroy_process_group()
 """
 
 
