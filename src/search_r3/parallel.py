@@ -6,13 +6,22 @@ after the last one of a step, the processes meet at a barrier that waits long an
 collective of the gradients (whose watchdog is short) ever waits for another process's work on the index. It is made of
 messages to and from the first process: torch's `monitored_barrier` leaves those who came waiting for those who did not,
 and cannot name a process whose connection was lost before.
+
+A process that ends by an error of its own says so in the store that all share, and closes its connections: the others
+end at their next barrier, with that error's words.
 """
 
 from __future__ import annotations
 
 import contextlib
+import functools
+import gc
+import itertools
 import os
+import sys
+import threading
 import time
+import traceback
 from collections.abc import Callable, Iterator, Sequence
 from datetime import timedelta
 from pathlib import Path
@@ -21,7 +30,8 @@ from typing import Any, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
-from .errors import RunError
+from .errors import RunError, SearchR3Error
+from .extras import extra
 from .types import Array
 
 T = TypeVar("T")
@@ -30,8 +40,9 @@ PATIENCE = timedelta(minutes=30)
 NAMING = timedelta(seconds=60)
 """How long the processes wait for each other, after the error of a collective, to find out which of them has died."""
 LINGER = timedelta(seconds=5)
-"""How long the first process stays, with the store that it may keep, for the others to read who is missing."""
-_LOST = "search-r3/lost"
+"""How long the first process stays at most, with the store that it may keep, for the others to read who is missing."""
+_LOST, _OWN, _LEFT = "lost", "own-error-of-{}", "left-by-{}"
+_groups = itertools.count()
 
 
 class Communicator:
@@ -66,18 +77,40 @@ class ProcessGroup(Communicator):
 
         self.rank, self.world_size, self.patience = dist.get_rank(), dist.get_world_size(), patience
         self._group = dist.new_group(backend="gloo", timeout=patience)
+        c10d = dist.distributed_c10d
+        self._store = c10d.PrefixStore(f"search-r3/{next(_groups)}", c10d._get_default_store())
+        self._others = set(range(1, self.world_size)) if self.rank == 0 else set()
+        """Whom the first process hears, and tells; those who are lost are taken out."""
 
     def barrier(self, patience: timedelta | None = None) -> None:
         """Wait for the others, on the CPU and outside every collective."""
         if self.rank == 0:
-            missing = self._call_roll(patience or self.patience)
+            lost = self._call_roll(patience or self.patience)
         else:
-            missing = self._answer(patience or self.patience)
-        if missing:
+            lost = self._answer(patience or self.patience)
+        if lost:
             raise RunError(
-                f"rank {self.rank} of {self.world_size} lost another process: rank {missing} did not come; look at "
-                "that process's own error, then start again with --resume"
+                f"rank {self.rank} of {self.world_size} lost another process: {lost}, then start again with --resume"
             )
+
+    def leave(self, reason: str) -> None:
+        """End this process's part by an error of its own: the others' next barrier says the reason."""
+        import torch.distributed as dist
+
+        with contextlib.suppress(RuntimeError):  # the first process is gone, with the store
+            self._store.set(_OWN.format(self.rank), " ".join(reason.split()))
+            self._store.set(_LEFT.format(self.rank), "")
+            if self.rank == 0 and not self._store.check([_LOST]):
+                self._store.set(_LOST, self._what_became_of([0]))
+        dist.destroy_process_group(self._group)
+        self._group = None  # its connections close with the last reference
+
+    def linger(self) -> None:
+        """The first process stays, as the store may be its own, until the others have read what became of it."""
+        deadline = time.monotonic() + LINGER.total_seconds()
+        keys = [_LEFT.format(rank) for rank in self._others]
+        while keys and time.monotonic() < deadline and not self._store.check(keys):
+            time.sleep(0.05)
 
     def all_gather(self, value: Any) -> list[Any]:
         """Every process's value, in rank order."""
@@ -120,7 +153,7 @@ class ProcessGroup(Communicator):
             raise
 
     def _call_roll(self, patience: timedelta) -> str:
-        """The first process hears every other one, then tells all whether to go on; returns the ranks that are lost."""
+        """The first process hears every other one, then tells all whether to go on; returns what became of the lost."""
         import torch
         import torch.distributed as dist
 
@@ -128,26 +161,34 @@ class ProcessGroup(Communicator):
         receipts: dict[int, Any] = {}
         missing = []
         tokens = torch.zeros(self.world_size, 1)
-        for rank in range(1, self.world_size):
+        for rank in self._others:
             with contextlib.suppress(RuntimeError):  # its connection is closed
                 receipts[rank] = dist.irecv(tokens[rank], group_src=rank, group=self._group)
-        for rank in range(1, self.world_size):
+        for rank in self._others:
             try:
                 receipts[rank].wait(timedelta(seconds=max(0.001, deadline - time.monotonic())))
             except (KeyError, RuntimeError):
                 missing.append(rank)
-        ranks = ", ".join(map(str, missing))
-        if ranks:
-            dist.distributed_c10d._get_default_store().set(_LOST, ranks)
-        for rank in set(range(1, self.world_size)) - set(missing):
+        lost = self._what_became_of(missing) if missing else ""
+        if lost:
+            self._store.set(_LOST, lost)
+        self._others.difference_update(missing)
+        for rank in self._others:
             with contextlib.suppress(RuntimeError):  # died since, or gloo has closed all connections as one was late
                 dist.send(torch.tensor([float(bool(missing))]), group_dst=rank, group=self._group)
-        if ranks:
-            time.sleep(LINGER.total_seconds())
-        return ranks
+        if lost:
+            self.linger()
+        return lost
+
+    def _what_became_of(self, ranks: Sequence[int]) -> str:
+        """Their own words where they had any: of one that was killed nobody knows more."""
+        said = {rank: self._store.get(key).decode() for rank in ranks if self._store.check([key := _OWN.format(rank)])}
+        silent = ", ".join(str(rank) for rank in ranks if rank not in said)
+        parts = [f"rank {rank} ended by its own error: {reason}; mend that" for rank, reason in said.items()]
+        return "; ".join(parts + [f"rank {silent} did not come; look at that process's own error"] * bool(silent))
 
     def _answer(self, patience: timedelta) -> str:
-        """Every other process reports to the first one; returns the ranks that are lost."""
+        """Every other process reports to the first one; returns what became of the lost."""
         import torch
         import torch.distributed as dist
 
@@ -159,10 +200,11 @@ class ProcessGroup(Communicator):
             if not answer.item():
                 return ""
         with contextlib.suppress(RuntimeError):  # nobody answers where the first process has died with the store
-            store = dist.distributed_c10d._get_default_store()
-            store.wait([_LOST], LINGER)
-            return str(store.get(_LOST).decode())
-        return "0"
+            self._store.wait([_LOST], LINGER)
+            lost = str(self._store.get(_LOST).decode())
+            self._store.set(_LEFT.format(self.rank), "")
+            return lost
+        return "rank 0 did not come; look at that process's own error"
 
 
 def first_process() -> bool:
@@ -170,13 +212,60 @@ def first_process() -> bool:
     return os.environ.get("RANK", "0") == "0"
 
 
+@functools.cache
+def _everyone() -> ProcessGroup:
+    return ProcessGroup()
+
+
 def make_communicator() -> Communicator:
-    """`ProcessGroup` where a process group of more than one process is up."""
+    """`ProcessGroup` where this process is one of several; they meet here if they have not met before."""
+    import torch
     import torch.distributed as dist
 
-    if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
-        return ProcessGroup()
+    if not dist.is_available():
+        return Communicator()
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1 and not dist.is_initialized():
+        with extra("train"):
+            from accelerate import PartialState
+
+        PartialState(cpu=not torch.cuda.is_available())
+    if dist.is_initialized() and dist.get_world_size() > 1:
+        return _everyone()
     return Communicator()
+
+
+def leave_the_others(error: BaseException | None = None) -> None:
+    """Before this process ends, by an error of its own or as planned; gloo's threads may abort one that does not.
+
+    With an error it waits for nobody for long, and the error's traceback keeps its lines but loses its variables.
+    """
+    distributed = sys.modules.get("torch.distributed")
+    if distributed is None or not distributed.is_available() or not distributed.is_initialized():
+        return
+    if error is None:
+        distributed.destroy_process_group()
+        return
+    group = _everyone() if _everyone.cache_info().currsize else None
+    if group is not None:
+        group.leave(str(error) if isinstance(error, SearchR3Error) else f"{type(error).__name__}: {error}")
+    if "gloo" in distributed.get_backend():  # NCCL would wait for the others, and aborts nothing
+        leaving = threading.Thread(target=_close_default_group, args=(error,), daemon=True)
+        leaving.start()
+        leaving.join(LINGER.total_seconds())
+    if group is not None:
+        group.linger()
+
+
+def _close_default_group(error: BaseException) -> None:
+    """Its connections close with the last reference, and the model that it was wrapped in has one."""
+    import torch.distributed as dist
+
+    dist.destroy_process_group()
+    chain: BaseException | None = error
+    while chain is not None:
+        traceback.clear_frames(chain.__traceback__)
+        chain = chain.__cause__ or chain.__context__
+    gc.collect()
 
 
 def is_of_a_collective(error: RuntimeError) -> bool:

@@ -492,12 +492,20 @@ def test_the_others_end_and_name_who_died(
         lab.check(stage, run_dir, world_size)
 
 
-def test_an_error_of_one_process_is_not_taken_for_a_lost_one(lab: Lab, tmp_path: Path) -> None:
-    """It says what happened to it; the other one names it."""
-    statuses, _ = lab.run("sft", tmp_path / "run", world_size=2, own_error=[1, FORWARD, 5], impatient=[0.5])
-    assert statuses == [2, 1]
-    assert "RuntimeError: out of memory" in lab.heard(1) and "lost another" not in lab.heard(1)
-    assert "rank 0 of 2 lost another process: rank 1 did not come" in " ".join(lab.heard(0).split())
+@pytest.mark.parametrize(
+    ("who", "place", "number"), [(1, FORWARD, 5), (0, FORWARD, 5), (1, "search_r3.training.sft:load_model", 1)]
+)
+def test_an_error_of_one_process_ends_all_with_its_words(
+    lab: Lab, tmp_path: Path, who: int, place: str, number: int
+) -> None:
+    """Before the first exchange, too."""
+    lab.forker.start(
+        lab.folder / "log", *lab.call("sft", tmp_path / "run"), world_size=2, own_error=[who, place, number]
+    )
+    assert lab.forker.wait(timeout=60)[who] == 1, lab.said(2)
+    assert "RuntimeError: out of memory" in lab.heard(who) and "lost another" not in lab.heard(who)
+    said = " ".join(lab.heard(1 - who).split())
+    assert f"rank {1 - who} of 2 lost another process: rank {who} ended by its own error: RuntimeError: out of" in said
 
 
 # SIGTERM

@@ -122,6 +122,26 @@ finally:
 """
 
 
+LEAVES = """
+import sys
+import torch.distributed as dist
+from search_r3.errors import RunError
+from search_r3.parallel import leave_the_others, make_communicator
+meeting, rank, who = sys.argv[1], int(sys.argv[2]), int(sys.argv[3])
+dist.init_process_group("gloo", store=dist.FileStore(meeting, 2), rank=rank, world_size=2)
+communicator = make_communicator()
+assert make_communicator() is communicator and communicator.all_gather(rank) == [0, 1]
+try:
+    if rank == who:
+        raise RunError("my own error")
+    communicator.all_gather(rank)
+except RunError as error:
+    leave_the_others(error)
+    assert not dist.is_initialized(), "else gloo's threads may abort the process as it ends"
+    sys.exit(str(error))
+"""
+
+
 def run(script: str, arguments: list[list[str]], timeout: float = 120) -> list[subprocess.CompletedProcess[str]]:
     """One process per list of arguments, all at once; every one has ended when this returns."""
     processes = [
@@ -183,6 +203,15 @@ def test_a_process_that_dies_is_named_and_the_others_end(tmp_path: Path) -> None
     assert [process.returncode for process in ended] == [1, 1, 9]
     for rank, process in enumerate(ended[:2]):
         assert f"RunError: rank {rank} of 3 lost another process: rank 2 did not come" in process.stderr
+
+
+@pytest.mark.parametrize("who", [0, 1])
+def test_a_process_that_leaves_by_its_own_error_tells_the_other(tmp_path: Path, who: int) -> None:
+    ended = run(LEAVES, [[str(tmp_path / "store"), str(rank), str(who)] for rank in range(2)], timeout=60)
+    assert [process.returncode for process in ended] == [1, 1], ended
+    assert ended[who].stderr.endswith("my own error\n") and "lost another" not in ended[who].stderr
+    lost = f"rank {1 - who} of 2 lost another process: rank {who} ended by its own error: my own error; mend that"
+    assert lost in ended[1 - who].stderr
 
 
 def test_shares_are_even_in_tokens_and_lose_nothing() -> None:

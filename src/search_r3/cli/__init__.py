@@ -5,13 +5,14 @@ from __future__ import annotations
 import logging
 import os
 import sys
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, NoReturn
 
 import typer
 
 from .. import __version__, console
 from ..data.rows import check_text
 from ..errors import SearchR3Error, StoppedError
+from ..parallel import leave_the_others
 from . import best_of_n, data, evaluation, fit, mining, plan, push, search, serve, store, training
 from .common import app
 from .modes import gate
@@ -84,20 +85,31 @@ def main() -> None:
         app()
     except StoppedError as stop:
         console.say(str(stop))
+        leave_the_others()
         sys.exit(TERMINATED)
     except SearchR3Error as error:
-        console.fail(str(error), 2)
+        _fail(error, str(error))
     except OSError as error:
         place = f" {error.filename}" if error.filename else ""
-        console.fail(f"cannot read or write{place}: {error.strerror or error}", 2)
+        _fail(error, f"cannot read or write{place}: {error.strerror or error}")
     except SystemExit as end:
         if end.code == INTERRUPTED:
             console.fail(
                 "stopped; a training goes on with --resume, encode and index with the same command", INTERRUPTED
             )
         if not end.code:
-            _leave_the_others()
+            leave_the_others()
         raise
+    except Exception as error:
+        leave_the_others(error)
+        raise
+
+
+def _fail(error: Exception, message: str) -> NoReturn:
+    """End by one line; the other processes of a training hear of it."""
+    console.aside(f"error: {message}")
+    leave_the_others(error)
+    sys.exit(2)
 
 
 def _check_arguments(arguments: list[str]) -> None:
@@ -106,13 +118,6 @@ def _check_arguments(arguments: list[str]) -> None:
         names = argument, argument.partition("=")[2]
         if not any(map(os.path.exists, names)):
             check_text(argument, f"the argument {argument!r}")
-
-
-def _leave_the_others() -> None:
-    """End the process group of a training by several processes; its threads may abort one that ends with it open."""
-    distributed = sys.modules.get("torch.distributed")
-    if distributed is not None and distributed.is_available() and distributed.is_initialized():
-        distributed.destroy_process_group()
 
 
 def _first_of_its_kind() -> Callable[[logging.LogRecord], bool]:

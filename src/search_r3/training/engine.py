@@ -174,6 +174,8 @@ def make_engine(model: SearchR3, recipe: Recipe, settings: StageSettings) -> Eng
         from accelerate import Accelerator, DataLoaderConfiguration
         from accelerate.utils import set_seed
 
+    communicator = make_communicator()
+    communicator.barrier()  # no process waits in a collective for one that could not load the data or the model
     set_seed(recipe.seed)  # before the adapters are drawn
     backbone = model.backbone
     backbone.prefixes.stop()  # FSDP and DeepSpeed write weights where nothing counts it
@@ -218,7 +220,7 @@ def make_engine(model: SearchR3, recipe: Recipe, settings: StageSettings) -> Eng
     policy, optimizer, scheduler = accelerator.prepare(policy, optimizer, scheduler)
     reference = make_reference(policy, copy) if needs_reference else None
     start_trackers(accelerator, recipe, stage)
-    return Engine(accelerator, policy, optimizer, scheduler, make_communicator(), reference, recipe.lora.rank > 0)
+    return Engine(accelerator, policy, optimizer, scheduler, communicator, reference, recipe.lora.rank > 0)
 
 
 def _stage_and_kl(settings: StageSettings) -> tuple[str, str | None]:

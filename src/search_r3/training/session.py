@@ -22,6 +22,7 @@ from ..data.load import load_collection
 from ..errors import ConfigError
 from ..loader import parse_settings
 from ..model.encoder import SearchR3
+from ..parallel import make_communicator
 from .dev import Evaluations
 from .engine import Engine
 from .guard import Guard
@@ -134,6 +135,7 @@ class Session:
         resume: bool,
         **places: str | os.PathLike[str] | None,
     ) -> None:
+        make_communicator()  # from here on an error of one process ends all
         self.stage, self._collection = stage, collection
         self.recipe = resolve(recipe, places, collection)
         self._callbacks = Callbacks(callbacks, self.recipe, stage)
