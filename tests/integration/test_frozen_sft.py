@@ -179,11 +179,11 @@ def test_what_cannot_go_on_is_refused_with_the_remedy(
         with pytest.raises(ConfigError, match=message):
             train_sft(recipe(tmp_path / str(place), base, *more))
     base = trained.parents[3] / "base"
-    with pytest.raises(ConfigError, match=r"grpo.sampler.reload=vllm: a server that holds one model cannot follow"):
+    with pytest.raises(ConfigError, match=r"reload=vllm_adapter: adapters alone do not say what .*set reload=vllm"):
         train_grpo(
             recipe(
                 *(tmp_path / "server", base, *KINDS[kind], "grpo.documents=frozen"),
-                "grpo.sampler={url: 'http://localhost:1/v1', reload: vllm}",
+                "grpo.sampler={url: 'http://localhost:1/v1', reload: vllm_adapter}",
             ),
             model=trained,
         )

@@ -110,10 +110,10 @@ def train_grpo(
     if settings.reward.function is not None:
         load_function(settings.reward.function)  # likewise
     source = os.fspath(model or run.model_path("sft"))
-    if settings.sampler.reload != "none" and find_files(source).queries is not None:
+    if settings.sampler.reload == "vllm_adapter" and find_files(source).queries is not None:
         raise ConfigError(
-            f"grpo.sampler.reload={settings.sampler.reload}: a server that holds one model cannot follow what encodes "
-            f"the queries of {source}; set reload=none, or leave grpo.sampler out"
+            f"grpo.sampler.reload=vllm_adapter: adapters alone do not say what encodes the queries of {source}, which "
+            "may be whole weights; set reload=vllm"
         )
     sampler = find_sampler(settings, run.folder / "sampler", sampler)  # likewise
     frozen = keeps_documents(recipe, stage)

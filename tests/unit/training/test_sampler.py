@@ -167,15 +167,28 @@ def test_tokens_count_by_how_much_likelier_they_are_here(
 # A server
 
 
+@pytest.mark.parametrize("side", [None, 0, 2])
 def test_the_whole_of_stage_2_equals_that_of_the_own_decoder(
-    talker_path: Path, collection: Collection, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    talker_path: Path, collection: Collection, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, side: int | None
 ) -> None:
+    """From a model with a query side, too: whole weights, or adapters of rank 2."""
     settings = {"queries_per_step": 3, "group_size": 3, "steps": 3, "evaluate_every": 0, "learning_rate": 1e-2}
     settings |= {"warmup_steps": 0, "splits": ["train"], "refresh": {"policy": "never"}}
+    common: dict[str, Any] = {"max_length": 120, "max_new_tokens": 6}
+    begin = talker_path
+    if side is not None:
+        trained_before = load_backbone(talker_path, max_length=120, max_new_tokens=6)
+        trained_before.settings = trained_before.settings.model_copy(update={"trained": True})
+        trained_before.save(tmp_path / "stage-1")
+        common |= {"lora": {"rank": side}}
+        settings |= {"documents": "frozen", "kl_coefficient": 0.0}
+        where = {"run_dir": tmp_path / "side", "model": tmp_path / "stage-1", "collection": collection}
+        begin = train_grpo(common | {"grpo": settings}, **where).model_path
+        assert (begin / "queries").exists()
 
     def train(name: str, **sampler: Any) -> tuple[list[dict[str, Any]], list[dict[str, Any]], dict[str, torch.Tensor]]:
-        values = {"max_length": 120, "max_new_tokens": 6, "grpo": settings | {"sampler": sampler}}
-        result = train_grpo(values, run_dir=tmp_path / name, model=talker_path, collection=collection)
+        values = common | {"grpo": settings | {"sampler": sampler}}
+        result = train_grpo(values, run_dir=tmp_path / name, model=begin, collection=collection)
         rows = [json.loads(line) for line in (tmp_path / name / "rollouts.jsonl").read_text().splitlines()]
         return rows, result.log_history, SearchR3(result.model_path).backbone.model.state_dict()
 
