@@ -110,7 +110,7 @@ def test_another_file_in_the_same_place_is_another_model(file: Path, assets: Pat
     assert len(list(assets.iterdir())) == 2
 
 
-@pytest.mark.parametrize("damage", ["cut", "gone", "versions", "manifest"])
+@pytest.mark.parametrize("damage", ["cut", "gone", "versions", "manifest", "weights", "tokenizer"])
 def test_what_is_not_whole_or_of_other_versions_is_made_anew(
     damage: str, file: Path, assets: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -124,6 +124,11 @@ def test_what_is_not_whole_or_of_other_versions_is_made_anew(
         weights.unlink()
     elif damage == "manifest":
         (folder / "unpacked.json").write_text("{")
+    elif damage == "weights":
+        weights.write_bytes(b"x" * size)
+    elif damage == "tokenizer":
+        [other] = assets.rglob("tokenizer.json")
+        other.write_bytes(b"x" * other.stat().st_size)
     else:
         monkeypatch.setattr(unpacked, "version", lambda name: "99.0")
         assert Unpacked(file.name, "float32").find() is None
@@ -131,6 +136,34 @@ def test_what_is_not_whole_or_of_other_versions_is_made_anew(
     assert weights.stat().st_size == size
     forbid_reading(monkeypatch)
     assert np.array_equal(vectors(file), expected)
+
+
+def test_environments_of_other_versions_keep_their_own_and_the_oldest_goes(
+    file: Path, assets: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    expected = vectors(file)
+    for number in ("1", "2"):
+        monkeypatch.setattr(unpacked, "version", lambda name, number=number: number)
+        assert Unpacked(hash_file(file), "float32").find() is None
+        vectors(file)
+        [digest] = assets.iterdir()
+        assert len(list(digest.iterdir())) == 2
+    forbid_reading(monkeypatch)
+    for number in ("1", "2"):
+        monkeypatch.setattr(unpacked, "version", lambda name, number=number: number)
+        assert np.array_equal(vectors(file), expected)
+
+
+def test_metadata_of_the_right_size_that_are_damaged_are_read_again(
+    assets: Path, tmp_path: Path, tokenizer: Any
+) -> None:
+    own = load_backbone(save_tiny(tmp_path / "model", tokenizer, "qwen3", spare_rows=16), device="cpu")
+    [path] = export_gguf(own, tmp_path / "model.gguf", "f16")
+    expected = vectors(path)
+    [kept_file] = (one for one in assets.rglob("metadata/*.json") if one.name != "unpacked.json")
+    kept_file.write_bytes(b"x" * kept_file.stat().st_size)
+    assert np.array_equal(vectors(path), expected)
+    assert kept_file.read_bytes()[:1] == b"{"
 
 
 def test_what_was_read_of_a_file_that_changed_meanwhile_is_not_kept(

@@ -52,8 +52,9 @@ def read_metadata(path: Path, name: str, digest: Callable[[], str]) -> Lookup:
         if content.find(SETTINGS_KEY.encode(), 0, _HEAD) < 0:  # to read all metadata takes seconds
             return values.get
     unpacked = Unpacked(digest(), "metadata")
-    if folder := unpacked.find():
-        return dict(json.loads((folder / _KEPT).read_text(encoding="utf-8"))).get
+    before = unpacked.read(lambda folder: dict(json.loads((folder / _KEPT).read_text(encoding="utf-8"))))
+    if before is not None:
+        return before.get
     try:
         with extra("gguf"):
             import gguf

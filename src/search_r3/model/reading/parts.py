@@ -39,8 +39,9 @@ def load_tokenizer(files: ModelFiles, more: Mapping[str, Any]) -> Any:
     with one_line(f"cannot load a tokenizer from {files.name}"):
         if (whole := tokenizer_in(files.metadata, **more)) is not None:
             return whole
-        if unpacked is not None and (folder := unpacked.find()):
-            return transformers.PreTrainedTokenizerFast.from_pretrained(folder)
+        kept = transformers.PreTrainedTokenizerFast.from_pretrained
+        if unpacked is not None and (whole := unpacked.read(kept)) is not None:
+            return whole
         # The configuration is read for the name: of some models of the hub transformers knows that theirs is wrong.
         config = {} if files.gguf or not (files.folder / CONFIG).is_file() else {"config": _config(files)}
         tokenizer = transformers.AutoTokenizer.from_pretrained(
@@ -67,13 +68,29 @@ def load_causal_lm(
     Raises:
         ModelError: it cannot be loaded.
     """
+    if files.gguf is None or more:
+        model, missing = _read_causal_lm(files, dtype, is_auto, more)
+    else:
+        unpacked = Unpacked(files.digest, str(dtype).removeprefix("torch."))
+        kept = unpacked.read(
+            lambda folder: _read_causal_lm(replace(files, folder=folder, gguf=None), dtype, is_auto, more)
+        )
+        model, missing = kept or _read_causal_lm(files, dtype, is_auto, more)
+        if kept is not None:
+            _align(model)
+        elif not missing:
+            size = sum(one.nbytes for one in model.parameters())
+            unpacked.keep(files.folder / files.gguf, lambda out: _write_model(model, out), size)
+    # Adapters remember what they were put into, and to others a folder in a cache says nothing.
+    model.name_or_path = model.config.name_or_path = files.name
+    return model, missing
+
+
+def _read_causal_lm(
+    files: ModelFiles, dtype: torch.dtype, is_auto: bool, more: Mapping[str, Any]
+) -> tuple[Any, set[str]]:
     import transformers
 
-    unpacked = folder = None
-    if files.gguf is not None and not more:
-        unpacked = Unpacked(files.digest, str(dtype).removeprefix("torch."))
-        if folder := unpacked.find():
-            files = replace(files, folder=folder, gguf=None)
     with one_line(f"cannot load a causal LM from {files.name}"):
         config = _config(files)
         is_quantised = "quantization_config" in more or getattr(config, "quantization_config", None) is not None
@@ -87,13 +104,6 @@ def load_causal_lm(
             trust_remote_code=False,
             use_safetensors=True,
         )
-    if folder is not None:
-        _align(model)
-    elif unpacked is not None and not report["missing_keys"]:
-        size = sum(one.nbytes for one in model.parameters())
-        unpacked.keep(files.folder / str(files.gguf), lambda out: _write_model(model, out), size)
-    # Adapters remember what they were put into, and to others a folder in a cache says nothing.
-    model.name_or_path = model.config.name_or_path = files.name
     return model, set(report["missing_keys"])
 
 
