@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import random
 from typing import Any
 
 import numpy as np
@@ -111,6 +112,34 @@ class Waits(TorchDispatchMode):
         if lists or name in ("_local_scalar_dense", "nonzero", "lift_fresh", "masked_select"):
             self.seen.append(name)
         return operation(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_room_is_reserved_for_all_that_wait_and_all_in_work(
+    quiet: Backbone, monkeypatch: pytest.MonkeyPatch, seed: int
+) -> None:
+    """However many wait, without a look at each of them."""
+    decoder, rng, tickets = Decoder(quiet, 3, look_every=4), random.Random(seed), list[int]()
+    count = Decoder._room
+
+    def checked(self: Decoder) -> tuple[int, int | None]:
+        rows = [*self._rows, *self._waiting]
+        longest = max(len(row.prompt) + row.request.max_new_tokens for row in rows)
+        assert count(self) == (min(3, len(rows)), longest + 4)
+        checks.append(len(rows))
+        return count(self)
+
+    checks: list[int] = []
+    monkeypatch.setattr(Decoder, "_room", checked)
+    for _ in range(12):
+        tickets += [
+            decoder.submit(DecodeRequest(prompt(quiet, rng.randrange(3)), rng.randint(1, 20), seed=0)) for _ in range(2)
+        ]
+        decoder.step()
+        decoder.cancel(rng.choice(tickets))
+    while len(decoder):
+        decoder.step()
+    assert max(checks) > 6 and not decoder._lengths and not decoder._wanted
 
 
 def test_the_host_looks_once_per_several_tokens(quiet: Backbone, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter, deque
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
 
@@ -125,6 +125,11 @@ class _Row:
     writes: float | None = None
 
     @property
+    def longest(self) -> int:
+        """Tokens of the prompt and of the whole budget."""
+        return len(self.prompt) + self.request.max_new_tokens
+
+    @property
     def left(self) -> int:
         """Tokens that the budget has room for."""
         return self.request.max_new_tokens - len(self.completion) - self.soft_tokens
@@ -174,6 +179,7 @@ class Decoder:
         self._engine = make_engine(backbone)
         self._waiting: deque[_Row] = deque()
         self._wanted: Counter[tuple[int, ...]] = Counter()  # prompts of those that wait
+        self._lengths: Counter[int] = Counter()  # and their lengths: few, however many wait
         self._rows: list[_Row] = []  # as the engine numbers them
         self._tickets = 0
 
@@ -197,6 +203,7 @@ class Decoder:
         row = _Row(self._tickets, request, tuple(request.prompt_ids), draws)
         self._waiting.append(row)
         self._wanted[row.prompt] += 1
+        self._lengths[row.longest] += 1
         return self._tickets
 
     def cancel(self, ticket: int) -> bool:
@@ -286,8 +293,7 @@ class Decoder:
 
     def _steps(self) -> int:
         """Tokens until the next look: none that all budgets lack, nor any computed beyond the context."""
-        context = self.backbone.context_length
-        rooms = [context - len(row.prompt) - row.request.max_new_tokens + row.left + 1 for row in self._rows]
+        rooms = [self.backbone.context_length - row.longest + row.left + 1 for row in self._rows]
         return min(self.look_every, *rooms, max(row.left for row in self._rows)) if rooms else 0
 
     def _remove(self, rows: Sequence[_Row], broken: Sequence[_Row] = ()) -> list[int]:
@@ -322,16 +328,15 @@ class Decoder:
         """
         if self.look_every == 1:
             return self.slots, None
-        rows = [*self._rows, *self._waiting]
-        longest = max(len(row.prompt) + row.request.max_new_tokens for row in rows)
-        return min(self.slots, len(rows)), longest + self.look_every
+        return min(self.slots, len(self)), max([*(row.longest for row in self._rows), *self._lengths]) + self.look_every
 
-    def _no_longer_wait(self, rows: Iterable[_Row]) -> None:
-        """Count off the prompts of these, and keep only those for which another request waits."""
+    def _no_longer_wait(self, rows: Collection[_Row]) -> None:
+        """Count these off, and keep the prompts only for which another request waits."""
         for row in rows:
             self._wanted[row.prompt] -= 1
             if not self._wanted[row.prompt]:
                 del self._wanted[row.prompt]
+        self._lengths -= Counter(row.longest for row in rows)  # which drops those that nobody has
         self._engine.forget(self._wanted.keys())
 
     def _write(self, rows: Sequence[_Row], hidden: Tensor, steps: int) -> list[tuple[int, Rollout]]:
