@@ -17,6 +17,7 @@ ROOMS = [
     "errors",
     "extras",
     "files",
+    "heap",
     "types",
     "modes",
     "client",

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 import json
 import os
 from collections.abc import Iterator, Mapping
@@ -98,12 +97,6 @@ def connect(place: str) -> Any:
         index_cache_size_bytes=INDEX_BYTES + 2 * _index_bytes(place), metadata_cache_size_bytes=METADATA_BYTES
     )
     return lancedb.connect(place, read_consistency_interval=timedelta(0), session=caches)
-
-
-def give_back() -> None:
-    """Return to the system what LanceDB has freed: in many threads, a little in many places, which glibc would keep."""
-    with suppress(OSError, AttributeError, TypeError):  # another C library
-        ctypes.CDLL(None).malloc_trim(0)
 
 
 def _index_bytes(place: str) -> int:

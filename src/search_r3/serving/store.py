@@ -20,9 +20,10 @@ import numpy as np
 
 from ..data.documents import Chunk
 from ..errors import DataError, StoreError
+from ..heap import give_back
 from ..types import Array
 from . import rows
-from .database import TABLE, StoreInfo, connect, exists, give_back, one_line, place_of
+from .database import TABLE, StoreInfo, connect, exists, one_line, place_of
 from .filters import COLUMNS, Filter, fields_of, one_of, to_sql, unknown_in
 from .fingerprint import Fingerprint
 from .guards import READERS, Guard, Retention

@@ -174,17 +174,15 @@ def make_engine(model: SearchR3, recipe: Recipe, settings: StageSettings) -> Eng
         from accelerate import Accelerator, DataLoaderConfiguration
         from accelerate.utils import set_seed
 
-    communicator = make_communicator()
-    communicator.barrier()  # no process waits in a collective for one that could not load the data or the model
+    make_communicator().barrier()  # no process waits in a collective for one that could not load the data or the model
     set_seed(recipe.seed)  # before the adapters are drawn
     backbone = model.backbone
     backbone.prefixes.stop()  # FSDP and DeepSpeed write weights where nothing counts it
     stage, kl = _stage_and_kl(settings)
-    needs_reference = kl is not None
     copy = None
     choose_what_learns(backbone, recipe.lora)
     if not recipe.lora.rank:
-        if needs_reference:
+        if kl is not None:
             copy = backbone.frozen_copy("bfloat16" if recipe.mixed_precision == "bf16" else None)
         if recipe.freeze_token_table:
             _hold_token_table(backbone)
@@ -218,9 +216,9 @@ def make_engine(model: SearchR3, recipe: Recipe, settings: StageSettings) -> Eng
         optimizer, lambda step: warmup_cosine(step, settings.warmup_steps, steps)
     )
     policy, optimizer, scheduler = accelerator.prepare(policy, optimizer, scheduler)
-    reference = make_reference(policy, copy) if needs_reference else None
+    reference = make_reference(policy, copy) if kl is not None else None
     start_trackers(accelerator, recipe, stage)
-    return Engine(accelerator, policy, optimizer, scheduler, communicator, reference, recipe.lora.rank > 0)
+    return Engine(accelerator, policy, optimizer, scheduler, make_communicator(), reference, recipe.lora.rank > 0)
 
 
 def _stage_and_kl(settings: StageSettings) -> tuple[str, str | None]:

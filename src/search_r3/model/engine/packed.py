@@ -7,9 +7,7 @@ x86, reads float16 and computes in float32, so that nothing is rounded but the w
 
 from __future__ import annotations
 
-import ctypes
 from collections.abc import Sequence
-from contextlib import suppress
 from functools import cache
 from itertools import chain
 from typing import Any
@@ -17,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ...heap import give_back
 from .forward import is_drivable
 
 # Packing takes a float32 copy; the output layer's would be larger than all else, so it is packed in pieces.
@@ -126,5 +125,4 @@ def pack(model: Any) -> None:
         if parameter is not half.weight:
             parameter.data = parameter.data.float()
     model.is_packed = True
-    with suppress(AttributeError, OSError, TypeError):  # glibc keeps what other threads, which loaded, had and freed
-        ctypes.CDLL(None).malloc_trim(0)
+    give_back()  # what the threads had that loaded it
