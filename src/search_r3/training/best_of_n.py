@@ -320,7 +320,7 @@ def train_best_of_n(
         DataError, ModelError, RunError, StoppedError: as `best_of_n` and `train_sft`.
     """
     _check_learns(recipe, splits, settings.style)
-    _check_goes_on(recipe, model)
+    _check_goes_on(recipe, model, rounds)
     source = str(model)
     for number in range(1, rounds + 1):
         folder = Path(out) / f"round-{number}"
@@ -340,10 +340,16 @@ def train_best_of_n(
     return Path(source)
 
 
-def _check_goes_on(recipe: Recipe, model: str | Path) -> None:
-    """Refuse a model that stage 1 would refuse after hours of sampling."""
+def _check_goes_on(recipe: Recipe, model: str | Path, rounds: int) -> None:
+    """Refuse a model that stage 1 would refuse after hours of sampling, in the second round too."""
     frozen = keeps_documents(recipe, "sft")
     check_begins(find_files(model), model, frozen)
+    if frozen and rounds > 1 and recipe.lora.rank and recipe.sft.kl_weight > 0:
+        raise ConfigError(
+            f"sft.kl_weight is {recipe.sft.kl_weight:g}, a KL to the model that each round begins from: with frozen "
+            "documents and adapters the second round cannot measure it, as without its adapters that model encodes "
+            "documents; set sft.kl_weight=0, or ask for one round"
+        )
     if frozen:
         choose_what_learns(load_model(recipe, model).backbone, recipe.lora)
 

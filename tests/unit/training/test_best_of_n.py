@@ -340,16 +340,21 @@ def test_a_model_that_no_stage_begins_from_is_refused_before_it_samples(
 @pytest.mark.parametrize(
     ("more", "message"),
     [
-        ("max_length=100", "sft.documents=frozen with max_length=100, but .* max_length=120; set that"),
-        ("lora={rank: 4, target_modules: [no_such_layer]}", "lora.target_modules"),
+        (["max_length=100"], "sft.documents=frozen with max_length=100, but .* max_length=120; set that"),
+        (["lora={rank: 4, target_modules: [no_such_layer]}"], "lora.target_modules"),
+        (
+            ["lora.rank=4", "sft.kl_weight=0.1"],
+            "sft.kl_weight is 0.1, .* the second round cannot measure it, .* one round",
+        ),
     ],
 )
 def test_what_cannot_keep_its_documents_is_refused_before_it_samples(
-    run_dir: Path, collection: Collection, tmp_path: Path, more: str, message: str
+    run_dir: Path, collection: Collection, tmp_path: Path, more: list[str], message: str
 ) -> None:
-    recipe = load_recipe(None, [*LEARN, *LIMITS, "sft.documents=frozen", more])
+    recipe = load_recipe(None, [*LEARN, *LIMITS, "sft.documents=frozen", *more])
+    where = run_dir / "sft" / "model", collection, tmp_path / "out"
     with pytest.raises(ConfigError, match=message):
-        train_best_of_n(recipe, run_dir / "sft" / "model", collection, tmp_path / "out", KEEP_ALL, splits=["train"])
+        train_best_of_n(recipe, *where, KEEP_ALL, rounds=2, splits=["train"])
     assert not (tmp_path / "out").exists()
 
 
