@@ -15,13 +15,11 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import gc
 import itertools
 import os
 import sys
 import threading
 import time
-import traceback
 from collections.abc import Callable, Iterator, Sequence
 from datetime import timedelta
 from pathlib import Path
@@ -237,7 +235,8 @@ def make_communicator() -> Communicator:
 def leave_the_others(error: BaseException | None = None) -> None:
     """Before this process ends, by an error of its own or as planned; gloo's threads may abort one that does not.
 
-    With an error it waits for nobody for long, and the error's traceback keeps its lines but loses its variables.
+    With an error it waits for nobody for long. Those who are in a collective of the gradients learn of it when this
+    process is gone: torch keeps their connections while it is there.
     """
     distributed = sys.modules.get("torch.distributed")
     if distributed is None or not distributed.is_available() or not distributed.is_initialized():
@@ -249,23 +248,11 @@ def leave_the_others(error: BaseException | None = None) -> None:
     if group is not None:
         group.leave(str(error) if isinstance(error, SearchR3Error) else f"{type(error).__name__}: {error}")
     if "gloo" in distributed.get_backend():  # NCCL would wait for the others, and aborts nothing
-        leaving = threading.Thread(target=_close_default_group, args=(error,), daemon=True)
+        leaving = threading.Thread(target=distributed.destroy_process_group, daemon=True)
         leaving.start()
         leaving.join(LINGER.total_seconds())
     if group is not None:
         group.linger()
-
-
-def _close_default_group(error: BaseException) -> None:
-    """Its connections close with the last reference, and the model that it was wrapped in has one."""
-    import torch.distributed as dist
-
-    dist.destroy_process_group()
-    chain: BaseException | None = error
-    while chain is not None:
-        traceback.clear_frames(chain.__traceback__)
-        chain = chain.__cause__ or chain.__context__
-    gc.collect()
 
 
 def is_of_a_collective(error: RuntimeError) -> bool:

@@ -38,6 +38,7 @@ FORWARD = "search_r3.training.policy:Policy.forward"
 BACKWARD = "search_r3.training.engine:Engine.backward"
 GATHER = "search_r3.parallel:ProcessGroup.all_gather"
 SAVE_STATE = "accelerate:Accelerator.save_state"
+LOADING = "search_r3.training.sft:load_model"
 LOG = "search_r3.training.run:Run.log"
 
 
@@ -492,9 +493,7 @@ def test_the_others_end_and_name_who_died(
         lab.check(stage, run_dir, world_size)
 
 
-@pytest.mark.parametrize(
-    ("who", "place", "number"), [(1, FORWARD, 5), (0, FORWARD, 5), (1, "search_r3.training.sft:load_model", 1)]
-)
+@pytest.mark.parametrize(("who", "place", "number"), [(1, FORWARD, 5), (0, LOG, 2), (0, LOADING, 1), (1, LOADING, 1)])
 def test_an_error_of_one_process_ends_all_with_its_words(
     lab: Lab, tmp_path: Path, who: int, place: str, number: int
 ) -> None:
@@ -539,7 +538,7 @@ def test_sigterm_to_the_command_saves_and_says_how_to_go_on(lab: Lab, tmp_path: 
 @pytest.mark.parametrize(
     ("stage", "place", "number", "times", "status", "said", "saved"),
     [
-        ("sft", "search_r3.training.sft:load_model", 1, 1, -15, "", []),
+        ("sft", LOADING, 1, 1, -15, "", []),
         ("sft", FORWARD, 5, 2, 143, "after step 2 of sft", ["step-000001", "step-000002"]),
         ("sft", "search_r3.training.dev:save_trained", 1, 1, 143, "sft is complete", []),
         ("grpo", EVALUATE, 1, 1, 143, "after step 1 of grpo", ["step-000001"]),
