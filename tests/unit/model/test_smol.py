@@ -14,7 +14,7 @@ import pytest
 import torch
 from conftest import call, save_model, small_collection, tiny_model
 from hub_server import Hub, Repository, reached_hub
-from model_folders import make_adapter
+from model_folders import add_query_side, make_adapter
 from safetensors.torch import load_file, save_file
 
 import search_r3
@@ -261,7 +261,7 @@ def test_the_card_names_sources_and_licences_and_refuses_what_has_none(smol: Pat
     assert "| openbookqa | school science questions | 1 | Apache-2.0 |" in card and "tldr_pages" not in card
     assert "below direct mode** on one." in " ".join(card.split())
     with pytest.raises(ValueError, match="no licence is stated for dream"):
-        smol_ship.card("o/m", "o/m", "direct", DIRECT, [{"_id": "dream/q1"}], 2, read_settings(smol))  # type: ignore[arg-type]
+        smol_ship.card("o/m", "o/m", DIRECT, [{"_id": "dream/q1"}], 2, read_settings(smol))  # type: ignore[arg-type]
 
 
 def test_adapters_of_both_stages_become_one_set(base: Path, trained: Path, tmp_path: Path) -> None:
@@ -285,6 +285,39 @@ def test_adapters_of_both_stages_become_one_set(base: Path, trained: Path, tmp_p
         values = torch.linalg.svdvals(whole)
         error = float(torch.linalg.svdvals(whole - nearest)[0])
         assert error == pytest.approx(float(values[3]), abs=2e-3 * float(values[0]))
+
+
+def test_a_query_side_is_shipped_beside_documents_that_stay_the_same(
+    smol: Path, base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    before = SearchR3(SMOL, device="cpu")
+    before.save_pretrained(tmp_path / "frozen")
+    make_adapter(tmp_path / "side", tmp_path / "frozen", seed=4)
+    frozen = SearchR3(add_query_side(tmp_path / "frozen", tmp_path / "side"), device="cpu")
+    options: dict[str, Any] = {"name": "owner/tiny", "query_side": tmp_path / "frozen"}
+    out = smol_ship.ship([smol], str(base), tmp_path / "package", DIRECT, QUERIES, **options)
+    for name in ("adapter_model.safetensors", "adapter_config.json", "base.json", smol_ship.TRAINED):
+        assert (out / name).read_bytes() == (smol / name).read_bytes(), name
+    then, now = (json.loads((folder / "search_r3.json").read_text()) for folder in (smol, out))
+    assert now == {**then, "queries": "queries"} and now["mode"] == "direct"
+    assert {value.dtype for value in load_file(out / "queries" / smol_ship.WEIGHTS).values()} == {torch.float16}
+    said = "".join(path.read_text() for path in out.rglob("*.*") if path.suffix in (".json", ".md"))
+    assert str(tmp_path) not in said, "no place of this machine"
+    assert "encode queries alone" in (out / smol_ship.CARD).read_text()
+    assert "encode queries alone" not in (smol / smol_ship.CARD).read_text()
+    monkeypatch.setattr(source, "packaged_path", lambda name: out)
+    with caplog.at_level(logging.WARNING):
+        model = SearchR3(SMOL, device="cpu")
+    assert not caplog.records
+    np.testing.assert_array_equal(model.encode_document([TEXT]), before.encode_document([TEXT]))
+    cosines = (model.encode_query([TEXT]).vectors * frozen.encode_query([TEXT], mode="direct").vectors).sum(1)
+    assert cosines.min() > 0.999
+    other = save_base(tmp_path / "elsewhere", before.backbone.tokenizer, noise=0.3)
+    make_adapter(tmp_path / "other", other)
+    SearchR3(tmp_path / "other", device="cpu").save_pretrained(tmp_path / "moved")
+    options["query_side"] = add_query_side(tmp_path / "moved", tmp_path / "side")
+    with pytest.raises(ValueError, match="encodes documents otherwise than the adapters do"):
+        smol_ship.ship([smol], str(base), tmp_path / "package", DIRECT, QUERIES, **options)
 
 
 def test_a_query_that_is_asked_in_dev_or_test_is_never_trained_on(tmp_path: Path) -> None:
