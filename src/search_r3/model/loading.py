@@ -97,8 +97,7 @@ def load_backbone(
         settings, embed_token_id = _settle(files, model, tokenizer, saved, settings, changes, embed_start)
         models = [model]
         if files.queries is not None:
-            packs = _packs(place, model, precision, more[0])
-            models.append(_query_model(files.queries, model, precision, dtype == "auto", more[0], merge=packs))
+            models.append(_query_model(files.queries, model, place, precision, dtype == "auto", more[0]))
     for one in models:
         _put_on(place, one, precision, more[0])
     return _as_one([Backbone(one.eval(), tokenizer, settings, embed_token_id, files.name, files) for one in models])
@@ -183,11 +182,16 @@ def _load_parts(
 
 
 def _query_model(
-    files: ModelFiles, documents: Any, dtype: torch.dtype, is_auto: bool, model_kwargs: Mapping[str, Any], merge: bool
+    files: ModelFiles,
+    documents: Any,
+    place: torch.device,
+    dtype: torch.dtype,
+    is_auto: bool,
+    model_kwargs: Mapping[str, Any],
 ) -> Any:
     """What encodes queries: a model of its own, or adapters in one that shares the weights of the documents' model.
 
-    With `merge` adapters are put into weights of their own, too: those that are packed cannot be shared.
+    Weights that will be packed cannot be shared; of those the adapters have a copy, and are merged into it.
     """
     if files.base is None:
         model, missing = load_causal_lm(files, dtype, is_auto, model_kwargs)
@@ -198,6 +202,7 @@ def _query_model(
         )
     else:
         # Modules of its own, so that no adapter is ever on or off for the other side.
+        merge = _packs(place, documents, dtype, model_kwargs)
         shared = {} if merge else {id(parameter): parameter for parameter in documents.parameters()}
         model, missing = _put_in(files, copy.deepcopy(documents, shared), 0, merge=merge)
     _check_complete(files, missing)

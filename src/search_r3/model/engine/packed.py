@@ -102,7 +102,7 @@ def can_pack() -> bool:
 
 
 def suits_packing(model: Any) -> bool:
-    """Whether a causal LM in float16 on a CPU can have packed layers: they are driven one by one, and torch has such."""
+    """Whether a causal LM in float16 on a CPU can be packed: its layers are driven one by one, and torch is able."""
     return is_drivable(model) and can_pack()
 
 
