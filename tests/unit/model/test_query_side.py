@@ -63,7 +63,7 @@ def test_documents_are_those_of_the_adapters_and_queries_those_of_the_pair(folde
 
 
 @pytest.mark.skipif(not can_pack(), reason="this machine's torch has no such products")
-def test_both_sides_are_packed_for_a_cpu(folders: Folders) -> None:
+def test_both_sides_are_packed_for_a_cpu(folders: Folders, tmp_path: Path) -> None:
     documents, pair, whole = (SearchR3(one, device="cpu", dtype="float16") for one in folders)
     for side in (pair.backbone, pair.backbone.document_side):
         assert any(isinstance(module, PackedLinear) for module in side.model.modules())
@@ -72,6 +72,12 @@ def test_both_sides_are_packed_for_a_cpu(folders: Folders) -> None:
     np.testing.assert_allclose(vectors, whole.encode_query(TEXTS, "direct").vectors, atol=2e-3)
     exact = SearchR3(folders.pair, device="cpu").encode_query(TEXTS, "direct").vectors
     np.testing.assert_allclose(vectors, exact, atol=2e-3)
+    pair.save_pretrained(tmp_path / "saved")
+    names = {path.relative_to(tmp_path / "saved").as_posix() for path in (tmp_path / "saved").rglob("*.safetensors")}
+    assert names == {"model.safetensors", "queries/model.safetensors"}, "which need no peft"
+    saved = SearchR3(tmp_path / "saved", device="cpu", dtype="float16")
+    np.testing.assert_array_equal(saved.encode_document(TEXTS), pair.encode_document(TEXTS))
+    np.testing.assert_array_equal(saved.encode_query(TEXTS, "direct").vectors, vectors)
 
 
 def test_it_is_saved_as_whole_weights_with_adapters_for_queries(folders: Folders, tmp_path: Path) -> None:

@@ -20,7 +20,7 @@ from safetensors.torch import load_file, save_file
 import search_r3
 from search_r3 import SearchR3
 from search_r3.data.collection import Document, Query
-from search_r3.errors import ModelError
+from search_r3.errors import ConfigError, ModelError
 from search_r3.files import write_json
 from search_r3.model import source
 from search_r3.model.checks import BaseFacts
@@ -203,6 +203,26 @@ def test_training_goes_on_from_it_and_what_it_writes_reasons_by_default(smol: Pa
     trained = load_backbone(result.model_path)
     assert trained.trained and trained.settings.mode == "reason" and trained.files is not None
     assert trained.files.base is None, "adapters and base are one whole"
+
+
+@pytest.mark.parametrize("rank", [0, 2])
+def test_a_stage_that_moves_documents_begins_from_the_document_side_and_says_so(
+    smol: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, rank: int
+) -> None:
+    documents = SearchR3(SMOL, device="cpu")
+    documents.save_pretrained(tmp_path / "whole")
+    side = make_adapter(tmp_path / "side", tmp_path / "whole", seed=4)
+    package = add_query_side(shutil.copytree(smol, tmp_path / "package"), side)
+    monkeypatch.setattr(source, "packaged_path", lambda name: package)
+    recipe = {"base": SMOL, "run_dir": str(tmp_path / "run"), "max_length": 120, "max_new_tokens": 16}
+    recipe |= {"lora": {"rank": rank}, "sft": {"steps": 1, "batch_size": 4, "learning_rate": 1e-4}}
+    trained = load_backbone(train_sft(recipe, collection=small_collection()).model_path)
+    assert "begins from what encodes those, and leaves these out" in caplog.text
+    assert trained.documents is None
+    moved = np.abs(vector(trained) - vector(documents.backbone)).max()
+    assert 0 < moved < 2e-2 < np.abs(vector(SMOL) - vector(documents.backbone)).max()
+    with pytest.raises(ConfigError, match=r"no directory of whole weights .*merged model, such as .*save_pretrained"):
+        train_sft(recipe | {"sft": {"documents": "frozen"}, "run_dir": str(tmp_path / "frozen")})
 
 
 def test_rounded_weights_are_no_other_precision_worth_a_word(smol: Path, caplog: pytest.LogCaptureFixture) -> None:
