@@ -20,6 +20,7 @@ from search_r3.model.source import find_files
 from search_r3.publishing.card import model_card
 from search_r3.publishing.facts import gather_facts
 from search_r3.publishing.hub import check_files
+from search_r3.serving import Fingerprint
 from tests.conftest import save_tiny
 from tests.hub_server import Repository, reached_hub
 from tests.model_folders import add_query_side, make_adapter
@@ -52,6 +53,7 @@ def test_documents_are_those_of_the_adapters_and_queries_those_of_the_pair(folde
     documents, pair, whole = (SearchR3(one, device="cpu") for one in folders)
     assert hash_folder(folders.pair) == before, "a folder of the package may be read-only"
     np.testing.assert_array_equal(pair.encode_document(TEXTS), documents.encode_document(TEXTS))
+    assert Fingerprint.of(documents).difference(Fingerprint.of(pair)) is None, "its stores stay valid"
     for mode in ("direct", "reason"):
         one, other = (model.encode_query(TEXTS, mode, max_new_tokens=8) for model in (pair, whole))
         assert one.reasoning == other.reasoning
