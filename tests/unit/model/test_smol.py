@@ -259,9 +259,9 @@ def test_the_package_stays_small_and_says_what_its_weights_are() -> None:
         == smol_ship.NAME
         == BaseFacts.model_validate_json((folder / "base.json").read_text()).name
     )
-    tensors = load_file(folder / smol_ship.WEIGHTS)
-    assert {value.dtype for value in tensors.values()} == {torch.float16}
-    assert all(bool(torch.isfinite(value).all()) for value in tensors.values())
+    tensors = [value for path in folder.rglob("*.safetensors") for value in load_file(path).values()]
+    assert {value.dtype for value in tensors} == {torch.float16}
+    assert all(bool(torch.isfinite(value).all()) for value in tensors)
     card = (folder / smol_ship.CARD).read_text()
     assert "Apache-2.0" in card and "`direct` mode" in card and read_settings(folder).mode == "direct"  # type: ignore[union-attr]
 
