@@ -1,18 +1,20 @@
 """The small real model learns to read what it writes, on a CPU; the last line is one JSON object.
 
     python benchmarks/smol_data.py PAIRS DATA_ROOT data/smol --profile ship
-    python benchmarks/smol_read.py smol --data data/smol --work runs/smol-read --limit 250
+    python benchmarks/smol_read.py smol --anew --data data/smol --work runs/smol-read --limit 250
 
-Begins from a trained model (`smol`, or a directory). Stages: base (its weights, whole), collection (a few thousand
-documents and queries of the sources that have reasoning), own (the model's own replies to them, `best-of-n` with
-n = 1), sft (recipes/smol-read.yaml: documents frozen), grpo, and what both models do on dev queries. A stage that is
-finished is not repeated, so the same command goes on where it was stopped.
+Begins from a trained model (`smol`, or a directory); `--anew`: from what encodes its documents, where it has learned to
+read before. Stages: base (its weights, whole), collection (a few thousand documents and queries of the sources that have
+reasoning), own (the model's own replies to them, `best-of-n` with n = 1), sft (recipes/smol-read.yaml: documents
+frozen), grpo, and what both models do on dev queries. A stage that is finished is not repeated, so the same command
+goes on where it was stopped.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import random
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -34,9 +36,13 @@ WHOLE = 1500
 negatives."""
 
 
-def smaller(train: Collection, splits: Sequence[str], limit: int) -> Collection:
-    """So many queries of each split, and the documents that are ranked for them."""
-    qrels = {split: dict(list(train.qrels[split].items())[:limit]) for split in splits}
+def smaller(train: Collection, splits: Sequence[str], limit: int, seed: int) -> Collection:
+    """So many queries of each split, drawn at random, and the documents that are ranked for them."""
+    qrels = {}
+    for split in splits:
+        judged = train.qrels[split]
+        drawn = random.Random(f"{seed}/{split}").sample(sorted(judged), min(limit, len(judged)))
+        qrels[split] = {one: judged[one] for one in drawn}
     asked = {one for split in qrels.values() for one in split}
     needed = {one for split in qrels.values() for gains in split.values() for one in gains}
     needed |= {one for query_id in asked for one in train.queries[query_id].metadata.get("negatives", ())}
@@ -55,6 +61,7 @@ def smaller(train: Collection, splits: Sequence[str], limit: int) -> Collection:
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", help="smol, or a model directory that a stage has trained")
+    parser.add_argument("--anew", action="store_true", help="leave out what the model has for queries alone")
     parser.add_argument("--data", type=Path, required=True)
     parser.add_argument("--work", type=Path, default=Path("runs/smol-read"))
     parser.add_argument("--limit", type=int, default=250, help="queries of each source to learn from")
@@ -69,10 +76,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     where = [f"run_dir={work / 'run'}", f"base={base}", f"collection={own}"]
     recipe = load_recipe(RECIPE, [*where, *options.set])
     if not (base / "config.json").exists():
-        SearchR3(options.model, dtype="float32").save_pretrained(base)
+        model = SearchR3(options.model, dtype="float32")
+        (SearchR3(model.backbone.document_side) if options.anew else model).save_pretrained(base)
     if not (own / "corpus.jsonl").exists():
         splits = list(recipe.sft.splits)
-        collection = smaller(Collection.load(options.data / "train"), splits, options.limit)
+        collection = smaller(Collection.load(options.data / "train"), splits, options.limit, recipe.seed)
         say(f"{len(collection.documents):,} documents, {len(collection.queries):,} queries")
         settings = BestOfNSettings(samples=1, sampling_temperature=0.6, min_ndcg=0.0)
         report = best_of_n(
