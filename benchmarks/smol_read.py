@@ -4,8 +4,8 @@
     python benchmarks/smol_read.py smol --anew --data data/smol --work runs/smol-read --limit 250
 
 Begins from a trained model (`smol`, or a directory); `--anew`: from what encodes its documents, where it has learned to
-read before. Stages: base (its weights, whole), collection (a few thousand documents and queries of the sources that have
-reasoning), own (the model's own replies to them, `best-of-n` with n = 1), sft (recipes/smol-read.yaml: documents
+read before. Stages: base (its weights, whole), collection (a few thousand documents and queries of the sources that
+have reasoning), own (the model's own replies to them, `best-of-n` with n = 1), sft (recipes/smol-read.yaml: documents
 frozen), grpo, and what both models do on dev queries. A stage that is finished is not repeated, so the same command
 goes on where it was stopped.
 """
