@@ -307,14 +307,16 @@ class Job:
         kept = sum(memory.kept_activations(shape, size, precision, lora, checkpointing) for size in passes)
         work = max(memory.backward_work(shape, size, precision, lora, checkpointing) for size in passes)
         casts = memory.cast_weights(shape, precision, lora, checkpointing)
-        moments = [{"logits": logits}, {"block": work}]
-        if checkpointing:
-            moments.append({"casts": casts})  # they end with the forward pass
-        largest = max(moments, key=lambda parts: sum(parts.values()))
         waiting = self._waiting_gradients() if len(passes) > 1 else 0
         # By then the last pass has its gradients, and keeps nothing.
         waiting = max(0, waiting - memory.kept_activations(shape, passes[-1], precision, lora, checkpointing))
-        return {"activations": kept, "casts": 0 if checkpointing else casts, "waiting gradients": waiting} | largest
+        if checkpointing and casts:
+            work += precision.compute * shape.linear_weights  # cast again with the block
+        moments = [{"logits": logits, "waiting gradients": waiting}, {"block": work, "waiting gradients": waiting}]
+        if checkpointing:
+            moments.append({"casts": casts})  # they end with the forward pass
+        largest = max(moments, key=lambda parts: sum(parts.values()))
+        return {"activations": kept, "casts": 0 if checkpointing else casts} | largest
 
     def _waiting_gradients(self) -> int:
         """Those of weights that several passes of a graph share: autograd adds them up before it hands them over.

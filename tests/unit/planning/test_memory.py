@@ -277,18 +277,22 @@ def test_a_step_of_stage_1_takes_what_the_plan_says(
     assert sum(value.nbytes for value in moments) == pytest.approx(resident["optimizer"], rel=0.01)
 
 
+@pytest.mark.parametrize("mixed", ["no", "bf16"])
 def test_gradients_of_weights_that_several_passes_share_wait_for_the_last_of_them(
-    collection: Collection, tmp_path: Path, tokenizer: Any
+    collection: Collection, tmp_path: Path, tokenizer: Any, mixed: str
 ) -> None:
     shape = replace(GROUPED, hidden=128, head_size=32, intermediate=1024, layers=4, vocabulary=len(tokenizer) + 8)
     path = save_model(tmp_path / "qwen2", tokenizer, build(shape))
-    settings = {"micro_batch_size": 2, "latent_steps": 3}
-    job, step, _ = stage_1(path, collection, tmp_path, sft=settings, gradient_checkpointing=True)
+    settings, more = (
+        {"micro_batch_size": 2, "batch_size": 4},
+        {"gradient_checkpointing": True, "mixed_precision": mixed},
+    )
+    job, step, _ = stage_1(path, collection, tmp_path, sft=settings | {"latent_steps": 3}, **more)
     step()
     assert allocated(step)[0] == pytest.approx(trained(job), rel=0.15)
     assert job.training()["waiting gradients"] > 0.3 * trained(job)
-    job, _, _ = stage_1(path, collection, tmp_path, sft=settings | {"latent_steps": 0}, gradient_checkpointing=True)
-    assert job.training()["waiting gradients"] == 0, "each pass has a graph of its own"
+    job, _, _ = stage_1(path, collection, tmp_path, sft=settings, **more)
+    assert not job.training().get("waiting gradients"), "each pass has a graph of its own"
 
 
 @pytest.mark.parametrize("size", [3, 12])
