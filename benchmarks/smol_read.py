@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import random
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -34,9 +35,13 @@ WHOLE = 1500
 negatives."""
 
 
-def smaller(train: Collection, splits: Sequence[str], limit: int) -> Collection:
-    """So many queries of each split, and the documents that are ranked for them."""
-    qrels = {split: dict(list(train.qrels[split].items())[:limit]) for split in splits}
+def smaller(train: Collection, splits: Sequence[str], limit: int, seed: int) -> Collection:
+    """So many queries of each split, drawn at random, and the documents that are ranked for them."""
+    qrels = {}
+    for split in splits:
+        judged = train.qrels[split]
+        drawn = random.Random(f"{seed}/{split}").sample(sorted(judged), min(limit, len(judged)))
+        qrels[split] = {one: judged[one] for one in drawn}
     asked = {one for split in qrels.values() for one in split}
     needed = {one for split in qrels.values() for gains in split.values() for one in gains}
     needed |= {one for query_id in asked for one in train.queries[query_id].metadata.get("negatives", ())}
@@ -72,7 +77,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         SearchR3(options.model, dtype="float32").save_pretrained(base)
     if not (own / "corpus.jsonl").exists():
         splits = list(recipe.sft.splits)
-        collection = smaller(Collection.load(options.data / "train"), splits, options.limit)
+        collection = smaller(Collection.load(options.data / "train"), splits, options.limit, recipe.seed)
         say(f"{len(collection.documents):,} documents, {len(collection.queries):,} queries")
         settings = BestOfNSettings(samples=1, sampling_temperature=0.6, min_ndcg=0.0)
         report = best_of_n(

@@ -1,11 +1,16 @@
-"""Make the folder of the package that `SearchR3("smol")` loads, of adapters that benchmarks/smol.py trained.
+r"""Make the folder of the package that `SearchR3("smol")` loads, of adapters that benchmarks/smol.py trained.
 
     python benchmarks/smol_ship.py runs/smol/out/sft --base MODEL.gguf --dev runs/smol/out/dev.json --data data/smol
 
 Several adapters, each put into the model that the one before it made, become one set; `--rank` bounds its rank. Written
 are the adapters in float16, the prompts and limits, what tells their base from another (`base.json`), the hashes of the
-trained queries (`trained.bin.xz`) and the card. `--check DATA_ROOT` looks for trained queries among those that the
-collections there ask outside their train splits.
+trained queries (`trained.bin.xz`) and the card. `--queries` adds what encodes queries (`queries/`): the adapters of a
+model that a stage with frozen documents made of that one. To the adapters of the package, with their base:
+
+    python benchmarks/smol_ship.py src/search_r3/smol --base MODEL.gguf --dev runs/smol/out/dev.json --data data/smol \
+        --queries runs/smol-read/run/sft/model
+
+`--check DATA_ROOT` looks for trained queries among those that the collections there ask outside their train splits.
 """
 
 from __future__ import annotations
@@ -35,7 +40,8 @@ from search_r3.model.backbone import Backbone
 from search_r3.model.checks import BASE_FILE, BaseFacts
 from search_r3.model.encoder import SearchR3
 from search_r3.model.loading import load_backbone
-from search_r3.model.settings import SETTINGS_FILE, EmbeddingSettings, read_settings
+from search_r3.model.prompts import Mode
+from search_r3.model.settings import QUERIES, SETTINGS_FILE, EmbeddingSettings, read_settings, settings_record
 from search_r3.model.source import ADAPTER_CONFIG
 
 NAME = "HuggingFaceTB/SmolLM2-135M-Instruct"
@@ -77,6 +83,8 @@ LEFT_OUT = {
 """Why -> sources."""
 WORSE = 0.02
 """Of nDCG: what the card calls below."""
+SAME_DOCUMENTS = 0.9999
+"""Least cosine of a document's vectors by the adapters and by the model whose queries are put beside them."""
 
 
 def joined(folders: Sequence[Path], rank: int | None) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -116,31 +124,62 @@ def ship(
     *,
     rank: int | None = None,
     recipe: Recipe | None = None,
+    query_side: Path | None = None,
+    mode: Mode | None = None,
     name: str = NAME,
 ) -> Path:
     """Write the folder; what lay there is replaced when all is written.
 
     `measures`: of collections on dev, as benchmarks/smol.py writes them. `queries`: those trained on (`_id`, `text`).
-    `recipe`: has the prompts and limits where none lie beside the adapters.
+    `recipe`: has the prompts and limits where none lie beside the adapters. `query_side`: the model directory whose
+    `queries/` is put beside them. `mode`: of queries where nobody says it; by default the better one of the measures.
     """
     tensors, config = joined(adapters, rank)
-    mode = "reason" if fmean(one["reason"] - one["direct"] for one in measures.values()) > 0 else "direct"
+    if mode is None:
+        mode = "reason" if fmean(one["reason"] - one["direct"] for one in measures.values()) > 0 else "direct"
     saved, limits = read_settings(adapters[-1]), recipe or Recipe()
     said = (
         {name: getattr(limits, name) for name in ("prompts", "max_length", "max_new_tokens")} if saved is None else {}
     )
     whole = load_backbone(base, dtype="float32", device="cpu", settings=saved, **said)
     facts = BaseFacts.of(name, whole.causal_lm, whole.tokenizer, whole.settings.embed_token)
+    settings = whole.settings.model_copy(update={"mode": mode, "trained": True})
     with atomic_directory(out) as folder:
         save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
-        write_json(folder / SETTINGS_FILE, whole.settings.model_dump() | {"mode": mode})
+        write_json(folder / SETTINGS_FILE, settings_record(settings, has_queries=False))
         write_json(folder / ADAPTER_CONFIG, config | {"base_model_name_or_path": str(base), "revision": None})
-        vector = vector_of(load_backbone(folder, dtype="float32", device="cpu"), facts.probe)
-        write_json(folder / BASE_FILE, facts.model_copy(update={"vector": vector}).model_dump())
+        documents = load_backbone(folder, dtype="float32", device="cpu")
+        facts = facts.model_copy(update={"vector": vector_of(documents, facts.probe)})
+        write_json(folder / BASE_FILE, facts.model_dump())
         write_json(folder / ADAPTER_CONFIG, config | {"base_model_name_or_path": name, "revision": None})
+        if query_side is not None:
+            settings = add_queries(folder, query_side, documents, facts.probe)
         (folder / TRAINED).write_bytes(packed(query["text"] for query in queries))
-        write_text(folder / CARD, card(name, base, mode, measures, queries, config["r"], whole.settings))
+        write_text(folder / CARD, card(name, base, measures, queries, config["r"], settings, query_side is not None))
     return out
+
+
+def add_queries(folder: Path, trained: Path, documents: Backbone, text: str) -> EmbeddingSettings:
+    """Write what encodes queries beside what encodes documents; the settings that are then the model's.
+
+    `trained`: the model directory that holds it. `text`: whose vector tells whether its documents are these.
+    """
+    model = load_backbone(trained, dtype="float32", device="cpu")
+    one, other = (SearchR3(side).encode_document([text])[0] for side in (model, documents))
+    frames, limits = zip(
+        *((side.settings.frames, side.settings.max_length) for side in (model, documents)), strict=True
+    )
+    if float(one @ other) < SAME_DOCUMENTS or frames[0] != frames[1] or limits[0] != limits[1]:
+        raise ValueError(
+            f"{trained} encodes documents otherwise than the adapters do; its queries are of another model"
+        )
+    tensors, config = joined([trained / QUERIES], None)
+    (folder / QUERIES).mkdir()
+    save_file(tensors, folder / QUERIES / WEIGHTS, metadata={"format": "pt"})
+    write_json(folder / QUERIES / ADAPTER_CONFIG, config | {"base_model_name_or_path": None, "revision": None})
+    settings = model.settings.model_copy(update={"mode": documents.settings.mode})
+    write_json(folder / SETTINGS_FILE, settings_record(settings, has_queries=True))
+    return settings
 
 
 def vector_of(backbone: Backbone, text: str) -> str:
@@ -179,11 +218,11 @@ def trained_among(content: bytes, texts: Iterable[str]) -> list[str]:
 def card(
     name: str,
     base: str,
-    mode: str,
     measures: Mapping[str, Mapping[str, float]],
     queries: Sequence[Mapping[str, Any]],
     rank: int,
     settings: EmbeddingSettings,
+    has_queries: bool = False,
 ) -> str:
     """The card, in Markdown."""
     counts = dict.fromkeys(LICENCES, 0)
@@ -199,7 +238,7 @@ def card(
     return template.render(
         base=name,
         file=Path(base).name,
-        mode=mode,
+        mode=settings.mode,
         measures=measures,
         worse=[one for one, row in measures.items() if row["reason"] < row["direct"] - WORSE],
         count=len(queries),
@@ -208,6 +247,7 @@ def card(
         left_out=LEFT_OUT,
         rank=rank,
         settings=settings,
+        has_queries=has_queries,
     )
 
 
@@ -219,6 +259,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--stage", help="whose results in it; by default the last")
     parser.add_argument("--data", type=Path, help="what benchmarks/smol_data.py wrote")
     parser.add_argument("--rank", type=int, help="at most")
+    parser.add_argument("--queries", type=Path, metavar="MODEL", help="a trained model directory that holds queries/")
+    parser.add_argument("--mode", choices=("direct", "reason"), help="of queries; by default the better one on dev")
     parser.add_argument(
         "--recipe", type=Path, default=HERE.parent / "recipes" / "smol-sft.yaml", help="prompts, limits"
     )
@@ -232,8 +274,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
             *(options.adapters, options.base, options.out, measures[options.stage or list(measures)[-1]], queries),
             rank=options.rank,
             recipe=load_recipe(options.recipe),
+            query_side=options.queries,
+            mode=options.mode,
         )
-        for path in sorted(options.out.iterdir()):
+        for path in sorted(filter(Path.is_file, options.out.rglob("*"))):
             say(f"{path.stat().st_size:>10,} {path}")
     if options.check:
         asked = asked_elsewhere(options.check)

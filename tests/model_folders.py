@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -85,12 +86,12 @@ def make_evaluation(folder: Path, results: list[Result]) -> Path:
     return folder
 
 
-def make_adapter(folder: Path, base: Path, names: str | None = None) -> Path:
+def make_adapter(folder: Path, base: Path, names: str | None = None, seed: int = 3) -> Path:
     """A LoRA adapter with the embed token's row, as `sft` writes it; `names`: what it calls its base."""
     import peft
 
     backbone = load_backbone(base)
-    torch.manual_seed(3)
+    torch.manual_seed(seed)
     config = peft.LoraConfig(
         r=2,
         target_modules=["q_proj", "v_proj"],
@@ -102,4 +103,16 @@ def make_adapter(folder: Path, base: Path, names: str | None = None) -> Path:
     adapted.save_pretrained(folder, save_embedding_layers=False)  # else peft asks the hub about the base
     backbone.tokenizer.save_pretrained(folder)
     write_json(folder / "search_r3.json", backbone.settings.model_dump())
+    return folder
+
+
+def add_query_side(folder: Path, adapter: Path) -> Path:
+    """Put an adapter beside what encodes documents, as a stage with frozen documents writes it."""
+    queries = folder / "queries"
+    queries.mkdir()
+    shutil.copyfile(adapter / "adapter_model.safetensors", queries / "adapter_model.safetensors")
+    config = json.loads((adapter / "adapter_config.json").read_text(encoding="utf-8"))
+    write_json(queries / "adapter_config.json", config | {"base_model_name_or_path": None, "revision": None})
+    settings = json.loads((folder / "search_r3.json").read_text(encoding="utf-8"))
+    write_json(folder / "search_r3.json", settings | {"queries": "queries"})
     return folder

@@ -37,7 +37,7 @@ MODULES = (
     "planning.plan",
     "serving.engine",
     "serving.filters",
-    "serving.fingerprint",
+    "retrieval.encoding.fingerprint",
     "serving.store",
     "integrations.source",
     "training.best_of_n",

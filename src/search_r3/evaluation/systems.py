@@ -6,11 +6,11 @@ documents left out of a ranking, and pools that are the only ones ranked.
 
 from __future__ import annotations
 
-import hashlib
 import shutil
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from itertools import islice
 from pathlib import Path
 from typing import Any, Generic, Literal, NamedTuple, Protocol, TypeVar
@@ -25,6 +25,7 @@ from ..model.modes.gate import Gate
 from ..model.prompts import Mode
 from ..retrieval.approximate import ApproximateIndex
 from ..retrieval.encode import check_finished, encode_corpus, load_corpus
+from ..retrieval.encoding.fingerprint import documents_key
 from ..retrieval.index import ExactIndex
 from ..retrieval.kinds import set_index_type
 from ..retrieval.lexical import Scored
@@ -32,7 +33,7 @@ from ..retrieval.protocol import VectorIndex
 from ..retrieval.ranking import RankRequest, ranked
 from ..retrieval.storage import read_manifest, readable
 from ..types import Array, Progress
-from .instructions import OWN, choose, file_label
+from .instructions import OWN, choose
 from .results import Cost, SystemInfo
 
 T = TypeVar("T")
@@ -128,7 +129,8 @@ class PerCollection(Generic[T]):
 class EncodedCollections(PerCollection[tuple[Index, float | None]]):
     """The collections that one Search-R3 model has encoded; both of its modes search the same vectors.
 
-    `index` gives the index and the documents encoded per second (None where it was on the disk).
+    Where there is a folder, so do other models that encode documents as it does. `index` gives the index and the
+    documents encoded per second (None where they were on the disk).
 
     Args:
         model: the encoder.
@@ -203,13 +205,13 @@ class EncodedCollections(PerCollection[tuple[Index, float | None]]):
         if self._folder is not None:
             shutil.rmtree(self._path(collection), ignore_errors=True)
 
+    @cached_property  # hashing reads all weights
+    def _key(self) -> str:
+        return documents_key(self.model, self.instruction)
+
     def _path(self, collection: Collection) -> Path:
         assert self._folder is not None
-        short = "+".join(part[:12] for part in self.revision.split("+"))
-        used = f"{self.model.truncate_dim} {self.model.backbone.settings.model_dump_json(exclude={'frames'})}"
-        used = hashlib.sha256(used.encode()).hexdigest()[:8]  # limits and prompts may be given at each call
-        name = f"{short}-{self.model.backbone.dtype}-{used}-{collection.content_hash()[:12]}"
-        return self._folder / (f"{name}-{file_label(self.instruction)}" if self.instruction else name)
+        return self._folder / f"{self._key[:16]}-{collection.content_hash()[:12]}"
 
 
 @dataclass(frozen=True)

@@ -108,11 +108,12 @@ def merged_queries(backbone: Backbone) -> Backbone:
 
 
 def merge_adapters(backbone: Backbone, folder: Path, dtype: str) -> Backbone:
-    """The model that the adapters in `folder` were put into, loaded anew, with them in its weights."""
+    """The model that the adapters in `folder` were put into, what encodes documents, loaded anew, with them in it."""
     with extra("train"):
         import peft
 
     commit = None if backbone.files is None else backbone.files.commit
     base = load_backbone(backbone.source, settings=backbone.settings, dtype=dtype, device="cpu", revision=commit)
+    base = base.document_side
     tuned: Any = peft.PeftModel.from_pretrained(base.model, str(folder))
     return replace(base, model=tuned.merge_and_unload(), settings=backbone.settings, gate=backbone.gate)

@@ -15,7 +15,7 @@ from ..errors import ConfigError, ModelError
 from ..extras import extra
 from .backbone import Backbone, without_bars
 from .checks import BaseFacts, check_backbone
-from .engine.packed import pack
+from .engine.packed import pack, suits_packing
 from .llamacpp.backbone import BACKEND, load_llamacpp
 from .modes.auto import fitting_gate
 from .precision import torch_device, torch_dtype
@@ -97,8 +97,9 @@ def load_backbone(
         settings, embed_token_id = _settle(files, model, tokenizer, saved, settings, changes, embed_start)
         models = [model]
         if files.queries is not None:
-            models.append(_query_model(files.queries, model, precision, dtype == "auto", more[0]))
-    _put_on(place, models, precision, has_map="device_map" in more[0])
+            models.append(_query_model(files.queries, model, place, precision, dtype == "auto", more[0]))
+    for one in models:
+        _put_on(place, one, precision, more[0])
     return _as_one([Backbone(one.eval(), tokenizer, settings, embed_token_id, files.name, files) for one in models])
 
 
@@ -114,18 +115,27 @@ def _as_one(sides: Sequence[Backbone]) -> Backbone:
     return replace(asked, gate=fitting_gate(asked, files.folder))
 
 
-def _put_on(place: torch.device, models: Sequence[Any], dtype: torch.dtype, has_map: bool) -> None:
+def _put_on(place: torch.device, model: Any, dtype: torch.dtype, model_kwargs: Mapping[str, Any]) -> None:
     """Move the weights there; quantised ones, and those with a map, are where they belong."""
     if place.type == "cuda":
         # On Hopper and Blackwell torch prefers cuDNN's attention, which builds a plan for every new shape, some tenths
         # of a second each (torch 2.11). Here every decoding step and nearly every batch has a new one.
         torch.backends.cuda.enable_cudnn_sdp(False)
-    has_adapters = any(hasattr(model, "get_base_model") for model in models)  # beside weights that both sides share
-    for model in models:
-        if not (has_map or getattr(model, "quantization_method", None)):
-            model.to(place)
-            if place.type == "cpu" and dtype == torch.float16 and not has_adapters:
-                pack(model)
+    if _stays(model, model_kwargs):
+        return
+    model.to(place)
+    if _packs(place, model, dtype, model_kwargs):
+        pack(model)
+
+
+def _stays(model: Any, model_kwargs: Mapping[str, Any]) -> bool:
+    return "device_map" in model_kwargs or bool(getattr(model, "quantization_method", None))
+
+
+def _packs(place: torch.device, model: Any, dtype: torch.dtype, model_kwargs: Mapping[str, Any]) -> bool:
+    """Whether `pack` will have the model."""
+    suits = place.type == "cpu" and dtype == torch.float16 and not _stays(model, model_kwargs)
+    return suits and suits_packing(model)
 
 
 def _checked(more: Mapping[str, Any] | None, name: str) -> Mapping[str, Any]:
@@ -172,15 +182,29 @@ def _load_parts(
 
 
 def _query_model(
-    files: ModelFiles, documents: Any, dtype: torch.dtype, is_auto: bool, model_kwargs: Mapping[str, Any]
+    files: ModelFiles,
+    documents: Any,
+    place: torch.device,
+    dtype: torch.dtype,
+    is_auto: bool,
+    model_kwargs: Mapping[str, Any],
 ) -> Any:
-    """What encodes queries: a model of its own, or adapters in one that shares the weights of the documents' model."""
+    """What encodes queries: a model of its own, or adapters in one that shares the weights of the documents' model.
+
+    Weights that will be packed cannot be shared; of those the adapters have a copy, and are merged into it.
+    """
     if files.base is None:
         model, missing = load_causal_lm(files, dtype, is_auto, model_kwargs)
+    elif hasattr(documents, "get_base_model"):
+        raise ModelError(
+            f"the adapters in {files.name} go into weights that hold those for documents, and into quantised weights "
+            "none are merged; take the base as it is before it is quantised"
+        )
     else:
         # Modules of its own, so that no adapter is ever on or off for the other side.
-        model = copy.deepcopy(documents, {id(parameter): parameter for parameter in documents.parameters()})
-        model, missing = _put_in(files, model, 0, merge=False)
+        merge = _packs(place, documents, dtype, model_kwargs)
+        shared = {} if merge else {id(parameter): parameter for parameter in documents.parameters()}
+        model, missing = _put_in(files, copy.deepcopy(documents, shared), 0, merge=merge)
     _check_complete(files, missing)
     return model
 

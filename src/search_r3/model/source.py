@@ -187,7 +187,7 @@ def find_files(source: str | Path, **hub: Unpack[HubOptions]) -> ModelFiles:
     if found.gguf is not None:
         if (found.folder / queries_file(found.gguf)).is_file():
             found = replace(found, queries=replace(found, gguf=queries_file(found.gguf)))
-    elif found.base is None and found.json(SETTINGS_FILE).get("queries") is not None:
+    elif found.json(SETTINGS_FILE).get("queries") is not None:
         found = replace(found, queries=_queries_of(found, hub))
     return found
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from .fingerprint import Fingerprint
+from ..retrieval.encoding.fingerprint import Fingerprint
 from .indexing import IndexReport, index_documents
 from .store import Hit, Store
 

@@ -15,7 +15,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from ..errors import SearchR3Error, StoreError
 from ..extras import extra
-from .fingerprint import Fingerprint
+from ..retrieval.encoding.fingerprint import Fingerprint
 
 TABLE = "documents"
 FORMAT = 1

@@ -12,9 +12,9 @@ from ..evaluation.search import Answer, Searcher
 from ..model.embeddings import QueryEmbeddings
 from ..model.encoder import SearchR3
 from ..model.modes.gate import TOP
+from ..retrieval.encoding.fingerprint import Fingerprint
 from ..types import Array
 from .filters import Filter
-from .fingerprint import Fingerprint
 from .jobs import Embedded, Outcome
 from .store import Hit, Store
 

@@ -20,11 +20,11 @@ import numpy as np
 
 from ..data.documents import Chunk
 from ..errors import DataError, StoreError
+from ..retrieval.encoding.fingerprint import Fingerprint
 from ..types import Array
 from . import rows
 from .database import TABLE, StoreInfo, connect, exists, give_back, one_line, place_of
 from .filters import COLUMNS, Filter, fields_of, one_of, to_sql, unknown_in
-from .fingerprint import Fingerprint
 from .guards import READERS, Guard, Retention
 from .held import Change, Entry, Memory, Ranking, entries_of
 from .ranking import Ranker, Read, first_of_each, fuse

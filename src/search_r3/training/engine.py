@@ -30,7 +30,7 @@ from ..model.settings import SETTINGS_FILE, read_settings
 from ..model.source import find_files
 from ..parallel import Communicator, make_communicator
 from ..sections import DistillSettings
-from .modes.frozen import check_begins, check_documents, check_query_side, keeps_documents
+from .modes.frozen import check_begins, check_documents, check_query_side, keeps_documents, without_queries
 from .policy import Policy, Reference, make_reference
 from .tracking import check_trackers, start_trackers
 
@@ -390,4 +390,4 @@ def load_model(recipe: Recipe, source: str | Path, stage: str = "sft") -> Search
         )
     if frozen:
         check_documents(backbone, stage)
-    return SearchR3(backbone)
+    return SearchR3(backbone if frozen else without_queries(backbone))

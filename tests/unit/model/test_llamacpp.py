@@ -24,7 +24,7 @@ from search_r3.errors import ConfigError, ModelError
 from search_r3.model.llamacpp import runtime
 from search_r3.model.llamacpp.writing import export_gguf
 from search_r3.model.loading import load_backbone
-from search_r3.serving.fingerprint import Fingerprint
+from search_r3.retrieval.encoding.fingerprint import Fingerprint
 
 TEXTS = [document.full_text for document in small_collection().documents.values()][:11]
 BACKEND = {"backend": "llama.cpp", "model_kwargs": {"n_threads": 1}}

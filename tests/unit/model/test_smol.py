@@ -14,13 +14,13 @@ import pytest
 import torch
 from conftest import call, save_model, small_collection, tiny_model
 from hub_server import Hub, Repository, reached_hub
-from model_folders import make_adapter
+from model_folders import add_query_side, make_adapter
 from safetensors.torch import load_file, save_file
 
 import search_r3
 from search_r3 import SearchR3
 from search_r3.data.collection import Document, Query
-from search_r3.errors import ModelError
+from search_r3.errors import ConfigError, ModelError
 from search_r3.files import write_json
 from search_r3.model import source
 from search_r3.model.checks import BaseFacts
@@ -205,6 +205,26 @@ def test_training_goes_on_from_it_and_what_it_writes_reasons_by_default(smol: Pa
     assert trained.files.base is None, "adapters and base are one whole"
 
 
+@pytest.mark.parametrize("rank", [0, 2])
+def test_a_stage_that_moves_documents_begins_from_the_document_side_and_says_so(
+    smol: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, rank: int
+) -> None:
+    documents = SearchR3(SMOL, device="cpu")
+    documents.save_pretrained(tmp_path / "whole")
+    side = make_adapter(tmp_path / "side", tmp_path / "whole", seed=4)
+    package = add_query_side(shutil.copytree(smol, tmp_path / "package"), side)
+    monkeypatch.setattr(source, "packaged_path", lambda name: package)
+    recipe = {"base": SMOL, "run_dir": str(tmp_path / "run"), "max_length": 120, "max_new_tokens": 16}
+    recipe |= {"lora": {"rank": rank}, "sft": {"steps": 1, "batch_size": 4, "learning_rate": 1e-4}}
+    trained = load_backbone(train_sft(recipe, collection=small_collection()).model_path)
+    assert "begins from what encodes those, and leaves these out" in caplog.text
+    assert trained.documents is None
+    moved = np.abs(vector(trained) - vector(documents.backbone)).max()
+    assert 0 < moved < 2e-2 < np.abs(vector(SMOL) - vector(documents.backbone)).max()
+    with pytest.raises(ConfigError, match=r"no directory of whole weights .*merged model, such as .*save_pretrained"):
+        train_sft(recipe | {"sft": {"documents": "frozen"}, "run_dir": str(tmp_path / "frozen")})
+
+
 def test_rounded_weights_are_no_other_precision_worth_a_word(smol: Path, caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.WARNING):
         assert SearchR3(SMOL, device="cpu", dtype="bfloat16", prompts="published").backbone.dtype == "bfloat16"
@@ -239,9 +259,9 @@ def test_the_package_stays_small_and_says_what_its_weights_are() -> None:
         == smol_ship.NAME
         == BaseFacts.model_validate_json((folder / "base.json").read_text()).name
     )
-    tensors = load_file(folder / smol_ship.WEIGHTS)
-    assert {value.dtype for value in tensors.values()} == {torch.float16}
-    assert all(bool(torch.isfinite(value).all()) for value in tensors.values())
+    tensors = [value for path in folder.rglob("*.safetensors") for value in load_file(path).values()]
+    assert {value.dtype for value in tensors} == {torch.float16}
+    assert all(bool(torch.isfinite(value).all()) for value in tensors)
     card = (folder / smol_ship.CARD).read_text()
     assert "Apache-2.0" in card and "`direct` mode" in card and read_settings(folder).mode == "direct"  # type: ignore[union-attr]
 
@@ -261,7 +281,7 @@ def test_the_card_names_sources_and_licences_and_refuses_what_has_none(smol: Pat
     assert "| openbookqa | school science questions | 1 | Apache-2.0 |" in card and "tldr_pages" not in card
     assert "below direct mode** on one." in " ".join(card.split())
     with pytest.raises(ValueError, match="no licence is stated for dream"):
-        smol_ship.card("o/m", "o/m", "direct", DIRECT, [{"_id": "dream/q1"}], 2, read_settings(smol))  # type: ignore[arg-type]
+        smol_ship.card("o/m", "o/m", DIRECT, [{"_id": "dream/q1"}], 2, read_settings(smol))  # type: ignore[arg-type]
 
 
 def test_adapters_of_both_stages_become_one_set(base: Path, trained: Path, tmp_path: Path) -> None:
@@ -285,6 +305,39 @@ def test_adapters_of_both_stages_become_one_set(base: Path, trained: Path, tmp_p
         values = torch.linalg.svdvals(whole)
         error = float(torch.linalg.svdvals(whole - nearest)[0])
         assert error == pytest.approx(float(values[3]), abs=2e-3 * float(values[0]))
+
+
+def test_a_query_side_is_shipped_beside_documents_that_stay_the_same(
+    smol: Path, base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    before = SearchR3(SMOL, device="cpu")
+    before.save_pretrained(tmp_path / "frozen")
+    make_adapter(tmp_path / "side", tmp_path / "frozen", seed=4)
+    frozen = SearchR3(add_query_side(tmp_path / "frozen", tmp_path / "side"), device="cpu")
+    options: dict[str, Any] = {"name": "owner/tiny", "query_side": tmp_path / "frozen"}
+    out = smol_ship.ship([smol], str(base), tmp_path / "package", DIRECT, QUERIES, **options)
+    for name in ("adapter_model.safetensors", "adapter_config.json", "base.json", smol_ship.TRAINED):
+        assert (out / name).read_bytes() == (smol / name).read_bytes(), name
+    then, now = (json.loads((folder / "search_r3.json").read_text()) for folder in (smol, out))
+    assert now == {**then, "queries": "queries"} and now["mode"] == "direct"
+    assert {value.dtype for value in load_file(out / "queries" / smol_ship.WEIGHTS).values()} == {torch.float16}
+    said = "".join(path.read_text() for path in out.rglob("*.*") if path.suffix in (".json", ".md"))
+    assert str(tmp_path) not in said, "no place of this machine"
+    assert "encode queries alone" in (out / smol_ship.CARD).read_text()
+    assert "encode queries alone" not in (smol / smol_ship.CARD).read_text()
+    monkeypatch.setattr(source, "packaged_path", lambda name: out)
+    with caplog.at_level(logging.WARNING):
+        model = SearchR3(SMOL, device="cpu")
+    assert not caplog.records
+    np.testing.assert_array_equal(model.encode_document([TEXT]), before.encode_document([TEXT]))
+    cosines = (model.encode_query([TEXT]).vectors * frozen.encode_query([TEXT], mode="direct").vectors).sum(1)
+    assert cosines.min() > 0.999
+    other = save_base(tmp_path / "elsewhere", before.backbone.tokenizer, noise=0.3)
+    make_adapter(tmp_path / "other", other)
+    SearchR3(tmp_path / "other", device="cpu").save_pretrained(tmp_path / "moved")
+    options["query_side"] = add_query_side(tmp_path / "moved", tmp_path / "side")
+    with pytest.raises(ValueError, match="encodes documents otherwise than the adapters do"):
+        smol_ship.ship([smol], str(base), tmp_path / "package", DIRECT, QUERIES, **options)
 
 
 def test_a_query_that_is_asked_in_dev_or_test_is_never_trained_on(tmp_path: Path) -> None:

@@ -101,13 +101,15 @@ def can_pack() -> bool:
     return True
 
 
+def suits_packing(model: Any) -> bool:
+    """Whether a causal LM in float16 on a CPU can be packed: its layers are driven one by one, and torch is able."""
+    return is_drivable(model) and can_pack()
+
+
 @torch.no_grad()
 def pack(model: Any) -> None:
-    """Put packed layers into a causal LM in float16 on a CPU; one that cannot have them stays as it is.
-
-    It can where its layers are driven one by one, and where `can_pack`.
-    """
-    if not is_drivable(model) or not can_pack():
+    """Put packed layers into a causal LM in float16 on a CPU; one that cannot have them stays as it is."""
+    if not suits_packing(model):
         return
     table = model.get_input_embeddings()
     for parent in list(model.modules()):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,6 +20,8 @@ from ...retrieval.storage import MANIFEST
 
 if TYPE_CHECKING:
     from ..engine import Engine
+
+logger = logging.getLogger(__name__)
 
 
 def keeps_documents(recipe: Recipe, stage: str) -> bool:
@@ -66,14 +69,26 @@ def check_begins(files: ModelFiles, source: str | Path, frozen: bool) -> None:
     """Refuse a model that a stage cannot begin from.
 
     Raises:
-        ConfigError: it has a query side of its own, and the stage would move its documents.
+        ConfigError: it has a query side of its own, which a stage wrote, and the stage would move its documents.
     """
-    if files.queries is not None and not frozen:
+    if files.queries is not None and files.base is None and not frozen:
         raise ConfigError(
             f"{source} encodes queries with other weights than documents (documents=frozen or distill made it), and "
             "only a stage that keeps documents goes on from there; set documents=frozen in the stage's section, or "
             "begin from the model that it was made from"
         )
+
+
+def without_queries(backbone: Backbone) -> Backbone:
+    """What encodes documents: there a stage that moves them begins, from adapters with a query side, such as `smol`."""
+    if backbone.documents is not None:
+        logger.warning(
+            "%s has adapters of their own for queries (queries/); this stage moves documents, begins from what encodes "
+            "those, and leaves these out",
+            backbone.source,
+        )
+        backbone.documents.model.requires_grad_(True)  # adapters froze the weights that they share
+    return backbone.document_side
 
 
 def check_documents(backbone: Backbone, stage: str) -> None:
@@ -95,7 +110,7 @@ def check_documents(backbone: Backbone, stage: str) -> None:
     if files is None or files.base is not None or files.gguf is not None:
         raise ConfigError(
             f"{what} copies the weights of {backbone.source}, which is no directory of whole weights (adapters, or "
-            f"GGUF); begin from a merged model, such as stage 1 writes{else_}"
+            f"GGUF); begin from a merged model, such as stage 1 or save_pretrained writes{else_}"
         )
     saved = read_settings(files.folder)
     if saved is not None and saved.max_length != limit:

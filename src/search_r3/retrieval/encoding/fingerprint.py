@@ -1,5 +1,7 @@
 """What makes document vectors: stored with them, and compared whenever a model is to search or to add to them.
 
+An evaluation names by it what it has encoded (`documents_key`).
+
 What encodes queries is no part of it: adapters and instructions of queries, the mode, the wording of their prompts. So
 a model after stage 2 with frozen documents opens the store of the model before it.
 """
@@ -8,6 +10,7 @@ from __future__ import annotations
 
 import base64
 import hashlib
+import json
 import logging
 from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any
@@ -15,13 +18,13 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from pydantic import BaseModel, ConfigDict, Field
 
-from ..errors import StoreError
-from ..files import hash_file
-from ..types import Array
+from ...errors import StoreError
+from ...files import hash_file
+from ...types import Array
 
 if TYPE_CHECKING:
-    from ..model.backbone import Backbone
-    from ..model.encoder import SearchR3
+    from ...model.backbone import Backbone
+    from ...model.encoder import SearchR3
 
 logger = logging.getLogger(__name__)
 
@@ -67,23 +70,13 @@ class Fingerprint(BaseModel):
     @classmethod
     def of(cls, model: SearchR3, instruction: str = "") -> Fingerprint:
         """That of a model, with the instruction that follows each document."""
-        from ..retrieval.encoding.identity import PROBE
+        from .identity import PROBE
 
-        side = model.backbone.document_side
-        encoder = side.prompt_encoder
-        before, after = encoder.frame("document")
         vector = model.encode_document([PROBE], instruction=instruction)[0]
         return cls(
             model=model.backbone.source,
-            dimension=model.dimension,
-            truncate_dim=model.truncate_dim,
-            max_length=side.settings.max_length,
-            instruction=instruction.strip(),
-            embed_token_id=side.embed_token_id,
-            frame=(*before, *after),
-            text_ids=tuple(encoder.encode(PROBE, "document").ids[len(before) : -len(after)]),
-            weights=_digest(side),
-            backend=f"{side.dtype} on {side.device.type}, {side.engine}",
+            **_facts(model, instruction),
+            weights=_digest(model.backbone.document_side),
             probe=base64.b64encode(vector.astype("<f4").tobytes()).decode(),
         )
 
@@ -128,8 +121,39 @@ class Fingerprint(BaseModel):
             )
 
 
-def _digest(side: Backbone) -> str:
-    """Over names and values of all weights below the output layer, whatever precision they were loaded in."""
+def documents_key(model: SearchR3, instruction: str = "") -> str:
+    """A name (hex) for document vectors: one for models that differ in nothing but what encodes queries.
+
+    Where a fingerprint lets vectors be compared, this says that they are the same: weights count to the last bit, and
+    all of the tokenizer.
+    """
+    side = model.backbone.document_side
+    tokenizer = json.loads(side.tokenizer.backend_tokenizer.to_str()) | {"truncation": None, "padding": None}
+    facts = _facts(model, instruction) | {"weights": _digest(side, rounded=False), "tokenizer": tokenizer}
+    return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
+
+
+def _facts(model: SearchR3, instruction: str) -> dict[str, Any]:
+    """What a fingerprint says beside weights, a vector and a name."""
+    from .identity import PROBE
+
+    side = model.backbone.document_side
+    encoder = side.prompt_encoder
+    before, after = encoder.frame("document")
+    return {
+        "dimension": model.dimension,
+        "truncate_dim": model.truncate_dim,
+        "max_length": side.settings.max_length,
+        "instruction": instruction.strip(),
+        "embed_token_id": side.embed_token_id,
+        "frame": (*before, *after),
+        "text_ids": tuple(encoder.encode(PROBE, "document").ids[len(before) : -len(after)]),
+        "backend": f"{side.dtype} on {side.device.type}, {side.engine}",
+    }
+
+
+def _digest(side: Backbone, rounded: bool = True) -> str:
+    """Over names and values of all weights below the output layer; rounded, whatever precision they were loaded in."""
     import torch
 
     if side.engine == "llama.cpp":  # of which nobody sees the weights but in their file; that for queries is another
@@ -139,7 +163,7 @@ def _digest(side: Backbone) -> str:
     def digest(item: tuple[str, Any]) -> str:
         name, tensor = item
         value = tensor.detach()
-        value = value.to("cpu", torch.bfloat16 if value.is_floating_point() else None).contiguous()
+        value = value.to("cpu", torch.bfloat16 if rounded and value.is_floating_point() else None).contiguous()
         return f"{name} {tuple(value.shape)} {hashlib.sha256(value.view(torch.uint8).numpy()).hexdigest()}"
 
     with ThreadPoolExecutor(8) as pool:  # hashing large buffers leaves Python's lock
