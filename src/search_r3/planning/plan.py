@@ -152,16 +152,9 @@ def plan(
         >>> plan(load_recipe(None), "sft", gpus=1).parameters["total"]
         1685056
     """
-    job = Job(
-        recipe,
-        read_shape(recipe.base, config),
-        stage,
-        gpus,
-        strategy or ("fsdp2" if gpus > 1 else "single"),
-        documents,
-        (lengths or Lengths()).within(recipe),
-        queries,
-    )
+    strategy = strategy or ("fsdp2" if gpus > 1 else "single")
+    shape, lengths = read_shape(recipe.base, config), (lengths or Lengths()).within(recipe)
+    job = Job(recipe, shape, stage, gpus, strategy, documents, lengths, queries)
     job.check()
     work, corpus, speed = Work(job), Corpus(job), speed or Speed()
     tokens, flops = {kind: count for kind, (count, _, _) in work.kinds().items()}, work.flops()
