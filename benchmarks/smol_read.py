@@ -1,12 +1,13 @@
 """The small real model learns to read what it writes, on a CPU; the last line is one JSON object.
 
     python benchmarks/smol_data.py PAIRS DATA_ROOT data/smol --profile ship
-    python benchmarks/smol_read.py smol --data data/smol --work runs/smol-read --limit 250
+    python benchmarks/smol_read.py smol --anew --data data/smol --work runs/smol-read --limit 250
 
-Begins from a trained model (`smol`, or a directory). Stages: base (its weights, whole), collection (a few thousand
-documents and queries of the sources that have reasoning), own (the model's own replies to them, `best-of-n` with
-n = 1), sft (recipes/smol-read.yaml: documents frozen), grpo, and what both models do on dev queries. A stage that is
-finished is not repeated, so the same command goes on where it was stopped.
+Begins from a trained model (`smol`, or a directory); `--anew`: from what encodes its documents, where it has learned to
+read before. Stages: base (its weights, whole), collection (a few thousand documents and queries of the sources that have
+reasoning), own (the model's own replies to them, `best-of-n` with n = 1), sft (recipes/smol-read.yaml: documents
+frozen), grpo, and what both models do on dev queries. A stage that is finished is not repeated, so the same command
+goes on where it was stopped.
 """
 
 from __future__ import annotations
@@ -60,6 +61,7 @@ def smaller(train: Collection, splits: Sequence[str], limit: int, seed: int) -> 
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", help="smol, or a model directory that a stage has trained")
+    parser.add_argument("--anew", action="store_true", help="leave out what the model has for queries alone")
     parser.add_argument("--data", type=Path, required=True)
     parser.add_argument("--work", type=Path, default=Path("runs/smol-read"))
     parser.add_argument("--limit", type=int, default=250, help="queries of each source to learn from")
@@ -74,7 +76,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     where = [f"run_dir={work / 'run'}", f"base={base}", f"collection={own}"]
     recipe = load_recipe(RECIPE, [*where, *options.set])
     if not (base / "config.json").exists():
-        SearchR3(options.model, dtype="float32").save_pretrained(base)
+        model = SearchR3(options.model, dtype="float32")
+        (SearchR3(model.backbone.document_side) if options.anew else model).save_pretrained(base)
     if not (own / "corpus.jsonl").exists():
         splits = list(recipe.sft.splits)
         collection = smaller(Collection.load(options.data / "train"), splits, options.limit, recipe.seed)
