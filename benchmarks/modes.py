@@ -8,8 +8,12 @@ there are queries of several hops. The gate is fitted on such a mixture of the s
 stage has trained, and measured on one of `dev` (or, at the very end, `test`); nothing is written into the models.
 
 More models join as further points, in all modes that they have, with a gate of their own where they do not decide
-themselves: `--also distilled=FOLDER,FOLDER` for each of the models, in their order.
+themselves: `--also distilled=FOLDER,FOLDER` for each of the models, in their order. Where reasoning never pays, or
+always does, there is no gate to fit, and no mode auto of that model.
 `--brief` leaves budgets and samples out.
+
+Milliseconds are means over queries that are asked alone. Each is put to every system before the next one is, several
+times, back and forth, and the least counts, so that what else the machine does weighs little, and on all points alike.
 
 A policy that decides itself (`grpo.at_once`) is best trained on such a mixture, too: `--save FOLDER` writes it, with
 the splits `rl` and `dev`, and does nothing else.
@@ -19,12 +23,13 @@ from __future__ import annotations
 
 import argparse
 import random
+from collections.abc import Sequence
 from itertools import pairwise
 from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from common import finish, machine, say, spread, versions
+from common import finish, machine, say, seconds, spread, versions
 
 ONE_HOP = {
     "city_territory": ("the country of the city {s}", "which country is the city of {s} in?", "where is {s}?"),
@@ -35,6 +40,7 @@ ONE_HOP = {
 """Wordings of one-hop questions that no training has seen, in words that it has; those of territories are the wordings
 that ask about a city with several hops (`city_currency`, `city_language`), so that no wording gives the hops away."""
 BUDGETS, SAMPLES, PERMUTATIONS = (4, 8, 12, 16, 24), (4,), 2_000
+ALONE, ROUNDS = 32, 3
 PARTS = ("mixed", "one", "several")
 TARGETS = {"mixed": 0.95, "several": 0.80}
 """Share of reason's gain over direct that auto should keep with half of reason's tokens."""
@@ -84,6 +90,7 @@ def measure_model(
     model: Any, fit: Any, held_out: Any, price: float | None, also: dict[str, Any], brief: bool
 ) -> dict[str, Any]:
     """The gate, and the frontier on each part of the held-out mixture."""
+    from search_r3.errors import DataError
     from search_r3.evaluation.benchmark import EvaluationOptions, evaluate
     from search_r3.evaluation.frontier.record import frontier
     from search_r3.evaluation.runner import FrontierOptions
@@ -92,31 +99,62 @@ def measure_model(
     from search_r3.model.modes.latent import trained_modes
     from search_r3.training.modes.gate import fit_gate, label_queries
 
-    gate = model.backbone.gate = fit_gate(model, label_queries(model, fit, ["mixed"]), price)
-    say(f"gate: AUC {gate.fitted['by_scores']['auc']:.3f}, vector alone {gate.fitted['by_vector']['auc']:.3f}")
-    half = min(gate.fitted["by_scores"]["prices"], key=lambda row: abs((row["token_share"] or 0) - 0.5))["price"]
-    ways: list[tuple[str, Any, Any]] = [(mode, mode, Effort()) for mode in ("direct", "reason", "auto")]
-    ways.append(("auto at half", "auto", Effort(price=half)))
+    def gate_of(one: Any, label: str) -> Any:
+        try:
+            return fit_gate(one, label_queries(one, fit, ["mixed"]), price)
+        except DataError as error:
+            say(f"{label}: no mode auto, since {error}")
+            return None
+
+    gate, half = gate_of(model, "gate"), None
+    model.backbone.gate = gate
+    ways: list[tuple[str, Any, Any]] = [(mode, mode, Effort()) for mode in ("direct", "reason")]
+    if gate is not None:
+        say(f"gate: AUC {gate.fitted['by_scores']['auc']:.3f}, vector alone {gate.fitted['by_vector']['auc']:.3f}")
+        half = min(gate.fitted["by_scores"]["prices"], key=lambda row: abs((row["token_share"] or 0) - 0.5))["price"]
+        ways += [("auto", "auto", Effort()), ("auto at half", "auto", Effort(price=half))]
     if not brief:
         ways += [(name, "reason", effort) for name, effort in FrontierOptions(BUDGETS, SAMPLES).efforts().items()]
     encoded = EncodedCollections(model)
     systems = [SearchR3System(encoded, mode, name, effort=effort) for name, mode, effort in ways]
     for label, other in also.items():
-        there = EncodedCollections(other)
+        there, modes = EncodedCollections(other), trained_modes(other.backbone)
         if not has_auto(other.backbone):
-            other.backbone.gate = fit_gate(other, label_queries(other, fit, ["mixed"]), price)
-        systems += [SearchR3System(there, mode, f"{mode}/{label}") for mode in (*trained_modes(other.backbone), "auto")]
+            other.backbone.gate = gate_of(other, label)
+        modes += ["auto"] if has_auto(other.backbone) else []
+        systems += [SearchR3System(there, mode, f"{mode}/{label}") for mode in modes]
         if decides(other.backbone):
             systems.append(SearchR3System(there, "reason", f"at once/{label}", effort=Effort(budget=1)))
-    options = EvaluationOptions(depth=100, bootstrap=100)
+    options = EvaluationOptions(depth=100, bootstrap=100, latency_queries=0)
     whole = [evaluate(system, held_out, "mixed", options) for system in systems]
+    for place, milliseconds in enumerate(asked_alone(systems, held_out, options.depth)):
+        cost = whole[place].cost.model_copy(update={"ms_per_query": milliseconds})
+        whole[place] = whole[place].model_copy(update={"cost": cost})
     results = [part_of(result, part, held_out.qrels[part]) for part in PARTS for result in whole]
     splits = frontier(results, PERMUTATIONS, 0)
     for split in splits:
         here = {one.system.name: one for one in results if one.collection.split == split["split"]}
         for label in also:
-            split["points"] += own_thresholds(here, label)
-    return {"gate": gate.model_dump(mode="json"), "half_price": half, "frontier": splits}
+            if f"auto/{label}" in here:
+                split["points"] += own_thresholds(here, label)
+    return {"gate": gate and gate.model_dump(mode="json"), "half_price": half, "frontier": splits}
+
+
+def asked_alone(systems: Sequence[Any], collection: Any, depth: int) -> list[float]:
+    """Milliseconds of each system for a query of the mixture."""
+    from search_r3.retrieval.ranking import make_requests
+
+    requests = make_requests(collection, collection.qrels["mixed"])
+    indexes = [system.index(collection) for system in systems]
+    least: list[list[float]] = [[] for _ in systems]
+    for request in requests[:: max(1, len(requests) // ALONE)]:
+        spent: list[list[float]] = [[] for _ in systems]
+        for number in range(ROUNDS):
+            for place in range(len(systems))[:: 1 if number % 2 else -1]:
+                spent[place].append(1000 * seconds(indexes[place].answer, [request], depth))
+        for own, times in zip(least, spent, strict=True):
+            own.append(min(times))
+    return [fmean(own) for own in least]
 
 
 def own_thresholds(results: dict[str, Any], label: str) -> list[dict[str, Any]]:
@@ -163,7 +201,12 @@ def kept(split: dict[str, Any], name: str) -> dict[str, float | None]:
 
 
 def at_half(split: dict[str, Any], family: str = "auto") -> float | None:
-    """The share of the gain that auto keeps at exactly half of reason's tokens, between its two nearest prices."""
+    """The share of the gain that auto keeps at exactly half of reason's tokens, between its two nearest prices.
+
+    None where it reaches no such price, or there is no such auto.
+    """
+    if not any(row["family"] == family for row in split["points"]):
+        return None
     rows = [row for row in split["points"] if row["family"] in ("direct", family, "reason")]
     rows = sorted((row for row in rows if row["gain_share"] is not None), key=lambda row: row["token_share"])
     for low, high in pairwise(rows):
@@ -178,7 +221,9 @@ def table(seeds: list[dict[str, Any]]) -> dict[str, Any]:
     rows: dict[str, Any] = {}
     for place, part in enumerate(PARTS):
         splits = [one["frontier"][place] for one in seeds]
+        own = [{row["name"] for row in split["points"]} for split in splits]
         names = [row["name"] for row in splits[0]["points"] if " at 0" not in row["name"]]
+        names = [name for name in names if all(name in one for one in own)]  # a gate may be missing
         rows[part] = {
             "points": {
                 name: {
@@ -196,6 +241,20 @@ def table(seeds: list[dict[str, Any]]) -> dict[str, Any]:
             "areas": [split["areas"] for split in splits],
         }
     return rows
+
+
+def lines(part: str, rows: dict[str, Any]) -> list[str]:
+    """The table of one part of the mixture: means over the models, the cheapest point first."""
+    keys = {"ndcg@10": "nDCG@10", "tokens_per_query": "tokens", "ms_per_query": "ms", "gain_share": "of the gain"}
+    text = [f"{part:24} " + " ".join(f"{heading:>11}" for heading in keys.values())]
+    for name, row in sorted(rows["points"].items(), key=lambda item: item[1]["tokens_per_query"]):
+        digits = {"tokens_per_query": 1, "ms_per_query": 1}
+        cells = ["" if row[key] is None else f"{row[key]:.{digits.get(key, 3)}f}" for key in keys]
+        text.append(f"{name:24} " + " ".join(f"{cell:>11}" for cell in cells))
+    for family, values in rows["kept_at_half"].items():
+        known = [value for value in values if value is not None]
+        text.append(f"{family} keeps at half of the tokens: {spread(known) if known else 'nothing'}")
+    return [*text, ""]
 
 
 def main() -> None:
@@ -221,6 +280,11 @@ def main() -> None:
     held_out = mixture(options.split, options.collection)
     say(f"fit: {len(fit.queries)} queries; measured: {len(held_out.queries)}")
     also = {label: folders.split(",") for label, _, folders in (one.partition("=") for one in options.also)}
+    for label, folders in also.items():
+        if len(folders) != len(options.models):
+            parser.error(
+                f"--also {label} names {len(folders)} folders for {len(options.models)} models; name one for each"
+            )
     seeds = []
     for number, name in enumerate(options.models):
         others = {label: SearchR3(folders[number]) for label, folders in also.items()}
@@ -240,14 +304,7 @@ def main() -> None:
         "versions": versions("search-r3", "torch", "transformers", "numpy"),
     }
     for part, rows in record["table"].items():
-        for name, row in rows["points"].items():
-            say(
-                f"{part:8} {name:24} "
-                + " ".join(f"{key} {value:.3f}" for key, value in row.items() if value is not None)
-            )
-        for family, values in rows["kept_at_half"].items():
-            known = [value for value in values if value is not None]
-            say(f"{part:8} {family} keeps at half of the tokens: {spread(known) if known else 'nothing'}")
+        say("\n".join(lines(part, rows)))
     finish(record, options.out)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from search_r3.model.encoder import SearchR3
 from search_r3.training.engine import make_engine
 from search_r3.training.grpo import train_grpo
 from search_r3.training.modes.distill import train_distill
+from search_r3.training.modes.frozen import frozen_documents
 from search_r3.training.rl.sampler import PolicyWeights
 from search_r3.training.run import Run
 from search_r3.training.sft import train_sft
@@ -120,6 +122,32 @@ def test_chunks_change_no_gradient(
         assert one["loss"] == pytest.approx(two["loss"], abs=1e-4)
 
 
+def test_soft_tokens_learn_beside_frozen_documents(trained: Path) -> None:
+    model = SearchR3(trained, device="cpu")
+    found = model.encode_query(TEXTS, "latent")
+    assert found.reasoning_tokens == [2, 2, 2]
+    for mode in ("direct", "reason"):
+        assert np.abs(found.vectors - model.encode_query(TEXTS, mode).vectors).max() > 1e-3  # type: ignore[arg-type]
+    names = {"latent_info_nce", "latent_triplet", "latent_words"}
+    rows = [json.loads(line) for line in (trained.parents[1] / "metrics.jsonl").read_text().splitlines()]
+    assert all(names <= row.keys() for row in rows if "loss" in row)
+
+
+def test_weights_of_documents_alone_are_given_back_when_these_are_encoded(
+    kind: str, trained: Path, collection: Any, recipe: Callable[..., Any], tmp_path: Path
+) -> None:
+    settings, model = recipe(tmp_path / "run", trained, *KINDS[kind]), SearchR3(trained, device="cpu")
+    expected = model.encode_document(list(collection.texts().values()))
+    side = model.backbone.documents
+    assert side is not None
+    engine = make_engine(model, settings, settings.distill)
+    for _ in range(2):  # and where they were encoded before
+        index = frozen_documents(model, collection, tmp_path / "kept", engine)
+        np.testing.assert_array_equal(index.vectors_at(index.rows_of(list(collection.documents))), expected)
+    assert all(one.is_meta == (kind == "whole") for one in side.model.parameters())
+    assert not any(one.is_meta for one in model.backbone.model.parameters())
+
+
 @pytest.mark.parametrize("stage", ["sft", "grpo", "distill"])
 def test_a_stage_that_keeps_documents_goes_on_from_a_query_side(
     kind: str, trained: Path, stage_1: Path, recipe: Callable[..., Any], tmp_path: Path, stage: str
@@ -134,6 +162,8 @@ def test_a_stage_that_keeps_documents_goes_on_from_a_query_side(
         path = train_distill(trained, settings).model_path
     first, before, after = vectors(stage_1), vectors(trained), vectors(path)
     np.testing.assert_array_equal(first[0], after[0])
+    for file in ("model.safetensors", "config.json", "tokenizer.json"):
+        assert hash_file(path / file) == hash_file(trained / file)
     moved = np.abs(after[1] - before[1]).max()
     assert 1e-4 < moved, "it learns"
     untrained = recipe(

@@ -32,21 +32,23 @@ StrategyName = Literal["single", "ddp", "fsdp2", "zero2", "zero3"]
 
 
 class StageName(StrEnum):
-    """The two stages."""
+    """What trains a model."""
 
     sft = "sft"
     grpo = "grpo"
+    distill = "distill"
 
 
 @app.command()
 def plan(
     recipe: Annotated[Path, typer.Argument(help="YAML recipe.")],
     overrides: Overrides = None,
-    stage: Annotated[list[StageName] | None, typer.Option(help="By default both.")] = None,
+    stage: Annotated[list[StageName] | None, typer.Option(help="By default sft and grpo.")] = None,
     gpus: Annotated[int, typer.Option(min=1, help="GPUs, one process on each.")] = 8,
     gpu_memory: Annotated[float, typer.Option(min=0.1, help="Memory of a GPU in GB (10^9 bytes).")] = 80.0,
     strategy: Annotated[StrategyName | None, typer.Option(help="By default fsdp2; of one GPU single.")] = None,
     documents: Annotated[int, typer.Option(min=1, help="Documents of the corpus.")] = 100_000,
+    queries: Annotated[int, typer.Option(min=1, help="Queries that distill learns from.")] = 10_000,
     query_tokens: Annotated[int, typer.Option(min=1, help="Mean tokens of a query.")] = 24,
     document_tokens: Annotated[int, typer.Option(min=1, help="Mean tokens of a document.")] = 180,
     reasoning_tokens: Annotated[int, typer.Option(min=1, help="Mean tokens of reasoning.")] = 120,
@@ -78,12 +80,13 @@ def plan(
         "gpus": gpus,
         "strategy": strategy,
         "documents": documents,
+        "queries": queries,
         "lengths": Lengths(query_tokens, document_tokens, reasoning_tokens, longest_query),
         "speed": planning.Speed(tokens_per_second, tflops, utilisation, decoded_per_second, Rates(threads=threads)),
         "config": config,
     }
     records = {}
-    for name in dict.fromkeys(stage or list(StageName)):
+    for name in dict.fromkeys(stage or (StageName.sft, StageName.grpo)):
         key: Stage = name.value
         memory_plan = planning.plan(settings, key, **arguments)
         fits = memory_plan.fits(gpu_bytes)

@@ -19,21 +19,25 @@ DOCUMENT_BYTES = 420
 """Bytes of a document's Python objects in a collection and in an index, its text apart (measured by a test)."""
 PROCESS_BYTES = 2_000_000_000
 """Bytes of a training process without model and data: Python, torch and what CUDA keeps of its own; about."""
+TOKEN_BYTES = 52
+"""Bytes of a token in Python's lists of a reply: its id, its mark, its probability; about."""
 VERSION_BYTES = 8
 LINK_BYTES = 8
 
 
 @dataclass(frozen=True)
 class Rates:
-    """How fast a process is at what is not the model's work; both are guesses.
+    """How fast a process is at what is not the model's work; all are guesses.
 
     Attributes:
         index_tflops: TFLOP/s of a GPU in float32 products with its part of the index (an H100's peak is 67).
+        thread_tflops: TFLOP/s of a thread in float32 products, where the index lies in the machine's memory.
         tokens_per_second: tokens that a thread makes of text.
         threads: of a process (`OMP_NUM_THREADS`).
     """
 
     index_tflops: float = 30.0
+    thread_tflops: float = 0.03
     tokens_per_second: float = 250_000.0
     threads: int = 8
 
@@ -47,7 +51,7 @@ class Corpus:
     @property
     def evaluated_every(self) -> int:
         """Steps between two evaluations of the stage, 0 for none."""
-        return (self.job.recipe.sft if self.job.stage == "sft" else self.job.recipe.grpo).evaluate_every
+        return self.job.section.evaluate_every
 
     @property
     def has_graph(self) -> bool:
@@ -74,6 +78,10 @@ class Corpus:
             parts["index"] = count * (VERSION_BYTES + links)
         elif not self.job.moves:
             parts["index"] = FULL * self.job.shape.hidden * count
+        if self.job.stage == "distill":
+            reply = self.job.lengths.query + self.job.lengths.template + self.job.lengths.reasoning
+            replies, vector = self.job.recipe.distill.samples, FULL * self.job.shape.hidden
+            parts["teacher"] = self.job.queries * (replies * (vector + TOKEN_BYTES * reply) + vector)
         if self.evaluated_every and self.evaluates_apart:
             parts["evaluated index"] = FULL * self.job.shape.hidden * math.ceil(count / processes)
         return {part: processes * size for part, size in parts.items()}
@@ -85,7 +93,9 @@ class Corpus:
             refreshed: documents encoded in a step.
         """
         settings = self.job.recipe.grpo
-        if self.job.stage == "sft":
+        if self.job.stage == "distill" and self.job.recipe.distill.target == "scores":  # each process ranks for all
+            return {"targets": 2.0 * self.job.documents * self.job.shape.hidden * self.job.step_queries}
+        if self.job.stage != "grpo":
             return {}
         # All processes' queries are searched in every part; where a process holds all, it searches its own.
         shares = self.job.gpus if self.job.index_rows == self.job.documents else 1
@@ -109,7 +119,8 @@ class Corpus:
             encoding: seconds in which all GPUs encode the corpus.
             rates: of a process.
         """
-        seconds = {"search": sum(self.searches(refreshed).values()) / (rates.index_tflops * 1e12)}
+        speed = rates.index_tflops if self.job.stage == "grpo" else rates.threads * rates.thread_tflops
+        seconds = {"search": sum(self.searches(refreshed).values()) / (speed * 1e12)}
         seconds["tokenizing"] = self._tokenizing(refreshed, rates)
         if self.job.moves and self.evaluated_every:
             whole = encoding + self._tokenizing(self.job.documents, rates)

@@ -13,16 +13,19 @@ from typing import Literal
 
 from ..config import GRPOSettings, Recipe, SFTSettings
 from ..errors import ConfigError
+from ..sections import DistillSettings
 from . import memory
 from .memory import FULL, HALF, Pass, Precision, Strategy
 from .shape import ModelShape
 
-Stage = Literal["sft", "grpo"]
+Stage = Literal["sft", "grpo", "distill"]
 ENCODING_TOKENS = 32_768
 """Tokens of documents encoded together on a GPU (`model/documents.py`)."""
 OPTIMIZER_MOMENTS = 2
 DIRECT_REPLY = 8
 """Tokens of the direct form's reply, about."""
+TEACHER_QUERIES = 64
+"""Queries of a distillation whose replies are decoded together (`training/modes/teacher.py`)."""
 SKETCH = 0.5
 """Of a vector's coordinates, the share that its sketch has at most (`environment/sketch.py`)."""
 
@@ -63,7 +66,7 @@ class Lengths:
         )
 
 
-def _in_a_pass(settings: SFTSettings | GRPOSettings, sequences: int, length: int) -> int:
+def _in_a_pass(settings: SFTSettings | GRPOSettings | DistillSettings, sequences: int, length: int) -> int:
     """Of so many sequences, all of `length` tokens, those that a pass holds."""
     limits = [settings.micro_batch_size, settings.micro_batch_tokens and max(1, settings.micro_batch_tokens // length)]
     return min(sequences, *(limit for limit in limits if limit is not None))
@@ -80,6 +83,12 @@ class Job:
     strategy: Strategy
     documents: int
     lengths: Lengths
+    queries: int = 10_000  # that a distillation learns from
+
+    @property
+    def section(self) -> SFTSettings | GRPOSettings | DistillSettings:
+        """The settings of the stage."""
+        return self.recipe.stage(self.stage)
 
     @property
     def precision(self) -> Precision:
@@ -94,8 +103,7 @@ class Job:
     @property
     def has_reference(self) -> bool:
         """Whether a KL term needs a frozen model."""
-        weight = self.recipe.sft.kl_weight if self.stage == "sft" else self.recipe.grpo.kl_coefficient
-        return weight > 0
+        return {"sft": self.recipe.sft.kl_weight, "grpo": self.recipe.grpo.kl_coefficient}.get(self.stage, 0.0) > 0
 
     def counts(self) -> dict[str, int]:
         """Adapters, all weights, and those that learn."""
@@ -108,10 +116,11 @@ class Job:
             raise ConfigError(f"--strategy {self.strategy} is for several GPUs, and --gpus is 1")
         if self.gpus > 1 and self.strategy == "single":
             raise ConfigError(f"--strategy single is for one GPU, and --gpus is {self.gpus}")
-        name = "sft.batch_size" if self.stage == "sft" else "grpo.queries_per_step"
-        count = self.recipe.sft.batch_size if self.stage == "sft" else self.recipe.grpo.queries_per_step
-        if count < self.gpus:
-            raise ConfigError(f"{name} = {count} cannot be shared by {self.gpus} GPUs; raise it")
+        if self.step_queries < self.gpus:
+            name = "queries_per_step" if self.stage == "grpo" else "batch_size"
+            raise ConfigError(
+                f"{self.stage}.{name} = {self.step_queries} cannot be shared by {self.gpus} GPUs; raise it"
+            )
 
     def phases(self) -> dict[str, dict[str, int]]:
         """Bytes per GPU by phase and part."""
@@ -119,12 +128,12 @@ class Job:
         learning = resident | self.gradients()
         phases = {"load": self.loading()}
         whole = resident | self.sampling_copy()
-        if self.stage == "grpo":
-            phases["rollouts"] = whole | self.rollouts()
+        # Outside of stage 2 all this ends before AdamW has moments.
+        apart = {} if self.stage == "grpo" else {"optimizer": 0}
+        if self.stage != "sft":
+            phases["rollouts"] = whole | self.rollouts() | apart
         if self.stage == "grpo" or not self.moves:
             encoding = memory.encoding_memory(self.shape, ENCODING_TOKENS, self.sampling_bytes)
-            # Frozen ones are encoded before AdamW has moments in stage 1.
-            apart = {"optimizer": 0} if self.stage == "sft" else {}
             phases["documents"] = whole | {"activations": encoding} | apart
         phases["train"] = learning | self.training()
         # The foreach kernels of AdamW hold the roots of all second moments at once.
@@ -152,13 +161,12 @@ class Job:
         if self.has_reference and not frozen:
             reference = total * (HALF if self.recipe.mixed_precision == "bf16" else precision.weights)
         parts = {"weights": weights, "reference": reference, "optimizer": moments, "buckets": buckets}
-        return parts if self.stage == "sft" else parts | {"index": self.index_bytes}
+        return parts | {"index": self.index_bytes} if self.stage == "grpo" else parts
 
     @property
     def moves(self) -> bool:
         """Whether documents are encoded in the course of the stage."""
-        section = self.recipe.sft if self.stage == "sft" else self.recipe.grpo
-        return section.documents == "moving"
+        return getattr(self.section, "documents", "frozen") == "moving"
 
     @property
     def index_rows(self) -> int:
@@ -207,9 +215,15 @@ class Job:
         return {"gradients": own + size * tied}
 
     @property
+    def step_queries(self) -> int:
+        """Queries of a step."""
+        section = self.section
+        return section.queries_per_step if isinstance(section, GRPOSettings) else section.batch_size
+
+    @property
     def own_queries(self) -> int:
-        """Queries of a stage-1 step on one GPU."""
-        return math.ceil(self.recipe.sft.batch_size / self.gpus)
+        """Queries of a step on one GPU."""
+        return math.ceil(self.step_queries / self.gpus)
 
     @property
     def batch_documents(self) -> int:
@@ -224,36 +238,62 @@ class Job:
 
     @property
     def own_rollouts(self) -> int:
-        """Rollouts of a stage-2 step on one GPU."""
-        return math.ceil(self.recipe.grpo.queries_per_step / self.gpus) * self.recipe.grpo.group_size
+        """Rollouts of a stage-2 step on one GPU; of a distillation, those of the queries that reply together."""
+        if isinstance(self.section, DistillSettings):
+            return min(self.queries, TEACHER_QUERIES) * self.section.samples
+        return self.own_queries * self.recipe.grpo.group_size
 
     def training(self) -> dict[str, int]:
         """Activations and logits of a forward and backward pass, and what contrastive losses compare."""
-        return self._sft_training() if self.stage == "sft" else self._grpo_training()
+        return {"sft": self._sft_training, "grpo": self._grpo_training, "distill": self._distill_training}[self.stage]()
 
     def _sft_training(self) -> dict[str, int]:
         lengths, settings = self.lengths, self.recipe.sft
         prompt = lengths.template + lengths.longest_query
         reasoned, document = prompt + lengths.longest_reasoning, lengths.template + lengths.longest_document
-        rows, columns = 2 * self.recipe.sft.batch_size, self.batch_documents
-        similarities = FULL * self.shape.hidden * 3 * (rows + columns)
+        rows, columns = 2 * settings.batch_size, self.batch_documents
+        latent_rows = settings.batch_size * self._latent_losses
+        vectors = rows + columns + settings.batch_size * settings.latent_steps
+        similarities = FULL * self.shape.hidden * 3 * vectors
         if not settings.cached:
             queries = self.own_queries
             passes = [Pass(queries, prompt + DIRECT_REPLY), Pass(queries, reasoned)]
             passes += [Pass(self.own_documents, document)] if self.moves else []
-            parts = self._pass(passes, queries * (lengths.longest_reasoning + DIRECT_REPLY), queries * prompt)
-            return parts | {"contrastive": similarities + 6 * FULL * rows * columns}
+            passes += self._latent_passes(queries)
+            parts = self._pass(passes, queries * (lengths.longest_reasoning + DIRECT_REPLY), queries * prompt, queries)
+            return parts | {"contrastive": similarities + 6 * FULL * (rows + latent_rows) * columns}
         queries = _in_a_pass(settings, 2 * self.own_queries, reasoned)
         candidates = [self._pass([Pass(queries, reasoned)], queries * lengths.longest_reasoning, queries * prompt)]
         if self.moves:
             candidates.append(self._pass([Pass(_in_a_pass(settings, self.own_documents, document), document)], 0, 0))
+        if settings.latent_steps:
+            queries = _in_a_pass(settings, self.own_queries, prompt + settings.latent_steps)
+            candidates.append(self._pass(self._latent_passes(queries), 0, 0, queries))
         largest = max(candidates, key=lambda parts: sum(parts.values()))
-        return largest | {"contrastive": similarities + 6 * FULL * min(rows, 256) * columns}
+        return largest | {"contrastive": similarities + 6 * FULL * max(min(rows, 256), latent_rows) * columns}
 
-    def _pass(self, passes: list[Pass], replies: int, prompts: int) -> dict[str, int]:
-        """Parts of a stage-1 pass: `replies` and `prompts` are positions with logits."""
+    @property
+    def _latent_losses(self) -> int:
+        """Rows of similarities to the documents that each query has for its soft tokens."""
+        steps = self.recipe.sft.latent_steps
+        return {"words": 1, "gircse": steps, "laser": 3}[self.recipe.sft.latent_objective] if steps else 0
+
+    def _latent_passes(self, queries: int) -> list[Pass]:
+        """The prompts, and again with each soft token and the embed token behind it (`training/modes/think.py`)."""
+        steps, prompt = self.recipe.sft.latent_steps, self.lengths.template + self.lengths.longest_query
+        lengths = [prompt, *(prompt + step + 2 for step in range(steps))] if steps else []
+        return [Pass(queries, length) for length in lengths]
+
+    def _pass(self, passes: list[Pass], replies: int, prompts: int, latent: int = 0) -> dict[str, int]:
+        """Parts of a stage-1 pass: `replies` and `prompts` are positions with logits, `latent` queries that think."""
         prompts = prompts if self.has_reference else 0
-        return self._activations(passes, memory.logits_memory(self.shape.vocabulary, replies, prompts))
+        settings, logits = self.recipe.sft, memory.logits_memory(self.shape.vocabulary, replies, prompts)
+        if not (settings.latent_steps and latent):
+            return self._activations(passes, logits)
+        says = settings.latent_objective == "words"
+        kept = memory.soft_token_memory(self.shape, latent, settings.latent_steps, says, self.precision)
+        parts = self._activations(passes, max(logits, 2 * FULL * latent * self.shape.vocabulary))
+        return {"soft tokens": kept} | parts
 
     def _activations(self, passes: list[Pass], logits: int) -> dict[str, int]:
         """Activations of passes that are held together, at the peak: either the losses or a block's backward pass.
@@ -267,11 +307,25 @@ class Job:
         kept = sum(memory.kept_activations(shape, size, precision, lora, checkpointing) for size in passes)
         work = max(memory.backward_work(shape, size, precision, lora, checkpointing) for size in passes)
         casts = memory.cast_weights(shape, precision, lora, checkpointing)
-        moments = [{"logits": logits}, {"block": work}]
+        waiting = self._waiting_gradients() if len(passes) > 1 else 0
+        # By then the last pass has its gradients, and keeps nothing.
+        waiting = max(0, waiting - memory.kept_activations(shape, passes[-1], precision, lora, checkpointing))
+        if checkpointing and casts:
+            work += precision.compute * shape.linear_weights  # cast again with the block
+        moments = [{"logits": logits, "waiting gradients": waiting}, {"block": work, "waiting gradients": waiting}]
         if checkpointing:
             moments.append({"casts": casts})  # they end with the forward pass
         largest = max(moments, key=lambda parts: sum(parts.values()))
         return {"activations": kept, "casts": 0 if checkpointing else casts} | largest
+
+    def _waiting_gradients(self) -> int:
+        """Those of weights that several passes of a graph share: autograd adds them up before it hands them over.
+
+        A tied table's are counted in `gradients`.
+        """
+        if self.recipe.lora.rank:
+            return self.precision.adapters * self.trainable
+        return self.precision.compute * (self.trainable - (self.shape.table if self.shape.tied else 0))
 
     def _grpo_training(self) -> dict[str, int]:
         settings, lengths = self.recipe.grpo, self.lengths
@@ -285,6 +339,24 @@ class Job:
             documents = min(self.documents, rollouts * (settings.embedding_depth + 1))
             parts["nearest documents"] = FULL * documents * (self.shape.hidden + 4 * rollouts)
         return parts
+
+    def _distill_training(self) -> dict[str, int]:
+        """The larger of two passes: direct prompts, or whole replies, which hold reason mode; no document is computed.
+
+        Beside it lie the best documents of all teachers, and the scores that a pass gives them.
+        """
+        settings, lengths = self.recipe.distill, self.lengths
+        prompt = lengths.template + lengths.longest_query
+        direct = _in_a_pass(settings, self.own_queries, prompt)
+        candidates = [self._activations([Pass(direct, prompt)], 0)]
+        if settings.hold_weight > 0:
+            length = prompt + lengths.longest_reasoning
+            replies = _in_a_pass(settings, self.own_queries, length)
+            logits = memory.logits_memory(self.shape.vocabulary, replies * lengths.longest_reasoning, 0)
+            candidates.append(self._activations([Pass(replies, length)], logits))
+        scored = min(self.documents, settings.batch_size * settings.depth) if settings.target == "scores" else 0
+        largest = max(candidates, key=lambda parts: sum(parts.values()))
+        return largest | {"best documents": FULL * scored * (self.shape.hidden + 6 * direct)}
 
     @property
     def sampling_bytes(self) -> int:
@@ -300,10 +372,13 @@ class Job:
 
     def rollouts(self) -> dict[str, int]:
         """The decoder's keys and values, and what choosing tokens takes."""
-        slots = min(self.recipe.grpo.rollout_batch_size, self.own_rollouts)
+        section = self.recipe.distill if self.stage == "distill" else self.recipe.grpo
+        slots = min(section.rollout_batch_size, self.own_rollouts)
         prompt = self.lengths.template + self.lengths.longest_query
         size = self.sampling_bytes
-        if self.recipe.grpo.sampler.url is not None:  # replies come from elsewhere, and are read
+        if (
+            self.stage == "grpo" and self.recipe.grpo.sampler.url is not None
+        ):  # replies come from elsewhere, and are read
             states = memory.encoding_memory(self.shape, memory.PREFILL_TOKENS, size)
             return {"activations": states, "logits": memory.LOGIT_ROWS * self.shape.vocabulary * (size + 3 * FULL)}
         cache = memory.cache_memory(self.shape, slots, prompt, self.lengths.longest_reasoning, size)

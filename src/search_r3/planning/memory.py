@@ -168,6 +168,17 @@ def logits_memory(vocabulary: int, replies: int, prompts: int) -> int:
     return FULL * vocabulary * max(3 * own, kept + 7 * of_kl)
 
 
+def soft_token_memory(shape: ModelShape, rows: int, steps: int, says_words: bool, precision: Precision) -> int:
+    """Bytes that `steps` soft tokens of `rows` queries keep until the pass before them has its gradients.
+
+    Each keeps its probabilities in float32, in bfloat16 too where that is computed with, and log-probabilities where it
+    has words to say. Where the table is cast, each step has a copy of its own.
+    """
+    numbers = FULL * (1 + says_words) + (HALF if precision.compute == HALF else 0)
+    copy = precision.compute * shape.table if precision.casts else 0
+    return steps * (rows * shape.vocabulary * numbers + copy)
+
+
 def chunk_positions(vocabulary: int) -> int:
     """Positions whose logits are held at once."""
     return max(1, LOGITS_AT_A_TIME // vocabulary)

@@ -49,7 +49,7 @@ class MemoryPlan:
     """The answer.
 
     Attributes:
-        stage: `sft` or `grpo`.
+        stage: `sft`, `grpo` or `distill`.
         strategy: how the GPUs hold the weights.
         gpus: how many.
         parameters: weights by part; `adapters` and `trained` are named too.
@@ -125,6 +125,7 @@ def plan(
     gpus: int = 8,
     strategy: Strategy | None = None,
     documents: int = 100_000,
+    queries: int = 10_000,
     lengths: Lengths | None = None,
     speed: Speed | None = None,
     config: Path | None = None,
@@ -133,10 +134,11 @@ def plan(
 
     Args:
         recipe: settings.
-        stage: `sft` or `grpo`.
+        stage: `sft`, `grpo` or `distill`.
         gpus: processes, one per GPU.
         strategy: by default FSDP2 on several GPUs.
         documents: of the corpus.
+        queries: that a distillation learns from.
         lengths: of its texts.
         speed: what time is computed from.
         config: a `config.json` instead of that of `recipe.base`.
@@ -150,15 +152,9 @@ def plan(
         >>> plan(load_recipe(None), "sft", gpus=1).parameters["total"]
         1685056
     """
-    job = Job(
-        recipe,
-        read_shape(recipe.base, config),
-        stage,
-        gpus,
-        strategy or ("fsdp2" if gpus > 1 else "single"),
-        documents,
-        (lengths or Lengths()).within(recipe),
-    )
+    strategy = strategy or ("fsdp2" if gpus > 1 else "single")
+    shape, lengths = read_shape(recipe.base, config), (lengths or Lengths()).within(recipe)
+    job = Job(recipe, shape, stage, gpus, strategy, documents, lengths, queries)
     job.check()
     work, corpus, speed = Work(job), Corpus(job), speed or Speed()
     tokens, flops = {kind: count for kind, (count, _, _) in work.kinds().items()}, work.flops()
@@ -173,9 +169,9 @@ def plan(
         host=job.host() | corpus.host(),
         tokens=tokens,
         flops=flops,
-        steps=(recipe.sft if stage == "sft" else recipe.grpo).steps,
+        steps=recipe.stage(stage).steps,
         seconds=work.seconds(tokens, flops, speed) | corpus.step_seconds(refreshed, encoding, speed.rates),
-        start_seconds=corpus.start_seconds(encoding, speed.rates),
+        start_seconds=corpus.start_seconds(encoding, speed.rates) | work.teacher_seconds(speed),
     )
 
 
@@ -186,7 +182,7 @@ def suggest(recipe: Recipe, stage: Stage, gpu_bytes: float, **arguments: Any) ->
 
     Args:
         recipe: settings that do not fit.
-        stage: `sft` or `grpo`.
+        stage: `sft`, `grpo` or `distill`.
         gpu_bytes: memory of a GPU.
         arguments: of `plan`.
     """
@@ -211,20 +207,21 @@ def suggest(recipe: Recipe, stage: Stage, gpu_bytes: float, **arguments: Any) ->
 
 
 def _changes(recipe: Recipe, stage: Stage) -> Iterator[dict[str, Any]]:
-    """Overrides, each kept when the next is tried: first what changes no result, then adapters."""
+    """Overrides, each kept when the next is tried: first what changes no result, then soft tokens, then adapters."""
     if recipe.mixed_precision == "no" and recipe.dtype == "float32":
         yield {"mixed_precision": "bf16"}
     if not recipe.gradient_checkpointing:
         yield {"gradient_checkpointing": True}
-    settings = recipe.sft if stage == "sft" else recipe.grpo
-    size = settings.micro_batch_size or 2 * recipe.sft.batch_size
+    size = recipe.stage(stage).micro_batch_size or 2 * recipe.sft.batch_size
     while size > 1:
         size //= 2
         yield {f"{stage}.micro_batch_size": size}
-    slots = recipe.grpo.rollout_batch_size if stage == "grpo" else 1
+    slots: int = getattr(recipe.stage(stage), "rollout_batch_size", 1)
     while slots > 8:
         slots //= 2
-        yield {"grpo.rollout_batch_size": slots}
+        yield {f"{stage}.rollout_batch_size": slots}
+    for steps in range(recipe.sft.latent_steps - 1, 0, -1) if stage == "sft" else ():
+        yield {"sft.latent_steps": steps}
     if recipe.lora.rank == 0:
         yield {"lora.rank": 32, "dtype": "bfloat16"}
 
@@ -257,11 +254,18 @@ class Work:
         if self.job.stage == "sft":
             queries, passes = recipe.sft.batch_size, passes + recipe.sft.cached
             documents = {"documents": (self.job.batch_documents * document, document, passes)}
+            steps = recipe.sft.latent_steps  # the prompt, and again with each soft token
+            latent = {"latent": (queries * (prompt + steps * (prompt + 1) + sum(range(1, steps + 1))), prompt, passes)}
             return {
                 "direct": (queries * prompt, prompt, passes),
                 "reasoned": (queries * reply, reply, passes),
                 **(documents if self.job.moves else {}),
+                **(latent if steps else {}),
             }
+        if self.job.stage == "distill":
+            queries = self.job.step_queries
+            held = {"replies": (queries * reply, reply, passes)} if recipe.distill.hold_weight > 0 else {}
+            return {"direct": (queries * prompt, prompt, passes), **held}
         settings = recipe.grpo
         queries, rollouts = settings.queries_per_step, settings.queries_per_step * settings.group_size
         direct = {"direct": (settings.num_iterations * queries * prompt, prompt, passes)}
@@ -336,9 +340,22 @@ class Work:
         times, lengths = 2 if self.job.recipe.lora.rank else 3, self.job.lengths
         if self.job.stage == "sft":
             prompt = lengths.query + lengths.template if self.job.has_reference else 0
-            return times * self.job.recipe.sft.batch_size * (lengths.reasoning + DIRECT_REPLY + prompt)
+            said = lengths.reasoning + DIRECT_REPLY + self.job.recipe.sft.latent_steps
+            return times * self.job.step_queries * (said + prompt)
+        if self.job.stage == "distill":
+            return times * self.job.step_queries * lengths.reasoning * (self.job.recipe.distill.hold_weight > 0)
         replies = self.job.recipe.grpo.queries_per_step * self.job.recipe.grpo.group_size * lengths.reasoning
         return replies * (1 + times * self.job.recipe.grpo.num_iterations + self.job.has_reference)
+
+    def teacher_seconds(self, speed: Speed) -> dict[str, float]:
+        """Of the replies that a distillation learns from, which are made once."""
+        if self.job.stage != "distill":
+            return {}
+        prompt = self.job.lengths.query + self.job.lengths.template
+        decoded = self.job.queries * self.job.recipe.distill.samples * self.job.lengths.reasoning
+        if speed.decoded_per_second is not None:
+            return {"teacher": decoded / speed.decoded_per_second}
+        return {"teacher": decoded * self.forward(2 * prompt + self.job.lengths.reasoning) / self.rate(speed)}
 
     def rate(self, speed: Speed) -> float:
         """FLOP per second of all GPUs together."""

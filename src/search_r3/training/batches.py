@@ -315,10 +315,12 @@ def _pad_words(words: Sequence[Sequence[Mapping[int, float]]], device: torch.dev
     """The words of each sequence's soft tokens as tensors; None where there are no soft tokens."""
     if not words[0]:
         return None
-    width = max(1, *(len(one) for row in words for one in row))
+    width = max(len(one) for row in words for one in row)
     ids = [[[*one, *[0] * (width - len(one))] for one in row] for row in words]
     weights = [[[*one.values(), *[0.0] * (width - len(one))] for one in row] for row in words]
-    return Words(torch.tensor(ids, device=device), torch.tensor(weights, dtype=torch.float32, device=device))
+    return Words(
+        torch.tensor(ids, dtype=torch.long, device=device), torch.tensor(weights, dtype=torch.float32, device=device)
+    )
 
 
 def check_dimensions(dimension: int, settings: SFTSettings) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -15,6 +16,7 @@ from search_r3.evaluation.benchmark import EvaluationOptions, evaluate
 from search_r3.evaluation.frontier.curves import area, at_cost, upper_edge
 from search_r3.evaluation.frontier.points import Pair, Point, points_of
 from search_r3.evaluation.frontier.record import frontier, markdown, read_frontier, write_frontier
+from search_r3.evaluation.report import plots
 from search_r3.evaluation.report.page import default_pair, write_page
 from search_r3.evaluation.results import Result
 from search_r3.evaluation.systems import Effort, EncodedCollections, SearchR3System
@@ -121,6 +123,21 @@ def test_other_models_join_the_points() -> None:
     [split] = frontier(results, 100, 0)
     assert "direct/distilled" in split["areas"]["tokens"]
     assert points_of(results[1:]) is None and frontier([results[0]], 100, 0) == []
+
+
+def test_a_picture_tells_models_by_markers_and_ways_to_think_by_colours(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    results = [make_result("direct/a", mode="direct", quality=0.3), make_result("reason/a")]
+    results += [make_result("direct/b", mode="direct", quality=0.5), make_result("direct/c", mode="direct")]
+    legends: list[tuple[Any, ...]] = []
+    monkeypatch.setattr(plots, "_legend", lambda _, *given: legends.append(given))
+    for some in (results, results[:2]):
+        assert plots.plot_frontier(frontier(some, 100, 0), tmp_path / "frontier.png")
+    (colours, markers), (_, none) = legends
+    assert {*colours} == {"direct", "reason", "oracle"} and len({*colours.values()}) == 3
+    assert {*markers} == {"a", "b", "c"} and len({*markers.values()}) == 3
+    assert none == {}, "of one model colours say it all"
 
 
 def test_it_is_written_read_and_shown(results: list[Result], tmp_path: Path) -> None:

@@ -139,10 +139,35 @@ def test_what_soft_tokens_say_is_measured_before_each_of_them(changed: Backbone)
     ids, mask = pad(prompts, changed.tokenizer.pad_token_id, changed.device)
     words = some_words(3, 2)
     _, said = think(changed, ids, mask, words, needs_mask=False)
+    assert said is not None
     for row, prompt in enumerate(prompts):
         for step, logits in enumerate(logits_by_hand(changed, prompt, 2)):
             each = torch.log_softmax(logits[0], -1)[words.ids[row, step]] * words.weights[row, step]
             torch.testing.assert_close(said[row, step], each.sum(), atol=1e-5, rtol=1e-5)
+
+
+def test_nothing_is_kept_of_words_that_are_not_asked_for(backbone: Backbone) -> None:
+    prompts = [backbone.prompt_encoder.encode(text, "latent").ids for text in TEXTS]
+    ids, mask = pad(prompts, backbone.tokenizer.pad_token_id, backbone.device)
+    none = Words(ids.new_empty(3, 2, 0), torch.empty(3, 2, 0))
+
+    def compute(words: Words) -> tuple[torch.Tensor, torch.Tensor | None, int]:
+        kept: dict[int, int] = {}
+
+        def pack(tensor: torch.Tensor) -> torch.Tensor:
+            kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+            vectors, said = think(backbone, ids, mask, words, needs_mask=False)
+        return vectors, said, sum(kept.values())
+
+    vectors, said, kept = compute(some_words(3, 2))
+    without, nothing, fewer = compute(none)
+    assert said is not None and nothing is None
+    assert torch.equal(vectors, without)
+    logits = 4 * 3 * 2 * backbone.causal_lm.config.vocab_size
+    assert logits <= kept - fewer < 1.2 * logits
 
 
 def test_gradients_go_through_all_soft_tokens(tmp_path: Path, tokenizer: Any) -> None:

@@ -22,7 +22,7 @@ from search_r3.data.collection import Collection
 from search_r3.data.triples import training_examples
 from search_r3.model.encoder import SearchR3
 from search_r3.model.engine.decoding import Rollout
-from search_r3.planning import memory
+from search_r3.planning import footprint, memory
 from search_r3.planning.footprint import Job, Lengths
 from search_r3.planning.memory import (
     Pass,
@@ -33,9 +33,13 @@ from search_r3.planning.memory import (
     kept_activations,
 )
 from search_r3.planning.shape import ModelShape, shape_of
+from search_r3.retrieval.index import ExactIndex
+from search_r3.sections import DistillSettings
 from search_r3.training import grpo, policy, sft
 from search_r3.training.batches import make_batch
 from search_r3.training.engine import Engine, make_engine
+from search_r3.training.modes.distill import Course
+from search_r3.training.modes.teacher import BLOCK, Lesson
 from tests.conftest import save_model
 
 GROUPED = ModelShape(300, 64, 3, 4, 2, 16, 160, tied=True)
@@ -248,6 +252,10 @@ def in_chunks(monkeypatch: pytest.MonkeyPatch, positions: int) -> None:
         {"sft": {"micro_batch_size": 6, "kl_weight": 1.0}, "mixed_precision": "bf16"},
         {"sft": {"micro_batch_size": 6, "kl_weight": 0.0}, "gradient_checkpointing": True},
         {"sft": {"micro_batch_size": 6, "kl_weight": 1.0}, "lora": {"rank": 4}, "dtype": "bfloat16"},
+        {"sft": {"micro_batch_size": 6, "latent_steps": 3}},
+        {"sft": {"micro_batch_size": None, "latent_steps": 1, "latent_objective": "gircse"}},
+        {"sft": {"micro_batch_size": 6, "latent_steps": 2, "documents": "frozen"}, "mixed_precision": "bf16"},
+        {"sft": {"micro_batch_size": 6, "latent_steps": 3}, "lora": {"rank": 4}, "dtype": "bfloat16"},
     ],
 )
 def test_a_step_of_stage_1_takes_what_the_plan_says(
@@ -267,6 +275,53 @@ def test_a_step_of_stage_1_takes_what_the_plan_says(
     assert sum(weights.values()) == pytest.approx(resident["weights"], rel=0.02)
     moments = [value for state in engine.optimizer.state.values() for value in state.values() if value.numel() > 1]
     assert sum(value.nbytes for value in moments) == pytest.approx(resident["optimizer"], rel=0.01)
+
+
+@pytest.mark.parametrize("mixed", ["no", "bf16"])
+def test_gradients_of_weights_that_several_passes_share_wait_for_the_last_of_them(
+    collection: Collection, tmp_path: Path, tokenizer: Any, mixed: str
+) -> None:
+    shape = replace(GROUPED, hidden=128, head_size=32, intermediate=1024, layers=4, vocabulary=len(tokenizer) + 8)
+    path = save_model(tmp_path / "qwen2", tokenizer, build(shape))
+    settings, more = (
+        {"micro_batch_size": 2, "batch_size": 4},
+        {"gradient_checkpointing": True, "mixed_precision": mixed},
+    )
+    job, step, _ = stage_1(path, collection, tmp_path, sft=settings | {"latent_steps": 3}, **more)
+    step()
+    assert allocated(step)[0] == pytest.approx(trained(job), rel=0.15)
+    assert job.training()["waiting gradients"] > 0.3 * trained(job)
+    job, _, _ = stage_1(path, collection, tmp_path, sft=settings, **more)
+    assert not job.training().get("waiting gradients"), "each pass has a graph of its own"
+
+
+@pytest.mark.parametrize("size", [3, 12])
+def test_a_step_of_a_distillation_takes_what_the_plan_says(
+    larger: Path, collection: Collection, tmp_path: Path, size: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    in_chunks(monkeypatch, 10_000)
+    assert footprint.TEACHER_QUERIES == BLOCK
+    settings = DistillSettings(batch_size=12, depth=5, micro_batch_size=size)
+    recipe = Recipe(run_dir=str(tmp_path), max_length=120, max_new_tokens=24, distill=settings)
+    model = SearchR3(larger, device="cpu")
+    prompt = model.backbone.prompt_encoder.encode("where is the red house?", "reason").ids
+    vectors = torch.nn.functional.normalize(torch.randn(40, 64), dim=-1)
+    reply = [7] * 23 + [model.backbone.embed_token_id]
+    lessons = [
+        Lesson(query, vectors[0], [Rollout(prompt, reply, [1] * 24, [-5.0] * 24, vectors[1], "")])
+        for query in list(collection.queries.values())[:12]
+    ]
+    engine = make_engine(model, recipe, settings)
+    index = ExactIndex(list(collection.documents), vectors.numpy())
+    course = Course(model, engine, collection, index, lessons, settings, 0)
+    lengths = Lengths(longest_query=len(prompt), longest_reasoning=24, template=0)
+    job = Job(recipe, shape_at(model), "distill", 1, "single", 40, lengths)
+
+    def step() -> None:
+        course.compute_gradients(course.batch(0))
+
+    step()
+    assert allocated(step)[0] == pytest.approx(trained(job), rel=0.15)
 
 
 @pytest.mark.parametrize(("mixed", "chunk"), [("no", 10_000), ("bf16", 10_000), ("no", 100)])

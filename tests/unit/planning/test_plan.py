@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -215,6 +216,67 @@ def test_the_pathwise_terms_cost_direct_passes_and_the_best_documents() -> None:
     rollouts, documents = grpo.micro_batch_size, grpo.micro_batch_size * 51
     assert found.phases["train"]["nearest documents"] == 4 * documents * (1536 + 4 * rollouts)
     assert "nearest documents" not in without.phases["train"]
+
+
+def test_soft_tokens_cost_a_pass_each_and_their_probabilities() -> None:
+    lengths = Lengths(query=20, template=10, reasoning=50)
+
+    def planned(steps: int, **settings: Any) -> Any:
+        section = {"micro_batch_size": 8, "latent_steps": steps, **settings}
+        recipe = Recipe.model_validate(LARGE.model_dump() | {"max_length": 512, "sft": section})
+        return plan(recipe, "sft", gpus=1, lengths=lengths)
+
+    plans = [planned(steps) for steps in range(5)]
+    train = [one.phases["train"] for one in plans]
+    assert all(sum(two.values()) > sum(one.values()) for one, two in pairwise(train))
+    assert plans[4].peak > plans[3].peak > plans[0].peak, "of few soft tokens AdamW's step is the peak"
+    assert "soft tokens" not in train[0] and "latent" not in plans[0].tokens
+    # Float32 probabilities, their copies in bfloat16, log-probabilities; and the table's copy.
+    assert train[3]["soft tokens"] == 3 * (8 * 151_936 * (4 + 2 + 4) + 2 * SHAPES[LARGE.base].table)
+    others = [planned(3, latent_objective=name).phases["train"]["soft tokens"] for name in ("gircse", "laser")]
+    assert others == [train[3]["soft tokens"] - 3 * 8 * 151_936 * 4] * 2, "nothing is said"
+    assert plans[3].tokens["latent"] == 24 * (30 + 32 + 33 + 34)
+    assert plans[3].flops["logits"] > plans[0].flops["logits"]
+
+
+def test_soft_tokens_that_do_not_fit_are_fewer_in_what_is_suggested() -> None:
+    given = ["base=Qwen/Qwen2.5-1.5B-Instruct", "mixed_precision=bf16", "sft.latent_steps=60"]
+    recipe = load_recipe(None, given)
+    # Weights, moments and gradients take nearly all of it.
+    assert not plan(recipe, "sft", gpus=1).fits(40e9)
+    change = suggest(recipe, "sft", 40e9, gpus=1)
+    (steps,) = (int(one.partition("=")[2]) for one in change.split() if one.startswith("sft.latent_steps="))
+    assert 1 <= steps < 60 and "lora" not in change
+    assert plan(load_recipe(None, [*given, *change.split()]), "sft", gpus=1).fits(40e9)
+    one_more = [*given, *change.split(), f"sft.latent_steps={steps + 1}"]
+    assert not plan(load_recipe(None, one_more), "sft", gpus=1).fits(40e9)
+
+
+def test_a_distillation_computes_queries_alone_and_says_what_it_counts() -> None:
+    lengths = Lengths(query=20, document=100, reasoning=50, template=10)
+    sections = {"sft": {"batch_size": 48, "micro_batch_size": 48}, "distill": {"micro_batch_size": 48, "samples": 2}}
+    recipe = Recipe.model_validate(LARGE.model_dump() | {"max_length": 512, **sections})
+    given = {"gpus": 1, "documents": 50_000, "lengths": lengths, "speed": Speed(decoded_per_second=1_000)}
+    first, found = plan(recipe, "sft", **given), plan(recipe, "distill", queries=2_000, **given)
+    assert found.peak < first.peak
+    assert found.tokens == {"direct": 48 * 30, "replies": 48 * 80}
+    assert found.phases.keys() == {"load", "rollouts", "documents", "train", "optimizer"}
+    assert found.phases["train"]["best documents"] == 4 * 48 * 50 * (1_536 + 6 * 48)
+    assert found.host["index"] == 4 * 50_000 * 1_536
+    assert found.host["teacher"] == 2_000 * (2 * (4 * 1_536 + 52 * 80) + 4 * 1_536)
+    assert found.start_seconds.keys() == {"encoding", "tokenizing", "teacher"}
+    assert found.start_seconds["teacher"] == pytest.approx(2_000 * 2 * 50 / 1_000)
+    assert found.seconds["search"] == pytest.approx(2 * 50_000 * 1_536 * 48 / (8 * 0.03e12))
+    assert found.steps == recipe.distill.steps
+    bare = recipe.distill.model_copy(update={"hold_weight": 0.0, "target": "vector"})
+    fewer = plan(recipe.model_copy(update={"distill": bare}), "distill", **given)
+    assert fewer.tokens == {"direct": 48 * 30} and fewer.peak <= found.peak
+    assert "best documents" not in fewer.phases["train"] and "search" not in fewer.seconds
+    with pytest.raises(ConfigError, match=r"distill.batch_size = 48 cannot be shared by 64 GPUs"):
+        plan(recipe, "distill", gpus=64)
+    large = recipe.distill.model_copy(update={"batch_size": 2048, "micro_batch_size": 2048})
+    change = suggest(recipe.model_copy(update={"distill": large}), "distill", 40e9, gpus=1)
+    assert change.startswith("distill.micro_batch_size=")
 
 
 def test_replies_of_a_server_are_read_and_not_decoded() -> None:

@@ -138,29 +138,37 @@ def _milliseconds(result: Result) -> float:
 
 
 def plot_frontier(frontiers: Sequence[Mapping[str, Any]], path: Path) -> bool:
-    """Quality against tokens and against milliseconds, a row for each split; a line through the edge of mode auto."""
+    """Quality against tokens and against milliseconds, a row for each split; a line through the edge of mode auto.
+
+    A colour is a way to think; so is a marker, or, where there are several models, the model.
+    """
     if not frontiers:
         return False
     figure, grid = _figure(len(frontiers), 2, width=10.0, height=3.6 if len(frontiers) == 1 else 3.0)
     families = dict.fromkeys(point["family"] for split in frontiers for point in split["points"])
+    ways = list(dict.fromkeys(family.partition("/")[0] for family in families))
+    models = list(dict.fromkeys(family.partition("/")[2] for family in families))
     greens = iter(cycle(COLOURS[""]))
     named = {"direct": COLOURS["direct"][0], "reason": COLOURS["reason"][0], "budget": COLOURS["reason"][1]}
     named |= {"samples": COLOURS["reason"][2], "oracle": COLOURS["bm25"][0]}
-    colours = {family: named.get(family) or next(greens) for family in families}
+    colours = {way: named.get(way) or next(greens) for way in ways}
+    markers = dict(zip(models if len(models) > 1 else ways, cycle(MARKERS), strict=False))
     keys = ("tokens_per_query", "tokens of reasoning per query"), ("ms_per_query", "milliseconds per query")
     for row, split in enumerate(frontiers):
         for axes, (key, label) in zip(grid[2 * row : 2 * row + 2], keys, strict=True):
             known = [point for point in split["points"] if point[key] is not None]
-            for i, family in enumerate(families):
+            for family in families:
                 at = [(point[key], point[MAIN]) for point in known if point["family"] == family]
                 if at:
-                    x, y = zip(*at, strict=True)
-                    axes.scatter(x, y, 42, colours[family], marker=MARKERS[i % len(MARKERS)], zorder=3)
+                    (x, y), (way, _, model) = zip(*at, strict=True), family.partition("/")
+                    marker = markers[model if len(models) > 1 else way]
+                    axes.scatter(x, y, 42, colours[way], marker=marker, zorder=3)
             line = [(one[key], one[MAIN]) for one in known if one["family"] in ("direct", "auto", "reason")]
             if len(line) > 1:
                 axes.plot(*zip(*upper_edge(line), strict=True), color=_ink(), linewidth=1)
             axes.set(xlabel=label, ylabel="nDCG@10", title=f"{split['collection']} / {split['split']}")
-    _legend(figure, colours)
+    first = frontiers[0]["direct"].partition("/")[2] or "the first model"
+    _legend(figure, colours, {name or first: markers[name] for name in models} if len(models) > 1 else {})
     return _save(figure, path)
 
 
@@ -281,13 +289,16 @@ def _ink() -> Any:
     return rcParams["text.color"]
 
 
-def _legend(figure: Figure, colours: Mapping[str, str]) -> None:
-    """Systems and their colours above all fields, in as many columns as the width has room for."""
+def _legend(figure: Figure, colours: Mapping[str, str], markers: Mapping[str, str] | None = None) -> None:
+    """Systems and their colours, models and their markers above all fields, in as many columns as there is room for."""
     with extra("eval"):
+        from matplotlib.lines import Line2D
         from matplotlib.patches import Patch
 
-    handles = [Patch(color=colour, label=name) for name, colour in colours.items()]
-    inches = 0.08 * max(map(len, colours)) + 0.7
+    handles: list[Patch | Line2D] = [Patch(color=colour, label=name) for name, colour in colours.items()]
+    ink = {"color": _ink(), "linestyle": ""}
+    handles += [Line2D([], [], marker=marker, label=name, **ink) for name, marker in (markers or {}).items()]
+    inches = 0.08 * max(map(len, [*colours, *(markers or {})])) + 0.7
     columns = max(1, min(len(handles), int(figure.get_figwidth() / inches)))
     figure.legend(handles=handles, loc="outside upper center", ncols=columns, frameon=False, fontsize=9)
 

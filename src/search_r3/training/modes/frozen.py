@@ -33,12 +33,23 @@ def keeps_documents(recipe: Recipe, stage: str) -> bool:
 def frozen_documents(model: SearchR3, collection: Collection, kept: Path, engine: Engine) -> ExactIndex:
     """The documents as the model encodes them, by all processes together.
 
+    What encodes them alone is given back then: no step computes a document, and a stage writes its files as they were.
+
     Args:
         model: as the stage begins with it.
         collection: holds them.
         kept: a folder of the run, where they are kept for a run that goes on.
         engine: around the model.
     """
+    index = _encoded(model, collection, kept, engine)
+    queries, side = model.backbone.model, model.backbone.documents
+    shared = {id(one) for one in queries.parameters()}  # weights under adapters
+    if side is not None and not any(id(one) in shared for one in side.model.parameters()):
+        side.model.to("meta")
+    return index
+
+
+def _encoded(model: SearchR3, collection: Collection, kept: Path, engine: Engine) -> ExactIndex:
     communicator, texts = engine.communicator, collection.texts()
     key = key_hash({"model": model.backbone.revision, "collection": collection.content_hash()})
     folder = kept / f"documents-{key}"

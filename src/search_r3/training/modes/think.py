@@ -19,13 +19,18 @@ from ...model.engine.latent import soft_tokens
 
 
 class Words(NamedTuple):
-    """What soft tokens are to say: `ids` of tokens and their `weights`, each `B x K x W`; a weight of 0 is padding."""
+    """What soft tokens are to say: `ids` of tokens and their `weights`, each `B x K x W`; a weight of 0 is padding.
+
+    `W` is 0 where they are to say nothing.
+    """
 
     ids: Tensor
     weights: Tensor
 
 
-def think(backbone: Backbone, ids: Tensor, mask: Tensor, words: Words, needs_mask: bool) -> tuple[Tensor, Tensor]:
+def think(
+    backbone: Backbone, ids: Tensor, mask: Tensor, words: Words, needs_mask: bool
+) -> tuple[Tensor, Tensor | None]:
     """Vectors after each number of soft tokens, with gradients through all of them, and how well these say their words.
 
     Args:
@@ -36,7 +41,8 @@ def think(backbone: Backbone, ids: Tensor, mask: Tensor, words: Words, needs_mas
         needs_mask: whether the model looks ahead.
 
     Returns:
-        The vectors, `B x K x D`, float32, L2-normalised; the weighted sums of the words' log-probabilities, `B x K`.
+        The vectors, `B x K x D`, float32, L2-normalised; the weighted sums of the words' log-probabilities, `B x K`, or
+        None where there are no words.
     """
     table = backbone.causal_lm.get_input_embeddings()
     rows, ends, steps = torch.arange(len(ids), device=ids.device), mask.sum(-1), words.ids.shape[1]
@@ -56,9 +62,10 @@ def think(backbone: Backbone, ids: Tensor, mask: Tensor, words: Words, needs_mas
         if step and needs_mask:
             hidden = states(step)  # the soft token's state has seen the embed token behind it
         logits = backbone.logits(hidden[rows, ends + step - 1])
-        logprobs = torch.log_softmax(logits, dim=-1).gather(-1, words.ids[:, step])  # B x W
-        said.append((logprobs * words.weights[:, step]).sum(-1))
+        if words.ids.shape[-1]:  # else one more B x V would be kept for the backward pass
+            logprobs = torch.log_softmax(logits, dim=-1).gather(-1, words.ids[:, step])  # B x W
+            said.append((logprobs * words.weights[:, step]).sum(-1))
         inputs = inputs.index_put((rows, ends + step), soft_tokens(backbone, logits).to(inputs))
         hidden = states(step + 2)
         vectors.append(vectors_at(hidden, ends + step + 1))
-    return torch.stack(vectors, dim=1), torch.stack(said, dim=1)
+    return torch.stack(vectors, dim=1), torch.stack(said, dim=1) if said else None
