@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -108,3 +109,13 @@ def test_neither_are_other_weights_nor_another_instruction(
         for parameter in model.backbone.model.parameters():
             parameter.copy_(parameter.bfloat16())
     assert EncodedCollections(model, tmp_path).index(collection)[1] is not None
+
+
+def test_nor_weights_that_are_computed_with_otherwise(
+    models: dict[str, str], collection: Collection, tmp_path: Path
+) -> None:
+    other = shutil.copytree(models["first"], tmp_path / "other")
+    config = json.loads((other / "config.json").read_text())
+    (other / "config.json").write_text(json.dumps(config | {"rms_norm_eps": 1e-2}))
+    EncodedCollections(SearchR3(models["first"], device="cpu"), tmp_path).index(collection)
+    assert EncodedCollections(SearchR3(other, device="cpu"), tmp_path).index(collection)[1] is not None

@@ -78,6 +78,15 @@ def test_one_changed_weight_is_another_model_and_other_precision_is_not(made: Fi
     assert made.difference(Fingerprint.of(SearchR3(model.backbone))) is not None
 
 
+def test_a_single_number_counts_as_other_weights_do(made: Fingerprint, path: Path) -> None:
+    model = SearchR3(path)
+    layer = model.backbone.causal_lm.base_model.layers[0]
+    layer.register_buffer("scale", torch.tensor(1.0))  # as quantised layers have them
+    one = Fingerprint.of(model)
+    layer.scale += 1
+    assert len({one.weights, Fingerprint.of(model).weights, made.weights}) == 3
+
+
 def test_the_output_layer_is_no_part_of_it(made: Fingerprint, path: Path) -> None:
     model = SearchR3(path)
     layer = model.backbone.model.get_output_embeddings()

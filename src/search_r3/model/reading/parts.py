@@ -16,7 +16,6 @@ from ..source import CONFIG, TOKENIZER, ModelFiles, check_whole
 from .unpacked import Unpacked
 
 _OF_SAVING = ("_name_or_path", "architectures", "dtype", "transformers_version")
-"""Of a configuration, what depends on where it was saved, and by what."""
 
 
 def load_tokenizer(files: ModelFiles, more: Mapping[str, Any]) -> Any:
@@ -162,12 +161,13 @@ def _write_model(model: Any, folder: Path) -> None:
     model.save_pretrained(folder)
     kinds = (transformers.AutoConfig, model.config), (transformers.GenerationConfig, model.generation_config)
     for kind, own in kinds:
-        facts = [one.to_dict() for one in (own, kind.from_pretrained(folder))]
-        for one in facts:
-            for name in _OF_SAVING:
-                one.pop(name, None)
-        if facts[0] != facts[1]:
+        if config_facts(own) != config_facts(kind.from_pretrained(folder)):
             raise ModelError("transformers would read another configuration than it wrote")
+
+
+def config_facts(config: Any) -> dict[str, Any]:
+    """A configuration without what depends on where it was saved, and by what."""
+    return {name: value for name, value in config.to_dict().items() if name not in _OF_SAVING}
 
 
 @contextmanager

@@ -19,7 +19,6 @@ import numpy as np
 from pydantic import BaseModel, ConfigDict, Field
 
 from ...errors import StoreError
-from ...files import hash_file
 from ...types import Array
 
 if TYPE_CHECKING:
@@ -124,13 +123,17 @@ class Fingerprint(BaseModel):
 def documents_key(model: SearchR3, instruction: str = "") -> str:
     """A name (hex) for document vectors: one for models that differ in nothing but what encodes queries.
 
-    Where a fingerprint lets vectors be compared, this says that they are the same: weights count to the last bit, and
-    all of the tokenizer.
+    Where a fingerprint lets vectors be compared, this says that they are the same: weights count to the last bit, what
+    the configuration says of computing with them, and all of the tokenizer.
     """
+    from ...model.reading.parts import config_facts
+
     side = model.backbone.document_side
     tokenizer = json.loads(side.tokenizer.backend_tokenizer.to_str()) | {"truncation": None, "padding": None}
     facts = _facts(model, instruction) | {"weights": _digest(side, rounded=False), "tokenizer": tokenizer}
-    return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
+    if side.engine != "llama.cpp":  # whose file says it
+        facts["config"] = config_facts(side.causal_lm.config)
+    return hashlib.sha256(json.dumps(facts, sort_keys=True, default=str).encode()).hexdigest()
 
 
 def _facts(model: SearchR3, instruction: str) -> dict[str, Any]:
@@ -158,13 +161,13 @@ def _digest(side: Backbone, rounded: bool = True) -> str:
 
     if side.engine == "llama.cpp":  # of which nobody sees the weights but in their file; that for queries is another
         assert side.files is not None
-        return hash_file(side.files.folder / str(side.files.gguf))
+        return side.files.digest
 
     def digest(item: tuple[str, Any]) -> str:
         name, tensor = item
         value = tensor.detach()
-        value = value.to("cpu", torch.bfloat16 if rounded and value.is_floating_point() else None).contiguous()
-        return f"{name} {tuple(value.shape)} {hashlib.sha256(value.view(torch.uint8).numpy()).hexdigest()}"
+        value = value.to("cpu", torch.bfloat16 if rounded and value.is_floating_point() else None).flatten().contiguous()
+        return f"{name} {tuple(tensor.shape)} {hashlib.sha256(value.view(torch.uint8).numpy()).hexdigest()}"
 
     with ThreadPoolExecutor(8) as pool:  # hashing large buffers leaves Python's lock
         lines = pool.map(digest, sorted(side.causal_lm.base_model.state_dict().items()))
