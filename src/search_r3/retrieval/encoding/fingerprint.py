@@ -19,6 +19,7 @@ import numpy as np
 from pydantic import BaseModel, ConfigDict, Field
 
 from ...errors import StoreError
+from ...heap import give_back
 from ...types import Array
 
 if TYPE_CHECKING:
@@ -171,4 +172,6 @@ def _digest(side: Backbone, rounded: bool = True) -> str:
 
     with ThreadPoolExecutor(8) as pool:  # hashing large buffers leaves Python's lock
         lines = pool.map(digest, sorted(side.causal_lm.base_model.state_dict().items()))
-        return hashlib.sha256("\n".join(lines).encode()).hexdigest()
+        total = hashlib.sha256("\n".join(lines).encode()).hexdigest()
+    give_back()  # packed weights were unpacked
+    return total
