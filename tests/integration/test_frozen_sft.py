@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import json
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,7 +13,7 @@ import numpy as np
 import pytest
 
 from search_r3.config import load_recipe
-from search_r3.errors import ConfigError
+from search_r3.errors import ConfigError, ModelError
 from search_r3.files import hash_file
 from search_r3.model.encoder import SearchR3
 from search_r3.training.engine import make_engine
@@ -136,16 +138,23 @@ def test_soft_tokens_learn_beside_frozen_documents(trained: Path) -> None:
 def test_weights_of_documents_alone_are_given_back_when_these_are_encoded(
     kind: str, trained: Path, collection: Any, recipe: Callable[..., Any], tmp_path: Path
 ) -> None:
-    settings, model = recipe(tmp_path / "run", trained, *KINDS[kind]), SearchR3(trained, device="cpu")
-    expected = model.encode_document(list(collection.texts().values()))
-    side = model.backbone.documents
-    assert side is not None
-    engine = make_engine(model, settings, settings.distill)
+    settings = recipe(tmp_path / "run", trained, *KINDS[kind])
+    expected = SearchR3(trained, device="cpu").encode_document(list(collection.texts().values()))
     for _ in range(2):  # and where they were encoded before
+        model = SearchR3(trained, device="cpu")
+        assert model.backbone.documents is not None
+        weights = weakref.ref(model.backbone.documents.model.get_output_embeddings())
+        engine = make_engine(model, settings, settings.distill)
         index = frozen_documents(model, collection, tmp_path / "kept", engine)
         np.testing.assert_array_equal(index.vectors_at(index.rows_of(list(collection.documents))), expected)
-    assert all(one.is_meta == (kind == "whole") for one in side.model.parameters())
-    assert not any(one.is_meta for one in model.backbone.model.parameters())
+    gc.collect()
+    assert (weights() is None) == (kind == "whole")
+    model.save_pretrained(tmp_path / "saved")  # as callbacks may
+    for one, other in zip(vectors(tmp_path / "saved"), vectors(trained), strict=True):
+        np.testing.assert_array_equal(one, other)
+    if kind == "whole":
+        with pytest.raises(ModelError, match="was given back when the stage had encoded its own; load the model once"):
+            model.encode_document(TEXTS)
 
 
 @pytest.mark.parametrize("stage", ["sft", "grpo", "distill"])

@@ -166,8 +166,8 @@ def _digest(side: Backbone, rounded: bool = True) -> str:
 
     def digest(item: tuple[str, Any]) -> str:
         name, tensor = item
-        value = tensor.detach()
-        value = value.to("cpu", torch.bfloat16 if rounded and value.is_floating_point() else None).flatten().contiguous()
+        value = tensor.detach().flatten()  # a single number has no bytes to view
+        value = value.to("cpu", torch.bfloat16 if rounded and value.is_floating_point() else None).contiguous()
         return f"{name} {tuple(tensor.shape)} {hashlib.sha256(value.view(torch.uint8).numpy()).hexdigest()}"
 
     with ThreadPoolExecutor(8) as pool:  # hashing large buffers leaves Python's lock

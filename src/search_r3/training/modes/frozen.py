@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import logging
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ...config import Recipe
 from ...data.collection import Collection
-from ...errors import ConfigError
+from ...errors import ConfigError, ModelError
 from ...mining.candidates import key_hash
 from ...model.backbone import Backbone
 from ...model.encoder import SearchR3
@@ -33,7 +34,7 @@ def keeps_documents(recipe: Recipe, stage: str) -> bool:
 def frozen_documents(model: SearchR3, collection: Collection, kept: Path, engine: Engine) -> ExactIndex:
     """The documents as the model encodes them, by all processes together.
 
-    What encodes them alone is given back then: no step computes a document, and a stage writes its files as they were.
+    What encodes them alone is given back then: no step computes a document, and its files are written as they were.
 
     Args:
         model: as the stage begins with it.
@@ -45,8 +46,32 @@ def frozen_documents(model: SearchR3, collection: Collection, kept: Path, engine
     queries, side = model.backbone.model, model.backbone.documents
     shared = {id(one) for one in queries.parameters()}  # weights under adapters
     if side is not None and not any(id(one) in shared for one in side.model.parameters()):
-        side.model.to("meta")
+        assert side.files is not None
+        model.backbone.documents = replace(side, model=_GivenBack(side.files))
     return index
+
+
+class _GivenBack:
+    """In the place of weights that were given back; callbacks, who have the model, may save it, and encode queries."""
+
+    def __init__(self, files: ModelFiles) -> None:
+        self._files = files
+
+    def state_dict(self) -> dict[str, Any]:
+        """Nothing: `save_pretrained` has the files."""
+        return {}
+
+    def save_pretrained(self, folder: Path, **_: Any) -> None:
+        """Write the weights as they were."""
+        self._files.copy_to(folder)
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__"):
+            raise AttributeError(name)
+        raise ModelError(
+            f"what encodes documents in {self._files.name} was given back when the stage had encoded its own; load the "
+            "model once more to encode others"
+        )
 
 
 def _encoded(model: SearchR3, collection: Collection, kept: Path, engine: Engine) -> ExactIndex:
