@@ -11,6 +11,8 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
+from transformers import TrainerCallback
 
 from search_r3.config import load_recipe
 from search_r3.errors import ConfigError, ModelError
@@ -157,18 +159,27 @@ def test_weights_of_documents_alone_are_given_back_when_these_are_encoded(
             model.encode_document(TEXTS)
 
 
+class Side(TrainerCallback):
+    """Looks whether what encodes documents has its weights while a stage trains."""
+
+    def on_step_end(self, *_: Any, model: SearchR3, **__: Any) -> None:
+        assert model.backbone.documents is not None
+        self.has_weights = isinstance(model.backbone.documents.model, torch.nn.Module)
+
+
 @pytest.mark.parametrize("stage", ["sft", "grpo", "distill"])
 def test_a_stage_that_keeps_documents_goes_on_from_a_query_side(
     kind: str, trained: Path, stage_1: Path, recipe: Callable[..., Any], tmp_path: Path, stage: str
 ) -> None:
     more = [*KINDS[kind], "grpo.documents=frozen", "grpo.reward.forced_ranks=true"]
-    settings = recipe(tmp_path / "run", trained, *more)
+    settings, side = recipe(tmp_path / "run", trained, *more), Side()
     if stage == "sft":
-        path = train_sft(settings).model_path
+        path = train_sft(settings, callbacks=[side]).model_path
     elif stage == "grpo":
-        path = train_grpo(settings, model=trained).model_path
+        path = train_grpo(settings, model=trained, callbacks=[side]).model_path
     else:
-        path = train_distill(trained, settings).model_path
+        path = train_distill(trained, settings, callbacks=[side]).model_path
+    assert side.has_weights == (kind == "adapters"), "adapters share them"
     first, before, after = vectors(stage_1), vectors(trained), vectors(path)
     np.testing.assert_array_equal(first[0], after[0])
     for file in ("model.safetensors", "config.json", "tokenizer.json"):

@@ -38,7 +38,7 @@ from .batches import micro_batches
 from .dev import DevSplit
 from .engine import Engine, load_model, make_engine, rates
 from .guard import Guard
-from .modes.frozen import keeps_documents
+from .modes.frozen import give_back_documents, keeps_documents
 from .policy import Tokens
 from .rl.endpoint import find_sampler
 from .rl.pathwise import embedding_loss
@@ -140,6 +140,8 @@ def train_grpo(
                 device=encoder.device if encoder.device.type == "cuda" else "cpu",
                 state=None if checkpoint is None else checkpoint / "environment",
             )
+        if frozen:
+            give_back_documents(encoder)
         guard.save_extra = lambda folder: environment.save(folder / "environment")
         session.begin(encoder, engine, guard, start_step)
         if start_step == 0 and dev is not None:

@@ -34,7 +34,7 @@ def keeps_documents(recipe: Recipe, stage: str) -> bool:
 def frozen_documents(model: SearchR3, collection: Collection, kept: Path, engine: Engine) -> ExactIndex:
     """The documents as the model encodes them, by all processes together.
 
-    What encodes them alone is given back then: no step computes a document, and its files are written as they were.
+    What encodes them alone is given back then.
 
     Args:
         model: as the stage begins with it.
@@ -43,12 +43,17 @@ def frozen_documents(model: SearchR3, collection: Collection, kept: Path, engine
         engine: around the model.
     """
     index = _encoded(model, collection, kept, engine)
+    give_back_documents(model)
+    return index
+
+
+def give_back_documents(model: SearchR3) -> None:
+    """Let go of weights that encode documents alone: no step computes one, and their files are written as they were."""
     queries, side = model.backbone.model, model.backbone.documents
     shared = {id(one) for one in queries.parameters()}  # weights under adapters
     if side is not None and not any(id(one) in shared for one in side.model.parameters()):
         assert side.files is not None
         model.backbone.documents = replace(side, model=_GivenBack(side.files))
-    return index
 
 
 class _GivenBack:
