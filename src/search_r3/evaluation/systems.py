@@ -31,7 +31,7 @@ from ..retrieval.kinds import set_index_type
 from ..retrieval.lexical import Scored
 from ..retrieval.protocol import VectorIndex
 from ..retrieval.ranking import RankRequest, ranked
-from ..retrieval.storage import read_manifest, readable
+from ..retrieval.storage import alone, read_manifest, readable
 from ..types import Array, Progress
 from .instructions import OWN, choose
 from .results import Cost, SystemInfo
@@ -180,17 +180,18 @@ class EncodedCollections(PerCollection[tuple[Index, float | None]]):
             nonlocal started, count
             started, count = time.perf_counter(), total - resume_at
 
-        encode_corpus(
-            self.model,
-            collection.pairs(by_id=True),  # the key is that of the documents in any order
-            self._path(collection),
-            instruction=self.instruction,
-            dtype="float32",
-            on_start=begin,
-            progress=progress,
-        )
-        speed = count / (time.perf_counter() - started) if count else None
-        return set_index_type(self._path(collection), self._type), speed
+        with alone(self._lock(collection)):
+            encode_corpus(
+                self.model,
+                collection.pairs(by_id=True),  # the key is that of the documents in any order
+                self._path(collection),
+                instruction=self.instruction,
+                dtype="float32",
+                on_start=begin,
+                progress=progress,
+            )
+            speed = count / (time.perf_counter() - started) if count else None
+            return set_index_type(self._path(collection), self._type), speed
 
     def truncated_documents(self, collection: Collection) -> int:
         """The documents of the collection that are longer than the model's `max_length`."""
@@ -202,8 +203,10 @@ class EncodedCollections(PerCollection[tuple[Index, float | None]]):
     def forget(self, collection: Collection) -> None:
         """Remove what is on the disk of a collection whose results are complete."""
         self._last = None
-        if self._folder is not None:
-            shutil.rmtree(self._path(collection), ignore_errors=True)
+        if self._folder is not None and self._folder.is_dir():
+            with alone(lock := self._lock(collection)):
+                shutil.rmtree(self._path(collection), ignore_errors=True)
+                lock.unlink(missing_ok=True)
 
     @cached_property  # hashing reads all weights
     def _key(self) -> str:
@@ -212,6 +215,10 @@ class EncodedCollections(PerCollection[tuple[Index, float | None]]):
     def _path(self, collection: Collection) -> Path:
         assert self._folder is not None
         return self._folder / f"{self._key[:16]}-{collection.content_hash()[:12]}"
+
+    def _lock(self, collection: Collection) -> Path:
+        """Held while files come or go: an evaluation of another model may share them at the same time."""
+        return self._path(collection).with_suffix(".lock")
 
 
 @dataclass(frozen=True)

@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-from contextlib import ExitStack
 from pathlib import Path
 from typing import Literal
-
-from filelock import FileLock
 
 from . import storage
 from .approximate import ApproximateIndex
@@ -48,9 +45,7 @@ def set_index_type(folder: str | Path, index_type: IndexType) -> ExactIndex | Ap
     folder = Path(folder)
     if _has(index := open_index(folder), index_type):
         return index
-    with ExitStack() as lock:
-        with storage.writable(folder):
-            lock.enter_context(FileLock(folder / ".index.lock"))
+    with storage.alone(folder / ".index.lock"):
         # Who was at it before, as another shard of the same corpus, may have done it.
         return index if _has(index := open_index(folder), index_type) else _change(folder, index)
 

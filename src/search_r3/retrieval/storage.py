@@ -13,13 +13,14 @@ import os
 import re
 import secrets
 from collections.abc import Callable, Iterator, Mapping, Sequence, Set
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, BinaryIO
 
 import numpy as np
 import torch
+from filelock import FileLock
 from numpy.typing import NDArray
 
 from ..errors import VectorIndexError
@@ -121,6 +122,20 @@ def writable(folder: Path) -> Iterator[None]:
             f"cannot save the index to {folder}: {error.strerror or error}; the state saved there before is unchanged; "
             "free some space and try again, or choose another folder"
         ) from error
+
+
+@contextmanager
+def alone(lock: Path) -> Iterator[None]:
+    """Wait until no other process holds a lock file, and hold it.
+
+    Raises:
+        VectorIndexError: the disk refuses.
+    """
+    with ExitStack() as held:
+        with writable(lock.parent):
+            lock.parent.mkdir(parents=True, exist_ok=True)
+            held.enter_context(FileLock(lock))
+        yield
 
 
 @contextmanager

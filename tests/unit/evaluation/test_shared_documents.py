@@ -6,6 +6,7 @@ import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from threading import Thread
 from typing import Any
 
 import pytest
@@ -70,6 +71,24 @@ def test_vectors_that_a_stopped_call_left_are_those_of_the_other_model(
     results += run_plan(plan({"": models["second"]}, collection_path), tmp_path)
     assert [count for count in encoded if count > 1] == [40]
     assert scores(results) == {name: one for name, one in separate.items() if name != "test/first"}
+
+
+def test_two_evaluations_at_one_time_take_nothing_from_each_other(
+    models: dict[str, str], collection: Collection, tmp_path: Path
+) -> None:
+    first, second = (EncodedCollections(SearchR3(models[name], device="cpu"), tmp_path) for name in models)
+    other = Thread(target=first.forget, args=(collection,))  # as the first one does when it is done
+
+    def during(*_: int) -> None:
+        if not other.ident:
+            other.start()
+            other.join(0.2)  # it has to wait
+
+    index, _ = second.index(collection, during)
+    other.join()
+    assert not list(tmp_path.iterdir())
+    [doc_ids] = index.search(second.model.encode_query(["where is the red house?"], "direct").vectors, 40).doc_ids
+    assert set(doc_ids) == collection.documents.keys(), "what it has opened stays"
 
 
 def reword(field: str) -> Callable[[str], SearchR3]:
