@@ -75,6 +75,7 @@ def fit(
             "base: builtin, which knows little but atlas and shows that all runs; base=smol or another is a better one"
         )
     find_files(settings.base)  # a base that is not there fails first
+    make_communicator()  # from here on an error of one process ends all
     _claim(settings, ("sft", "grpo") if rl else ("sft",), resume)
     _prepare(pairs, data, settings, shares)
     with console.live() as live:
@@ -158,14 +159,13 @@ def _prepare(path: Path, data: Pairs, settings: Recipe, shares: Mapping[str, flo
             "those, or another --out"
         )
 
-    communicator = make_communicator()  # before the work: an error in it ends all
     if first_process():
         write_json(record_path, record | {"source": str(path)})
         if not folder.exists() and "negative" in data.columns:
             data.collection.save(folder)
         elif not folder.exists():
             _mine(data, folder)
-    communicator.barrier()
+    make_communicator().barrier()
 
 
 def _mine(data: Pairs, folder: Path) -> None:
