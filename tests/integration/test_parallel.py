@@ -241,9 +241,9 @@ def test_a_program_may_meet_the_others_twice_and_end_as_it_likes(tmp_path: Path)
 
 
 def test_processes_that_cannot_meet_are_told_so(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in ("MASTER_ADDR", "RANK", "LOCAL_RANK"):
-        monkeypatch.delenv(name, raising=False)
-    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.delenv("MASTER_ADDR", raising=False)
+    for name, value in {"WORLD_SIZE": "2", "RANK": "0", "LOCAL_RANK": "0"}.items():
+        monkeypatch.setenv(name, value)
     [ended] = run("from search_r3.parallel import make_communicator; make_communicator()", [[]], timeout=60)
     assert "RunError: WORLD_SIZE=2 says that this process is one of several, but they could not meet" in ended.stderr
     assert "MASTER_ADDR" in ended.stderr and "without WORLD_SIZE" in ended.stderr
