@@ -13,8 +13,8 @@ end at their next barrier, with that error's words.
 
 from __future__ import annotations
 
+import atexit
 import contextlib
-import functools
 import itertools
 import os
 import sys
@@ -41,6 +41,8 @@ LINGER = timedelta(seconds=5)
 """How long the first process stays at most, with the store that it may keep, for the others to read who is missing."""
 _LOST, _OWN, _LEFT = "lost", "own-error-of-{}", "left-by-{}"
 _groups = itertools.count()
+_met: list[ProcessGroup] = []
+"""Those that this process has met and not left: one or none."""
 
 
 class Communicator:
@@ -76,7 +78,9 @@ class ProcessGroup(Communicator):
         self.rank, self.world_size, self.patience = dist.get_rank(), dist.get_world_size(), patience
         self._group = dist.new_group(backend="gloo", timeout=patience)
         c10d = dist.distributed_c10d
-        self._store = c10d.PrefixStore(f"search-r3/{next(_groups)}", c10d._get_default_store())
+        self.default_store = c10d._get_default_store()
+        """Each default group has one of its own."""
+        self._store = c10d.PrefixStore(f"search-r3/{next(_groups)}", self.default_store)
         self._others = set(range(1, self.world_size)) if self.rank == 0 else set()
         """Whom the first process hears, and tells; those who are lost are taken out."""
 
@@ -93,13 +97,17 @@ class ProcessGroup(Communicator):
 
     def leave(self, reason: str) -> None:
         """End this process's part by an error of its own: the others' next barrier says the reason."""
-        import torch.distributed as dist
-
         with contextlib.suppress(RuntimeError):  # the first process is gone, with the store
             self._store.set(_OWN.format(self.rank), " ".join(reason.split()))
             self._store.set(_LEFT.format(self.rank), "")
             if self.rank == 0 and not self._store.check([_LOST]):
                 self._store.set(_LOST, self._what_became_of([0]))
+        self.close()
+
+    def close(self) -> None:
+        """End this process's part of the group, and of no other."""
+        import torch.distributed as dist
+
         dist.destroy_process_group(self._group)
         self._group = None  # its connections close with the last reference
 
@@ -210,26 +218,46 @@ def first_process() -> bool:
     return os.environ.get("RANK", "0") == "0"
 
 
-@functools.cache
-def _everyone() -> ProcessGroup:
-    return ProcessGroup()
-
-
 def make_communicator() -> Communicator:
-    """`ProcessGroup` where this process is one of several; they meet here if they have not met before."""
+    """`ProcessGroup` where this process is one of several; they meet here if they have not met before.
+
+    Raises:
+        RunError: they were to meet, and could not.
+    """
     import torch
     import torch.distributed as dist
 
     if not dist.is_available():
         return Communicator()
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1 and not dist.is_initialized():
+    count = os.environ.get("WORLD_SIZE", "1")
+    if int(count) > 1 and not dist.is_initialized():
         with extra("train"):
             from accelerate import PartialState
 
-        PartialState(cpu=not torch.cuda.is_available())
-    if dist.is_initialized() and dist.get_world_size() > 1:
-        return _everyone()
-    return Communicator()
+        try:
+            PartialState(cpu=not torch.cuda.is_available())
+        except (ValueError, dist.DistError) as error:
+            raise RunError(
+                f"WORLD_SIZE={count} says that this process is one of several, but they could not meet: {error}; start "
+                "all of them with `accelerate launch`, or this one without WORLD_SIZE"
+            ) from error
+    if not dist.is_initialized() or dist.get_world_size() == 1:
+        return Communicator()
+    everyone = _everyone()
+    if everyone is None:
+        everyone = ProcessGroup()
+        _met[:] = [everyone]
+        atexit.unregister(_leave_at_exit)
+        atexit.register(_leave_at_exit)
+    return everyone
+
+
+def _everyone() -> ProcessGroup | None:
+    """Those that this process has met, unless their default group has ended since, or another one has begun."""
+    import torch.distributed as dist
+
+    here = bool(_met) and dist.is_initialized()
+    return _met[0] if here and _met[0].default_store is dist.distributed_c10d._get_default_store() else None
 
 
 def leave_the_others(error: BaseException | None = None) -> None:
@@ -241,18 +269,38 @@ def leave_the_others(error: BaseException | None = None) -> None:
     distributed = sys.modules.get("torch.distributed")
     if distributed is None or not distributed.is_available() or not distributed.is_initialized():
         return
+    group = _everyone()
+    _met.clear()
     if error is None:
         distributed.destroy_process_group()
         return
-    group = _everyone() if _everyone.cache_info().currsize else None
     if group is not None:
         group.leave(str(error) if isinstance(error, SearchR3Error) else f"{type(error).__name__}: {error}")
     if "gloo" in distributed.get_backend():  # NCCL would wait for the others, and aborts nothing
-        leaving = threading.Thread(target=distributed.destroy_process_group, daemon=True)
-        leaving.start()
-        leaving.join(LINGER.total_seconds())
+        _for_a_while(distributed.destroy_process_group)
     if group is not None:
         group.linger()
+
+
+def _leave_at_exit() -> None:
+    """A program that trains from Python knows nothing of these groups; the others hear of an error that ended it."""
+    import torch.distributed as dist
+
+    if (group := _everyone()) is None:
+        return
+    if (error := getattr(sys, "last_value", None)) is not None:
+        leave_the_others(error)
+    else:
+        _met.clear()
+        _for_a_while(dist.destroy_process_group if "gloo" in dist.get_backend() else group.close)
+
+
+def _for_a_while(work: Callable[[], None]) -> None:
+    """Do what may wait for other processes, without waiting for it for long."""
+    thread = threading.Thread(target=work, daemon=True)
+    with contextlib.suppress(RuntimeError):  # some versions of Python begin none at exit
+        thread.start()
+        thread.join(LINGER.total_seconds())
 
 
 def is_of_a_collective(error: RuntimeError) -> bool:

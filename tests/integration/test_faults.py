@@ -507,6 +507,16 @@ def test_an_error_of_one_process_ends_all_with_its_words(
     assert f"rank {1 - who} of 2 lost another process: rank {who} ended by its own error: RuntimeError: out of" in said
 
 
+def test_an_error_while_the_first_process_of_fit_prepares_ends_all_with_its_words(lab: Lab, tmp_path: Path) -> None:
+    pairs = tmp_path / "pairs.jsonl"
+    rows = [{"query": f"what is {number}?", "positive": f"{number} is a number"} for number in range(24)]
+    pairs.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    call = "fit", pairs, "--out", tmp_path / "run", f"base={lab.tiny_path}"
+    lab.forker.start(lab.folder / "log", *call, world_size=2, own_error=[0, "search_r3.cli.fit:_mine", 1])
+    assert lab.forker.wait(timeout=60) == [1, 2], lab.said(2)
+    assert "rank 0 ended by its own error: RuntimeError: out of memory" in " ".join(lab.heard(1).split())
+
+
 # SIGTERM
 
 

@@ -123,11 +123,13 @@ finally:
 
 
 LEAVES = """
-import sys
+import atexit, os, sys
 import torch.distributed as dist
 from search_r3.errors import RunError
 from search_r3.parallel import leave_the_others, make_communicator
-meeting, rank, who = sys.argv[1], int(sys.argv[2]), int(sys.argv[3])
+meeting, rank, who, how = sys.argv[1], int(sys.argv[2]), int(sys.argv[3]), sys.argv[4]
+# After what `make_communicator` has registered: gloo's threads may abort a process that ends with its group open.
+atexit.register(lambda: dist.is_initialized() and os._exit(3))
 dist.init_process_group("gloo", store=dist.FileStore(meeting, 2), rank=rank, world_size=2)
 communicator = make_communicator()
 assert make_communicator() is communicator and communicator.all_gather(rank) == [0, 1]
@@ -136,9 +138,26 @@ try:
         raise RunError("my own error")
     communicator.all_gather(rank)
 except RunError as error:
+    if how == "nothing":
+        raise
     leave_the_others(error)
-    assert not dist.is_initialized(), "else gloo's threads may abort the process as it ends"
+    assert not dist.is_initialized()
     sys.exit(str(error))
+"""
+
+ENDS = """
+import atexit, os, sys
+import torch.distributed as dist
+from search_r3.parallel import make_communicator
+meeting, rank = sys.argv[1], int(sys.argv[2])
+atexit.register(lambda: dist.is_initialized() and os._exit(3))
+for turn in "first", "second":
+    dist.init_process_group("gloo", store=dist.FileStore(meeting + turn, 2), rank=rank, world_size=2)
+    communicator = make_communicator()
+    assert communicator.rank == rank and communicator.all_gather(rank) == [0, 1]
+    if turn == "first":
+        dist.destroy_process_group()
+        rank = 1 - rank
 """
 
 
@@ -205,13 +224,29 @@ def test_a_process_that_dies_is_named_and_the_others_end(tmp_path: Path) -> None
         assert f"RunError: rank {rank} of 3 lost another process: rank 2 did not come" in process.stderr
 
 
+@pytest.mark.parametrize("how", ["leave", "nothing"])
 @pytest.mark.parametrize("who", [0, 1])
-def test_a_process_that_leaves_by_its_own_error_tells_the_other(tmp_path: Path, who: int) -> None:
-    ended = run(LEAVES, [[str(tmp_path / "store"), str(rank), str(who)] for rank in range(2)], timeout=60)
+def test_a_process_that_ends_by_its_own_error_tells_the_other(tmp_path: Path, who: int, how: str) -> None:
+    """So does a program that trains from Python, which knows of no group."""
+    ended = run(LEAVES, [[str(tmp_path / "store"), str(rank), str(who), how] for rank in range(2)], timeout=60)
     assert [process.returncode for process in ended] == [1, 1], ended
     assert ended[who].stderr.endswith("my own error\n") and "lost another" not in ended[who].stderr
     lost = f"rank {1 - who} of 2 lost another process: rank {who} ended by its own error: my own error; mend that"
     assert lost in ended[1 - who].stderr
+
+
+def test_a_program_may_meet_the_others_twice_and_end_as_it_likes(tmp_path: Path) -> None:
+    ended = run(ENDS, [[str(tmp_path / "store"), str(rank)] for rank in range(2)], timeout=60)
+    assert [process.returncode for process in ended] == [0, 0], ended
+
+
+def test_processes_that_cannot_meet_are_told_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("MASTER_ADDR", raising=False)
+    for name, value in {"WORLD_SIZE": "2", "RANK": "0", "LOCAL_RANK": "0"}.items():
+        monkeypatch.setenv(name, value)
+    [ended] = run("from search_r3.parallel import make_communicator; make_communicator()", [[]], timeout=60)
+    assert "RunError: WORLD_SIZE=2 says that this process is one of several, but they could not meet" in ended.stderr
+    assert "MASTER_ADDR" in ended.stderr and "without WORLD_SIZE" in ended.stderr
 
 
 def test_shares_are_even_in_tokens_and_lose_nothing() -> None:

@@ -12,8 +12,7 @@ import typer
 
 from .. import console
 from ..errors import ConfigError, ModelError
-from ..extras import extra
-from ..parallel import first_process
+from ..parallel import first_process, make_communicator
 from .common import Overrides, RecipeOption, Resume, app, columns_of, load_settings
 
 if TYPE_CHECKING:
@@ -76,6 +75,7 @@ def fit(
             "base: builtin, which knows little but atlas and shows that all runs; base=smol or another is a better one"
         )
     find_files(settings.base)  # a base that is not there fails first
+    make_communicator()  # from here on an error of one process ends all
     _claim(settings, ("sft", "grpo") if rl else ("sft",), resume)
     _prepare(pairs, data, settings, shares)
     with console.live() as live:
@@ -147,12 +147,7 @@ def _prepare(path: Path, data: Pairs, settings: Recipe, shares: Mapping[str, flo
     Raises:
         ConfigError: the collection there was made of other pairs.
     """
-    import torch
-
     from ..files import hash_file, write_json
-
-    with extra("train"):
-        from accelerate import PartialState
 
     folder, record_path = Path(settings.collection), Path(settings.run_dir) / RECORD
     columns = {name: list(several) for name, several in data.columns.items()}
@@ -164,16 +159,13 @@ def _prepare(path: Path, data: Pairs, settings: Recipe, shares: Mapping[str, flo
             "those, or another --out"
         )
 
-    with PartialState(cpu=not torch.cuda.is_available()).main_process_first():
-        if not first_process():
-            return
+    if first_process():
         write_json(record_path, record | {"source": str(path)})
-        if folder.exists():
-            return
-        if "negative" in data.columns:
+        if not folder.exists() and "negative" in data.columns:
             data.collection.save(folder)
-        else:
+        elif not folder.exists():
             _mine(data, folder)
+    make_communicator().barrier()
 
 
 def _mine(data: Pairs, folder: Path) -> None:
