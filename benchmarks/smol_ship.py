@@ -164,6 +164,8 @@ def add_queries(folder: Path, trained: Path, documents: Backbone, text: str) -> 
 
     `trained`: the model directory that holds it. `text`: whose vector tells whether its documents are these.
     """
+    if not (trained / QUERIES / WEIGHTS).is_file():
+        raise ValueError(f"{trained / QUERIES} holds no adapters; give what a stage with frozen documents wrote")
     model = load_backbone(trained, dtype="float32", device="cpu")
     one, other = (SearchR3(side).encode_document([text])[0] for side in (model, documents))
     frames, limits = zip(
