@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import copy
+import json
 import logging
 from dataclasses import replace
 from pathlib import Path
@@ -76,6 +77,17 @@ def test_one_changed_weight_is_another_model_and_other_precision_is_not(made: Fi
     difference = made.difference(Fingerprint.of(model))
     assert difference is not None and difference.startswith("other weights of documents (")
     assert made.difference(Fingerprint.of(SearchR3(model.backbone))) is not None
+
+
+def test_the_same_weights_in_another_configuration_are_another_model(
+    made: Fingerprint, path: Path, tmp_path: Path
+) -> None:
+    SearchR3(path).save_pretrained(tmp_path / "other")
+    config = json.loads((tmp_path / "other" / "config.json").read_text())
+    (tmp_path / "other" / "config.json").write_text(json.dumps(config | {"rms_norm_eps": 10.0}))
+    other = Fingerprint.of(SearchR3(tmp_path / "other"))
+    assert other.weights == made.weights and other.backend == made.backend
+    assert "the same weights in another configuration" in str(made.difference(other))
 
 
 def test_a_single_number_counts_as_other_weights_do(made: Fingerprint, path: Path) -> None:

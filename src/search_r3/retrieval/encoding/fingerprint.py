@@ -95,12 +95,15 @@ class Fingerprint(BaseModel):
             if then != now:
                 return what if "{" not in what else f"{what.format(then)}, not {what.format(now)}"
         cosine = float(self.vector @ other.vector)
+        models = f"({self.model}, not {other.model}; cosine of one text {cosine:.4f})"
         # Rounding to float16 and then to bfloat16 is not rounding to bfloat16. Of llama.cpp's files the same weights
         # may stand in two, of which one says that queries have a file of their own.
         needed = ALIKE if self.backend != other.backend else SAME if "llama.cpp" in self.backend else np.inf
         if self.weights != other.weights and not cosine >= needed:
-            return f"other weights of documents ({self.model}, not {other.model}; cosine of one text {cosine:.4f})"
+            return f"other weights of documents {models}"
         if not cosine >= ALIKE:
+            if self.backend == other.backend:
+                return f"the same weights in another configuration {models}"
             logger.warning(
                 "the documents were encoded with %s, now it is %s: the vectors of one text have the cosine %.4f, and "
                 "rankings will suffer; use the same precision, or index anew",
