@@ -44,7 +44,7 @@ def let_it_decide(model: SearchR3, texts: Sequence[str]) -> None:
         ids = backbone.prompt_encoder.encode(text, "auto").ids
         with torch.no_grad():
             logits = backbone.logits(backbone.hidden_states(torch.tensor([ids]), None))[0, -1]
-        margins.append(float(torch.cat([logits[:embed], logits[embed + 1 :]]).max() - logits[embed]))
+        margins.append(float(torch.cat([logits[:embed], logits[embed + 1 :]]).logsumexp(0) - logits[embed]))
     middle = sorted(margins)[len(margins) // 2 - 1 : len(margins) // 2 + 1]
     favour(backbone, embed, sum(middle) / 2)
     backbone.settings = backbone.settings.model_copy(update={"gate": "policy"})

@@ -12,7 +12,7 @@ import torch
 from search_r3 import SearchR3
 from search_r3.errors import ConfigError
 from search_r3.model.engine.decoding import Decoder, DecodeRequest
-from search_r3.model.modes.first import First, check_can_decide
+from search_r3.model.modes.first import First, check_can_decide, hold
 from tests.conftest import COLOURS, THINGS, favour
 from tests.gates import let_it_decide
 
@@ -39,7 +39,7 @@ def test_the_first_token_decides_and_its_state_is_the_vector(decider: SearchR3) 
     for row, text in enumerate(TEXTS):
         ids = decider.backbone.prompt_encoder.encode(text, "reason").ids
         logprobs = first_logprobs(decider, ids)
-        assert auto.thought[row] == (int(logprobs.argmax()) != embed) == (auto.reasoning_tokens[row] > 0)
+        assert auto.thought[row] == (float(logprobs[embed].exp()) < 0.5) == (auto.reasoning_tokens[row] > 0)
         assert auto.gate[row] == {"probability": pytest.approx(1 - float(logprobs[embed].exp()), abs=1e-5)}
         at_once = decider.backbone.embed([[*ids, embed]])[0].detach().numpy()
         expected = reason.vectors[row] if auto.thought[row] else at_once
@@ -84,6 +84,17 @@ def test_first_tokens_that_are_given_keep_the_policys_own_log_probabilities(deci
     assert not any(reply.forced for reply in replies[::3]), "it is the policy's choice, with its probability"
     assert {reply.writes is None for reply in replies[1::3]} == {True}
     assert replies[0].writes == replies[2].writes == pytest.approx(1 - float(logprobs[embed].exp()), abs=1e-5)
+
+
+@pytest.mark.parametrize(("embed", "thinks"), [(0.4, True), (0.6, False)])
+def test_many_words_together_may_be_likelier_than_to_embed_at_once(embed: float, thinks: bool) -> None:
+    words = [0.5 * (1 - embed)] * 2  # neither is as likely as the embed token
+    held, facts = hold(torch.tensor([[*words, embed]]).log(), ["own"], [0.0], 2)
+    assert int(held[0].argmax()) == (0 if thinks else 2)
+    mass, writes = facts[0]
+    assert writes == pytest.approx(1 - embed)
+    chosen = torch.log_softmax(held[0], dim=-1).max() + mass
+    assert float(chosen.exp()) == pytest.approx(max(words) if thinks else embed), "the policy's own probability"
 
 
 def test_other_requests_beside_it_are_left_alone(decider: SearchR3) -> None:

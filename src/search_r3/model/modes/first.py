@@ -5,6 +5,7 @@ Shapes: `B` rows, `V` vocabulary.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Literal
 
@@ -71,6 +72,9 @@ def hold(
 ) -> tuple[Tensor, Mapping[int, tuple[float, float]]]:
     """Leave rows only the first tokens that they may have.
 
+    A row that decides itself and is greedy may have what is likelier, the embed token or all others together: the border
+    that stage 2 teaches. The embed token may be likelier than any single word where it is not likelier than to write.
+
     Args:
         logits: `B x V`.
         firsts: of each row; None for one that is no first token, or of which nothing is said.
@@ -90,10 +94,12 @@ def hold(
     text = scaled.logsumexp(-1) - whole
     held, facts = logits.clone(), {}
     for place, row in enumerate(rows):
-        mass = 0.0
-        if firsts[row] == "text":
+        mass, writes, first = 0.0, float(text[place].exp()), firsts[row]
+        if first == "own" and temperatures[row] == 0 and not math.isnan(writes):
+            first = "text" if writes > 0.5 else "embed"
+        if first == "text":
             held[row, embed_token_id], mass = -torch.inf, float(text[place])
-        elif firsts[row] == "embed":
+        elif first == "embed":
             held[row].fill_(-torch.inf)[embed_token_id], mass = 0.0, float(embed[place])
-        facts[row] = mass, float(text[place].exp())
+        facts[row] = mass, writes
     return held, facts
