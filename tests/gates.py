@@ -8,7 +8,7 @@ import numpy as np
 import torch
 
 from search_r3.model.encoder import SearchR3
-from search_r3.model.modes.auto import probe_of
+from search_r3.model.modes.auto import probe_of, reason_frame_of
 from search_r3.model.modes.gate import Gate, Head, Weighted
 from tests.conftest import favour
 
@@ -23,7 +23,8 @@ def gate_for(model: SearchR3, texts: Sequence[str], by_scores: Head | None = Non
     head = Head(bias=0.0, vector=tuple((weights * scale).tolist()), centre=middle * scale)
     terms = {"price": 0.001, "gain": 0.5, "loss": -0.5, "tokens": 10.0} | changes
     probe = tuple(probe_of(model.backbone).tolist())
-    return Gate(measure="ndcg@10", by_vector=head, by_scores=by_scores or head, probe=probe, **terms)
+    own = {"probe": probe, "reason_frame": reason_frame_of(model.backbone)}
+    return Gate(measure="ndcg@10", by_vector=head, by_scores=by_scores or head, **own, **terms)
 
 
 def of_scores(size: int, **weights: float) -> Head:

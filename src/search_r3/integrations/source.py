@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Self, Unpack
 
@@ -83,15 +83,15 @@ class InProcess:
         if options.get("rerank"):
             raise ConfigError("rerank: a cross-encoder is a server's (search-r3 serve --reranker); leave it out")
         started, mode = time.perf_counter(), options.get("mode")
+        where, hybrid = options.get("filter"), options.get("hybrid", False)
         outcome = NOT_ENCODED
         if mode != "bm25":
             outcome = self._encode(
-                *(query, mode),
+                *(query, mode, where),
                 instruction=options.get("instruction", ""),
                 max_new_tokens=options.get("max_new_tokens"),
                 truncate=options.get("truncate", False),
             )
-        where, hybrid = options.get("filter"), options.get("hybrid", False)
         hits = hits_of(self._store, query, outcome, options.get("k", 10), hybrid=hybrid, where=where)
         answer = answer_of(query, outcome, hits)
         seconds = {"total": time.perf_counter() - started}
@@ -111,13 +111,19 @@ class InProcess:
     def _document_instruction(self) -> str:
         return "" if self._store is None else self._store.info.fingerprint.instruction
 
-    def _encode(self, texts: str | Sequence[str], kind: Literal[Mode, "document"] | None, **options: Any) -> Outcome:
+    def _encode(
+        self,
+        texts: str | Sequence[str],
+        kind: Literal[Mode, "document"] | None,
+        where: Mapping[str, Any] | None = None,
+        **options: Any,
+    ) -> Outcome:
         from ..serving.auto import encode_auto
 
         listed = [texts] if isinstance(texts, str) else list(texts)
         kind = kind or self._engine.model.backbone.settings.mode
         if kind == "auto":
-            return encode_auto(self._engine, listed, self._store, **options)
+            return encode_auto(self._engine, listed, self._store, where, **options)
         return self._engine.submit(listed, kind, **options).result()
 
 

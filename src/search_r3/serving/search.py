@@ -78,9 +78,9 @@ def hits_of(
     return list(hits)
 
 
-def top_scores(store: Store, vectors: Array) -> Array:
+def top_scores(store: Store, vectors: Array, where: Filter | None = None) -> Array:
     """The scores of the best documents, `Q x 10` (fewer columns where there are fewer), best first, for a gate."""
-    scores = [[hit.score for hit in hits] for hits in store.search(vectors, k=TOP)]
+    scores = [[hit.score for hit in hits] for hits in store.search(vectors, k=TOP, where=where)]
     width = min(map(len, scores), default=0)
     return np.array([line[:width] for line in scores], dtype=np.float32).reshape(len(scores), width)
 
@@ -115,4 +115,4 @@ class StoreSearcher(Searcher):
         return Answer.of(query, encoded, list(hits))
 
     def _top_scores(self, vectors: Array) -> Array:
-        return top_scores(self.store, vectors)
+        return top_scores(self.store, vectors, self.where)

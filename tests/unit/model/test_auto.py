@@ -7,6 +7,7 @@ import json
 import logging
 import pickle
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -16,6 +17,7 @@ from search_r3 import SearchR3
 from search_r3.cli.common import ModeName
 from search_r3.errors import DataError, ModelError
 from search_r3.model.engine.decoding import Decoder
+from search_r3.model.modes import auto
 from search_r3.model.modes.gate import Gate, read_gate, score_features, worth
 from search_r3.model.prompts import MODES
 from search_r3.publishing.hub import _leftovers, check_files
@@ -126,6 +128,15 @@ def test_a_model_without_a_gate_says_how_to_fit_one(model: SearchR3) -> None:
         model.encode_query(TEXTS, "think")
 
 
+def test_what_is_no_directory_gets_a_gate_in_a_copy(model: SearchR3) -> None:
+    elsewhere = SearchR3(replace(model.backbone, source="smol"))
+    with pytest.raises(ModelError, match="search-r3 gate smol --collection COLLECTION --splits SPLIT --out FOLDER"):
+        elsewhere.encode_query(TEXTS, "auto")
+    in_llama = SearchR3(replace(model.backbone, engine="llama.cpp"))
+    with pytest.raises(ModelError, match="that llama.cpp computes has none; load it without backend"):
+        auto.gate_of(in_llama.backbone)
+
+
 def test_a_gate_is_saved_and_copied_with_its_model_and_changes_no_revision(gated: SearchR3, tmp_path: Path) -> None:
     gated.save_pretrained(tmp_path / "saved")
     shutil.copytree(tmp_path / "saved", tmp_path / "copied")
@@ -147,6 +158,9 @@ def test_a_gate_of_other_weights_is_left_out(gated: SearchR3, tmp_path: Path, ca
     with caplog.at_level(logging.WARNING):
         assert SearchR3(tmp_path / "model", device="cpu").backbone.gate is None
     assert "was fitted to other weights or prompts" in caplog.text
+    for frame, kept in (([*gate["reason_frame"], 7], False), ([], True), (gate["reason_frame"], True)):
+        (tmp_path / "model" / "gate.json").write_text(json.dumps(gate | {"reason_frame": frame}))
+        assert (SearchR3(tmp_path / "model", device="cpu").backbone.gate is not None) is kept
     (tmp_path / "model" / "gate.json").write_text(json.dumps(gate | {"price": "much"}))
     with pytest.raises(ModelError, match=r"gate.json: not usable as a gate"):
         SearchR3(tmp_path / "model", device="cpu")

@@ -108,6 +108,25 @@ def test_a_store_tells_the_gate_its_scores(model: SearchR3, store: Store) -> Non
         assert np.abs(source.encode_query(TEXTS, "auto").vectors - np.array(alone)).max() < 1e-5
 
 
+def test_the_gate_sees_what_is_searched_and_nothing_else(client: TestClient, model: SearchR3, store: Store) -> None:
+    model.backbone.gate = gate_for(model, TEXTS, of_scores(model.dimension, top=1.0))
+    [[best]] = store.search(model.encode_query(TEXTS[0], "direct").vectors, k=1)
+    where = {"title": {"$ne": best.chunk.title}}
+    body = {"query": TEXTS[0], "k": 1, "filter": where}
+    top = client.post("/v1/search", json=body | {"mode": "direct"}).json()["hits"][0]["score"]
+    assert top < best.score
+    streamed = client.post("/v1/search", json=body | {"mode": "auto", "stream": True}).text
+    [hits] = [json.loads(block.split("data: ")[1]) for block in streamed.split("\n\n") if "event: hits" in block]
+    with InProcess(model, store) as source:
+        gates = [
+            client.post("/v1/search", json=body | {"mode": "auto"}).json()["gate"],
+            hits["gate"],
+            source.search(TEXTS[0], mode="auto", filter=where).gate,
+            StoreSearcher(model, store, where=where).search(TEXTS[0], "auto", 1).gate,
+        ]
+    assert [gate["top"] for gate in gates] == pytest.approx([top] * 4, abs=1e-5)
+
+
 def test_an_empty_store_leaves_the_decision_to_the_vector(model: SearchR3, tmp_path: Path) -> None:
     empty = Store.create(tmp_path / "empty", Fingerprint.of(model))
     assert model.encode_query(TEXTS, "auto", top_scores=partial(top_scores, empty)).thought == thinkers(model)

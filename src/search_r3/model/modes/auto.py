@@ -30,11 +30,11 @@ def fitting_gate(backbone: Backbone, folder: Path) -> Gate | None:
         ModelError: its file is damaged.
     """
     gate = read_gate(folder)
-    if gate is None or gate.belongs_to(probe_of(backbone)):
+    if gate is None or gate.belongs_to(probe_of(backbone), reason_frame_of(backbone)):
         return gate
     logger.warning(
-        "the gate of %s was fitted to other weights or prompts, and is left out; fit it again: search-r3 gate %s",
-        *(backbone.source, backbone.source),
+        "the gate of %s was fitted to other weights or prompts, and is left out; %s",
+        *(backbone.source, _remedy(backbone)),
     )
     return None
 
@@ -46,6 +46,12 @@ def probe_of(backbone: Backbone) -> Array:
     return vector
 
 
+def reason_frame_of(backbone: Backbone) -> tuple[int, ...]:
+    """The token ids before and after a query in reason mode."""
+    before, after = backbone.prompt_encoder.frame("reason")
+    return (*before, *after)
+
+
 def gate_of(backbone: Backbone) -> Gate:
     """The gate of a model.
 
@@ -54,10 +60,17 @@ def gate_of(backbone: Backbone) -> Gate:
     """
     if backbone.gate is None:
         raise ModelError(
-            f"{backbone.source} has no gate, which mode='auto' needs to tell which queries think; fit one: "
-            f"search-r3 gate {backbone.source} --collection COLLECTION --splits SPLIT"
+            f"{backbone.source} has no gate, which mode='auto' needs to tell which queries think; {_remedy(backbone)}"
         )
     return backbone.gate
+
+
+def _remedy(backbone: Backbone) -> str:
+    """How a model gets a gate: a directory where it lies, any other as a copy."""
+    if backbone.engine == "llama.cpp":
+        return "a model that llama.cpp computes has none; load it without backend"
+    copy = "" if Path(backbone.source).is_dir() else " --out FOLDER"
+    return f"fit one: search-r3 gate {backbone.source} --collection COLLECTION --splits SPLIT{copy}"
 
 
 def choose(

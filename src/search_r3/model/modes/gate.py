@@ -140,6 +140,9 @@ class Gate(BaseModel):
     by_vector: Head
     by_scores: Head
     probe: tuple[float, ...] = Field(description="Direct vector of a text, D.")
+    reason_frame: tuple[int, ...] = Field(
+        (), description="Token ids around a query in reason mode; none: not compared."
+    )
     fitted: dict[str, Any] = Field({}, description="On what, when, and how well: collection, splits, calibration, ...")
 
     def decide(self, vectors: Array, scores: Array | None = None, price: float | None = None) -> Choice:
@@ -161,9 +164,11 @@ class Gate(BaseModel):
         """What tells it from other gates: the beginning of a hash over all that decides."""
         return hashlib.sha256(self.model_dump_json(exclude={"fitted"}).encode()).hexdigest()[:16]
 
-    def belongs_to(self, probe: Array) -> bool:
-        """Whether it was fitted to the model whose direct vector of `PROBE` this is."""
+    def belongs_to(self, probe: Array, reason_frame: tuple[int, ...]) -> bool:
+        """Whether it was fitted to the model whose direct vector of `PROBE` this is, and whose prompt of reason mode."""
         own = np.array(self.probe)
+        if self.reason_frame not in ((), reason_frame):
+            return False
         return len(own) == len(probe) and float(own @ probe) / max(1e-12, float(np.linalg.norm(own))) >= ALIKE
 
     def save(self, folder: Path) -> None:

@@ -51,6 +51,7 @@ async def answered(body: SearchRequest, service: Service, request: Request | Non
             instruction=body.instruction,
             max_new_tokens=body.max_new_tokens,
             truncate=body.truncate,
+            where=body.filter,
         )
     return await _answer(body, service, outcome) | _price(started, outcome)
 
@@ -139,7 +140,9 @@ async def _streamed(body: SearchRequest, service: Service) -> Response:
 
     kind, glance = body.mode or service.mode, None
     if kind != "bm25" and service.glances(kind):
-        glance = await service.glance(None, [body.query], instruction=body.instruction, truncate=body.truncate)
+        glance = await service.glance(
+            None, [body.query], instruction=body.instruction, truncate=body.truncate, where=body.filter
+        )
         kind = "reason" if glance[1].thinks[0] else "direct"
     if kind == "bm25":
         future.set_result(NOT_ENCODED)

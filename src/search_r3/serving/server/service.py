@@ -19,6 +19,7 @@ from ...model.modes.gate import Choice
 from ...model.prompts import Kind, Mode
 from ..auto import who_thinks
 from ..engine import EngineThread
+from ..filters import Filter
 from ..jobs import Outcome, joined
 from ..store import Store
 from .metrics import Metrics
@@ -157,10 +158,14 @@ class Service:
         instruction: str = "",
         max_new_tokens: int | None = None,
         truncate: bool = False,
+        where: Filter | None = None,
     ) -> Outcome:
-        """Encode texts; who hangs up cancels it, and so does cancelling this, where there is no request to watch."""
+        """Encode texts; who hangs up cancels it, and so does cancelling this, where there is no request to watch.
+
+        `where` says which documents are searched; mode auto looks at the best of these.
+        """
         if self.glances(kind):
-            direct, choice = await self.glance(request, texts, instruction=instruction, truncate=truncate)
+            direct, choice = await self.glance(request, texts, instruction=instruction, truncate=truncate, where=where)
             thinkers = [text for text, thinks in zip(texts, choice.thinks, strict=True) if thinks]
             reasoned = None
             if thinkers:
@@ -190,7 +195,7 @@ class Service:
         return kind == "auto" and not decides(self.engine.model.backbone)
 
     async def glance(
-        self, request: Request | None, texts: Sequence[str], *, instruction: str, truncate: bool
+        self, request: Request | None, texts: Sequence[str], *, instruction: str, truncate: bool, where: Filter | None
     ) -> tuple[Outcome, Choice]:
         """Mode auto's first look: queries in direct mode, and which of them think.
 
@@ -199,7 +204,7 @@ class Service:
         """
         gate_of(self.engine.model.backbone)
         direct = await self.encode(request, texts, "direct", instruction=instruction, truncate=truncate)
-        return direct, await run_in_threadpool(who_thinks, self.engine.model, direct, self._store)
+        return direct, await run_in_threadpool(who_thinks, self.engine.model, direct, self._store, where)
 
     async def encode_chunks(self, request: Request, chunks: Sequence[Chunk]) -> list[Outcome]:
         """Encode what is stored of documents, in requests that the limits allow; more than one is never waiting."""

@@ -25,7 +25,7 @@ from ...evaluation.benchmark import EvaluationOptions, measured
 from ...evaluation.results import provenance
 from ...evaluation.systems import index_documents, rank_vectors
 from ...model.encoder import SearchR3
-from ...model.modes.auto import probe_of
+from ...model.modes.auto import probe_of, reason_frame_of
 from ...model.modes.gate import Gate, Head, Numbers, Weighted, score_features, sigmoid, worth
 from ...modes import PLAIN_MODES
 from ...retrieval.metrics import DEPTH, MAIN, MEASURES, measure
@@ -186,7 +186,8 @@ def fit_gate(model: SearchR3, labelled: Labelled, price: float | None = None, se
         "provenance": provenance(),
     }
     probe = tuple(round(float(value), 6) for value in probe_of(model.backbone))
-    return Gate(price=price, measure=labelled.facts["measure"], **terms, **heads, probe=probe, fitted=fitted)
+    own = {"probe": probe, "reason_frame": reason_frame_of(model.backbone)}
+    return Gate(price=price, measure=labelled.facts["measure"], **terms, **heads, **own, fitted=fitted)
 
 
 class _Basis:
