@@ -133,7 +133,7 @@ def test_what_is_no_directory_gets_a_gate_in_a_copy(model: SearchR3) -> None:
     with pytest.raises(ModelError, match="search-r3 gate smol --collection COLLECTION --splits SPLIT --out FOLDER"):
         elsewhere.encode_query(TEXTS, "auto")
     in_llama = SearchR3(replace(model.backbone, engine="llama.cpp"))
-    with pytest.raises(ModelError, match="that llama.cpp computes has none; load it without backend"):
+    with pytest.raises(ModelError, match=r"that llama.cpp computes has none; load it without backend"):
         auto.gate_of(in_llama.backbone)
 
 

@@ -72,8 +72,8 @@ def hold(
 ) -> tuple[Tensor, Mapping[int, tuple[float, float]]]:
     """Leave rows only the first tokens that they may have.
 
-    A row that decides itself and is greedy may have what is likelier, the embed token or all others together: the border
-    that stage 2 teaches. The embed token may be likelier than any single word where it is not likelier than to write.
+    A row that decides itself and is greedy may have what is likelier, the embed token or all others together, which is
+    the border that stage 2 teaches: the embed token may be likelier than any single word, and less than all of them.
 
     Args:
         logits: `B x V`.

@@ -165,7 +165,7 @@ class Gate(BaseModel):
         return hashlib.sha256(self.model_dump_json(exclude={"fitted"}).encode()).hexdigest()[:16]
 
     def belongs_to(self, probe: Array, reason_frame: tuple[int, ...]) -> bool:
-        """Whether it was fitted to the model whose direct vector of `PROBE` this is, and whose prompt of reason mode."""
+        """Whether it was fitted to the model with this direct vector of `PROBE` and this prompt of reason mode."""
         own = np.array(self.probe)
         if self.reason_frame not in ((), reason_frame):
             return False
