@@ -4,11 +4,12 @@
     python benchmarks/smol_modes.py smol --data data/research --work runs/smol-modes
 
 Begins from a trained model (`smol`, or a directory), whose documents stay as they are, and one source of the data whose
-queries hold what a reasoning would say. Stages (recipes/smol-modes.yaml), each on queries of its own: base (weights,
-whole, that read longer queries), write (true traces), read (its own replies, right or wrong, are read; true traces are
-written still), and then, all from there: latent (soft tokens), distill (no labels), decide (stage 1 shows that a reply
-may embed at once, stage 2 when to). Nothing learns from the split `gate`, for `search-r3 gate`. A stage whose model is
-there is not repeated, so the same command goes on where it was stopped.
+queries hold what a reasoning would say. Stages (recipes/smol-modes.yaml): base (weights, whole, that read longer
+queries), write (true traces), read (its own replies, right or wrong, are read; true traces are written on), and then,
+all from there: latent (soft tokens), distill (no labels), decide (stage 1 shows that a reply may embed at once, stage 2
+when to). Write has queries of its own, distill and stage 2 have others, and the rest share a third part; nothing learns
+from those of the split `gate`, for `search-r3 gate`. A stage that is finished is not repeated, so the same command goes
+on where it was stopped.
 """
 
 from __future__ import annotations
@@ -18,13 +19,15 @@ import json
 import random
 import sys
 from collections.abc import Sequence
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 from common import machine, say
 
-from search_r3.config import load_recipe
+from search_r3.config import Recipe, load_recipe
 from search_r3.data.collection import Collection
+from search_r3.files import write_json
 from search_r3.model.encoder import SearchR3
 from search_r3.training.best_of_n import BestOfNSettings, best_of_n
 from search_r3.training.grpo import train_grpo
@@ -44,49 +47,53 @@ STAGES = ("write", "read", "latent", "distill", "decide")
 
 def divided(train: Collection, source: str, seed: int) -> Collection:
     """The documents of one source, and splits of its queries."""
-    judged = train.qrels[source]
-    traced = [one for one in sorted(judged) if "trace" in train.queries[one].metadata.get("reasoning", {})]
+    judged, queries = train.qrels[source], train.queries
+    traced = [one for one in sorted(judged) if "trace" in queries[one].metadata.get("reasoning", {})]
+    if len(traced) < GATE + sum(SIZES.values()):
+        raise SystemExit(f"{source} has {len(traced)} queries with a trace; {GATE + sum(SIZES.values())} are needed")
     chance = random.Random(f"{seed}/{source}")
     chance.shuffle(traced)
-    splits = {"gate": chance.sample(sorted(judged), GATE)}
-    left = iter([one for one in traced if one not in set(splits["gate"])])
-    splits |= {name: [one for one, _ in zip(left, range(size), strict=False)] for name, size in SIZES.items()}
+    apart = chance.sample(sorted(judged), GATE)
+    left = iter([one for one in traced if one not in set(apart)])
+    splits = {name: list(islice(left, size)) for name, size in SIZES.items()}
+    learned = {queries[one].text.casefold() for query_ids in splits.values() for one in query_ids}
+    splits["gate"] = [one for one in apart if queries[one].text.casefold() not in learned]
     qrels = {name: {one: judged[one] for one in query_ids} for name, query_ids in splits.items()}
     documents = {one: document for one, document in train.documents.items() if one.split("/")[0] == source}
     asked = {one for query_ids in splits.values() for one in query_ids}
-    return Collection(source, documents, {one: train.queries[one] for one in train.queries if one in asked}, qrels)
+    return Collection(source, documents, {one: queries[one] for one in queries if one in asked}, qrels)
 
 
 class Stages:
-    """The models of `work`, each made where it is not there."""
+    """The models of `work`; a stage that is finished there is not repeated."""
 
     def __init__(self, work: Path, changes: Sequence[str]) -> None:
         self.work, self.changes = work, changes
 
     def sft(self, name: str, base: Path, collection: Path, *settings: str) -> Path:
         """Stage 1 from `base`."""
-        recipe = self._recipe(name, collection, f"base={base}", *settings)
-        return self._made(name, "sft") or train_sft(recipe, resume=True).model_path
+        return train_sft(self._recipe(name, collection, f"base={base}", *settings), resume=True).model_path
 
     def distill(self, name: str, model: Path, collection: Path) -> Path:
         """The direct vector learns what `model` finds by reasoning."""
-        return (
-            self._made(name, "distill") or train_distill(model, self._recipe(name, collection), resume=True).model_path
-        )
+        return train_distill(model, self._recipe(name, collection), resume=True).model_path
 
     def grpo(self, name: str, model: Path, collection: Path) -> Path:
         """Stage 2 from `model`."""
-        return (
-            self._made(name, "grpo") or train_grpo(self._recipe(name, collection), model=model, resume=True).model_path
-        )
+        return train_grpo(self._recipe(name, collection), model=model, resume=True).model_path
 
-    def _recipe(self, name: str, collection: Path, *settings: str) -> Any:
+    def _recipe(self, name: str, collection: Path, *settings: str) -> Recipe:
         where = [f"run_dir={self.work / name}", f"collection={collection}"]
         return load_recipe(RECIPE, [*where, *settings, *self.changes])
 
-    def _made(self, name: str, stage: str) -> Path | None:
-        model = self.work / name / ("model" if stage == "grpo" else f"{stage}/model")
-        return model if (model / "config.json").exists() else None
+
+def begin(work: Path, facts: dict[str, Any]) -> None:
+    """Write down what the work begins from; refuse a folder that began from something else."""
+    file = work / "begun.json"
+    if file.exists() and (before := json.loads(file.read_text(encoding="utf-8"))) != facts:
+        raise SystemExit(f"{work} began with {before}, now it is {facts}; give another --work")
+    work.mkdir(parents=True, exist_ok=True)
+    write_json(file, facts)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -98,12 +105,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--set", nargs="*", default=[], help="key=value for the recipe of every stage")
     parser.add_argument("--stages", nargs="*", default=STAGES, choices=STAGES, help="those that come before are made")
     options = parser.parse_args(arguments)
-    work, stages = options.work, Stages(options.work, options.set)
+    work, stages, seed = options.work, Stages(options.work, options.set), load_recipe(RECIPE, options.set).seed
+    begin(work, {"model": options.model, "data": str(options.data), "source": options.source, "seed": seed})
     base, data, own = work / "base", work / "data", work / "own"
     if not (base / "config.json").exists():
         SearchR3(options.model, dtype="float32", max_length=MAX_LENGTH).save_pretrained(base)
     if not (data / "corpus.jsonl").exists():
-        seed = load_recipe(RECIPE, options.set).seed
         divided(Collection.load(options.data / "train"), options.source, seed).save(data)
     models = {"write": stages.sft("write", base, data)}
     if not (own / "corpus.jsonl").exists():
