@@ -39,9 +39,15 @@ MAX_LENGTH = 256
 SIZES = {"write": 4000, "own": 1000, "rest": 900}
 """Queries with a trace in each split that is learned from."""
 GATE = 600
-READ = ["sft.splits={own: 1.0}", "sft.reasoning_styles={trace: 0.4, own: 0.6}", "sft.read_styles=[own]"]
-GO_ON = [*READ, "sft.learning_rate=4.0e-4", "sft.warmup_steps=4"]
-LATENT = ["sft.reasoning_styles={trace: 0.6, own: 0.4}", "sft.latent_steps=3"]
+READ = ["sft.splits={own: 0.6, write: 0.4}", "sft.reasoning_styles={trace: 0.25, own: 0.75}", "sft.read_styles=[own]"]
+GO_ON = [*READ, "sft.warmup_steps=4"]
+LATENT = [
+    "sft.reasoning_styles={trace: 0.6, own: 0.4}",
+    "sft.latent_steps=3",
+    "sft.steps=40",
+    "sft.learning_rate=4.0e-4",
+]
+SHOWN = ["sft.at_once=0.3", "sft.steps=12", "sft.learning_rate=4.0e-4"]
 STAGES = ("write", "read", "latent", "distill", "decide")
 
 
@@ -119,13 +125,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
         report = best_of_n(writer, Collection.load(data), own, settings, cache=work / "cache", splits=["own"])
         say(f"own replies: {report}")
     if {"read", "latent", "distill", "decide"} & set(options.stages):
-        models["read"] = stages.sft("read", models["write"], own, *GO_ON, "sft.steps=40")
+        models["read"] = stages.sft("read", models["write"], own, *GO_ON, "sft.steps=64", "sft.learning_rate=6.0e-4")
     if "latent" in options.stages:
-        models["latent"] = stages.sft("latent", models["read"], own, *GO_ON, *LATENT, "sft.steps=40")
+        models["latent"] = stages.sft("latent", models["read"], own, *GO_ON, *LATENT)
     if "distill" in options.stages:
         models["distill"] = stages.distill("distill", models["read"], own)
     if "decide" in options.stages:
-        shown = stages.sft("shown", models["read"], own, *GO_ON, "sft.steps=12", "sft.at_once=0.3")
+        shown = stages.sft("shown", models["read"], own, *GO_ON, *SHOWN)
         models["decide"] = stages.grpo("decide", shown, own)
     record = {"benchmark": "smol_modes", "models": {name: str(path) for name, path in models.items()}}
     print(json.dumps(record | {"machine": machine()}))
