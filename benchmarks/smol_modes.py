@@ -44,7 +44,7 @@ GO_ON = [*READ, "sft.warmup_steps=4"]
 LATENT = [
     "sft.reasoning_styles={trace: 0.6, own: 0.4}",
     "sft.latent_steps=3",
-    "sft.steps=40",
+    "sft.steps=32",
     "sft.learning_rate=4.0e-4",
 ]
 SHOWN = ["sft.at_once=0.3", "sft.steps=12", "sft.learning_rate=4.0e-4"]
