@@ -183,7 +183,7 @@ def show_results(results: Sequence[Result]) -> None:
 def table(title: str, rows: Mapping[str, dict[str, Any]]) -> None:
     """Show rows of `summary`, by the name of the system; narrow enough for 80 columns.
 
-    `tok` are reasoning tokens per query, `ms` the median time of a single query, `gain` nDCG@10 per 100 tokens.
+    `tok` are reasoning tokens per query, `ms` is `Cost.ms_per_query`, `gain` nDCG@10 per 100 tokens of reasoning.
     """
     from rich.box import SIMPLE_HEAD
     from rich.table import Column

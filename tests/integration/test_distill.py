@@ -21,6 +21,7 @@ from search_r3.model.encoder import SearchR3
 from search_r3.parallel import Communicator
 from search_r3.retrieval.index import ExactIndex
 from search_r3.training import losses
+from search_r3.training.dev import DevSplit
 from search_r3.training.modes.teacher import Teacher, choose_queries
 from search_r3.training.sft import train_sft
 from tests.conftest import Stop, StopAt, call, favour, save_tiny
@@ -33,6 +34,7 @@ SETTINGS = [
     "distill.steps=4", "distill.batch_size=6", "distill.learning_rate=5e-3", "distill.evaluate_every=2",
     "distill.depth=5", "distill.warmup_steps=0", "save_every=2",
 ]  # fmt: skip
+DEV = ("dev_ndcg@10_direct", "dev_ndcg@10_reason")
 TEXTS = ["where is the red house?", "a blue boat", "the white chair"]
 
 
@@ -229,6 +231,24 @@ def test_the_command_says_what_one_glance_has_now(
     assert str(tmp_path / "run" / "distill" / "model") in said.replace("\n", "")
     assert call(monkeypatch, "distill", stage_1, *SETTINGS, *where) == 2
     assert "add --resume" in capsys.readouterr().err
+
+
+def test_the_command_reports_the_model_that_it_kept(
+    stage_1: Path, collection_path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    """Steps 2 and 4 are equally good: the first of them is kept. Step 6 is worse."""
+    found = {0: (0.5, 0.8), 2: (0.7, 0.75), 4: (0.7, 0.72), 6: (0.6, 0.71)}
+    where = [f"collection={collection_path}", "distill.steps=6", "save_every=10"]
+    for keep, after in (("best", ("0.700", "0.750", "67%")), ("last", ("0.600", "0.710", "33%"))):
+        values = iter([dict(zip(DEV, pair, strict=True)) for pair in found.values()])
+        monkeypatch.setattr(DevSplit, "evaluate", lambda *given, values=values: next(values))
+        run = [f"run_dir={tmp_path / keep}", f"distill.keep={keep}"]
+        assert call(monkeypatch, "distill", stage_1, *SETTINGS, *where, *run) == 0
+        said = capsys.readouterr().out
+        assert f"dev nDCG@10, direct: 0.500 -> {after[0]}" in said
+        assert f"dev nDCG@10, reason: 0.800 -> {after[1]}" in said
+        assert f"one glance has {after[2]} now" in said
 
 
 def test_what_cannot_be_distilled_is_refused_with_the_remedy(

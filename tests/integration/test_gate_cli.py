@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from search_r3 import SearchR3
+from search_r3.data.collection import Collection
 from search_r3.evaluation.results import load_results
+from search_r3.model.modes.gate import Gate
 from search_r3.training.modes import gate as fitting
 from tests.conftest import call
+from tests.gates import gate_for
 
 
 @pytest.fixture
@@ -64,11 +68,27 @@ def test_a_gate_is_fitted_used_and_measured(
     assert "What thinking is worth" in (tmp_path / "page" / "report.html").read_text()
 
 
+def test_queries_of_dev_and_test_are_left_out_of_other_splits(
+    folder: Path, collection: Collection, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    learned = {**collection.qrels["train"], **collection.qrels["dev"]}
+    replace(collection, qrels={**collection.qrels, "train": learned}).save(tmp_path / "leaky")
+    (tmp_path / "own.yaml").write_text("evaluation: {dev_split: none, test_split: test}\n")
+    learned_from = []
+
+    def fit_gate(model: SearchR3, labelled: fitting.Labelled, *more: object) -> Gate:
+        learned_from.append(set(labelled.query_ids))
+        return gate_for(model, ["red house", "a boat"])
+
+    monkeypatch.setattr(fitting, "fit_gate", fit_gate)
+    for more in ([], ["--recipe", tmp_path / "own.yaml"]):
+        assert call(monkeypatch, "gate", folder, "--collection", tmp_path / "leaky", "--json", *more) == 0
+    assert learned_from == [{*collection.qrels["train"]}, {*learned}]
+
+
 def test_training_on_drops_the_gate(
     folder: Path, collection_path: Path, run_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from tests.gates import gate_for
-
     model = SearchR3(folder, device="cpu")
     gate_for(model, ["red house", "a boat"]).save(folder)
     assert SearchR3(folder, device="cpu").backbone.gate is not None

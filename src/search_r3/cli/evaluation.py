@@ -88,7 +88,10 @@ Frontier = Annotated[
     ),
 ]
 Budgets = Annotated[
-    list[int] | None, typer.Option("--budgets", min=1, help="Of --frontier, in tokens; 8, 16 and 32 by default.")
+    list[int] | None,
+    typer.Option(
+        "--budgets", min=1, help="Of --frontier: tokens of a reply with its embed token; 8, 16 and 32 by default."
+    ),
 ]
 Samples = Annotated[
     list[int] | None, typer.Option("--samples", min=2, help="Of --frontier, replies to a query; 4 by default.")

@@ -128,19 +128,25 @@ def distill(
     with console.live() as live:
         result = train_distill(model, settings, callbacks=[live], resume=resume)
     console.say(f"distilled model: {result.model_path}")
-    _show_before_and_after(result.log_history)
+    _show_before_and_after(result.log_history, settings.distill.keep == "best")
 
 
-def _show_before_and_after(rows: list[dict[str, Any]]) -> None:
-    """Say what dev evaluations found before and after, and how much of reasoning's gain direct mode has now."""
+def _show_before_and_after(rows: list[dict[str, Any]], best: bool) -> None:
+    """Say what dev evaluations found before and after, and how much of reasoning's gain direct mode has now.
+
+    Args:
+        rows: of `metrics.jsonl`.
+        best: whether the model of the best evaluation was kept, as `Evaluations` finds it, and not the last one.
+    """
     from ..training.modes.distill import gain_kept
 
     measured = [row for row in rows if "dev_ndcg@10_direct" in row]
     if len(measured) < 2:
         return
+    first = measured[0]
+    kept = max(measured, key=lambda row: row["dev_ndcg@10_direct"]) if best else measured[-1]
     for mode in ("direct", "reason"):
-        before, after = (row[f"dev_ndcg@10_{mode}"] for row in (measured[0], measured[-1]))
-        console.say(f"dev nDCG@10, {mode}: {before:.3f} -> {after:.3f}")
-    share = gain_kept(measured[0], measured[-1])
+        console.say(f"dev nDCG@10, {mode}: {first[f'dev_ndcg@10_{mode}']:.3f} -> {kept[f'dev_ndcg@10_{mode}']:.3f}")
+    share = gain_kept(first, kept)
     if share is not None:
         console.say(f"of what reasoning added to direct mode, one glance has {share:.0%} now")

@@ -78,7 +78,7 @@ class Cost(_Part):
     """What it cost; times are of this machine, with all else that ran on it."""
 
     queries_per_second: float = Field(description="All queries at once: encoding and ranking.")
-    ms_per_query: float | None = Field(description="Median over queries that were asked one at a time.")
+    ms_per_query: float | None = Field(description="Median over queries asked one at a time; in mode auto the mean.")
     documents_per_second: float | None = Field(description="Indexing; None where the index was there already.")
     tokens_per_query: float = Field(0.0, description="Mean tokens of reasoning.")
     thinking_share: float | None = Field(None, description="Share of queries that the gate of mode auto let think.")

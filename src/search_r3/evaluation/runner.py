@@ -53,7 +53,7 @@ class FrontierOptions:
     """What is measured of a frontier beside the modes.
 
     Attributes:
-        budgets: tokens after which reasoning is cut.
+        budgets: tokens that a reply may have, the embed token included.
         samples: numbers of replies whose vectors' mean is taken.
     """
 

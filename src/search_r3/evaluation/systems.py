@@ -227,7 +227,7 @@ class Effort:
 
     Attributes:
         price: in mode auto what a token must earn, in place of the gate's own price.
-        budget: tokens of reasoning after which the embed token is forced, in place of the model's own.
+        budget: tokens of a reply, the embed token included, which is forced as the last; in place of the model's own.
         samples: replies to each query, at temperature 1, whose vectors' mean is taken; 1 is one greedy reply.
     """
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -15,6 +16,7 @@ from search_r3.data.collection import Collection, Document, Query
 from search_r3.data.documents import read_documents
 from search_r3.data.reading.chunks import Chunking
 from search_r3.errors import ConfigError, DataError, ModelError
+from search_r3.evaluation import benchmark
 from search_r3.evaluation.baselines import BM25System
 from search_r3.evaluation.benchmark import EvaluationOptions, evaluate, resolve_splits
 from search_r3.evaluation.report.report import sampled_rewards
@@ -300,6 +302,41 @@ def test_a_system_with_an_unknown_revision_is_known_by_its_source(collection: Co
 
     keys = {evaluate(Nameless(m), collection, "test", QUICK, folder=tmp_path).key for m in ("a", "b", "a")}
     assert len(keys) == 2
+
+
+class Clocked(BM25System):
+    """Every fifth query takes 110 ms and the others 10 ms, by a clock of its own; it is its own index."""
+
+    documents_per_second, truncated_documents = None, 0
+
+    def __init__(self, mode: str) -> None:
+        super().__init__()
+        self.info = self.info.model_copy(update={"mode": mode})
+        self.now, self.asked = 0.0, 0
+
+    def perf_counter(self) -> float:
+        return self.now
+
+    def index(self, *given: Any) -> Any:
+        self.inner = super().index(*given)
+        return self
+
+    def answer(self, requests: list[RankRequest], *more: Any) -> Any:
+        for _ in requests:
+            self.now += 0.11 if self.asked % 5 == 0 else 0.01
+            self.asked += 1
+        return self.inner.answer(requests, *more)
+
+
+def test_milliseconds_are_a_median_and_in_mode_auto_where_some_queries_think_a_mean(
+    collection: Collection, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found = {}
+    for mode in ("direct", "reason", "auto"):
+        system = Clocked(mode)
+        monkeypatch.setattr(benchmark, "time", system)
+        found[mode] = run(system, collection, latency_queries=10).cost.ms_per_query
+    assert found == pytest.approx({"direct": 10.0, "reason": 10.0, "auto": 0.2 * 110 + 0.8 * 10})
 
 
 def test_what_searches_a_models_reasoning_costs_what_the_model_costs(reasons: SearchR3, collection: Collection) -> None:

@@ -13,9 +13,10 @@ from example_results import make_result
 from search_r3.data.collection import Collection
 from search_r3.errors import ModelError
 from search_r3.evaluation.benchmark import EvaluationOptions, evaluate
-from search_r3.evaluation.frontier.curves import area, at_cost, upper_edge
+from search_r3.evaluation.frontier.curves import area, at_cost, equal_cost_tests, family_areas, upper_edge
 from search_r3.evaluation.frontier.points import Pair, Point, points_of
 from search_r3.evaluation.frontier.record import frontier, markdown, read_frontier, write_frontier
+from search_r3.evaluation.instructions import label
 from search_r3.evaluation.report import plots
 from search_r3.evaluation.report.page import default_pair, write_page
 from search_r3.evaluation.results import Result
@@ -123,6 +124,45 @@ def test_other_models_join_the_points() -> None:
     [split] = frontier(results, 100, 0)
     assert "direct/distilled" in split["areas"]["tokens"]
     assert points_of(results[1:]) is None and frontier([results[0]], 100, 0) == []
+
+
+def instructed(*orders: str) -> list[Result]:
+    """A model in all ways under these choices of an instruction."""
+    results = []
+    for choice in orders:
+        asked = {} if choice == "own" else {"instruction": choice}
+        for title, mode, more in (
+            *(("direct", "direct", {}), ("reason", "reason", {}), ("auto", "auto", {"gate": {"policy": True}})),
+            *(("reason 8 tokens", "reason", {"budget": 8}), ("reason 60 tokens", "reason", {"budget": 60})),
+        ):
+            result = make_result(title + label(choice), mode=mode)
+            system = result.system.model_copy(update={"settings": {"k1": 1.5, **asked, **more}})
+            tokens = {"auto": [20] * 12, "direct": []}.get(title, [more.get("budget", 40)] * 12)
+            results.append(result.model_copy(update={"system": system, "reasoning_tokens": tokens}))
+    return results
+
+
+def test_queries_with_another_instruction_have_families_and_tests_of_their_own() -> None:
+    results = instructed("own", "none", "Find a/b.")
+    ways = ["direct", "reason", "auto", "budget", "budget"]
+    found, alone = points_of(results), points_of(results[:5])
+    assert found is not None and alone is not None
+    families = [one.family for one in found[1]]
+    others = [f"{way}/{name}" for name in ("(none)", "(Find a/b.)") for way in ways]
+    assert families == [*ways, *others, "oracle"]
+    for one in alone[1]:
+        assert family_areas(*found)["tokens"].get(one.family) == family_areas(*alone)["tokens"].get(one.family)
+    tests = {(one["first"], one["second"]): one["difference"] for one in equal_cost_tests(*found, ("c", "s"), 100, 0)}
+    assert {("auto", "budget"), ("direct (none)", "random"), ("auto (none)", "random")} <= tests.keys()
+    assert ("auto (none)", "budget") not in tests, "budgets are of the first model under the first instruction"
+    for one in equal_cost_tests(*alone, ("c", "s"), 100, 0):
+        assert tests[one["first"], one["second"]] == one["difference"]
+
+
+def test_where_the_queries_own_instruction_comes_second_it_is_the_other_one() -> None:
+    found = points_of(instructed("none", "own"))
+    assert found is not None and found[0].direct.name == "direct (none)"
+    assert [one.family for one in found[1]][4:7] == ["budget", "direct/(own)", "reason/(own)"]
 
 
 def test_a_picture_tells_models_by_markers_and_ways_to_think_by_colours(

@@ -7,7 +7,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from search_r3.data.collection import Collection
+from search_r3.data.collection import Collection, Query
 from search_r3.errors import DataError
 from search_r3.model.encoder import SearchR3
 from search_r3.model.modes.gate import sigmoid
@@ -98,6 +98,27 @@ def test_labels_are_our_own_measures(model: SearchR3, collection: Collection) ->
         assert value == pytest.approx(1 / np.log2(rank + 1) if rank <= 10 else 0.0)
     assert (labelled.tokens > 0).any() and labelled.scores.shape == (20, 10)
     assert len(label_queries(model, collection, ["train", "dev"], limit=25, batch_size=8).query_ids) == 25
+
+
+def test_queries_that_are_measured_on_are_not_learned_from(
+    model: SearchR3, collection: Collection, caplog: pytest.LogCaptureFixture
+) -> None:
+    """By id, and by text whatever its case; the record still names the whole collection."""
+    train, test = collection.qrels["train"], collection.qrels["test"]
+    same, twin = list(train)[3], list(train)[5]
+    queries = collection.queries | {"twin": Query("twin", collection.queries[twin].text.upper())}
+    leaky = {**collection.qrels, "train": {**train, **collection.qrels["dev"]}}
+    leaky["test"] = {**test, same: train[same], "twin": train[twin]}
+    whole = replace(collection, queries=queries, qrels=leaky)
+    labelled = label_queries(model, whole, ["train"], held_out=["test"], batch_size=8)
+    assert labelled.query_ids == [one for one in leaky["train"] if one not in (same, twin)]
+    assert labelled.facts["hash"] == whole.content_hash()
+    assert "2 queries of train are not trained on, since test holds them too" in caplog.text
+    with pytest.raises(DataError, match="18 queries in train; a gate needs at least 20"):
+        label_queries(model, whole, ["train"], held_out=["dev", "test"])
+    everything = replace(whole, qrels={"train": train, "test": train})
+    with pytest.raises(DataError, match="0 queries in train"):
+        label_queries(model, everything, ["train"], held_out=["test"])
 
 
 def test_what_teaches_nothing_is_refused(model: SearchR3, collection: Collection) -> None:

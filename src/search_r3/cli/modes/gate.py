@@ -17,6 +17,7 @@ from ..common import (
     app,
     check_new,
     load_encoder,
+    load_settings,
     say_left_out,
     takes_model_options,
 )
@@ -31,7 +32,11 @@ Price = Annotated[
 ]
 Splits = Annotated[
     list[str] | None,
-    typer.Option("--splits", help="Queries to learn from, best untrained ones; `train` by default."),
+    typer.Option("--splits", help="Queries to learn from, best untrained, not of dev or test; `train` by default."),
+]
+RecipeFile = Annotated[
+    Path | None,
+    typer.Option("--recipe", "-r", help="YAML recipe: its collection, and evaluation's dev_split and test_split."),
 ]
 
 
@@ -46,6 +51,7 @@ def gate(
     measure: Annotated[str, typer.Option(help="What the price and the labels are counted in.")] = "ndcg@10",
     limit: Annotated[int | None, typer.Option(min=1, help="Size of a random sample of the queries.")] = None,
     seed: Annotated[int, typer.Option(min=0, help="Of the sample and of the folds.")] = 0,
+    recipe: RecipeFile = None,
     batch_size: Annotated[int, typer.Option(min=1, help="Queries reasoned about at once.")] = 128,
     out: Annotated[
         Path | None, typer.Option(help="New folder for the model with its gate; by default it goes into MODEL.")
@@ -62,6 +68,7 @@ def gate(
 
     if out is not None:
         check_new(out)
+    settings = load_settings(recipe, None)
     encoder = load_encoder(model, options)
     if encoder.backbone.engine == "llama.cpp":
         raise ConfigError("llama.cpp's files hold no gate; leave --backend out, and give --out for a model folder")
@@ -69,12 +76,13 @@ def gate(
         raise ConfigError(f"{model} decides itself which queries think, and takes no gate; fit one to another model")
     if out is None:
         _check_writable(model, encoder)
-    data = load_collection(collection or "atlas", skip_empty_documents=True)
+    data = load_collection(collection or settings.collection, skip_empty_documents=True)
     if not as_json:
         say_left_out(data)
     with console.watching() as watch:
         labelled = label_queries(
             *(encoder, data, splits or ["train"]),
+            held_out=settings.evaluation.held_out,
             measure_name=measure,
             limit=limit,
             seed=seed,

@@ -17,6 +17,8 @@ from numpy.typing import NDArray
 
 from ...model.modes.gate import worth
 from ...retrieval.metrics import MAIN
+from .. import instructions
+from ..instructions import OWN
 from ..results import Result
 from ..table import direct_of
 
@@ -32,7 +34,7 @@ class Point:
     Attributes:
         name: as in the tables.
         family: what it is a member of: `direct`, `reason`, `auto`, `budget`, `samples`, `oracle`, or another mode; of a
-            second model with its label.
+            second model, or of queries with another instruction, with its label.
         values: nDCG@10, `Q`.
         tokens: that it writes, `Q`.
         milliseconds: of a query that is asked alone; of what is composed, in proportion to the tokens of the reason
@@ -117,9 +119,8 @@ def points_of(results: Sequence[Result]) -> tuple[Pair, list[Point]] | None:
 
 
 def _point(result: Result, of_another: bool) -> Point:
-    """A measured result as a point; the family of one of another model bears its label."""
+    """A measured result as a point."""
     settings = result.system.settings
-    family = next((name for name in ("budget", "samples") if name in settings), result.system.mode)
     facts: dict[str, float] = {
         name: float(settings[name]) for name in ("price", "budget", "samples") if name in settings
     }
@@ -127,15 +128,26 @@ def _point(result: Result, of_another: bool) -> Point:
         price = settings.get("price", settings["gate"].get("price"))  # a policy that decides itself has none of its own
         facts |= {"share": result.cost.thinking_share} | ({} if price is None else {"price": price})
     tokens = result.reasoning_tokens or [0] * len(result.query_ids)
-    label = result.system.name.partition("/")[2]
     return Point(
         result.system.name,
-        f"{family}/{label}" if of_another and label else family,
+        _family(result, of_another),
         np.array(result.per_query[MAIN], dtype=float),
         np.array(tokens, dtype=float),
         result.cost.ms_per_query,
         facts,
     )
+
+
+def _family(result: Result, of_another: bool) -> str:
+    """The way to think; of another model with its label, of another instruction with that of the instruction."""
+    settings = result.system.settings
+    way = next((name for name in ("budget", "samples") if name in settings), result.system.mode)
+    if not of_another:
+        return way
+    choice = settings.get("instruction", OWN)
+    suffix = instructions.label(choice)
+    model = result.system.name.removesuffix(suffix).partition("/")[2]
+    return f"{way}/{(model + suffix).strip() or f'({choice})'}"
 
 
 def _at_prices(pair: Pair, auto: Result) -> list[Point]:

@@ -107,7 +107,7 @@ def plot_latency(results: Sequence[Result], path: Path) -> bool:
     """nDCG@10 against milliseconds per query: a point for each system over faint ones for each split.
 
     The points are averages over the splits on which all systems stand (over each one's own, if there is none). Time
-    is the median of queries asked one at a time, or the mean within a batch where that was not measured.
+    is that of queries asked one at a time (`Cost.ms_per_query`), or the mean within a batch where it was not measured.
     """
     if not results:
         return False
@@ -132,9 +132,9 @@ def plot_latency(results: Sequence[Result], path: Path) -> bool:
 
 
 def _milliseconds(result: Result) -> float:
-    median = result.cost.ms_per_query
+    alone = result.cost.ms_per_query
     # Above 0 for the logarithm, whatever the clock's resolution.
-    return max(1e-3, 1000 / result.cost.queries_per_second if median is None else median)
+    return max(1e-3, 1000 / result.cost.queries_per_second if alone is None else alone)
 
 
 def plot_frontier(frontiers: Sequence[Mapping[str, Any]], path: Path) -> bool:

@@ -20,6 +20,7 @@ from typing import Any
 import numpy as np
 
 from ...data.collection import Collection
+from ...data.triples import hold_out
 from ...errors import DataError
 from ...evaluation.benchmark import EvaluationOptions, measured
 from ...evaluation.results import provenance
@@ -73,6 +74,7 @@ def label_queries(
     collection: Collection,
     splits: Sequence[str],
     *,
+    held_out: Sequence[str] = (),
     measure_name: str = MAIN,
     limit: int | None = None,
     seed: int = 0,
@@ -85,6 +87,7 @@ def label_queries(
         model: the model, with all of its dimensions.
         collection: documents, queries and judgements.
         splits: whose queries are meant; best those that no stage has trained on.
+        held_out: splits that are measured on; their queries are left out, by id or by text (`triples.hold_out`).
         measure_name: of `MEASURES`.
         limit: size of a random sample of the queries.
         seed: of the sample.
@@ -94,7 +97,7 @@ def label_queries(
     Raises:
         DataError: an unknown measure or split, or too few queries.
     """
-    qrels = _judgements(collection, splits, measure_name, limit, seed)
+    qrels = _judgements(collection, splits, held_out, measure_name, limit, seed)
     requests = make_requests(collection, qrels)
     index = index_documents(
         model, collection.documents, progress=watch("documents", len(collection.documents)) if watch else None
@@ -128,12 +131,21 @@ def label_queries(
 
 
 def _judgements(
-    collection: Collection, splits: Sequence[str], measure_name: str, limit: int | None, seed: int
+    collection: Collection,
+    splits: Sequence[str],
+    held_out: Sequence[str],
+    measure_name: str,
+    limit: int | None,
+    seed: int,
 ) -> dict[str, dict[str, int]]:
     """The queries to learn from, with their judgements."""
     if measure_name not in MEASURES:
         raise DataError(f"unknown measure {measure_name!r}; expected one of {', '.join(MEASURES)}")
-    qrels = {key: gains for split in splits for key, gains in measured(collection, split, EvaluationOptions()).items()}
+    kept = hold_out(collection, splits, held_out)
+    lost = {query_id for split in splits for query_id in collection.split(split) if query_id not in kept.split(split)}
+    options = EvaluationOptions()
+    qrels = {key: gains for split in splits for key, gains in measured(collection, split, options).items()}
+    qrels = {query_id: gains for query_id, gains in qrels.items() if query_id not in lost}
     if limit is not None and limit < len(qrels):
         chosen = set(random.Random(seed).sample(sorted(qrels), limit))
         qrels = {query_id: gains for query_id, gains in qrels.items() if query_id in chosen}
