@@ -46,6 +46,7 @@ LATENT = [
     "sft.latent_steps=3",
     "sft.steps=32",
     "sft.learning_rate=4.0e-4",
+    "sft.micro_batch_size=12",
 ]
 SHOWN = ["sft.at_once=0.3", "sft.steps=12", "sft.learning_rate=4.0e-4"]
 STAGES = ("write", "read", "latent", "distill", "decide")
