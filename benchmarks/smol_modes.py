@@ -44,9 +44,9 @@ GO_ON = [*READ, "sft.warmup_steps=4"]
 LATENT = [
     "sft.reasoning_styles={trace: 0.6, own: 0.4}",
     "sft.latent_steps=3",
-    "sft.steps=32",
+    "sft.steps=40",
+    "sft.batch_size=8",  # K + 1 passes over each prompt
     "sft.learning_rate=4.0e-4",
-    "sft.micro_batch_size=12",
 ]
 SHOWN = ["sft.at_once=0.3", "sft.steps=12", "sft.learning_rate=4.0e-4"]
 STAGES = ("write", "read", "latent", "distill", "decide")
