@@ -5,11 +5,10 @@
 
 Begins from a trained model (`smol`, or a directory), whose documents stay as they are, and one source of the data whose
 queries hold what a reasoning would say. Stages (recipes/smol-modes.yaml): base (weights, whole, that read longer
-queries), write (true traces), read (its own replies, right or wrong, are read; true traces are written on), and then,
-all from there: latent (soft tokens), distill (no labels), decide (stage 1 shows that a reply may embed at once, stage 2
-when to). Write has queries of its own, distill and stage 2 have others, and the rest share a third part; nothing learns
-from those of the split `gate`, for `search-r3 gate`. A stage that is finished is not repeated, so the same command goes
-on where it was stopped.
+queries), write (true traces), read in two goes (its own replies, right or wrong, are read; true traces are written on),
+and then, all from there: latent (soft tokens), distill (no labels), decide (stage 1 shows that a reply may embed at
+once, stage 2 when to). Distill and stage 2 have queries of their own; nothing learns from those of the split `gate`,
+for `search-r3 gate`. A stage that is finished is not repeated, so the same command goes on where it was stopped.
 """
 
 from __future__ import annotations
@@ -39,16 +38,15 @@ MAX_LENGTH = 256
 SIZES = {"write": 4000, "own": 1000, "rest": 900}
 """Queries with a trace in each split that is learned from."""
 GATE = 600
-READ = ["sft.splits={own: 0.6, write: 0.4}", "sft.reasoning_styles={trace: 0.25, own: 0.75}", "sft.read_styles=[own]"]
-GO_ON = [*READ, "sft.warmup_steps=4"]
-LATENT = [
-    "sft.reasoning_styles={trace: 0.6, own: 0.4}",
-    "sft.latent_steps=3",
-    "sft.steps=40",
-    "sft.batch_size=8",  # K + 1 passes over each prompt
-    "sft.learning_rate=4.0e-4",
-]
-SHOWN = ["sft.at_once=0.3", "sft.steps=12", "sft.learning_rate=4.0e-4"]
+OWN = ["sft.read_styles=[own]", "sft.warmup_steps=4"]
+MIXED = [*OWN, "sft.splits={own: 0.6, write: 0.4}"]
+MOSTLY_READ = "sft.reasoning_styles={trace: 0.25, own: 0.75}"
+READ = [*MIXED, MOSTLY_READ, "sft.steps=64", "sft.learning_rate=6.0e-4"]
+MORE = [*OWN, "sft.splits={own: 0.8, write: 0.2}", "sft.reasoning_styles={trace: 0.2, own: 0.8}", "sft.steps=40"]
+LATENT = [*MIXED, "sft.reasoning_styles={trace: 0.6, own: 0.4}", "sft.latent_steps=3", "sft.steps=24"]
+LATENT += ["sft.batch_size=8"]  # a step passes K + 1 times over each prompt
+SHOWN = [*MIXED, MOSTLY_READ, "sft.at_once=0.3", "sft.steps=12"]
+SLOWER = "sft.learning_rate=4.0e-4"
 STAGES = ("write", "read", "latent", "distill", "decide")
 
 
@@ -126,13 +124,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
         report = best_of_n(writer, Collection.load(data), own, settings, cache=work / "cache", splits=["own"])
         say(f"own replies: {report}")
     if {"read", "latent", "distill", "decide"} & set(options.stages):
-        models["read"] = stages.sft("read", models["write"], own, *GO_ON, "sft.steps=64", "sft.learning_rate=6.0e-4")
+        first = stages.sft("read", models["write"], own, *READ)
+        models["read"] = stages.sft("read-more", first, own, *MORE, SLOWER)
     if "latent" in options.stages:
-        models["latent"] = stages.sft("latent", models["read"], own, *GO_ON, *LATENT)
+        models["latent"] = stages.sft("latent", models["read"], own, *LATENT, SLOWER)
     if "distill" in options.stages:
         models["distill"] = stages.distill("distill", models["read"], own)
     if "decide" in options.stages:
-        shown = stages.sft("shown", models["read"], own, *GO_ON, *SHOWN)
+        shown = stages.sft("shown", models["read"], own, *SHOWN, SLOWER)
         models["decide"] = stages.grpo("decide", shown, own)
     record = {"benchmark": "smol_modes", "models": {name: str(path) for name, path in models.items()}}
     print(json.dumps(record | {"machine": machine()}))
