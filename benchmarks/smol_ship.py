@@ -7,7 +7,7 @@ are the adapters in float16, the prompts and limits, what tells their base from 
 trained queries (`trained.bin.xz`) and the card. `--queries` adds what encodes queries (`queries/`): the adapters of a
 model that a stage with frozen documents made of that one. To the adapters of the package, with their base:
 
-    python benchmarks/smol_ship.py src/search_r3/smol --base MODEL.gguf --dev runs/smol/out/dev.json --data data/smol \
+    python benchmarks/smol_ship.py src/search_r3/smol --base MODEL.gguf --dev runs/smol-read/dev.json --data data/smol \
         --queries runs/smol-read/run/sft/model
 
 `--check DATA_ROOT` looks for trained queries among those that the collections there ask outside their train splits.
@@ -257,7 +257,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("adapters", type=Path, nargs="*", help="folders of adapters, in the order of their training")
     parser.add_argument("--base", help="what they were put into: a directory, a GGUF file or a hub id")
-    parser.add_argument("--dev", type=Path, help="the dev.json of benchmarks/smol.py")
+    parser.add_argument(
+        "--dev",
+        type=Path,
+        help="what the model that ships does on dev: the dev.json of benchmarks/smol.py, with --queries of smol_read.py",
+    )
     parser.add_argument("--stage", help="whose results in it; by default the last")
     parser.add_argument("--data", type=Path, help="what benchmarks/smol_data.py wrote")
     parser.add_argument("--rank", type=int, help="at most")
