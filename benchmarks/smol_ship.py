@@ -260,7 +260,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--dev",
         type=Path,
-        help="what the model that ships does on dev: the dev.json of benchmarks/smol.py, with --queries of smol_read.py",
+        help="what it does on dev: the dev.json of benchmarks/smol.py, with --queries that of smol_read.py",
     )
     parser.add_argument("--stage", help="whose results in it; by default the last")
     parser.add_argument("--data", type=Path, help="what benchmarks/smol_data.py wrote")
