@@ -41,11 +41,14 @@ def let_it_decide(model: SearchR3, texts: Sequence[str]) -> None:
     """Make a model one that decides itself in mode auto: about half of these texts would write."""
     backbone = model.backbone
     embed, margins = backbone.embed_token_id, []
+    ends = sorted(backbone.prompt_encoder.end_token_ids)
     for text in texts:
         ids = backbone.prompt_encoder.encode(text, "auto").ids
         with torch.no_grad():
-            logits = backbone.logits(backbone.hidden_states(torch.tensor([ids]), None))[0, -1]
-        margins.append(float(torch.cat([logits[:embed], logits[embed + 1 :]]).logsumexp(0) - logits[embed]))
+            logits = backbone.logits(backbone.hidden_states(torch.tensor([ids]), None))[0, -1].double()
+        words = [one for one in range(len(logits)) if one not in (embed, *ends)]
+        # It writes where words are likelier than the embed token and the ends together.
+        margins.append(float((logits[words].exp().sum() - logits[ends].exp().sum()).log() - logits[embed]))
     middle = sorted(margins)[len(margins) // 2 - 1 : len(margins) // 2 + 1]
     favour(backbone, embed, sum(middle) / 2)
     backbone.settings = backbone.settings.model_copy(update={"gate": "policy"})

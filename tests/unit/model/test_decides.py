@@ -31,6 +31,12 @@ def first_logprobs(model: SearchR3, ids: list[int], temperature: float = 1.0) ->
     return torch.log_softmax(logits / temperature, dim=-1)
 
 
+def writing(model: SearchR3, logprobs: torch.Tensor) -> float:
+    """The probability of a first token that is neither the embed token nor an end of the turn."""
+    ends = sorted(model.backbone.prompt_encoder.end_token_ids)
+    return 1 - float(logprobs[[model.backbone.embed_token_id, *ends]].exp().sum())
+
+
 def test_the_first_token_decides_and_its_state_is_the_vector(decider: SearchR3) -> None:
     auto = decider.encode_query(TEXTS, "auto", max_new_tokens=6)
     reason = decider.encode_query(TEXTS, "reason", max_new_tokens=6)
@@ -39,8 +45,9 @@ def test_the_first_token_decides_and_its_state_is_the_vector(decider: SearchR3) 
     for row, text in enumerate(TEXTS):
         ids = decider.backbone.prompt_encoder.encode(text, "reason").ids
         logprobs = first_logprobs(decider, ids)
-        assert auto.thought[row] == (float(logprobs[embed].exp()) < 0.5) == (auto.reasoning_tokens[row] > 0)
-        assert auto.gate[row] == {"probability": pytest.approx(1 - float(logprobs[embed].exp()), abs=1e-5)}
+        writes = writing(decider, logprobs)
+        assert auto.thought[row] == (writes > 0.5) == (auto.reasoning_tokens[row] > 0)
+        assert auto.gate[row] == {"probability": pytest.approx(writes, abs=1e-5)}
         at_once = decider.backbone.embed([[*ids, embed]])[0].detach().numpy()
         expected = reason.vectors[row] if auto.thought[row] else at_once
         np.testing.assert_allclose(auto.vectors[row], expected, atol=1e-5)
@@ -83,18 +90,29 @@ def test_first_tokens_that_are_given_keep_the_policys_own_log_probabilities(deci
     assert begun[0] == {True: 40} and begun[1] == {False: 40} and 0 < begun[2][True] < 40
     assert not any(reply.forced for reply in replies[::3]), "it is the policy's choice, with its probability"
     assert {reply.writes is None for reply in replies[1::3]} == {True}
-    assert replies[0].writes == replies[2].writes == pytest.approx(1 - float(logprobs[embed].exp()), abs=1e-5)
+    assert replies[0].writes == replies[2].writes == pytest.approx(writing(decider, logprobs), abs=1e-5)
 
 
 @pytest.mark.parametrize(("embed", "thinks"), [(0.4, True), (0.6, False)])
 def test_many_words_together_may_be_likelier_than_to_embed_at_once(embed: float, thinks: bool) -> None:
     words = [0.5 * (1 - embed)] * 2  # neither is as likely as the embed token
-    held, facts = hold(torch.tensor([[*words, embed]]).log(), ["own"], [0.0], 2)
+    held, facts = hold(torch.tensor([[*words, embed, 0.0]]).log(), ["own"], [0.0], 2, torch.tensor([3]))
     assert int(held[0].argmax()) == (0 if thinks else 2)
     mass, writes = facts[0]
     assert writes == pytest.approx(1 - embed)
     chosen = torch.log_softmax(held[0], dim=-1).max() + mass
     assert float(chosen.exp()) == pytest.approx(max(words) if thinks else embed), "the policy's own probability"
+
+
+def test_a_reply_that_would_end_at_once_writes_nothing(decider: SearchR3) -> None:
+    """The row of the embed token may have begun as that of the end of the turn: what raises one raises the other."""
+    end = decider.backbone.prompt_encoder.frames.end_token_id
+    favour(decider.backbone, end, 50.0)
+    ids = decider.backbone.prompt_encoder.encode(TEXTS[0], "reason").ids
+    [written] = decider.rollouts([ids], max_new_tokens=4, first=["text"])
+    assert written.completion_ids[0] not in (end, decider.backbone.embed_token_id)
+    auto = decider.encode_query(TEXTS[0], "auto", max_new_tokens=4)
+    assert auto.thought == [False] and auto.gate[0]["probability"] < 1e-6 and not auto.forced[0]
 
 
 def test_other_requests_beside_it_are_left_alone(decider: SearchR3) -> None:

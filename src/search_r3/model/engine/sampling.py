@@ -122,7 +122,7 @@ class Chooser:
         masses = None
         if any(firsts):
             temperatures = [self.asks[row].temperature for row in self._text]
-            logits, facts = hold(logits, firsts, temperatures, embed)
+            logits, facts = hold(logits, firsts, temperatures, embed, self._ends)
             self.writes = {self._text[place]: writes for place, (_, writes) in facts.items() if firsts[place] != "text"}
             masses = torch.tensor([facts[place][0] if place in facts else 0.0 for place in range(len(firsts))])
         tokens, logprobs = choose_tokens(logits, self._sampling, self._draws[step])

@@ -68,7 +68,11 @@ def facts_of(writes: float | None) -> dict[str, float]:
 
 
 def hold(
-    logits: Tensor, firsts: Sequence[First | None], temperatures: Sequence[float], embed_token_id: int
+    logits: Tensor,
+    firsts: Sequence[First | None],
+    temperatures: Sequence[float],
+    embed_token_id: int,
+    ends: Tensor,
 ) -> tuple[Tensor, Mapping[int, tuple[float, float]]]:
     """Leave rows only the first tokens that they may have.
 
@@ -80,6 +84,7 @@ def hold(
         firsts: of each row; None for one that is no first token, or of which nothing is said.
         temperatures: of each row, 0 where it is decoded greedily.
         embed_token_id: the embed token.
+        ends: `E`, the tokens that end a turn. A reply that begins with one says nothing, so it does not write.
 
     Returns:
         Logits with minus infinity for what a row may not have; and row -> the logarithm of the probability, at the
@@ -90,7 +95,7 @@ def hold(
     scaled = logits[rows] / divisors[:, None]
     whole = scaled.logsumexp(-1)
     embed = scaled[:, embed_token_id] - whole
-    scaled[:, embed_token_id] = -torch.inf
+    scaled[:, embed_token_id] = scaled[:, ends] = -torch.inf
     text = scaled.logsumexp(-1) - whole
     held, facts = logits.clone(), {}
     for place, row in enumerate(rows):
@@ -98,7 +103,8 @@ def hold(
         if first == "own" and temperatures[row] == 0 and not math.isnan(writes):
             first = "text" if writes > 0.5 else "embed"
         if first == "text":
-            held[row, embed_token_id], mass = -torch.inf, float(text[place])
+            held[row, embed_token_id] = held[row, ends] = -torch.inf
+            mass = float(text[place])
         elif first == "embed":
             held[row].fill_(-torch.inf)[embed_token_id], mass = 0.0, float(embed[place])
         facts[row] = mass, writes
