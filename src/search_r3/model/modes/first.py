@@ -76,8 +76,8 @@ def hold(
 ) -> tuple[Tensor, Mapping[int, tuple[float, float]]]:
     """Leave rows only the first tokens that they may have.
 
-    A row that decides itself and is greedy may have what is likelier, to embed at once or to write, the border that stage
-    2 teaches: the embed token may be likelier than any single word, and less than all of them together.
+    A row that decides itself and is greedy may have what is likelier, to embed at once or to write: the border that
+    stage 2 teaches. The embed token may be likelier than any single word, and less than all of them together.
 
     Args:
         logits: `B x V`.
