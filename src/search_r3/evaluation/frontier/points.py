@@ -18,7 +18,6 @@ from numpy.typing import NDArray
 from ...model.modes.gate import worth
 from ...retrieval.metrics import MAIN
 from .. import instructions
-from ..instructions import OWN
 from ..results import Result
 from ..table import direct_of
 
@@ -144,7 +143,7 @@ def _family(result: Result, of_another: bool) -> str:
     way = next((name for name in ("budget", "samples") if name in settings), result.system.mode)
     if not of_another:
         return way
-    choice = settings.get("instruction", OWN)
+    choice = settings.get("instruction", instructions.OWN)
     suffix = instructions.label(choice)
     model = result.system.name.removesuffix(suffix).partition("/")[2]
     return f"{way}/{(model + suffix).strip() or f'({choice})'}"
