@@ -236,6 +236,8 @@ def make_communicator() -> Communicator:
 
         try:
             PartialState(cpu=not torch.cuda.is_available())
+            if not dist.is_initialized():  # on a GPU accelerate takes one without LOCAL_RANK for the only one
+                raise ValueError(f"accelerate began no group; LOCAL_RANK is {os.environ.get('LOCAL_RANK', 'not set')}")
         except (ValueError, dist.DistError) as error:
             raise RunError(
                 f"WORLD_SIZE={count} says that this process is one of several, but they could not meet: {error}; start "

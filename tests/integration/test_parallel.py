@@ -9,7 +9,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from search_r3.parallel import Communicator, divide
+from search_r3.errors import RunError
+from search_r3.parallel import Communicator, divide, make_communicator
 
 WORKER = """
 import os, sys
@@ -247,6 +248,17 @@ def test_processes_that_cannot_meet_are_told_so(monkeypatch: pytest.MonkeyPatch)
     [ended] = run("from search_r3.parallel import make_communicator; make_communicator()", [[]], timeout=60)
     assert "RunError: WORLD_SIZE=2 says that this process is one of several, but they could not meet" in ended.stderr
     assert "MASTER_ADDR" in ended.stderr and "without WORLD_SIZE" in ended.stderr
+
+
+def test_a_process_of_several_that_accelerate_takes_for_the_only_one_does_not_train_alone(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """As on a GPU without LOCAL_RANK."""
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.delenv("LOCAL_RANK", raising=False)
+    monkeypatch.setattr("accelerate.PartialState", lambda cpu: None)
+    with pytest.raises(RunError, match=r"WORLD_SIZE=2 .* LOCAL_RANK is not set; start all of them with"):
+        make_communicator()
 
 
 def test_shares_are_even_in_tokens_and_lose_nothing() -> None:

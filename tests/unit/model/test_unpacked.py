@@ -166,6 +166,22 @@ def test_metadata_of_the_right_size_that_are_damaged_are_read_again(
     assert kept_file.read_bytes()[:1] == b"{"
 
 
+def test_what_does_not_fit_into_memory_is_not_taken_for_damaged(assets: Path, tmp_path: Path) -> None:
+    def write(out: Path) -> None:
+        (out / "some.txt").write_text("kept", encoding="utf-8")
+
+    def lacks_memory(folder: Path) -> None:
+        raise MemoryError
+
+    file = tmp_path / "some.gguf"
+    file.write_bytes(b"some")
+    kept = Unpacked(hash_file(file), "some")
+    kept.keep(file, write)
+    with pytest.raises(MemoryError):
+        kept.read(lacks_memory)
+    assert kept.read(lambda folder: (folder / "some.txt").read_text(encoding="utf-8")) == "kept"
+
+
 def test_what_was_read_of_a_file_that_changed_meanwhile_is_not_kept(
     file: Path, assets: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

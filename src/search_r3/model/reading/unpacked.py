@@ -58,6 +58,8 @@ class Unpacked(NamedTuple):
             return None
         try:
             return load(folder)
+        except MemoryError:
+            raise
         except Exception as error:  # of whatever reads it: it is read from the file itself
             logger.info("%s is damaged (%s), and is made anew", folder, error)
             shutil.rmtree(folder, ignore_errors=True)
