@@ -21,6 +21,7 @@ GUESSES = {
     "query": ("query", "anchor", "question"),
     "document": ("positive", "positives", "pos", "positive_passages", "document", "answer", "passage", "text"),
     "negative": ("negative", "negatives", "neg", "negative_passages", "hard_negatives"),
+    "label": ("label",),
     "title": ("title",),
     "reasoning": ("reasoning", "trace", "rationale"),
     "id": ("id", "_id", "query_id"),
@@ -66,16 +67,17 @@ def read_pairs(
 
     Args:
         path: the file.
-        columns: field (`query`, `document`, `negative`, `title`, `reasoning`, `id`) -> column; of documents and
-            negatives also several. What is not named is guessed by usual names. A document or negative may be a text,
-            a mapping with `text` and `title`, or a list of these; `title` is that of a document that is a text.
+        columns: field (`query`, `document`, `negative`, `label`, `title`, `reasoning`, `id`) -> column; of documents
+            and negatives also several. What is not named is guessed by usual names. A document or negative may be a
+            text, a mapping with `text` and `title`, or a list of these; `title` is that of a document that is a text.
+            Where the label is 0, the row's documents are negatives.
         dev_share: share of the queries in `dev`.
         rl_share: share of the others in a split `rl`, for stage 2, which learns to reason from queries that stage 1 has
             not seen: what it has seen is found without reasoning.
 
     Raises:
-        DataError: there is no such file, a line is not JSON, a column is missing, or there are fewer than two queries
-            or documents.
+        DataError: there is no such file, a line is not JSON, a column is missing, a label is neither 0 nor 1, or there
+            are fewer than two queries or documents.
         MissingExtraError: Parquet, and the extra `documents` is not installed.
         ConfigError: an unknown field in `columns`, or a share that is none.
 
@@ -109,6 +111,23 @@ def read_pairs(
     return reader.finish(path, dev_share, rl_share)
 
 
+def is_relevant(label: Any, place: str) -> bool:
+    """Whether a label says that a row's documents answer its query.
+
+    Raises:
+        DataError: it is neither 0 nor 1.
+    """
+    text = str(label).strip().lower()
+    if text in ("1", "1.0", "true"):
+        return True
+    if text in ("0", "0.0", "false"):
+        return False
+    raise DataError(
+        f"{place}: the label is {label!r}; expected 1 (the document is relevant) or 0; rename a column that says "
+        "something else"
+    )
+
+
 @dataclass
 class _Reader:
     """Rows become queries and documents."""
@@ -140,11 +159,16 @@ class _Reader:
         known = self._queries.setdefault(query, Query(f"q{number}", query))
         self._add_metadata(known, cells)
         relevant = self._relevant.setdefault(known.query_id, {})
+        negatives = self._negatives.setdefault(known.query_id, {})
+        label = next((one for one in cells.get("label", ()) if one is not None and one == one), 1)  # NaN: as in `_text`
+        answers = is_relevant(label, place)
         for doc_id in starmap(self._document, positives):
-            self.duplicates += doc_id in relevant
-            relevant[doc_id] = 1
-        negatives = starmap(self._document, _texts(cells.get("negative")))
-        self._negatives.setdefault(known.query_id, {}).update(dict.fromkeys(negatives))
+            if answers:
+                self.duplicates += doc_id in relevant
+                relevant[doc_id] = 1
+            else:
+                negatives[doc_id] = None
+        negatives.update(dict.fromkeys(starmap(self._document, _texts(cells.get("negative")))))
 
     def _document(self, title: str, text: str) -> str:
         known = self._documents.setdefault(text, Document(f"d{len(self._documents) + 1}", text, title))
@@ -161,6 +185,9 @@ class _Reader:
         self._queries[query.text] = replace(query, metadata=metadata)
 
     def finish(self, path: Path, dev_share: float, rl_share: float) -> Pairs:
+        for query in [one for one in self._queries.values() if not self._relevant[one.query_id]]:
+            self.report.skip(f"{path}:{query.query_id[1:]}", "a query whose documents all have label 0")
+            del self._queries[query.text], self._relevant[query.query_id]
         if len(self._queries) < 2 or len(self._documents) < 2:
             passed = f"; not read: {'; '.join(self.report.lines())}" if self.report.skipped else ""
             raise DataError(

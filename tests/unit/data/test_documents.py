@@ -345,12 +345,17 @@ def test_tables_as_people_save_them_are_read(tmp_path: Path) -> None:
     assert texts == {"excel.csv:1": "naïve, or not", "unicode.tsv:1": "naïve", "one.csv:1": "only column"}
 
 
-def test_a_table_without_rows_is_counted(tmp_path: Path) -> None:
-    (tmp_path / "good.csv").write_text("id,text\n1,good\n")
+def test_a_table_without_rows_and_rows_that_others_swallow_are_counted(tmp_path: Path) -> None:
+    (tmp_path / "good.csv").write_text("id,text\n1,good\n2,good, and more\n")
     (tmp_path / "open.csv").write_text('"id,text\n1,a quotation that never ends\n')
+    (tmp_path / "bare.csv").write_text("id,text\n")
     stream = read_documents(tmp_path)
     assert [chunk.parent_id for chunk in stream] == ["good.csv:1"]
-    assert stream.report.examples == {"a table without rows": [str(tmp_path / "open.csv")]}
+    assert stream.report.examples == {
+        "a table without rows": [str(tmp_path / "bare.csv")],
+        "a row with more cells than there are columns": [f"{tmp_path}/good.csv:2"],
+        'line 1: a quotation does not end where its cell does; write each " in one twice': [str(tmp_path / "open.csv")],
+    }
 
 
 def test_broken_rows_are_counted_and_the_others_read(tmp_path: Path) -> None:

@@ -114,6 +114,35 @@ def test_one_text_is_one_query_and_one_document(tmp_path: Path) -> None:
     assert set(pairs.columns) == {"query", "document", "negative", "title", "reasoning", "id"}
 
 
+def test_a_document_with_label_0_is_a_negative(tmp_path: Path) -> None:
+    rows = [
+        {"query": "tea?", "document": "Green.", "label": 1},
+        {"query": "tea?", "document": "Chess.", "label": 0},
+        {"query": "tea?", "document": "Green.", "label": 0},
+        {"query": "pot?", "document": "Clay.", "label": "1.0"},
+        {"query": "pot?", "document": "Tin.", "label": None},
+        {"query": "moon?", "document": "Green.", "label": False},
+    ]
+    pairs = read_pairs(write(tmp_path / "pairs.jsonl", rows))
+    assert texts_of(pairs, "tea?") == (["Green."], ["Chess."]), "what one row says is relevant is no negative"
+    assert texts_of(pairs, "pot?") == (["Clay.", "Tin."], [])
+    assert {one.text for one in pairs.collection.queries.values()} == {"tea?", "pot?"}
+    assert pairs.report.examples == {"a query whose documents all have label 0": [f"{tmp_path}/pairs.jsonl:6"]}
+    assert pairs.columns["label"] == ("label",)
+
+
+def test_quotation_marks_in_a_tsv_file_are_text_unless_they_stand_around_cells(tmp_path: Path) -> None:
+    (tmp_path / "raw.tsv").write_text(
+        'query\tdocument\nq one\tdoc one\n"what is love\tdoc two\nq three\tdoc three\n12" pipe\t"doc" five\n'
+    )
+    raw = read_pairs(tmp_path / "raw.tsv")
+    assert raw.report.documents == 4
+    assert texts_of(raw, '"what is love') == (["doc two"], []) and texts_of(raw, '12" pipe') == (['"doc" five'], [])
+    (tmp_path / "quoted.tsv").write_text('query\tdocument\n"12"" pipe"\t"two\nlines"\n"q"\t"a\ttab"\n')
+    quoted = read_pairs(tmp_path / "quoted.tsv")
+    assert texts_of(quoted, '12" pipe') == (["two\nlines"], []) and texts_of(quoted, "q") == (["a\ttab"], [])
+
+
 def test_no_query_text_is_in_two_splits_whatever_the_order_of_the_rows(tmp_path: Path) -> None:
     rows = [*ROWS, *({**row, "query": row["query"].upper(), "positive": "x"} for row in ROWS)]
     pairs = read_pairs(write(tmp_path / "one.jsonl", rows), dev_share=0.5)
@@ -174,6 +203,21 @@ def test_queries_without_negatives_are_searched_for_some(tmp_path: Path) -> None
         ),
         ("p.jsonl", '{"query": "a"}\r{"query": "b"}\r', "p.jsonl:1: a line that is not JSON; mend or remove"),
         ("p.jsonl", "[1]\n", "p.jsonl:1: a line that is no JSON object"),
+        (
+            "p.csv",
+            'query,positive\na,b\n"c,d\ne,f\n',
+            r'p.csv: line 3: a quotation does not end where its cell does; write each " in one twice$',
+        ),
+        (
+            "p.csv",
+            "query,positive\na,b\nc,d, and a comma\n",
+            "p.csv:2: a row with more cells than there are columns; mend or remove it",
+        ),
+        (
+            "p.jsonl",
+            '{"query": "a", "positive": "b", "label": 3}\n',
+            r"p.jsonl:1: the label is 3; expected 1 \(the document is relevant\) or 0; rename a column",
+        ),
         ("p.parquet", "no", "p.parquet: a damaged Parquet file"),
         ("p.txt", "a b", "expected a file that ends in .jsonl, "),
     ],

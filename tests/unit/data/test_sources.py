@@ -225,7 +225,7 @@ BROKEN: list[tuple[str, dict[str, Any], str]] = [
         "the field 'passages' is {'is_selected': [1], 'passage_text': []}",
     ),
     ("codesearchnet", {"func_code_string": ["a"]}, "the field 'code' is ['a']; expected a string"),
-    ("cosqa", {"label": "yes"}, "the field 'label' is 'yes'; expected 0 or 1"),
+    ("cosqa", {"label": "yes"}, "the label is 'yes'; expected 1 (the document is relevant) or 0"),
     ("miracl", {"positive_passages": [{"docid": "1"}]}, "the field 'positive_passages' is [{'docid': '1'}]"),
     ("miracl", {"negative_passages": [{"title": "a", "text": 5}]}, "('a', 5); expected two strings"),
     ("s2orc", {"abstract": 7}, "the field 'document' is 7; expected a string"),

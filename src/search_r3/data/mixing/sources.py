@@ -18,7 +18,7 @@ from ...errors import DataError
 from ...extras import extra
 from ..collection import Collection
 from ..load import load_collection, split_name
-from ..pairs import GUESSES
+from ..pairs import GUESSES, is_relevant
 from ..rows import string
 from ..tables import Columns, Repository, Table, plain_path, quoted
 from ..triples import listed_negatives, reasoning_traces
@@ -236,10 +236,8 @@ def _read_codesearchnet(where: str, row: Mapping[str, Any], _: int) -> SourceExa
 def _read_cosqa(where: str, row: Mapping[str, Any], _: int) -> SourceExample:
     """Code that answers a web query (label 1) or does not (label 0)."""
     code = _passages([("", _text(row, "code", where))], "code", where)
-    if row["label"] not in (0, 1):
-        raise DataError(f"{where}: the field 'label' is {row['label']!r}; expected 0 or 1")
     query = _text(row, "doc", where)
-    return SourceExample(query, code) if row["label"] else SourceExample(query, (), code)
+    return SourceExample(query, code) if is_relevant(row["label"], where) else SourceExample(query, (), code)
 
 
 def _read_miracl(where: str, row: Mapping[str, Any], _: int) -> SourceExample:
@@ -262,9 +260,12 @@ def _read_pairs(where: str, row: Mapping[str, Any], _: int) -> SourceExample:
         if name.startswith("negative"):
             negatives += _cell(value)
     trace = _text(row, "reasoning", where) if "reasoning" in row else ""
+    positives = _cell(row["positive"])
+    if not is_relevant(row.get("label", 1), where):
+        positives, negatives = [], positives + negatives
     return SourceExample(
         _text(row, "query", where),
-        _passages(_cell(row["positive"]), "positive", where),
+        _passages(positives, "positive", where),
         _passages(negatives, "negative", where),
         {"trace": trace} if trace.strip() else {},
     )
@@ -331,14 +332,15 @@ READERS: Mapping[str, Reader] = {
         {
             "query": GUESSES["query"],
             "positive": GUESSES["document"],
+            "label": GUESSES["label"],
             "reasoning": GUESSES["reasoning"],
             **_same(*_NUMBERED),
             "negative": GUESSES["negative"],
         },
         _read_pairs,
         f"{' or '.join(GUESSES['query'])}; {' or '.join(GUESSES['document'])}; and where there are some "
-        f"{' or '.join(GUESSES['negative'])}, negative_1, ..., {' or '.join(GUESSES['reasoning'])}",
-        ("reasoning", *_NUMBERED, "negative"),
+        f"{' or '.join(GUESSES['negative'])}, negative_1, ..., {' or '.join(GUESSES['reasoning'])}, label (0 or 1)",
+        ("label", "reasoning", *_NUMBERED, "negative"),
     ),
 }
 """Name -> reader. Ids on the hub and their state: docs/data.md."""

@@ -10,8 +10,9 @@ import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
+from itertools import zip_longest
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 from ...errors import ConfigError, DataError
 from ...extras import extra
@@ -151,14 +152,12 @@ def read_rows(
             yield from _json_lines(path, skip)
             return
         number = 0
-        for number, row in _parquet(path, needed) if suffix == ".parquet" else _csv(path, suffix):
+        for number, row in _parquet(path, needed) if suffix == ".parquet" else _csv(path, suffix, skip):
             yield number, row
-        if not number:  # such as a CSV whose first quotation never ends
+        if not number:
             skip(str(path), "a table without rows")
     except OSError as error:
         raise UnreadableError(f"unreadable ({error.strerror or error})") from error
-    except csv.Error as error:
-        raise UnreadableError(f"a damaged CSV file ({error})") from error
 
 
 def read_hub(
@@ -242,16 +241,40 @@ def _json_lines(path: Path, skip: Skip) -> Iterator[tuple[int, dict[str, Any]]]:
             skip(f"{path}:{number}", "a line that is no JSON object")
 
 
-def _csv(path: Path, suffix: str) -> Iterator[tuple[int, dict[str, Any]]]:
-    with path.open("rb") as file:
-        encoding = encoding_of(file.read(SAMPLE))
+def _csv(path: Path, suffix: str, skip: Skip) -> Iterator[tuple[int, dict[str, Any]]]:
     csv.field_size_limit(min(sys.maxsize, 2**31 - 1))  # texts are longer than the 128 KiB that it admits
-    with path.open(encoding=encoding, errors="replace", newline="") as lines:
-        head = lines.readline()
-        lines.seek(0)
-        delimiter = "\t" if suffix == ".tsv" else max(",;\t", key=head.count)
-        for number, row in enumerate(csv.DictReader(lines, delimiter=delimiter), 1):
-            yield number, {name: value for name, value in row.items() if name is not None}
+    with _opened(path, newline="") as lines:
+        delimiter = "\t" if suffix == ".tsv" else max(",;\t", key=lines.readline().count)
+    rows = filter(None, _cells(path, delimiter, is_quoted=suffix != ".tsv" or _is_quoted(path)))
+    names = next(rows, [])
+    for number, row in enumerate(rows, 1):
+        if len(row) > len(names):
+            skip(f"{path}:{number}", "a row with more cells than there are columns")
+        else:
+            yield number, dict(zip_longest(names, row))
+
+
+def _is_quoted(path: Path) -> bool:
+    """Whether quotation marks in a TSV file stand around cells, as in CSV; where they do not, they are text."""
+    try:
+        return not any("\t" in cell and "\n" in cell for row in _cells(path, "\t", is_quoted=True) for cell in row)
+    except UnreadableError:
+        return False
+
+
+def _cells(path: Path, delimiter: str, *, is_quoted: bool) -> Iterator[list[str]]:
+    """The cells of each row. A quotation that does not end where its cell ends has swallowed the rows after it."""
+    quoting = csv.QUOTE_MINIMAL if is_quoted else csv.QUOTE_NONE
+    with _opened(path, newline="") as lines:
+        rows, line = csv.reader(lines, delimiter=delimiter, quoting=quoting, strict=is_quoted), 1
+        try:
+            for row in rows:
+                yield row
+                line = rows.line_num + 1
+        except csv.Error as error:
+            raise UnreadableError(
+                f'line {line}: a quotation does not end where its cell does; write each " in one twice'
+            ) from error
 
 
 def _parquet(path: Path, needed: Callable[[Sequence[str]], Sequence[str]]) -> Iterator[tuple[int, dict[str, Any]]]:
@@ -271,10 +294,14 @@ def _parquet(path: Path, needed: Callable[[Sequence[str]], Sequence[str]]) -> It
 
 
 def _lines(path: Path) -> Iterator[tuple[int, str]]:
+    with _opened(path, newline="\n") as lines:  # as `files.read_lines`
+        yield from enumerate(lines, 1)
+
+
+def _opened(path: Path, newline: str) -> TextIO:
     with path.open("rb") as file:
         encoding = encoding_of(file.read(SAMPLE))
-    with path.open(encoding=encoding, errors="replace", newline="\n") as lines:  # as `files.read_lines`
-        yield from enumerate(lines, 1)
+    return path.open(encoding=encoding, errors="replace", newline=newline)
 
 
 def _plain(value: Any) -> Any:
