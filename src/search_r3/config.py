@@ -7,13 +7,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
 import yaml
 from pydantic import Field, model_validator
 
 from .loader import Section, load_settings
 from .sections import DistillSettings, PassSettings, RefreshSettings, SamplerSettings
+
+Share = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 
 
 class BaseModelSettings(Section):
@@ -38,7 +40,7 @@ class SFTSettings(PassSettings):
     warmup_steps: int = Field(20, ge=0, description="Steps of linear warm-up.")
     max_grad_norm: float = Field(1.0, gt=0, description="Gradients are clipped to this norm.")
     weight_decay: float = Field(0.01, ge=0, description="AdamW's, of matrices; not of norms, biases, token tables.")
-    splits: dict[str, float] = Field({"facts": 0.5, "sft": 0.5}, description="Share of each batch drawn from a split.")
+    splits: dict[str, Share] = Field({"facts": 0.5, "sft": 0.5}, description="Share of each batch drawn from a split.")
     batching: Literal["mixed", "homogeneous"] = Field(
         "mixed",
         description="mixed: each example's split is drawn by its share, the example uniformly, with replacement. "
@@ -69,7 +71,7 @@ class SFTSettings(PassSettings):
         le=1,
         description="Share of the queries with an `instruction` that are trained without it, drawn anew at each use.",
     )
-    reasoning_styles: dict[str, float] = Field(
+    reasoning_styles: dict[str, Share] = Field(
         {"chain": 0.6, "restate": 0.4},
         description="Sampling weight of each style of reasoning trace; a query that has one trace uses it.",
     )
@@ -125,6 +127,12 @@ class SFTSettings(PassSettings):
     def cached(self) -> bool:
         """Whether the batch is computed in passes, with cached gradients."""
         return self.micro_batch_size is not None or self.micro_batch_tokens is not None
+
+    @model_validator(mode="after")
+    def _need_splits(self) -> SFTSettings:
+        if sum(self.splits.values()) <= 0:
+            raise ValueError(f"splits={self.splits}: no split has a share; name one or more, such as {{train: 1.0}}")
+        return self
 
     @model_validator(mode="after")
     def _need_negatives(self) -> SFTSettings:

@@ -6,11 +6,11 @@ import difflib
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
-from types import MappingProxyType
-from typing import Any, TypeVar, get_args
+from types import MappingProxyType, UnionType
+from typing import Any, TypeVar, Union, get_args, get_origin
 
 import yaml
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, ValidationError, ValidationInfo, field_validator
 
 from .errors import ConfigError
 
@@ -19,6 +19,36 @@ class Section(BaseModel):
     """A frozen group of settings that refuses keys it does not know."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _refuse_yes_for_a_number(cls, value: Any, info: ValidationInfo) -> Any:
+        """YAML reads `yes`, `on` and `true` as True, which is the number 1 to Python."""
+        kinds = _kinds(cls.model_fields[str(info.field_name)].annotation)
+        if isinstance(value, bool) and bool not in kinds and kinds & {int, float}:
+            raise ValueError("expected a number")
+        return value
+
+
+def _kinds(annotation: Any) -> set[Any]:
+    """An annotation, or those that it is a union of."""
+    return set().union(*map(_kinds, get_args(annotation))) if get_origin(annotation) in _UNIONS else {annotation}
+
+
+_UNIONS = (Union, UnionType)
+
+
+class _Loader(yaml.SafeLoader):
+    """Refuses a key that stands twice, of which it would take the last one."""
+
+    def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
+        seen = set()
+        for key, _ in node.value:
+            if key.value in seen and key.value != "<<":
+                raise yaml.constructor.ConstructorError(None, None, f"{key.value!r} stands twice", key.start_mark)
+            seen.add(key.value)
+        made: dict[Any, Any] = super().construct_mapping(node, deep)
+        return made
 
 
 S = TypeVar("S", bound=Section)
@@ -87,7 +117,7 @@ def _read(
     if path.resolve() in [other.resolve() for other in extended_by]:
         raise ConfigError(f"{path} extends itself: {' extends '.join(map(str, chain))}; take one `extends` out")
     try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
+        values = yaml.load(path.read_text(encoding="utf-8"), _Loader) or {}  # noqa: S506 - a SafeLoader
     except OSError as error:
         by = f", which {extended_by[-1]} extends" if extended_by else ""
         raise ConfigError(f"cannot read the recipe {path}{by}: {error.strerror}") from error
@@ -128,7 +158,7 @@ def _apply(values: dict[str, Any], override: str) -> str:
             raise ConfigError(f"cannot set {key!r}: {parent!r} is a single value, not a section")
         place = child
     try:
-        place[leaf] = yaml.safe_load(text)
+        place[leaf] = yaml.load(text, _Loader)  # noqa: S506 - a SafeLoader
     except (yaml.YAMLError, ValueError, RecursionError) as error:
         raise ConfigError(f"cannot read the value of {override!r} as YAML") from error
     # YAML 1.1 reads 1e-3 (no dot) as a string; people write learning rates so.

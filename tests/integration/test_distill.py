@@ -22,6 +22,7 @@ from search_r3.parallel import Communicator
 from search_r3.retrieval.index import ExactIndex
 from search_r3.training import losses
 from search_r3.training.dev import DevSplit
+from search_r3.training.modes.distill import Course
 from search_r3.training.modes.teacher import Teacher, choose_queries
 from search_r3.training.sft import train_sft
 from tests.conftest import Stop, StopAt, call, favour, save_tiny
@@ -150,6 +151,31 @@ def test_queries_need_no_judgements_and_those_that_are_measured_on_are_left_out(
     assert chosen == {*collection.qrels["train"], "new"}, "no query of dev or test, and none with the text of one"
     with pytest.raises(DataError, match="no query of 'small' is left to learn from"):
         choose_queries(collection, [], ["train", "dev", "test"])
+
+
+def test_a_relevant_document_with_the_id_of_its_query_is_among_those_that_teach(
+    stage_1: Path, collection: Collection, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    answer = {query_id: next(iter(gains)) for query_id, gains in collection.qrels["train"].items()}
+    [query_id, *_] = answer
+    documents = {
+        (query_id if one == answer[query_id] else one): replace(document, doc_id=query_id)
+        if one == answer[query_id] else document
+        for one, document in collection.documents.items()
+    }  # fmt: skip
+    renamed = Collection("renamed", documents, collection.queries, {"train": {query_id: {query_id: 1}}})
+    seen = []
+
+    def batch(course: Course, step: int) -> Any:
+        seen.append(found(course, step))
+        return seen[-1]
+
+    found = Course.batch
+    monkeypatch.setattr(Course, "batch", batch)
+    settings = ["distill.steps=1", "distill.batch_size=1", "distill.depth=100", "distill.evaluate_every=0"]
+    train_distill(stage_1, load_recipe(None, [*SETTINGS, *settings]), run_dir=tmp_path / "run", collection=renamed)
+    vector = SearchR3(stage_1, device="cpu").encode_document([documents[query_id].full_text])
+    assert (seen[0].documents.numpy() @ vector[0]).max() > 0.9999 and len(seen[0].documents) == len(documents)
 
 
 def test_the_best_of_several_replies_is_the_teacher(

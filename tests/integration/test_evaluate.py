@@ -245,6 +245,11 @@ def test_two_collections_of_one_name_are_refused(
     args = ["evaluate", "-c", collection_path, tmp_path / "small", "--baselines", "bm25", "--out", tmp_path / "out"]
     assert call(monkeypatch, *args) == 2
     assert "two collections are called 'small'" in capsys.readouterr().err
+    small_collection().save(tmp_path / "t.1")
+    small_collection().save(tmp_path / "t-1")
+    args = ["evaluate", "-c", tmp_path / "t.1", tmp_path / "t-1", "--baselines", "bm25", "--out", tmp_path / "out"]
+    assert call(monkeypatch, *args) == 2
+    assert "two collections are called 't-1' in files" in capsys.readouterr().err
 
 
 def test_a_package_that_carries_a_model_is_found_by_its_name(

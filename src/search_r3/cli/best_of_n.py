@@ -34,7 +34,7 @@ if TYPE_CHECKING:
     from ..training.best_of_n import BestOfNReport, BestOfNSettings
 
 Splits = Annotated[list[str] | None, typer.Option("--splits", help="Splits whose queries are meant; `rl` by default.")]
-_OF_SAMPLING = ("collection=", "evaluation.held_out=")
+_OF_SAMPLING = ("collection=", "evaluation.dev_split=", "evaluation.test_split=")
 """Settings that sampling reads, too."""
 
 

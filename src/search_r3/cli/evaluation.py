@@ -186,6 +186,7 @@ def _show_frontier(results: list[Result], out: Path, permutations: int, seed: in
         console.show_grid(COLUMNS, [cells(row) for row in split["points"]], title)
         for axis, areas in split["areas"].items():
             values = ", ".join(f"{family} {value:.3f}" for family, value in areas.items())
+            values = values or "none, since reasoning costs nothing or gains nothing"
             console.say(f"area under it by {axis} (0.5: thinking at random): {values}")
 
 

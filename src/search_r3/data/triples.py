@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import random
-from collections.abc import Callable, Container, Mapping, Sequence
+from collections.abc import Callable, Container, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 from ..errors import ConfigError, DataError
@@ -97,6 +97,15 @@ def listed_negatives(collection: Collection, query: Query, positive_ids: Contain
     return list(dict.fromkeys(value))
 
 
+def judgements(collection: Collection, query_ids: Iterable[str]) -> dict[str, dict[str, int]]:
+    """query_id -> doc_id -> relevance of these queries, as judged in any split; empty where none judges one."""
+    judged: dict[str, dict[str, int]] = {query_id: {} for query_id in query_ids}
+    for qrels in collection.qrels.values():
+        for query_id in judged.keys() & qrels.keys():
+            judged[query_id] |= qrels[query_id]
+    return judged
+
+
 def judged_queries(collection: Collection, splits: Sequence[str]) -> dict[str, dict[str, int]]:
     """query_id -> doc_id -> relevance of the queries of these splits, in their order, as judged in any split.
 
@@ -108,10 +117,7 @@ def judged_queries(collection: Collection, splits: Sequence[str]) -> dict[str, d
     """
     if not splits:
         raise DataError("no split was named; give one or more of: " + ", ".join(sorted(collection.qrels)))
-    judged: dict[str, dict[str, int]] = {query_id: {} for split in splits for query_id in collection.split(split)}
-    for qrels in collection.qrels.values():
-        for query_id in judged.keys() & qrels.keys():
-            judged[query_id] |= qrels[query_id]
+    judged = judgements(collection, (query_id for split in splits for query_id in collection.split(split)))
     names = ", ".join(splits)
     if absent := sum(collection.count_absent(split) for split in splits):
         logger.warning("%d judgements of %s name documents that are not in the corpus and are left out", absent, names)
@@ -130,8 +136,8 @@ def hold_out(collection: Collection, splits: Sequence[str], held_out: Sequence[s
     """The collection without those queries of the training splits that stand in a held-out split too; a warning counts.
 
     A split that is named as both is trained on whole, with a warning: it measures nothing afterwards. A query stands in
-    both under one id, or with the same text (whatever its case and its instruction) and the same pool: a question about
-    a text of its own (babi) is another one.
+    both under one id, or with the same text (whatever its case, its blanks and its instruction) and the same pool: a
+    question about a text of its own (babi) is another one.
 
     Args:
         collection: documents, queries and judgements; what the other splits say of a query stays.
@@ -147,7 +153,7 @@ def hold_out(collection: Collection, splits: Sequence[str], held_out: Sequence[s
     held_out = [split for split in held_out if split not in splits]
 
     def content(query_id: str) -> tuple[str, frozenset[str] | None]:
-        return collection.queries[query_id].bare.casefold(), collection.pools.get(query_id)
+        return " ".join(collection.queries[query_id].bare.casefold().split()), collection.pools.get(query_id)
 
     measured = {content(query_id) for split in held_out for query_id in collection.qrels.get(split, {})}
     qrels = dict(collection.qrels)

@@ -254,12 +254,13 @@ class RetrievalEnvironment:
         if self.frozen:
             return RefreshReport(0, 0, time.perf_counter() - started, 0.0, 0, 0.0, self._recall), None
         self._encoded_tokens = 0
+        done = np.flatnonzero(self.index.encoded_at_version == policy_version)  # by a step that draws again
         positives = [query.positives for query in targets]
         first = self._stale(_by_doc_id(np.concatenate(positives)), policy_version)
         correct = self.refresh.policy == "drift" or self.refresh.correct_drift
         if correct:
             # At most half of what the positives leave of the budget, so that the policy has its share too.
-            sample = self._affordable(self._drift_sample(first, policy_version), first, 0.5)
+            sample = self._affordable(self._drift_sample(first, policy_version), [done, first], 0.5)
             if len(first) + len(sample) >= MIN_PAIRS:  # fewer would buy no map
                 first = np.concatenate([first, sample])
         gain = self._encode_again(first, policy_version, correct=correct)
@@ -269,17 +270,16 @@ class RetrievalEnvironment:
             hits = self.scorer.search(self.index, queries, targets, depth + SLACK)
         request = RefreshRequest(self.index, policy_version, queries, positives, limits, self.k, hits)
         # Agreed on before a budget counts their tokens, which all processes do together.
-        second = self._affordable(self._agree(self._stale(self.policy.choose(request), policy_version)), first)
+        second = self._affordable(self._agree(self._stale(self.policy.choose(request), policy_version)), [done, first])
         moved = np.sort(second)
         before = None if hits is None else self.index.vectors_at(moved)
         self._encode_again(second, policy_version, correct=False)
         if hits is not None and before is not None and len(moved):
             change = Moved(moved, before, self.index.vectors_at(moved))
             hits = amend(self.index, self.scorer, self.communicator, hits, change, queries, targets, depth)
-        rows = np.concatenate([first, second])
         staleness = policy_version - self.index.encoded_at_version
         report = RefreshReport(
-            documents_encoded=len(rows),
+            documents_encoded=len(first) + len(second),
             tokens_encoded=sum(self.communicator.all_gather(self._encoded_tokens)),
             seconds=time.perf_counter() - started,
             staleness_mean=float(staleness.mean()),
@@ -313,13 +313,13 @@ class RetrievalEnvironment:
         rng = random.Random(f"{self.seed}/drift/{policy_version}")
         return others[rng.sample(range(len(others)), min(self.refresh.drift_sample, len(others)))]
 
-    def _affordable(self, rows: Rows, spent: Rows, share: float = 1.0) -> Rows:
+    def _affordable(self, rows: Rows, spent: Sequence[Rows], share: float = 1.0) -> Rows:
         """The head of `rows` that fits a share of the budget that the rows in `spent` leave."""
         documents, tokens = self.refresh.max_documents, self.refresh.max_tokens
         if documents is not None:
-            rows = rows[: max(0, int(share * (documents - len(spent))))]
-        if tokens is not None:
-            left = share * (tokens - self._count_tokens(spent).sum())
+            rows = rows[: max(0, int(share * (documents - sum(map(len, spent)))))]
+        if tokens is not None and len(rows):
+            left = share * (tokens - self._count_tokens(np.concatenate(spent)).sum())
             rows = rows[: np.searchsorted(np.cumsum(self._count_tokens(rows)), left, side="right")]
         return rows
 

@@ -147,7 +147,7 @@ def log_rank(ranks: Sequence[int], gains: Sequence[int]) -> float:
         (1.0, 0.667, 0.0)
     """
     total = 0.0
-    for rank, gain in zip(ranks, gains, strict=True):
+    for rank, gain in sorted(zip(ranks, gains, strict=True)):  # as `ndcg_from_ranks`
         among = rank - sum(other < rank for other in ranks)
         total += gain * max(0.0, 1.0 - math.log(among) / math.log(DEEPEST))
     return total / sum(gains)

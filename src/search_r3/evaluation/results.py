@@ -131,7 +131,7 @@ class Result(_Part):
 
 def result_name(collection: str, split: str, system: str, key: str) -> str:
     """The file name of a result; other characters than letters, digits, `+`, `-`, `_` become `-`."""
-    return ".".join([_plain(collection), _plain(split), _plain(system), key[:KEY_SHOWN], "json"])
+    return ".".join([plain(collection), plain(split), plain(system), key[:KEY_SHOWN], "json"])
 
 
 def find_result(folder: Path, collection: str, split: str, system: str, key: str) -> Path | None:
@@ -139,10 +139,11 @@ def find_result(folder: Path, collection: str, split: str, system: str, key: str
     path = folder / result_name(collection, split, system, key)
     if path.exists():
         return path
-    return min(folder.glob(f"{_plain(collection)}.{_plain(split)}.*.{key[:KEY_SHOWN]}.json"), default=None)
+    return min(folder.glob(f"{plain(collection)}.{plain(split)}.*.{key[:KEY_SHOWN]}.json"), default=None)
 
 
-def _plain(part: str) -> str:
+def plain(part: str) -> str:
+    """A name as it stands in names of files."""
     return re.sub(r"[^\w+-]+", "-", part)
 
 

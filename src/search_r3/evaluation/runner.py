@@ -32,7 +32,7 @@ from .baselines import (
 )
 from .benchmark import EvaluationOptions, evaluate, measured, resolve_splits
 from .instructions import NONE, OWN
-from .results import Result, SystemInfo
+from .results import Result, SystemInfo, plain
 from .runs import check_ids
 from .significance import Comparison, compare
 from .systems import Effort, EncodedCollections, SearchR3System, System, short_name
@@ -185,10 +185,11 @@ def _check_collections(plan: EvaluationPlan) -> tuple[dict[str, EvaluationOption
         collection = load_collection(source, skip_empty_documents=True, mapped=True)
         if isinstance(collection.documents, MappedDocuments) or len(plan.collections) == 1:
             held[source] = collection
-        if collection.name in sources:
-            pair = f"{sources[collection.name]} and {source}"
-            raise ConfigError(f"two collections are called {collection.name!r}: {pair}; evaluate them into two folders")
-        sources[collection.name] = source
+        name = plain(collection.name)
+        if name in sources:
+            pair = f"{sources[name]} and {source}"
+            raise ConfigError(f"two collections are called {name!r} in files: {pair}; evaluate them into two folders")
+        sources[name] = source
         for split in resolve_splits(collection, plan.splits):
             measured(collection, split, plan.options)
         if plan.write_runs:

@@ -59,7 +59,8 @@ def ndcg(ranking: Sequence[str], relevance: Mapping[str, int], k: int) -> float:
 def ndcg_from_ranks(ranks: Sequence[int], gains: Sequence[int], k: int) -> float:
     """nDCG@k of the ranks (from 1) and the gains of all relevant documents."""
     ideal = dcg(sorted(gains, reverse=True)[:k])
-    gained = sum(gain / math.log2(rank + 1) for rank, gain in zip(ranks, gains, strict=True) if rank <= k)
+    # In the order of the ranks, as the ideal is: the same ranks in another order would give another last digit.
+    gained = sum(gain / math.log2(rank + 1) for rank, gain in sorted(zip(ranks, gains, strict=True)) if rank <= k)
     return gained / ideal if ideal > 0 else 0.0
 
 

@@ -263,7 +263,9 @@ def tokenise(
     completion = encoder.direct_completion()
     for row, encoded in zip(rows, encoder.encode_batch(texts, "direct", instructions), strict=True):
         prompt = encoded.ids[: -completion.embed_position - 1]
-        direct.append(TrainingSequence(prompt + completion.ids, len(encoded.ids) - 1, row, len(prompt)))
+        # Direct and reasoned prompts hold the same queries; one of them is enough for the KL.
+        alone = row not in place_of
+        direct.append(TrainingSequence(prompt + completion.ids, len(encoded.ids) - 1, row, len(prompt), in_kl=alone))
     reason_rows = [row for row in rows if row in place_of]
     texts, instructions = [queries[row].bare for row in reason_rows], [queries[row].instruction for row in reason_rows]
     for row, encoded in zip(reason_rows, encoder.encode_batch(texts, "reason", instructions), strict=True):
@@ -271,10 +273,8 @@ def tokenise(
         cut += completion.truncated
         ids, position = prompt + completion.ids, len(prompt) + completion.embed_position
         supervised_from = len(ids) if row in batch.unwritten else len(prompt)
-        # Direct and reasoned prompts hold the same queries; one of them is enough for the KL.
-        reasoned.append(
-            TrainingSequence(ids, position, place_of[row], supervised_from, in_kl=row not in batch.unwritten)
-        )
+        in_kl = row not in batch.unwritten
+        reasoned.append(TrainingSequence(ids, position, place_of[row], supervised_from, in_kl=in_kl))
     latent = []
     if batch.latent_steps:
         words = words_of([encoder.sentences(trace) for trace in batch.latent_traces], batch.latent_steps)

@@ -49,6 +49,7 @@ class Engine:
     communicator: Communicator  # the other processes
     reference: Reference | None  # what the KL term stays close to; None without one
     adapters: bool  # whether only adapters learn; the reference is then the policy without them
+    learning_rate: float = 0.0  # of the last step
 
     @property
     def rank(self) -> int:
@@ -104,6 +105,7 @@ class Engine:
 
     def step(self) -> None:
         """Step, advance the schedule, clear the gradients."""
+        self.learning_rate = float(self.scheduler.get_last_lr()[0])
         self.optimizer.step()
         self.scheduler.step()
         self.optimizer.zero_grad()
@@ -119,11 +121,6 @@ class Engine:
         """Sums over all processes."""
         everyone = self.communicator.all_gather(dict(values))
         return {name: sum(own[name] for own in everyone) for name in values}
-
-    @property
-    def learning_rate(self) -> float:
-        """The rate of the next step."""
-        return float(self.scheduler.get_last_lr()[0])
 
     def track(self, stage: str, step: int, values: Mapping[str, float]) -> None:
         """Give one step's values to the trackers."""

@@ -121,7 +121,7 @@ def train_grpo(
     sampler = sampler or LocalSampler(encoder, settings.rollout_batch_size)
     if settings.at_once:
         check_can_decide(encoder.backbone, "grpo.at_once")
-    run.begin_from(stage, encoder.backbone)
+    session.begin_from(encoder, collection)
     gate = {"gate": "policy" if settings.at_once else None}
     encoder.backbone.settings = encoder.backbone.settings.model_copy(update=gate)
     engine = make_engine(encoder, recipe, settings)

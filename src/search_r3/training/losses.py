@@ -87,7 +87,9 @@ def contrastive(
         if negatives.shape[1] > 0:
             cosines = near @ far.T  # B x M
             nearness = cosines.gather(1, positives[:, None])[:, 0]
-            terms["triplet"] = triplet_margin(nearness, cosines.gather(1, negatives), margin)
+            # What is no negative stands as far away as can be.
+            against = cosines.masked_fill(excluded, -1.0 - margin).gather(1, negatives)
+            terms["triplet"] = triplet_margin(nearness, against, margin)
         for name, value in terms.items():
             parts[name] = parts[name] + value if name in parts else value
     return {name: value / len(sizes) for name, value in parts.items()}

@@ -172,14 +172,17 @@ class Run:
         for old in self._saved(stage)[:-KEEP_CHECKPOINTS]:
             _discard(old)
 
-    def begin_from(self, stage: str, backbone: Backbone) -> None:
-        """Remember which model a stage learns from; a run that goes on must begin from the same one.
+    def begin_from(self, stage: str, backbone: Backbone, collection: str) -> None:
+        """Remember which model a stage learns from, and what; a run that goes on must begin from the same.
+
+        Args:
+            stage: its name.
+            backbone: the model.
+            collection: digest of the documents, queries and judgements.
 
         Raises:
-            ConfigError: it is another one.
+            ConfigError: they are others.
         """
-        if not self.first:
-            return
         path = self.folder / stage / "begun-from.json"
         revision, source = backbone.revision, backbone.source
         if path.exists() and self._saved(stage):
@@ -189,8 +192,13 @@ class Run:
                     f"cannot resume: the stage {stage!r} learns from {source} now, but it began from another model "
                     f"({origin['source']}, see {path}); give that one, or set run_dir=ANOTHER"
                 )
+            if origin.get("collection", collection) != collection:
+                raise ConfigError(
+                    f"cannot resume: the collection has other documents, queries, traces or judgements than those that "
+                    f"the stage {stage!r} began with; bring them back, or set run_dir=ANOTHER"
+                )
         remove_leftovers(path)
-        write_json(path, {"revision": revision, "source": source})
+        write_json(path, {"revision": revision, "source": source, "collection": collection})
 
     def restore(self, stage: str, engine: Engine) -> tuple[int, Path | None]:
         """Load the newest whole checkpoint of a stage; lines logged after it are dropped.

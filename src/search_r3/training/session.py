@@ -146,6 +146,11 @@ class Session:
         """What is trained on."""
         return self._collection or load_collection(self.recipe.collection)
 
+    def begin_from(self, model: SearchR3, collection: Collection) -> None:
+        """Remember what the stage learns from; see `Run.begin_from`."""
+        if self.run.first:
+            self.run.begin_from(self.stage, model.backbone, _digest(collection))
+
     def begin(self, model: SearchR3, engine: Engine, guard: Guard, start: int) -> None:
         """Before the first step: callbacks are told; from here on they get the model as the keyword `model`."""
         self.evaluations = Evaluations(self.run, self.stage, self.recipe, engine, model, start)

@@ -113,7 +113,7 @@ def train_sft(
     frozen = keeps_documents(recipe, stage)
     encoder = load_model(recipe, recipe.base, stage)
     check_dimensions(encoder.dimension, settings)
-    run.begin_from(stage, encoder.backbone)
+    session.begin_from(encoder, collection)
     if settings.at_once:
         check_can_decide(encoder.backbone, "sft.at_once")
     trained = {"latent_steps": settings.latent_steps, "gate": None}

@@ -37,6 +37,11 @@ def test_the_hash_sees_every_part(collection: Collection) -> None:
         ),
         ("corpus.jsonl", '{"_id": "x", "text": "\\ud83d"}', "corpus.jsonl:41: the field 'text' holds half a surrogate"),
         ("queries.jsonl", '{"_id": "x", "text": "\\ud83d"}', "queries.jsonl:41: the field 'text' holds half a"),
+        (
+            "queries.jsonl",
+            '{"_id": "x", "text": "y", "metadata": {"reasoning": {"trace": "\\ud83d"}}}',
+            "queries.jsonl:41: the field 'metadata' holds half a surrogate pair",
+        ),
         ("corpus.jsonl", '{"_id": "x", "text": "  "}', "corpus.jsonl:41: document 'x' has no text"),
         ("corpus.jsonl", '{"_id": "x", "title": "only"}', "corpus.jsonl:41: the field 'text' is missing"),
         ("corpus.jsonl", '{"_id": "x", ', "corpus.jsonl:41: not valid JSON"),

@@ -108,7 +108,7 @@ def test_mined_negatives_are_those_of_a_search_of_what_can_be_ranked(kind: str, 
 
 def test_queries_that_a_held_out_split_holds_too_are_not_trained_on(caplog: pytest.LogCaptureFixture) -> None:
     documents = {name: Document(name, f"document {name}") for name in NAMES}
-    texts = {"both": "a", "twin": "Is it B?", "story": "who?", "free": "c", "b": "is it b?", "s": "who?"}
+    texts = {"both": "a", "twin": "Is it B?", "story": "who?", "free": "c", "b": " is  it b? ", "s": "who?"}
     collection = Collection(
         "leaky",
         documents,

@@ -238,6 +238,19 @@ def test_a_budget_is_kept_in_documents_and_in_tokens_but_positives_always_fit(
         }
 
 
+@pytest.mark.parametrize("policy", ["shortlist", "selective"])
+@pytest.mark.parametrize("budget", [{"max_documents": 6}, {"max_tokens": 90}])
+def test_a_step_that_asks_again_has_one_budget(collection: Collection, policy: str, budget: dict[str, int]) -> None:
+    world = environment(collection, MovingEncoder(collection), policy, depth=20, **budget)
+    query_ids = list(collection.split("train"))[:4]
+    asked = [world.feedback([rollout(0.03 * int(one[1:]))], [one], policy_version=1).refresh for one in query_ids]
+    [most] = budget.values()
+    spent = [one.documents_encoded if "max_documents" in budget else one.tokens_encoded for one in asked]
+    assert sum(spent) <= most and spent[0] > sum(spent[1:])
+    again = world.feedback([rollout(0.03 * int(query_ids[0][1:]))], query_ids[:1], policy_version=2).refresh
+    assert again.documents_encoded == asked[0].documents_encoded, "the next step has a budget of its own"
+
+
 def test_drift_corrects_what_it_does_not_encode(collection: Collection) -> None:
     held = {}
     for policy in ("never", "drift"):

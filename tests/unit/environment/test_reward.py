@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import random
+from collections.abc import Sequence
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -14,6 +16,7 @@ from search_r3.data.collection import Collection, Document, Query
 from search_r3.environment.environment import RetrievalEnvironment
 from search_r3.environment.reward import Outcome, RewardParts, contrastive, load_function, log_rank, reward_parts
 from search_r3.errors import ConfigError, RewardError
+from search_r3.retrieval.metrics import ndcg_from_ranks
 from tests.unit.environment.test_environment import MovingEncoder, rollout
 
 OUTCOME = Outcome(
@@ -58,6 +61,15 @@ def test_the_reward_is_the_weighted_sum() -> None:
 )
 def test_log_rank(ranks: list[int], gains: list[int], expected: float) -> None:
     assert log_rank(ranks, gains) == pytest.approx(expected, abs=1e-9)
+
+
+@pytest.mark.parametrize("ranks", [range(1, 9), (1, 3, 4, 8, 9, 20, 70, 300)])
+def test_what_ranks_earn_is_the_same_to_the_last_digit_in_whatever_order(ranks: Sequence[int]) -> None:
+    chance = random.Random(0)
+    orders = [chance.sample(ranks, len(ranks)) for _ in range(50)]
+    assert len({ndcg_from_ranks(one, [1] * len(ranks), 10) for one in orders}) == 1
+    assert len({log_rank(one, [1] * len(ranks)) for one in orders}) == 1
+    assert (ndcg_from_ranks(orders[0], [1] * len(ranks), 10) == 1.0) == (max(ranks) == len(ranks))
 
 
 def test_what_ranks_earn_counts_log_rank_only_where_a_recipe_does() -> None:

@@ -374,6 +374,7 @@ def test_wrong_calls_are_told_so(
     assert "min-ndcg" in error("--splits", "train", "--min-ndcg", "2")
     assert "add sft.splits='{train: 1}' sft.reasoning_styles='{own: 1}'" in error("--rounds", "1", "--splits", "train")
     assert "sft.steps=2 is a setting of stage 1" in error("sft.steps=2", "--splits", "train")
+    assert "no split 'rl'" in error("evaluation.dev_split=dev"), "it says whose queries are not sampled for"
     rounds = ("--rounds", "1", "--splits", "train", "sft.stepz=2")
     assert "unknown setting 'sft.stepz'" in error(*rounds), "a setting is no split"
     monkeypatch.setenv("WORLD_SIZE", "2")

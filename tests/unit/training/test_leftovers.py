@@ -186,7 +186,7 @@ def test_what_a_stage_began_from_is_written_anew_and_half_of_it_removed(tmp_path
     run = Run(Recipe(run_dir=str(tmp_path / "run")))
     killed(tmp_path / "run" / "sft" / "begun-from.json", "file")
     assert len(list((tmp_path / "run" / "sft").iterdir())) == 1
-    run.begin_from("sft", SimpleNamespace(revision="one", source="a base"))  # type: ignore[arg-type]
+    run.begin_from("sft", SimpleNamespace(revision="one", source="a base"), "")  # type: ignore[arg-type]
     assert [path.name for path in (tmp_path / "run" / "sft").iterdir()] == ["begun-from.json"]
 
 

@@ -39,6 +39,19 @@ def test_triplet_margin_by_hand() -> None:
     assert losses.triplet_margin(positive, negative, 0.1).item() == pytest.approx(expected, abs=1e-6)
 
 
+def test_what_is_left_out_of_a_querys_sum_is_no_negative_of_the_triplet_loss() -> None:
+    queries = torch.tensor([[1.0, 0.0]])
+    documents = torch.tensor([[0.8, 0.6], [1.0, 0.0], [0.6, 0.8]], requires_grad=True)
+    arguments = torch.tensor([[1, 2]]), 0.05, 0.3
+    free, masked = torch.tensor([[False, False, False]]), torch.tensor([[False, True, False]])
+    found = losses.contrastive(queries, documents, torch.tensor([0]), free, *arguments)
+    assert found["triplet"].item() == pytest.approx((0.3 + 1.0 - 0.8 + 0.3 + 0.6 - 0.8) / 2)
+    found = losses.contrastive(queries, documents, torch.tensor([0]), masked, *arguments)
+    assert found["triplet"].item() == pytest.approx((0.3 + 0.6 - 0.8) / 2)
+    found["triplet"].backward()
+    assert documents.grad is not None and not documents.grad[1].any() and documents.grad[2].any()
+
+
 def test_advantages_are_relative_to_the_group_and_scaled_once() -> None:
     rewards = torch.tensor([[0.0, 1.0], [0.5, 0.5]])
     group = losses.group_advantages(rewards, "group")

@@ -69,6 +69,8 @@ def test_callbacks_are_told_of_every_step_as_those_of_transformers_are(
         ("save", "step-000002", True), ("step", 3), ("log", 3, True), ("evaluate", 3, MEASURES), ("end", True),
     ]  # fmt: skip
     assert [row["step"] for row in result.log_history] == [1, 2, 3]
+    rates = [row["learning_rate"] for row in result.log_history]
+    assert rates == pytest.approx([1e-2 / 21, 2e-2 / 21, 3e-2 / 21]), "of these steps, of a warm-up of 20"
     assert result.metrics["dev_ndcg@10_direct"] == Run(result.recipe).metrics("sft")[-1]["dev_ndcg@10_direct"]
     assert SearchR3(result.model_path, device="cpu").backbone.trained
     told = len(diary.entries)

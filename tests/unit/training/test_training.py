@@ -157,6 +157,16 @@ def test_a_batch_points_at_its_embed_tokens_and_documents(model: SearchR3, colle
     assert part.documents == share.documents[1:2]
 
 
+def test_a_query_that_teaches_direct_mode_alone_is_in_the_kl_too(model: SearchR3, collection: Collection) -> None:
+    settings = SFTSettings(batch_size=6, untraced="direct")
+    examples = training_examples(collection, "train")[:6]
+    examples[:3] = [replace(example, reasoning={}) for example in examples[:3]]
+    batch = make_batch(collection, list(collection.documents), examples, settings, random.Random(0))
+    share = tokenise(batch, collection, model.backbone.prompt_encoder, range(6), range(len(batch.doc_ids)), 60)
+    assert len(share.reason) == 3 and all(one.in_kl for one in share.reason)
+    assert [one.in_kl for one in share.direct] == [True] * 3 + [False] * 3, "each query once"
+
+
 def test_a_trace_is_cut_to_the_budget_and_counted(model: SearchR3, collection: Collection) -> None:
     example = training_examples(collection, "train")[0]
     settings = SFTSettings(reasoning_styles={"chain": 1.0})
@@ -228,16 +238,18 @@ def test_a_frozen_copy_in_bfloat16_keeps_its_frequencies(model: SearchR3) -> Non
 
 def test_a_stage_goes_on_only_from_the_model_it_began_from(model: SearchR3, tmp_path: Path) -> None:
     run = Run(Recipe(run_dir=str(tmp_path / "run")))
-    run.begin_from("grpo", model.backbone)
+    run.begin_from("grpo", model.backbone, "data")
     model.save_pretrained(tmp_path / "other", dtype="float16")
     other = SearchR3(tmp_path / "other", device="cpu").backbone
-    run.begin_from("grpo", other)  # nothing was trained yet
+    run.begin_from("grpo", other, "more data")  # nothing was trained yet
     checkpoint = tmp_path / "run" / "grpo" / "checkpoints" / "step-000001"
     checkpoint.mkdir(parents=True)
     (checkpoint / "checkpoint.json").write_text("{}")
-    run.begin_from("grpo", other)
+    run.begin_from("grpo", other, "more data")
     with pytest.raises(ConfigError, match=r"'grpo' learns from .*qwen2 now, but it began from"):
-        run.begin_from("grpo", model.backbone)
+        run.begin_from("grpo", model.backbone, "more data")
+    with pytest.raises(ConfigError, match=r"the collection has other documents, .* bring them back, or set run_dir="):
+        run.begin_from("grpo", other, "data")
 
 
 def instructed(collection: Collection) -> Collection:

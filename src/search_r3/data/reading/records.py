@@ -12,7 +12,7 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from itertools import zip_longest
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any, Literal, TextIO
 
 from ...errors import ConfigError, DataError
 from ...extras import extra
@@ -264,7 +264,7 @@ def _is_quoted(path: Path) -> bool:
 
 def _cells(path: Path, delimiter: str, *, is_quoted: bool) -> Iterator[list[str]]:
     """The cells of each row. A quotation that does not end where its cell ends has swallowed the rows after it."""
-    quoting = csv.QUOTE_MINIMAL if is_quoted else csv.QUOTE_NONE
+    quoting: Literal[0, 3] = csv.QUOTE_MINIMAL if is_quoted else csv.QUOTE_NONE
     with _opened(path, newline="") as lines:
         rows, line = csv.reader(lines, delimiter=delimiter, quoting=quoting, strict=is_quoted), 1
         try:

@@ -25,7 +25,8 @@ from torch import Tensor
 from ...config import Recipe
 from ...data.collection import Collection
 from ...data.draws import step_rng
-from ...data.restrictions import Restrictions, restrictions
+from ...data.restrictions import restrictions
+from ...data.triples import judgements
 from ...errors import ConfigError
 from ...model.encoder import SearchR3
 from ...model.engine.decoding import Rollout
@@ -103,7 +104,7 @@ def train_distill(
     queries = choose_queries(collection, settings.splits, recipe.evaluation.held_out)
     dev = DevSplit(collection, recipe.evaluation) if settings.evaluate_every else None
     encoder = load_model(recipe, os.fspath(model), stage)
-    run.begin_from(stage, encoder.backbone)
+    session.begin_from(encoder, collection)
     engine = make_engine(encoder, recipe, settings)
     guard = Guard(run, stage, engine)
     with closing(engine), guard.watching():
@@ -178,9 +179,13 @@ class Course:
         settings: DistillSettings,
         seed: int,
     ) -> None:
-        self.backbone, self.engine, self.collection, self.index = model.backbone, engine, collection, index
+        self.backbone, self.engine, self.index = model.backbone, engine, index
         self.settings, self.seed = settings, seed
         self.lessons = {lesson.query.query_id: lesson for lesson in lessons}
+        self._limits = {
+            query_id: restricted_rows(index, restrictions(collection, query_id, relevance))
+            for query_id, relevance in judgements(collection, self.lessons).items()
+        }
         self._drawn(0)
 
     def _drawn(self, step: int) -> list[Lesson]:
@@ -195,15 +200,12 @@ class Course:
         lessons = self._drawn(step)
         documents = torch.empty(0)
         if self.settings.target == "scores":
-            limits = [restricted_rows(self.index, self._limits(lesson)) for lesson in lessons]
+            limits = [self._limits[lesson.query.query_id] for lesson in lessons]
             teachers = torch.stack([lesson.vector for lesson in lessons]).numpy()
             rankings = ranked_rows(self.index, teachers, limits, self.settings.depth)
             rows = np.unique(np.concatenate([rows for rows, _ in rankings]))
             documents = torch.from_numpy(self.index.vectors_at(rows)).to(self.backbone.device)
         return Batch(lessons, [rng.choice(lesson.replies) for lesson in lessons], documents)
-
-    def _limits(self, lesson: Lesson) -> Restrictions:
-        return restrictions(self.collection, lesson.query.query_id, {})
 
     def compute_gradients(self, batch: Batch) -> dict[str, float]:
         """Leave the gradients of the whole batch in the weights; returns its losses and what the metrics need."""

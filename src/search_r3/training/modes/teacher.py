@@ -25,7 +25,7 @@ from torch import Tensor
 
 from ...config import RewardSettings
 from ...data.collection import Collection, Qrels, Query
-from ...data.triples import hold_out
+from ...data.triples import hold_out, judgements
 from ...environment.environment import rollout_vectors
 from ...environment.scoring import Scorer
 from ...errors import DataError
@@ -90,10 +90,7 @@ def judged(collection: Collection, queries: Sequence[Query]) -> Qrels:
     Raises:
         DataError: one has no relevant document.
     """
-    found: dict[str, dict[str, int]] = {query.query_id: {} for query in queries}
-    for qrels in collection.qrels.values():
-        for query_id in found.keys() & qrels.keys():
-            found[query_id] |= qrels[query_id]
+    found = judgements(collection, (query.query_id for query in queries))
     lacking = [query_id for query_id, gains in found.items() if not any(gain > 0 for gain in gains.values())]
     if lacking:
         raise DataError(
