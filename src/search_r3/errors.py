@@ -27,6 +27,10 @@ class ModelError(SearchR3Error):
     """A model directory, a tokenizer or a chat template that cannot be used."""
 
 
+class UntrainedError(ModelError):
+    """A mode that a model was not trained for, or that nothing computes for it."""
+
+
 class VectorIndexError(SearchR3Error):
     """Vectors, ids or a saved index that cannot be used."""
 

@@ -288,6 +288,13 @@ def test_own_documents_are_searched_and_encoded(
     (notes / "new.txt").write_text("written since")
     assert call(monkeypatch, *search, "--index", tmp_path / "index") == 2
     assert "was encoded from other documents" in capsys.readouterr().err
+    before = sorted(notes.rglob("*"))
+    for place in (notes, notes / "sub" / "index"):
+        assert call(monkeypatch, "encode", tiny_path, place, *own) == 2
+        assert f"{place} lies in {notes}, whose files are read as documents" in " ".join(
+            capsys.readouterr().err.split()
+        )
+    assert sorted(notes.rglob("*")) == before
 
 
 def test_own_documents_that_cannot_be_had_are_one_line(
@@ -438,6 +445,8 @@ def test_a_warning_that_every_block_repeats_is_shown_once() -> None:
         for name, text, number in (("a", "%d cut", 3), ("a", "%d cut", 4), ("a", "%d lost", 4), ("b", "%d cut", 4))
     ]
     assert [shown(record) for record in records] == [True, False, True, True]
+    fault = logging.LogRecord("a", logging.ERROR, "", 0, "a fault of the server", (), None)
+    assert shown(fault) and shown(fault), "each error is another one"
 
 
 def broken_collection(folder: Path) -> Path:

@@ -100,7 +100,11 @@ def test_a_recipe_has_the_values_of_those_that_it_extends_except_for_its_own(cha
         ("a.yaml", "sft: {bm25_negatives: 1}", "{a}: the setting 'sft.bm25_negatives' is called 'sft.hard_negatives'"),
         ("a.yaml", "sft: {random_negatives: 0, hard_negatives: 0}", "{c}: sft: Value error, triplet_weight"),
         ("a.yaml", "a: [1", "{a} is not valid YAML"),
-        ("a.yaml", "sft:\n  steps: 5\nname: x\nsft:\n  steps: 6\n", "{a} is not valid YAML in UTF-8: 'sft' stands twice"),
+        (
+            "a.yaml",
+            "sft:\n  steps: 5\nname: x\nsft:\n  steps: 6\n",
+            "{a} is not valid YAML in UTF-8: 'sft' stands twice",
+        ),
         ("a.yaml", "extends: c.yaml", "{a} extends "),
         ("a.yaml", "extends: [c.yaml]", "{a}: extends = ['c.yaml']: expected the path of one recipe"),
         ("more/b.yaml", "extends: nowhere.yaml", "nowhere.yaml, which {b} extends: No such file"),

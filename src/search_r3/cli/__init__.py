@@ -125,6 +125,8 @@ def _first_of_its_kind() -> Callable[[logging.LogRecord], bool]:
     kinds = set()
 
     def first(record: logging.LogRecord) -> bool:
+        if record.levelno > logging.WARNING or record.exc_info:
+            return True
         kind = record.name, record.msg
         new = kind not in kinds
         kinds.add(kind)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
@@ -28,7 +29,7 @@ from .common import (
     takes_model_options,
 )
 from .documents import ChunkOverlap, ChunkTokens, ColumnOption, DocumentsOption, cut_for, own_documents
-from .store import AskedArgument, Hybrid, OtherModel, Where, searcher_of
+from .store import AskedArgument, Hybrid, OtherModel, Where, is_store, searcher_of
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Mapping
@@ -74,6 +75,15 @@ BlockSize = Annotated[
 ]
 
 
+def _check_place(out: Path, sources: Iterable[str]) -> None:
+    """Refuse a folder for an index that is a store, or that documents are read from."""
+    if is_store(os.fspath(out)):
+        raise ConfigError(f"{out} is a store; name another folder for the index")
+    for source in filter(os.path.isdir, sources):
+        if out.resolve().is_relative_to(Path(source).resolve()):
+            raise ConfigError(f"{out} lies in {source}, whose files are read as documents; name a folder outside")
+
+
 @app.command()
 @takes_model_options
 def encode(
@@ -108,6 +118,7 @@ def encode(
     if workers is None and not (ray_address is None and ray_actors is None):
         raise ConfigError("--ray-address and --ray-actors are for --ray; add it")
     own = own_documents(documents, column, collection) if documents else None
+    _check_place(out, [] if own is None else own.sources)
     encoder = load_encoder(model, options, untrained)
     if own is not None:
         cut_for(encoder, own, chunk_tokens, chunk_overlap, document_instruction)
@@ -235,7 +246,7 @@ def search(
 
     if query is not None and not query.strip():
         raise DataError("the query is empty; give a text with at least one visible character")
-    others = [collection, index, documents, column, chunk_tokens, chunk_overlap, document_instruction, untrained]
+    others = [collection, index, documents, column, chunk_tokens, chunk_overlap, document_instruction]
     if stored := searcher_of(model, other_model, options, instruction, hybrid, where, any(others)):
         _ask(*stored, query, mode, k, as_json)
         return

@@ -49,7 +49,7 @@ def _option(help_text: str, *names: str) -> Any:
 Hybrid = Annotated[bool, _option("Fuse the ranks by words (BM25) and by vectors.", "--hybrid")]
 Where = Annotated[
     list[str] | None,
-    _option("Search only what fits: `path=a.md`, `page>=3`, `year!=2020` (of metadata); repeat it.", "--where"),
+    _option("Search only what fits: `parent_id=a.md`, `page>=3`, `year!=2020` (of metadata); repeat it.", "--where"),
 ]
 OtherModel = Annotated[
     str | None, _option("Another model that encodes documents as the store's does.", "--model", "-m")

@@ -142,8 +142,8 @@ class DocumentStream:
             for document in source.read(self._columns, report, self._max_file_bytes, files):
                 if document.parent_id in known:
                     raise DataError(
-                        f"{document.place}: another document has the id {document.parent_id!r} already; give one of "
-                        "the sources a prefix (PREFIX=SOURCE), or name another column of ids"
+                        f"{document.place}: another document has the id {document.parent_id!r} already; give one "
+                        "another, name another column of ids, or give one of the sources a prefix (PREFIX=SOURCE)"
                     )
                 known.add(document.parent_id)
                 report.documents += 1

@@ -7,8 +7,10 @@ import re
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
+from math import isfinite
 from typing import Any
 
+from ..data.rows import check_text
 from ..errors import DataError
 
 COLUMNS = ("id", "parent_id", "title", "path", "source", "page")
@@ -40,6 +42,8 @@ def to_sql(where: Filter) -> str:
         )
     parts = []
     for name, wanted in where.items():
+        if not name:
+            raise DataError("filter: a field has a name, and one here is empty; leave it out")
         tests = (
             wanted if isinstance(wanted, Mapping) else {"$in" if isinstance(wanted, list | tuple) else "$eq": wanted}
         )
@@ -51,16 +55,18 @@ def to_sql(where: Filter) -> str:
 
 
 def parse(conditions: Iterable[str]) -> dict[str, Any]:
-    """A filter of conditions such as `path=a.md`, `page>=3`, `year!=2020`; values are read as JSON where they are.
+    """A filter of conditions such as `parent_id=a.md`, `page>=3`, `year!=2020`; values are read as JSON where they are.
 
     Raises:
         DataError: one is no condition, or compares with what cannot be compared.
     """
     where: dict[str, dict[str, Any]] = {}
     for condition in conditions:
-        match = re.fullmatch(r"([^=<>!]+?)\s*(>=|<=|!=|=|>|<)\s*(.+)", condition)
+        match = re.fullmatch(r"([^=<>!]+?)\s*(>=|<=|!=|=|>|<)\s*([^=<>].*)", condition)
         if match is None:
-            raise DataError(f"cannot read the condition {condition!r}; expected for instance year>=2020 or path=a.md")
+            raise DataError(
+                f"cannot read the condition {condition!r}; expected for instance year>=2020 or parent_id=a.md"
+            )
         name, sign, text = match.groups()
         value: Any = text
         if name not in COLUMNS or name == "page":
@@ -126,8 +132,12 @@ def unknown_in(where: Filter, rows: Iterable[Mapping[str, Any]]) -> list[str]:
 
 
 def quote(text: str) -> str:
-    """A string of SQL."""
-    return "'" + text.replace("'", "''") + "'"
+    """A string of SQL.
+
+    Raises:
+        DataError: half a surrogate pair.
+    """
+    return "'" + check_text(text, f"{text!r} in a condition").replace("'", "''") + "'"
 
 
 def one_of(column: str, values: Sequence[str]) -> str:
@@ -146,7 +156,7 @@ def _test(name: str, operator: str, value: Any) -> str:
         return found if operator == "$in" else f"{found} IS NOT TRUE"
     if operator == "$ne":
         return f"({_test(name, '$eq', value)}) IS NOT TRUE"
-    if not isinstance(value, str | int | float | None) or value != value:
+    if not isinstance(value, str | int | float | None) or (isinstance(value, float) and not isfinite(value)):
         raise DataError(
             f"filter of {name!r}: cannot compare with {value!r}; expected a text, a number, true, false or null"
         )
@@ -154,14 +164,23 @@ def _test(name: str, operator: str, value: Any) -> str:
         if value is not None and isinstance(value, str) != (name != "page"):
             kind = "a number" if name == "page" else "a text"
             raise DataError(f"filter of {name!r}: expected {kind}, found {value!r}")
+        if name == "page" and value is not None and (type(value) is not int or abs(value) >= 2**31):
+            raise DataError(f"filter of {name!r}: expected the number of a page, found {value!r}")
         return _compare(name, operator, value, quote)
-    if operator == "$contains":
-        text = value if isinstance(value, str) else json.dumps(value)
-        return f"json_array_contains(metadata, {_path(name)}, {quote(text)})"
     # As JSON text it can be compared whatever it is; functions that want one type fail at the first row of another.
     member = f"json_extract(metadata, {_path(name)})"
+    if operator == "$contains":
+        text = value if isinstance(value, str) else json.dumps(value)
+        found = f"json_array_contains(metadata, {_path(name)}, {quote(text)})"
+        # It takes a text and a number for the same.
+        return f"({found} AND contains({member}, {_json(value)}))" if isinstance(value, str) else found
+    if isinstance(value, str) and operator in _COMPARISONS:
+        # Both without the mark at their end, which blanks would come before.
+        open_ended = f"left({member}, char_length({member}) - 1)"
+        compared = f"{open_ended} {_COMPARISONS[operator]} {quote(json.dumps(value, ensure_ascii=False)[:-1])}"
+        return f"(starts_with({member}, '\"') AND {compared})"
     if isinstance(value, bool) or value is None or isinstance(value, str):
-        return _compare(member, operator, value, lambda text: quote(json.dumps(text, ensure_ascii=False)))
+        return _compare(member, operator, value, _json)
     return _compare(f"try_cast({member} AS double)", operator, value, quote)
 
 
@@ -183,6 +202,11 @@ def _compare(left: str, operator: str, value: Any, write: Any) -> str:
         else repr(value)
     )
     return f"{left} {_COMPARISONS.get(operator, '=')} {right}"
+
+
+def _json(text: str) -> str:
+    """A string of SQL, of a text as it stands in JSON."""
+    return quote(json.dumps(text, ensure_ascii=False))
 
 
 def _fits(key: str) -> bool:

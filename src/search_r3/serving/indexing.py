@@ -8,6 +8,7 @@ are acknowledged block by block; a call that was killed has done what was acknow
 from __future__ import annotations
 
 import os
+import shlex
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import groupby
@@ -17,6 +18,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from ..data.documents import Chunk, DocumentStream
+from ..data.reading.files import safe_id
 from ..errors import DataError
 from ..types import Array, Progress
 from .rows import revision_of
@@ -99,8 +101,8 @@ def index_documents(
         if parent_id in seen or root != chunks[0].source:
             raise DataError(
                 f"document {parent_id!r} of {chunks[0].source} has the id of one from {root}; give its source a prefix "
-                "(PREFIX=SOURCE), or, if it was moved, delete the documents of the other first (search-r3 store delete "
-                "STORE --source SOURCE)"
+                f"(PREFIX=SOURCE), or delete the other first: search-r3 store delete STORE {shlex.quote(parent_id)}, "
+                "or, if all of them were moved, --source SOURCE"
             )
         seen.add(parent_id)
         if progress is not None:
@@ -123,12 +125,12 @@ def index_documents(
 
 def root_of(source: str) -> str:
     """A source under the name by which the store knows it: of a file or folder the absolute path."""
-    return os.path.abspath(source) if os.path.exists(source) else source  # noqa: PTH100, PTH110 - links stay
+    return safe_id(os.path.abspath(source) if os.path.exists(source) else source)  # noqa: PTH100, PTH110 - links stay
 
 
 def _rooted(documents: Iterable[Chunk]) -> Iterator[Chunk]:
     for chunk in documents:
-        path = os.path.abspath(chunk.path) if chunk.path else ""  # noqa: PTH100
+        path = safe_id(os.path.abspath(chunk.path)) if chunk.path else ""  # noqa: PTH100
         yield replace(chunk, source=root_of(chunk.source), path=path)
 
 

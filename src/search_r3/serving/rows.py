@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from ..data.documents import Chunk
+from ..data.rows import check_text
 from ..errors import DataError
 from ..extras import extra
 from ..types import Array
@@ -132,15 +133,11 @@ def _cell(chunk: Chunk, name: str) -> Any:
         try:
             # JSON has no NaN; of a table's empty cells it becomes null.
             plain = json.loads(json.dumps(dict(chunk.metadata)), parse_constant=lambda _: None)
-            return json.dumps(plain, ensure_ascii=False, sort_keys=True)
+            text = json.dumps(plain, ensure_ascii=False, sort_keys=True)
         except (TypeError, ValueError) as error:
             raise DataError(f"document {chunk.parent_id!r}: its metadata is nothing for JSON ({error})") from error
+        return check_text(text, f"document {chunk.parent_id!r}: its metadata")
     value = getattr(chunk, "doc_id" if name == "id" else name)
     if isinstance(value, str):
-        try:
-            value.encode()
-        except UnicodeEncodeError as error:
-            raise DataError(
-                f"document {chunk.parent_id!r}: its {name} holds half a surrogate pair, which is no text; mend it"
-            ) from error
+        return check_text(value, f"document {chunk.parent_id!r}: its {name}")
     return list(value) if isinstance(value, tuple) else value

@@ -87,6 +87,16 @@ def test_no_chunk_is_too_large_and_only_blanks_are_lost(
     assert not "".join(letter for place, letter in enumerate(text) if place not in covered).strip()
 
 
+def test_lines_keep_their_indentation_and_only_blank_lines_are_lost() -> None:
+    lines = [f"    def method_{number}(self):\n        return {number} * 1000\n\n" for number in range(9)]
+    text = "\n  \n" + "".join(lines)
+    source = SourceText(text, "", tuple(Section(text.index(line), ()) for line in lines))
+    chunks = list(_chunks(_Whole("d", source, "d"), Chunking(24), ""))
+    assert len(chunks) > 2 and chunks[0].start == 4
+    assert all(chunk.text.startswith("    def method_") for chunk in chunks)
+    assert [text[chunk.start : chunk.end] for chunk in chunks] == [chunk.text for chunk in chunks]
+
+
 def test_a_tokenizer_that_makes_more_of_a_text_than_of_its_parts_is_met_by_smaller_chunks() -> None:
     def greedy(texts: Sequence[str]) -> list[int]:
         return [len(text.split()) ** 2 for text in texts]

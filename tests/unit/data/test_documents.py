@@ -264,7 +264,7 @@ def test_single_files_take_their_name_and_several_sources_are_read_in_turn(tmp_p
 def test_sources_with_the_same_ids_need_a_prefix(tmp_path: Path) -> None:
     write(tmp_path, one__a_md="1", two__a_md="2")
     one, two = tmp_path / "one", tmp_path / "two"
-    assert "the id 'a.md' already; give one of the sources a prefix (PREFIX=SOURCE)" in message([one, two])
+    assert "the id 'a.md' already; give one another, name another column of ids, or" in message([one, two])
     assert whole({"x": one, "y": two}) == {"x/a.md": "1", "y/a.md": "2"}
     assert whole([one, f"y={two}"]) == {"a.md": "1", "y/a.md": "2"}
     (tmp_path / "a=b").mkdir()
@@ -329,7 +329,7 @@ def test_columns_are_named_or_guessed_in_every_kind_of_table(tmp_path: Path, suf
     chunks = list(read_documents(path, columns=columns, chunking=None))
     assert [chunk.doc_id for chunk in chunks] == ["u1", "u2"]
     assert chunks[0].text == f"1999\n\n{rows[0]['Content']}"
-    assert chunks[0].metadata == {"year": "1999"}
+    assert chunks[0].metadata == {"year": 1999 if suffix in ("csv", "tsv") else "1999"}, "those know texts alone"
     assert "no column 'body'; it has 'Content', 'URL', 'year'" in message(path, columns={"text": "body"})
     with pytest.raises(ConfigError, match="unknown field 'txt'; expected id, title, text, metadata"):
         read_documents(path, columns={"txt": "body"})
@@ -356,6 +356,26 @@ def test_a_table_without_rows_and_rows_that_others_swallow_are_counted(tmp_path:
         "a row with more cells than there are columns": [f"{tmp_path}/good.csv:2"],
         'line 1: a quotation does not end where its cell does; write each " in one twice': [str(tmp_path / "open.csv")],
     }
+
+
+def test_numbers_in_the_metadata_of_a_table_are_numbers(tmp_path: Path) -> None:
+    cells = {"2021": 2021, "-1.50": -1.5, "0": 0, "007": "007", "1e3": "1e3", "12345678901234567": "12345678901234567"}
+    rows = "".join(f"text {cell},{cell}\n" for cell in cells)
+    (tmp_path / "t.csv").write_text(f"text,year\n{rows}")
+    chunks = list(read_documents(tmp_path / "t.csv", columns={"metadata": "year"}))
+    assert [chunk.metadata["year"] for chunk in chunks] == list(cells.values())
+    assert [chunk.text for chunk in chunks] == [f"text {cell}" for cell in cells], "texts stay as they are"
+
+
+@pytest.mark.parametrize("suffix", [".csv", ".jsonl"])
+def test_what_is_no_utf_8_may_come_late_in_a_table(tmp_path: Path, suffix: str) -> None:
+    row = "x" * 2000 if suffix == ".csv" else json.dumps({"text": "x" * 2000})
+    last = "Café crème" if suffix == ".csv" else '{"text": "Café crème"}'
+    text = "\n".join([*(["text"] if suffix == ".csv" else []), *[row] * 1100, last]) + "\n"
+    for encoding in ("cp1252", "utf-8"):
+        path = tmp_path / f"{encoding}{suffix}"
+        path.write_bytes(text.encode(encoding))
+        assert list(read_documents(path))[-1].text == "Café crème"
 
 
 def test_broken_rows_are_counted_and_the_others_read(tmp_path: Path) -> None:

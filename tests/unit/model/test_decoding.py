@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from search_r3 import SearchR3
-from search_r3.errors import ModelError
+from search_r3.errors import ConfigError, ModelError
 from search_r3.model.backbone import Backbone
 from search_r3.model.embeddings import QueryEmbeddings
 from search_r3.model.engine.attention import SlotCache
@@ -213,7 +213,7 @@ def test_a_direct_request_gives_the_vector_of_its_prompt(backbone: Backbone) -> 
 
 def test_a_reasoning_prompt_without_a_budget_is_refused(model: SearchR3) -> None:
     for ask in (model.encode_query, lambda text, **options: list(model.stream_query(text, **options))):
-        with pytest.raises(ValueError, match="max_new_tokens=0 needs a prompt that ends with the embed token"):
+        with pytest.raises(ConfigError, match="max_new_tokens=0: expected at least 1, for the embed token"):
             ask(TEXTS[0], max_new_tokens=0)  # type: ignore[operator]
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -127,6 +128,17 @@ def test_ids_of_two_sources_do_not_replace_each_other(store: Store, notes: Path,
         index(store, other)
     report, _ = index(store, f"o={other}")
     assert report.added == 1 and "o/short.md" in names(store) and len(names(store)) == 4
+
+
+def test_a_name_that_is_no_text_ends_nothing(store: Store, notes: Path) -> None:
+    odd = notes / os.fsdecode(b"odd\xff")
+    odd.mkdir()
+    (odd / "tea.txt").write_text("A note on tea.")
+    assert index(store, notes)[0].added == 4 and index(store, notes)[0].unchanged == 4
+    [found] = [entry for entry in store.documents() if "odd" in entry.doc_id]
+    assert found.doc_id == "odd\\udcff/tea.txt" and found.path == f"{notes}/{found.doc_id}"
+    (odd / "tea.txt").unlink()
+    assert index(store, notes)[0].removed == 1
 
 
 def test_a_folder_within_an_indexed_one_is_refused(store: Store, notes: Path) -> None:

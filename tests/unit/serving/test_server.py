@@ -15,9 +15,9 @@ import pytest
 from fastapi.testclient import TestClient
 
 from search_r3 import errors
-from search_r3.data.documents import chunks_of
+from search_r3.data.documents import Chunking, chunks_of, read_documents
 from search_r3.model.encoder import SearchR3
-from search_r3.serving import Fingerprint, Store
+from search_r3.serving import Fingerprint, Store, index_documents
 from search_r3.serving.engine import EngineThread
 from search_r3.serving.server import ServerSettings, create_app
 from tests.conftest import small_collection
@@ -114,9 +114,11 @@ def test_openai_base64_dimensions_and_usage(client: TestClient, encoder: SearchR
         ("/rerank", {"query": "a", "texts": []}, 400, "no text to rank"),
         ("/v1/rerank", {"query": "a", "documents": ["b"], "model": "x"}, 404, "no model 'x'"),
         ("/v1/search", {"query": " "}, 400, "the query is empty"),
-        ("/v1/search", {"query": "a", "stream": True, "max_new_tokens": 0}, 413, "room for 1 to"),
+        ("/v1/search", {"query": "a", "stream": True, "max_new_tokens": 0}, 422, "greater than or equal to 1"),
         ("/v1/search", {"query": "a", "filter": {"n": {"$no": 1}}}, 400, "unknown operator"),
         ("/v1/search", {"query": "a", "filter": {"n": {"$no": 1}}, "stream": True}, 400, "unknown operator"),
+        ("/v1/search", {"query": "a", "filter": {"page": 1.5}}, 400, "expected the number of a page"),
+        ("/v1/search", {"query": "a", "mode": "latent"}, 400, "was not trained with soft tokens"),
         ("/v1/search", {"query": "a", "rerank": True}, 400, "no cross-encoder"),
         ("/v1/search", {"query": "a", "K": 3}, 422, "K: Extra inputs"),
         ("/v1/search", {"query": "a", "k": 0}, 422, "k: "),
@@ -459,6 +461,7 @@ def test_documents_are_written_found_read_and_removed(client: TestClient, encode
         ([{"id": "a", "text": " "}], 400, "document 'a' has no text"),
         ([{"id": "a", "text": "x"}, {"id": "a", "text": "y"}], 400, "the id 'a' is there twice"),
         ([{"id": "", "text": "x"}], 422, "documents.0.id"),
+        ([{"id": "a\nb", "text": "x"}], 422, "documents.0.id"),
         ([{"id": "a"}], 422, "documents.0.text"),
         ([{"id": "a", "text": "x", "meta": 1}], 422, "documents.0.meta"),
         ([{"id": str(i), "text": "x"} for i in range(21)], 413, "21 documents, and the limit is 20"),
@@ -470,6 +473,40 @@ def test_of_wrong_documents_none_is_written(
     before = store.version
     answer = client.put("/v1/documents", json={"documents": documents})
     assert answer.status_code == status and words in answer.json()["error"]["message"]
+    assert store.version == before
+
+
+def test_a_document_of_an_indexed_folder_is_changed_there(
+    encoder: SearchR3, engine: EngineThread, tmp_path: Path
+) -> None:
+    (tmp_path / "notes").mkdir()
+    text = "\n\n".join(f"def house_{number}():\n    color = 'red'\n    return color, {number}\n" for number in range(9))
+    (tmp_path / "notes" / "a.py").write_text(text)
+    store = Store.create(tmp_path / "s", Fingerprint.of(encoder), chunk_tokens=60)
+    index_documents(store, encoder, read_documents(tmp_path / "notes", chunking=Chunking(60)))
+    client = TestClient(create_app(engine, store=store))
+    answer = client.put("/v1/documents", json={"documents": [{"id": "a.py", "text": "another"}]})
+    assert answer.status_code == 400
+    assert f"'a.py' was indexed from {tmp_path}/notes; change it there" in answer.json()["error"]["message"]
+    read = client.get("/v1/documents/a.py").json()
+    assert len(read["chunks"]) > 2 and read["text"] == text.strip(), "lines as they are"
+
+
+@pytest.mark.parametrize(
+    ("method", "path", "body", "words"),
+    [
+        ("POST", "/v1/search", {"query": "a\ud800", "mode": "bm25"}, "the query holds half a surrogate pair"),
+        ("POST", "/v1/search", {"query": "a", "filter": {"x": "\ud800"}}, "in a condition holds half a surrogate pair"),
+        ("PUT", "/v1/documents", {"documents": [{"id": "a", "text": "x", "metadata": {"\ud800": 1}}]}, "its metadata"),
+        ("DELETE", "/v1/documents", {"ids": ["\ud800"]}, "in a condition holds half a surrogate pair"),
+    ],
+)
+def test_half_a_surrogate_pair_is_refused(
+    method: str, path: str, body: dict[str, Any], words: str, client: TestClient, store: Store
+) -> None:
+    before = store.version
+    answer = client.request(method, path, content=json.dumps(body), headers={"Content-Type": "application/json"})
+    assert answer.status_code == 400 and words in answer.json()["error"]["message"]
     assert store.version == before
 
 

@@ -207,6 +207,8 @@ def _overlapped(text: str, before: Span, start: int, chunking: Chunking) -> int:
 
 
 def _trim(text: str, span: Span) -> Span:
-    """A span without the blanks at its ends."""
+    """A span without the blanks at its ends; a line that begins there, but the first, keeps its indentation."""
     piece = text[slice(*span)]
-    return span[0] + len(piece) - len(piece.lstrip()), span[0] + len(piece.rstrip())
+    first = span[0] + len(piece) - len(piece.lstrip())
+    line = text.rfind("\n", 0, first) + 1
+    return line if line and line >= span[0] else first, span[0] + len(piece.rstrip())

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import codecs
 import csv
 import json
 import math
+import re
 import sys
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -28,8 +30,9 @@ GUESSES = {
     "metadata": ("metadata",),
 }
 """Field -> the columns that are taken for it where none is named, the first that is there."""
-SAMPLE = 2**20
-"""Bytes by which the encoding of a table is told."""
+_BLOCK = 2**20
+_NUMBER = re.compile(r"-?(0|[1-9]\d{0,14})(\.\d{1,15})?")
+"""Not 007, nor what is too long to be compared as one."""
 
 
 @dataclass(frozen=True)
@@ -113,6 +116,7 @@ def read_table(path: Path, names: ColumnNames, skip: Skip) -> Iterator[tuple[str
     """
     columns: dict[str, tuple[str, ...]] = {}
     keys: tuple[str, ...] = ()
+    is_text = path.suffix.lower() in (".csv", ".tsv")
 
     def needed(present: Sequence[str]) -> list[str]:
         return [one for several in names.choose(present).values() for one in several]
@@ -128,7 +132,7 @@ def read_table(path: Path, names: ColumnNames, skip: Skip) -> Iterator[tuple[str
                 skip(place, "a row without text")
                 continue
             keys = tuple(row)
-        if (record := _record(row, columns, place, skip)) is not None:
+        if (record := _record(row, columns, place, skip, _typed if is_text else _plain)) is not None:
             yield str(number), record
 
 
@@ -184,7 +188,7 @@ def read_hub(
                 present: dict[str, tuple[str, ...]] = {
                     field: tuple(one for one in several if one in row) for field, several in columns.items()
                 }
-                if (record := _record(row, present, place, skip)) is not None:
+                if (record := _record(row, present, place, skip, _plain)) is not None:
                     yield f"{split}:{number}", record
 
 
@@ -208,7 +212,9 @@ def _config(repository: Repository, subset: str | None) -> tuple[str, str | None
     raise DataError(f"{repository.source}: {fault}; ask for one of {quoted(filter(None, layouts or configs))}")
 
 
-def _record(row: Mapping[str, Any], columns: Mapping[str, Sequence[str]], place: str, skip: Skip) -> Record | None:
+def _record(
+    row: Mapping[str, Any], columns: Mapping[str, Sequence[str]], place: str, skip: Skip, read: Callable[[Any], Any]
+) -> Record | None:
     values = [row[name] for name in columns["text"]]
     if any(value is not None and not isinstance(value, str | int | float) for value in values):
         skip(place, "a row whose text is no string")
@@ -220,7 +226,7 @@ def _record(row: Mapping[str, Any], columns: Mapping[str, Sequence[str]], place:
         skip(place, "a row without text")
         return None
     ids = [row[name] for name in columns["id"] if row[name] not in (None, "")]
-    metadata = {name.lstrip("?"): _plain(row[name]) for name in columns["metadata"] if row[name] is not None}
+    metadata = {name.lstrip("?"): read(row[name]) for name in columns["metadata"] if row[name] is not None}
     if len(metadata) == 1 and isinstance(only := next(iter(metadata.values())), dict):
         metadata = only
     return Record(clean(str(ids[0])) if ids else None, title, text, metadata)
@@ -299,9 +305,24 @@ def _lines(path: Path) -> Iterator[tuple[int, str]]:
 
 
 def _opened(path: Path, newline: str) -> TextIO:
+    """Its encoding is told by all of the file: what is no UTF-8 may come late."""
+    decoder = codecs.getincrementaldecoder("utf-8")()
     with path.open("rb") as file:
-        encoding = encoding_of(file.read(SAMPLE))
+        block = file.read(_BLOCK)
+        encoding = encoding_of(block)
+        while block and encoding == "utf-8":
+            try:
+                decoder.decode(block)
+            except UnicodeDecodeError:
+                encoding = encoding_of(block)
+                break
+            block = file.read(_BLOCK)
     return path.open(encoding=encoding, errors="replace", newline=newline)
+
+
+def _typed(cell: str) -> Any:
+    """A cell of a table that knows texts alone; what is written as a number is one, so that filters can compare it."""
+    return json.loads(cell) if _NUMBER.fullmatch(cell) else _plain(cell)
 
 
 def _plain(value: Any) -> Any:

@@ -18,7 +18,7 @@ from itertools import islice
 import torch
 from torch import Tensor
 
-from ...errors import ModelError
+from ...errors import ConfigError, ModelError
 from ...types import Progress
 from ..backbone import Backbone
 from ..modes.first import First
@@ -188,10 +188,10 @@ class Decoder:
 
         Raises:
             ModelError: the prompt and its budget do not fit into the model's context.
-            ValueError: there is neither a budget nor an embed token at the prompt's end.
+            ConfigError: there is neither a budget nor an embed token at the prompt's end.
         """
-        if request.max_new_tokens == 0 and request.prompt_ids[-1] != self.backbone.embed_token_id:
-            raise ValueError("max_new_tokens=0 needs a prompt that ends with the embed token (direct mode)")
+        if request.max_new_tokens < 1 and request.prompt_ids[-1] != self.backbone.embed_token_id:
+            raise ConfigError(f"max_new_tokens={request.max_new_tokens}: expected at least 1, for the embed token")
         longest = len(request.prompt_ids) + request.max_new_tokens
         if longest > self.backbone.context_length:
             raise ModelError(

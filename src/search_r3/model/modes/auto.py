@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from ...errors import ModelError
+from ...errors import UntrainedError
 from ...types import Array
 from ..backbone import Backbone
 from ..embeddings import QueryEmbeddings, shorten
@@ -56,10 +56,10 @@ def gate_of(backbone: Backbone) -> Gate:
     """The gate of a model.
 
     Raises:
-        ModelError: it has none.
+        UntrainedError: it has none.
     """
     if backbone.gate is None:
-        raise ModelError(
+        raise UntrainedError(
             f"{backbone.source} has no gate, which mode='auto' needs to tell which queries think; {_remedy(backbone)}"
         )
     return backbone.gate

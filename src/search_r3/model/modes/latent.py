@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from ...errors import ModelError
+from ...errors import UntrainedError
 from ...modes import PLAIN_MODES, Mode
 from ..backbone import Backbone
 
@@ -11,16 +11,16 @@ def latent_budget(backbone: Backbone, max_new_tokens: int | None = None) -> int:
     """Soft tokens and the embed token behind them, as a budget of the decoder; a smaller one holds fewer.
 
     Raises:
-        ModelError: stage 1 has not trained the mode, or llama.cpp computes the model.
+        UntrainedError: stage 1 has not trained the mode, or llama.cpp computes the model.
     """
     steps = backbone.settings.latent_steps
     if not steps:
-        raise ModelError(
+        raise UntrainedError(
             f"{backbone.source} was not trained with soft tokens, which mode='latent' reads instead of a text: train "
             "stage 1 with sft.latent_steps=3, or take another mode"
         )
     if backbone.engine == "llama.cpp":
-        raise ModelError(
+        raise UntrainedError(
             f"{backbone.source} is computed in llama.cpp, which is given tokens here and no soft ones; load it without "
             "backend, or take another mode"
         )

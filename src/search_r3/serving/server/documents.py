@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Annotated, Any
 
 import numpy as np
@@ -95,6 +96,12 @@ def remove_several(body: IdsRequest, service: Given) -> dict[str, Any]:
 def _chunks(service: Service, store: Store, documents: Sequence[OneDocument]) -> tuple[list[Chunk], dict[str, Any]]:
     """The chunks, and full_text -> vector of what is stored already."""
     chunking = service.chunking
+    there = store.documents({"parent_id": [one.id for one in documents]})
+    if indexed := [one for one in there if Path(one.source).is_absolute()]:
+        raise DataError(
+            f"document {indexed[0].doc_id!r} was indexed from {indexed[0].source}; change it there and index it again, "
+            "delete it first, or give this one another id"
+        )
     chunks: list[Chunk] = []
     for one in documents:
         if not one.text.strip():
@@ -104,9 +111,9 @@ def _chunks(service: Service, store: Store, documents: Sequence[OneDocument]) ->
 
 
 def _whole(chunks: Sequence[Chunk]) -> str:
-    """The text that was cut into these; where they overlap it is there once, where there is a gap it is a blank."""
+    """The text that was cut into these; where they overlap it is there once, where there is a gap there are blanks."""
     text, end = "", chunks[0].start
     for chunk in chunks:
-        text += "\n" * (chunk.start > end) + chunk.text[max(0, end - chunk.start) :]
+        text += "\n" * (chunk.start - end) + chunk.text[max(0, end - chunk.start) :]
         end = max(end, chunk.end)
     return text

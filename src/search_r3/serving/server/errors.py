@@ -20,6 +20,7 @@ from ...errors import (
     StoreError,
     TooLargeError,
     UnavailableError,
+    UntrainedError,
 )
 from ...extras import extra
 
@@ -35,6 +36,7 @@ TEI_PATHS = ("/", "/embed", "/similarity", "/rerank")
 STATUSES: tuple[tuple[type[Exception], int, str], ...] = (
     (DataError, 400, "Empty"),
     (ConfigError, 400, "Validation"),
+    (UntrainedError, 400, "Validation"),
     (NotFoundError, 404, "Validation"),
     (TooLargeError, 413, "Validation"),
     (RequestValidationError, 422, "Validation"),

@@ -29,7 +29,7 @@ class EmbeddingsRequest(BaseModel):
     input_type: Literal["query", "document"] | None = Field(None, description="In place of what the model id says.")
     mode: Mode | None = Field(None, description="In place of what the model id says.")
     instruction: str = Field("", description="Follows each query.")
-    max_new_tokens: int | None = Field(None, description="Reasoning budget; by default the model's own.")
+    max_new_tokens: int | None = Field(None, ge=1, description="Reasoning budget; by default the model's own.")
     truncate: bool = Field(False, description="Texts that are too long lose their ends; else they are an error.")
 
 
@@ -99,7 +99,7 @@ class SearchRequest(Ours):
     hybrid: bool = Field(False, description="Ranks by words and by vectors are fused.")
     rerank: bool = Field(False, description="The hits are ranked anew by the server's cross-encoder.")
     stream: bool = Field(False, description="Server-sent events `reasoning`, `hits`, `done`.")
-    max_new_tokens: int | None = Field(None, description="Reasoning budget; by default the model's own.")
+    max_new_tokens: int | None = Field(None, ge=1, description="Reasoning budget; by default the model's own.")
     truncate: bool = False
 
 
@@ -128,7 +128,7 @@ class QueriesRequest(BaseModel):
 class OneDocument(Ours):
     """A document that is written; it replaces the one of its id."""
 
-    id: Annotated[str, Field(min_length=1, max_length=1000)]
+    id: Annotated[str, Field(min_length=1, max_length=1000, pattern=r"^[^\x00-\x1f\x7f]+$")]
     text: str
     title: str = ""
     metadata: dict[str, Any] = Field(default_factory=dict)

@@ -10,6 +10,7 @@ from concurrent.futures import Future
 from typing import Any
 
 from ...data.documents import Chunk
+from ...data.rows import check_text
 from ...errors import DataError
 from ...extras import extra
 from ..filters import to_sql
@@ -106,6 +107,7 @@ async def _check(body: SearchRequest, service: Service) -> None:
     """Refuse what cannot be answered before it is reasoned about."""
     if not body.query.strip():
         raise DataError("the query is empty; give a text with at least one visible character")
+    check_text(body.query, "the query")
     _ = service.store
     to_sql(body.filter or {})
     if body.rerank and service.reranker is None:
