@@ -144,8 +144,7 @@ def encode(
             on_start=start,
             progress=bar.advance,
         )
-    whole = _say_encoded(out, index, part, f"; {bar.speed}" if bar.texts else "")
-    if index_type is not None and whole:
+    if _say_encoded(out, index, part, f"; {bar.speed}" if bar.texts else "") and index_type is not None:
         _say_recall(set_index_type(out, index_type))
 
 

@@ -20,6 +20,7 @@ from .rows import (
     check_judgements,
     check_lists,
     check_queries,
+    check_text,
     plain_value,
     string,
 )
@@ -341,4 +342,6 @@ def _judgements(path: Path) -> Iterator[tuple[str, str, str, str]]:
 
 def _write_rows(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
     with path.open("w", encoding="utf-8") as file:
-        file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+        for row in rows:
+            text = json.dumps(row, ensure_ascii=False)
+            file.write(check_text(text, f"{path.name}: the row {row.get('_id', '')!r}") + "\n")

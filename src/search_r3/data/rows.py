@@ -6,7 +6,6 @@ data is somebody else's (`KnownIds.dropped`, the argument `dropped`), a row that
 
 from __future__ import annotations
 
-import json
 import reprlib
 from collections import Counter
 from collections.abc import Container, Iterable, Iterator, Mapping
@@ -104,8 +103,6 @@ def check_queries(
         metadata = row.get("metadata") or {}
         if not isinstance(metadata, Mapping):  # some collections have a text there, or a list
             metadata = {"metadata": metadata}
-        if metadata:
-            check_text(json.dumps(metadata, ensure_ascii=False, default=str), f"{place}: the field 'metadata'")
         yield row["_id"], instructed(text, instruction), metadata, instruction
 
 

@@ -37,11 +37,6 @@ def test_the_hash_sees_every_part(collection: Collection) -> None:
         ),
         ("corpus.jsonl", '{"_id": "x", "text": "\\ud83d"}', "corpus.jsonl:41: the field 'text' holds half a surrogate"),
         ("queries.jsonl", '{"_id": "x", "text": "\\ud83d"}', "queries.jsonl:41: the field 'text' holds half a"),
-        (
-            "queries.jsonl",
-            '{"_id": "x", "text": "y", "metadata": {"reasoning": {"trace": "\\ud83d"}}}',
-            "queries.jsonl:41: the field 'metadata' holds half a surrogate pair",
-        ),
         ("corpus.jsonl", '{"_id": "x", "text": "  "}', "corpus.jsonl:41: document 'x' has no text"),
         ("corpus.jsonl", '{"_id": "x", "title": "only"}', "corpus.jsonl:41: the field 'text' is missing"),
         ("corpus.jsonl", '{"_id": "x", ', "corpus.jsonl:41: not valid JSON"),
@@ -145,6 +140,13 @@ def with_lists() -> Collection:
         pools={"q": frozenset({"s-1", "s-2"}), "7-og": frozenset({"s-2"})},
         changed={"7": frozenset({"s-2"})},
     )
+
+
+def test_half_a_letter_in_a_trace_is_told_and_nothing_is_written(tmp_path: Path, collection: Collection) -> None:
+    queries = collection.queries | {"q00": Query("q00", "where?", {"reasoning": "half a \ud800"})}
+    with pytest.raises(DataError, match=r"queries.jsonl: the row 'q00' holds half a surrogate pair"):
+        replace(collection, queries=queries).save(tmp_path / "c")
+    assert not (tmp_path / "c").exists()
 
 
 def test_lists_of_documents_are_saved_and_loaded(tmp_path: Path) -> None:
