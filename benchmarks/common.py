@@ -37,17 +37,6 @@ def machine() -> dict[str, Any]:
     return {"cores": os.cpu_count(), "machine": platform.machine(), "python": platform.python_version()}
 
 
-def begin(work: Path, facts: dict[str, Any]) -> None:
-    """Write down what the work begins from; refuse a folder that began from something else."""
-    from search_r3.files import write_json
-
-    file = work / "begun.json"
-    if file.exists() and (before := json.loads(file.read_text(encoding="utf-8"))) != facts:
-        raise SystemExit(f"{work} began with {before}, now it is {facts}; give another --work")
-    work.mkdir(parents=True, exist_ok=True)
-    write_json(file, facts)
-
-
 def versions(*packages: str) -> dict[str, str]:
     from importlib.metadata import version
 

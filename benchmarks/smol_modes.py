@@ -20,11 +20,13 @@ import sys
 from collections.abc import Sequence
 from itertools import islice
 from pathlib import Path
+from typing import Any
 
-from common import begin, machine, say
+from common import machine, say
 
 from search_r3.config import Recipe, load_recipe
 from search_r3.data.collection import Collection
+from search_r3.files import write_json
 from search_r3.model.encoder import SearchR3
 from search_r3.training.best_of_n import BestOfNSettings, best_of_n
 from search_r3.training.grpo import train_grpo
@@ -88,6 +90,15 @@ class Stages:
     def _recipe(self, name: str, collection: Path, *settings: str) -> Recipe:
         where = [f"run_dir={self.work / name}", f"collection={collection}"]
         return load_recipe(RECIPE, [*where, *settings, *self.changes])
+
+
+def begin(work: Path, facts: dict[str, Any]) -> None:
+    """Write down what the work begins from; refuse a folder that began from something else."""
+    file = work / "begun.json"
+    if file.exists() and (before := json.loads(file.read_text(encoding="utf-8"))) != facts:
+        raise SystemExit(f"{work} began with {before}, now it is {facts}; give another --work")
+    work.mkdir(parents=True, exist_ok=True)
+    write_json(file, facts)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
