@@ -120,7 +120,7 @@ def test_fetch_gives_a_passage_and_by_its_document_all_of_it(service: Service) -
     assert passage["url"].endswith("tea.pdf#page=2") and passage["metadata"]["page"] == 2
     assert passage["metadata"] | {"document": "tea.pdf", "year": 2020, "source": "/notes"} == passage["metadata"]
     whole = ask(service, "fetch", id=passage["metadata"]["document"]).structured_content
-    assert whole["text"] == f"{TEXTS[0]}\n{TEXTS[1]}" and whole["id"] == "tea.pdf"
+    assert whole["text"] == f"{TEXTS[0]}\n\n\n{TEXTS[1]}" and whole["id"] == "tea.pdf"
     other = ask(service, "fetch", id="site#0").structured_content
     assert other["metadata"]["document"] == "site"  # whatever a field of that name says
 

@@ -111,9 +111,9 @@ def _chunks(service: Service, store: Store, documents: Sequence[OneDocument]) ->
 
 
 def _whole(chunks: Sequence[Chunk]) -> str:
-    """The text that was cut into these; where they overlap it is there once, where there is a gap there are blanks."""
+    """The text that was cut into these; where they overlap it is there once, in a gap are at most two blank lines."""
     text, end = "", chunks[0].start
     for chunk in chunks:
-        text += "\n" * (chunk.start - end) + chunk.text[max(0, end - chunk.start) :]
+        text += "\n" * min(3, chunk.start - end) + chunk.text[max(0, end - chunk.start) :]
         end = max(end, chunk.end)
     return text
