@@ -15,6 +15,7 @@ from .collection import Collection, Document, Query
 from .documents import ReadReport
 from .reading.records import SUFFIXES, read_rows
 from .reading.texts import UnreadableError, clean
+from .rows import folded
 from .tables import quoted
 
 GUESSES = {
@@ -216,7 +217,7 @@ def _divided(queries: Sequence[Query], dev_share: float, rl_share: float) -> dic
     """query_id -> split. In `dev` are the texts with the smallest hashes, in `rl` the next ones."""
     groups: dict[str, list[str]] = {}
     for query in queries:
-        groups.setdefault(" ".join(query.text.casefold().split()), []).append(query.query_id)
+        groups.setdefault(folded(query.text), []).append(query.query_id)
     order = sorted(groups, key=lambda text: blake2b(text.encode(), digest_size=8).digest())
     dev = min(max(1, round(dev_share * len(order))), MOST_DEV, len(order) - 1)
     rl = min(max(1, round(rl_share * (len(order) - dev))), len(order) - dev - 1) if rl_share else 0

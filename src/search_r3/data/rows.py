@@ -206,6 +206,16 @@ def check_text(text: str, what: str) -> str:
     return text
 
 
+def folded(text: str) -> str:
+    """A text without its case and its blanks, by which two queries are the same one.
+
+    Example:
+        >>> folded(" Who wrote  it? ")
+        'who wrote it?'
+    """
+    return " ".join(text.casefold().split())
+
+
 def strings(row: Mapping[str, Any], key: str, place: str) -> list[str]:
     """The list of document ids under `key`, or a DataError."""
     value = row.get(key)

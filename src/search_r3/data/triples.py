@@ -10,6 +10,7 @@ from dataclasses import dataclass, field, replace
 from ..errors import ConfigError, DataError
 from .collection import Collection, Query
 from .restrictions import Restrictions, restrictions
+from .rows import folded
 
 logger = logging.getLogger(__name__)
 
@@ -153,7 +154,7 @@ def hold_out(collection: Collection, splits: Sequence[str], held_out: Sequence[s
     held_out = [split for split in held_out if split not in splits]
 
     def content(query_id: str) -> tuple[str, frozenset[str] | None]:
-        return " ".join(collection.queries[query_id].bare.casefold().split()), collection.pools.get(query_id)
+        return folded(collection.queries[query_id].bare), collection.pools.get(query_id)
 
     measured = {content(query_id) for split in held_out for query_id in collection.qrels.get(split, {})}
     qrels = dict(collection.qrels)

@@ -14,7 +14,7 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from itertools import zip_longest
 from pathlib import Path
-from typing import Any, Literal, TextIO
+from typing import Any, Literal
 
 from ...errors import ConfigError, DataError
 from ...extras import extra
@@ -249,9 +249,11 @@ def _json_lines(path: Path, skip: Skip) -> Iterator[tuple[int, dict[str, Any]]]:
 
 def _csv(path: Path, suffix: str, skip: Skip) -> Iterator[tuple[int, dict[str, Any]]]:
     csv.field_size_limit(min(sys.maxsize, 2**31 - 1))  # texts are longer than the 128 KiB that it admits
-    with _opened(path, newline="") as lines:
+    encoding = _encoding(path)
+    with path.open(encoding=encoding, errors="replace", newline="") as lines:
         delimiter = "\t" if suffix == ".tsv" else max(",;\t", key=lines.readline().count)
-    rows = filter(None, _cells(path, delimiter, is_quoted=suffix != ".tsv" or _is_quoted(path)))
+    is_quoted = suffix != ".tsv" or _is_quoted(path, encoding)
+    rows = filter(None, _cells(path, encoding, delimiter, is_quoted=is_quoted))
     names = next(rows, [])
     for number, row in enumerate(rows, 1):
         if len(row) > len(names):
@@ -260,18 +262,19 @@ def _csv(path: Path, suffix: str, skip: Skip) -> Iterator[tuple[int, dict[str, A
             yield number, dict(zip_longest(names, row))
 
 
-def _is_quoted(path: Path) -> bool:
+def _is_quoted(path: Path, encoding: str) -> bool:
     """Whether quotation marks in a TSV file stand around cells, as in CSV; where they do not, they are text."""
     try:
-        return not any("\t" in cell and "\n" in cell for row in _cells(path, "\t", is_quoted=True) for cell in row)
+        rows = _cells(path, encoding, "\t", is_quoted=True)
+        return not any("\t" in cell and "\n" in cell for row in rows for cell in row)
     except UnreadableError:
         return False
 
 
-def _cells(path: Path, delimiter: str, *, is_quoted: bool) -> Iterator[list[str]]:
+def _cells(path: Path, encoding: str, delimiter: str, *, is_quoted: bool) -> Iterator[list[str]]:
     """The cells of each row. A quotation that does not end where its cell ends has swallowed the rows after it."""
     quoting: Literal[0, 3] = csv.QUOTE_MINIMAL if is_quoted else csv.QUOTE_NONE
-    with _opened(path, newline="") as lines:
+    with path.open(encoding=encoding, errors="replace", newline="") as lines:
         rows, line = csv.reader(lines, delimiter=delimiter, quoting=quoting, strict=is_quoted), 1
         try:
             for row in rows:
@@ -300,12 +303,12 @@ def _parquet(path: Path, needed: Callable[[Sequence[str]], Sequence[str]]) -> It
 
 
 def _lines(path: Path) -> Iterator[tuple[int, str]]:
-    with _opened(path, newline="\n") as lines:  # as `files.read_lines`
+    with path.open(encoding=_encoding(path), errors="replace", newline="\n") as lines:  # as `files.read_lines`
         yield from enumerate(lines, 1)
 
 
-def _opened(path: Path, newline: str) -> TextIO:
-    """Its encoding is told by all of the file: what is no UTF-8 may come late."""
+def _encoding(path: Path) -> str:
+    """As all of the file tells it: what is no UTF-8 may come late."""
     decoder = codecs.getincrementaldecoder("utf-8")()
     with path.open("rb") as file:
         block = file.read(_BLOCK)
@@ -314,10 +317,9 @@ def _opened(path: Path, newline: str) -> TextIO:
             try:
                 decoder.decode(block)
             except UnicodeDecodeError:
-                encoding = encoding_of(block)
-                break
+                return encoding_of(block)
             block = file.read(_BLOCK)
-    return path.open(encoding=encoding, errors="replace", newline=newline)
+    return encoding
 
 
 def _typed(cell: str) -> Any:
